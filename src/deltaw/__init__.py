@@ -1,0 +1,93 @@
+"""deltaw (ΔW): train, keep, switch, merge and exactly undo low-rank updates of pretrained models.
+
+Names are imported when first used, so that `import deltaw` and the command line's help do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from deltaw.version import __version__
+
+if TYPE_CHECKING:
+    from deltaw.attached import (
+        MergeReport,
+        Summary,
+        adapters,
+        attach,
+        delta,
+        detach,
+        merge,
+        parameters,
+        summary,
+        unmerge,
+        use,
+        using,
+    )
+    from deltaw.config import DataConfig, GenerateConfig, TrainConfig
+    from deltaw.errors import DeltaWError
+    from deltaw.methods.lora import LoRA
+    from deltaw.run import RunResult, train
+    from deltaw.store import load, save
+
+_HOME = {
+    "DeltaWError": "errors",
+    "DataConfig": "config",
+    "GenerateConfig": "config",
+    "TrainConfig": "config",
+    "LoRA": "methods.lora",
+    "MergeReport": "attached",
+    "RunResult": "run",
+    "Summary": "attached",
+    "adapters": "attached",
+    "attach": "attached",
+    "delta": "attached",
+    "detach": "attached",
+    "load": "store",
+    "merge": "attached",
+    "parameters": "attached",
+    "save": "store",
+    "summary": "attached",
+    "train": "run",
+    "unmerge": "attached",
+    "use": "attached",
+    "using": "attached",
+}
+
+__all__ = [
+    "DataConfig",
+    "DeltaWError",
+    "GenerateConfig",
+    "LoRA",
+    "MergeReport",
+    "RunResult",
+    "Summary",
+    "TrainConfig",
+    "__version__",
+    "adapters",
+    "attach",
+    "delta",
+    "detach",
+    "load",
+    "merge",
+    "parameters",
+    "save",
+    "summary",
+    "train",
+    "unmerge",
+    "use",
+    "using",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"deltaw.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

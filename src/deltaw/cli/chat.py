@@ -1,0 +1,79 @@
+"""`deltaw chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaw.cli import show
+from deltaw.cli.flags import Chat
+from deltaw.cli.opening import as_trained, open_model
+from deltaw.config import DataConfig
+from deltaw.errors import DataError
+
+_HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
+
+
+def run(command: Chat) -> None:
+    show.quiet_libraries()
+    loaded = open_model(
+        command.model, command.adapter, dtype=command.dtype, device=command.device, any_base=command.any_base
+    )
+    if not loaded.tokenizer.chat_template:
+        raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")
+    system = as_trained(DataConfig(system=command.system), command.adapter).system
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    show.out.print(
+        f"{command.model}{' with ' + command.adapter if command.adapter else ''}. {_HELP}", style="dim", soft_wrap=True
+    )
+    while True:
+        try:
+            text = show.out.input("[bold cyan]you[/] › ").strip()
+        except EOFError:
+            show.out.print()
+            return
+        if text == "/quit":
+            return
+        if text == "/new":
+            messages = list(start)
+        elif text in ("/base", "/adapter"):
+            _switch(loaded.model, text == "/adapter", command.adapter)
+        elif text.startswith("/"):
+            show.out.print(f"There is no {text}. {_HELP}", style="dim")
+        elif text:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": _answer(loaded, messages, command)})
+
+
+def _switch(model: Any, on: bool, adapter: str | None) -> None:
+    from deltaw.attached import adapters, use
+
+    if adapter is None:
+        show.out.print("There is no adapter: start with --adapter FOLDER.", style="dim")
+        return
+    use(model, adapters(model)[0] if on else None)
+    show.out.print("Now with the adapter." if on else "Now the base alone.", style="dim")
+
+
+def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
+    """The reply, shown as it is written."""
+    import torch
+    from transformers import TextStreamer
+
+    from deltaw.data import Message, prompt_ids
+    from deltaw.generation import settings
+
+    ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
+    show.out.print("[bold magenta]model[/] › ", end="")
+    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad():
+        out = loaded.model.generate(
+            torch.tensor([ids], device=loaded.model.device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=loaded.model.device),
+            generation_config=settings(loaded.model, loaded.tokenizer, command.generation),
+            streamer=streamer if command.generation.beams == 1 else None,
+        )
+    reply = loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    if command.generation.beams > 1:
+        show.out.print(reply, markup=False)
+    return reply

@@ -1,0 +1,137 @@
+"""The commands as frozen dataclasses: arguments, flags and YAML keys, from the settings in config.py. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from deltaw.config import DataConfig, DType, GenerateConfig, TrainConfig
+from deltaw.methods.lora import LoRA
+
+Model = Annotated[Positional[str], arg(metavar="MODEL")]
+Data = Annotated[Positional[str], arg(metavar="DATA")]
+Adapter = Annotated[Positional[str], arg(metavar="ADAPTER")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a low-rank update of MODEL on DATA; writes a run folder with the adapter and a report."""
+
+    model: Model
+    """Hub id, model folder or GGUF file."""
+    data: Data
+    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    config: str | None = None
+    """YAML file of any of these settings, MODEL and DATA too; flags beside it win. A run's config.yaml is one."""
+    method: LoRA = field(default_factory=LoRA)
+    run: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Complete one prompt, a file of prompts, or standard input, with or without an adapter."""
+
+    model: Model
+    """Hub id, model folder or GGUF file."""
+    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None
+    """The prompt. Without it and without --file, standard input is read, a prompt a line."""
+    file: str | None = None
+    """File of prompts: records in any form that train reads, or plain text with a prompt a line."""
+    out: str | None = None
+    """Write {prompt, completion} records to this JSONL file instead of the screen."""
+    adapter: str | None = None
+    """Adapter folder. Prompts are then wrapped as they were in its training, unless --template says otherwise."""
+    any_base: bool = False
+    """Load the adapter although it was trained on other base weights."""
+    dtype: DType = "auto"
+    """Precision of the weights."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps …"""
+    data: DataConfig = field(default_factory=DataConfig)
+    generation: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to MODEL in the terminal, with or without an adapter."""
+
+    model: Model
+    """Hub id, model folder or GGUF file."""
+    adapter: str | None = None
+    """Adapter folder. /base and /adapter switch during the conversation."""
+    any_base: bool = False
+    """Load the adapter although it was trained on other base weights."""
+    dtype: DType = "auto"
+    """Precision of the weights."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps …"""
+    system: str | None = None
+    """System message."""
+    generation: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Score MODEL on DATA, base and adapter side by side, with bootstrap 95% intervals."""
+
+    model: Model
+    """Hub id, model folder or GGUF file."""
+    data: Data
+    """Records with references, as train reads them. Equal prompts are one item with several references."""
+    adapter: str | None = None
+    """Adapter folder; without it the base alone is scored."""
+    any_base: bool = False
+    """Load the adapter although it was trained on other base weights."""
+    base: bool = True
+    """Score the base as well."""
+    metrics: str = "loss,perplexity,exact_match,bleu,rouge_l"
+    """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l."""
+    most: int | None = None
+    """Score at most this many records, the first ones."""
+    out: str | None = None
+    """Write scores and predictions to this JSON file."""
+    dtype: DType = "auto"
+    """Precision of the weights."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps …"""
+    records: DataConfig = field(default_factory=DataConfig)
+    generation: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold ADAPTER into MODEL: an ordinary model folder that needs no deltaw, verified against the unmerged model."""
+
+    model: Model
+    """Hub id, model folder or GGUF file: the adapter's base."""
+    adapter: Adapter
+    """Adapter folder."""
+    out: Annotated[str, arg(aliases=["-o"])]
+    """Folder to write."""
+    overwrite: bool = False
+    """Replace a folder that is already there."""
+    any_base: bool = False
+    """Merge although the adapter was trained on other base weights."""
+    dtype: DType = "auto"
+    """Precision of the merged weights: auto keeps the checkpoint's."""
+    device: str = "cpu"
+    """Where to compute; the merged bits are the same everywhere."""
+    all_layers: bool = False
+    """Also show the report's line of every layer."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what is in an adapter folder: layers, ranks, parameters, bytes, norms."""
+
+    adapter: Adapter
+    """Adapter folder."""
+    all_layers: bool = False
+    """A line for every layer instead of one for each kind."""
+    json: bool = False
+    """Print JSON."""
+
+
+COMMANDS = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "inspect": Inspect}

@@ -1,0 +1,57 @@
+"""`deltaw generate`: prompts in, completions out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from deltaw.cli import show
+from deltaw.cli.flags import Generate
+from deltaw.cli.opening import as_trained, open_model
+from deltaw.errors import ConfigError, DataError
+
+
+def run(command: Generate) -> None:
+    show.quiet_libraries()
+    if command.prompt is not None and command.file is not None:
+        raise ConfigError("Give either a prompt or --file, not both.")
+    records = _records(command)
+    from deltaw.data import encode_prompt
+    from deltaw.files.atomic import write_text
+    from deltaw.generation import generate
+
+    loaded = open_model(
+        command.model, command.adapter, dtype=command.dtype, device=command.device, any_base=command.any_base
+    )
+    data = as_trained(command.data, command.adapter)
+    prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
+    completions = generate(loaded.model, loaded.tokenizer, prompts, command.generation)
+    pairs = [{"prompt": r.prompt, "completion": c} for r, c in zip(records, completions, strict=True)]
+    if command.out is not None:
+        write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    elif len(pairs) == 1:
+        print(pairs[0]["completion"])
+    else:
+        for pair in pairs:
+            print(json.dumps(pair, ensure_ascii=False))
+
+
+def _records(command: Generate) -> list:
+    """The prompts as records: a file of records keeps its form; plain text is a prompt a line."""
+    from deltaw.data import read
+
+    if command.prompt is not None:
+        return list(read([{"prompt": command.prompt}], command.data, completions=False))
+    if command.file is not None and Path(command.file).suffix != ".txt":
+        return list(read(command.file, command.data, completions=False))
+    if command.file is None and sys.stdin.isatty():
+        raise ConfigError("There is no prompt: give one, or --file, or pipe prompts into standard input.")
+    try:
+        text = Path(command.file).read_text(encoding="utf-8") if command.file else sys.stdin.read()
+    except OSError as error:
+        raise DataError(f"{command.file} cannot be read: {error}") from error
+    lines = [{"prompt": line} for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError("There is no prompt in the input.")
+    return list(read(lines, command.data, completions=False))

@@ -1,0 +1,131 @@
+"""`deltaw train`: live progress while it runs, then what came out and what to try next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaw.cli import show
+from deltaw.cli.flags import Train
+
+
+def run(command: Train) -> None:
+    show.quiet_libraries()
+    from deltaw.run import train
+
+    with progress() as view:
+        result = train(command.model, command.data, command.run, method=command.method, on_event=view.hear)
+    _summary(result, command)
+
+
+def progress() -> _Lines:
+    """A context manager whose `hear` shows a run's events: live in a terminal, plain lines elsewhere."""
+    return _Live() if show.is_terminal() else _Lines()
+
+
+class _Lines:
+    """One plain line for each logged step and evaluation."""
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def hear(self, event: Any) -> None:
+        values = event.values
+        if event.kind == "start":
+            _coverage(values)
+        elif event.kind == "step":
+            show.out.print(
+                f"step {event.step}/{values['total_steps']}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+                f"{values['tokens_per_second']:.0f} tokens/s  {show.size(values['memory'])}  {_eta(event)}",
+                soft_wrap=True,
+            )
+        elif event.kind == "eval":
+            show.out.print(f"step {event.step}  held-out loss {values['valid_loss']:.4f}")
+        else:
+            show.err.print(f"[yellow]warning[/]: {values['text']}", soft_wrap=True)
+
+
+class _Live(_Lines):
+    """A progress bar that stays on one line; evaluations and warnings scroll above it."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("[bold]training"), BarColumn(bar_width=24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True), console=show.out,
+        )  # fmt: skip
+        self.task: Any = None
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def hear(self, event: Any) -> None:
+        if event.kind != "step":
+            super().hear(event)
+            return
+        values = event.values
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=values["total_steps"])
+        text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:.0f} tokens/s  {show.size(values['memory'])}"
+        self.progress.update(self.task, completed=event.step, description=text)
+
+
+def _eta(event: Any) -> str:
+    values = event.values
+    left = values["seconds"] / event.step * (values["total_steps"] - event.step)
+    return f"{show.duration(left)} left"
+
+
+def _coverage(values: dict[str, Any]) -> None:
+    """What will train, what will not and why, and what the data came to."""
+    data = values["data"]
+    show.out.print(
+        f"[bold]{values['layers']}[/] layers take an update: {values['parameters']:,} parameters, "
+        f"{values['share']:.2%} of the base's.",
+        soft_wrap=True,
+    )
+    reasons: dict[str, list[str]] = {}
+    for name, why in values["left_out"].items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        show.out.print(f"  left out: {some} ({why})", style="dim", soft_wrap=True)
+    show.out.print(
+        f"[bold]{data['kept']:,}[/] records, {data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
+        f" (truncated {data['truncated']}, dropped {data['dropped']}, longest {data['longest']}).",
+        soft_wrap=True,
+    )
+
+
+def _summary(result: Any, command: Train) -> None:
+    state, figures = result.state, result.figures()
+    show.out.print()
+    if state.stopped in ("early", "minutes"):
+        why = "the held-out loss no longer fell" if state.stopped == "early" else "the time was up"
+        show.out.print(f"Stopped after step {state.step}: {why}.")
+    facts = show.table("", "")
+    facts.add_row("training loss", f"{state.first_loss:.4f} → {state.last_loss:.4f}")
+    evals = [line for line in result.log if line["event"] == "eval"]
+    if evals:
+        first, last = evals[0]["valid_loss"], evals[-1]["valid_loss"]
+        best = f"best {state.best_loss:.4f} at step {state.best_step}"
+        facts.add_row("held-out loss", f"{first:.4f} → {last:.4f} ({best})")
+    facts.add_row("time", f"{show.duration(state.seconds)}, {state.tokens / max(state.seconds, 1e-9):.0f} tokens/s")
+    facts.add_row("peak memory", show.size(figures["peak_memory"]))
+    facts.add_row("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}")
+    facts.add_row(
+        "adapter", f"{result.adapter}  {show.size(figures['adapter_bytes'])} (base {show.size(figures['base_bytes'])})"
+    )
+    facts.add_row("report", str(result.report))
+    show.out.print(facts)
+    show.out.print("\nNext:", style="bold")
+    for line in (
+        f"deltaw chat {command.model} --adapter {result.adapter}",
+        f"deltaw eval {command.model} HELD_OUT_DATA --adapter {result.adapter}",
+        f"deltaw merge {command.model} {result.adapter} -o MERGED",
+    ):
+        show.out.print(f"  {line}", soft_wrap=True)

@@ -1,0 +1,262 @@
+"""What a user can set: frozen dataclasses, the one source of flags, YAML keys, defaults, help and checks.
+
+Knows no torch, no model, no file format. A method's own settings (`LoRA(rank=…)`) are the dataclass in its
+file under methods/, of the same make. The text under a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from deltaw.errors import ConfigError, listing, nearest
+
+Form = Literal["auto", "prompt", "chat", "instruction", "text"]
+TooLong = Literal["truncate", "drop", "error"]
+Schedule = Literal["cosine", "linear", "constant"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How records become tokens."""
+
+    form: Form = "auto"
+    """Form of the records: prompt (prompt/completion), chat (messages), instruction (instruction/input/output) or text."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat for chat and instruction records
+    where the tokenizer has a template."""
+    separator: str = ""
+    """Text put between prompt and completion when the template is plain, such as a newline."""
+    system: str | None = None
+    """System message put before every conversation that has none (chat template only)."""
+    max_length: int = 1024
+    """Longest record in tokens, prompt and completion together."""
+    too_long: TooLong = "truncate"
+    """A longer record: truncate the left of its prompt (the end of a text), drop it, or stop with an error. What happened
+    is counted and reported."""
+    split: str | None = None
+    """Split of a hub data set or a folder to train on; its default is train."""
+    max_records: int | None = None
+    """Use a seeded random sample of at most this many training records."""
+
+    def __post_init__(self) -> None:
+        check(self, max_length=(2, None), max_records=(1, None))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    out: str = "runs/latest"
+    """Run folder: adapter, config.yaml, log.jsonl, report.html."""
+    overwrite: bool = False
+    """Replace a run folder that is already there."""
+    lr: float = 5e-4
+    """Peak learning rate. LoRA wants about ten times full fine-tuning's."""
+    schedule: Schedule = "linear"
+    """Shape of the learning rate after warm-up: cosine or linear to zero, or constant."""
+    warmup: float = 0.05
+    """Warm-up: a share of all steps when below 1, else a number of steps."""
+    epochs: float = 1.0
+    """Passes over the training records."""
+    steps: int | None = None
+    """Number of optimizer steps; overrides epochs."""
+    minutes: float | None = None
+    """Stop training after this many minutes at the latest; the schedule follows the clock, so that the learning rate
+    still ends at zero."""
+    batch: int = 8
+    """Records per optimizer step."""
+    micro_batch: int | None = None
+    """Records per forward pass; the optimizer step accumulates over the batch. Default: the whole batch at once."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on A and B."""
+    seed: int = 0
+    """Seed of A, of dropout and of the order of records."""
+    dtype: DType = "auto"
+    """Precision of the base weights: auto keeps the checkpoint's, but float32 on a CPU. A and B stay float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps …"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    valid: str | None = None
+    """Held-out data: a file, or a split of DATA. Default: the valid, validation, dev or test split, else a part of DATA."""
+    valid_share: float = 0.02
+    """Share of the training records held out when there is no held-out data; 0 for none."""
+    valid_most: int = 256
+    """Most held-out records used in each evaluation."""
+    eval_every: int | None = None
+    """Steps between evaluations; default: ten in a run."""
+    patience: int | None = None
+    """Stop early after this many evaluations without a better held-out loss, and keep the best adapter."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    samples: int = 4
+    """Held-out records to generate before and after training, for the report; 0 for none."""
+
+    def __post_init__(self) -> None:
+        check(
+            self, lr=(0.0, None), warmup=(0.0, None), epochs=(0.0, None), steps=(1, None), minutes=(0.0, None),
+            batch=(1, None), micro_batch=(1, self.batch), clip=(0.0, None), weight_decay=(0.0, None),
+            valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
+            log_every=(1, None), samples=(0, None),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How completions are drawn."""
+
+    max_new_tokens: int = 256
+    """Longest completion in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens with this much probability."""
+    beams: int = 1
+    """Beam search with this many beams."""
+    length_penalty: float = 1.0
+    """Beam search: above 1 favours longer completions."""
+    batch: int = 16
+    """Prompts decoded at once."""
+    seed: int = 0
+    """Seed of sampling."""
+
+    def __post_init__(self) -> None:
+        check(
+            self, max_new_tokens=(1, None), temperature=(0.0, None), top_p=(0.0, 1.0), beams=(1, None),
+            batch=(1, None),
+        )  # fmt: skip
+
+
+def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
+    """Raise one ConfigError with every field of `config` that is outside [low, high] or not one of its literals."""
+    problems = []
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            problems.append(f"{name} must be a number, not {value!r}")
+        elif (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            problems.append(f"{name} is {value!r}; it must be {bounds}")
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        choices = _choices(hints[field.name])
+        value = getattr(config, field.name)
+        if choices and value not in choices:
+            problems.append(
+                f"{field.name} is {value!r}; it must be one of {', '.join(map(str, choices))}"
+                f"{nearest(str(value), map(str, choices))}"
+            )
+    if problems:
+        raise ConfigError(listing(f"{type(config).__name__} cannot be used:", problems))
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def keys(cls: type) -> dict[str, tuple[type, ...]]:
+    """Every YAML key of `cls`, nested dataclasses flattened: key → path of field names that leads to it."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= {k: (field.name, *path) for k, path in keys(typing.cast(type, hint)).items()}
+        else:
+            found[field.name] = (field.name,)
+    return found
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """`config` as flat plain values, the inverse of `from_mapping`."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flat |= to_mapping(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
+    """A `cls` from flat `values`. Raises one ConfigError with every unknown key (and its nearest) and wrong type."""
+    known = keys(cls)
+    problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
+    config = _build(cls, values, where, problems)
+    if problems:
+        raise ConfigError(listing("The configuration cannot be used:", problems))
+    return config
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[str]) -> T:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            arguments[field.name] = _build(typing.cast(type, hint), values, where, problems)
+        elif field.name in values:
+            value = values[field.name]
+            fits, value = _fit(value, hint)
+            if not fits:
+                problems.append(f"{where}: {field.name} is {value!r}; expected {_spell(hint)}")
+            else:
+                arguments[field.name] = value
+    try:
+        return cls(**arguments)
+    except (ConfigError, TypeError) as error:
+        problems.extend(line.removeprefix("  - ") for line in str(error).splitlines()[1:] or [str(error)])
+        return cls.__new__(cls)
+
+
+def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Whether a YAML value is of type `hint`, and the value (whole floats and ints are interchangeable, '5e-4' is a float)."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            fits, fitted = _fit(value, option)
+            if fits:
+                return True, fitted
+        return False, value
+    if hint is type(None):
+        return value is None, value
+    if origin is Literal:
+        return value in typing.get_args(hint), value
+    if origin in (dict, Mapping) or hint is dict:
+        return isinstance(value, Mapping), value
+    if hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
+            try:
+                return True, float(value)
+            except ValueError:
+                return False, value
+        return isinstance(value, (int, float)) and not isinstance(value, bool), value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint is Any:
+        return True, value
+    return isinstance(value, origin or hint), value
+
+
+def _spell(hint: Any) -> str:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    words: list[str] = []
+    for option in options:
+        choices = _choices(option)
+        words += (
+            [repr(c) for c in choices]
+            if choices
+            else ["null" if option is type(None) else getattr(option, "__name__", str(option))]
+        )
+    return " or ".join(words)

@@ -1,0 +1,37 @@
+"""Records → tokens and masks → batches. Knows no model beyond its tokenizer.
+
+sources.py   files, folders, hub data sets, lists → rows with their places
+forms.py     rows → records: prompt/completion, chat, instruction, text
+records.py   the two together: read, and references for scoring
+chat.py      conversations → tokens and exactly the assistant's
+encode.py    records → examples; prompts to generate from
+batches.py   examples → length-bucketed batches, as tensors
+"""
+
+from deltaw.data.batches import Batch, batches, collate, plan
+from deltaw.data.chat import encode_chat, prompt_ids
+from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt
+from deltaw.data.forms import Message, Record
+from deltaw.data.records import Records, read, references
+from deltaw.data.sources import held_out_split, splits
+
+__all__ = [
+    "Batch",
+    "Counts",
+    "Encoded",
+    "Example",
+    "Message",
+    "Record",
+    "Records",
+    "batches",
+    "collate",
+    "encode",
+    "encode_chat",
+    "encode_prompt",
+    "held_out_split",
+    "plan",
+    "prompt_ids",
+    "read",
+    "references",
+    "splits",
+]

@@ -1,0 +1,214 @@
+"""The forms a record may have and how each becomes a `Record`. Knows no file and no tokenizer.
+
+    prompt       {"prompt": str, "completion": str}
+    chat         {"messages": [{"role", "content"}, …]}, or {"conversations": [{"from", "value"}, …]}
+    instruction  {"instruction": str, "input": str (may be missing or empty), "output": str}
+    text         {"text": str}
+
+Other fields are ignored. Each `make` returns a Record or the lines that say why there is none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltaw.data.sources import Row, show
+from deltaw.errors import DataError, nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_ALIASES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+FIELDS: dict[str, str] = {
+    "prompt": "prompt, completion",
+    "chat": "messages (or conversations)",
+    "instruction": "instruction, output, and if need be input",
+    "text": "text",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """What chat templates take."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record; `form` is prompt, chat, instruction or text.
+
+    prompt form: `prompt`, `completion`. instruction: the instruction is `prompt`, with its `input`.
+    text: `prompt` is empty and `completion` is the text. chat: `messages` is the whole conversation, `completion` the
+    last assistant message, `prompt` the last message before it (for people to read; the model sees `context`).
+    `completion` is None only where prompts alone were asked for.
+    """
+
+    form: str
+    prompt: str
+    completion: str | None
+    place: str
+    messages: tuple[Message, ...] | None = None
+    input: str = ""
+
+    @property
+    def context(self) -> tuple[Message, ...]:
+        """The conversation that the completion answers; one user message for a record that is no chat."""
+        if self.messages is None:
+            text = f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
+            return (Message("user", text),)
+        return self.messages if self.completion is None else self.messages[: last_assistant(self.messages)]
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The whole record as a conversation."""
+        if self.messages is not None:
+            return self.messages
+        answer = () if self.completion is None else (Message("assistant", self.completion),)
+        return (*self.context, *answer)
+
+
+def last_assistant(messages: Sequence[Message]) -> int:
+    """Index of the last assistant message; -1 if there is none."""
+    return max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+
+
+def recognise(found: Sequence[Row], source: str, *, completions: bool) -> str:
+    """The form that the first records have. DataError if they have none or more than one, with the fields found."""
+    first = [fields for _, fields in found[:20]]
+    counts = Counter(form for fields in first for form in _fits(fields, completions))
+    there = list(dict.fromkeys(str(field) for fields in first for field in fields))
+    most = max(counts.values(), default=0)
+    forms = [form for form in FIELDS if counts[form] == most and most]
+    if len(forms) == 1:
+        return forms[0]
+    known = "\n".join(f"  - {form}: {fields}" for form, fields in FIELDS.items())
+    if forms:
+        raise DataError(
+            f"{source}: the fields {', '.join(there)} fit more than one form: {', '.join(forms)}. "
+            f"Set form to the one you mean. Forms and their fields:\n{known}"
+        )
+    near = "".join(f"\n  - {f!r}{nearest(f, _KNOWN)}" for f in there if f not in _KNOWN and nearest(f, _KNOWN))
+    names = ", ".join(there) or "(none)"
+    tail = f"\nNear misses:{near}" if near else ""
+    raise DataError(f"{source}: no known form has the fields {names}. Rename them to those of one form:\n{known}{tail}")
+
+
+def _fits(fields: Mapping[str, Any], completions: bool) -> list[str]:
+    need = {
+        "prompt": ("prompt", "completion") if completions else ("prompt",),
+        "instruction": ("instruction", "output") if completions else ("instruction",),
+        "text": ("text",),
+    }
+    forms = [form for form, names in need.items() if all(fields.get(n) is not None for n in names)]
+    chat = fields.get("messages") is not None or fields.get("conversations") is not None
+    return forms + ["chat"] * chat
+
+
+def make(form: str, place: str, fields: Mapping[str, Any], *, completions: bool) -> Record | list[str]:
+    """One record of a known form, or what is wrong with it (a line each, beginning with `place`)."""
+    made = _MAKERS[form](place, fields, completions)
+    return made if isinstance(made, Record) else [f"{place}: {line}" for line in made]
+
+
+def _prompt(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+    lines = _text(fields, "prompt", empty=True) + _answer(fields, "completion", completions)
+    return lines or Record("prompt", fields["prompt"], fields.get("completion") if completions else None, place)
+
+
+def _instruction(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+    lines = _text(fields, "instruction") + _answer(fields, "output", completions)
+    if fields.get("input") is not None:
+        lines += _text(fields, "input", empty=True)
+    answer = fields.get("output") if completions else None
+    return lines or Record("instruction", fields["instruction"], answer, place, input=fields.get("input") or "")
+
+
+def _plain_text(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+    if not completions:
+        return ["a text record has no prompt to complete; give it as {'prompt': …}"]
+    return _text(fields, "text") or Record("text", "", fields["text"], place)
+
+
+def _chat(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+    name = "messages" if fields.get("messages") is not None else "conversations"
+    turns = fields.get(name)
+    if turns is None:
+        return [_missing(fields, "messages")]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        return [f"field {name!r} must be a list of messages that is not empty, found {show(turns)}"]
+    lines: list[str] = []
+    messages = tuple(_message(turn, f"{name}[{i}]", lines) for i, turn in enumerate(turns))
+    if lines:
+        return lines
+    answer = last_assistant(messages)
+    if not completions and answer < len(messages) - 1:  # a conversation that waits for its answer
+        return Record("chat", messages[-1].content, None, place, messages)
+    if answer < 0:
+        roles = ", ".join(m.role for m in messages)
+        return [f"field {name!r} has no assistant message to learn from (roles: {roles})"]
+    return Record("chat", messages[answer - 1].content if answer else "", messages[answer].content, place, messages)
+
+
+def _message(turn: Any, where: str, lines: list[str]) -> Message:
+    """One turn; what is wrong with it goes to `lines`, as all turns are checked before any is used."""
+    if not isinstance(turn, Mapping):
+        lines.append(f"{where} must be an object with role and content, found {show(turn)}")
+        return Message("user", "")
+    role_key, content_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
+    role, content = turn.get(role_key), turn.get(content_key)
+    role = _ALIASES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        known = (*ROLES, *_ALIASES)
+        found = (
+            _missing(turn, role_key) if role_key not in turn else f"unknown role {role!r}{nearest(str(role), known)}"
+        )
+        lines.append(f"{where}: {found}; roles are {', '.join(ROLES)}")
+    calls = " (tool calls without text are not supported)" if content is None and turn.get("tool_calls") else ""
+    lines.extend(f"{where}: {line}{calls}" for line in _text(turn, content_key, empty=role != "assistant"))
+    return Message(str(role), content if isinstance(content, str) else "")
+
+
+def _answer(fields: Mapping[str, Any], name: str, wanted: bool) -> list[str]:
+    return _text(fields, name) if wanted else []
+
+
+def _text(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> list[str]:
+    """What is wrong with a text field: nothing, or one line."""
+    value = fields.get(name)
+    if name not in fields:
+        return [_missing(fields, name)]
+    if not isinstance(value, str):
+        return [f"field {name!r} must be text, found {show(value)}"]
+    if not empty and not value.strip():
+        return [f"field {name!r} is empty ({value!r}); fill it in or remove the record"]
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return [
+            f"field {name!r} has half a character (unpaired surrogate \\u{ord(value[error.start]):04x} "
+            f"at character {error.start + 1}); write the whole character"
+        ]
+    return []
+
+
+def _missing(fields: Mapping[str, Any], name: str) -> str:
+    there = [str(f) for f in fields]
+    spare = [f for f in there if f not in _KNOWN]  # a field that has its own meaning is no misspelling of another
+    return f"field {name!r} is missing{nearest(name, spare)}; the record has {', '.join(there) or 'no fields'}"
+
+
+_KNOWN = ("prompt", "completion", "messages", "conversations", "instruction", "input", "output", "text")
+
+_MAKERS: dict[str, Callable[[str, Mapping[str, Any], bool], Record | list[str]]] = {
+    "prompt": _prompt,
+    "chat": _chat,
+    "instruction": _instruction,
+    "text": _plain_text,
+}

@@ -1,0 +1,92 @@
+"""Sources and forms together: checked records, or one DataError that lists every bad one. Knows no tokenizer."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaw.config import DataConfig
+from deltaw.data import forms, sources
+from deltaw.data.forms import Record
+from deltaw.errors import DataError, listing
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Records:
+    """Checked records of one form: prompt, chat, instruction or text."""
+
+    items: list[Record]
+    form: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.items)
+
+    def sample(self, count: int | None, seed: int) -> Records:
+        """At most `count` of the records, drawn by `seed` alone, in their first order. None: all of them."""
+        if count is None or count >= len(self.items):
+            return self
+        kept = sorted(random.Random(f"deltaw sample {seed}").sample(range(len(self.items)), count))
+        return replace(self, items=[self.items[i] for i in kept])
+
+
+def read(
+    source: str | Path | list[dict[str, Any]] | datasets.Dataset,
+    config: DataConfig,
+    *,
+    split: str | None = None,
+    completions: bool = True,
+) -> Records:
+    """All records of a file, a list, or a split of a folder or hub data set. The trainer applies `config.max_records`.
+
+    `split` goes before `config.split`, which is ignored for sources without splits. `completions=False` reads prompts
+    alone, to generate from: answers may be missing and are ignored, but for chats that end with one.
+    Raises one DataError with every record that cannot be used; nothing is skipped but blank lines.
+    """
+    rows, problems, name = sources.rows(source, split, config.split)
+    total = len(rows) + len(problems)
+    if not total:
+        raise DataError(f"{name}: no records in it. Each record is one JSON object a line, one CSV row, or one dict.")
+    if not rows:
+        raise DataError(listing(f"{name}: none of its {total} records can be read:", problems))
+    form = config.form
+    resolved = forms.recognise(rows, name, completions=completions) if form == "auto" else form
+    items: list[Record] = []
+    for place, fields in rows:
+        made = forms.make(resolved, place, fields, completions=completions)
+        if isinstance(made, Record):
+            items.append(made)
+        else:
+            problems.extend(made)
+    if problems:
+        bad = total - len(items)
+        head = f"{name}: {bad} of {total} records cannot be used as {resolved} records ({forms.FIELDS[resolved]}):"
+        raise DataError(listing(head, sorted(problems, key=_by_place)))
+    return Records(items, resolved, name)
+
+
+def _by_place(problem: str) -> tuple[str, int]:
+    """Sorts lines that begin with `file:17` or `name[17]` as they stand in the data."""
+    found = re.match(r"(.*?)[:\[](\d+)", problem)
+    return (found[1], int(found[2])) if found else (problem, 0)
+
+
+def references(records: Sequence[Record] | Records) -> list[tuple[Record, list[str]]]:
+    """Items to score: the first record of each prompt, and all completions of that prompt, in first-seen order."""
+    items: dict[Any, tuple[Record, list[str]]] = {}
+    for record in records:
+        key = record.context if record.messages is not None else (record.prompt, record.input)
+        item = items.setdefault(key, (record, []))
+        if record.completion is not None:
+            item[1].append(record.completion)
+    return list(items.values())

@@ -1,0 +1,76 @@
+"""Every error deltaw raises on purpose. Knows nothing of torch, models or files.
+
+    DeltaWError                 exit 1   root: catch this to catch all of ours
+    ├── ConfigError             exit 2   a flag, YAML key or argument is unknown or out of range
+    ├── TargetError             exit 3   targets match nothing, or a layer that cannot take the update
+    ├── AdapterError            exit 4   a name is taken or unknown, or the call does not fit the adapter's state
+    │   └── MergeError          exit 4   a merge that could not be exact, or would change nothing
+    ├── FileError               exit 5   an adapter or model file is missing, damaged, or of another base
+    │   └── BaseMismatch        exit 5   the adapter was trained on other base weights
+    ├── DataError               exit 6   a record, data file or chat template cannot be used
+    └── TrainError              exit 7   training cannot start or go on (loss not finite, nothing supervised)
+        └── Interrupted         exit 130 Ctrl-C: the work so far was saved
+
+A message lists *all* problems found, one per line, each with its place and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class DeltaWError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(DeltaWError):
+    exit_code = 2
+
+
+class TargetError(DeltaWError):
+    exit_code = 3
+
+
+class AdapterError(DeltaWError):
+    exit_code = 4
+
+
+class MergeError(AdapterError):
+    pass
+
+
+class FileError(DeltaWError):
+    exit_code = 5
+
+
+class BaseMismatch(FileError):
+    pass
+
+
+class DataError(DeltaWError):
+    exit_code = 6
+
+
+class TrainError(DeltaWError):
+    exit_code = 7
+
+
+class Interrupted(TrainError):
+    exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
+    """` (did you mean 'a' or 'b'?)` from the closest of `known`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def listing(head: str, problems: Sequence[str], *, most: int = 20) -> str:
+    """One message out of many problems: `head`, then a bullet each, the rest counted."""
+    lines = [f"  - {p}" for p in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  … and {len(problems) - most} more")
+    return "\n".join([head, *lines])

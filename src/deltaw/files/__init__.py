@@ -1,0 +1,1 @@
+"""What is on disk: atomic writes, adapter folders in PEFT's format, fingerprints. No model code."""

@@ -1,0 +1,78 @@
+"""h = W0x + b + scale·B(Ax) as one autograd function. Knows tensors only: no names, no modules, no files.
+
+Frozen W0 needs no gradient, which is the whole speed of LoRA: this function saves x and Ax, never the branch's
+output, adds the branch into the base product in place, and forms dA, dB and dx with no [tokens, d] or [tokens, k]
+temporary beyond dx itself. `reference` is the same in plain operations, and is what the tests hold this against.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lowrank_linear(
+    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """x [..., k], W0 [d, k] (any strides), bias [d], A [r, k], B [d, r] → [..., d].
+
+    The branch is computed in the dtype of the base product (autocast's, where that is on); gradients of A and B
+    come back in their own dtype. `dropout` is the probability of zeroing an entry of the branch's input.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, W0 = x.to(dtype), W0.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if W0.requires_grad or (bias is not None and bias.requires_grad) or dropout > 0.0:
+        return reference(x, W0, bias, A, B, scale, dropout)
+    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
+        return _Fused.apply(x, W0, bias, A, B, scale)
+    return _add_branch(x, W0, bias, A, B, scale)[0]
+
+
+def reference(
+    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """The same in plain operations, differentiable in everything."""
+    branch = F.linear(F.linear(F.dropout(x, dropout), A.to(x.dtype)), B.to(x.dtype))
+    return F.linear(x, W0, bias) + scale * branch
+
+
+def _add_branch(
+    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output [..., d] and Ax [tokens, r]."""
+    out = F.linear(x, W0, bias)
+    Ax = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).t()
+    # F.linear's output is fresh and contiguous, so a view of it can take the branch in place
+    out.view(-1, out.shape[-1]).addmm_(Ax, B.to(x.dtype).t(), alpha=scale)
+    return out, Ax
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        out, Ax = _add_branch(x, W0, bias, A, B, scale)
+        ctx.save_for_backward(x, W0, A, B, Ax)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, W0, A, B, Ax = ctx.saved_tensors
+        g = grads[0].reshape(-1, W0.shape[0])
+        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        dx = dA = dB = None
+        gB = (g @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else g  # [tokens, r]
+        if needs_B:
+            dB = (g.t() @ Ax).mul_(ctx.scale).to(B.dtype)
+        if needs_A:
+            dA = (gB.t() @ x.reshape(-1, x.shape[-1])).to(A.dtype)
+        if needs_x:
+            dx = (g @ W0).addmm_(gB, A.to(g.dtype)).view(x.shape)
+        return dx, None, None, dA, dB, None

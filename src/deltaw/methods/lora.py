@@ -1,0 +1,65 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): ΔW = (α/r)·BA, A Gaussian and B zero at the start. Knows how its settings
+become updates; reads the model only through targets.py and layers.py. Imports torch only when a plan is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltaw.config import check
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaw.attached import Plan
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation: h = W0x + (α/r)·BAx."""
+
+    rank: int = 8
+    """r of every targeted layer, where targets gives none of its own."""
+    alpha: float | None = None
+    """α; the branch is scaled by α/r. Default: the rank of each layer, a scale of 1."""
+    targets: str | Sequence[str] | Mapping[str, int] = "all-linear"
+    """Which layers: all-linear, qv, attention, mlp; roles q k v o up gate down; names or globs; several with commas;
+    attention=8,mlp=4 sets ranks."""
+    dropout: float = 0.0
+    """Probability of zeroing an entry of the branch's input in training."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Start of A: gaussian (the paper's) or kaiming (uniform; loralib's and PEFT's)."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
+
+    def __post_init__(self) -> None:
+        check(self, rank=(1, None), alpha=(0.0, None), dropout=(0.0, 0.99))
+
+    def scale(self, rank: int) -> float:
+        """The factor of BA on a layer of this rank."""
+        alpha = rank if self.alpha is None else self.alpha
+        return alpha / rank if self.scaling == "alpha/r" else alpha / rank**0.5
+
+    def plan(self, model: nn.Module) -> Plan:
+        """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
+        float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
+        import torch
+
+        from deltaw.attached import Plan
+        from deltaw.layers import INITS, kind_of, shape
+        from deltaw.targets import select
+
+        selection = select(model, self.targets, self.rank)
+        updates = {}
+        for name, rank in selection.ranks.items():
+            layer: Any = model.get_submodule(name)
+            kind = kind_of(layer)
+            assert kind is not None
+            d, k = shape(layer)
+            device = layer.weight.device
+            dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+            A = INITS[self.init](rank, k, device, dtype)
+            B = torch.zeros(d, rank, device=device, dtype=dtype)
+            updates[name] = kind(A, B, self.scale(rank), self.dropout)
+        return Plan(updates, selection.left_out)

@@ -1,0 +1,112 @@
+"""MODEL → model and tokenizer: a hub id, a local folder or a GGUF file. Knows nothing of adapters."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.config import DType
+from deltaw.errors import FileError, nearest
+
+log = logging.getLogger("deltaw")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A causal language model in eval mode with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto") -> Pretrained:
+    """The model and tokenizer of `source`. Raises FileError when it is not there or is no causal language model."""
+    where = pick_device(device)
+    arguments = locate(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=_pick_dtype(dtype, where, arguments))
+    except ImportError as error:
+        raise FileError(
+            f"{source} needs a package that is not installed: {error}\nGGUF files need: pip install 'deltaw[gguf]'"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FileError(f"{source} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if "gguf_file" in arguments:
+        _forget_gguf(model)
+    return Pretrained(model.eval().to(where), tokenizer, source)
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """An ordinary Hugging Face folder: config, safetensors, tokenizer. Not atomic: the caller gives a fresh folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pick_device(device: str) -> torch.device:
+    """auto is CUDA, then Apple's MPS, then the CPU. Raises FileError for a device that is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise FileError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+    return chosen
+
+
+def locate(source: str) -> dict[str, Any]:
+    """Arguments of from_pretrained. What looks like a path but is not there is said so, not asked of the hub."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise FileError(f"{source} is a file, but no GGUF file. MODEL is a hub id, a model folder or a .gguf file.")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            if len(ggufs) == 1:
+                return {"pretrained_model_name_or_path": str(path), "gguf_file": ggufs[0].name}
+            raise FileError(f"{source} is a folder without config.json, so it is no model folder{_adapter_hint(path)}.")
+        return {"pretrained_model_name_or_path": str(path)}
+    if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileError(f"There is no model at {source}{nearest(path.name, siblings)}.")
+    return {"pretrained_model_name_or_path": source}
+
+
+def _adapter_hint(path: Path) -> str:
+    if not (path / "adapter_config.json").is_file():
+        return ""
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return f"; it is an adapter of {base or 'some base'}: give the base as MODEL and this folder with --adapter"
+
+
+def _pick_dtype(dtype: DType, device: torch.device, arguments: dict[str, Any]) -> torch.dtype | str:
+    """auto keeps the checkpoint's precision, but float32 on a CPU, where the halves are slower, and for GGUF files."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu" or "gguf_file" in arguments:
+        return torch.float32
+    return AutoConfig.from_pretrained(**arguments).dtype or "auto"
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain tensors by now; left in place, the traces of the quantised file forbid saving them."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

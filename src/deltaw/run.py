@@ -1,0 +1,290 @@
+"""One training run from end to end: model, records, loop, samples, run folder. Prints nothing: it reports events.
+
+A run folder holds adapter/ (PEFT format), config.yaml (reproduces the run), log.jsonl, result.json and report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from deltaw import attached, store
+from deltaw.config import GenerateConfig, TrainConfig, to_mapping
+from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read
+from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted
+from deltaw.files.atomic import write_text
+from deltaw.generation import generate, pad_id
+from deltaw.methods.lora import LoRA
+from deltaw.pretrained import Pretrained, load_pretrained
+from deltaw.study.report import write as write_report
+from deltaw.study.run_report import Sampled, run_report
+from deltaw.training.loop import Event, Loop, LoopState, peak_memory, relative_norm
+
+ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
+_SAMPLE = GenerateConfig(max_new_tokens=96)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `model` carries the trained adapter, active."""
+
+    folder: Path
+    adapter: Path
+    report: Path
+    model: Any
+    tokenizer: Any
+    state: LoopState
+    summary: attached.Summary
+    relative_norm: float
+    """‖ΔW‖/‖W0‖ over all adapted layers."""
+    data: dict[str, Any]
+    """Counts of the training records: kept, truncated, dropped, tokens …"""
+    samples: list[Sampled]
+    log: list[dict[str, Any]]
+    warnings: list[str]
+    peak_memory: int
+
+    def figures(self) -> dict[str, Any]:
+        """The plain values of result.json."""
+        adapter = self.summary.adapters[self.summary.active or "default"]
+        return {
+            "loop": dataclasses.asdict(self.state),
+            "trainable_parameters": adapter.parameters,
+            "trainable_share": adapter.share,
+            "adapter_bytes": sum(f.stat().st_size for f in self.adapter.iterdir()),
+            "base_bytes": self.summary.base_bytes,
+            "relative_norm": self.relative_norm,
+            "peak_memory": self.peak_memory,
+            "data": self.data,
+            "warnings": self.warnings,
+        }
+
+
+def train(
+    model: str | nn.Module,
+    data: Any,
+    config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
+    *,
+    method: Any = LoRA(),  # noqa: B008  (frozen)
+    tokenizer: Any = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> RunResult:
+    """Train `method`'s update of `model` on `data` and write the run folder `config.out`.
+
+    model: a hub id, a folder, a GGUF file, or a loaded model with its `tokenizer`. data: a file, folder, hub data set or a
+    list of records. `on_event` hears of every logged step, evaluation and warning.
+
+    Raises ConfigError, FileError, TargetError or DataError before any training; TrainError when the loss is not finite and
+    Interrupted after Ctrl-C, both with what was learned so far saved in the run folder.
+    """
+    folder = _claim(config)
+    source = data
+    records = read(data, config.data, split=config.data.split)
+    valid_records = _held_out(source, records, config)
+    loaded = _loaded(model, tokenizer, config)
+    train_records, valid_records = _split(records, valid_records, config)
+    encoded = encode(train_records, loaded.tokenizer, config.data)
+    valid = encode(valid_records, loaded.tokenizer, config.data) if valid_records is not None else None
+    torch.manual_seed(config.seed)
+    attached.attach(loaded.model, method)
+    return _Run(folder, loaded, source, config, method, encoded, valid, valid_records, on_event).go()
+
+
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    folder: Path
+    loaded: Pretrained
+    source: Any
+    config: TrainConfig
+    method: Any
+    encoded: Encoded
+    valid: Encoded | None
+    valid_records: Any
+    on_event: Callable[[Event], None]
+
+    def go(self) -> RunResult:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = self._settings()
+        write_text(self.folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        self.log: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self._report_coverage()
+        chosen = self._chosen_samples()
+        before = self._sample(chosen, None)
+        with (self.folder / LOG).open("w", encoding="utf-8") as self.log_file, _ctrl_c() as stopping:
+            loop = Loop(
+                self.loaded.model,
+                self.encoded.examples,
+                self.valid.examples if self.valid else (),
+                self.config,
+                pad_id(self.loaded.tokenizer),
+                on_event=self._hear,
+                should_stop=stopping,
+            )
+            try:
+                state = loop.run()
+            except BaseException:
+                self._save_if_sound(settings)
+                raise
+        self._save(settings)
+        if state.stopped == "interrupted":
+            raise Interrupted(
+                f"Stopped after step {state.step} of {loop.total_steps}; the adapter so far is in {self.folder / ADAPTER}.\n"
+                f"Use it with --adapter {self.folder / ADAPTER}, or start again:\n"
+                f"  deltaw train --config {self.folder / CONFIG} --overwrite"
+            )
+        return self._finish(
+            state,
+            [
+                Sampled(r.prompt, r.completion, b, a)
+                for r, b, a in zip(chosen, before, self._sample(chosen, "default"), strict=True)
+            ],
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is."""
+        data = (
+            self.source if isinstance(self.source, (str, Path)) else f"<{len(self.encoded.examples)} records in memory>"
+        )
+        return {"model": self.loaded.name, "data": str(data), **to_mapping(self.method), **to_mapping(self.config)}
+
+    def _report_coverage(self) -> None:
+        summary = attached.summary(self.loaded.model)
+        adapter = summary.adapters["default"]
+        self.on_event(Event("start", 0, {
+            "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share,
+            "left_out": adapter.left_out, "data": dataclasses.asdict(self.encoded.counts), "base_bytes": summary.base_bytes,
+        }))  # fmt: skip
+
+    def _hear(self, event: Event) -> None:
+        line = {"event": event.kind, "step": event.step, **event.values}
+        self.log.append(line)
+        self.log_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.log_file.flush()
+        if event.kind == "warning":
+            self.warnings.append(event.values["text"])
+        self.on_event(event)
+
+    def _chosen_samples(self) -> list[Record]:
+        seen: dict[str, Record] = {}
+        for record in self.valid_records.items if self.valid_records is not None else ():
+            if record.completion is not None and len(seen) < self.config.samples:
+                seen.setdefault(record.prompt, record)
+        return list(seen.values())
+
+    def _sample(self, records: list[Record], adapter: str | None) -> list[str]:
+        if not records:
+            return []
+        prompts = [encode_prompt(r, self.loaded.tokenizer, self.config.data) for r in records]
+        with attached.using(self.loaded.model, adapter):
+            return generate(self.loaded.model, self.loaded.tokenizer, prompts, _SAMPLE)
+
+    def _save(self, settings: dict[str, Any]) -> None:
+        store.save(self.loaded.model, self.folder / ADAPTER, training=settings)
+
+    def _save_if_sound(self, settings: dict[str, Any]) -> None:
+        if all(bool(torch.isfinite(p).all()) for p in attached.parameters(self.loaded.model, "default")):
+            self._save(settings)
+
+    def _finish(self, state: LoopState, samples: list[Sampled]) -> RunResult:
+        result = RunResult(
+            folder=self.folder,
+            adapter=self.folder / ADAPTER,
+            report=self.folder / REPORT,
+            model=self.loaded.model,
+            tokenizer=self.loaded.tokenizer,
+            state=state,
+            summary=attached.summary(self.loaded.model),
+            relative_norm=relative_norm(self.loaded.model),
+            data=dataclasses.asdict(self.encoded.counts),
+            samples=samples,
+            log=self.log,
+            warnings=self.warnings,
+            peak_memory=peak_memory(),
+        )
+        figures = result.figures()
+        write_text(self.folder / RESULT, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        write_report(run_report(self._settings(), figures, self.log, samples), self.folder / REPORT)
+        return result
+
+
+def _claim(config: TrainConfig) -> Path:
+    folder = Path(config.out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out is {folder}, which is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
+        raise ConfigError(
+            f"The run folder {folder} is not empty. Choose another --out, or pass --overwrite to replace it."
+        )
+    return folder
+
+
+def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
+    if isinstance(model, (str, Path)):
+        return load_pretrained(str(model), dtype=config.dtype, device=config.device)
+    if tokenizer is None:
+        raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
+    if "default" in attached.adapters(model):
+        raise AdapterError("The model has an adapter 'default' already: detach it first.")
+    return Pretrained(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
+    """The held-out records where there is a split or file for them, else None."""
+    if config.valid is not None:
+        if Path(config.valid).exists():
+            return read(config.valid, config.data)
+        return read(source, config.data, split=config.valid)
+    split = held_out_split(source) if isinstance(source, (str, Path)) else None
+    return read(source, config.data, split=split) if split else None
+
+
+def _split(records: Any, valid: Any, config: TrainConfig) -> tuple[Any, Any]:
+    """Seeded: a part held out where there was none, then at most max_records to train on and valid_most to evaluate on."""
+    items = list(records.items)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    if valid is None and config.valid_share > 0 and len(items) >= 20:
+        count = max(1, min(round(len(items) * config.valid_share), config.valid_most))
+        order, held = order[count:], order[:count]
+        valid = dataclasses.replace(records, items=[items[i] for i in held])
+    elif valid is not None and len(valid.items) > config.valid_most:
+        picks = torch.randperm(len(valid.items), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        valid = dataclasses.replace(valid, items=[valid.items[i] for i in picks[: config.valid_most]])
+    if config.data.max_records is not None:
+        order = order[: config.data.max_records]
+    if not order:
+        raise DataError("No training records are left after holding some out.")
+    return dataclasses.replace(records, items=[items[i] for i in sorted(order)]), valid
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """While open, the first Ctrl-C asks the loop to stop after its step; a second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)

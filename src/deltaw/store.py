@@ -1,0 +1,172 @@
+"""An attached adapter ↔ its folder: the glue between attached.py, which edits models, and files/, which knows none."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaw import attached as live
+from deltaw.errors import AdapterError, BaseMismatch, FileError, listing, nearest
+from deltaw.files import peft
+from deltaw.files.fingerprint import Fingerprint, fingerprint
+from deltaw.layers import LowRank, LowRankConv1D, kind_of, shape
+from deltaw.methods.lora import LoRA
+from deltaw.version import __version__
+
+log = logging.getLogger("deltaw")
+
+
+def save(
+    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None
+) -> Path:
+    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata.
+
+    Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
+    differs; a folder that was at `path` is then still there.
+    """
+    updates = live.updates(model, name)
+    dead = [layer for layer, u in updates.items() if not bool(u.A.any())]
+    if dead:
+        raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
+    record = live.find_record(model)
+    assert record is not None
+    attached = record.attached[name]
+    metadata = {
+        "deltaw_format": peft.FORMAT,
+        "deltaw_version": __version__,
+        "deltaw_base": str(base_fingerprint(model)),
+    }
+    training = attached.metadata.get("training") if training is None else training
+    if training:
+        metadata["deltaw_training"] = json.dumps(dict(training), sort_keys=True, ensure_ascii=False)
+    factors: dict[str, tuple[Tensor, Tensor]] = {layer: (u.A, u.B) for layer, u in updates.items()}
+    scales = {layer: u.scale for layer, u in updates.items()}
+    return peft.write(Path(path), peft.LoRAFile(factors, scales, _config(model, attached.method, updates), metadata))
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True
+) -> str:
+    """Attach the adapter in folder `path`, not trainable, and make it active. Returns its name: `name`, or "default", or
+    the folder's name where that is taken.
+
+    Everything is checked before the model is touched. Raises FileError with all problems of the file, layers that the
+    model lacks (with the nearest names) and shapes that differ; BaseMismatch when the file says it belongs to other base
+    weights (`check_base=False` overrides). A file without a fingerprint (not ours) is a logged warning.
+    """
+    path = Path(path)
+    file = peft.read(path)
+    taken = live.adapters(model)
+    if name is None:
+        name = "default" if "default" not in taken else path.name.replace(".", "_")
+    live.check_free(model, name)
+    if check_base:
+        _check_base(model, file, path)
+    plan = live.Plan(_fitted(model, file, path))
+    metadata = {"training": json.loads(file.metadata["deltaw_training"])} if "deltaw_training" in file.metadata else {}
+    live.apply_plan(model, plan, _method(file), name=name, activate=activate, metadata=metadata)
+    return name
+
+
+def training_of(path: str | Path) -> dict[str, Any]:
+    """What the adapter's file says about how it was trained (prompt template, data form …); empty for foreign files."""
+    text = peft.read(Path(path)).metadata.get("deltaw_training")
+    return json.loads(text) if text else {}
+
+
+def base_fingerprint(model: nn.Module) -> Fingerprint:
+    """Fingerprint of the base under the adapters; computed once for a model, since its base does not change."""
+    record = live.find_record(model)
+    if record is not None and record.fingerprint is not None:
+        return record.fingerprint
+    value = fingerprint(live.base_parameters(model))
+    if record is not None:
+        record.fingerprint = value
+    return value
+
+
+def _check_base(model: nn.Module, file: peft.LoRAFile, path: Path) -> None:
+    text = file.metadata.get("deltaw_base")
+    if text is None:
+        log.warning("%s names no base (it was not written by deltaw): only its keys and shapes are checked.", path)
+        return
+    try:
+        expected = Fingerprint.parse(text)
+    except ValueError as error:
+        raise FileError(f"{path}: the base fingerprint {text!r} in its metadata is damaged.") from error
+    verdict = base_fingerprint(model).compare(expected)
+    if verdict == "different":
+        trained_on = file.config.get("base_model_name_or_path") or "another model"
+        raise BaseMismatch(
+            f"The adapter in {path} was trained on other base weights ({trained_on}) than this model has.\n"
+            f"Load that base, or pass check_base=False (command line: --any-base) if you know that it fits."
+        )
+    if verdict == "cast":
+        log.info("%s was trained on this base in another precision.", path)
+
+
+def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowRank]:
+    """The file's updates for this model's layers, in the model's order; FileError with everything that does not fit."""
+    layers = dict(model.named_modules())
+    problems: list[str] = []
+    updates: dict[str, LowRank] = {}
+    for layer_name, (A, B) in file.factors.items():
+        layer = layers.get(layer_name)
+        if layer is None:
+            problems.append(f"the model has no layer {layer_name!r}{nearest(layer_name, layers, count=1)}")
+            continue
+        kind = kind_of(layer)
+        if kind is None:
+            problems.append(f"{layer_name!r} is a {type(layer).__name__}, which cannot take the update")
+            continue
+        if (B.shape[0], A.shape[1]) != shape(layer):
+            d, k = shape(layer)
+            problems.append(f"{layer_name!r} is {d}×{k} in the model, {B.shape[0]}×{A.shape[1]} in the file")
+            continue
+        device = layer.weight.device
+        dropout = float(file.config.get("lora_dropout") or 0.0)
+        updates[layer_name] = kind(A.to(device), B.to(device), file.scales[layer_name], dropout)
+    if problems:
+        raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
+    return {n: updates[n] for n in layers if n in updates}
+
+
+def _method(file: peft.LoRAFile) -> LoRA:
+    """The settings a file was made with, as far as it says them."""
+    config = file.config
+    return LoRA(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        targets={layer: A.shape[0] for layer, (A, _) in file.factors.items()},
+        dropout=float(config.get("lora_dropout") or 0.0),
+        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+    )
+
+
+def _config(model: nn.Module, method: Any, updates: Mapping[str, LowRank]) -> dict[str, Any]:
+    if not isinstance(method, LoRA):
+        raise AdapterError(f"{type(method).__name__} has no file format yet.")
+    hf_config = getattr(model, "config", None)
+    return peft.config_for(
+        {layer: u.rank for layer, u in updates.items()},
+        {layer: u.scale for layer, u in updates.items()},
+        target_modules=_target_modules(model, updates),
+        dropout=method.dropout,
+        rank_stabilised=method.scaling == "alpha/sqrt(r)",
+        transposed=all(isinstance(u, LowRankConv1D) for u in updates.values()),
+        base=getattr(hf_config, "_name_or_path", None) or None,
+        task="CAUSAL_LM" if getattr(model, "can_generate", lambda: False)() else None,
+    )
+
+
+def _target_modules(model: nn.Module, updates: Mapping[str, LowRank]) -> list[str]:
+    """The shortest list that PEFT reads as exactly these layers: the last parts of their names where no other module
+    ends so, else the full names."""
+    ends = {name.rsplit(".", 1)[-1] for name in updates}
+    matched = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ends}
+    return sorted(ends if matched == set(updates) else updates)

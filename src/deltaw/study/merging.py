@@ -1,0 +1,94 @@
+"""A merged model folder, verified: what is on disk is loaded again and compared with the unmerged model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw import attached, store
+from deltaw.config import DType
+from deltaw.errors import MergeError
+from deltaw.files.atomic import replacing_folder
+from deltaw.pretrained import load_pretrained, save_pretrained
+
+# Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """What `merge_to_folder` did."""
+
+    report: attached.MergeReport
+    bytes: int
+    drift: float
+    """Largest logit difference between the folder's model and base + branch, in the same dtype."""
+    agreement: float
+    """Share of positions whose likeliest token is the same."""
+    positions: int
+
+
+def merge_to_folder(
+    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", device: str = "cpu", check_base: bool = True
+) -> MergedFolder:
+    """Write base + ΔW as an ordinary model folder, atomically. Raises FileError, BaseMismatch or MergeError; `out` is then
+    not there."""
+    loaded = load_pretrained(source, dtype=_checkpoint_dtype(source) if dtype == "auto" else dtype, device=device)
+    model = loaded.model
+    store.load(model, adapter, check_base=check_base)
+    ids = probe(loaded.tokenizer, model)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+    report = attached.merge(model)
+    with replacing_folder(out) as folder:
+        _save_plain(model, loaded.tokenizer, folder)
+        again = load_pretrained(str(folder), dtype=str(model.dtype).removeprefix("torch."), device=device)  # type: ignore[arg-type]
+        with torch.no_grad():
+            found = again.model(ids).logits.float()
+        drift = float((found - expected).abs().max())
+        limit = _TOLERANCE.get(model.dtype, 1e-3) * max(1.0, float(expected.abs().max()))
+        if not drift <= limit:
+            raise MergeError(
+                f"The merged model's logits differ by {drift:.3g} from the unmerged model's (limit {limit:.3g}): "
+                "nothing was written."
+            )
+        size = sum(f.stat().st_size for f in folder.iterdir())
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    return MergedFolder(report, size, drift, agreement, ids.numel())
+
+
+def probe(tokenizer: Any, model: Any) -> Tensor:
+    """Token ids [1, t] to compare models on: some text, then a seeded walk through the vocabulary."""
+    text = tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
+    walk = torch.randint(0, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.tensor([[*text, *walk]], device=model.device)
+
+
+def _save_plain(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a merged model without a trace of us: detached layers, merged weights."""
+    merged = {
+        name: model.get_submodule(name).weight.detach().clone()
+        for name in attached.updates(model, attached.adapters(model)[0])
+    }
+    attached.detach(model)
+    with torch.no_grad():
+        for name, weight in merged.items():
+            model.get_submodule(name).weight.copy_(weight)
+    save_pretrained(model, tokenizer, folder)
+
+
+def _checkpoint_dtype(source: str) -> DType:
+    """The precision that the checkpoint is stored in: merging for storage must not widen or narrow it unasked."""
+    from transformers import AutoConfig
+
+    from deltaw.pretrained import locate
+
+    arguments = locate(source)
+    if "gguf_file" in arguments:
+        return "float32"
+    name = str(AutoConfig.from_pretrained(**arguments).dtype).removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else "float32"  # type: ignore[return-value]

@@ -1,0 +1,133 @@
+"""A training run's figures and log as a Report. Knows what a run logs; nothing of HTML, models or files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltaw.study.report import Chart, Report, Sample, Series, Table
+from deltaw.version import __version__
+
+_SMOOTH = 0.9
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A held-out record with the completions of the base and of the adapter."""
+
+    prompt: str
+    reference: str | None
+    before: str
+    after: str
+
+
+def run_report(
+    settings: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    samples: Sequence[Sampled],
+    *,
+    title: str | None = None,
+    headline: str | None = None,
+    tables: Sequence[Table] = (),
+    charts: Sequence[Chart] = (),
+    commands: Sequence[str] | None = None,
+) -> Report:
+    """The report of a run from config.yaml's settings, result.json's figures and log.jsonl's lines; `tables`, `charts` and
+    `commands` add to it or, for commands, replace its own."""
+    adapter = f"{settings['out']}/adapter"
+    return Report(
+        title=title or f"{settings['model']} on {settings['data']}",
+        headline=headline or _headline(figures, log),
+        facts=_facts(figures),
+        curves=[*_curves(log), *charts],
+        examples=[Sample(s.prompt, s.reference, s.before, s.after) for s in samples],
+        tables=[*tables, _counts(figures), _settings(settings)],
+        warnings=list(figures["warnings"]),
+        commands=list(commands) if commands is not None else [
+            f"deltaw chat {settings['model']} --adapter {adapter}",
+            f"deltaw eval {settings['model']} HELD_OUT_DATA --adapter {adapter}",
+            f"deltaw merge {settings['model']} {adapter} -o MERGED",
+        ],
+        footer=f"deltaw {__version__}",
+    )  # fmt: skip
+
+
+def megabytes(count: float) -> str:
+    """Bytes in powers of ten."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _headline(figures: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+    loop = figures["loop"]
+    held_out = [line["valid_loss"] for line in log if line["event"] == "eval"]
+    what = (
+        f"Held-out loss {held_out[0]:.3f} → {held_out[-1]:.3f}"
+        if held_out
+        else f"Training loss {loop['first_loss']:.3f} → {loop['last_loss']:.3f}"
+    )
+    return f"{what} with {megabytes(figures['adapter_bytes'])} of update in {_minutes(loop['seconds'])}."
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+
+
+def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    loop = figures["loop"]
+    facts = [
+        ("Adapter", megabytes(figures["adapter_bytes"]), f"base {megabytes(figures['base_bytes'])}"),
+        (
+            "Trainable",
+            f"{figures['trainable_parameters']:,}",
+            f"{figures['trainable_share']:.2%} of the base's parameters",
+        ),
+        ("Time", _minutes(loop["seconds"]), f"{loop['step']} steps, {loop['records']:,} records"),
+        (
+            "Speed",
+            f"{loop['tokens'] / max(loop['seconds'], 1e-9):.0f} tokens/s",
+            f"{loop['tokens']:,} tokens, padding not counted",
+        ),
+        ("Peak memory", megabytes(figures["peak_memory"]), "of the process, base included"),
+        ("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}", "over all adapted layers"),
+    ]
+    if loop["best_loss"] < float("inf"):
+        facts.append(("Best held-out loss", f"{loop['best_loss']:.4f}", f"at step {loop['best_step']}"))
+    return facts
+
+
+def _curves(log: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    steps = [line for line in log if line["event"] == "step"]
+    evals = [line for line in log if line["event"] == "eval"]
+    raw = [(line["step"], line["loss"]) for line in steps]
+    loss = [Series("training", raw, "dots"), Series("training, smoothed", _smoothed(raw), "line")]
+    if evals:
+        loss.append(Series("held out", [(line["step"], line["valid_loss"]) for line in evals], "line"))
+    speed = [(line["step"], line["tokens_per_second"]) for line in steps]
+    return [
+        Chart("Loss", "step", "nats per supervised token", loss, note="−log p(y_t | x, y_<t), averaged over supervised tokens"),
+        Chart("Learning rate", "step", "", [Series("learning rate", [(x["step"], x["lr"]) for x in steps], "line")]),
+        Chart("Gradient norm", "step", "", [Series("before clipping", [(x["step"], x["grad_norm"]) for x in steps], "line")]),
+        Chart("Speed", "step", "tokens per second", [Series("since the last line", speed, "line")]),
+    ]  # fmt: skip
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Exponential moving average, corrected for its start."""
+    total = weight = 0.0
+    smooth = []
+    for x, y in points:
+        total, weight = _SMOOTH * total + (1 - _SMOOTH) * y, _SMOOTH * weight + (1 - _SMOOTH)
+        smooth.append((x, total / weight))
+    return smooth
+
+
+def _counts(figures: Mapping[str, Any]) -> Table:
+    rows = [[name, f"{value:,}"] for name, value in figures["data"].items()]
+    return Table("Training data", ["", "count"], rows, note="Tokens are those of the kept records, once.")
+
+
+def _settings(settings: Mapping[str, Any]) -> Table:
+    rows = [[name, "" if value is None else str(value)] for name, value in settings.items()]
+    return Table("Settings", ["setting", "value"], rows, note="config.yaml reproduces the run.")

@@ -1,0 +1,201 @@
+"""Which layers a `targets` value means in this model. Reads the model, changes nothing.
+
+A targets value is a preset ("all-linear", "qv", "attention", "mlp"), a role (q k v o up gate down), a layer's dotted
+name or the end of one ("q_proj"), a glob ("*.layers.[0-3].*"), a comma-separated or real list of those, or a mapping of
+those to ranks, in which a later entry overrides an earlier one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltaw.errors import TargetError, listing, nearest
+from deltaw.layers import shape, why_not
+
+Targets = str | Sequence[str] | Mapping[str, int]
+
+# The end of a dense layer's dotted name → its role, over the architectures of transformers. First match wins, so the
+# longer names (attention.output.dense) stand before the shorter ones they end in (output.dense).
+ROLES: dict[str, str] = {
+    "qkv": r"c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj_linear",
+    "gate_up": r"gate_up_proj",
+    "q": r"q_proj|query_proj|query|q_lin|to_q|(?:SelfAttention|EncDecAttention|attention|attn)\.q",
+    "k": r"k_proj|key_proj|key|k_lin|to_k|(?:SelfAttention|EncDecAttention|attention|attn)\.k",
+    "v": r"v_proj|value_proj|value|v_lin|to_v|(?:SelfAttention|EncDecAttention|attention|attn)\.v",
+    "o": r"o_proj|out_proj|out_lin|(?:SelfAttention|EncDecAttention)\.o|(?:attention|attn)\.output\.dense"
+    r"|attn\.c_proj|(?:self_attention|attention|self_attn)\.dense|to_out\.0|attention\.o",
+    "gate": r"gate_proj|wi_0",
+    "up": r"up_proj|fc1|c_fc|intermediate\.dense|wi_1|wi|lin1|dense_h_to_4h|linear1|ffn",
+    "down": r"down_proj|fc2|mlp\.c_proj|output\.dense|wo|lin2|dense_4h_to_h|linear2|ffn_output",
+}
+_ROLE_PATTERNS = [(role, re.compile(rf"(?:.*\.)?(?:{names})")) for role, names in ROLES.items()]
+PRESETS: dict[str, tuple[str, ...]] = {
+    "qv": ("q", "v"),
+    "attention": ("q", "k", "v", "o", "qkv"),
+    "mlp": ("up", "gate", "down", "gate_up"),
+}
+ALL = "all-linear"
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "gate_up", "gate": "gate_up"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a targets value came to."""
+
+    ranks: dict[str, int]
+    """Layer name → rank, in the model's own order."""
+    left_out: dict[str, str]
+    """Dense weights that are not targeted, and why."""
+
+
+def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
+    """The layers of `model` that `targets` means, each with its rank (`rank` where targets names none).
+
+    Raises TargetError with every problem: an entry that matches nothing (with the nearest names), a layer that is
+    not dense, a rank below 1 or above min(d, k).
+    """
+    layers = dict(model.named_modules())
+    dense = {name: layer for name, layer in layers.items() if name and why_not(layer) is None}
+    head = _head_names(model, dense)
+    body = {name: layer for name, layer in dense.items() if name not in head}
+    entries = _entries(targets, rank)
+    ranks: dict[str, int] = {}
+    problems: list[str] = []
+    if not entries:
+        problems.append("targets is empty")
+    for entry, r in entries.items():
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            problems.append(f"{entry!r}: rank is {r!r}; it must be a whole number of at least 1")
+            continue
+        names, problem = _match(entry, layers, dense, body, model)
+        if problem:
+            problems.append(problem)
+        for name in names:
+            ranks[name] = r
+    problems += _too_large(dense, ranks)
+    if problems:
+        known = ", ".join(sorted({_kind(n) for n in body})) or "none"
+        raise TargetError(
+            listing("These targets do not fit the model:", problems)
+            + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
+        )
+    return Selection({n: ranks[n] for n in dense if n in ranks}, _left_out(model, layers, ranks, head))
+
+
+def role(name: str) -> str | None:
+    """The role of a dense layer by its dotted name: q k v o up gate down, qkv or gate_up where they are fused."""
+    return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(name)), None)
+
+
+def _entries(targets: Targets, rank: int) -> dict[str, int]:
+    if isinstance(targets, Mapping):
+        return dict(targets)
+    words = _split(targets) if isinstance(targets, str) else list(targets)
+    entries: dict[str, int] = {}
+    for word in words:
+        name, equals, r = word.partition("=")
+        entries[name.strip()] = (int(r) if r.strip().isdigit() else 0) if equals else rank
+    return entries
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside brackets: 'q,c_attn[q,v]' is two entries."""
+    return [w.strip() for w in re.split(r",(?![^\[]*\])", text) if w.strip()]
+
+
+def _match(
+    entry: str, layers: dict[str, nn.Module], dense: dict[str, nn.Module], body: dict[str, nn.Module], model: nn.Module
+) -> tuple[list[str], str | None]:
+    """The layer names that one entry means, or what is wrong with it."""
+    if entry == ALL:
+        return list(body), None if body else "the model has no dense layer besides its output head"
+    if entry in PRESETS or entry in ROLES:
+        return _match_roles(entry, body)
+    if entry in dense:
+        return [entry], None
+    if re.search(r"\[[a-z_]+(,[a-z_]+)*\]$", entry) and "*" not in entry:
+        return [], f"{entry!r}: slices of a fused layer cannot be targeted yet; name the whole layer"
+    if any(c in entry for c in "*?["):
+        names = [n for n in dense if fnmatch.fnmatchcase(n, entry)]
+        return names, None if names else f"{entry!r} matches no dense layer"
+    names = [n for n in dense if n.endswith("." + entry)]
+    if names:
+        return names, None
+    aliases = [n for n, m in model.named_modules(remove_duplicate=False) if n == entry or n.endswith("." + entry)]
+    shared = [n for n, m in dense.items() if any(model.get_submodule(a) is m for a in aliases)]
+    return (shared, None) if shared else ([], _unmatched(entry, aliases, layers, dense, model))
+
+
+def _match_roles(entry: str, body: dict[str, nn.Module]) -> tuple[list[str], str | None]:
+    wanted = PRESETS.get(entry, (entry,))
+    names = [n for n in body if role(n) in wanted]
+    if names:
+        missing_fused = {_FUSED[w] for w in wanted if w in _FUSED and _FUSED[w] not in wanted}
+        fused = sorted({_kind(n) for n in body if role(n) in missing_fused})
+        if fused and not any(role(n) in ("q", "k", "v") for n in names if "qkv" in missing_fused):
+            return [], f"{entry!r}: {', '.join(fused)} holds several roles at once; name it to adapt the whole layer"
+        return names, None
+    fused = sorted({_kind(n) for n in body if role(n) in {_FUSED.get(w) for w in wanted}})
+    if fused:
+        return (
+            [],
+            f"{entry!r}: this model fuses it with others in {', '.join(fused)}; name that to adapt the whole layer",
+        )
+    return [], f"{entry!r}: no layer of this model has that role"
+
+
+def _unmatched(
+    entry: str, aliases: list[str], layers: dict[str, nn.Module], dense: dict[str, nn.Module], model: nn.Module
+) -> str:
+    if aliases:
+        layer = model.get_submodule(aliases[0])
+        inside = [n for n in dense if any(n.startswith(a + ".") for a in aliases)]
+        if inside:
+            return f"{entry!r} is a {type(layer).__name__} with {len(inside)} dense layers inside; write '*{entry}.*' for them"
+        return f"{entry!r} cannot take the update: {why_not(layer)}"
+    ends = {_kind(n) for n in dense} | {n.rsplit(".", 1)[-1] for n in dense}
+    return f"{entry!r} matches no layer{nearest(entry, [*ends, ALL, *PRESETS, *ROLES, *dense])}"
+
+
+def _too_large(dense: dict[str, nn.Module], ranks: dict[str, int]) -> list[str]:
+    """One problem for each kind of layer whose rank exceeds min(d, k): a low-rank update of it would not be low."""
+    problems: dict[str, str] = {}
+    for name, r in ranks.items():
+        d, k = shape(dense[name])
+        if r > min(d, k):
+            problems.setdefault(
+                _kind(name), f"{name!r}: rank {r} is larger than min(d, k) = {min(d, k)} of its {d}×{k} weight"
+            )
+    return list(problems.values())
+
+
+def _head_names(model: nn.Module, dense: dict[str, nn.Module]) -> set[str]:
+    """Output layers: the output embeddings, and in a transformers model whatever is outside its base model."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {n for n, layer in dense.items() if layer is head}
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        names |= {n for n in dense if not n.startswith(prefix + ".")}
+    return names
+
+
+def _left_out(model: nn.Module, layers: dict[str, nn.Module], ranks: dict[str, int], head: set[str]) -> dict[str, str]:
+    """Modules with a matrix weight of their own that take no update, and why (the coverage that attach reports)."""
+    why: dict[str, str] = {}
+    for name, layer in layers.items():
+        if name in ranks or any(name.startswith(f"{n}.") for n in ranks):
+            continue
+        if any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
+            why[name] = "output head" if name in head else why_not(layer) or "not among the targets"
+    return why
+
+
+def _kind(name: str) -> str:
+    """The last part of a dotted name, with the one before it where the last alone says little (attention.dense)."""
+    parts = [p for p in name.split(".") if not p.isdigit()] or [name]
+    return ".".join(parts[-2:]) if parts[-1] in ("dense", "c_proj", "q", "k", "v", "o", "weight") else parts[-1]

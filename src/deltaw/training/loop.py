@@ -1,0 +1,250 @@
+"""The training loop: batches → loss → step, with evaluation, early stop and a clean way to be interrupted.
+
+All that changes while it runs is in one place, `LoopState`, beside the optimizer and the adapter's tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.attached import parameters, updates
+from deltaw.config import TrainConfig
+from deltaw.data import Batch, Example, collate, plan
+from deltaw.errors import TrainError
+from deltaw.lowrank import delta_norm
+from deltaw.training.loss import CompletionLoss
+
+# Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
+_NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, for whoever logs or shows it."""
+
+    kind: Literal["start", "step", "eval", "warning"]
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass
+class LoopState:
+    """Where the loop is. Counts are over the whole run."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    supervised: int = 0
+    records: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    without_gain: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    stopped: Literal["", "early", "minutes", "interrupted"] = ""
+
+
+@dataclass
+class Loop:
+    """One adapter trained on encoded examples. The model carries the adapter, attached and active."""
+
+    model: nn.Module
+    examples: Sequence[Example]
+    valid: Sequence[Example]
+    config: TrainConfig
+    pad_id: int
+    on_event: Callable[[Event], None] = lambda event: None
+    should_stop: Callable[[], bool] = lambda: False
+    state: LoopState = field(default_factory=LoopState)
+
+    def __post_init__(self) -> None:
+        self.trainable = parameters(self.model)
+        self.loss = CompletionLoss(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.trainable, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
+        )
+        self.lengths = [len(e.input_ids) for e in self.examples]
+        self.per_epoch = math.ceil(len(self.examples) / self.config.batch)
+        self.total_steps = self.config.steps or max(1, math.ceil(self.per_epoch * self.config.epochs))
+        self.eval_every = self.config.eval_every or max(1, math.ceil(self.total_steps / 10))
+        self.best: list[Tensor] | None = None
+        self._logged = (self.state.tokens, self.state.seconds)
+
+    def run(self) -> LoopState:
+        """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
+        began = time.monotonic() - self.state.seconds
+        self.model.train()
+        if self.config.gradient_checkpointing:
+            _checkpoint_activations(self.model)
+        if self.valid and self.state.step == 0:
+            self._evaluate()
+        while self.state.step < self.total_steps and not self.state.stopped:
+            values = self._step()
+            self.state.seconds = time.monotonic() - began
+            if self.state.step % self.config.log_every == 0 or self.state.step in (1, self.total_steps):
+                self._log(values)
+            if self.config.minutes and self.state.seconds >= self.config.minutes * 60:
+                self.state.stopped = "minutes"
+            if self.should_stop():
+                self.state.stopped = "interrupted"
+            if self.valid and self._is_eval_step() and self.state.stopped != "interrupted":
+                self._evaluate()
+        self._keep_best()
+        self.model.eval()
+        return self.state
+
+    def _step(self) -> dict[str, Any]:
+        """One optimizer step over `config.batch` records, normalised over all its supervised tokens."""
+        lr = self.config.lr * self._lr_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rows = [self.examples[i] for i in self._indices(self.state.step)]
+        size = self.config.micro_batch or len(rows)
+        micro = [collate(rows[i : i + size], self.pad_id) for i in range(0, len(rows), size)]
+        supervised = sum(int(batch.supervised.sum()) for batch in micro)
+        loss = sum(self._backward(batch, supervised) for batch in micro)
+        if self.state.step == 0:
+            self._check_reached()
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.config.clip or math.inf)
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            raise TrainError(
+                f"The loss is {loss} and the gradient norm {float(norm)} at step {self.state.step + 1}: training cannot go on.\n"
+                f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state = self.state
+        state.step += 1
+        state.records += len(rows)
+        state.tokens += sum(len(e.input_ids) for e in rows)
+        state.supervised += supervised
+        state.last_loss = loss
+        state.first_loss = loss if state.first_loss is None else state.first_loss
+        return {"loss": loss, "lr": lr, "grad_norm": float(norm)}
+
+    def _backward(self, batch: Batch, supervised: int) -> float:
+        total, _ = self.loss(batch)
+        mean = total / supervised
+        mean.backward()
+        return float(mean.detach())
+
+    def _indices(self, step: int) -> list[int]:
+        """The records of a step: a function of (seed, step) alone, so a resumed run sees the same ones."""
+        epoch, position = divmod(step, self.per_epoch)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._batches = (
+                epoch,
+                plan(self.lengths, batch=self.config.batch, seed=self.config.seed, epoch=epoch),
+            )
+        return self._batches[position]
+
+    def _lr_factor(self) -> float:
+        """Warm-up, then the schedule, by steps done or by the clock, whichever is further on."""
+        state, config = self.state, self.config
+        total = float(self.total_steps)
+        warmup = config.warmup if config.warmup >= 1 else config.warmup * total
+        if state.step < warmup:
+            return (state.step + 1) / (warmup + 1)
+        progress = (state.step - warmup) / max(1.0, total - warmup)
+        if config.minutes:
+            progress = max(progress, state.seconds / (config.minutes * 60))
+        progress = min(1.0, progress)
+        if config.schedule == "constant":
+            return 1.0
+        return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def _check_reached(self) -> None:
+        """A layer whose forward never ran has no gradient: its update would be saved untrained and silently useless."""
+        dead = [name for name, update in updates(self.model).items() if update.B.grad is None]
+        if dead:
+            names = ", ".join(dead[:5]) + (" …" if len(dead) > 5 else "")
+            self._warn(
+                f"{len(dead)} adapted layers took no part in the first step and will not learn from such data: {names}"
+            )
+            for name in dead:
+                for p in updates(self.model)[name].parameters():
+                    p.grad = torch.zeros_like(p)
+
+    def _is_eval_step(self) -> bool:
+        return self.state.step % self.eval_every == 0 or self.state.step == self.total_steps or bool(self.state.stopped)
+
+    def _evaluate(self) -> None:
+        """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned."""
+        state = self.state
+        loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8), pad_id=self.pad_id)
+        if loss < state.best_loss:
+            state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
+            if self.config.patience:
+                self.best = [p.detach().clone() for p in self.trainable]
+        else:
+            state.without_gain += 1
+            if self.config.patience and state.without_gain >= self.config.patience:
+                state.stopped = "early"
+        self.on_event(Event("eval", state.step, {"valid_loss": loss, "best_loss": state.best_loss}))
+        if state.step >= _AFTER_STEPS and relative_norm(self.model) < _NOTHING_LEARNED:
+            self._warn(
+                f"‖ΔW‖/‖W0‖ is still below {_NOTHING_LEARNED:g} after {state.step} steps: nothing is learned. "
+                f"Is lr = {self.config.lr:g} ten times too small?"
+            )
+
+    def _keep_best(self) -> None:
+        if self.best is not None and self.state.best_step != self.state.step:
+            with torch.no_grad():
+                for parameter, kept in zip(self.trainable, self.best, strict=True):
+                    parameter.copy_(kept)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        state = self.state
+        tokens, seconds = self._logged
+        speed = (state.tokens - tokens) / max(state.seconds - seconds, 1e-9)
+        self._logged = state.tokens, state.seconds
+        more = {"seconds": state.seconds, "tokens": state.tokens, "tokens_per_second": speed, "memory": peak_memory()}
+        self.on_event(Event("step", state.step, {**values, **more, "total_steps": self.total_steps}))
+
+    def _warn(self, text: str) -> None:
+        self.on_event(Event("warning", self.state.step, {"text": text}))
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """By its old name up to transformers 5, by its new one from there on."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+@torch.no_grad()
+def held_out_loss(loss: CompletionLoss, examples: Sequence[Example], *, batch: int, pad_id: int) -> float:
+    """Mean −log p per supervised token over `examples`."""
+    training = loss.model.training
+    loss.model.eval()
+    try:
+        ordered = sorted(examples, key=lambda e: len(e.input_ids))
+        pairs = [loss(collate(ordered[i : i + batch], pad_id)) for i in range(0, len(ordered), batch)]
+    finally:
+        loss.model.train(training)
+    return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)
+
+
+def relative_norm(model: nn.Module, name: str | None = None) -> float:
+    """‖ΔW‖/‖W0‖ over all of the adapter's layers together, without forming any ΔW."""
+    dw = w0 = 0.0
+    for layer_name, update in updates(model, name).items():
+        dw += delta_norm(update.A, update.B, update.scale) ** 2
+        w0 += float(model.get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
+    return (dw / w0) ** 0.5 if w0 else 0.0
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held so far, on the GPU where one is in use."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

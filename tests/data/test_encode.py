@@ -1,0 +1,119 @@
+import pytest
+
+from deltaw.config import DataConfig
+from deltaw.data import encode, encode_prompt, read
+from deltaw.errors import DataError
+
+from .conftest import CHATML, tiny_tokenizer
+
+PAIR = {"prompt": "ab", "completion": "cd"}
+
+
+def encoded(rows, tokenizer, **config):
+    config = DataConfig(**config)
+    records = read(rows, config)
+    result = encode(records, tokenizer, config)
+    for record, example in zip(records, result.examples, strict=False):
+        assert example.supervised[0] is False and any(example.supervised)
+        if record.form != "text" and not result.counts.truncated and not result.counts.dropped:
+            starts = [i for i in range(1, len(example.supervised)) if example.supervised[i] > example.supervised[i - 1]]
+            assert encode_prompt(record, tokenizer, config) == example.input_ids[: starts[-1]]
+    return result
+
+
+def spelled(example, tokenizer):
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
+    return [t.upper() if s else t for t, s in zip(tokens, example.supervised, strict=True)]
+
+
+def failure(rows, tokenizer, **config):
+    with pytest.raises(DataError) as caught:
+        encoded(rows, tokenizer, **config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row, config, bos, golden",
+    [
+        (PAIR, {}, False, "a b C D <|IM_END|>"),
+        (PAIR, {"separator": "\n"}, True, "<s> a b Ċ C D <|IM_END|>"),
+        ({"prompt": "", "completion": "cd"}, {}, True, "<s> C D <|IM_END|>"),
+        ({"text": "abc"}, {}, False, "a B C <|IM_END|>"),
+        ({"text": "abc"}, {}, True, "<s> A B C <|IM_END|>"),
+    ],
+)
+def test_plain_golden(row, config, bos, golden):
+    tokenizer = tiny_tokenizer(bos=bos)
+    assert spelled(encoded([row], tokenizer, **config).examples[0], tokenizer) == golden.split()
+
+
+def test_chat_forms_meet_in_one_encoding():
+    tokenizer = tiny_tokenizer(CHATML)
+    chat = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}
+    first = encoded([chat], tokenizer).examples[0].input_ids
+    assert tokenizer.decode(first) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\ncd<|im_end|>"
+    assert encoded([PAIR], tokenizer, template="chat").examples[0].input_ids == first
+    assert encoded([{"instruction": "ab", "output": "cd"}], tokenizer).examples[0].input_ids == first
+    system = encoded([chat], tokenizer, system="S").examples[0].input_ids
+    assert tokenizer.decode(system).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user")
+
+
+def test_plain_instruction():
+    tokenizer = tiny_tokenizer()
+    example = encoded([{"instruction": "i", "input": "x", "output": "o"}], tokenizer).examples[0]
+    text = "### Instruction:\ni\n\n### Input:\nx\n\n### Response:\no<|im_end|>"
+    assert tokenizer.decode(example.input_ids) == text and example.supervised.count(True) == 2
+    encoded([{"instruction": "i", "output": "o"}], tokenizer)
+
+
+def test_too_long():
+    rows = [PAIR, {"prompt": "abcdef", "completion": "gh"}]
+    tokenizer = tiny_tokenizer(bos=True)
+    cut = encoded(rows, tokenizer, max_length=6)
+    assert spelled(cut.examples[1], tokenizer) == ["<s>", "e", "f", "G", "H", "<|IM_END|>"]
+    assert (cut.counts.truncated, cut.counts.kept, cut.counts.longest, cut.counts.tokens) == (1, 2, 6, 12)
+    dropped = encoded(rows, tokenizer, max_length=6, too_long="drop")
+    assert (dropped.counts.dropped, dropped.counts.kept, dropped.counts.supervised) == (1, 1, 3)
+    assert "records[1]: it has 10 tokens" in failure(rows, tokenizer, max_length=6, too_long="error")
+    assert "last answer alone has 3" in failure(rows, tokenizer, max_length=3)
+    assert "all 2 records" in failure(rows, tokenizer, max_length=3, too_long="drop")
+    text = encoded([{"text": "abcdef"}], tokenizer, max_length=4)
+    assert spelled(text.examples[0], tokenizer) == ["<s>", "A", "B", "C"]
+
+
+def test_a_cut_conversation_keeps_only_whole_answers():
+    tokenizer = tiny_tokenizer(CHATML)
+    turn = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cdef"}]
+    whole = encoded([{"messages": turn * 2}], tokenizer).examples[0]
+    spans = {}
+    for most in range(7, len(whole.input_ids)):
+        example = encoded([{"messages": turn * 2}], tokenizer, max_length=most).examples[0]
+        assert example.input_ids == whole.input_ids[-most:]
+        spans[most] = sum(example.supervised)
+    assert set(spans.values()) == {5, 10}
+
+
+def test_settings_that_do_not_fit():
+    chat = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}
+    plain, chatty = tiny_tokenizer(), tiny_tokenizer(CHATML)
+    assert "no chat template" in failure([chat], plain)
+    assert "template: chat" in failure([chat], chatty, template="plain")
+    assert "separator" in failure([chat], chatty, separator="\n")
+    assert "system has no effect" in failure([PAIR], plain, system="s")
+    assert "text records have no turns" in failure([{"text": "t"}], chatty, template="chat")
+    assert "no eos_token" in failure([PAIR], tiny_tokenizer(eos=None))
+    assert "prompt is empty" in failure([{"prompt": "", "completion": "c"}], plain)
+
+
+def test_smollm2_labels(smollm2):
+    result = encoded([{"prompt": "name[Blue Spice]", "completion": "Blue Spice."}], smollm2, separator="\n")
+    (example,) = result.examples
+    kept = [i for i, s in zip(example.input_ids, example.supervised, strict=True) if s]
+    assert kept == [*smollm2("Blue Spice.")["input_ids"], smollm2.eos_token_id]
+    assert example.input_ids[: -len(kept)] == smollm2("name[Blue Spice]\n")["input_ids"]
+
+
+def test_instruct_records(smollm2, shared_data):
+    config = DataConfig()
+    counts = encode(read(shared_data / "instruct", config), smollm2, config).counts
+    assert counts.kept == counts.records == 1100 and 0 < counts.supervised < counts.tokens

@@ -1,0 +1,164 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.config import DataConfig
+from deltaw.data import held_out_split, read, splits
+from deltaw.data.sources import _csv, _json_array, _json_lines
+from deltaw.errors import DataError
+
+GOOD = {"prompt": "p", "completion": "c"}
+LINE = json.dumps(GOOD).encode()
+
+
+def failure(source, config=None, **kw):
+    with pytest.raises(DataError) as caught:
+        read(source, config or DataConfig(), **kw)
+    return str(caught.value)
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.dictionaries(texts, texts, max_size=3), max_size=6), st.booleans(), st.sampled_from([b"\n", b"\r\n"])
+)
+def test_json_roundtrip_in_any_script(records, ascii_only, newline):
+    lines = [json.dumps(r, ensure_ascii=ascii_only).encode() for r in records]
+    found, problems = _json_lines(newline.join(lines), "f")
+    assert not problems and [r for _, r in found] == records
+    assert [p for p, _ in found] == [f"f:{i}" for i in range(1, len(records) + 1)]
+    found, problems = _json_array(b"[\n" + b",\n".join(lines) + b"\n]", "f")
+    assert not problems and [r for _, r in found] == records
+    assert [p for p, _ in found] == [f"f:{i}" for i in range(2, len(records) + 2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["good", "blank", "bad", "bytes", "list"]), min_size=1, max_size=30))
+def test_every_bad_line_is_named_by_its_number(kinds):
+    parts = {"good": LINE, "blank": b" ", "bad": b'{"prompt": "x', "bytes": b'{"a": "\xff"}', "list": b"[1]"}
+    found, problems = _json_lines(b"\n".join(parts[k] for k in kinds), "f")
+    assert [p for p, _ in found] == [f"f:{i}" for i, k in enumerate(kinds, 1) if k == "good"]
+    bad = [f"f:{i}:" for i, k in enumerate(kinds, 1) if k in ("bad", "bytes", "list")]
+    assert [p.split(" ")[0] for p in problems] == bad
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6))
+def test_csv_roundtrip(pairs):
+    import csv
+    import io
+
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL)
+    writer.writerows([("prompt", "completion"), *pairs])
+    found, problems = _csv(out.getvalue().encode(), "f")
+    assert not problems
+    assert [(r["prompt"], r["completion"]) for _, r in found] == pairs
+
+
+def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
+    text = '{"prompt": "a\u2028b", "completion": "c\x85"}\r\n\r\n{"prompt": "x", "completion": "y"}\r\n'
+    records = read(write(tmp_path, "a.jsonl", b"\xef\xbb\xbf" + text.encode()), DataConfig())
+    assert [(r.prompt, r.completion, r.place) for r in records] == [
+        ("a\u2028b", "c\x85", "a.jsonl:1"),
+        ("x", "y", "a.jsonl:3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b"", ["no records"]),
+        ("a.json", b"[]", ["no records"]),
+        ("a.csv", b"prompt,completion\n", ["no records"]),
+        ("a.jsonl", LINE + b'\n{"prompt": "x', ["1 of 2", "a.jsonl:2", "column 12", "cut off"]),
+        ("a.jsonl", LINE + b'\n{"prompt": "x\xff"}', ["a.jsonl:2", "0xff at byte 14", "UTF-8"]),
+        ("a.jsonl", "\ufeff{}".encode("utf-16-le"), ["UTF-16"]),
+        ("a.jsonl", LINE + b"\n" + b"[" * 100_000, ["a.jsonl:2", "not JSON"]),
+        ("a.json", b"[\n" + LINE + b",\n" + LINE[:9], ["a.json:3", "not JSON"]),
+        ("a.json", b"[\n" + LINE + b"\n" + LINE + b"]", ["a.json:3", "expected ','"]),
+        ("a.json", b"[\n" + LINE, ["a.json:2", "ends inside the array"]),
+        ("a.csv", b'prompt,completion\na,b\n\n"x\ny",b\nc\n', ["a.csv:6", "1 cells under 2 columns"]),
+        ("a.csv", b'prompt,completion\na,b\na,"b\nc\n', ["a.csv:3", "double quote"]),
+        ("a.csv", b"prompt;completion\na;b\n", ["a.csv:1", "divided by ';'"]),
+        ("a.csv", b"prompt,prompt\na,b\n", ["a.csv:1", "more than once"]),
+        ("a.csv", b"prompt,completion\na,b\nc,\xfe\n", ["a.csv:3", "0xfe"]),
+        ("a.parquet", b"PAR1 no", ["a.parquet", "parquet"]),
+        ("a.txt", b"hello", ["'.txt'", ".jsonl"]),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, words):
+    message = failure(write(tmp_path, name, content))
+    assert all(w in message for w in words), message
+
+
+def test_all_problems_are_counted_and_twenty_shown(tmp_path):
+    message = failure(write(tmp_path, "a.jsonl", LINE + b"\n" + b"{\n" * 50))
+    assert message.index("a.jsonl:2:") < message.index("a.jsonl:21:")
+    assert "50 of 51" in message and "30 more" in message
+
+
+def test_parquet(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    pq.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["c", None]}), tmp_path / "train.parquet")
+    message = failure(tmp_path)
+    assert "train.parquet[1]" in message and "found null" in message
+
+
+def test_folder_of_splits(tmp_path):
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dev.jsonl", "test.jsonl"):
+        write(tmp_path, name, json.dumps(GOOD | {"prompt": name}))
+    assert [r.prompt[:11] for r in read(tmp_path, DataConfig())] == ["train-00000", "train-00001"]
+    assert list(splits(tmp_path)) == ["dev", "test", "train"]
+    assert held_out_split(tmp_path) == "dev"
+    assert read(tmp_path, DataConfig(split="test")).items[0].prompt == "test.jsonl"
+    message = failure(tmp_path, split="tset")
+    assert "'test'" in message and "dev, test, train" in message
+    write(tmp_path, "dev.csv", "prompt,completion\na,b\n")
+    assert "dev.csv" in failure(tmp_path)
+
+
+def test_all_counts_as_train_and_has_no_held_out_part(tmp_path):
+    write(tmp_path, "all.jsonl", LINE)
+    assert len(read(tmp_path, DataConfig())) == 1 and held_out_split(tmp_path) is None
+
+
+def test_what_is_not_there(tmp_path):
+    write(tmp_path, "train.jsonl", LINE)
+    assert "train.jsonl" in failure(tmp_path / "trian.jsonl")
+    assert "not there either" in failure(tmp_path / "no" / "x.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "no data files" in failure(tmp_path / "empty")
+    assert "no splits" in failure(tmp_path / "train.jsonl", split="valid")
+    assert "no data source" in failure(7)
+
+
+def test_datasets_in_memory():
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([GOOD, GOOD])
+    assert [r.place for r in read(data, DataConfig())] == ["records[0]", "records[1]"]
+    both = datasets.DatasetDict(train=data, validation=data)
+    assert held_out_split(both) == "validation" and len(read(both, DataConfig(), split="validation")) == 2
+
+
+def test_hub_failure_is_ours(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(name, split):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    message = failure("someone/data")
+    assert "someone/data" in message and "ConnectionError: offline" in message

@@ -1,0 +1,263 @@
+"""Save and load: PEFT both ways (invariant 7), refusals that leave everything as it was (12), the base's fingerprint."""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deltaw
+from deltaw import LoRA, attach, detach, load, save
+from deltaw.errors import AdapterError, BaseMismatch, FileError
+from deltaw.store import training_of
+from tests.conftest import MAKERS, fill, tiny_gpt2, tiny_llama
+from tests.test_attached import assert_same, snapshot
+
+METHODS = {
+    "plain": LoRA(rank=4, alpha=10),
+    "default alpha": LoRA(rank=3, alpha=None, scaling="alpha/sqrt(r)"),
+    "ranks": LoRA(rank=4, alpha=6, targets={"attention": 4, "mlp": 2}),
+    "one layer deep": LoRA(rank=4, alpha=0.5, targets="*.1.*", init="kaiming", dropout=0.1),
+    "stabilised": LoRA(rank=4, alpha=10, scaling="alpha/sqrt(r)", targets="mlp"),
+}
+
+
+def twin(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_7_real_peft_reads_what_we_write(tiny: Any, ids: torch.Tensor, tmp_path: Path, method: str) -> None:
+    plain = twin(tiny)
+    fill(attach(tiny, METHODS[method]))
+    expected = tiny(ids).logits
+    save(tiny, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert sum("lora_A" in n for n, _ in theirs.named_parameters()) == deltaw.summary(tiny).adapters["default"].layers
+
+
+PEFT_CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 10, "target_modules": "all-linear"},
+    "rslora": {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": "all-linear"},
+    "patterns": {
+        "r": 4, "lora_alpha": 10, "target_modules": "all-linear",
+        "rank_pattern": {"c_fc": 2, "up_proj": 2}, "alpha_pattern": {"c_fc": 7, "q_proj": 3},
+    },
+    "layers": {"r": 2, "lora_alpha": 5, "target_modules": ["c_attn", "c_fc", "q_proj", "up_proj"], "layers_to_transform": [1]},
+    "gaussian": {"r": 2, "lora_alpha": 5, "target_modules": ["c_attn", "q_proj", "v_proj"], "init_lora_weights": "gaussian"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", list(PEFT_CONFIGS))
+def test_7_we_read_what_real_peft_writes(tiny: Any, ids: torch.Tensor, tmp_path: Path, config: str) -> None:
+    plain = twin(tiny)
+    settings = dict(PEFT_CONFIGS[config])
+    theirs = peft.get_peft_model(tiny, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load(plain, tmp_path / "theirs") == "default"
+    torch.testing.assert_close(plain(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in plain.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_is_exact(tiny: Any, ids: torch.Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny.to(dtype)
+    plain = twin(tiny)
+    fill(attach(tiny, METHODS["plain"], name="mine"))
+    save(tiny, tmp_path / "a", name="mine", training={"template": "chat"})
+    assert load(plain, tmp_path / "a", name="again") == "again"
+    assert torch.equal(plain(ids).logits, tiny(ids).logits)
+    save(plain, tmp_path / "b", name="again")
+    a, b = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert training_of(tmp_path / "b") == {"template": "chat"}
+
+
+def test_size_is_the_updates(tmp_path: Path) -> None:
+    model = fill(attach(tiny_llama(), METHODS["plain"]))
+    save(model, tmp_path / "a")
+    parameters = deltaw.summary(model).adapters["default"].bytes
+    assert parameters < (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < parameters + 8000
+
+
+def test_save_while_merged_writes_A_and_B(tiny: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    plain = twin(tiny)
+    fill(attach(tiny, METHODS["plain"]))
+    branch = tiny(ids).logits
+    deltaw.merge(tiny)
+    save(tiny, tmp_path / "a")
+    load(plain, tmp_path / "a")
+    assert torch.equal(plain(ids).logits, branch)
+
+
+def test_names_of_loaded_adapters(tiny: Any, tmp_path: Path) -> None:
+    fill(attach(tiny, METHODS["plain"]))
+    save(tiny, tmp_path / "summaries.v2")
+    assert load(tiny, tmp_path / "summaries.v2", activate=False) == "summaries_v2"
+    assert deltaw.adapters(tiny) == ("default", "summaries_v2") and deltaw.adapters(tiny).active == "default"
+    with pytest.raises(AdapterError, match="attached already"):
+        load(tiny, tmp_path / "summaries.v2", name="default")
+
+
+def damaged(folder: Path, change: str) -> None:
+    """Break a good adapter folder in one of many ways."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, settings = load_file(weights), json.loads(config.read_text())
+    first = next(iter(tensors))
+    if change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif change == "garbage":
+        weights.write_bytes(b"not a safetensors file at all")
+    elif change == "empty config":
+        config.write_text("")
+    elif change == "no weights":
+        weights.unlink()
+    elif change == "foreign keys":
+        save_file({f"x.{k}": v for k, v in tensors.items()}, weights)
+    elif change == "no keys":
+        save_file({"something": torch.zeros(2)}, weights)
+    elif change == "missing B":
+        save_file({k: v for k, v in tensors.items() if k != first.replace("lora_A", "lora_B")}, weights)
+    elif change == "shape":
+        save_file(tensors | {first: torch.zeros(4, 3)}, weights)
+    elif change == "not finite":
+        save_file(tensors | {first: tensors[first] * float("nan")}, weights)
+    elif change == "integers":
+        save_file(tensors | {first: tensors[first].to(torch.int32)}, weights)
+    elif change == "rank":
+        config.write_text(json.dumps(settings | {"r": 16}))
+    elif change == "no alpha":
+        config.write_text(json.dumps({k: v for k, v in settings.items() if k != "lora_alpha"}))
+    elif change == "dora":
+        config.write_text(json.dumps(settings | {"use_dora": True}))
+    elif change == "other method":
+        config.write_text(json.dumps(settings | {"peft_type": "IA3"}))
+
+
+CHANGES = {
+    "truncated": "damaged or truncated", "garbage": "damaged or truncated", "empty config": "cannot be read as JSON",
+    "no weights": "adapter_model.safetensors missing", "foreign keys": "the model has no layer",
+    "no keys": "unexpected key 'something'",
+    "missing B": "B is missing", "shape": "in the file", "not finite": "not finite", "integers": "floating point",
+    "rank": "rank 4 in adapter_model.safetensors, 16 in", "no alpha": "lora_alpha is missing", "dora": "use_dora is True",
+    "other method": "peft_type is 'IA3'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_12_a_refused_file_leaves_the_model_as_it_was(
+    tiny: Any, ids: torch.Tensor, tmp_path: Path, change: str
+) -> None:
+    plain = twin(tiny)
+    fill(attach(tiny, METHODS["plain"]))
+    save(tiny, tmp_path / "a")
+    damaged(tmp_path / "a", change)
+    before = snapshot(plain)
+    with pytest.raises(FileError, match=CHANGES[change]):
+        load(plain, tmp_path / "a", check_base=False)
+    assert_same(plain, before)
+    with pytest.raises(FileError, match=CHANGES[change]):
+        load(tiny, tmp_path / "a", name="second", check_base=False)
+    assert deltaw.adapters(tiny) == ("default",)
+
+
+def test_every_problem_of_a_file_is_listed(tmp_path: Path) -> None:
+    fill(attach(model := tiny_llama(), METHODS["plain"]))
+    save(model, tmp_path / "a")
+    with pytest.raises(FileError) as caught:
+        load(tiny_gpt2(), tmp_path / "a", check_base=False)
+    assert str(caught.value).count("\n  - ") == 14
+
+
+def test_another_base_is_an_error_with_an_override(tmp_path: Path) -> None:
+    model = tiny_llama()
+    fill(attach(model, METHODS["plain"]))
+    save(model, tmp_path / "a")
+    other = detach(twin(model))
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    before = snapshot(other)
+    with pytest.raises(BaseMismatch, match="--any-base"):
+        load(other, tmp_path / "a")
+    assert_same(other, before)
+    load(other, tmp_path / "a", check_base=False)
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_the_same_base_in_another_precision_is_recognised(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = MAKERS[kind]()
+    cast = twin(model).to(torch.bfloat16)
+    fill(attach(model, METHODS["plain"]))
+    save(model, tmp_path / "a")
+    with caplog.at_level(logging.INFO, logger="deltaw"):
+        load(cast, tmp_path / "a")
+    assert "another precision" in caplog.text
+
+
+def test_a_file_without_a_fingerprint_is_a_warning(tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = twin(tiny)
+    fill(attach(tiny, METHODS["plain"]))
+    save(tiny, tmp_path / "a")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)
+    load(plain, tmp_path / "a")
+    assert "names no base" in caplog.text
+
+
+def test_what_must_not_be_saved_is_not_and_the_old_file_stays(tiny: Any, tmp_path: Path) -> None:
+    fill(attach(tiny, METHODS["plain"]))
+    save(tiny, tmp_path / "a")
+    old = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    A = next(iter(deltaw.parameters(tiny)))
+    for value, message in ((float("nan"), "not finite"), (0.0, "all zero")):
+        with torch.no_grad():
+            A.fill_(value)
+        with pytest.raises(FileError, match=message):
+            save(tiny, tmp_path / "a")
+        assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_resized_vocabulary_round_trip(tmp_path: Path, ids: torch.Tensor) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(101)
+    plain = twin(model)
+    fill(attach(model, METHODS["plain"]))
+    save(model, tmp_path / "a")
+    load(plain, tmp_path / "a")
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_7_on_the_real_smollm2_both_ways(smollm2: Path, tmp_path: Path) -> None:
+    from deltaw.pretrained import load_pretrained
+
+    loaded = load_pretrained(str(smollm2))
+    model = loaded.model
+    ids = loaded.tokenizer("The update is a product of two thin matrices.", return_tensors="pt").input_ids
+    base = model(ids).logits.detach()
+    fill(attach(model, LoRA(rank=8, alpha=20)), size=0.02)
+    ours = model(ids).logits.detach()
+    save(model, tmp_path / "ours")
+    detach(model)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    assert float((theirs(ids).logits - ours).abs().max()) <= 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = theirs.unload()
+    assert torch.equal(model(ids).logits, base)
+    load(model, tmp_path / "theirs")
+    assert float((model(ids).logits - ours).detach().abs().max()) <= 1e-5
+    assert float((ours - base).abs().max()) > 0.1

@@ -1,0 +1,118 @@
+"""What a targets value means, and what it says when it means nothing."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from deltaw.errors import TargetError
+from deltaw.targets import role, select
+from tests.conftest import tiny_gpt2, tiny_llama
+
+PER_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def ends(model: nn.Module, targets: object) -> set[str]:
+    return {n.rsplit(".", 1)[-1] for n in select(model, targets, 4).ranks}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", PER_LAYER),
+        ("qv", {"q_proj", "v_proj"}),
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+        ("q", {"q_proj"}),
+        ("q, down", {"q_proj", "down_proj"}),
+        (["q_proj", "up"], {"q_proj", "up_proj"}),
+        ("*.layers.1.mlp.*", {"gate_proj", "up_proj", "down_proj"}),
+        ("lm_head", {"lm_head"}),
+    ],
+)
+def test_presets_roles_names_and_globs(targets: object, expected: set[str]) -> None:
+    assert ends(tiny_llama(), targets) == expected
+
+
+def test_a_mapping_sets_ranks_and_later_entries_override() -> None:
+    ranks = select(tiny_llama(), {"attention": 8, "mlp": 4, "model.layers.1.self_attn.q_proj": 2}, 16).ranks
+    assert ranks["model.layers.0.self_attn.q_proj"] == 8
+    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert ranks["model.layers.0.mlp.up_proj"] == 4
+    assert (
+        select(tiny_llama(), "attention=8,mlp=4", 16).ranks
+        == select(tiny_llama(), {"attention": 8, "mlp": 4}, 16).ranks
+    )
+
+
+def test_the_order_is_the_models() -> None:
+    model = tiny_llama()
+    names = [n for n, _ in model.named_modules()]
+    chosen = list(select(model, "down,q", 2).ranks)
+    assert chosen == sorted(chosen, key=names.index)
+
+
+def test_the_output_head_is_not_among_all_linear_and_coverage_says_why() -> None:
+    left_out = select(tiny_llama(tied=False), "attention", 4).left_out
+    assert left_out["lm_head"] == "output head"
+    assert left_out["model.layers.0.mlp.up_proj"] == "not among the targets"
+    assert "Embedding" in left_out["model.embed_tokens"]
+
+
+def test_heads_of_other_models_are_left_out_too() -> None:
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    )
+    names = select(bert, "all-linear", 2).ranks
+    assert "classifier" not in names and "bert.encoder.layer.0.output.dense" in names
+    assert {role(n) for n in names if "layer.0" in n} == {"q", "k", "v", "o", "up", "down"}
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50))
+    names = select(t5, "all-linear", 2).ranks
+    assert "lm_head" not in names and {role(n) for n in names} == {"q", "k", "v", "o", "up", "down"}
+
+
+def test_fused_attention_is_in_attention_but_has_no_single_roles() -> None:
+    assert ends(tiny_gpt2(), "attention") == {"c_attn", "c_proj"}
+    with pytest.raises(TargetError, match="c_attn"):
+        select(tiny_gpt2(), "qv", 4)
+
+
+def test_every_problem_is_in_one_error_with_the_nearest_names() -> None:
+    with pytest.raises(TargetError) as caught:
+        select(
+            tiny_llama(),
+            ["q_prj", "embed_tokens", "self_attn", "norm", "attention=500", "mlp=0", "*nothing*", "c_attn[q,v]"],
+            4,
+        )
+    text = str(caught.value)
+    for part in (
+        "'q_prj' matches no layer (did you mean 'q_proj'", "'embed_tokens' cannot take the update: Embedding",
+        "'self_attn' is a LlamaAttention with 8 dense layers inside", "'norm' cannot take the update",
+        "rank 500 is larger than min(d, k) = 32", "'mlp': rank is 0", "'*nothing*' matches no dense layer",
+        "slices of a fused layer", "Its dense layers are",
+    ):  # fmt: skip
+        assert part in text, f"{part!r} not in:\n{text}"
+
+
+def test_layers_that_are_read_without_being_called_are_refused() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    assert select(model, "all-linear", 2).left_out["self_attn.out_proj"].startswith("nn.MultiheadAttention reads")
+    with pytest.raises(TargetError, match="without calling the layer"):
+        select(model, "self_attn.out_proj", 2)
+
+
+def test_a_layer_under_two_names_is_found_by_either_and_counted_once() -> None:
+    model = nn.Module()
+    shared = nn.Linear(8, 6)
+    model.first, model.second = shared, nn.ModuleList([shared])
+    assert list(select(model, "all-linear", 2).ranks) == ["first"]
+    assert list(select(model, "second.0", 2).ranks) == ["first"]
+
+
+def test_quantised_or_foreign_layers_say_why() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Own(8, 8), nn.Linear(8, 8))
+    assert select(model, "all-linear", 2).left_out["0"] == "Own has a forward of its own"
