@@ -241,3 +241,14 @@ def test_write_replaces_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
 def test_report_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Report("t", "h").title = "u"  # type: ignore[misc]
+
+
+def test_repetitive_completions_are_compared_quickly() -> None:
+    """A base model that repeats itself is difflib's worst case; beyond the limit nothing is marked."""
+    assert "<mark" in marked("a b " * 90, "b c " * 90, "before")
+    assert "<mark" not in marked("a b " * 5_000, "b c " * 5_000, "before")
+
+
+def test_a_command_is_copied_as_it_was_written() -> None:
+    command = "deltaw  merge M 'a b' \\\n  -o OUT --flag=<x>"
+    assert command in Page(render(Report("t", "h", commands=[command]))).text

@@ -11,7 +11,7 @@ from deltaw.study.markup import tag, text
 
 _SHOWN = 6
 _LONG, _LINES, _PREVIEW = 700, 14, 240
-_MOST_WORDS = 800
+_MOST_WORDS = 400
 _ALIKE = 0.3
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 

@@ -33,7 +33,7 @@
       tip.replaceChildren(make("p", "", number(x)));
       for (const [s, i] of hits) {
         const row = make("p", ""), label = s.labels ? s.labels[i] : "";
-        row.append(make("span", "swatch line c" + s.color), label || s.name, make("b", "", number(s.points[i][1])));
+        row.append(make("span", "swatch line c" + s.color), make("span", "", label || s.name), make("b", "", number(s.points[i][1])));
         if (s.points[i][0] !== x) row.append(make("small", "", "at " + number(s.points[i][0])));
         tip.append(row);
       }
