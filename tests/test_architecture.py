@@ -97,10 +97,8 @@ def test_names_docstrings_and_who_prints(path: Path) -> None:
     in_cli = "cli" in path.relative_to(SRC).parts
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            assert (
-                not re.match(r"Base[A-Z]|Abstract", node.name)
-                or (node.name == "BaseMismatch"
-                and not node.name.endswith(("Mixin", "Manager", "Helper")))
+            assert not re.match(r"Base[A-Z]|Abstract", node.name) or (
+                node.name == "BaseMismatch" and not node.name.endswith(("Mixin", "Manager", "Helper"))
             )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not in_cli:
             assert node.func.id != "print", f"{module_of(path)}:{node.lineno} prints"
