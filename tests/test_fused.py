@@ -23,12 +23,13 @@ def tensors(dtype: torch.dtype = torch.float64, *, bias: bool = True, transposed
     }
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_gradcheck(bias: bool, transposed: bool) -> None:
+def test_gradcheck(bias: bool, transposed: bool, training: bool) -> None:
     t = tensors(bias=bias, transposed=transposed)
     assert torch.autograd.gradcheck(
-        lambda x, A, B: lowrank_linear(x, t["W0"], t["bias"], A, B, SCALE), (t["x"], t["A"], t["B"])
+        lambda x, A, B: lowrank_linear(x, t["W0"], t["bias"], A, B, SCALE, training=training), (t["x"], t["A"], t["B"])
     )
 
 

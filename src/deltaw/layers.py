@@ -39,8 +39,9 @@ class LowRank(nn.Module):
 
     def branch(self, layer: Any, x: Tensor) -> Tensor:
         """h = W0x + b + scale·B(Ax): x [..., k] → [..., d]."""
-        dropout = self.dropout if self.training else 0.0
-        return fused.lowrank_linear(x, self.W0(layer), layer.bias, self.A, self.B, self.scale, dropout)
+        return fused.lowrank_linear(
+            x, self.W0(layer), layer.bias, self.A, self.B, self.scale, self.dropout, training=self.training
+        )
 
     def delta(self) -> Tensor:
         """ΔW, fp32 [d, k], by the arithmetic that merges use."""
