@@ -51,7 +51,7 @@ class CompletionLoss:
         device = next(self.model.parameters()).device
         positions, targets = positions.to(device), targets.to(device)
         inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
-        if not self._checked:
+        if self.head is not None and not self._checked:
             self._check(inputs, positions, targets)
         if self.head is None or self.body is None:
             return self._from_logits(inputs, positions, targets), rows

@@ -1,0 +1,290 @@
+"""A whole run on a tiny model: what it writes, what it refuses, how it stops; a user's own loop; transformers' Trainer."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import deltaw
+from deltaw import DataConfig, LoRA, TrainConfig
+from deltaw.errors import AdapterError, BaseMismatch, ConfigError, DataError, Interrupted, TargetError, TrainError
+from deltaw.training import loop as loop_module
+from tests.conftest import fill
+from tests.data.conftest import CHATML, tiny_tokenizer
+
+WORDS = ["red", "blue", "green", "white", "black", "pink"]
+RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
+METHOD = LoRA(rank=4, alpha=6)
+
+
+def quick(tmp_path: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "out": str(tmp_path / "run"),
+        "lr": 0.02,
+        "epochs": 3,
+        "batch": 5,
+        "log_every": 2,
+        "samples": 2,
+        "seed": 4,
+    }
+    return TrainConfig(**(settings | changes))
+
+
+@pytest.fixture
+def small() -> Any:
+    """(model, tokenizer): a tiny Llama over a byte-level vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(CHATML)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".deltaw." not in n}
+
+
+def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    before = weights(model)
+    result = deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
+    assert {p.name for p in result.folder.iterdir()} == {
+        "adapter",
+        "config.yaml",
+        "log.jsonl",
+        "result.json",
+        "report.html",
+    }
+    lines = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    evals = [line["valid_loss"] for line in lines if line["event"] == "eval"]
+    assert evals[-1] < evals[0] - 0.1 and result.state.step == 18 and result.state.records == 87
+    assert all(torch.equal(weights(model)[n], v) for n, v in before.items())
+    figures = json.loads((result.folder / "result.json").read_text())
+    assert figures["loop"]["last_loss"] == result.state.last_loss and figures["relative_norm"] > 0
+    page = (result.folder / "report.html").read_text()
+    assert "Held-out loss" in page and f"{evals[0]:.3f}" in page and f"{evals[-1]:.3f}" in page
+    settings = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert settings["rank"] == 4 and settings["lr"] == 0.02 and settings["epochs"] == 3
+
+
+def test_the_saved_adapter_is_the_trained_one(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
+    trained = [p.detach().clone() for p in deltaw.parameters(model)]
+    deltaw.load(model, result.adapter, name="again")
+    assert all(torch.equal(a, b) for a, b in zip(trained, deltaw.parameters(model, "again"), strict=True))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    adapters = []
+    for i, seed in enumerate((4, 4, 5)):
+        deltaw.train(
+            model, RECORDS, quick(tmp_path, out=str(tmp_path / str(i)), seed=seed), method=METHOD, tokenizer=tokenizer
+        )
+        adapters.append([p.detach().clone() for p in deltaw.parameters(model)])
+        deltaw.detach(model)
+    assert all(torch.equal(a, b) for a, b in zip(adapters[0], adapters[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(adapters[0], adapters[2], strict=True))
+
+
+def test_accumulation_is_the_whole_batch(small: Any, tmp_path: Path) -> None:
+    """Normalised over all supervised tokens of the step, so records of unequal length weigh the same either way."""
+    model, tokenizer = small
+    uneven = [{"prompt": "p", "completion": "x" * (1 + 3 * i)} for i in range(8)]
+    found = []
+    for i, micro in enumerate((None, 3, 1)):
+        config = quick(
+            tmp_path,
+            out=str(tmp_path / str(i)),
+            batch=8,
+            micro_batch=micro,
+            steps=1,
+            samples=0,
+            valid_share=0.0,
+            warmup=0.0,
+        )
+        result = deltaw.train(model, uneven, config, method=METHOD, tokenizer=tokenizer)
+        found.append((result.state.last_loss, [p.detach().clone() for p in deltaw.parameters(model)]))
+        deltaw.detach(model)
+    for loss, parameters in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for ours, whole in zip(parameters, found[0][1], strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules(small: Any, tmp_path: Path, schedule: Any) -> None:
+    model, tokenizer = small
+    config = quick(tmp_path, schedule=schedule, steps=10, warmup=2, log_every=1, samples=0)
+    log = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer).log
+    rates = [line["lr"] / 0.02 for line in log if line["event"] == "step"]
+    assert rates[0] == pytest.approx(1 / 3) and rates[2] == pytest.approx(1.0)
+    middle = {"linear": 0.5, "cosine": 0.5, "constant": 1.0}[schedule]
+    assert rates[6] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx({"linear": 0.125, "cosine": 0.0381, "constant": 1.0}[schedule], rel=0.01)
+
+
+def test_early_stop_keeps_the_best(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    config = quick(tmp_path, lr=0.5, epochs=40, eval_every=4, patience=2, schedule="constant", samples=0, clip=0)
+    result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+    evals = [line for line in result.log if line["event"] == "eval"]
+    assert result.state.stopped == "early" and result.state.step < 200
+    assert result.state.best_loss == min(e["valid_loss"] for e in evals) < evals[-1]["valid_loss"]
+
+
+def test_minutes_end_a_run(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(
+        model, RECORDS, quick(tmp_path, epochs=1000, minutes=0.02, samples=0), method=METHOD, tokenizer=tokenizer
+    )
+    assert result.state.stopped == "minutes" and 0 < result.state.step < 6000
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+
+    def interrupt(event: Any) -> None:
+        if event.kind == "step" and event.step >= 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"Stopped after step 4(.|\n)*--adapter(.|\n)*deltaw train --config"):
+        deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer, on_event=interrupt)
+    trained = [p.detach().clone() for p in deltaw.parameters(model)]
+    deltaw.load(model, tmp_path / "run" / "adapter", name="saved")
+    assert all(torch.equal(a, b) for a, b in zip(trained, deltaw.parameters(model, "saved"), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_learned(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = small
+    plain = loop_module.Loop._backward
+    monkeypatch.setattr(
+        loop_module.Loop, "_backward", lambda self, *a: plain(self, *a) if self.state.step < 3 else float("nan")
+    )
+    with pytest.raises(TrainError, match=r"The loss is nan (.|\n)*at step 4(.|\n)*smaller --lr"):
+        deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
+    assert deltaw.load(model, tmp_path / "run" / "adapter", name="kept") == "kept"
+
+
+def test_a_learning_rate_too_small_is_a_warning(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(
+        model, RECORDS, quick(tmp_path, lr=1e-9, epochs=5, samples=0), method=METHOD, tokenizer=tokenizer
+    )
+    assert any("ten times too small" in w for w in result.warnings)
+
+
+def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    model.spare = torch.nn.Linear(8, 6)
+    result = deltaw.train(
+        model,
+        RECORDS,
+        quick(tmp_path, samples=0, epochs=1),
+        method=LoRA(rank=2, targets="spare,q"),
+        tokenizer=tokenizer,
+    )
+    assert any("took no part" in w and "spare" in w for w in result.warnings)
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_other_ways_to_train(small: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    model, tokenizer = small
+    if "dtype" in changes:
+        model.to(torch.bfloat16)
+    result = deltaw.train(
+        model, RECORDS, quick(tmp_path, **changes), method=LoRA(rank=4, alpha=6, dropout=0.05), tokenizer=tokenizer
+    )
+    assert result.state.last_loss is not None and result.state.first_loss is not None
+    assert result.state.last_loss < result.state.first_loss - 0.2
+    assert all(p.dtype == torch.float32 for p in deltaw.parameters(model))
+
+
+def test_what_is_refused_before_anything_is_trained_or_written(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    before = weights(model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    cases: list[tuple[Any, dict[str, Any], Any, type[Exception], str]] = [
+        (RECORDS, {"out": str(tmp_path / "full")}, METHOD, ConfigError, "is not empty"),
+        ([*RECORDS, {"prompt": "a", "completion": ""}], {}, METHOD, DataError, "completion"),
+        ([], {}, METHOD, DataError, "no records"),
+        (str(tmp_path / "nothing.jsonl"), {}, METHOD, DataError, "nothing.jsonl"),
+        (RECORDS, {}, LoRA(targets="q_prj"), TargetError, "did you mean 'q_proj'"),
+        (RECORDS, {"valid": str(tmp_path / "no.jsonl")}, METHOD, DataError, ""),
+    ]
+    for data, changes, method, error, message in cases:
+        with pytest.raises(error, match=message):
+            deltaw.train(model, data, quick(tmp_path, **changes), method=method, tokenizer=tokenizer)
+        assert not (tmp_path / "run").exists()
+        assert deltaw.adapters(model) == ()
+    assert all(torch.equal(weights(model)[n], v) for n, v in before.items())
+    with pytest.raises(ConfigError, match="tokenizer"):
+        deltaw.train(model, RECORDS, quick(tmp_path))
+    fill(deltaw.attach(model, METHOD))
+    with pytest.raises(AdapterError, match="detach"):
+        deltaw.train(model, RECORDS, quick(tmp_path), tokenizer=tokenizer)
+
+
+def test_chat_records_train_too(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    chats = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+        for r in RECORDS
+    ]
+    config = quick(tmp_path, data=DataConfig(system="Be brief."))
+    result = deltaw.train(model, chats, config, method=METHOD, tokenizer=tokenizer)
+    assert result.samples and result.data["supervised"] > 0
+    assert deltaw.load(model, result.adapter, name="again") == "again"
+
+
+def test_a_users_own_loop_in_ten_lines(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    batch = tokenizer(["red and blue", "pink and red"], return_tensors="pt", padding=False)
+    ids = batch.input_ids
+    deltaw.attach(model, LoRA(rank=4, alpha=6))
+    optimizer = torch.optim.AdamW(deltaw.parameters(model), lr=0.01)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    deltaw.save(model, tmp_path / "mine")
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_inside_transformers_trainer(small: Any, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model, tokenizer = small
+    deltaw.attach(model, LoRA(rank=4, alpha=6))
+    before = weights(model)
+    ids = tokenizer("red and blue and pink").input_ids
+    rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}] * 16
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "hf"), max_steps=6, per_device_train_batch_size=4, learning_rate=0.02, report_to=[],
+        save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(weights(model)[n], v) for n, v in before.items())
+    deltaw.save(model, tmp_path / "a")
+    other = type(model)(model.config)
+    with pytest.raises(BaseMismatch):
+        deltaw.load(other, tmp_path / "a")
