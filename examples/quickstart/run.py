@@ -36,7 +36,7 @@ from deltaw.study.report import write as write_report
 from deltaw.study.run_report import run_report
 
 HERE = Path(__file__).resolve().parents[2]
-DATA = deltaw.DataConfig(template="chat", system="Answer with one JSON call.")
+DATA = deltaw.DataConfig(template="chat", system="Answer in JSON.")
 GENERATION = deltaw.GenerateConfig(max_new_tokens=56, batch=40)
 
 

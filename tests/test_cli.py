@@ -1,0 +1,163 @@
+"""The command line as a user meets it: in a subprocess, on a tiny model in a folder, with its exit codes and messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from deltaw.cli import main
+from tests.data.conftest import CHATML, tiny_tokenizer
+
+WORDS = ["red", "blue", "green", "white"]
+RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, data, and one finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(CHATML)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    words = ["train", str(folder / "model"), str(folder / "data.jsonl"), "--out", str(folder / "run")]
+    assert main([*words, "--steps", "6", "--lr", "0.02", "--rank", "4", "--alpha", "6", "--separator", "#"]) == 0
+    return folder
+
+
+def run(*words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "deltaw", *map(str, words)]
+    return subprocess.run(arguments, capture_output=True, text=True, input=stdin, check=False)
+
+
+def test_train_wrote_its_run(place: Path) -> None:
+    assert {p.name for p in (place / "run").iterdir()} == {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html"}
+
+
+def test_a_runs_config_reproduces_it(place: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(place / "run" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    first, second = (p / "adapter" / "adapter_model.safetensors" for p in (place / "run", tmp_path / "again"))
+    from safetensors.torch import load_file
+
+    a, b = load_file(first), load_file(second)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_generate_from_prompt_file_and_stdin(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, adapter = str(place / "model"), str(place / "run" / "adapter")
+    short = ["--max-new-tokens", "6"]
+    assert main(["generate", model, "red and blue?", "--adapter", adapter, *short]) == 0
+    one = capsys.readouterr().out.rstrip("\n")
+    assert main(["generate", model, "--file", str(place / "data.jsonl"), "--adapter", adapter, "--out", str(tmp_path / "o.jsonl"), *short]) == 0
+    pairs = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [p["prompt"] for p in pairs] == [r["prompt"] for r in RECORDS]
+    assert next(p["completion"] for p in pairs if p["prompt"] == "red and blue?") == one
+    done = run("generate", model, "--adapter", adapter, *short, stdin="red and blue?\nblue and red?\n")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["red and blue?", "blue and red?"] and lines[0]["completion"] == one
+
+
+def test_generate_uses_the_prompt_settings_of_training(place: Path) -> None:
+    from deltaw.cli.opening import as_trained
+    from deltaw.config import DataConfig
+
+    adapter = str(place / "run" / "adapter")
+    assert as_trained(DataConfig(), adapter).separator == "#"
+    assert as_trained(DataConfig(separator="!"), adapter).separator == "!"
+
+
+def test_eval_shows_base_and_adapter(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", str(place / "model"), str(place / "data.jsonl"), "--adapter", str(place / "run" / "adapter")]
+    assert main([*words, "--max-new-tokens", "6", "--out", str(tmp_path / "scores.json")]) == 0
+    text = capsys.readouterr().out
+    assert "base" in text and "adapter" in text and "rouge l" in text
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["adapter"]["scores"]["loss"]["value"] < found["base"]["scores"]["loss"]["value"]
+    loss = found["base"]["scores"]["loss"]
+    assert loss["low"] < loss["value"] < loss["high"]
+
+
+def test_merge_gives_an_ordinary_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import deltaw
+
+    out = tmp_path / "merged"
+    assert main(["merge", str(place / "model"), str(place / "run" / "adapter"), "-o", str(out)]) == 0
+    assert "Merge report" in capsys.readouterr().out
+    merged: Any = AutoModelForCausalLM.from_pretrained(out)
+    base: Any = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert type(merged) is type(base) and list(merged.state_dict()) == list(base.state_dict())
+    assert (out / "tokenizer.json").is_file()
+    assert not any("deltaw" in p.read_text(errors="ignore") for p in out.glob("*.json"))
+    deltaw.load(base, place / "run" / "adapter")
+    deltaw.merge(base)
+    weights = dict(base.named_parameters())
+    assert all(torch.equal(p, weights[n]) for n, p in merged.named_parameters())
+    assert main(["merge", str(place / "model"), str(place / "run" / "adapter"), "-o", str(out)]) == 2
+
+
+def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(place / "run" / "adapter")]) == 0
+    assert "layers" in capsys.readouterr().out
+    assert main(["inspect", str(place / "run" / "adapter"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["layers"]) == 14 and all(row["rank"] == 4 and row["scale"] == 1.5 and row["dW"] > 0 for row in found["layers"])
+
+
+def test_chat(place: Path) -> None:
+    done = run("chat", place / "model", "--adapter", place / "run" / "adapter", "--max-new-tokens", 4, stdin="hi\n/base\nhi\n/what\n/new\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    assert "Now the base alone" in done.stdout and "There is no /what" in done.stdout and done.stdout.count("model ›") == 2
+
+
+REFUSALS = {
+    "unknown flag": (["train", "M", "D", "--lrr", "1"], 2, "--lr"),
+    "unknown command": (["trian"], 2, "train"),
+    "value": (["train", "{model}", "{data}", "--lr", "-1", "--batch", "0"], 2, "lr is -1"),
+    "no model": (["train", "./nothing-here", "{data}"], 5, "There is no model at ./nothing-here"),
+    "no data": (["train", "{model}", "nothing.jsonl"], 6, "nothing.jsonl"),
+    "targets": (["train", "{model}", "{data}", "--targets", "q_prj", "--out", "{tmp}/x"], 3, "did you mean 'q_proj'"),
+    "run folder": (["train", "{model}", "{data}", "--out", "{run}"], 2, "--overwrite"),
+    "adapter as model": (["generate", "{run}/adapter", "hi"], 5, "it is an adapter of"),
+    "model as adapter": (["generate", "{model}", "hi", "--adapter", "{model}"], 5, "not an adapter folder"),
+    "metric": (["eval", "{model}", "{data}", "--metrics", "blue"], 2, "did you mean 'bleu'"),
+    "no prompt": (["generate", "{model}"], 6, "There is no prompt"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_refusals_have_a_message_a_code_and_no_traceback(place: Path, tmp_path: Path, case: str) -> None:
+    words, code, message = REFUSALS[case]
+    names = {"model": place / "model", "data": place / "data.jsonl", "run": place / "run", "tmp": tmp_path}
+    done = run(*(w.format(**names) for w in words))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_yaml_with_unknown_keys_and_wrong_types_names_them_all(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"model: {place / 'model'}\ndata: {place / 'data.jsonl'}\nlearning_rat: 1\nrnk: 4\nbatch: many\n")
+    done = run("train", "--config", tmp_path / "c.yaml")
+    assert done.returncode == 2
+    for part in ("unknown key 'learning_rat'", "unknown key 'rnk' (did you mean 'rank'", "batch is 'many'; expected int"):
+        assert part in done.stderr
+
+
+def test_flags_win_over_yaml(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("rank: 2\nsteps: 2\nlr: 1e-3\nsamples: 0\n")
+    words = ["train", str(place / "model"), str(place / "data.jsonl"), "--config", str(tmp_path / "c.yaml")]
+    assert main([*words, "--rank", "3", "--out", str(tmp_path / "run")]) == 0
+    from deltaw.files.peft import read
+
+    assert {A.shape[0] for A, _ in read(tmp_path / "run" / "adapter").factors.values()} == {3}
