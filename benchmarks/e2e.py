@@ -4,7 +4,8 @@
     python benchmarks/e2e.py --data DATA/e2e --records 14000 --name e2e   # within the hour
 
 Writes results/NAME.json: BLEU (sacrebleu, lower-cased, 13a, unsmoothed), ROUGE-L and loss with 95% intervals, greedy and beam
-search, training time, tokens/s, peak memory, machine and versions. Train and held-out data are DATA's own; the test part is used once.
+search, training time, tokens/s, peak memory, machine and versions. Train and held-out data are DATA's own;
+the test part is used once.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 import yaml
 
 import deltaw
+import machine
 from deltaw.attached import using
 from deltaw.cli import show
 from deltaw.cli.train import progress
 from deltaw.config import from_mapping
 from deltaw.data import read
+from deltaw.pretrained import load_pretrained
 from deltaw.study.evaluate import Evaluation, evaluate
 
 HERE = Path(__file__).resolve().parent
@@ -57,22 +59,26 @@ def main() -> None:
         decodings["beam"] = deltaw.GenerateConfig(
             max_new_tokens=96, batch=8, beams=chosen.beams, length_penalty=chosen.length_penalty
         )
+    # Scored as `deltaw eval` would: the adapter's files on a freshly loaded base
+    fresh = load_pretrained(chosen.model)
+    deltaw.load(fresh.model, result.adapter)
     scores = {}
     for name, decoding in decodings.items():
-        scores[f"adapter, {name}"] = score(result, records, config.data, decoding, "default")
+        scores[f"adapter, {name}"] = score(fresh, records, config.data, decoding, "default")
     if chosen.base:
-        scores["base, greedy"] = score(result, records, config.data, decodings["greedy"], None)
+        scores["base, greedy"] = score(fresh, records, config.data, decodings["greedy"], None)
     figures = result.figures()
     machine.write(
         chosen.name,
         {
             "command": f"python benchmarks/e2e.py --data DATA/e2e --records {chosen.records} --beams {chosen.beams}",
+            "training_dtype": str(result.model.dtype),
             "settings": settings | {"out": f"runs/{chosen.name}"},
             "items": 630,
             "scores": scores,
             "minutes_of_training": result.state.seconds / 60,
             "minutes_of_run": trained / 60,
-            "tokens_per_second": result.state.tokens / result.state.seconds,
+            "tokens_per_second": result.state.tokens / result.state.step_seconds,
             "steps": result.state.step,
             "records": result.state.records,
             "tokens": result.state.tokens,
@@ -87,10 +93,10 @@ def main() -> None:
     )
 
 
-def score(result: Any, records: Any, data: Any, decoding: Any, adapter: str | None) -> dict[str, Any]:
+def score(loaded: Any, records: Any, data: Any, decoding: Any, adapter: str | None) -> dict[str, Any]:
     """Scores of one decoding as plain values."""
-    with using(result.model, adapter):
-        found: Evaluation = evaluate(result.model, result.tokenizer, records, data, decoding, metrics=METRICS)
+    with using(loaded.model, adapter):
+        found: Evaluation = evaluate(loaded.model, loaded.tokenizer, records, data, decoding, metrics=METRICS)
     assert found.items == 630, f"expected the 630 items of the test split, got {found.items}"
     plain = {name: [round(v, 4) for v in dataclasses.astuple(value)] for name, value in found.scores.items()}
     return plain | {"minutes": round(found.seconds / 60, 2), "first": found.predictions[:3]}

@@ -44,7 +44,13 @@ def run(*words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_train_wrote_its_run(place: Path) -> None:
-    assert {p.name for p in (place / "run").iterdir()} == {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html"}
+    assert {p.name for p in (place / "run").iterdir()} == {
+        "adapter",
+        "config.yaml",
+        "log.jsonl",
+        "result.json",
+        "report.html",
+    }
 
 
 def test_a_runs_config_reproduces_it(place: Path, tmp_path: Path) -> None:
@@ -61,7 +67,22 @@ def test_generate_from_prompt_file_and_stdin(place: Path, tmp_path: Path, capsys
     short = ["--max-new-tokens", "6"]
     assert main(["generate", model, "red and blue?", "--adapter", adapter, *short]) == 0
     one = capsys.readouterr().out.rstrip("\n")
-    assert main(["generate", model, "--file", str(place / "data.jsonl"), "--adapter", adapter, "--out", str(tmp_path / "o.jsonl"), *short]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                model,
+                "--file",
+                str(place / "data.jsonl"),
+                "--adapter",
+                adapter,
+                "--out",
+                str(tmp_path / "o.jsonl"),
+                *short,
+            ]
+        )
+        == 0
+    )
     pairs = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [p["prompt"] for p in pairs] == [r["prompt"] for r in RECORDS]
     assert next(p["completion"] for p in pairs if p["prompt"] == "red and blue?") == one
@@ -113,13 +134,25 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "layers" in capsys.readouterr().out
     assert main(["inspect", str(place / "run" / "adapter"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["layers"]) == 14 and all(row["rank"] == 4 and row["scale"] == 1.5 and row["dW"] > 0 for row in found["layers"])
+    assert len(found["layers"]) == 14 and all(
+        row["rank"] == 4 and row["scale"] == 1.5 and row["dW"] > 0 for row in found["layers"]
+    )
 
 
 def test_chat(place: Path) -> None:
-    done = run("chat", place / "model", "--adapter", place / "run" / "adapter", "--max-new-tokens", 4, stdin="hi\n/base\nhi\n/what\n/new\n/quit\n")
+    done = run(
+        "chat",
+        place / "model",
+        "--adapter",
+        place / "run" / "adapter",
+        "--max-new-tokens",
+        4,
+        stdin="hi\n/base\nhi\n/what\n/new\n/quit\n",
+    )
     assert done.returncode == 0, done.stderr
-    assert "Now the base alone" in done.stdout and "There is no /what" in done.stdout and done.stdout.count("model ›") == 2
+    assert (
+        "Now the base alone" in done.stdout and "There is no /what" in done.stdout and done.stdout.count("model ›") == 2
+    )
 
 
 REFUSALS = {
@@ -147,10 +180,16 @@ def test_refusals_have_a_message_a_code_and_no_traceback(place: Path, tmp_path: 
 
 
 def test_yaml_with_unknown_keys_and_wrong_types_names_them_all(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(f"model: {place / 'model'}\ndata: {place / 'data.jsonl'}\nlearning_rat: 1\nrnk: 4\nbatch: many\n")
+    (tmp_path / "c.yaml").write_text(
+        f"model: {place / 'model'}\ndata: {place / 'data.jsonl'}\nlearning_rat: 1\nrnk: 4\nbatch: many\n"
+    )
     done = run("train", "--config", tmp_path / "c.yaml")
     assert done.returncode == 2
-    for part in ("unknown key 'learning_rat'", "unknown key 'rnk' (did you mean 'rank'", "batch is 'many'; expected int"):
+    for part in (
+        "unknown key 'learning_rat'",
+        "unknown key 'rnk' (did you mean 'rank'",
+        "batch is 'many'; expected int",
+    ):
         assert part in done.stderr
 
 

@@ -83,7 +83,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of A, of dropout and of the order of records."""
     dtype: DType = "auto"
-    """Precision of the base weights: auto keeps the checkpoint's, but float32 on a CPU. A and B stay float32."""
+    """Precision of the base weights in training: auto is bfloat16 where the device computes faster in it, else float32 on a
+    CPU and the checkpoint's elsewhere. A and B stay float32. A model object keeps its own."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
     gradient_checkpointing: bool = False

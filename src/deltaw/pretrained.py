@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,17 @@ class Pretrained:
     name: str
 
 
-def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto") -> Pretrained:
-    """The model and tokenizer of `source`. Raises FileError when it is not there or is no causal language model."""
+def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto", to_train: bool = False) -> Pretrained:
+    """The model and tokenizer of `source`. Raises FileError when it is not there or is no causal language model.
+
+    dtype "auto" keeps the checkpoint's precision, but float32 on a CPU and for GGUF files; `to_train` lets it be bfloat16
+    where the device multiplies faster in it.
+    """
     where = pick_device(device)
     arguments = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=_pick_dtype(dtype, where, arguments))
+        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=_pick_dtype(dtype, where, arguments, to_train))
     except ImportError as error:
         raise FileError(
             f"{source} needs a package that is not installed: {error}\nGGUF files need: pip install 'deltaw[gguf]'"
@@ -91,13 +97,32 @@ def _adapter_hint(path: Path) -> str:
     return f"; it is an adapter of {base or 'some base'}: give the base as MODEL and this folder with --adapter"
 
 
-def _pick_dtype(dtype: DType, device: torch.device, arguments: dict[str, Any]) -> torch.dtype | str:
-    """auto keeps the checkpoint's precision, but float32 on a CPU, where the halves are slower, and for GGUF files."""
+def _pick_dtype(dtype: DType, device: torch.device, arguments: dict[str, Any], to_train: bool) -> torch.dtype | str:
     if dtype != "auto":
         return getattr(torch, dtype)
+    if to_train and bfloat16_pays(device):
+        return torch.bfloat16
     if device.type == "cpu" or "gguf_file" in arguments:
         return torch.float32
     return AutoConfig.from_pretrained(**arguments).dtype or "auto"
+
+
+@functools.cache
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device's products of the size of a training step are clearly faster in bfloat16 than in float32.
+
+    CUDA says so itself. Of CPUs only those with bfloat16 instructions are faster, and the others many times slower, so a
+    few milliseconds of trial tell them apart.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, W0 = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times[dtype] = min(timeit.repeat(lambda x=x, W0=W0: x @ W0, number=1, repeat=5))  # type: ignore[misc]
+    return times[torch.bfloat16] < 0.7 * times[torch.float32]
 
 
 def _forget_gguf(model: Any) -> None:

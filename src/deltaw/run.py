@@ -93,6 +93,8 @@ def train(
     records = read(data, config.data, split=config.data.split)
     valid_records = _held_out(source, records, config)
     loaded = _loaded(model, tokenizer, config)
+    if isinstance(model, (str, Path)):  # config.yaml names what auto came to, so that it reproduces the run elsewhere
+        config = dataclasses.replace(config, dtype=str(loaded.model.dtype).removeprefix("torch."))  # type: ignore[arg-type]
     train_records, valid_records = _split(records, valid_records, config)
     encoded = encode(train_records, loaded.tokenizer, config.data)
     valid = encode(valid_records, loaded.tokenizer, config.data) if valid_records is not None else None
@@ -234,7 +236,7 @@ def _claim(config: TrainConfig) -> Path:
 
 def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
     if isinstance(model, (str, Path)):
-        return load_pretrained(str(model), dtype=config.dtype, device=config.device)
+        return load_pretrained(str(model), dtype=config.dtype, device=config.device, to_train=True)
     if tokenizer is None:
         raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
     if "default" in attached.adapters(model):

@@ -114,7 +114,9 @@ def _summary(result: Any, command: Train) -> None:
         first, last = evals[0]["valid_loss"], evals[-1]["valid_loss"]
         best = f"best {state.best_loss:.4f} at step {state.best_step}"
         facts.add_row("held-out loss", f"{first:.4f} → {last:.4f} ({best})")
-    facts.add_row("time", f"{show.duration(state.seconds)}, {state.tokens / max(state.seconds, 1e-9):.0f} tokens/s")
+    facts.add_row(
+        "time", f"{show.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} tokens/s"
+    )
     facts.add_row("peak memory", show.size(figures["peak_memory"]))
     facts.add_row("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}")
     facts.add_row(

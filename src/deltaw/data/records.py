@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +30,6 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.items)
-
-    def sample(self, count: int | None, seed: int) -> Records:
-        """At most `count` of the records, drawn by `seed` alone, in their first order. None: all of them."""
-        if count is None or count >= len(self.items):
-            return self
-        kept = sorted(random.Random(f"deltaw sample {seed}").sample(range(len(self.items)), count))
-        return replace(self, items=[self.items[i] for i in kept])
 
 
 def read(

@@ -62,10 +62,11 @@ def merge_to_folder(
 
 
 def probe(tokenizer: Any, model: Any) -> Tensor:
-    """Token ids [1, t] to compare models on: some text, then a seeded walk through the vocabulary."""
+    """Token ids [1, t] to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go."""
     text = tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
     walk = torch.randint(0, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.tensor([[*text, *walk]], device=model.device)
+    most = getattr(model.config, "max_position_embeddings", None) or len(text) + len(walk)
+    return torch.tensor([[*text, *walk][:most]], device=model.device)
 
 
 def _save_plain(model: Any, tokenizer: Any, folder: Path) -> None:

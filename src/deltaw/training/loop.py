@@ -21,6 +21,7 @@ from deltaw.config import TrainConfig
 from deltaw.data import Batch, Example, collate, plan
 from deltaw.errors import TrainError
 from deltaw.lowrank import delta_norm
+from deltaw.training.attention import short_row_attention
 from deltaw.training.loss import CompletionLoss
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
@@ -42,6 +43,9 @@ class LoopState:
 
     step: int = 0
     seconds: float = 0.0
+    """Since the start, evaluation included."""
+    step_seconds: float = 0.0
+    """In optimizer steps alone."""
     tokens: int = 0
     supervised: int = 0
     records: int = 0
@@ -77,10 +81,15 @@ class Loop:
         self.total_steps = self.config.steps or max(1, math.ceil(self.per_epoch * self.config.epochs))
         self.eval_every = self.config.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.best: list[Tensor] | None = None
-        self._logged = (self.state.tokens, self.state.seconds)
+        self._logged = (self.state.tokens, self.state.step_seconds)
 
     def run(self) -> LoopState:
         """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
+        longest = max(len(e.input_ids) for e in (*self.examples, *self.valid))
+        with short_row_attention(self.model, longest):
+            return self._run()
+
+    def _run(self) -> LoopState:
         began = time.monotonic() - self.state.seconds
         self.model.train()
         if self.config.gradient_checkpointing:
@@ -88,8 +97,11 @@ class Loop:
         if self.valid and self.state.step == 0:
             self._evaluate()
         while self.state.step < self.total_steps and not self.state.stopped:
+            step_began = time.monotonic()
             values = self._step()
-            self.state.seconds = time.monotonic() - began
+            now = time.monotonic()
+            self.state.seconds = now - began
+            self.state.step_seconds += now - step_began
             if self.state.step % self.config.log_every == 0 or self.state.step in (1, self.total_steps):
                 self._log(values)
             if self.config.minutes and self.state.seconds >= self.config.minutes * 60:
@@ -205,8 +217,8 @@ class Loop:
     def _log(self, values: dict[str, Any]) -> None:
         state = self.state
         tokens, seconds = self._logged
-        speed = (state.tokens - tokens) / max(state.seconds - seconds, 1e-9)
-        self._logged = state.tokens, state.seconds
+        speed = (state.tokens - tokens) / max(state.step_seconds - seconds, 1e-9)
+        self._logged = state.tokens, state.step_seconds
         more = {"seconds": state.seconds, "tokens": state.tokens, "tokens_per_second": speed, "memory": peak_memory()}
         self.on_event(Event("step", state.step, {**values, **more, "total_steps": self.total_steps}))
 

@@ -1,0 +1,121 @@
+"""What `evaluate` reports is what the model does: loss by hand, text by the model's own greedy choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.attached import using
+from deltaw.config import DataConfig, GenerateConfig
+from deltaw.data import encode, encode_prompt, read
+from deltaw.generation import generate, settings
+from deltaw.study.evaluate import evaluate
+from tests.conftest import fill
+from tests.data.conftest import CHATML, tiny_tokenizer
+
+DATA = DataConfig(template="plain")
+RECORDS = [
+    {"prompt": "What is red?", "completion": " A color"},
+    {"prompt": "Say it", "completion": " Hi"},
+    {"prompt": "What is red?", "completion": " All of it"},
+    {"prompt": "A much longer prompt than the others are", "completion": " no"},
+]
+
+
+@pytest.fixture
+def small() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(CHATML)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.4,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6))
+    return fill(model), tokenizer
+
+
+def by_hand(model: Any, tokenizer: Any) -> float:
+    """Σ over completion tokens of −log p, one record at a time, over their number."""
+    total = count = 0.0
+    for example in encode(read(RECORDS, DATA), tokenizer, DATA).examples:
+        logp = model(torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
+        for t, (token, scored) in enumerate(zip(example.input_ids, example.supervised, strict=True)):
+            if scored:
+                total -= float(logp[t - 1, token])
+                count += 1
+    return total / count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("adapter", [None, "default"])
+def test_loss_is_the_sum_by_hand(small: Any, adapter: str | None, batch: int) -> None:
+    model, tokenizer = small
+    with using(model, adapter):
+        found = evaluate(model, tokenizer, read(RECORDS, DATA), DATA, GenerateConfig(batch=batch), metrics=("loss",))
+        assert found.scores["loss"].value == pytest.approx(by_hand(model, tokenizer), rel=1e-5)
+    assert found.predictions == []
+
+
+def test_base_and_adapter_differ_and_the_metrics_come_in_the_order_asked(small: Any) -> None:
+    model, tokenizer = small
+    records = read(RECORDS, DATA)
+    config = GenerateConfig(max_new_tokens=8, batch=2)
+    with using(model, None):
+        base = evaluate(model, tokenizer, records, DATA, config, metrics=("rouge_l", "loss"))
+    adapted = evaluate(model, tokenizer, records, DATA, config, metrics=("rouge_l", "loss"))
+    assert list(base.scores) == ["rouge_l", "loss"]
+    assert base.scores["loss"] != adapted.scores["loss"]
+    assert base.predictions != adapted.predictions
+
+
+def test_equal_prompts_are_one_item_with_several_references(small: Any) -> None:
+    model, tokenizer = small
+    found = evaluate(
+        model, tokenizer, read(RECORDS, DATA), DATA, GenerateConfig(max_new_tokens=4), metrics=("exact_match",)
+    )
+    assert found.items == len(found.predictions) == 3
+    assert not model.training
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, ids: list[int], most: int) -> list[int]:
+    """One prompt, no cache, no padding, no library."""
+    out: list[int] = []
+    while len(out) < most:
+        token = int(model(torch.tensor([[*ids, *out]])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        out.append(token)
+    return out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_batched_generation_is_each_prompt_alone_in_the_order_given(small: Any, batch: int) -> None:
+    model, tokenizer = small
+    prompts = [encode_prompt(r, tokenizer, DATA) for r in read(RECORDS, DATA)]
+    done: list[int] = []
+    found = generate(model, tokenizer, prompts, GenerateConfig(max_new_tokens=6, batch=batch), on_done=done.append)
+    expected = [tokenizer.decode(greedy(model, tokenizer, p, 6), skip_special_tokens=True) for p in prompts]
+    assert found == expected
+    assert done[-1] == len(prompts) and done == sorted(done)
+
+
+def test_sampling_is_seeded_and_the_models_own_habits_are_left_out(small: Any) -> None:
+    model, tokenizer = small
+    model.generation_config.update(do_sample=True, temperature=9.0, top_k=1, repetition_penalty=5.0)
+    greedy_settings = settings(model, tokenizer, GenerateConfig())
+    assert not greedy_settings.do_sample and greedy_settings.repetition_penalty in (None, 1.0)
+    prompts = [encode_prompt(r, tokenizer, DATA) for r in read(RECORDS, DATA)]
+
+    def draw(seed: int) -> list[str]:
+        return generate(model, tokenizer, prompts, GenerateConfig(max_new_tokens=8, temperature=1.0, seed=seed))
+
+    assert draw(1) == draw(1) != draw(2)
