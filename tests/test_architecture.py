@@ -23,7 +23,7 @@ ORDER = [
     ["targets"],
     ["attached"],
     ["methods"],
-    ["files", "data"],
+    ["files", "data", "positions"],
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],

@@ -37,7 +37,7 @@ def load():
 
 
 toolcalls = load()
-TRAIN = toolcalls.generate(3000, seed=0, held_out=False)
+TRAIN = toolcalls.generate(6000, seed=0, held_out=False)
 TEST = toolcalls.generate(600, seed=0, held_out=True)
 CALLS = {
     call_part: [json.loads(r["completion"]) for r in part] for call_part, part in (("train", TRAIN), ("test", TEST))
@@ -63,7 +63,7 @@ def wordings(call, part):
 
 
 def test_same_seed_same_records_and_another_seed_others():
-    assert toolcalls.generate(3000, seed=0, held_out=False) == TRAIN
+    assert toolcalls.generate(6000, seed=0, held_out=False) == TRAIN
     other = toolcalls.generate(600, seed=1, held_out=True)
     assert len({r["prompt"] for r in other} & {r["prompt"] for r in TEST}) < 60
 

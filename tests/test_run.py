@@ -223,7 +223,7 @@ def test_what_is_refused_before_anything_is_trained_or_written(small: Any, tmp_p
         ([], {}, METHOD, DataError, "no records"),
         (str(tmp_path / "nothing.jsonl"), {}, METHOD, DataError, "nothing.jsonl"),
         (RECORDS, {}, LoRA(targets="q_prj"), TargetError, "did you mean 'q_proj'"),
-        (RECORDS, {"valid": str(tmp_path / "no.jsonl")}, METHOD, DataError, ""),
+        (RECORDS, {"valid": str(tmp_path / "no.jsonl")}, METHOD, DataError, "no.jsonl"),
     ]
     for data, changes, method, error, message in cases:
         with pytest.raises(error, match=message):

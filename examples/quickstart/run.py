@@ -37,14 +37,14 @@ from deltaw.study.run_report import run_report
 
 HERE = Path(__file__).resolve().parents[2]
 DATA = deltaw.DataConfig(template="chat", system="Answer in JSON.")
-GENERATION = deltaw.GenerateConfig(max_new_tokens=56, batch=40)
+GENERATION = deltaw.GenerateConfig(max_new_tokens=56, batch=100)
 
 
 @dataclasses.dataclass
 class Size:
     """How much of everything; --short shrinks it."""
 
-    train: int = 1100
+    train: int = 1400
     held_out: int = 200
     rounds: int = 15
 
@@ -88,22 +88,22 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
 
     say("4", "Train the update")
     config = deltaw.TrainConfig(
-        data=DATA, out=str(out / "run"), overwrite=True, lr=1e-3, batch=4, epochs=1, samples=4,
+        data=DATA, out=str(out / "run"), overwrite=True, lr=1.5e-3, batch=8, epochs=1, samples=4,
         valid=str(out / "data" / "test.jsonl"), valid_most=min(32, size.held_out),
-        eval_every=max(1, size.train // 4 // 4), log_every=5,
+        eval_every=max(1, -(-size.train // 8 // 4)), log_every=5,
     )  # fmt: skip
     with progress() as view:
         result = deltaw.train(
-            model,
-            str(out / "data" / "train.jsonl"),
-            config,
-            method=deltaw.LoRA(rank=8, alpha=16),
-            tokenizer=tokenizer,
-            on_event=view.hear,
+            source, out / "data" / "train.jsonl", config, method=deltaw.LoRA(rank=8, alpha=16), on_event=view.hear
         )
-    figures = result.figures()
+    # From here on as in any later use: the adapter's files on the base that was loaded first
+    deltaw.load(model, result.adapter)
+    figures = result.figures() | {"base_bytes": deltaw.summary(model).base_bytes}
     sizes = show.size(figures["adapter_bytes"]), show.size(figures["base_bytes"])
-    tell(f"{show.duration(result.state.seconds)}; the adapter is {sizes[0]}, the base {sizes[1]}")
+    precision = str(result.model.dtype).removeprefix("torch.")
+    tell(
+        f"{show.duration(result.state.seconds)} with the base in {precision}; the adapter is {sizes[0]}, the base {sizes[1]}"
+    )
 
     say("5", "Score again")
     after = score(model, tokenizer, held_out)

@@ -12,6 +12,7 @@ Requests name no year, so dates are in the schema's YEAR; times are on the 24-ho
 import argparse
 import calendar
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,11 @@ TRAIN = {
         Ms Okafor, the landlord, the plumber, Jean-Luc, Sofia, Liam, Minjun, Aiko, Bruno, Chiara, Duc, Elif, Farid,
         Pavel, Gina, Stefan, Marta, Tomás, Bilal, Ewa, Nina Berg, Paul Roth, Hugo, Ida, Kwame, Leila, Otto, Petra, Raj,
         Simon, Tara, Viktor, Wendy, Xavier, Yara, Zack, my brother, the neighbours, Coach Reed, Sam Li, Mrs Bauer, the
-        babysitter, Judge Cole
+        babysitter, Judge Cole, Wojciech, Thaddeus, Siobhan, Ngozi, Akira Tanaka, Dr Papadopoulos, Mr Szymanski, Ms Xu,
+        Aunt Beatrice, Uncle Jim, Captain Ortega, Sister Agnes, the dentist, the accountant, my sister-in-law,
+        Anne-Sophie, Karl-Heinz, Mary Jane, O'Brien, the caretaker, Guillermo, Björn, Zsófia, Agnieszka, Dr van Dijk,
+        Prof Nakamura, Mr and Mrs Lee, the chess club, Ottilie, Evangeline, Rasmus, Tatiana, Ulrike, Giovanni, Mbali,
+        Jia Hui, Lord Ashby, the vet, Eun-ji, Roderick
     """,
     "item": """
         rice, flour, oat bran, green apples, brown sugar, coffee, black tea, tomatoes, red onions, salt, yogurt,
@@ -39,7 +44,10 @@ TRAIN = {
         potatoes, rice noodles, mango chutney, baking powder, lemons, cat litter, avocados, blueberries, cream,
         crackers, cucumbers, dates, figs, foil, grapes, hazelnuts, ketchup, leeks, light bulbs, napkins, nutmeg,
         peppers, plums, pumpkin, radishes, ricotta, sponges, sugar cubes, tuna, waffles, yeast, beetroot, clams,
-        pretzels, muesli, kiwis
+        pretzels, muesli, kiwis, wholemeal spaghetti, maple syrup, lamb chops, star anise, paprika, sauerkraut,
+        gnocchi, parsley, hazelnut spread, toilet cleaner, sparkling water, vanilla pods, chorizo, mozzarella,
+        artichokes, eggplants, tortillas, coconut milk, birdseed, dishwasher tablets, cinnamon, ravioli, sardines,
+        polenta, buckwheat, poppy seeds, mustard, strawberries, haricot beans, cranberry juice
     """,
     "city": """
         Paris, Berlin, Madrid, Rome, Vienna, Prague, Warsaw, Lyon, Hamburg, Turin, Geneva, Zurich, Brussels, Antwerp,
@@ -47,7 +55,13 @@ TRAIN = {
         Porto, Seville, Naples, Krakow, Budapest, Bucharest, Sofia, Athens, Granada, Bilbao, The Hague, Stuttgart,
         Amsterdam, Arnhem, Augsburg, Bologna, Bonn, Brno, Cadiz, Cardiff, Cork, Dresden, Essen, Gothenburg, Innsbruck,
         Leipzig, Lucerne, Lodz, Malaga, Metz, Nuremberg, Odense, Padua, Pisa, Reims, Riga, Split, Trieste, Uppsala,
-        Verona, Vigo, Tampere
+        Verona, Vigo, Tampere, Thessaloniki, Reykjavik, Szczecin, Dubrovnik, Klagenfurt, Eindhoven, Groningen,
+        Maastricht, Wolfsburg, Chemnitz, Kaunas, Vilnius, Tallinn, Tartu, Bratislava, Maribor, Rijeka, Zadar, Sarajevo,
+        Skopje, Tirana, Podgorica, Plovdiv, Varna, Patras, Cluj-Napoca, San Marino, Santiago, Aix-en-Provence, Le Mans,
+        La Rochelle, Newcastle, Winterthur, Saarbrucken, Bielefeld, Perugia, Ancona, Siena, Mantua, Avignon, Besancon,
+        Dijon, Coimbra, Braga, Evora, Zaragoza, Pamplona, Cordoba, Almeria, Wroclaw, Poznan, Katowice, Ostrava,
+        Olomouc, Debrecen, Szeged, Trondheim, Stavanger, Aarhus, Aalborg, Linkoping, Norwich, Swansea, Aberdeen,
+        Inverness, Galway, Limerick, Leuven, Namur, Heerlen
     """,
     "label": """
         pasta, eggs, laundry, yoga, nap, the pizza, tea, cooking, piano practice, bread dough, meditation, the roast,
@@ -55,25 +69,37 @@ TRAIN = {
         parking, the oven, game night, hair dye, a power nap, sauna, guitar, French lesson, waffles, boiling potatoes,
         tennis, the quiz, my turn, a walk, drum solo, juggling, vocabulary, rest, the sauce, the steak, burpees,
         debate, exam, the puzzle, dishes, email, the kettle, vacuuming, cold brew, bath time, poker, rowing, sketching,
-        the muffins, hula hoop, choir, tidying up, frying onions
+        the muffins, hula hoop, choir, tidying up, frying onions, bouldering, the casserole, handstands, the
+        croissants, calligraphy, homework help, pottery, the slow cooker, archery, paint drying, the risotto, a cat
+        nap, interval run, trumpet, the dumplings, gymnastics, unboxing, marinating the fish, origami, the lawn
+        sprinkler, warm-up, a radio show, woodworking, the baked beans, spelling
     """,
     "place": """
         Blue, Golden, Old, Little, Silver, Green, Casa, Villa, Royal, Happy, Lazy, Red, Wild, Chez, Grand, Amber,
         Black, Brave, Café, Central, Copper, Crystal, Eastern, Fat, Hungry, Iron, Jade, Jolly, Lone, Misty, Modern,
-        Noble, Osteria, Purple, Quiet, Rose, Secret, Stone, Tiny, Twin, Urban, Velvet, Western, Yellow / Lantern,
-        Spoon, Mill, Garden, Fox, Harbour, Luna, Verde, Palace, Dragon, Olive, Barrel, Rosa, Tavern, Table, Bakery,
-        Bear, Castle, Corner, Crab, Diner, Falcon, Goose, Grill, Kitchen, Lemon, Lobster, Moon, Pasta, Pearl, Ship,
-        Terrace, Tiger, Willow
+        Noble, Osteria, Purple, Quiet, Rose, Secret, Stone, Tiny, Twin, Urban, Velvet, Western, Yellow, Ancient,
+        Bitter, Blind, Broken, Cosy, Dancing, Drunken, Electric, Emerald, Flying, Gilded, Humble, Italian, Ivory,
+        Laughing, Mighty, Naked, Orange, Patient, Polished, Rolling, Scarlet, Singing, Sleepy, Smoky, Spicy, Three,
+        Upper, Vintage, Wandering, Wicked, Pizzeria, Taverna, Bodega, El, La / Lantern, Spoon, Mill, Garden, Fox,
+        Harbour, Luna, Verde, Palace, Dragon, Olive, Barrel, Rosa, Tavern, Table, Bakery, Bear, Castle, Corner, Crab,
+        Diner, Falcon, Goose, Grill, Kitchen, Lemon, Lobster, Moon, Pasta, Pearl, Ship, Terrace, Tiger, Willow, Acorn,
+        Armadillo, Balcony, Bottle, Buffalo, Cactus, Camel, Chimney, Cinnamon, Compass, Donkey, Farm, Fig, Hedgehog,
+        Jasmine, Lagoon, Lighthouse, Mango, Monk, Mulberry, Nightingale, Oyster, Paprika, Peacock, Piano, Rabbit,
+        Saffron, Salmon, Sparrow, Stable, Sombrero, Truffle, Turtle, Vineyard, Walrus, Windmill
     """,
     "task": """
         pick up, order, check, clean, return, pack, wash, look at, pay for, ask about, move, photograph, renew, find,
-        fix, paint, print, mention, deliver, test, borrow, hide, unpack, send back / the parcel, my suit, the bike, the
-        car keys, dad's present, the concert tickets, the blue jacket, the new desk, library books, the garden hose,
-        the tent, two chairs, the printer, my passport, the filters, Emma's laptop, the rental car, winter tyres, the
-        window blinds, the birthday cake, a spare key, the fridge, school uniforms, the wine glasses, my medicine, the
-        camera bag, a new battery, the ladder, the heating, Dad's watch, the tax forms, my contact lenses, the
-        bookshelf, Lea's skis, the balcony door, running socks, the dog leash, the blender, the invoices, all plates,
-        the piano
+        fix, paint, print, mention, deliver, test, borrow, hide, unpack, send back, replace, polish, sharpen, scan,
+        label, carry in, hang up, iron, dust, charge, insure, weigh, sign, swap, look for, give away, tidy, cover, oil,
+        count / the parcel, my suit, the bike, the car keys, dad's present, the concert tickets, the blue jacket, the
+        new desk, library books, the garden hose, the tent, two chairs, the printer, my passport, the filters, Emma's
+        laptop, the rental car, winter tyres, the window blinds, the birthday cake, a spare key, the fridge, school
+        uniforms, the wine glasses, my medicine, the camera bag, a new battery, the ladder, the heating, Dad's watch,
+        the tax forms, my contact lenses, the bookshelf, Lea's skis, the balcony door, running socks, the dog leash,
+        the blender, the invoices, all plates, the piano, the snow shovel, grandpa's hearing aid, Ida's rucksack, the
+        kitchen scale, eleven postcards, the insurance papers, my climbing shoes, the hallway lamp, the yoga mats, a
+        train pass, the lawnmower, our wedding photos, the guest towels, the mousetrap, the cello bow, the chess set,
+        Karim's jacket, a phone charger, the roof tiles, my vaccination card, the pantry shelf, some wrapping paper
     """,
     "text": """
         the meeting, dinner, my flight, the bus, the parcel, lunch, the match, our lesson, the doctor, the car, the
@@ -83,7 +109,10 @@ TRAIN = {
         the way, looks great, needs more time, will be fine, is at the office, starts soon, has arrived, is next to the
         station, is not here yet, was fun, got delayed, has to wait until tomorrow, is really loud, has begun, works
         again, is sold out, costs too much, went home, can be picked up, is broken, sounds strange, was easy, ends at
-        the lake, is asleep already, needs help, leaves without us, is fully booked, tastes awful
+        the lake, is asleep already, needs help, leaves without us, is fully booked, tastes awful, smells of smoke, is
+        parked outside, won the prize, takes longer than planned, is on page nine, must be paid by Friday, is in the
+        garden, was a surprise, is closed on Mondays, doesn't fit, runs smoothly, arrived damaged, is booked for two
+        nights, is cheaper online, got lost in the post, is worth it, begins at nine, feels much better
     """,
     "units": """
         km mi, mi km, kg lb, lb kg, cm in, in cm, l gal, gal l, m ft, oz g, km m, kg g, g lb, ft mi, cm m, in ft, ml l,
@@ -91,38 +120,37 @@ TRAIN = {
     """,
 }
 HELD_OUT = {
-    "openings": "kindly, would you, hello! could you please, I'd like you to, go ahead and, do me a favour and",
-    "closings": "cheers, if you can, much appreciated, would you?",
+    "openings": "kindly, would you, good morning! could you please, I'd love you to, be so kind and, time to",
+    "closings": "cheers, if possible, that would be great, will you?",
     "name": """
-        Amelia, Boris, Camille, Diego, Esther, Felix, Greta, Hassan, Ingrid, Jorge, Katya, Luis, Mei, Noor, Olga,
-        Pablo, Ravi, Selma, Theo, Uncle Bob, Mrs Lindqvist, Prof Adeyemi, the electrician, Marie-Claire, Haruto, Jisoo
+        Adele, Bertrand, Celia, Dmitri, Emeka, Fiona, Gunnar, Helena, Ismail, Joanna, Kofi, Lucia, Magnus, Nora, Omar,
+        Philippa, Rahul, Sven, Tariq, Uncle Ted, Mrs Castellano, Prof Dubois, the gardener, Rose-Marie, Daiki, Sunhee
     """,
     "item": """
-        bananas, almonds, butter, cherry jam, garlic, lentils, marshmallows, mushrooms, oatmeal, pears, shrimps, smoked
-        salmon, sunflower seeds, sweet corn, turkey breast, washing powder, zucchini, goat cheese, couscous, bin bags,
-        ginger cookies, quinoa, rye bread
+        bagels, apricots, margarine, plum jam, celery, barley, gummy bears, truffles, granola, melons, mussels, smoked
+        ham, pumpkin seeds, baby carrots, chicken wings, fabric softener, broccoli, feta, bulgur, ice cubes, rhubarb
     """,
     "city": """
-        London, Munich, Milan, Lisbon, Helsinki, Dublin, Cologne, Salzburg, Utrecht, Edinburgh, Frankfurt, Valencia,
-        Gdansk, Zagreb, Bristol, Bordeaux, Rotterdam, Basel, Luxembourg, San Sebastian, Florence, Ljubljana
+        Manchester, Liverpool, Marseille, Strasbourg, Stockholm, Copenhagen, Hanover, Bremen, Brescia, Genoa, Oxford,
+        Cambridge, Lausanne, Oviedo, Murcia, Kiel, Rostock, Mainz, Belgrade, Delft, Salamanca
     """,
     "label": """
-        lasagna, jogging, the dryer, soup, violin, squats, the brownies, a shower, study session, sourdough, the grill,
-        karate, podcast, ironing, the chicken, sprint review, potato gratin, crossword
+        ramen, swimming, the dishwasher, stew, flute, lunges, the cookies, a bath, team meeting, focaccia, the kiln,
+        judo, audiobook, gardening, the turkey, standup, mashed turnips, sudoku
     """,
     "place": """
-        Crimson, Hidden, Lucky, Maison, Northern, Rusty, Sunny, Trattoria, White / Anchor, Bistro, Cellar, Elephant,
-        Kettle, Magnolia, Orchid, Pepper, Swan
+        Bronze, Forgotten, Merry, Petite, Southern, Dusty, Cloudy, Ristorante, Pink / Bridge, Brasserie, Attic,
+        Giraffe, Teapot, Lotus, Tulip, Chili, Pelican
     """,
     "task": """
-        buy, repair, wrap, sell, measure, inspect, collect, throw out / the broken lamp, Tom's guitar, hiking boots,
-        the curtains, our sofa, the fish tank, the old radio, concert posters, the wedding gift, the spare wheel, my
-        sunglasses, three pillows, the coffee machine
+        purchase, mend, decorate, rent, examine, assemble, fetch, recycle / the cracked mirror, Nick's drum kit, rubber
+        boots, the carpets, our mattress, the bird cage, the vacuum, holiday slides, the baby shower gift, the towbar,
+        my raincoat, four cushions, the tumble dryer
     """,
     "text": """
-        the concert, breakfast, the taxi, my sister, our landlord, the homework, the package, the workshop, the baby,
-        the elevator, practice, my boss / is over, was postponed, is out of order, sounds lovely, leaves from platform
-        two, went well, is waiting outside, cannot come today, is almost done, looks terrible, is still asleep
+        the lecture, supper, the ferry, my uncle, our plumber, the essay, the delivery, the seminar, the puppy, the
+        lift, rehearsal, my manager / has finished, was called off, is under repair, seems perfect, departs from gate
+        five, turned out great, stands at the door, stays home today, is nearly finished, needs paint, is still awake
     """,
     "units": "km ft, m in, kg oz, lb g, m km, l ml, g kg, ft m, ft in, mi m, in m, oz lb, m cm, gal ml",
 }
@@ -154,12 +182,20 @@ CALLS = [
             Timer for {label}, {duration} {unit} | I need a {duration} {unit} timer, call it {label} | give me
             {duration} {unit} for {label} | put {duration} {unit} on the clock for {label} | beep after {duration}
             {unit} for {label} | {duration} {unit} for {label}, time it | New timer: {label}, {duration} {unit} | I'm
-            doing {label} for {duration} {unit}, time me | track {duration} {unit} of {label}
+            doing {label} for {duration} {unit}, time me | track {duration} {unit} of {label} | alarm me in {duration}
+            {unit}, it is about {label} | notify me after {duration} {unit} of {label} | {label} needs {duration}
+            {unit}, watch the clock | wake me after {duration} {unit}, I'm on {label} | In {duration} {unit} tell me to
+            stop {label} | For {label}, wait {duration} {unit} and then beep | Stopwatch: {duration} {unit} ({label}) |
+            {duration} {unit}. {label}. Go | make it {duration} {unit} for {label} | buzz when {label} has lasted
+            {duration} {unit} | book {duration} {unit} of {label} on the timer | {label} takes {duration} {unit}, warn
+            me then | Let {label} go on for {duration} {unit} and alert me | How about {duration} {unit} on the timer
+            for {label} | keep an eye on {label} for {duration} {unit} | activate the kitchen timer, {label},
+            {duration} {unit} | measure {duration} {unit} for {label} | launch {label} with {duration} {unit}
         """,
         held_out="""
-            run a timer called {label} for {duration} {unit} | begin a countdown of {duration} {unit} for {label} |
-            ring when {duration} {unit} have passed, for {label} | Start timing {label}, stop after {duration} {unit} |
-            A {duration} {unit} countdown for {label}
+            launch a clock of {duration} {unit} named {label} | hit the stopwatch for {label}, {duration} {unit} |
+            chime once {duration} {unit} of {label} are up | Timing please: {label}, {duration} {unit} | Give a signal
+            {duration} {unit} from now, {label} is finished then
         """,
     ),
     Call(
@@ -173,12 +209,19 @@ CALLS = [
             {item} {count} {unit} | grab {count} {unit} of {item} at the supermarket | remember {item} for the shop,
             {count} {unit} | There's no {item} left, add {count} {unit} | bring home {count} {unit} of {item} | We're
             low on {item}: {count} {unit} | list {count} {unit} of {item} under food | scribble {item}, {count} {unit},
-            on the list
+            on the list | pick up {count} {unit} of {item} | shop for {item}, {count} {unit} | {count} {unit} of
+            {item}, don't forget them | order {count} {unit} {item} | There should be {count} {unit} of {item} on the
+            list | I want to buy {item}: {count} {unit} | Tomorrow's shopping: {item} ({count} {unit}) | Another
+            {count} {unit} of {item} is needed | make a note: {count} {unit}, {item} | How about {count} {unit} of
+            {item} for the list | Send {count} {unit} of {item} to my shopping list | extend the list by {count} {unit}
+            of {item} | Is {item} on the list? I need {count} {unit} | reserve space on the list for {count} {unit} of
+            {item} | get {item}, exactly {count} {unit} | top up {item} by {count} {unit} | The cupboard has no {item},
+            so get {count} {unit} | stock up on {item}, {count} {unit}
         """,
         held_out="""
-            write {count} {unit} of {item} on the grocery list | include {item} in my shopping, {count} {unit} | We ran
-            out of {item}, so {count} {unit} for the list | jot down {count} {unit} of {item} for the store | throw
-            {count} {unit} of {item} into the basket
+            stick {count} {unit} of {item} on the list | have {item} on the next shopping trip, {count} {unit} |
+            Groceries should include {count} {unit} of {item} | save {count} {unit} of {item} under shopping | My
+            basket still lacks {item}: {count} {unit}
         """,
     ),
     Call(
@@ -190,11 +233,23 @@ CALLS = [
             to {to} that {text} | inform {to} that {text} | I want {to} to know that {text} | forward to {to} that
             {text} | pm {to}: {text} | report to {to} that {text} | notify {to} that {text} | share with {to} that
             {text} | leave {to} a note saying {text} | The message "{text}" goes to {to} | {to} should hear that {text}
-            | get word to {to} that {text}
+            | get word to {to} that {text} | reply to {to} that {text} | Can {to} be told that {text} | mail {to}:
+            {text} | whisper to {to} that {text} | remind {to} that {text} | My words to {to}: {text} | contact {to}
+            and say {text} | sms {to} {text} | update {to}: {text} | explain to {to} that {text} | note for {to}:
+            {text} | Tell {to} this: {text} | I have news for {to}, {text} | announce to {to} that {text} | New
+            message, {to}: {text} | When convenient, tell {to} that {text} | No hurry, but {to} should know that {text}
+            | answer {to} with "{text}" | post to {to}: {text} | ask for {to} and report that {text} | quote me to
+            {to}: "{text}" | confirm to {to} that {text} | warn {to} that {text} | alert {to} that {text} | call out to
+            {to} that {text} | hand {to} the news that {text} | send {to} word that {text} | ring {to} and say {text} |
+            give {to} a heads-up that {text} | relay to {to}: {text} | write {to} a postcard that {text} | mention to
+            {to} that {text} | put down for {to}: {text} | type to {to}: {text} | let {to} read "{text}" | send {to} an
+            e-mail saying {text} | For {to}, a message: {text} | bring {to} the news that {text} | dm {to} that {text}
+            | send {to} a note: {text} | pop {to} a message, {text} | make sure {to} knows {text} | deliver to {to}:
+            "{text}" | I'd like {to} to hear {text} | fill {to} in: {text}
         """,
         held_out="""
-            drop {to} a line that {text} | shoot {to} a text saying {text} | pass on to {to} that {text} | Send {to}
-            this: {text} | give {to} the message "{text}"
+            pass the word to {to} that {text} | fire off a text to {to}: {text} | communicate to {to} that {text} |
+            Kindly let {to} in on this: {text} | beam "{text}" over to {to}
         """,
         settled={"urgent": False},
     ),
@@ -205,13 +260,19 @@ CALLS = [
             urgently tell {to} that {text} | send an urgent message to {to}: {text} | text {to} at once that {text} |
             Urgent! Let {to} know {text} | immediately write to {to} that {text} | It's urgent, tell {to} {text} |
             message {to} right now: {text} | Emergency, text {to} that {text} | send "{text}" to {to}, it is urgent |
-            as fast as possible, inform {to} that {text} | mark as urgent and send to {to}: {text} | alert {to}
+            As fast as possible, inform {to} that {text} | mark as urgent and send to {to}: {text} | alert {to}
             immediately: {text} | Top priority, tell {to} that {text} | This can't wait, write {to}: {text} | Urgent
-            for {to}: {text} | {to} must hear at once that {text} | rush an urgent text to {to}: {text}
+            for {to}: {text} | {to} must hear at once that {text} | rush an urgent text to {to}: {text} | ASAP: tell
+            {to} {text} | tell {to} now, without delay, that {text} | Quickly, {to} must read this: {text} | It's an
+            emergency, message {to} that {text} | Hurry, inform {to} that {text} | High priority message for {to}:
+            {text} | This second, text {to} that {text} | {text}, tell {to} urgently | URGENT {to}: {text} | warn {to}
+            urgently that {text} | flag it urgent and write {to} that {text} | don't wait, let {to} know {text} | {to}
+            has to know right away that {text} | send {to} "{text}" with urgency | instantly report to {to} that {text}
+            | Urgent mail to {to}, {text} | remind {to} immediately that {text} | Critical! {to} should know {text}
         """,
         held_out="""
-            send {to} an urgent note that {text} | Urgent message for {to}: {text} | immediately inform {to}: {text} |
-            Very urgent: {to} needs to learn that {text}
+            text {to} with top urgency: {text} | Urgent news for {to}, {text} | straight away, let {to} learn that
+            {text} | This is urgent: {to} ought to hear that {text}
         """,
         settled={"urgent": True},
     ),
@@ -229,12 +290,23 @@ CALLS = [
             {date} at {time}, book | call {place} and book for {people} on {date} at {time} | Lunch at {place},
             {people} people, {date}, {time} | {place} for {people} on {date} at {time} | plan dinner at {place} with
             {people} people, {date} at {time} | tell {place} that {people} guests come on {date} at {time} | Is {place}
-            free on {date} at {time} for {people}, then book | keep {people} chairs at {place} on {date} from {time}
+            free on {date} at {time} for {people}, then book | keep {people} chairs at {place} on {date} from {time} |
+            We would like to dine at {place}, {people} people, {date}, {time} | {people} of us want to eat at {place}
+            on {date} at {time} | ask {place} for a table, {people} people, {date} {time} | I need seats for {people}
+            at {place} on {date} at {time} | {date}, {time}, {place}, {people} people: book | put us down at {place},
+            {date}, {time}, {people} of us | Brunch for {people} at {place} on {date}, {time} | {people} friends meet
+            at {place} on {date} at {time}, get a table | order a table: {place}, {people} guests, {date}, {time} | My
+            birthday is at {place}, {people} guests, {date} at {time} | On {date} get {people} places at {place} for
+            {time} | At {time} on {date} we eat at {place}, {people} of us | schedule dinner at {place} for {people} on
+            {date}, {time} | Could {place} seat {people} on {date} at {time} | We'd be {people} at {place}, {date}
+            {time} | pick a table for {people} in {place}, {time}, {date} | set up a meal for {people} at {place} on
+            {date} at {time} | Remember {place} for {people}, I need it booked on {date} at {time} | try {place} on
+            {date}, table for {people}, {time} | {place} wants to know how many: {people}, on {date} at {time}
         """,
         held_out="""
-            arrange a table for {people} at {place} on {date}, {time} | save us {people} seats at {place} at {time} on
-            {date} | A party of {people} at {place} on {date} around {time} | hold a table at {place} for {date},
-            {time}, for {people} persons | There will be {people} of us at {place}, {date}, {time}, so reserve
+            fix a table at {place} for {people}, on {date}, {time} | organise a meal at {place} for {people} persons at
+            {time} on {date} | A group of {people} will dine at {place}, {date}, {time} | claim {people} seats at
+            {place}, {time}, {date} | Supper at {place} for {people}, the day is {date}, the hour {time}
         """,
     ),
     Call(
@@ -246,12 +318,17 @@ CALLS = [
             change {amount} {from} to {to} | tell me {amount} {from} in {to} | In {to}, how much is {amount} {from} |
             How much is {amount} {from} in {to} | express {amount} {from} as {to} | {amount} {from}, how many {to} is
             that | compute {amount} {from} in {to} | I need {amount} {from} expressed in {to} | translate {amount}
-            {from} to {to} | show {amount} {from} as {to}
+            {from} to {to} | show {amount} {from} as {to} | {amount} {from} in {to} | {amount} {from} equals how many
+            {to} | tell how many {to} fit in {amount} {from} | Is {amount} {from} a lot in {to} | My scale says
+            {amount} {from}, I want {to} | It is {amount} {from}, say it in {to} | The sign says {amount} {from},
+            what's that in {to} | put {amount} {from} into {to} | write {amount} {from} in {to} | {amount} {from} = ?
+            {to} | find {amount} {from} in {to} | From {from} to {to}: {amount} | Conversion of {amount} {from} to {to}
+            | I measured {amount} {from} but need {to} | get {to} from {amount} {from} | read {amount} {from} as {to} |
+            count {amount} {from} in {to}
         """,
         held_out="""
-            give me the value of {amount} {from} in {to} | work out how many {to} make {amount} {from} | If something
-            is {amount} {from}, what would it be in {to} | calculate {amount} {from} in {to} | switch {amount} {from}
-            over to {to}
+            figure out {amount} {from} in {to} | how would you say {amount} {from} in {to} | If it measures {amount}
+            {from}, how many {to} is it | display {amount} {from} using {to} | bring {amount} {from} over to {to}
         """,
     ),
     Call(
@@ -267,12 +344,21 @@ CALLS = [
             put it in my calendar to {task} on {date} at {time} | tell me to {task} on {date} at {time} | New reminder:
             {task}, {date}, {time} | I want to {task} on {date} at {time}, set a reminder | warn me at {time} on
             {date}, I have to {task} | It matters that I {task} on {date} at {time}, ping me | beep me on {date},
-            {time}, since I need to {task}
+            {time}, since I need to {task} | On {date}, {time}, tell me I have to {task} | I have to {task} on {date}
+            at {time}, set an alarm | make a reminder: {task}, {date}, {time} | alert me at {time} on {date} to {task}
+            | ring me on {date} at {time} to {task} | {date} {time}: {task}, keep me on it | To do on {date} at {time}:
+            {task} | I plan to {task} on {date} at {time}, send a reminder | wake me at {time} on {date}, I want to
+            {task} | call my attention on {date} at {time} to {task} | Calendar, {date}, {time}: {task} | I might not
+            think of it: {task}, {date}, {time} | At {time} on {date} say to me: {task} | message me on {date} at
+            {time} to {task} | book {time} on {date} to {task} | add a reminder on {date} at {time} to {task} | let me
+            know on {date} at {time} that I must {task} | On {date} I should {task}, ping at {time} | keep {date},
+            {time} in mind: {task} | I promised to {task} on {date} at {time}, remind me | It is on {date} at {time}
+            that I need to {task}
         """,
         held_out="""
-            help me remember to {task} on {date} at {time} | create a reminder for {time} on {date}: {task} | I have to
-            remember to {task}, it is for {date}, {time} | nudge me at {time} on {date} to {task} | Alert me on {date},
-            {time}, because I should {task}
+            see to it that I remember to {task}, {date}, {time} | drop me a reminder to {task} at {time} on {date} | I
+            am supposed to {task} on {date} at {time}, jog my memory | prompt me on {date} at {time}: {task} | Let a
+            reminder go off on {date}, {time}, for me to {task}
         """,
     ),
     Call(
@@ -286,12 +372,21 @@ CALLS = [
             train | Is there a train to {to} on {date} from {from} | I want to travel to {to} on {date}, leaving from
             {from} | check trains {from} to {to}, {date} | plan a rail trip from {from} to {to} on {date} | When does a
             train leave {from} for {to} on {date} | I'm going to {to} on {date}, starting from {from}, by train | Train
-            timetable {from} to {to} for {date} | {from} to {to} on {date}, by rail
+            timetable {from} to {to} for {date} | {from} to {to} on {date}, by rail | book me by rail {from} to {to},
+            {date} | From {from} I go to {to} on {date}, what runs | Rail options on {date}, {from} to {to} | What
+            leaves {from} for {to} on {date} | take me from {from} to {to} by train on {date} | On {date} get me to
+            {to} from {from} | I have to reach {to} on {date}, starting from {from} | Any trains on {date} between
+            {from} and {to} | tell me the trains from {from} to {to} on {date} | We go by rail to {to} on {date}, from
+            {from} | {date}: {from} to {to}, which trains | list departures from {from} to {to} on {date} | Need a ride
+            by train, {from} to {to}, {date} | My trip is {from} to {to} on {date}, see the timetable | Departing
+            {from}, arriving {to}, {date} | Next train on {date}: {from} to {to} | What's the connection to {to} on
+            {date} from {from} | travel plan for {date}, {from} to {to} | I'd go to {to} from {from} on {date}, by
+            train
         """,
         held_out="""
-            search rail connections from {from} to {to} on {date} | Which trains go from {from} to {to} on {date} | I'm
-            in {from} and have to be in {to} on {date}, check the trains | get me a train to {to} leaving {from} on
-            {date}
+            browse trains between {from} and {to}, {date} | What rail services run from {from} to {to} on {date} | I
+            set off from {from} on {date}, my goal is {to}, search a train | fetch the rail schedule, {from} to {to},
+            on {date}
         """,
     ),
 ]
@@ -301,6 +396,12 @@ SPELLED = """
     liters l | ml ml millilitres | pack packs packets | bag bags sacks | box boxes | jar jars | km km kilometres
     kilometers | m metres meters m | cm cm centimetres | mi miles | ft feet ft | in inches | lb pounds lb | oz ounces
     oz | gal gallons
+"""
+# How often a training value is coined instead of drawn from its pool, so that copying is learned, not the pool.
+COINED = {"name": 0.2, "city": 0.25, "place": 0.3, "item": 0.2, "label": 0.2}
+SYLLABLES = """
+    b, br, c, ch, d, dr, f, fl, g, gl, h, j, k, kl, l, m, n, p, pl, qu, r, s, sh, st, t, th, tr, v, w, z / a, e, i, o, u,
+    ai, ea, ee, oo, ou / l, ll, m, n, nd, r, rk, rt, s, ss, t, v, x, ck, nt, bb
 """
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
@@ -322,15 +423,26 @@ class Draw:
 
     def __init__(self, rng: Random, held_out: bool) -> None:
         self.rng, self.held_out, self.pools = rng, held_out, HELD_OUT if held_out else TRAIN
+        self.coins = {} if held_out else COINED
 
     def slot(self, slot: str) -> dict[str, tuple[str, Any]]:
         argument, _, kind = slot.partition(":")
         kind = kind or argument
         if kind in self.pools and kind != "units":
-            said = self.pick(kind)
+            said = self.coined(kind) if self.rng.random() < self.coins.get(kind, 0) else self.pick(kind)
             return {argument: (said, said)}
         drawn = getattr(self, kind)()
         return dict(zip(argument.split("-"), drawn, strict=True)) if "-" in argument else {argument: drawn}
+
+    def coined(self, kind: str) -> str:
+        """A value of no pool: an invented word, or one that belongs elsewhere."""
+        if self.rng.random() < 0.5:
+            word = "".join(self.rng.choice(split(part)) for part in SYLLABLES.split("/") * self.rng.choice([1, 2]))
+        else:
+            word = self.rng.choice([w for pool in COINED for w in re.findall(r"\w{4,}", self.pools[pool])])
+        if kind in ("item", "label"):
+            return f"{word.lower()} {self.pick('item')}" if self.rng.random() < 0.3 else word.lower()
+        return f"{word.capitalize()} {self.pick(kind).split()[-1]}" if kind == "place" else word.capitalize()
 
     def pick(self, pool: str) -> str:
         return " ".join(self.rng.choice(split(words)) for words in self.pools[pool].split("/"))
@@ -410,7 +522,8 @@ def generate(count: int, *, seed: int, held_out: bool) -> list[dict[str, str]]:
     for _ in range(20 * count):
         if len(records) < count:
             tool = tools[len(records) % len(tools)]
-            record = draw.record(rng.choice([call for call in CALLS if call.tool == tool]))
+            calls = [call for call in CALLS if call.tool == tool]
+            record = draw.record(rng.choices(calls, [len(split(call.train, "|")) for call in calls])[0])
             records.setdefault(record["prompt"].casefold(), record)
     if len(records) < count:
         raise ValueError(f"{count} different records were asked for, only {len(records)} were found")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from deltaw.config import GenerateConfig
+from deltaw.errors import DataError
+from deltaw.positions import most_positions
 
 
 @torch.no_grad()
@@ -20,7 +22,11 @@ def generate(
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """The completion of each prompt (token ids), in order, without the end token. Prompts of like length share a batch;
-    shorter ones are padded on the left. `on_done` is told how many prompts are finished."""
+    shorter ones are padded on the left. `on_done` is told how many prompts are finished. Raises DataError, before anything is
+    generated, when the model has no positions for a prompt and its completion."""
+    problem = too_long(prompts, config, model)
+    if problem:
+        raise DataError(problem)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     completions = [""] * len(prompts)
     training = model.training
@@ -35,6 +41,21 @@ def generate(
     finally:
         model.train(training)
     return completions
+
+
+def too_long(prompts: Sequence[Sequence[int]], config: GenerateConfig, model: Any) -> str | None:
+    """What to tell the user when a prompt and its completion do not fit the model's positions; None when all fit."""
+    most = most_positions(model)
+    numbers = [i + 1 for i, p in enumerate(prompts) if most is not None and len(p) + config.max_new_tokens > most]
+    if not numbers:
+        return None
+    longest = max(len(p) for p in prompts)
+    named = ", ".join(map(str, numbers[:10])) + (" …" if len(numbers) > 10 else "")
+    return (
+        f"{len(numbers)} of {len(prompts)} prompts (number {named}; the longest has {longest} tokens) and their completions "
+        f"(max_new_tokens is {config.max_new_tokens}) do not fit the model's {most} positions. Shorten them, or lower "
+        "max_new_tokens."
+    )
 
 
 def _batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> list[list[int]]:

@@ -24,8 +24,9 @@ from deltaw.config import GenerateConfig, TrainConfig, to_mapping
 from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted
 from deltaw.files.atomic import write_text
-from deltaw.generation import generate, pad_id
+from deltaw.generation import generate, pad_id, too_long
 from deltaw.methods.lora import LoRA
+from deltaw.positions import within
 from deltaw.pretrained import Pretrained, load_pretrained
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
@@ -95,6 +96,7 @@ def train(
     loaded = _loaded(model, tokenizer, config)
     if isinstance(model, (str, Path)):  # config.yaml names what auto came to, so that it reproduces the run elsewhere
         config = dataclasses.replace(config, dtype=str(loaded.model.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    config = dataclasses.replace(config, data=within(config.data, loaded.model))
     train_records, valid_records = _split(records, valid_records, config)
     encoded = encode(train_records, loaded.tokenizer, config.data)
     valid = encode(valid_records, loaded.tokenizer, config.data) if valid_records is not None else None
@@ -183,9 +185,14 @@ class _Run:
     def _chosen_samples(self) -> list[Record]:
         seen: dict[str, Record] = {}
         for record in self.valid_records.items if self.valid_records is not None else ():
-            if record.completion is not None and len(seen) < self.config.samples:
+            if record.completion is not None and len(seen) < self.config.samples and self._fits(record):
                 seen.setdefault(record.prompt, record)
         return list(seen.values())
+
+    def _fits(self, record: Record) -> bool:
+        """Whether the model has positions for its prompt and an answer."""
+        prompt = encode_prompt(record, self.loaded.tokenizer, self.config.data)
+        return too_long([prompt], _SAMPLE, self.loaded.model) is None
 
     def _sample(self, records: list[Record], adapter: str | None) -> list[str]:
         if not records:
@@ -247,7 +254,8 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
 def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
     """The held-out records where there is a split or file for them, else None."""
     if config.valid is not None:
-        if Path(config.valid).exists():
+        path = Path(config.valid)
+        if path.exists() or path.suffix or len(path.parts) > 1:  # what looks like a path is none of the data's splits
             return read(config.valid, config.data)
         return read(source, config.data, split=config.valid)
     split = held_out_split(source) if isinstance(source, (str, Path)) else None

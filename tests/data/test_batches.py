@@ -33,9 +33,10 @@ def test_little_padding_and_other_orders():
 
 def test_collate():
     batch = collate([Example([5, 6, 7], [False, True, True], "a"), Example([8, 9], [False, True], "b")], pad_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.supervised.tolist() == [[False, True, True], [False, True, False]]
+    fill, off = [0] * 5, [False] * 5
+    assert batch.input_ids.tolist() == [[5, 6, 7, *fill], [8, 9, 0, *fill]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, *fill], [1, 1, 0, *fill]]
+    assert batch.supervised.tolist() == [[False, True, True, *off], [False, True, False, *off]]
     assert str(batch.supervised.dtype) == "torch.bool" and str(batch.input_ids.dtype) == "torch.int64"
 
 
@@ -44,3 +45,10 @@ def test_refusals():
         plan([1], 0, 0, 0)
     with pytest.raises(DataError, match="at least one example"):
         collate([], 0)
+
+
+@pytest.mark.parametrize(("length", "most", "width"), [(8, None, 8), (9, None, 16), (9, 12, 12), (9, 9, 9), (9, 4, 9)])
+def test_rows_are_padded_to_a_multiple_of_8_that_the_model_has_positions_for(length, most, width):
+    batch = collate([Example([3] * length, [True] * length, "a")], 0, most)
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.supervised.shape == (1, width)
+    assert int(batch.attention_mask.sum()) == int(batch.supervised.sum()) == length

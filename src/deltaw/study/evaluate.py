@@ -12,6 +12,7 @@ import torch
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, collate, encode, encode_prompt, references
 from deltaw.generation import generate, pad_id
+from deltaw.positions import most_positions, within
 from deltaw.study.metrics import METRICS, TEXT_METRICS, Score, check_metrics, perplexity, ratio
 from deltaw.training.loss import CompletionLoss
 
@@ -56,6 +57,7 @@ def evaluate(
     """Score the model with whatever adapter is active. Loss is per supervised token over all records; exact match, BLEU and
     ROUGE-L are of one generated completion for each distinct prompt. Raises ConfigError for an unknown metric."""
     check_metrics(metrics)
+    data = within(data, model)
     began = time.monotonic()
     items = Items.of(records)
     scores: dict[str, Score] = {}
@@ -83,7 +85,7 @@ def _loss(model: Any, tokenizer: Any, records: Any, data: DataConfig, batch: int
     try:
         for start in range(0, len(examples), batch):
             rows = examples[start : start + batch]
-            losses, of_row = loss.per_token(collate(rows, pad_id(tokenizer)))
+            losses, of_row = loss.per_token(collate(rows, pad_id(tokenizer), most_positions(model)))
             sums += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, of_row, losses.double().cpu()).tolist()
             counts += torch.bincount(of_row, minlength=len(rows)).tolist()
     finally:

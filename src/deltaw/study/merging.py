@@ -13,6 +13,7 @@ from deltaw import attached, store
 from deltaw.config import DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
+from deltaw.positions import most_positions
 from deltaw.pretrained import load_pretrained, save_pretrained
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
@@ -65,8 +66,7 @@ def probe(tokenizer: Any, model: Any) -> Tensor:
     """Token ids [1, t] to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go."""
     text = tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
     walk = torch.randint(0, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    most = getattr(model.config, "max_position_embeddings", None) or len(text) + len(walk)
-    return torch.tensor([[*text, *walk][:most]], device=model.device)
+    return torch.tensor([[*text, *walk][: most_positions(model)]], device=model.device)
 
 
 def _save_plain(model: Any, tokenizer: Any, folder: Path) -> None:

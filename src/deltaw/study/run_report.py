@@ -86,7 +86,7 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Time", _minutes(loop["seconds"]), f"{loop['step']} steps, {loop['records']:,} records"),
         (
             "Speed",
-            f"{loop['tokens'] / max(loop['seconds'], 1e-9):.0f} tokens/s",
+            f"{loop['tokens'] / max(loop['step_seconds'], 1e-9):.0f} tokens/s",
             f"{loop['tokens']:,} tokens, padding not counted",
         ),
         ("Peak memory", megabytes(figures["peak_memory"]), "of the process, base included"),

@@ -21,6 +21,7 @@ from deltaw.config import TrainConfig
 from deltaw.data import Batch, Example, collate, plan
 from deltaw.errors import TrainError
 from deltaw.lowrank import delta_norm
+from deltaw.positions import most_positions
 from deltaw.training.attention import short_row_attention
 from deltaw.training.loss import CompletionLoss
 
@@ -76,6 +77,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.trainable, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
         )
+        self.most = most_positions(self.model)
         self.lengths = [len(e.input_ids) for e in self.examples]
         self.per_epoch = math.ceil(len(self.examples) / self.config.batch)
         self.total_steps = self.config.steps or max(1, math.ceil(self.per_epoch * self.config.epochs))
@@ -121,7 +123,7 @@ class Loop:
             group["lr"] = lr
         rows = [self.examples[i] for i in self._indices(self.state.step)]
         size = self.config.micro_batch or len(rows)
-        micro = [collate(rows[i : i + size], self.pad_id) for i in range(0, len(rows), size)]
+        micro = [collate(rows[i : i + size], self.pad_id, self.most) for i in range(0, len(rows), size)]
         supervised = sum(int(batch.supervised.sum()) for batch in micro)
         loss = sum(self._backward(batch, supervised) for batch in micro)
         if self.state.step == 0:
@@ -239,7 +241,8 @@ def held_out_loss(loss: CompletionLoss, examples: Sequence[Example], *, batch: i
     loss.model.eval()
     try:
         ordered = sorted(examples, key=lambda e: len(e.input_ids))
-        pairs = [loss(collate(ordered[i : i + batch], pad_id)) for i in range(0, len(ordered), batch)]
+        most = most_positions(loss.model)
+        pairs = [loss(collate(ordered[i : i + batch], pad_id, most)) for i in range(0, len(ordered), batch)]
     finally:
         loss.model.train(training)
     return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)

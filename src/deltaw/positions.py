@@ -1,0 +1,28 @@
+"""How many positions a model has: what a row of tokens must fit in. Knows a model's config and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from deltaw.config import DataConfig
+
+# Beside transformers' standard name, the names that configs give it
+_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
+
+
+def most_positions(model: Any) -> int | None:
+    """The most tokens that a row may have; None where the model's config sets no bound.
+
+    Learned positions end there, with an index error; rotary ones lose their sense.
+    """
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    found = (getattr(config, name, None) for name in _NAMES)
+    return next((int(n) for n in found if isinstance(n, int) and n > 0), None)
+
+
+def within(data: DataConfig, model: Any) -> DataConfig:
+    """`data` with a max_length that the model has positions for."""
+    return dataclasses.replace(data, max_length=min(data.max_length, most_positions(model) or data.max_length))
