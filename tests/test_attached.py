@@ -152,6 +152,17 @@ def test_5_detach_gives_back_the_same_object(tiny: Any, ids: torch.Tensor, merge
     assert torch.equal(tiny(ids).logits, output)
 
 
+def test_an_adapter_that_goes_while_another_is_merged_is_not_made_active_again(tiny: Any, ids: torch.Tensor) -> None:
+    expected = tiny(ids).logits
+    fill(attach(tiny, LoRA(rank=3, alpha=5), name="a"))
+    fill(attach(tiny, LoRA(rank=3, alpha=5), name="b"))
+    merge(tiny, "a")  # while b is active
+    detach(tiny, "b")
+    unmerge(tiny)
+    assert deltaw.adapters(tiny) == ("a",) and deltaw.adapters(tiny).active is None
+    assert torch.equal(tiny(ids).logits, expected)
+
+
 def test_base_keys_classes_and_ties_stay_while_attached(tiny: Any) -> None:
     keys = set(tiny.state_dict())
     attach(tiny, METHOD)

@@ -111,6 +111,35 @@ def test_eval_shows_base_and_adapter(place: Path, tmp_path: Path, capsys: pytest
     assert loss["low"] < loss["value"] < loss["high"]
 
 
+def test_eval_of_texts_scores_what_texts_allow(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{w} and so on"}) + "\n" for w in WORDS))
+    assert main(["eval", str(place / "model"), str(tmp_path / "texts.jsonl")]) == 0
+    text = capsys.readouterr().out
+    assert "perplexity" in text and "bleu" not in text
+    assert main(["eval", str(place / "model"), str(tmp_path / "texts.jsonl"), "--metrics", "bleu"]) == 6
+    assert "has no prompt" in capsys.readouterr().err
+
+
+def test_an_adapter_of_chats_wraps_a_plain_prompt_as_a_chat(place: Path, tmp_path: Path) -> None:
+    from deltaw.cli.opening import as_trained
+    from deltaw.config import DataConfig
+
+    turns = [[{"role": "user", "content": w}, {"role": "assistant", "content": "yes"}] for w in WORDS]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    words = [
+        "train",
+        str(place / "model"),
+        str(tmp_path / "chats.jsonl"),
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 0
+    assert as_trained(DataConfig(), str(tmp_path / "run" / "adapter")).template == "chat"
+    assert as_trained(DataConfig(), str(place / "run" / "adapter")).template == "plain"
+
+
 def test_merge_gives_an_ordinary_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import deltaw
 
@@ -153,6 +182,12 @@ def test_chat(place: Path) -> None:
     assert (
         "Now the base alone" in done.stdout and "There is no /what" in done.stdout and done.stdout.count("model ›") == 2
     )
+
+
+def test_a_conversation_over_the_models_positions_says_so_and_goes_on(place: Path) -> None:
+    done = run("chat", place / "model", "--max-new-tokens", 4, stdin="x" * 260 + "\nhi\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    assert "256 positions" in done.stdout and "/new starts over" in done.stdout and done.stdout.count("model ›") == 1
 
 
 REFUSALS = {

@@ -76,6 +76,27 @@ def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
     assert settings["rank"] == 4 and settings["lr"] == 0.02 and settings["epochs"] == 3
 
 
+def test_overwriting_leaves_nothing_of_the_old_run(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
+    deltaw.detach(model)
+    (result.folder / "notes.txt").write_text("mine")
+
+    def crash(event: Any) -> None:
+        if event.kind == "step":
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        config = quick(tmp_path, overwrite=True, lr=0.001, log_every=1)
+        deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer, on_event=crash)
+    assert {p.name for p in result.folder.iterdir()} == {"adapter", "config.yaml", "log.jsonl", "notes.txt"}
+    lines = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "start" and lines[0]["layers"] == 14 and lines[-1]["step"] == 1
+    deltaw.detach(model)
+    deltaw.load(model, result.adapter)  # what one step had learned
+    assert loop_module.relative_norm(model) < result.relative_norm / 5
+
+
 def test_the_saved_adapter_is_the_trained_one(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     result = deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)

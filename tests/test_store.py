@@ -202,7 +202,7 @@ def test_the_same_base_in_another_precision_is_recognised(
     cast = twin(model).to(torch.bfloat16)
     fill(attach(model, METHODS["plain"]))
     save(model, tmp_path / "a")
-    with caplog.at_level(logging.INFO, logger="deltaw"):
+    with caplog.at_level(logging.DEBUG, logger="deltaw"):
         load(cast, tmp_path / "a")
     assert "another precision" in caplog.text
 

@@ -199,6 +199,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 close_slot(layer)
         if record.route.active == adapter:
             record.route.active = None
+        if record.before_merge == adapter:
+            record.before_merge = None
     if not record.attached:
         delattr(owner, RECORD)
         for parameter_name, parameter in owner.named_parameters():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import nn
 
 from deltaw import attached, store
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping
-from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read
+from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read, template_of
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted
 from deltaw.files.atomic import write_text
 from deltaw.generation import generate, pad_id, too_long
@@ -94,9 +95,7 @@ def train(
     records = read(data, config.data, split=config.data.split)
     valid_records = _held_out(source, records, config)
     loaded = _loaded(model, tokenizer, config)
-    if isinstance(model, (str, Path)):  # config.yaml names what auto came to, so that it reproduces the run elsewhere
-        config = dataclasses.replace(config, dtype=str(loaded.model.dtype).removeprefix("torch."))  # type: ignore[arg-type]
-    config = dataclasses.replace(config, data=within(config.data, loaded.model))
+    config = _resolved(config, records.form, loaded)
     train_records, valid_records = _split(records, valid_records, config)
     encoded = encode(train_records, loaded.tokenizer, config.data)
     valid = encode(valid_records, loaded.tokenizer, config.data) if valid_records is not None else None
@@ -120,15 +119,32 @@ class _Run:
     on_event: Callable[[Event], None]
 
     def go(self) -> RunResult:
+        self._claim_folder()
+        with (self.folder / LOG).open("w", encoding="utf-8") as self.log_file:
+            self._report_coverage()
+            chosen = self._chosen_samples()
+            before = self._sample(chosen, None)
+            state = self._train()
+        after = self._sample(chosen, "default")
+        return self._finish(
+            state,
+            [Sampled(r.prompt, r.completion, b, a) for r, b, a in zip(chosen, before, after, strict=True)],
+        )
+
+    def _claim_folder(self) -> None:
+        """Write this run's config.yaml; what another run left here goes, so that nothing of it is taken for this one's."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self._settings()
-        write_text(self.folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        for name in (REPORT, RESULT, LOG):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / ADAPTER, ignore_errors=True)
+        self.settings = self._settings()
+        write_text(self.folder / CONFIG, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
         self.log: list[dict[str, Any]] = []
         self.warnings: list[str] = []
-        self._report_coverage()
-        chosen = self._chosen_samples()
-        before = self._sample(chosen, None)
-        with (self.folder / LOG).open("w", encoding="utf-8") as self.log_file, _ctrl_c() as stopping:
+
+    def _train(self) -> LoopState:
+        """The loop, and the adapter saved, however the loop ends. Raises Interrupted after Ctrl-C."""
+        with _ctrl_c() as stopping:
             loop = Loop(
                 self.loaded.model,
                 self.encoded.examples,
@@ -141,22 +157,16 @@ class _Run:
             try:
                 state = loop.run()
             except BaseException:
-                self._save_if_sound(settings)
+                self._save_if_sound()
                 raise
-        self._save(settings)
+            self._save()
         if state.stopped == "interrupted":
             raise Interrupted(
                 f"Stopped after step {state.step} of {loop.total_steps}; the adapter so far is in {self.folder / ADAPTER}.\n"
                 f"Use it with --adapter {self.folder / ADAPTER}, or start again:\n"
                 f"  deltaw train --config {self.folder / CONFIG} --overwrite"
             )
-        return self._finish(
-            state,
-            [
-                Sampled(r.prompt, r.completion, b, a)
-                for r, b, a in zip(chosen, before, self._sample(chosen, "default"), strict=True)
-            ],
-        )
+        return state
 
     def _settings(self) -> dict[str, Any]:
         """What config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is."""
@@ -168,7 +178,7 @@ class _Run:
     def _report_coverage(self) -> None:
         summary = attached.summary(self.loaded.model)
         adapter = summary.adapters["default"]
-        self.on_event(Event("start", 0, {
+        self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share,
             "left_out": adapter.left_out, "data": dataclasses.asdict(self.encoded.counts), "base_bytes": summary.base_bytes,
         }))  # fmt: skip
@@ -201,12 +211,12 @@ class _Run:
         with attached.using(self.loaded.model, adapter):
             return generate(self.loaded.model, self.loaded.tokenizer, prompts, _SAMPLE)
 
-    def _save(self, settings: dict[str, Any]) -> None:
-        store.save(self.loaded.model, self.folder / ADAPTER, training=settings)
+    def _save(self) -> None:
+        store.save(self.loaded.model, self.folder / ADAPTER, training=self.settings)
 
-    def _save_if_sound(self, settings: dict[str, Any]) -> None:
+    def _save_if_sound(self) -> None:
         if all(bool(torch.isfinite(p).all()) for p in attached.parameters(self.loaded.model, "default")):
-            self._save(settings)
+            self._save()
 
     def _finish(self, state: LoopState, samples: list[Sampled]) -> RunResult:
         result = RunResult(
@@ -226,7 +236,7 @@ class _Run:
         )
         figures = result.figures()
         write_text(self.folder / RESULT, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-        write_report(run_report(self._settings(), figures, self.log, samples), self.folder / REPORT)
+        write_report(run_report(self.settings, figures, self.log, samples), self.folder / REPORT)
         return result
 
 
@@ -249,6 +259,15 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
     if "default" in attached.adapters(model):
         raise AdapterError("The model has an adapter 'default' already: detach it first.")
     return Pretrained(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def _resolved(config: TrainConfig, form: str, loaded: Pretrained) -> TrainConfig:
+    """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
+    to the adapter later is wrapped as the records were."""
+    template = template_of(form, loaded.tokenizer, config.data)
+    data = dataclasses.replace(within(config.data, loaded.model), template=template)  # type: ignore[arg-type]
+    dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
+    return dataclasses.replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:

@@ -107,7 +107,7 @@ def _check_base(model: nn.Module, file: peft.LoRAFile, path: Path) -> None:
             f"Load that base, or pass check_base=False (command line: --any-base) if you know that it fits."
         )
     if verdict == "cast":
-        log.info("%s was trained on this base in another precision.", path)
+        log.debug("%s was trained on this base in another precision.", path)
 
 
 def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowRank]:

@@ -41,8 +41,11 @@ def run(command: Chat) -> None:
         elif text.startswith("/"):
             show.out.print(f"There is no {text}. {_HELP}", style="dim")
         elif text:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _answer(loaded, messages, command)})
+            turn = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*turn, {"role": "assistant", "content": _answer(loaded, turn, command)}]
+            except DataError as error:
+                show.out.print(f"{error} /new starts over.", style="yellow", markup=False)
 
 
 def _switch(model: Any, on: bool, adapter: str | None) -> None:
@@ -61,9 +64,12 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     from transformers import TextStreamer
 
     from deltaw.data import Message, prompt_ids
-    from deltaw.generation import settings
+    from deltaw.generation import settings, too_long
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
+    problem = too_long([ids], command.generation, loaded.model)
+    if problem:
+        raise DataError(problem)
     show.out.print("[bold magenta]model[/] › ", end="")
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():

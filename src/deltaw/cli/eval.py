@@ -17,13 +17,11 @@ def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
     from deltaw.files.atomic import write_text
-    from deltaw.study.metrics import check_metrics
 
-    metrics = [m.strip() for m in command.metrics.split(",") if m.strip()]
-    check_metrics(metrics)
     if not command.base and command.adapter is None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")
     records = read(command.data, command.records)
+    metrics = _metrics(command, records.form)
     if command.most is not None:
         records = dataclasses.replace(records, items=records.items[: command.most])
     loaded = open_model(
@@ -34,6 +32,18 @@ def run(command: Eval) -> None:
     if command.out is not None:
         values = {name: dataclasses.asdict(evaluation) for name, evaluation in found.items()}
         write_text(Path(command.out), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def _metrics(command: Eval, form: str) -> list[str]:
+    """The metrics asked for, else all that records of this form allow. Raises ConfigError for one that is not known."""
+    from deltaw.study.metrics import METRICS, TEXT_METRICS, check_metrics
+
+    if command.metrics is None:
+        metrics = [m for m in METRICS if form != "text" or m not in TEXT_METRICS]
+    else:
+        metrics = [m.strip() for m in command.metrics.split(",") if m.strip()]
+    check_metrics(metrics)
+    return metrics
 
 
 def _evaluate(loaded: Any, records: Any, command: Eval, metrics: list[str]) -> dict[str, Any]:

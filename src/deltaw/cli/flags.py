@@ -86,8 +86,9 @@ class Eval:
     """Load the adapter although it was trained on other base weights."""
     base: bool = True
     """Score the base as well."""
-    metrics: str = "loss,perplexity,exact_match,bleu,rouge_l"
-    """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l."""
+    metrics: str | None = None
+    """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l. Default: all; of text records, which have no
+    prompt, loss and perplexity."""
     most: int | None = None
     """Score at most this many records, the first ones."""
     out: str | None = None

@@ -10,7 +10,7 @@ batches.py   examples → length-bucketed batches, as tensors
 
 from deltaw.data.batches import Batch, batches, collate, plan
 from deltaw.data.chat import encode_chat, prompt_ids
-from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt
+from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt, template_of
 from deltaw.data.forms import Message, Record
 from deltaw.data.records import Records, read, references
 from deltaw.data.sources import held_out_split, splits
@@ -34,4 +34,5 @@ __all__ = [
     "read",
     "references",
     "splits",
+    "template_of",
 ]

@@ -81,9 +81,8 @@ def check_metrics(names: Sequence[str]) -> None:
     """Raise ConfigError for a metric that is not known or whose package is not installed."""
     unknown = [n for n in names if n not in METRICS]
     if unknown:
-        raise ConfigError(
-            f"Unknown metric {unknown[0]!r}{nearest(unknown[0], METRICS)}. There are: {', '.join(METRICS)}."
-        )
+        named = "; ".join(f"{n!r}{nearest(n, METRICS)}" for n in unknown)
+        raise ConfigError(f"Unknown metric {named}. There are: {', '.join(METRICS)}.")
     packages = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
     for name in names:
         if name in packages:
