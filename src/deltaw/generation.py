@@ -85,7 +85,7 @@ def settings(model: Any, tokenizer: Any, config: GenerateConfig) -> Any:
     else:
         chosen |= {"do_sample": False}
     if config.beams > 1:
-        chosen |= {"num_beams": config.beams, "length_penalty": config.length_penalty, "early_stopping": True}
+        chosen |= {"num_beams": config.beams, "length_penalty": config.length_penalty}
     return GenerationConfig(**chosen)
 
 

@@ -21,6 +21,8 @@ log = logging.getLogger("deltaw")
 
 # Bounds a chunk's logits to 64 MB of fp32, whatever the vocabulary
 _CHUNK_ELEMENTS = 1 << 24
+# Supervised positions come in multiples of this: every new shape leaves buffers behind in the CPU's matrix library
+_POSITIONS_MULTIPLE = 32
 # What transformers models call the things that stand between hidden states and logits
 _AFTER_HEAD = (
     "final_logit_softcapping",
@@ -60,8 +62,10 @@ class CompletionLoss:
     def _from_hidden(self, inputs: dict[str, Tensor], positions: Tensor, targets: Tensor) -> Tensor:
         assert self.body is not None and self.head is not None
         hidden = self.body(**inputs, use_cache=False).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
-        return chunked_cross_entropy(hidden, self.head.weight, self.head.bias, targets)
+        count = len(positions)
+        filled = (0, -count % _POSITIONS_MULTIPLE)  # with position 0 and target 0; their losses are dropped
+        hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, F.pad(positions, filled))
+        return chunked_cross_entropy(hidden, self.head.weight, self.head.bias, F.pad(targets, filled))[:count]
 
     def _from_logits(self, inputs: dict[str, Tensor], positions: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(**inputs, use_cache=False).logits
@@ -102,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        height = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        height = max(1, _CHUNK_ELEMENTS // weight.shape[0] // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
         for start in range(0, hidden.shape[0], height):
             chunk = slice(start, start + height)
             y = targets[chunk, None]
