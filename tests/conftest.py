@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,27 @@ def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.
         for parameter in parameters(model, name):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
     return model
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [(n, type(m), id(m)) for n, m in model.named_modules(remove_duplicate=False)],
+        [(n, id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        sorted(model.__dict__),
+    )
+
+
+def assert_same(model: nn.Module, before: tuple[Any, ...]) -> None:
+    after = snapshot(model)
+    assert after[1:] == before[1:]
+    assert list(after[0]) == list(before[0])
+    assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".deltaw." not in n}
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ ORDER = [
     ["layers"],
     ["targets"],
     ["attached"],
+    ["merged"],
     ["methods"],
     ["files", "data", "positions"],
     ["store", "pretrained", "generation"],

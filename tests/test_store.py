@@ -15,8 +15,7 @@ import deltaw
 from deltaw import LoRA, attach, detach, load, save
 from deltaw.errors import AdapterError, BaseMismatch, FileError
 from deltaw.store import training_of
-from tests.conftest import MAKERS, fill, tiny_gpt2, tiny_llama
-from tests.test_attached import assert_same, snapshot
+from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHODS = {
     "plain": LoRA(rank=4, alpha=10),

@@ -12,21 +12,19 @@ from deltaw.version import __version__
 
 if TYPE_CHECKING:
     from deltaw.attached import (
-        MergeReport,
         Summary,
         adapters,
         attach,
         delta,
         detach,
-        merge,
         parameters,
         summary,
-        unmerge,
         use,
         using,
     )
     from deltaw.config import DataConfig, GenerateConfig, TrainConfig
     from deltaw.errors import DeltaWError
+    from deltaw.merged import MergeReport, merge, unmerge
     from deltaw.methods.lora import LoRA
     from deltaw.run import RunResult, train
     from deltaw.store import load, save
@@ -37,7 +35,7 @@ _HOME = {
     "GenerateConfig": "config",
     "TrainConfig": "config",
     "LoRA": "methods.lora",
-    "MergeReport": "attached",
+    "MergeReport": "merged",
     "RunResult": "run",
     "Summary": "attached",
     "adapters": "attached",
@@ -45,12 +43,12 @@ _HOME = {
     "delta": "attached",
     "detach": "attached",
     "load": "store",
-    "merge": "attached",
+    "merge": "merged",
     "parameters": "attached",
     "save": "store",
     "summary": "attached",
     "train": "run",
-    "unmerge": "attached",
+    "unmerge": "merged",
     "use": "attached",
     "using": "attached",
 }

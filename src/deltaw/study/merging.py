@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw import attached, store
+from deltaw import merged, store
 from deltaw.config import DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
@@ -24,7 +24,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 class MergedFolder:
     """What `merge_to_folder` did."""
 
-    report: attached.MergeReport
+    report: merged.MergeReport
     bytes: int
     drift: float
     """Largest logit difference between the folder's model and base + branch, in the same dtype."""
@@ -44,9 +44,10 @@ def merge_to_folder(
     ids = probe(loaded.tokenizer, model)
     with torch.no_grad():
         expected = model(ids).logits.float()
-    report = attached.merge(model)
+    report = merged.merge(model)
     with replacing_folder(out) as folder:
-        _save_plain(model, loaded.tokenizer, folder)
+        merged.settle(model)
+        save_pretrained(model, loaded.tokenizer, folder)
         again = load_pretrained(str(folder), dtype=str(model.dtype).removeprefix("torch."), device=device)  # type: ignore[arg-type]
         with torch.no_grad():
             found = again.model(ids).logits.float()
@@ -67,19 +68,6 @@ def probe(tokenizer: Any, model: Any) -> Tensor:
     text = tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
     walk = torch.randint(0, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     return torch.tensor([[*text, *walk][: most_positions(model)]], device=model.device)
-
-
-def _save_plain(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save a merged model without a trace of us: detached layers, merged weights."""
-    merged = {
-        name: model.get_submodule(name).weight.detach().clone()
-        for name in attached.updates(model, attached.adapters(model)[0])
-    }
-    attached.detach(model)
-    with torch.no_grad():
-        for name, weight in merged.items():
-            model.get_submodule(name).weight.copy_(weight)
-    save_pretrained(model, tokenizer, folder)
 
 
 def _checkpoint_dtype(source: str) -> DType:

@@ -1,0 +1,138 @@
+"""Merge and unmerge: the design's invariants 3 and 4 over layer kinds and dtypes. No scale is 1."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import deltaw
+from deltaw import LoRA, attach, detach, merge, unmerge, use
+from deltaw.attached import updates
+from deltaw.errors import MergeError
+from deltaw.merged import settle
+from tests.conftest import assert_same, bits, fill, snapshot, tiny_llama
+
+METHOD = LoRA(rank=4, alpha=10)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_3_branch_is_merged_and_4_unmerge_is_exact(tiny: Any, ids: torch.Tensor, dtype: torch.dtype) -> None:
+    tiny.to(dtype)
+    before, base = bits(tiny), tiny(ids).logits
+    fill(attach(tiny, METHOD))
+    branch = tiny(ids).logits
+    report = merge(tiny)
+    merged = tiny(ids).logits
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+    torch.testing.assert_close(merged, branch, rtol=tolerance, atol=tolerance)
+    assert (branch - base).abs().max().item() > 10 * (merged - branch).abs().max().item()
+    assert set(report.layers) == set(updates(tiny, "default"))
+    assert 0 < report.relative < 100 and 0.9 < report.survived < 1.1 and report.largest_change > 0
+    unmerge(tiny)
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
+    assert torch.equal(tiny(ids).logits, branch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4_unmerge_is_exact_after_many_merges_and_switches(tiny: Any, dtype: torch.dtype) -> None:
+    tiny.to(dtype)
+    before = bits(tiny)
+    fill(attach(tiny, METHOD, name="a"), seed=1)
+    fill(attach(tiny, LoRA(rank=2, alpha=7, targets="mlp"), name="b"), seed=2)
+    for chosen in ({"name": "a"}, {"name": "b"}, {"weights": {"a": 0.3, "b": -1.7}}, {}, {"weights": {"b": 2.0}}):
+        merge(tiny, **chosen)
+        unmerge(tiny)
+        use(tiny, "a")
+        assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
+
+
+def test_weighted_merge_is_the_sum_of_the_deltas(tiny: Any) -> None:
+    fill(attach(tiny, METHOD, name="a"), seed=1)
+    fill(attach(tiny, LoRA(rank=2, alpha=7), name="b"), seed=2)
+    layer = next(iter(updates(tiny, "a")))
+    update = updates(tiny, "a")[layer]
+    W0 = update.W0(tiny.get_submodule(layer)).clone()
+    expected = W0 + 0.3 * deltaw.delta(tiny, layer, "a") - 1.7 * deltaw.delta(tiny, layer, "b")
+    merge(tiny, weights={"a": 0.3, "b": -1.7})
+    torch.testing.assert_close(update.W0(tiny.get_submodule(layer)), expected)
+
+
+def test_one_adapter_at_weight_one_is_the_plain_merge(tiny: Any) -> None:
+    fill(attach(tiny, METHOD))
+    merge(tiny)
+    plain = bits(tiny)
+    unmerge(tiny)
+    merge(tiny, weights={"default": 1.0})
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in plain.items())
+
+
+def test_delta_is_what_a_merge_adds(tiny: Any) -> None:
+    fill(attach(tiny, METHOD))
+    for layer, update in updates(tiny).items():
+        W0 = update.W0(tiny.get_submodule(layer)).detach().clone()
+        dW = deltaw.delta(tiny, layer)
+        assert dW.shape == W0.shape
+        torch.testing.assert_close(dW, (10 / 4) * update.B.detach() @ update.A.detach())
+        merge(tiny)
+        assert torch.equal(update.W0(tiny.get_submodule(layer)), W0 + dW)
+        unmerge(tiny)
+
+
+def test_merging_what_changes_nothing_is_an_error_and_leaves_the_model(tiny: Any) -> None:
+    before = bits(tiny)
+    attach(tiny, METHOD)
+    with pytest.raises(
+        MergeError, match=r"would come out of the merge unchanged(.|\n)*ΔW is zero \(was it trained\?\)"
+    ):
+        merge(tiny)
+    tiny.to(torch.bfloat16)
+    fill(tiny, size=1e-5)
+    with pytest.raises(MergeError, match="rounds ΔW away"):
+        merge(tiny)
+    assert deltaw.adapters(tiny).active == "default"
+    tiny.float()
+    detach(tiny)
+    assert bits(tiny).keys() == before.keys()
+
+
+def test_a_tied_head_can_be_adapted_but_not_merged_in_place(ids: torch.Tensor) -> None:
+    model = tiny_llama(tied=True).eval()
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    fill(attach(model, LoRA(rank=2, alpha=5, targets="lm_head,q")))
+    with pytest.raises(MergeError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        merge(model)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    untied = tiny_llama(tied=False).eval()
+    fill(attach(untied, LoRA(rank=2, alpha=5, targets="lm_head,q")))
+    branch = untied(ids).logits
+    merge(untied)
+    torch.testing.assert_close(untied(ids).logits, branch, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_merge_that_is_not_finite_is_an_error_and_leaves_the_model(tiny: Any, value: float) -> None:
+    fill(attach(tiny.to(torch.float16), METHOD))
+    B = next(iter(updates(tiny).values())).B
+    before, good = snapshot(tiny), B.detach().clone()
+    with torch.no_grad():
+        B[0, 0] = value
+    with pytest.raises(MergeError, match=r"1 of .* not be finite"):
+        merge(tiny)
+    with torch.no_grad():
+        B.copy_(good)
+    with pytest.raises(MergeError, match="not be finite"):
+        merge(tiny, weights={"default": value})
+    assert_same(tiny, before)
+
+
+def test_settle_makes_a_merge_final(tiny: Any, ids: torch.Tensor) -> None:
+    plain = [(n, type(m)) for n, m in tiny.named_modules()]
+    fill(attach(tiny, METHOD))
+    fill(attach(tiny, METHOD, name="other"), seed=9)
+    merge(tiny, "default")
+    merged = bits(tiny)
+    settle(tiny)
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in merged.items())
+    assert [(n, type(m)) for n, m in tiny.named_modules()] == plain
+    assert deltaw.adapters(tiny) == ()
