@@ -1,5 +1,6 @@
 """A whole run on a tiny model: what it writes, what it refuses, how it stops; a user's own loop; transformers' Trainer."""
 
+import functools
 import json
 import signal
 from pathlib import Path
@@ -220,17 +221,32 @@ def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> Non
     assert any("took no part" in w and "spare" in w for w in result.warnings)
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"dtype": "float16"}])
 def test_other_ways_to_train(small: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     model, tokenizer = small
     if "dtype" in changes:
-        model.to(torch.bfloat16)
+        model.to(getattr(torch, changes["dtype"]))
     result = deltaw.train(
         model, RECORDS, quick(tmp_path, **changes), method=LoRA(rank=4, alpha=6, dropout=0.05), tokenizer=tokenizer
     )
     assert result.state.last_loss is not None and result.state.first_loss is not None
     assert result.state.last_loss < result.state.first_loss - 0.2
     assert all(p.dtype == torch.float32 for p in deltaw.parameters(model))
+
+
+def test_gradients_too_large_for_float16_are_skipped_until_the_scale_fits(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = small
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
+    result = deltaw.train(
+        model.to(torch.float16), RECORDS, quick(tmp_path, log_every=1, epochs=8), method=METHOD, tokenizer=tokenizer
+    )
+    norms = [line["grad_norm"] for line in result.log if line["event"] == "step"]
+    assert norms[0] is None and norms[-1] is not None
+    assert result.state.last_loss is not None and result.state.first_loss is not None
+    assert result.state.last_loss < result.state.first_loss - 0.2
+    assert "Infinity" not in (result.folder / "log.jsonl").read_text()
 
 
 def test_what_is_refused_before_anything_is_trained_or_written(small: Any, tmp_path: Path) -> None:

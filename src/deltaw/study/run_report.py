@@ -104,11 +104,12 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> list[Chart]:
     loss = [Series("training", raw, "dots"), Series("training, smoothed", _smoothed(raw), "line")]
     if evals:
         loss.append(Series("held out", [(line["step"], line["valid_loss"]) for line in evals], "line"))
+    norms = [(line["step"], line["grad_norm"]) for line in steps if line["grad_norm"] is not None]
     speed = [(line["step"], line["tokens_per_second"]) for line in steps]
     return [
         Chart("Loss", "step", "nats per supervised token", loss, note="−log p(y_t | x, y_<t), averaged over supervised tokens"),
         Chart("Learning rate", "step", "", [Series("learning rate", [(x["step"], x["lr"]) for x in steps], "line")]),
-        Chart("Gradient norm", "step", "", [Series("before clipping", [(x["step"], x["grad_norm"]) for x in steps], "line")]),
+        Chart("Gradient norm", "step", "", [Series("before clipping", norms, "line")]),
         Chart("Speed", "step", "tokens per second", [Series("since the last line", speed, "line")]),
     ]  # fmt: skip
 

@@ -77,11 +77,15 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.trainable, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
         )
+        base = next(self.model.parameters())
+        # float16 alone has too few exponents for gradients; elsewhere the scaler does nothing
+        self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
         self.most = most_positions(self.model)
         self.lengths = [len(e.input_ids) for e in self.examples]
         self.per_epoch = math.ceil(len(self.examples) / self.config.batch)
         self.total_steps = self.config.steps or max(1, math.ceil(self.per_epoch * self.config.epochs))
         self.eval_every = self.config.eval_every or max(1, math.ceil(self.total_steps / 10))
+        self.epoch, self.batches = -1, [[0]]
         self.best: list[Tensor] | None = None
         self._logged = (self.state.tokens, self.state.step_seconds)
 
@@ -128,13 +132,11 @@ class Loop:
         loss = sum(self._backward(batch, supervised) for batch in micro)
         if self.state.step == 0:
             self._check_reached()
-        norm = nn.utils.clip_grad_norm_(self.trainable, self.config.clip or math.inf)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            raise TrainError(
-                f"The loss is {loss} and the gradient norm {float(norm)} at step {self.state.step + 1}: training cannot go on.\n"
-                f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
-            )
-        self.optimizer.step()
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.trainable, self.config.clip or math.inf))
+        self._check_finite(loss, norm, lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         state = self.state
         state.step += 1
@@ -143,23 +145,31 @@ class Loop:
         state.supervised += supervised
         state.last_loss = loss
         state.first_loss = loss if state.first_loss is None else state.first_loss
-        return {"loss": loss, "lr": lr, "grad_norm": float(norm)}
+        return {"loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
 
     def _backward(self, batch: Batch, supervised: int) -> float:
         total, _ = self.loss(batch)
         mean = total / supervised
-        mean.backward()
+        self.scaler.scale(mean).backward()
         return float(mean.detach())
+
+    def _check_finite(self, loss: float, norm: float, lr: float) -> None:
+        """Raise TrainError before a bad step is taken. A gradient that only the scaler pushed out of float16 is no error: the
+        scaler skips that step and scales less from there on."""
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            raise TrainError(
+                f"The loss is {loss} and the gradient norm {norm} at step {self.state.step + 1}: training cannot go on.\n"
+                f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
+            )
 
     def _indices(self, step: int) -> list[int]:
         """The records of a step: a function of (seed, step) alone, so a resumed run sees the same ones."""
         epoch, position = divmod(step, self.per_epoch)
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._batches = (
-                epoch,
-                plan(self.lengths, batch=self.config.batch, seed=self.config.seed, epoch=epoch),
-            )
-        return self._batches[position]
+        if self.epoch != epoch:
+            self.epoch = epoch
+            self.batches = plan(self.lengths, batch=self.config.batch, seed=self.config.seed, epoch=epoch)
+        return self.batches[position]
 
     def _lr_factor(self) -> float:
         """Warm-up, then the schedule, by steps done or by the clock, whichever is further on."""
