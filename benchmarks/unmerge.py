@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     rows = [measure(chosen.model, dtype, chosen.rounds) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    machine.write(
-        "unmerge", {"model": "SmolLM2-135M-Instruct", "adapter": "all-linear, r = 8, ‖ΔW‖/‖W0‖ as given", "rows": rows}
-    )
+    machine.write("unmerge", {"model": "SmolLM2-135M-Instruct", "adapter": "all-linear, r = 8", "rows": rows})
 
 
 def measure(source: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
