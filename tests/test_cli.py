@@ -191,8 +191,10 @@ def test_a_conversation_over_the_models_positions_says_so_and_goes_on(place: Pat
 
 
 REFUSALS = {
-    "unknown flag": (["train", "M", "D", "--lrr", "1"], 2, "--lr"),
-    "unknown command": (["trian"], 2, "train"),
+    "unknown flag": (["train", "M", "D", "--lrr", "1"], 2, "unknown flag --lrr (did you mean '--lr'"),
+    "unknown flag first": (["train", "--rnak", "4", "M", "D"], 2, "unknown flag --rnak (did you mean '--rank'"),
+    "argument as flag": (["train", "--model", "M", "D"], 2, "--model is no flag: MODEL stands by itself"),
+    "unknown command": (["trian"], 2, "did you mean 'train'"),
     "value": (["train", "{model}", "{data}", "--lr", "-1", "--batch", "0"], 2, "lr is -1"),
     "no model": (["train", "./nothing-here", "{data}"], 5, "There is no model at ./nothing-here"),
     "no data": (["train", "{model}", "nothing.jsonl"], 6, "nothing.jsonl"),

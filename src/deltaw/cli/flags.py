@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from deltaw.config import DataConfig, DType, GenerateConfig, TrainConfig
+from deltaw.config import DataConfig, DType, GenerateConfig, TrainConfig, keys
+from deltaw.errors import ConfigError, listing, nearest
 from deltaw.methods.lora import LoRA
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
@@ -136,3 +139,30 @@ class Inspect:
 
 
 COMMANDS = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "inspect": Inspect}
+
+
+def check_flags(command: str, words: Sequence[str]) -> None:
+    """Raise one ConfigError with every flag in `words` that the command does not have. tyro, on meeting one, may complain of
+    an argument that is missing because of it instead."""
+    cls = COMMANDS[command]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    positional = {
+        name: m.metavar for name, hint in hints.items() for m in _metadata(hint) if getattr(m, "metavar", None)
+    }
+    known = {"help"} | {name.replace("_", "-") for name in keys(cls) if name not in positional}
+    problems = []
+    for word in words[: words.index("--") if "--" in words else None]:
+        name = word.removeprefix("--").split("=")[0].replace("_", "-")
+        if not word.startswith("--") or name in known or name.removeprefix("no-") in known:
+            continue
+        if name in positional:
+            problems.append(f"--{name} is no flag: {positional[name]} stands by itself")
+        else:
+            problems.append(f"unknown flag --{name}{nearest('--' + name, ('--' + k for k in known))}")
+    if problems:
+        usage = " ".join(("deltaw", command, *positional.values()))
+        raise ConfigError(listing("These flags cannot be used:", problems) + f"\nUsage: {usage} [flags]; see --help.")
+
+
+def _metadata(hint: object) -> tuple[typing.Any, ...]:
+    return getattr(hint, "__metadata__", ())

@@ -11,9 +11,9 @@ from typing import Any
 
 import tyro
 
-from deltaw.cli.flags import COMMANDS, Train
+from deltaw.cli.flags import COMMANDS, Train, check_flags
 from deltaw.config import from_mapping
-from deltaw.errors import ConfigError, DeltaWError
+from deltaw.errors import ConfigError, DeltaWError, nearest
 from deltaw.version import __version__
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command's dataclass. tyro exits with 2, naming the nearest flag, for what it does not know."""
+    """The command's dataclass. Raises ConfigError for a flag that it does not have; tyro exits with 2 for a wrong value."""
+    if arguments and not arguments[0].startswith("-"):
+        check_flags(_command(arguments[0]), arguments[1:])
     flat: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     path, arguments = _take_config(arguments)
     if path is not None:
@@ -48,6 +50,12 @@ def parse(arguments: list[str]) -> Any:
     return tyro.extras.subcommand_cli_from_dict(
         dict(COMMANDS), prog="deltaw", description=_DESCRIPTION, args=arguments or ["--help"], config=flat
     )
+
+
+def _command(word: str) -> str:
+    if word not in COMMANDS:
+        raise ConfigError(f"There is no command {word!r}{nearest(word, COMMANDS)}. Commands: {', '.join(COMMANDS)}.")
+    return word
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
