@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import deltaw.config as module
 from deltaw import DataConfig, GenerateConfig, LoRA, TrainConfig
-from deltaw.config import from_mapping, keys, to_mapping
+from deltaw.config import from_mapping, keys, to_mapping, to_yaml
 from deltaw.errors import ConfigError
 
 CONFIGS = (DataConfig, TrainConfig, GenerateConfig, LoRA)
@@ -46,8 +46,7 @@ def test_to_mapping_and_from_mapping_are_inverse(config: TrainConfig) -> None:
 def test_a_config_survives_yaml(config: TrainConfig) -> None:
     import yaml
 
-    text = yaml.safe_dump(to_mapping(config), allow_unicode=True)
-    assert from_mapping(TrainConfig, yaml.safe_load(text)) == config
+    assert from_mapping(TrainConfig, yaml.safe_load(to_yaml(to_mapping(config)))) == config
 
 
 @given(

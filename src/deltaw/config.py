@@ -190,6 +190,15 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return flat
 
 
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that reads back as exactly them."""
+    import yaml
+
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    # PyYAML writes some line separators (U+0085) bare and reads them as others; escaped, they come back
+    return text if yaml.safe_load(text) == values else yaml.safe_dump(values, sort_keys=False)
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
     """A `cls` from flat `values`. Raises one ConfigError with every unknown key (and its nearest) and wrong type."""
     known = keys(cls)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from deltaw import attached, store
-from deltaw.config import GenerateConfig, TrainConfig, to_mapping
+from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read, template_of
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted
 from deltaw.files.atomic import write_text
@@ -138,7 +137,7 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / ADAPTER, ignore_errors=True)
         self.settings = self._settings()
-        write_text(self.folder / CONFIG, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
+        write_text(self.folder / CONFIG, to_yaml(self.settings))
         self.log: list[dict[str, Any]] = []
         self.warnings: list[str] = []
 
