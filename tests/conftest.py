@@ -34,6 +34,17 @@ def tiny_gpt2(*, layers: int = 2) -> Any:
     return GPT2LMHeadModel(config)
 
 
+def byte_llama(tokenizer: Any, **settings: Any) -> Any:
+    """A tiny Llama over a tokenizer's vocabulary, in eval mode, the same weights every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, **settings,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 MAKERS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 

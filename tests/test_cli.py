@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from deltaw.cli import main
+from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 WORDS = ["red", "blue", "green", "white"]
@@ -23,14 +24,8 @@ RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, data, and one finished run."""
     folder = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
     tokenizer = tiny_tokenizer(CHATML)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     words = ["train", str(folder / "model"), str(folder / "data.jsonl"), "--out", str(folder / "run")]

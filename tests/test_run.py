@@ -14,7 +14,7 @@ import deltaw
 from deltaw import DataConfig, LoRA, TrainConfig
 from deltaw.errors import AdapterError, BaseMismatch, ConfigError, DataError, Interrupted, TargetError, TrainError
 from deltaw.training import loop as loop_module
-from tests.conftest import fill
+from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 WORDS = ["red", "blue", "green", "white", "black", "pink"]
@@ -38,16 +38,8 @@ def quick(tmp_path: Path, **changes: Any) -> TrainConfig:
 @pytest.fixture
 def small() -> Any:
     """(model, tokenizer): a tiny Llama over a byte-level vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
     tokenizer = tiny_tokenizer(CHATML)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval(), tokenizer
+    return byte_llama(tokenizer, tie_word_embeddings=True), tokenizer
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import encode, encode_prompt, read
 from deltaw.generation import generate, settings
 from deltaw.study.evaluate import evaluate
-from tests.conftest import fill
+from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 DATA = DataConfig(template="plain")
@@ -27,16 +27,8 @@ RECORDS = [
 
 @pytest.fixture
 def small() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
     tokenizer = tiny_tokenizer(CHATML)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.4,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = byte_llama(tokenizer, initializer_range=0.4)
     deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6))
     return fill(model), tokenizer
 

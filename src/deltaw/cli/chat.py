@@ -15,17 +15,14 @@ _HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
 
 def run(command: Chat) -> None:
     show.quiet_libraries()
-    loaded = open_model(
-        command.model, command.adapter, dtype=command.dtype, device=command.device, any_base=command.any_base
-    )
+    loaded = open_model(command.model, command.opening)
     if not loaded.tokenizer.chat_template:
         raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")
-    system = as_trained(DataConfig(system=command.system), command.adapter).system
+    adapter = command.opening.adapter
+    system = as_trained(DataConfig(system=command.system), adapter).system
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    show.out.print(
-        f"{command.model}{' with ' + command.adapter if command.adapter else ''}. {_HELP}", style="dim", soft_wrap=True
-    )
+    show.out.print(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim", soft_wrap=True)
     while True:
         try:
             text = show.out.input("[bold cyan]you[/] › ").strip()
@@ -37,7 +34,7 @@ def run(command: Chat) -> None:
         if text == "/new":
             messages = list(start)
         elif text in ("/base", "/adapter"):
-            _switch(loaded.model, text == "/adapter", command.adapter)
+            _switch(loaded.model, text == "/adapter", adapter)
         elif text.startswith("/"):
             show.out.print(f"There is no {text}. {_HELP}", style="dim")
         elif text:

@@ -18,15 +18,13 @@ def run(command: Eval) -> None:
     from deltaw.data import read
     from deltaw.files.atomic import write_text
 
-    if not command.base and command.adapter is None:
+    if not command.base and command.opening.adapter is None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")
     records = read(command.data, command.records)
     metrics = _metrics(command, records.form)
     if command.most is not None:
         records = dataclasses.replace(records, items=records.items[: command.most])
-    loaded = open_model(
-        command.model, command.adapter, dtype=command.dtype, device=command.device, any_base=command.any_base
-    )
+    loaded = open_model(command.model, command.opening)
     found = _evaluate(loaded, records, command, metrics)
     show.out.print(_table(found, metrics, command))
     if command.out is not None:
@@ -51,8 +49,8 @@ def _evaluate(loaded: Any, records: Any, command: Eval, metrics: list[str]) -> d
     from deltaw.attached import adapters, using
     from deltaw.study.evaluate import evaluate
 
-    names = ["base"] * command.base + ["adapter"] * (command.adapter is not None)
-    data = as_trained(command.records, command.adapter)
+    names = ["base"] * command.base + ["adapter"] * (command.opening.adapter is not None)
+    data = as_trained(command.records, command.opening.adapter)
     found = {}
     for name in names:
         with show.err.status(f"scoring the {name} …") as status:
@@ -61,7 +59,7 @@ def _evaluate(loaded: Any, records: Any, command: Eval, metrics: list[str]) -> d
                 status.update(f"scoring the {name}: {count} prompts done")
 
             arguments = (loaded.model, loaded.tokenizer, records, data, command.generation)
-            if command.adapter is None:
+            if command.opening.adapter is None:
                 found[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
             else:
                 with using(loaded.model, adapters(loaded.model)[0] if name == "adapter" else None):

@@ -33,6 +33,20 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """How MODEL is opened."""
+
+    adapter: str | None = None
+    """Adapter folder. Prompts are then wrapped as they were in its training, unless --template says otherwise."""
+    any_base: bool = False
+    """Load the adapter although it was trained on other base weights."""
+    dtype: DType = "auto"
+    """Precision of the weights."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps …"""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Complete one prompt, a file of prompts, or standard input, with or without an adapter."""
 
@@ -44,32 +58,18 @@ class Generate:
     """File of prompts: records in any form that train reads, or plain text with a prompt a line."""
     out: str | None = None
     """Write {prompt, completion} records to this JSONL file instead of the screen."""
-    adapter: str | None = None
-    """Adapter folder. Prompts are then wrapped as they were in its training, unless --template says otherwise."""
-    any_base: bool = False
-    """Load the adapter although it was trained on other base weights."""
-    dtype: DType = "auto"
-    """Precision of the weights."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps …"""
+    opening: Opening = field(default_factory=Opening)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Talk to MODEL in the terminal, with or without an adapter."""
+    """Talk to MODEL in the terminal, with or without an adapter; /base and /adapter switch during the conversation."""
 
     model: Model
     """Hub id, model folder or GGUF file."""
-    adapter: str | None = None
-    """Adapter folder. /base and /adapter switch during the conversation."""
-    any_base: bool = False
-    """Load the adapter although it was trained on other base weights."""
-    dtype: DType = "auto"
-    """Precision of the weights."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps …"""
+    opening: Opening = field(default_factory=Opening)
     system: str | None = None
     """System message."""
     generation: GenerateConfig = field(default_factory=GenerateConfig)
@@ -77,16 +77,13 @@ class Chat:
 
 @dataclass(frozen=True)
 class Eval:
-    """Score MODEL on DATA, base and adapter side by side, with bootstrap 95% intervals."""
+    """Score MODEL on DATA, base and (with --adapter) adapter side by side, with bootstrap 95% intervals."""
 
     model: Model
     """Hub id, model folder or GGUF file."""
     data: Data
     """Records with references, as train reads them. Equal prompts are one item with several references."""
-    adapter: str | None = None
-    """Adapter folder; without it the base alone is scored."""
-    any_base: bool = False
-    """Load the adapter although it was trained on other base weights."""
+    opening: Opening = field(default_factory=Opening)
     base: bool = True
     """Score the base as well."""
     metrics: str | None = None
@@ -96,10 +93,6 @@ class Eval:
     """Score at most this many records, the first ones."""
     out: str | None = None
     """Write scores and predictions to this JSON file."""
-    dtype: DType = "auto"
-    """Precision of the weights."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps …"""
     records: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 

@@ -21,10 +21,8 @@ def run(command: Generate) -> None:
     from deltaw.files.atomic import write_text
     from deltaw.generation import generate
 
-    loaded = open_model(
-        command.model, command.adapter, dtype=command.dtype, device=command.device, any_base=command.any_base
-    )
-    data = as_trained(command.data, command.adapter)
+    loaded = open_model(command.model, command.opening)
+    data = as_trained(command.data, command.opening.adapter)
     prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
     completions = generate(loaded.model, loaded.tokenizer, prompts, command.generation)
     pairs = [{"prompt": r.prompt, "completion": c} for r, c in zip(records, completions, strict=True)]

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from deltaw.config import DataConfig, DType
+from deltaw.cli.flags import Opening
+from deltaw.config import DataConfig
 
 # Settings that decide what a prompt looks like in tokens: an adapter expects what it was trained on
 _PROMPT_KEYS = ("template", "separator", "system")
 
 
-def open_model(source: str, adapter: str | None, *, dtype: DType, device: str, any_base: bool) -> Any:
+def open_model(source: str, opening: Opening) -> Any:
     """A `Pretrained` with the adapter attached and active, where one is named."""
     from deltaw import store
     from deltaw.pretrained import load_pretrained
 
-    loaded = load_pretrained(source, dtype=dtype, device=device)
-    if adapter is not None:
-        store.load(loaded.model, adapter, check_base=not any_base)
+    loaded = load_pretrained(source, dtype=opening.dtype, device=opening.device)
+    if opening.adapter is not None:
+        store.load(loaded.model, opening.adapter, check_base=not opening.any_base)
     return loaded
 
 
