@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import deltaw
 from deltaw import LoRA, attach, detach, merge, unmerge, use, using
@@ -225,17 +224,6 @@ def test_summary_and_parameters() -> None:
     assert summary.base_parameters == sum(p.numel() for p in tiny_llama().parameters())
     assert adapter.bytes == adapter.parameters * 4
     assert repr(deltaw.adapters(model)) == "('default'*)"
-
-
-def test_a_layer_parametrized_by_others_is_refused() -> None:
-    class Double(nn.Module):
-        def forward(self, w: torch.Tensor) -> torch.Tensor:
-            return 2 * w
-
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    parametrize.register_parametrization(model[0], "weight", Double())
-    with pytest.raises(TargetError, match="0' cannot take the update"):
-        attach(model, LoRA(rank=2, alpha=5, targets="0"))
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))

@@ -84,6 +84,12 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_theirs() -> None:
         assert gradient.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    t = tensors(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(lowrank_linear(**t, scale=SCALE), reference(**t, scale=SCALE))
+
+
 def test_an_unfrozen_weight_gets_its_gradient() -> None:
     t = tensors()
     t["W0"] = t["W0"].clone().requires_grad_()

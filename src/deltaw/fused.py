@@ -32,8 +32,8 @@ def lowrank_linear(
     come back in their own dtype. `dropout` is the probability of zeroing an entry of the branch's input; it and the
     faster rounding order (one pass over the output instead of three) are for `training` only.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
         x, W0 = x.to(dtype), W0.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     dropout = dropout if training else 0.0
@@ -42,6 +42,14 @@ def lowrank_linear(
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
         return _Fused.apply(x, W0, bias, A, B, scale, training)
     return _add_branch(x, W0, bias, A, B, scale, training)[0]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts `x` to; None where it is off or leaves `x` alone."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def reference(

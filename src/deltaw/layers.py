@@ -6,7 +6,7 @@ subclass `LowRank`, list it in `KINDS`, test it in tests/test_layers.py.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ def why_not(layer: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if plain_class(layer).forward is not kind.layer_class.forward:
         return f"{type(layer).__name__} has a forward of its own"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the object (accelerate does so to offload a layer), which would bypass the update"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is no parameter of its own (another parametrization computes it)"
@@ -140,13 +142,26 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` whose forward adds the active update. Cached, so that copies share it."""
     if cls not in _adapted:
 
-        def forward(self: Any, x: Tensor) -> Tensor:
+        def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
             slot = self._modules[SLOT]
             update = slot._modules.get(slot.route.active)
-            return cls.forward(self, x) if update is None else update.branch(self, x)
+            if update is None:
+                return cls.forward(self, *inputs, **named)
+            (x,) = (*inputs, *named.values())  # one input, under whatever name the layer's own forward gives it
+            return update.branch(self, x)
 
-        _adapted[cls] = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+        def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
+            return _unpickled, (cls,), vars(self)
+
+        own = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
+        _adapted[cls] = type(cls.__name__, (cls,), own)
     return _adapted[cls]
+
+
+def _unpickled(cls: type[nn.Module]) -> nn.Module:
+    """An empty layer of `cls`'s adapted class, for pickle to fill: the class itself has no name to be found by."""
+    adapted = adapted_class(cls)
+    return adapted.__new__(adapted)
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:

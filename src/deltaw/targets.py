@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import shape, why_not
+from deltaw.layers import KINDS, shape, why_not
 
 Targets = str | Sequence[str] | Mapping[str, int]
 
@@ -187,10 +187,12 @@ def _head_names(model: nn.Module, dense: dict[str, nn.Module]) -> set[str]:
 def _left_out(model: nn.Module, layers: dict[str, nn.Module], ranks: dict[str, int], head: set[str]) -> dict[str, str]:
     """Modules with a matrix weight of their own that take no update, and why (the coverage that attach reports)."""
     why: dict[str, str] = {}
+    kinds = tuple(kind.layer_class for kind in KINDS)
+    dense = [f"{name}." for name, layer in layers.items() if isinstance(layer, kinds)]
     for name, layer in layers.items():
-        if name in ranks or any(name.startswith(f"{n}.") for n in ranks):
+        if name in ranks or name.startswith(tuple(dense)):  # what is inside a dense layer is that layer's own affair
             continue
-        if any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
+        if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
             why[name] = "output head" if name in head else why_not(layer) or "not among the targets"
     return why
 
