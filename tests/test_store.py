@@ -138,19 +138,26 @@ def damaged(folder: Path, change: str) -> None:
         config.write_text(json.dumps(settings | {"r": 16}))
     elif change == "no alpha":
         config.write_text(json.dumps({k: v for k, v in settings.items() if k != "lora_alpha"}))
-    elif change == "dora":
-        config.write_text(json.dumps(settings | {"use_dora": True}))
-    elif change == "other method":
-        config.write_text(json.dumps(settings | {"peft_type": "IA3"}))
+    elif change in SETTINGS:
+        config.write_text(json.dumps(settings | SETTINGS[change]))
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True}, "other method": {"peft_type": "IA3"}, "changed base": {"init_lora_weights": "pissa_niter_4"},
+    "alpha as text": {"lora_alpha": "16"}, "no rank": {"r": None}, "patterns as a list": {"alpha_pattern": ["q_proj"]},
+    "pattern's value": {"alpha_pattern": {"q_proj": "8"}}, "broken pattern": {"rank_pattern": {"(q_proj": 4}},
+    "not a number": {"lora_alpha": float("nan")},
+}  # fmt: skip
 CHANGES = {
     "truncated": "damaged or truncated", "garbage": "damaged or truncated", "empty config": "cannot be read as JSON",
     "no weights": "adapter_model.safetensors missing", "foreign keys": "the model has no layer",
     "no keys": "unexpected key 'something'",
     "missing B": "B is missing", "shape": "in the file", "not finite": "not finite", "integers": "floating point",
     "rank": "rank 4 in adapter_model.safetensors, 16 in", "no alpha": "lora_alpha is missing", "dora": "use_dora is True",
-    "other method": "peft_type is 'IA3'",
+    "other method": "peft_type is 'IA3'", "changed base": "init_lora_weights is 'pissa_niter_4'",
+    "alpha as text": "lora_alpha is '16'; it must be a number", "no rank": "r is None",
+    "patterns as a list": "alpha_pattern is \\['q_proj'\\]; it must map", "pattern's value": "alpha_pattern\\['q_proj'\\] is '8'",
+    "broken pattern": "'\\(q_proj', which is no regular expression", "not a number": "lora_alpha is nan",
 }  # fmt: skip
 
 

@@ -39,7 +39,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "megatron_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ …) begin by changing W0, so that A and B alone mean nothing
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+_NUMBERS = ("r", "lora_alpha")
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,7 @@ def read(folder: Path) -> LoRAFile:
         problems += _pair_problems(layer, pair)
     if not parts:
         problems.append(f"{WEIGHTS}: no A or B in it ({len(tensors)} tensors)")
-    if "r" not in config:
-        problems.append(f"{CONFIG}: r is missing")
-    if "lora_alpha" not in config:
-        problems.append(f"{CONFIG}: lora_alpha is missing, so the scale α/r is unknown")
+    problems += _number_problems(config)
     if problems:
         raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
     factors = {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
@@ -161,6 +165,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object of settings.")
     return config
+
+
+def _number_problems(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings that ranks and scales are computed from."""
+    problems = [f"{CONFIG}: {key} is missing, so the scale α/r is unknown" for key in _NUMBERS if key not in config]
+    values = {key: config[key] for key in _NUMBERS if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if isinstance(patterns, Mapping):
+            values |= {f"{key}[{pattern!r}]": value for pattern, value in patterns.items()}
+            problems += [
+                f"{CONFIG}: {key} has {p!r}, which is no regular expression" for p in patterns if not _compiles(p)
+            ]
+        else:
+            problems.append(f"{CONFIG}: {key} is {patterns!r}; it must map names of layers to numbers")
+    return problems + [
+        f"{CONFIG}: {key} is {value!r}; it must be a number, 0 or more"
+        for key, value in values.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+    ]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
