@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import DType
-from deltaw.errors import FileError, nearest
+from deltaw.errors import FileError, listing, nearest
 
 log = logging.getLogger("deltaw")
 
@@ -29,7 +30,8 @@ class Pretrained:
 
 
 def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto", to_train: bool = False) -> Pretrained:
-    """The model and tokenizer of `source`. Raises FileError when it is not there or is no causal language model.
+    """The model and tokenizer of `source`. Raises FileError when it is not there, is damaged, lacks weights (they would be
+    random), or is no causal language model.
 
     dtype "auto" keeps the checkpoint's precision, but float32 on a CPU and for GGUF files; `to_train` lets it be bfloat16
     where the device multiplies faster in it.
@@ -38,16 +40,40 @@ def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto",
     arguments = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=_pick_dtype(dtype, where, arguments, to_train))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **arguments, dtype=_pick_dtype(dtype, where, arguments, to_train), output_loading_info=True
+        )
+        model = model.eval().to(where)
     except ImportError as error:
         raise FileError(
             f"{source} needs a package that is not installed: {error}\nGGUF files need: pip install 'deltaw[gguf]'"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FileError(f"{source} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        lost = sorted(info["missing_keys"])
+        raise FileError(
+            listing(f"{source} lacks {len(lost)} weights of a {type(model).__name__}, which would be random:", lost)
+            + "\nIs it another kind of model (an encoder?), or is a file of it missing?"
+        )
+    _check_causal(model, source)
     if "gguf_file" in arguments:
         _forget_gguf(model)
-    return Pretrained(model.eval().to(where), tokenizer, source)
+    return Pretrained(model, tokenizer, source)
+
+
+@torch.no_grad()
+def _check_causal(model: Any, source: str) -> None:
+    """Raise FileError when logits depend on later tokens: such a model would learn to copy its targets from its input."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(8, device=model.device) % vocabulary).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    if (one - other).abs().max() > 0.01 * one.abs().max():
+        raise FileError(
+            f"{source} is no causal language model: its {type(model).__name__} attends to later tokens as well (an encoder). "
+            "It would see the very tokens that it is to predict."
+        )
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
