@@ -199,6 +199,9 @@ REFUSALS = {
     "model as adapter": (["generate", "{model}", "hi", "--adapter", "{model}"], 5, "not an adapter folder"),
     "metric": (["eval", "{model}", "{data}", "--metrics", "blue"], 2, "did you mean 'bleu'"),
     "no prompt": (["generate", "{model}"], 6, "There is no prompt"),
+    "prompts not text": (["generate", "{model}", "--file", "{tmp}/bytes.txt"], 6, "cannot be read as UTF-8 text"),
+    "out under a file": (["generate", "{model}", "hi", "--out", "{data}/x"], 5, "data.jsonl is no folder"),
+    "out is a folder": (["eval", "{model}", "{data}", "--out", "{run}"], 5, "is a folder; name a file"),
 }
 
 
@@ -206,6 +209,7 @@ REFUSALS = {
 def test_refusals_have_a_message_a_code_and_no_traceback(place: Path, tmp_path: Path, case: str) -> None:
     words, code, message = REFUSALS[case]
     names = {"model": place / "model", "data": place / "data.jsonl", "run": place / "run", "tmp": tmp_path}
+    (tmp_path / "bytes.txt").write_bytes(b"a prompt\n\xff\n")
     done = run(*(w.format(**names) for w in words))
     assert done.returncode == code, done.stderr
     assert message in done.stderr + done.stdout and "Traceback" not in done.stderr

@@ -179,17 +179,36 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small: Any, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(trained, deltaw.parameters(model, "saved"), strict=True))
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_learned(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def no_number(module: Any, inputs: Any, output: Any) -> Any:
+    return output * float("nan")
+
+
+def no_memory(module: Any, inputs: Any, output: Any) -> Any:
+    return output + torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (no_number, r"The loss is nan (.|\n)*at step 4(.|\n)*smaller --lr"),
+        (no_memory, r"after 3 steps(.|\n)*--micro-batch"),
+    ],
+)
+def test_trouble_in_a_step_stops_and_keeps_what_was_learned(
+    small: Any, tmp_path: Path, trouble: Any, message: str
 ) -> None:
     model, tokenizer = small
-    plain = loop_module.Loop._backward
-    monkeypatch.setattr(
-        loop_module.Loop, "_backward", lambda self, *a: plain(self, *a) if self.state.step < 3 else float("nan")
-    )
-    with pytest.raises(TrainError, match=r"The loss is nan (.|\n)*at step 4(.|\n)*smaller --lr"):
-        deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
-    assert deltaw.load(model, tmp_path / "run" / "adapter", name="kept") == "kept"
+
+    def meet(event: Any) -> None:
+        if event.kind == "step" and event.step == 3:
+            model.model.norm.register_forward_hook(trouble)
+
+    with pytest.raises(TrainError, match=message):
+        config = quick(tmp_path, log_every=1, eval_every=100)
+        deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer, on_event=meet)
+    trained = [p.detach().clone() for p in deltaw.parameters(model)]
+    deltaw.load(model, tmp_path / "run" / "adapter", name="kept")
+    assert all(torch.equal(a, b) for a, b in zip(trained, deltaw.parameters(model, "kept"), strict=True))
 
 
 def test_a_learning_rate_too_small_is_a_warning(small: Any, tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto",
     arguments = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             **arguments, dtype=_pick_dtype(dtype, where, arguments, to_train), output_loading_info=True
         )
-        model = model.eval().to(where)
+        model, info = opened[0].eval().to(where), opened[1]
     except ImportError as error:
         raise FileError(
             f"{source} needs a package that is not installed: {error}\nGGUF files need: pip install 'deltaw[gguf]'"

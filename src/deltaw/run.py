@@ -22,7 +22,7 @@ from torch import nn
 from deltaw import attached, store
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read, template_of
-from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted
+from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.generation import generate, pad_id, too_long
 from deltaw.methods.lora import LoRA
@@ -155,8 +155,14 @@ class _Run:
             )
             try:
                 state = loop.run()
-            except BaseException:
+            except BaseException as error:
                 self._save_if_sound()
+                if _out_of_memory(error):
+                    raise TrainError(
+                        f"Out of memory after {loop.state.step} steps. The adapter so far is in {self.folder / ADAPTER}.\n"
+                        "Try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, a smaller --max-length, "
+                        "or --dtype bfloat16."
+                    ) from error
                 raise
             self._save()
         if state.stopped == "interrupted":
@@ -296,6 +302,12 @@ def _split(records: Any, valid: Any, config: TrainConfig) -> tuple[Any, Any]:
     if not order:
         raise DataError("No training records are left after holding some out.")
     return dataclasses.replace(records, items=[items[i] for i in sorted(order)]), valid
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,10 @@ from deltaw.errors import ConfigError
 def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
-    from deltaw.files.atomic import write_text
+    from deltaw.files.atomic import check_place, write_text
 
+    if command.out is not None:
+        check_place(Path(command.out))
     if not command.base and command.opening.adapter is None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")
     records = read(command.data, command.records)

@@ -16,9 +16,12 @@ def run(command: Generate) -> None:
     show.quiet_libraries()
     if command.prompt is not None and command.file is not None:
         raise ConfigError("Give either a prompt or --file, not both.")
+    from deltaw.files.atomic import check_place, write_text
+
+    if command.out is not None:
+        check_place(Path(command.out))
     records = _records(command)
     from deltaw.data import encode_prompt
-    from deltaw.files.atomic import write_text
     from deltaw.generation import generate
 
     loaded = open_model(command.model, command.opening)
@@ -47,9 +50,10 @@ def _records(command: Generate) -> list:
         raise ConfigError("There is no prompt: give one, or --file, or pipe prompts into standard input.")
     try:
         text = Path(command.file).read_text(encoding="utf-8") if command.file else sys.stdin.read()
-    except OSError as error:
-        raise DataError(f"{command.file} cannot be read: {error}") from error
-    lines = [{"prompt": line} for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{command.file or 'Standard input'} cannot be read as UTF-8 text: {error}") from error
+    # at \n alone: splitlines would also cut at U+2028 and its like, which are part of a prompt
+    lines = [{"prompt": line} for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError("There is no prompt in the input.")
     return list(read(lines, command.data, completions=False))

@@ -13,7 +13,7 @@ import tyro
 
 from deltaw.cli.flags import COMMANDS, Train, check_flags
 from deltaw.config import from_mapping
-from deltaw.errors import ConfigError, DeltaWError, nearest
+from deltaw.errors import ConfigError, DeltaWError, FileError, nearest
 from deltaw.version import __version__
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # no space, no permission: the folder is to blame, not us
+        print(f"\ndeltaw: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return FileError.exit_code
 
 
 def parse(arguments: list[str]) -> Any:

@@ -143,7 +143,7 @@ def _chat(place: str, fields: Mapping[str, Any], completions: bool) -> Record | 
         return [_missing(fields, "messages")]
     if not isinstance(turns, (list, tuple)) or not turns:
         return [f"field {name!r} must be a list of messages that is not empty, found {show(turns)}"]
-    lines: list[str] = []
+    lines = ["tools are not supported yet; write them into a system message"] if fields.get("tools") else []
     messages = tuple(_message(turn, f"{name}[{i}]", lines) for i, turn in enumerate(turns))
     if lines:
         return lines
@@ -170,8 +170,10 @@ def _message(turn: Any, where: str, lines: list[str]) -> Message:
             _missing(turn, role_key) if role_key not in turn else f"unknown role {role!r}{nearest(str(role), known)}"
         )
         lines.append(f"{where}: {found}; roles are {', '.join(ROLES)}")
-    calls = " (tool calls without text are not supported)" if content is None and turn.get("tool_calls") else ""
-    lines.extend(f"{where}: {line}{calls}" for line in _text(turn, content_key, empty=role != "assistant"))
+    if turn.get("tool_calls"):
+        lines.append(f"{where}: tool_calls are not supported yet; write the call as the message's text")
+    else:
+        lines.extend(f"{where}: {line}" for line in _text(turn, content_key, empty=role != "assistant"))
     return Message(str(role), content if isinstance(content, str) else "")
 
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from deltaw.errors import FileError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -25,6 +27,18 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raise FileError when no file can be written at `path`: better before the work than after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {path.parent} is no folder ({error.strerror}).") from error
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise FileError(f"{path} cannot be written: there is no permission to write into {path.parent}.")
 
 
 def write_text(path: Path, text: str) -> Path:
