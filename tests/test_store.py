@@ -200,12 +200,13 @@ def test_another_base_is_an_error_with_an_override(tmp_path: Path) -> None:
     load(other, tmp_path / "a", check_base=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", list(MAKERS))
 def test_the_same_base_in_another_precision_is_recognised(
-    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = MAKERS[kind]()
-    cast = twin(model).to(torch.bfloat16)
+    cast = twin(model).to(dtype)
     fill(attach(model, METHODS["plain"]))
     save(model, tmp_path / "a")
     with caplog.at_level(logging.DEBUG, logger="deltaw"):

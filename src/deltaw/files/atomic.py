@@ -82,6 +82,10 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if (
+        os.name == "nt"
+    ):  # opens no folder, and syncs no file that was opened to read; its journal keeps renames in order
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,7 +6,6 @@ All that changes while it runs is in one place, `LoopState`, beside the optimize
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -271,5 +270,11 @@ def peak_memory() -> int:
     """Bytes: the most that this process has held so far, on the GPU where one is in use."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
