@@ -23,6 +23,7 @@ import toolcalls
 import torch
 
 import deltaw
+from deltaw import units
 from deltaw.attached import base_parameters, using
 from deltaw.cli import show
 from deltaw.cli.train import progress
@@ -84,7 +85,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
 
     say("3", "Score the base")
     before = score(model, tokenizer, held_out)
-    tell(f"exact match {before.scores['exact_match']}   ({show.duration(before.seconds)})")
+    tell(f"exact match {before.scores['exact_match']}   ({units.duration(before.seconds)})")
 
     say("4", "Train the update")
     config = deltaw.TrainConfig(
@@ -99,17 +100,16 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     # From here on as in any later use: the adapter's files on the base that was loaded first
     deltaw.load(model, result.adapter)
     figures = result.figures() | {"base_bytes": deltaw.summary(model).base_bytes}
-    sizes = show.size(figures["adapter_bytes"]), show.size(figures["base_bytes"])
+    sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
     precision = str(result.model.dtype).removeprefix("torch.")
     tell(
-        f"{show.duration(result.state.seconds)} with the base in {precision}; the adapter is {sizes[0]}, the base {sizes[1]}"
+        f"{units.duration(result.state.seconds)} with the base in {precision}; the adapter is {sizes[0]}, the base {sizes[1]}"
     )
 
     say("5", "Score again")
     after = score(model, tokenizer, held_out)
-    tell(
-        f"exact match {before.scores['exact_match'].value:.3f} → {after.scores['exact_match']}   ({show.duration(after.seconds)})"
-    )
+    exact = before.scores["exact_match"].value
+    tell(f"exact match {exact:.3f} → {after.scores['exact_match']}   ({units.duration(after.seconds)})")
 
     say("6", "Merge, compare, time")
     merged = copy.deepcopy(model)
@@ -136,7 +136,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     ]
     headline = (
         f"Exact match {before.scores['exact_match'].value:.2f} → {after.scores['exact_match'].value:.2f} on "
-        f"{after.items} held-out requests, with a {sizes[0]} update of a {sizes[1]} model, in {show.duration(seconds)}."
+        f"{after.items} held-out requests, with a {sizes[0]} update of a {sizes[1]} model, in {units.duration(seconds)}."
     )
     settings = {"model": source, "data": str(out / "data"), "out": str(out / "run")} | deltaw.config.to_mapping(config)
     report = run_report(
@@ -150,7 +150,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
         commands=commands,
     )
     path = write_report(report, out / "report.html")
-    say("✓", f"Done in {show.duration(seconds)}")
+    say("✓", f"Done in {units.duration(seconds)}")
     tell(f"report: {path}\n\nTry next:")
     for line in commands:
         tell(f"  {line}")
@@ -252,11 +252,11 @@ def undo_table(report: Any, drift: float, agreement: float, original: str, same:
 
 
 def say(number: str, text: str) -> None:
-    show.out.print(f"\n[bold cyan]{number}[/]  [bold]{text}[/]")
+    show.out.print(f"\n[bold cyan]{number}[/]  [bold]{text}[/]", markup=True)
 
 
 def tell(text: str) -> None:
-    show.out.print("   " + text.replace("\n", "\n   "), markup=False, soft_wrap=True)
+    show.out.print("   " + text.replace("\n", "\n   "), soft_wrap=True)
 
 
 if __name__ == "__main__":

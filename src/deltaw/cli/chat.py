@@ -25,7 +25,7 @@ def run(command: Chat) -> None:
     show.out.print(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim", soft_wrap=True)
     while True:
         try:
-            text = show.out.input("[bold cyan]you[/] › ").strip()
+            text = show.out.input("[bold cyan]you[/] › ", markup=True).strip()
         except EOFError:
             show.out.print()
             return
@@ -42,7 +42,7 @@ def run(command: Chat) -> None:
             try:
                 messages = [*turn, {"role": "assistant", "content": _answer(loaded, turn, command)}]
             except DataError as error:
-                show.out.print(f"{error} /new starts over.", style="yellow", markup=False)
+                show.out.print(f"{error} /new starts over.", style="yellow")
 
 
 def _switch(model: Any, on: bool, adapter: str | None) -> None:
@@ -67,7 +67,7 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     problem = too_long([ids], command.generation, loaded.model)
     if problem:
         raise DataError(problem)
-    show.out.print("[bold magenta]model[/] › ", end="")
+    show.out.print("[bold magenta]model[/] › ", end="", markup=True)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
         out = loaded.model.generate(
@@ -78,5 +78,5 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
         )
     reply = loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     if command.generation.beams > 1:
-        show.out.print(reply, markup=False)
+        show.out.print(reply)
     return reply

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Eval
 from deltaw.cli.opening import as_trained, open_model
@@ -74,5 +75,5 @@ def _table(found: dict[str, Any], metrics: list[str], command: Eval) -> Any:
     made = show.table("", *found, title=f"{command.data}: {items:,} prompts (95% intervals by bootstrap)")
     for metric in metrics:
         made.add_row(metric.replace("_", " "), *(str(e.scores[metric]) for e in found.values()))
-    made.add_row("time", *(show.duration(e.seconds) for e in found.values()))
+    made.add_row("time", *(units.duration(e.seconds) for e in found.values()))
     return made

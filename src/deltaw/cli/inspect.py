@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Inspect
 
@@ -26,7 +27,7 @@ def run(command: Inspect) -> None:
     facts.add_row("layers", f"{len(rows)}")
     facts.add_row("ranks", ", ".join(str(r) for r in sorted({row["rank"] for row in rows})))
     facts.add_row("parameters", f"{sum(row['parameters'] for row in rows):,}")
-    facts.add_row("size", show.size(size))
+    facts.add_row("size", units.size(size))
     facts.add_row("base", str(file.config.get("base_model_name_or_path") or "not named"))
     facts.add_row("fingerprint of the base", file.metadata.get("deltaw_base", "none (not written by deltaw)"))
     show.out.print(facts)

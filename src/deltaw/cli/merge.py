@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Merge
 from deltaw.errors import ConfigError
@@ -23,7 +24,7 @@ def run(command: Merge) -> None:
     )  # fmt: skip
     show.out.print(_table(merged.report, command.all_layers))
     show.out.print(
-        f"\nMerged model: {out}  {show.size(merged.bytes)}\n"
+        f"\nMerged model: {out}  {units.size(merged.bytes)}\n"
         f"Checked by loading it: largest logit difference from the unmerged model {merged.drift:.2e}, "
         f"the same top token at {merged.agreement:.1%} of {merged.positions} positions.",
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""How things look in the terminal: numbers, tables, notices. Knows no models."""
+"""How things look in the terminal: consoles, tables, what libraries may say. Knows no models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# No markup: a path, a target or a model's words may hold square brackets
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 def quiet_libraries() -> None:
@@ -32,23 +33,6 @@ def quiet_libraries() -> None:
 
 def is_terminal() -> bool:
     return sys.stdout.isatty() and out.is_terminal
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 4.9 MB (powers of ten, as disks are sold and papers count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 07 s or 4.2 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def table(*columns: str, title: str | None = None) -> Table:

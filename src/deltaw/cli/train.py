@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Train
 
@@ -38,13 +39,13 @@ class _Lines:
         elif event.kind == "step":
             show.out.print(
                 f"step {event.step}/{values['total_steps']}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{values['tokens_per_second']:.0f} tokens/s  {show.size(values['memory'])}  {_eta(event)}",
+                f"{values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}  {_eta(event)}",
                 soft_wrap=True,
             )
         elif event.kind == "eval":
             show.out.print(f"step {event.step}  held-out loss {values['valid_loss']:.4f}")
         else:
-            show.err.print(f"[yellow]warning[/]: {values['text']}", soft_wrap=True)
+            show.err.print(f"warning: {values['text']}", style="yellow", soft_wrap=True)
 
 
 class _Live(_Lines):
@@ -70,14 +71,14 @@ class _Live(_Lines):
         if self.task is None:
             self.progress.start()
             self.task = self.progress.add_task("", total=values["total_steps"])
-        text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:.0f} tokens/s  {show.size(values['memory'])}"
+        text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}"
         self.progress.update(self.task, completed=event.step, description=text)
 
 
 def _eta(event: Any) -> str:
     values = event.values
     left = values["seconds"] / event.step * (values["total_steps"] - event.step)
-    return f"{show.duration(left)} left"
+    return f"{units.duration(left)} left"
 
 
 def _coverage(values: dict[str, Any]) -> None:
@@ -87,6 +88,7 @@ def _coverage(values: dict[str, Any]) -> None:
         f"[bold]{values['layers']}[/] layers take an update: {values['parameters']:,} parameters, "
         f"{values['share']:.2%} of the base's.",
         soft_wrap=True,
+        markup=True,
     )
     reasons: dict[str, list[str]] = {}
     for name, why in values["left_out"].items():
@@ -98,6 +100,7 @@ def _coverage(values: dict[str, Any]) -> None:
         f"[bold]{data['kept']:,}[/] records, {data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
         f" (truncated {data['truncated']}, dropped {data['dropped']}, longest {data['longest']}).",
         soft_wrap=True,
+        markup=True,
     )
 
 
@@ -115,12 +118,13 @@ def _summary(result: Any, command: Train) -> None:
         best = f"best {state.best_loss:.4f} at step {state.best_step}"
         facts.add_row("held-out loss", f"{first:.4f} → {last:.4f} ({best})")
     facts.add_row(
-        "time", f"{show.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} tokens/s"
+        "time", f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} tokens/s"
     )
-    facts.add_row("peak memory", show.size(figures["peak_memory"]))
+    facts.add_row("peak memory", units.size(figures["peak_memory"]))
     facts.add_row("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}")
     facts.add_row(
-        "adapter", f"{result.adapter}  {show.size(figures['adapter_bytes'])} (base {show.size(figures['base_bytes'])})"
+        "adapter",
+        f"{result.adapter}  {units.size(figures['adapter_bytes'])} (base {units.size(figures['base_bytes'])})",
     )
     facts.add_row("report", str(result.report))
     show.out.print(facts)

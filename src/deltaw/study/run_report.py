@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw import units
 from deltaw.study.report import Chart, Report, Sample, Series, Table
 from deltaw.version import __version__
 
@@ -54,11 +55,6 @@ def run_report(
     )  # fmt: skip
 
 
-def megabytes(count: float) -> str:
-    """Bytes in powers of ten."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def _headline(figures: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     loop = figures["loop"]
     held_out = [line["valid_loss"] for line in log if line["event"] == "eval"]
@@ -67,29 +63,25 @@ def _headline(figures: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> s
         if held_out
         else f"Training loss {loop['first_loss']:.3f} → {loop['last_loss']:.3f}"
     )
-    return f"{what} with {megabytes(figures['adapter_bytes'])} of update in {_minutes(loop['seconds'])}."
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{what} with {units.size(figures['adapter_bytes'])} of update in {units.duration(loop['seconds'])}."
 
 
 def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     loop = figures["loop"]
     facts = [
-        ("Adapter", megabytes(figures["adapter_bytes"]), f"base {megabytes(figures['base_bytes'])}"),
+        ("Adapter", units.size(figures["adapter_bytes"]), f"base {units.size(figures['base_bytes'])}"),
         (
             "Trainable",
             f"{figures['trainable_parameters']:,}",
             f"{figures['trainable_share']:.2%} of the base's parameters",
         ),
-        ("Time", _minutes(loop["seconds"]), f"{loop['step']} steps, {loop['records']:,} records"),
+        ("Time", units.duration(loop["seconds"]), f"{loop['step']} steps, {loop['records']:,} records"),
         (
             "Speed",
             f"{loop['tokens'] / max(loop['step_seconds'], 1e-9):.0f} tokens/s",
             f"{loop['tokens']:,} tokens, padding not counted",
         ),
-        ("Peak memory", megabytes(figures["peak_memory"]), "of the process, base included"),
+        ("Peak memory", units.size(figures["peak_memory"]), "of the process, base included"),
         ("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}", "over all adapted layers"),
     ]
     if loop["best_loss"] < float("inf"):
