@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import RobertaConfig, RobertaModel
 
 import deltaw
 from deltaw import LoRA, attach, detach, merge, unmerge, use, using
@@ -224,6 +225,27 @@ def test_summary_and_parameters() -> None:
     assert summary.base_parameters == sum(p.numel() for p in tiny_llama().parameters())
     assert adapter.bytes == adapter.parameters * 4
     assert repr(deltaw.adapters(model)) == "('default'*)"
+
+
+def roberta_base() -> Any:
+    with torch.device("meta"):
+        return RobertaModel(RobertaConfig())
+
+
+def gpt3() -> Any:
+    """The dense layers of its attention: 96 blocks, d = 12,288."""
+    return nn.ModuleList(
+        nn.ModuleDict(
+            {name: nn.Linear(12288, 12288, device="meta") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        )
+        for _ in range(96)
+    )
+
+
+@pytest.mark.parametrize(("make", "rank", "count"), [(roberta_base, 8, 294_912), (gpt3, 1, 4_718_592)])
+def test_parameter_counts_are_the_papers(make: Any, rank: int, count: int) -> None:
+    model = attach(make(), LoRA(rank=rank, alpha=16, targets="qv"))
+    assert deltaw.summary(model).adapters["default"].parameters == count
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))

@@ -140,7 +140,8 @@ def test_merge_gives_an_ordinary_model(place: Path, tmp_path: Path, capsys: pyte
 
     out = tmp_path / "merged"
     assert main(["merge", str(place / "model"), str(place / "run" / "adapter"), "-o", str(out)]) == 0
-    assert "Merge report" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Merge report" in printed and "model.layers.*.mlp.up_proj" in printed
     merged: Any = AutoModelForCausalLM.from_pretrained(out)
     base: Any = AutoModelForCausalLM.from_pretrained(place / "model")
     assert type(merged) is type(base) and list(merged.state_dict()) == list(base.state_dict())

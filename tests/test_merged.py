@@ -9,7 +9,7 @@ import deltaw
 from deltaw import LoRA, attach, detach, merge, unmerge, use
 from deltaw.attached import updates
 from deltaw.errors import MergeError
-from deltaw.merged import settle
+from deltaw.merged import preview, settle
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_llama
 
 METHOD = LoRA(rank=4, alpha=10)
@@ -124,6 +124,25 @@ def test_a_merge_that_is_not_finite_is_an_error_and_leaves_the_model(tiny: Any, 
     with pytest.raises(MergeError, match="not be finite"):
         merge(tiny, weights={"default": value})
     assert_same(tiny, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_preview_says_what_the_merge_then_does_and_changes_nothing(tiny: Any, dtype: torch.dtype) -> None:
+    fill(attach(tiny.to(dtype), METHOD))
+    before = snapshot(tiny)
+    foreseen = preview(tiny)
+    assert_same(tiny, before)
+    assert merge(tiny) == foreseen
+    with pytest.raises(MergeError, match="merged already"):
+        preview(tiny)
+
+
+def test_a_reports_rows_are_families_of_layers_then_all(tiny: Any) -> None:
+    report = merge(fill(attach(tiny, METHOD)))
+    *families, last = report.rows()
+    assert sum(row["count"] for row in families) == last["count"] == len(report.layers)
+    assert all("*" in row["layers"] and row["count"] == 2 for row in families) and last["layers"] == "all"
+    assert last["relative"] == report.relative and last["largest_change"] == max(r["largest_change"] for r in families)
 
 
 def test_settle_makes_a_merge_final(tiny: Any, ids: torch.Tensor) -> None:

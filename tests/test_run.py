@@ -64,6 +64,7 @@ def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
     figures = json.loads((result.folder / "result.json").read_text())
     assert figures["loop"]["last_loss"] == result.state.last_loss and figures["relative_norm"] > 0
     page = (result.folder / "report.html").read_text()
+    assert "A merge into float32" in page and "model.layers.*.mlp.up_proj" in page
     assert "Held-out loss" in page and f"{evals[0]:.3f}" in page and f"{evals[-1]:.3f}" in page
     settings = yaml.safe_load((result.folder / "config.yaml").read_text())
     assert settings["rank"] == 4 and settings["lr"] == 0.02 and settings["epochs"] == 3
@@ -87,7 +88,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(small: Any, tmp_path: Path) -
     assert lines[0]["event"] == "start" and lines[0]["layers"] == 14 and lines[-1]["step"] == 1
     deltaw.detach(model)
     deltaw.load(model, result.adapter)  # what one step had learned
-    assert loop_module.relative_norm(model) < result.relative_norm / 5
+    assert loop_module.relative_norm(model) < result.merge.relative / 5
 
 
 def test_the_saved_adapter_is_the_trained_one(small: Any, tmp_path: Path) -> None:

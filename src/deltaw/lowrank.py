@@ -51,6 +51,15 @@ def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def merge_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
     """Replace W0 [d, k] in place by round(fp32(W0) + scale·B·A); W0 may be any float dtype and any strides."""
+    return _merge(W0, A, B, scale, write=True)
+
+
+def merge_stats(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
+    """What `merge_` would do, changing nothing."""
+    return _merge(W0, A, B, scale, write=False)
+
+
+def _merge(W0: Tensor, A: Tensor, B: Tensor, scale: float, *, write: bool) -> MergeStats:
     sums = torch.zeros(4, dtype=torch.float64, device=W0.device)
     largest = torch.zeros((), dtype=torch.float32, device=W0.device)
     for rows, dW in _delta_blocks(A, B, scale):
@@ -62,7 +71,8 @@ def merge_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
         sums[2] += (change * dW).sum(dtype=torch.float64)
         sums[3] += (change != 0).sum()
         largest = torch.maximum(largest, change.abs().max())
-        W0[rows] = merged  # last: in fp32 `before` is a view of W0
+        if write:
+            W0[rows] = merged  # last: in fp32 `before` is a view of W0
     w0_squared, dw_squared, kept, changed = sums.tolist()
     return MergeStats(
         w0_norm=w0_squared**0.5,

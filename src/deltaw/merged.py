@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from deltaw.attached import Adapters, detach, known, owner_of, put_back, record_of, restore, updates
 from deltaw.errors import MergeError, listing
 from deltaw.layers import LowRank
-from deltaw.lowrank import MergeStats, merge_
+from deltaw.lowrank import MergeStats, merge_, merge_stats
+from deltaw.targets import family
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,26 @@ class MergeReport:
     def largest_change(self) -> float:
         """The largest |W'−W0| of any entry."""
         return max((s.largest_change for s in self.layers.values()), default=0.0)
+
+    @property
+    def changed(self) -> float:
+        """Share of a layer's entries that differ after the merge, on average over layers."""
+        return sum(s.changed for s in self.layers.values()) / max(1, len(self.layers))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of each family of layers, then of all together."""
+        families: dict[str, dict[str, MergeStats]] = {}
+        for name, stats in self.layers.items():
+            families.setdefault(family(name), {})[name] = stats
+        parts = [(name, MergeReport(self.adapters, layers)) for name, layers in families.items()]
+        return [part.row(name) for name, part in (*parts, ("all", self))]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The figures of all its layers together, under `name`."""
+        return {
+            "layers": name, "count": len(self.layers), "relative": self.relative, "survived": self.survived,
+            "changed": self.changed, "largest_change": self.largest_change,
+        }  # fmt: skip
 
 
 def merge(
@@ -78,6 +99,18 @@ def merge(
         raise
     record.merged, record.originals = tuple(chosen), originals
     record.before_merge, record.route.active = record.route.active, None
+    return MergeReport(tuple(chosen), stats)
+
+
+def preview(model: nn.Module, name: str | None = None) -> MergeReport:
+    """What merging adapter `name` (default: the active one) would do to the weights in their dtype. Changes nothing, and
+    raises MergeError only when something is merged already."""
+    record, owner = record_of(model), owner_of(model)
+    chosen = _chosen(record, name, None)
+    stats = {}
+    for layer_name, summands in _terms(model, record, chosen).items():
+        W0 = summands[0][0].W0(owner.get_submodule(layer_name)).detach()
+        stats[layer_name] = merge_stats(W0, *_stacked(summands))
     return MergeReport(tuple(chosen), stats)
 
 

@@ -25,12 +25,13 @@ from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, 
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.generation import generate, pad_id, too_long
+from deltaw.merged import MergeReport, preview
 from deltaw.methods.lora import LoRA
 from deltaw.positions import within
 from deltaw.pretrained import Pretrained, load_pretrained
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
-from deltaw.training.loop import Event, Loop, LoopState, peak_memory, relative_norm
+from deltaw.training.loop import Event, Loop, LoopState, peak_memory
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
 _SAMPLE = GenerateConfig(max_new_tokens=96)
@@ -47,8 +48,8 @@ class RunResult:
     tokenizer: Any
     state: LoopState
     summary: attached.Summary
-    relative_norm: float
-    """‖ΔW‖/‖W0‖ over all adapted layers."""
+    merge: MergeReport
+    """What merging the adapter into the base, in the dtype it was trained on, would do."""
     data: dict[str, Any]
     """Counts of the training records: kept, truncated, dropped, tokens …"""
     samples: list[Sampled]
@@ -65,7 +66,11 @@ class RunResult:
             "trainable_share": adapter.share,
             "adapter_bytes": sum(f.stat().st_size for f in self.adapter.iterdir()),
             "base_bytes": self.summary.base_bytes,
-            "relative_norm": self.relative_norm,
+            "relative_norm": self.merge.relative,
+            "merge": {
+                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+                "rows": self.merge.rows(),
+            },
             "peak_memory": self.peak_memory,
             "data": self.data,
             "warnings": self.warnings,
@@ -232,7 +237,7 @@ class _Run:
             tokenizer=self.loaded.tokenizer,
             state=state,
             summary=attached.summary(self.loaded.model),
-            relative_norm=relative_norm(self.loaded.model),
+            merge=preview(self.loaded.model),
             data=dataclasses.asdict(self.encoded.counts),
             samples=samples,
             log=self.log,

@@ -92,6 +92,11 @@ def role(name: str) -> str | None:
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(name)), None)
 
 
+def family(name: str) -> str:
+    """The name with its numbers as *: layers that differ only in their place in a stack share it."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
 def _entries(targets: Targets, rank: int) -> dict[str, int]:
     if isinstance(targets, Mapping):
         return dict(targets)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,15 @@ def _row(name: str, A: Any, B: Any, scale: float) -> dict[str, Any]:
 
 def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Layers that differ only in their number, shape and rank being equal, as one row of averages."""
+    from deltaw.targets import family
+
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        kind = re.sub(r"\b\d+\b", "*", row["layer"])
-        groups.setdefault((kind, row["shape"], row["rank"], row["scale"]), []).append(row)
+        groups.setdefault((family(row["layer"]), row["shape"], row["rank"], row["scale"]), []).append(row)
     merged = []
-    for (kind, *_), group in groups.items():
+    for (name, *_), group in groups.items():
         means = {key: sum(r[key] for r in group) / len(group) for key in ("A", "B", "dW")}
-        merged.append({**group[0], "layer": kind, "count": len(group), **means})
+        merged.append({**group[0], "layer": name, "count": len(group), **means})
     return merged
 
 

@@ -32,13 +32,11 @@ def run(command: Merge) -> None:
 
 
 def _table(report: Any, all_layers: bool) -> Any:
-    made = show.table("layer", "‖ΔW‖/‖W0‖", "ΔW kept", "entries changed", "largest change", title="Merge report")
-    if all_layers:
-        for name, s in report.layers.items():
-            made.add_row(name, f"{s.relative:.2e}", f"{s.survived:.2%}", f"{s.changed:.1%}", f"{s.largest_change:.2e}")
-    changed = sum(s.changed for s in report.layers.values()) / len(report.layers)
-    made.add_row(
-        f"all {len(report.layers)}", f"{report.relative:.2e}", f"{report.survived:.2%}", f"{changed:.1%}",
-        f"{report.largest_change:.2e}",
-    )  # fmt: skip
+    from deltaw.merged import MergeReport
+    from deltaw.study.run_report import MERGE_COLUMNS, merge_cells
+
+    made = show.table(*MERGE_COLUMNS, title="Merge report")
+    alone = [MergeReport(report.adapters, {name: stats}).row(name) for name, stats in report.layers.items()]
+    for row in [*alone, report.row("all")] if all_layers else report.rows():
+        made.add_row(*merge_cells(row))
     return made

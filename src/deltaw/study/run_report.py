@@ -44,7 +44,7 @@ def run_report(
         facts=_facts(figures),
         curves=[*_curves(log), *charts],
         examples=[Sample(s.prompt, s.reference, s.before, s.after) for s in samples],
-        tables=[*tables, _counts(figures), _settings(settings)],
+        tables=[*tables, _merge(figures), _counts(figures), _settings(settings)],
         warnings=list(figures["warnings"]),
         commands=list(commands) if commands is not None else [
             f"deltaw chat {settings['model']} --adapter {adapter}",
@@ -114,6 +114,23 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
         total, weight = _SMOOTH * total + (1 - _SMOOTH) * y, _SMOOTH * weight + (1 - _SMOOTH)
         smooth.append((x, total / weight))
     return smooth
+
+
+MERGE_COLUMNS = ("layers", "count", "‖ΔW‖/‖W0‖", "ΔW kept", "entries changed", "largest change")
+
+
+def merge_cells(row: Mapping[str, Any]) -> list[str]:
+    """One of `MergeReport.rows()` as text, under MERGE_COLUMNS."""
+    return [
+        row["layers"], str(row["count"]), f"{row['relative']:.2e}", f"{row['survived']:.2%}", f"{row['changed']:.1%}",
+        f"{row['largest_change']:.2e}",
+    ]  # fmt: skip
+
+
+def _merge(figures: Mapping[str, Any]) -> Table:
+    note = "What merging into the weights as they were trained on would do. Kept is the share of ΔW that survives rounding."
+    rows = [merge_cells(row) for row in figures["merge"]["rows"]]
+    return Table(f"A merge into {figures['merge']['dtype']}", list(MERGE_COLUMNS), rows, note=note)
 
 
 def _counts(figures: Mapping[str, Any]) -> Table:
