@@ -230,7 +230,10 @@ class Loop:
         tokens, seconds = self._logged
         speed = (state.tokens - tokens) / max(state.step_seconds - seconds, 1e-9)
         self._logged = state.tokens, state.step_seconds
-        more = {"seconds": state.seconds, "tokens": state.tokens, "tokens_per_second": speed, "memory": peak_memory()}
+        more = {
+            "seconds": state.seconds, "tokens": state.tokens, "supervised": state.supervised, "tokens_per_second": speed,
+            "memory": peak_memory(),
+        }  # fmt: skip
         self.on_event(Event("step", state.step, {**values, **more, "total_steps": self.total_steps}))
 
     def _warn(self, text: str) -> None:
