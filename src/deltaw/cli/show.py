@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+# Into a file or a pipe there's no edge to keep within, so no name is broken over two lines
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+
 # No markup: a path, a target or a model's words may hold square brackets
-out = Console(highlight=False, markup=False)
+out = Console(highlight=False, markup=False, width=_width)
 err = Console(stderr=True, highlight=False, markup=False)
 
 
@@ -36,8 +39,11 @@ def is_terminal() -> bool:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; every column but the first is right-aligned."""
+    """A plain table; every column but the first is right-aligned. Where it's narrow the first, which has names, gives way last."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right", header_style="dim")
+        if i == 0:
+            made.add_column(name, header_style="dim", no_wrap=True, overflow="fold")
+        else:
+            made.add_column(name, justify="right", header_style="dim", overflow="fold")
     return made

@@ -116,7 +116,7 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return smooth
 
 
-MERGE_COLUMNS = ("layers", "count", "‖ΔW‖/‖W0‖", "ΔW kept", "entries changed", "largest change")
+MERGE_COLUMNS = ("layers", "count", "‖ΔW‖ / ‖W0‖", "ΔW kept", "entries changed", "largest change")
 
 
 def merge_cells(row: Mapping[str, Any]) -> list[str]:
