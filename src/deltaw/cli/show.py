@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-# Into a file or a pipe there's no edge to keep within, so no name is broken over two lines
+# Into a file or a pipe there is no edge to keep within, so no name is broken over two lines
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
 # No markup: a path, a target or a model's words may hold square brackets
@@ -39,7 +39,7 @@ def is_terminal() -> bool:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; every column but the first is right-aligned. Where it's narrow the first, which has names, gives way last."""
+    """A plain table: every column but the first, which has names, is right-aligned, and where it is narrow gives way first."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
         if i == 0:
