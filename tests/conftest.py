@@ -8,12 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
+
+# A busy machine is no failure
+hypothesis.settings.register_profile("deltaw", deadline=None)
+hypothesis.settings.load_profile("deltaw")
 
 
 def tiny_llama(*, tied: bool = True, layers: int = 2) -> Any:

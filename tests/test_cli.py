@@ -225,7 +225,7 @@ def test_yaml_with_unknown_keys_and_wrong_types_names_them_all(place: Path, tmp_
     for part in (
         "unknown key 'learning_rat'",
         "unknown key 'rnk' (did you mean 'rank'",
-        "batch is 'many'; expected int",
+        "batch is 'many'; it must be a whole number",
     ):
         assert part in done.stderr
 

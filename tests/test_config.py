@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,6 +102,13 @@ def test_numbers_as_yaml_reads_them() -> None:
     "make",
     [
         lambda: TrainConfig(lr=-1.0),
+        lambda: TrainConfig(lr=0.0),
+        lambda: TrainConfig(minutes=0),
+        lambda: TrainConfig(epochs=0),
+        lambda: TrainConfig(warmup=float("inf")),
+        lambda: TrainConfig(steps=1.5),  # type: ignore[arg-type]
+        lambda: TrainConfig(overwrite="no"),  # type: ignore[arg-type]
+        lambda: TrainConfig(data=None),  # type: ignore[arg-type]
         lambda: TrainConfig(lr=float("nan")),
         lambda: TrainConfig(batch=0),
         lambda: TrainConfig(batch=4, micro_batch=5),
@@ -110,12 +119,22 @@ def test_numbers_as_yaml_reads_them() -> None:
         lambda: GenerateConfig(top_p=1.5),
         lambda: GenerateConfig(beams=0),
         lambda: LoRA(rank=0),
+        lambda: LoRA(rank=2.5),  # type: ignore[arg-type]
+        lambda: LoRA(alpha=0),
+        lambda: LoRA(alpha=float("inf")),
+        lambda: LoRA(targets=5),  # type: ignore[arg-type]
         lambda: LoRA(dropout=1.5),
     ],
 )
 def test_values_out_of_range_are_refused_where_they_are_made(make: Any) -> None:
     with pytest.raises(ConfigError):
         make()
+
+
+def test_the_right_value_in_another_guise_is_made_plain() -> None:
+    config = TrainConfig(out=Path("runs") / "a", batch=np.int64(4), lr=np.float32(0.5), steps=10.0)  # type: ignore[arg-type]
+    assert config == TrainConfig(out="runs/a", batch=4, lr=0.5, steps=10)
+    assert type(config.batch) is int and type(config.lr) is float and type(config.out) is str
 
 
 def test_config_imports_no_torch() -> None:

@@ -7,6 +7,10 @@ file under methods/, of the same make. The text under a field is its help on the
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +25,9 @@ Schedule = Literal["cosine", "linear", "constant"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 T = TypeVar("T")
+
+ABOVE_ZERO = math.ulp(0.0)
+"""As a lower limit: any number above zero."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +113,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(
-            self, lr=(0.0, None), warmup=(0.0, None), epochs=(0.0, None), steps=(1, None), minutes=(0.0, None),
-            batch=(1, None), micro_batch=(1, self.batch), clip=(0.0, None), weight_decay=(0.0, None),
+            self, lr=(ABOVE_ZERO, None), warmup=(0.0, None), epochs=(ABOVE_ZERO, None), steps=(1, None),
+            minutes=(ABOVE_ZERO, None), batch=(1, None), micro_batch=(1, None), clip=(0.0, None), weight_decay=(0.0, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
             log_every=(1, None), samples=(0, None),
         )  # fmt: skip
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise ConfigError(f"micro_batch is {self.micro_batch}; it must be at most batch, which is {self.batch}")
 
 
 @dataclass(frozen=True)
@@ -134,34 +143,47 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check(
-            self, max_new_tokens=(1, None), temperature=(0.0, None), top_p=(0.0, 1.0), beams=(1, None),
+            self, max_new_tokens=(1, None), temperature=(0.0, None), top_p=(ABOVE_ZERO, 1.0), beams=(1, None),
             batch=(1, None),
         )  # fmt: skip
 
 
 def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
-    """Raise one ConfigError with every field of `config` that is outside [low, high] or not one of its literals."""
+    """Raise one ConfigError with every field of `config` that is of a wrong type, not one of its literals, not finite, or
+    outside its [low, high]. What is of the right type in another guise (a Path for text, numpy's numbers) is made plain."""
     problems = []
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-            problems.append(f"{name} must be a number, not {value!r}")
-        elif (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            problems.append(f"{name} is {value!r}; it must be {bounds}")
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     for field in dataclasses.fields(config):
-        choices = _choices(hints[field.name])
-        value = getattr(config, field.name)
-        if choices and value not in choices:
-            problems.append(
-                f"{field.name} is {value!r}; it must be one of {', '.join(map(str, choices))}"
-                f"{nearest(str(value), map(str, choices))}"
-            )
+        given = getattr(config, field.name)
+        fits, value = _fit(given, hints[field.name])
+        if not fits:
+            near = nearest(given, map(str, _choices(hints[field.name]))) if isinstance(given, str) else ""
+            problems.append(f"{field.name} is {given!r}; it must be {_spell(hints[field.name])}{near}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{field.name} is {value}; it must be a finite number")
+        elif field.name in limits and value is not None and not _within(value, *limits[field.name]):
+            problems.append(f"{field.name} is {value!r}; it must be {_bounds(*limits[field.name])}")
+        elif value is not given:
+            object.__setattr__(config, field.name, value)
     if problems:
         raise ConfigError(listing(f"{type(config).__name__} cannot be used:", problems))
+
+
+def _within(value: float, low: float | None, high: float | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    least = "above 0" if low == ABOVE_ZERO else f"at least {low}"
+    if high is None:
+        return least
+    return f"{least} and at most {high}" if low == ABOVE_ZERO else f"between {low} and {high}"
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Field → its type; asked of every config that is made, and slow to find out."""
+    return typing.get_type_hints(cls)
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -170,7 +192,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def keys(cls: type) -> dict[str, tuple[type, ...]]:
     """Every YAML key of `cls`, nested dataclasses flattened: key → path of field names that leads to it."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -210,7 +232,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "confi
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[str]) -> T:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         hint = hints[field.name]
@@ -220,7 +242,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[s
             value = values[field.name]
             fits, value = _fit(value, hint)
             if not fits:
-                problems.append(f"{where}: {field.name} is {value!r}; expected {_spell(hint)}")
+                problems.append(f"{where}: {field.name} is {value!r}; it must be {_spell(hint)}")
             else:
                 arguments[field.name] = value
     try:
@@ -231,7 +253,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[s
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether a YAML value is of type `hint`, and the value (whole floats and ints are interchangeable, '5e-4' is a float)."""
+    """Whether a value is of type `hint`, and the value as that type (8.0 as an int, '5e-4' as a float, a Path as text)."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         for option in typing.get_args(hint):
@@ -251,22 +273,28 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
                 return True, float(value)
             except ValueError:
                 return False, value
-        return isinstance(value, (int, float)) and not isinstance(value, bool), value
+        fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return fits, float(value) if fits and not isinstance(value, int) else value
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
+        whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
+        fits = whole and not isinstance(value, bool)
+        return fits, int(value) if fits else value
+    if hint is str and isinstance(value, os.PathLike):
+        return True, os.fspath(value)
     if hint is Any:
         return True, value
     return isinstance(value, origin or hint), value
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
 def _spell(hint: Any) -> str:
+    """A type as a user would say it."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    words: list[str] = []
+    words = []
     for option in options:
         choices = _choices(option)
-        words += (
-            [repr(c) for c in choices]
-            if choices
-            else ["null" if option is type(None) else getattr(option, "__name__", str(option))]
-        )
+        name = getattr(typing.get_origin(option) or option, "__name__", str(option))
+        words.append(f"one of {', '.join(map(str, choices))}" if choices else _WORDS.get(option, f"a {name}"))
     return " or ".join(words)
