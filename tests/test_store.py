@@ -9,12 +9,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
 from deltaw.errors import AdapterError, BaseMismatch, FileError
-from deltaw.store import training_of
+from deltaw.files import peft as peft_files
+from deltaw.store import base_fingerprint, training_of
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHODS = {
@@ -56,8 +60,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", list(PEFT_CONFIGS))
 def test_7_we_read_what_real_peft_writes(tiny: Any, ids: torch.Tensor, tmp_path: Path, config: str) -> None:
     plain = twin(tiny)
-    settings = dict(PEFT_CONFIGS[config])
-    theirs = peft.get_peft_model(tiny, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    theirs = peft.get_peft_model(tiny, peft.LoraConfig(task_type="CAUSAL_LM", **PEFT_CONFIGS[config])).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -112,7 +115,7 @@ def test_names_of_loaded_adapters(tiny: Any, tmp_path: Path) -> None:
 def damaged(folder: Path, change: str) -> None:
     """Break a good adapter folder in one of many ways."""
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors, settings = load_file(weights), json.loads(config.read_text())
+    tensors, values = load_file(weights), json.loads(config.read_text())
     first = next(iter(tensors))
     if change == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -134,19 +137,25 @@ def damaged(folder: Path, change: str) -> None:
         save_file(tensors | {first: tensors[first] * float("nan")}, weights)
     elif change == "integers":
         save_file(tensors | {first: tensors[first].to(torch.int32)}, weights)
+    elif change == "rank zero":
+        B = first.replace("lora_A", "lora_B")
+        save_file(tensors | {first: tensors[first][:0], B: tensors[B][:, :0].contiguous()}, weights)
+    elif change == "training":
+        save_file(tensors, weights, metadata={"deltaw_training": "{"})
     elif change == "rank":
-        config.write_text(json.dumps(settings | {"r": 16}))
+        config.write_text(json.dumps(values | {"r": 16}))
     elif change == "no alpha":
-        config.write_text(json.dumps({k: v for k, v in settings.items() if k != "lora_alpha"}))
+        config.write_text(json.dumps({k: v for k, v in values.items() if k != "lora_alpha"}))
     elif change in SETTINGS:
-        config.write_text(json.dumps(settings | SETTINGS[change]))
+        config.write_text(json.dumps(values | SETTINGS[change]))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True}, "other method": {"peft_type": "IA3"}, "changed base": {"init_lora_weights": "pissa_niter_4"},
     "alpha as text": {"lora_alpha": "16"}, "no rank": {"r": None}, "patterns as a list": {"alpha_pattern": ["q_proj"]},
     "pattern's value": {"alpha_pattern": {"q_proj": "8"}}, "broken pattern": {"rank_pattern": {"(q_proj": 4}},
-    "not a number": {"lora_alpha": float("nan")},
+    "not a number": {"lora_alpha": float("nan")}, "alpha zero": {"lora_alpha": 0}, "dropout as text": {"lora_dropout": "none"},
+    "rslora as text": {"use_rslora": "yes"},
 }  # fmt: skip
 CHANGES = {
     "truncated": "damaged or truncated", "garbage": "damaged or truncated", "empty config": "cannot be read as JSON",
@@ -158,6 +167,8 @@ CHANGES = {
     "alpha as text": "lora_alpha is '16'; it must be a number", "no rank": "r is None",
     "patterns as a list": "alpha_pattern is \\['q_proj'\\]; it must map", "pattern's value": "alpha_pattern\\['q_proj'\\] is '8'",
     "broken pattern": "'\\(q_proj', which is no regular expression", "not a number": "lora_alpha is nan",
+    "alpha zero": "lora_alpha is 0; it must be a number above 0", "dropout as text": "lora_dropout is 'none'",
+    "rslora as text": "use_rslora is 'yes'", "rank zero": "they must be \\[r, k\\]", "training": "training settings",
 }  # fmt: skip
 
 
@@ -184,6 +195,57 @@ def test_every_problem_of_a_file_is_listed(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         load(tiny_gpt2(), tmp_path / "a", check_base=False)
     assert str(caught.value).count("\n  - ") == 14
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from([*peft_files._PLAIN, "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+       "target_modules", "base_model_name_or_path"]), value=json_values)  # fmt: skip
+def test_12_any_setting_loads_or_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    folder, model = tmp_path / "a", tiny_llama(layers=1)
+    if not folder.is_dir():
+        save(fill(attach(twin(model), METHODS["plain"])), folder)
+        (tmp_path / "good").write_text((folder / "adapter_config.json").read_text())
+    good = json.loads((tmp_path / "good").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(good | {key: value}))
+    before = snapshot(model)
+    try:
+        load(model, folder, check_base=False)
+    except FileError:
+        assert_same(model, before)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
+def test_inside_a_wrapper_names_are_the_bases_own(wrap: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    model = tiny_llama().eval()
+    plain, wrapped = twin(model), wrap(model)
+    before = snapshot(model)
+    assert fill(attach(wrapped, METHODS["plain"])) is wrapped
+    save(wrapped, tmp_path / "a")
+    load(plain, tmp_path / "a")
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    assert load(wrapped, tmp_path / "a", name="again") == "again"
+    assert deltaw.summary(wrapped).adapters == deltaw.summary(model).adapters
+    detach(wrapped)
+    assert_same(model, before)
+
+
+def test_a_base_that_changes_while_attached_gets_another_fingerprint(tmp_path: Path) -> None:
+    model = fill(attach(tiny_llama(), METHODS["plain"]))
+    first = base_fingerprint(model)
+    deltaw.merge(model)
+    assert base_fingerprint(model) == first
+    deltaw.unmerge(model)
+    assert base_fingerprint(model) == first
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    assert base_fingerprint(model) != first
 
 
 def test_another_base_is_an_error_with_an_override(tmp_path: Path) -> None:

@@ -34,6 +34,13 @@ def test_presets_roles_names_and_globs(targets: object, expected: set[str]) -> N
     assert ends(tiny_llama(), targets) == expected
 
 
+def test_a_role_is_a_name_too_where_no_layer_has_the_role() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(8, 6), "inner": nn.ModuleDict({"up": nn.Linear(6, 8)})})
+    assert list(select(model, "q,up", 2).ranks) == ["q", "inner.up"]
+    with pytest.raises(TargetError, match="'k': no layer of this model has that role"):
+        select(model, "k", 2)
+
+
 def test_a_mapping_sets_ranks_and_later_entries_override() -> None:
     ranks = select(tiny_llama(), {"attention": 8, "mlp": 4, "model.layers.1.self_attn.q_proj": 2}, 16).ranks
     assert ranks["model.layers.0.self_attn.q_proj"] == 8
@@ -81,14 +88,25 @@ def test_every_problem_is_in_one_error_with_the_nearest_names() -> None:
     with pytest.raises(TargetError) as caught:
         select(
             tiny_llama(),
-            ["q_prj", "embed_tokens", "self_attn", "norm", "attention=500", "mlp=0", "*nothing*", "c_attn[q,v]"],
+            [
+                "q_prj",
+                "embed_tokens",
+                "self_attn",
+                "norm",
+                "attention=500",
+                "mlp=0",
+                "up=x",
+                "*nothing*",
+                "c_attn[q,v]",
+                5,
+            ],
             4,
         )
     text = str(caught.value)
     for part in (
         "'q_prj' matches no layer (did you mean 'q_proj'", "'embed_tokens' cannot take the update: Embedding",
         "'self_attn' is a LlamaAttention with 8 dense layers inside", "'norm' cannot take the update",
-        "rank 500 is larger than min(d, k) = 32", "'mlp': rank is 0", "'*nothing*' matches no dense layer",
+        "rank 500 is larger than min(d, k) = 32", "'mlp': rank is 0", "'up': rank is 'x'", "5 is no name","'*nothing*' matches no dense layer",
         "slices of a fused layer", "Its dense layers are",
     ):  # fmt: skip
         assert part in text, f"{part!r} not in:\n{text}"

@@ -60,7 +60,7 @@ class Adapters:
     """While merged: layer name → its weight before."""
     before_merge: str | None = None
     fingerprint: Any = None
-    """The base's fingerprint once somebody asked for it; kept because the base cannot change."""
+    """The base's fingerprint once somebody asked for it, and a stamp of the tensors that it was taken of."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
     model is then as it was.
     """
     check_free(model, name)
-    plan = method.plan(model)
+    plan = method.plan(owner_of(model))
     apply_plan(model, plan, method, name=name)
     for parameter in parameters(model, name):
         parameter.requires_grad_(True)
@@ -122,10 +122,11 @@ def apply_plan(
     metadata: dict[str, Any] | None = None,
 ) -> None:
     """Put a checked plan's updates on their layers, frozen. Everything that can fail is looked at before any change."""
+    check_free(model, name)
+    model = owner_of(model)
     record = find_record(model)
     fresh = record is None
     record = record or Adapters()
-    check_free(model, name)
     layers = {n: model.get_submodule(n) for n in plan.updates}
     problems = [f"{n}: {why}" for n, layer in layers.items() if (why := why_not(layer))]
     problems += [
@@ -303,10 +304,17 @@ def find_record(model: nn.Module) -> Adapters | None:
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The module that holds the record: the model itself, else the one inside a wrapper, else the model."""
-    if RECORD in model.__dict__:
-        return model
+    """The module whose dotted names are the base's own and that holds the record: what a wrapper (torch.compile, DataParallel,
+    DDP) wraps; else the part of the model that has a record; else the model."""
+    while (wrapped := _wrapped(model)) is not None:
+        model = wrapped
     return next((m for m in model.modules() if RECORD in m.__dict__), model)
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    return model._modules.get("_orig_mod")  # torch.compile's, whose class is private
 
 
 def record_of(model: nn.Module) -> Adapters:

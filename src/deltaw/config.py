@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 ABOVE_ZERO = math.ulp(0.0)
 """As a lower limit: any number above zero."""
+BELOW_ONE = math.nextafter(1.0, 0.0)
+"""As an upper limit: any number below one."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
     """Raise one ConfigError with every field of `config` that is of a wrong type, not one of its literals, not finite, or
     outside its [low, high]. What is of the right type in another guise (a Path for text, numpy's numbers) is made plain."""
     problems = []
-    hints = _hints(type(config))
+    hints = _hints(typing.cast(Any, type(config)))
     for field in dataclasses.fields(config):
         given = getattr(config, field.name)
         fits, value = _fit(given, hints[field.name])
@@ -174,10 +176,9 @@ def _within(value: float, low: float | None, high: float | None) -> bool:
 
 
 def _bounds(low: float | None, high: float | None) -> str:
-    least = "above 0" if low == ABOVE_ZERO else f"at least {low}"
-    if high is None:
-        return least
-    return f"{least} and at most {high}" if low == ABOVE_ZERO else f"between {low} and {high}"
+    words = [] if low is None else ["above 0" if low == ABOVE_ZERO else f"at least {low}"]
+    words += [] if high is None else ["below 1" if high == BELOW_ONE else f"at most {high}"]
+    return " and ".join(words)
 
 
 @functools.cache
@@ -192,7 +193,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def keys(cls: type) -> dict[str, tuple[type, ...]]:
     """Every YAML key of `cls`, nested dataclasses flattened: key → path of field names that leads to it."""
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -232,7 +233,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "confi
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[str]) -> T:
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         hint = hints[field.name]

@@ -68,26 +68,36 @@ def load(
     if check_base:
         _check_base(model, file, path)
     plan = live.Plan(_fitted(model, file, path))
-    metadata = {"training": json.loads(file.metadata["deltaw_training"])} if "deltaw_training" in file.metadata else {}
+    training = _training(file, path)
+    metadata = {"training": training} if training else {}
     live.apply_plan(model, plan, _method(file), name=name, activate=activate, metadata=metadata)
     return name
 
 
 def training_of(path: str | Path) -> dict[str, Any]:
     """What the adapter's file says about how it was trained (prompt template, data form …); empty for foreign files."""
-    text = peft.read(Path(path)).metadata.get("deltaw_training")
-    return json.loads(text) if text else {}
+    return _training(peft.read(Path(path)), Path(path))
+
+
+def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.metadata.get("deltaw_training", "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise FileError(f"{path}: the training settings in the metadata of {peft.WEIGHTS} are damaged.")
+    return found
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:
-    """Fingerprint of the base under the adapters; computed once for a model, since its base does not change."""
+    """Fingerprint of the base under the adapters; kept in the model's record for as long as no base tensor changes."""
     record = live.find_record(model)
-    if record is not None and record.fingerprint is not None:
-        return record.fingerprint
-    value = fingerprint(live.base_parameters(model))
-    if record is not None:
-        record.fingerprint = value
-    return value
+    if record is None:
+        return fingerprint(live.base_parameters(model))
+    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in live.base_parameters(model))
+    if record.fingerprint is None or record.fingerprint[0] != stamp:
+        record.fingerprint = stamp, fingerprint(live.base_parameters(model))
+    return record.fingerprint[1]
 
 
 def _check_base(model: nn.Module, file: peft.LoRAFile, path: Path) -> None:
@@ -112,7 +122,7 @@ def _check_base(model: nn.Module, file: peft.LoRAFile, path: Path) -> None:
 
 def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowRank]:
     """The file's updates for this model's layers, in the model's order; FileError with everything that does not fit."""
-    layers = dict(model.named_modules())
+    layers = dict(live.owner_of(model).named_modules())
     problems: list[str] = []
     updates: dict[str, LowRank] = {}
     for layer_name, (A, B) in file.factors.items():
@@ -151,7 +161,7 @@ def _method(file: peft.LoRAFile) -> LoRA:
 def _config(model: nn.Module, method: Any, updates: Mapping[str, LowRank]) -> dict[str, Any]:
     if not isinstance(method, LoRA):
         raise AdapterError(f"{type(method).__name__} has no file format yet.")
-    hf_config = getattr(model, "config", None)
+    base = live.owner_of(model)
     return peft.config_for(
         {layer: u.rank for layer, u in updates.items()},
         {layer: u.scale for layer, u in updates.items()},
@@ -159,14 +169,21 @@ def _config(model: nn.Module, method: Any, updates: Mapping[str, LowRank]) -> di
         dropout=method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
         transposed=all(isinstance(u, LowRankConv1D) for u in updates.values()),
-        base=getattr(hf_config, "_name_or_path", None) or None,
-        task="CAUSAL_LM" if getattr(model, "can_generate", lambda: False)() else None,
+        base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        task=_task(base),
     )
+
+
+def _task(base: Any) -> str | None:
+    """PEFT's name of what the model does, where its reader needs no more than that: for classifiers it would want a head."""
+    if not getattr(base, "can_generate", lambda: False)():
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(base.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _target_modules(model: nn.Module, updates: Mapping[str, LowRank]) -> list[str]:
     """The shortest list that PEFT reads as exactly these layers: the last parts of their names where no other module
     ends so, else the full names."""
     ends = {name.rsplit(".", 1)[-1] for name in updates}
-    matched = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ends}
+    matched = {name for name, _ in live.owner_of(model).named_modules() if name.rsplit(".", 1)[-1] in ends}
     return sorted(ends if matched == set(updates) else updates)

@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -69,6 +70,9 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     if not entries:
         problems.append("targets is empty")
     for entry, r in entries.items():
+        if not isinstance(entry, str):
+            problems.append(f"{entry!r} is no name, role, glob or preset")
+            continue
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             problems.append(f"{entry!r}: rank is {r!r}; it must be a whole number of at least 1")
             continue
@@ -97,14 +101,16 @@ def family(name: str) -> str:
     return re.sub(r"\b\d+\b", "*", name)
 
 
-def _entries(targets: Targets, rank: int) -> dict[str, int]:
+def _entries(targets: Targets, rank: int) -> dict[Any, Any]:
+    """Entry → rank, as they were written: `select` says what is wrong with them."""
     if isinstance(targets, Mapping):
         return dict(targets)
     words = _split(targets) if isinstance(targets, str) else list(targets)
-    entries: dict[str, int] = {}
+    entries: dict[Any, Any] = {}
     for word in words:
-        name, equals, r = word.partition("=")
-        entries[name.strip()] = (int(r) if r.strip().isdigit() else 0) if equals else rank
+        name, equals, r = word.partition("=") if isinstance(word, str) else (word, "", "")
+        r = r.strip()
+        entries[name.strip() if isinstance(name, str) else name] = (int(r) if r.isdigit() else r) if equals else rank
     return entries
 
 
@@ -119,8 +125,10 @@ def _match(
     """The layer names that one entry means, or what is wrong with it."""
     if entry == ALL:
         return list(body), None if body else "the model has no dense layer besides its output head"
+    named = [n for n in dense if n == entry or n.endswith("." + entry)]
     if entry in PRESETS or entry in ROLES:
-        return _match_roles(entry, body)
+        names, problem = _match_roles(entry, body)
+        return (named, None) if problem and named else (names, problem)
     if entry in dense:
         return [entry], None
     if re.search(r"\[[a-z_]+(,[a-z_]+)*\]$", entry) and "*" not in entry:
@@ -128,9 +136,8 @@ def _match(
     if any(c in entry for c in "*?["):
         names = [n for n in dense if fnmatch.fnmatchcase(n, entry)]
         return names, None if names else f"{entry!r} matches no dense layer"
-    names = [n for n in dense if n.endswith("." + entry)]
-    if names:
-        return names, None
+    if named:
+        return named, None
     aliases = [n for n, m in model.named_modules(remove_duplicate=False) if n == entry or n.endswith("." + entry)]
     shared = [n for n, m in dense.items() if any(model.get_submodule(a) is m for a in aliases)]
     return (shared, None) if shared else ([], _unmatched(entry, aliases, layers, dense, model))

@@ -180,11 +180,21 @@ def _number_problems(config: Mapping[str, Any]) -> list[str]:
             ]
         else:
             problems.append(f"{CONFIG}: {key} is {patterns!r}; it must map names of layers to numbers")
-    return problems + [
-        f"{CONFIG}: {key} is {value!r}; it must be a number, 0 or more"
+    problems += [
+        f"{CONFIG}: {key} is {value!r}; it must be a number above 0"
         for key, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+        if not (_is_number(value) and 0 < value < float("inf"))
     ]
+    dropout = config.get("lora_dropout") or 0.0
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        problems.append(f"{CONFIG}: lora_dropout is {dropout!r}; it must be a probability below 1")
+    if config.get("use_rslora") not in (True, False, None):
+        problems.append(f"{CONFIG}: use_rslora is {config['use_rslora']!r}; it must be true or false")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _compiles(pattern: str) -> bool:
@@ -208,7 +218,7 @@ def _pair_problems(layer: str, pair: Mapping[str, Tensor]) -> list[str]:
     if missing:
         return [f"{layer}: {missing[0]} is missing"]
     A, B = pair["A"], pair["B"]
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         return [f"{layer}: A is {tuple(A.shape)} and B {tuple(B.shape)}; they must be [r, k] and [d, r]"]
     if not A.is_floating_point() or not B.is_floating_point():
         return [f"{layer}: A is {A.dtype} and B {B.dtype}; they must be floating point"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from deltaw.config import ABOVE_ZERO, check
+from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class LoRA:
     """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
 
     def __post_init__(self) -> None:
-        check(self, rank=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, 0.99))
+        check(self, rank=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, BELOW_ONE))
 
     def scale(self, rank: int) -> float:
         """The factor of BA on a layer of this rank."""

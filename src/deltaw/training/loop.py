@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import parameters, updates
+from deltaw.attached import owner_of, parameters, updates
 from deltaw.config import TrainConfig
 from deltaw.data import Batch, Example, collate, plan
 from deltaw.errors import TrainError
@@ -265,7 +265,7 @@ def relative_norm(model: nn.Module, name: str | None = None) -> float:
     dw = w0 = 0.0
     for layer_name, update in updates(model, name).items():
         dw += delta_norm(update.A, update.B, update.scale) ** 2
-        w0 += float(model.get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
+        w0 += float(owner_of(model).get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
     return (dw / w0) ** 0.5 if w0 else 0.0
 
 
