@@ -132,7 +132,7 @@ class _Run:
         after = self._sample(chosen, "default")
         return self._finish(
             state,
-            [Sampled(r.prompt, r.completion, b, a) for r, b, a in zip(chosen, before, after, strict=True)],
+            [Sampled(r.question, r.completion, b, a) for r, b, a in zip(chosen, before, after, strict=True)],
         )
 
     def _claim_folder(self) -> None:
@@ -203,10 +203,10 @@ class _Run:
         self.on_event(event)
 
     def _chosen_samples(self) -> list[Record]:
-        seen: dict[str, Record] = {}
+        seen: dict[Any, Record] = {}
         for record in self.valid_records.items if self.valid_records is not None else ():
             if record.completion is not None and len(seen) < self.config.samples and self._fits(record):
-                seen.setdefault(record.prompt, record)
+                seen.setdefault(record.context, record)
         return list(seen.values())
 
     def _fits(self, record: Record) -> bool:

@@ -28,7 +28,7 @@ def run(command: Generate) -> None:
     data = as_trained(command.data, command.opening.adapter)
     prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
     completions = generate(loaded.model, loaded.tokenizer, prompts, command.generation)
-    pairs = [{"prompt": r.prompt, "completion": c} for r, c in zip(records, completions, strict=True)]
+    pairs = [{"prompt": r.question, "completion": c} for r, c in zip(records, completions, strict=True)]
     if command.out is not None:
         write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     elif len(pairs) == 1:

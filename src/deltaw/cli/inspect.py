@@ -22,14 +22,15 @@ def run(command: Inspect) -> None:
     if command.json:
         print(json.dumps({"layers": rows, "bytes": size, "config": file.config, "metadata": file.metadata}, indent=1))
         return
-    facts = show.table("", "")
-    facts.add_row("layers", f"{len(rows)}")
-    facts.add_row("ranks", ", ".join(str(r) for r in sorted({row["rank"] for row in rows})))
-    facts.add_row("parameters", f"{sum(row['parameters'] for row in rows):,}")
-    facts.add_row("size", units.size(size))
-    facts.add_row("base", str(file.config.get("base_model_name_or_path") or "not named"))
-    facts.add_row("fingerprint of the base", file.metadata.get("deltaw_base", "none (not written by deltaw)"))
-    show.out.print(facts)
+    facts = {
+        "layers": f"{len(rows)}",
+        "ranks": ", ".join(str(r) for r in sorted({row["rank"] for row in rows})),
+        "parameters": f"{sum(row['parameters'] for row in rows):,}",
+        "size": units.size(size),
+        "base": str(file.config.get("base_model_name_or_path") or "not named"),
+        "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
+    }
+    show.out.print(show.facts(facts))
     show.out.print()
     show.out.print(_table(rows if command.all_layers else _by_kind(rows)))
 

@@ -34,6 +34,16 @@ def quiet_libraries() -> None:
     ours.propagate = False
 
 
+def facts(rows: dict[str, str]) -> Table:
+    """A value beside each label."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for label, value in rows.items():
+        made.add_row(label, value)
+    return made
+
+
 def is_terminal() -> bool:
     return sys.stdout.isatty() and out.is_terminal
 

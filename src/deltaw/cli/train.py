@@ -110,24 +110,21 @@ def _summary(result: Any, command: Train) -> None:
     if state.stopped in ("early", "minutes"):
         why = "the held-out loss no longer fell" if state.stopped == "early" else "the time was up"
         show.out.print(f"Stopped after step {state.step}: {why}.")
-    facts = show.table("", "")
-    facts.add_row("training loss", f"{state.first_loss:.4f} → {state.last_loss:.4f}")
+    facts = {"training loss": f"{state.first_loss:.4f} → {state.last_loss:.4f}"}
     evals = [line for line in result.log if line["event"] == "eval"]
     if evals:
         first, last = evals[0]["valid_loss"], evals[-1]["valid_loss"]
         best = f"best {state.best_loss:.4f} at step {state.best_step}"
-        facts.add_row("held-out loss", f"{first:.4f} → {last:.4f} ({best})")
-    facts.add_row(
-        "time", f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} tokens/s"
-    )
-    facts.add_row("peak memory", units.size(figures["peak_memory"]))
-    facts.add_row("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}")
-    facts.add_row(
-        "adapter",
-        f"{result.adapter}  {units.size(figures['adapter_bytes'])} (base {units.size(figures['base_bytes'])})",
-    )
-    facts.add_row("report", str(result.report))
-    show.out.print(facts)
+        facts["held-out loss"] = f"{first:.4f} → {last:.4f} ({best})"
+    sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
+    facts |= {
+        "time": f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} tokens/s",
+        "peak memory": units.size(figures["peak_memory"]),
+        "‖ΔW‖ / ‖W0‖": f"{figures['relative_norm']:.4f}",
+        "adapter": f"{result.adapter}  {sizes[0]} (base {sizes[1]})",
+        "report": str(result.report),
+    }
+    show.out.print(show.facts(facts))
     show.out.print("\nNext:", style="bold")
     for line in (
         f"deltaw chat {command.model} --adapter {result.adapter}",

@@ -58,11 +58,15 @@ class Record:
     input: str = ""
 
     @property
+    def question(self) -> str:
+        """The prompt as people read it: an instruction with its input."""
+        return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
+
+    @property
     def context(self) -> tuple[Message, ...]:
         """The conversation that the completion answers; one user message for a record that is no chat."""
         if self.messages is None:
-            text = f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
-            return (Message("user", text),)
+            return (Message("user", self.question),)
         return self.messages if self.completion is None else self.messages[: last_assistant(self.messages)]
 
     @property

@@ -1,0 +1,52 @@
+"""What the documents promise: the README's example runs as it stands, both languages say the same, no link is dead."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, byte_llama
+from tests.data.conftest import CHATML, tiny_tokenizer
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+def example(name: str) -> str:
+    found = re.search(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_sixty_seconds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    records = [{"prompt": f"{n} and one?", "completion": f" {n + 1}"} for n in range(24)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    code, replaced = re.subn(r'MODEL = "[^"]*"', 'MODEL = "./model"', example("README.md"))
+    assert replaced == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_both_languages_show_the_same_code_commands_and_figures() -> None:
+    def plain(code: str) -> list[str]:
+        return [line.split("# ")[0].rstrip() for line in code.splitlines()]
+
+    assert plain(example("README.md")) == plain(example("README.ko.md"))
+    english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
+    for pattern in (r"^\| `deltaw [^|]*\|", r"\]\(results/[^)]*\)", r"\d[\d.,]*\d"):
+        found = [sorted(set(re.findall(pattern, text, re.MULTILINE))) for text in (english, korean)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_no_link_is_dead(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    dead = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not dead
