@@ -137,6 +137,24 @@ def test_accumulation_is_the_whole_batch(small: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(ours, whole, rtol=1e-3, atol=1e-4)
 
 
+def test_a_line_of_the_log_is_the_mean_over_its_steps(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    lines = {}
+    for every in (1, 4):
+        config = quick(tmp_path, out=tmp_path / str(every), log_every=every, steps=9)
+        result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+        lines[every] = [line for line in result.log if line["event"] == "step"]
+        deltaw.detach(model)
+    assert [line["step"] for line in lines[4]] == [1, 4, 8, 9]
+    sums, last = [], 0
+    for line in lines[1]:
+        sums.append(line["loss"] * (line["supervised"] - last))
+        last = line["supervised"]
+    for (first, end), line in zip([(0, 1), (1, 4), (4, 8), (8, 9)], lines[4], strict=True):
+        tokens = lines[1][end - 1]["supervised"] - (lines[1][first - 1]["supervised"] if first else 0)
+        assert line["loss"] == pytest.approx(sum(sums[first:end]) / tokens, rel=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules(small: Any, tmp_path: Path, schedule: Any) -> None:
     model, tokenizer = small

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -52,8 +52,12 @@ class LoopState:
     best_loss: float = math.inf
     best_step: int = 0
     without_gain: int = 0
+    loss_sum: float = 0.0
+    """Σ −log p(y_t | x, y_<t) over the supervised tokens so far, each by the weights of its step."""
     first_loss: float | None = None
+    """Per supervised token, of the first step."""
     last_loss: float | None = None
+    """Per supervised token, of the steps between the last two lines of the log: one step's alone says little."""
     stopped: Literal["", "early", "minutes", "interrupted"] = ""
 
 
@@ -86,7 +90,7 @@ class Loop:
         self.eval_every = self.config.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.epoch, self.batches = -1, [[0]]
         self.best: list[Tensor] | None = None
-        self._logged = (self.state.tokens, self.state.step_seconds)
+        self._logged = replace(self.state)
 
     def run(self) -> LoopState:
         """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
@@ -115,12 +119,14 @@ class Loop:
                 self.state.stopped = "interrupted"
             if self.valid and self._is_eval_step() and self.state.stopped != "interrupted":
                 self._evaluate()
+            if self.state.stopped and self._logged.step < self.state.step:
+                self._log(values)
         self._keep_best()
         self.model.eval()
         return self.state
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step over `config.batch` records, normalised over all its supervised tokens."""
+        """One optimizer step over `config.batch` records, its loss divided by all its supervised tokens."""
         lr = self.config.lr * self._lr_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -142,9 +148,9 @@ class Loop:
         state.records += len(rows)
         state.tokens += sum(len(e.input_ids) for e in rows)
         state.supervised += supervised
-        state.last_loss = loss
+        state.loss_sum += loss * supervised
         state.first_loss = loss if state.first_loss is None else state.first_loss
-        return {"loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+        return {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
 
     def _backward(self, batch: Batch, supervised: int) -> float:
         total, _ = self.loss(batch)
@@ -226,15 +232,18 @@ class Loop:
                     parameter.copy_(kept)
 
     def _log(self, values: dict[str, Any]) -> None:
-        state = self.state
-        tokens, seconds = self._logged
-        speed = (state.tokens - tokens) / max(state.step_seconds - seconds, 1e-9)
-        self._logged = state.tokens, state.step_seconds
+        """A line of the log: loss and speed are of the steps since the last one."""
+        state, before = self.state, self._logged
+        state.last_loss = (state.loss_sum - before.loss_sum) / (state.supervised - before.supervised)
+        speed = (state.tokens - before.tokens) / max(state.step_seconds - before.step_seconds, 1e-9)
+        self._logged = replace(state)
         more = {
             "seconds": state.seconds, "tokens": state.tokens, "supervised": state.supervised, "tokens_per_second": speed,
             "memory": peak_memory(),
         }  # fmt: skip
-        self.on_event(Event("step", state.step, {**values, **more, "total_steps": self.total_steps}))
+        self.on_event(
+            Event("step", state.step, {"loss": state.last_loss, **values, **more, "total_steps": self.total_steps})
+        )
 
     def _warn(self, text: str) -> None:
         self.on_event(Event("warning", self.state.step, {"text": text}))
