@@ -45,7 +45,7 @@ GENERATION = deltaw.GenerateConfig(max_new_tokens=56, batch=100)
 class Size:
     """How much of everything; --short shrinks it."""
 
-    train: int = 1400
+    train: int = 1900
     held_out: int = 200
     rounds: int = 15
 
@@ -89,7 +89,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
 
     say("4", "Train the update")
     config = deltaw.TrainConfig(
-        data=DATA, out=str(out / "run"), overwrite=True, lr=1.5e-3, batch=8, epochs=1, samples=4,
+        data=DATA, out=str(out / "run"), overwrite=True, lr=8e-4, batch=8, epochs=1, samples=4,
         valid=str(out / "data" / "test.jsonl"), valid_most=min(32, size.held_out),
         eval_every=max(1, -(-size.train // 8 // 4)), log_every=5,
     )  # fmt: skip
