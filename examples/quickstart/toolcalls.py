@@ -245,7 +245,8 @@ CALLS = [
             {to} that {text} | put down for {to}: {text} | type to {to}: {text} | let {to} read "{text}" | send {to} an
             e-mail saying {text} | For {to}, a message: {text} | bring {to} the news that {text} | dm {to} that {text}
             | send {to} a note: {text} | pop {to} a message, {text} | make sure {to} knows {text} | deliver to {to}:
-            "{text}" | I'd like {to} to hear {text} | fill {to} in: {text}
+            "{text}" | I'd like {to} to hear {text} | fill {to} in: {text} |
+            put {to} in the picture: {text} | drop {to} a line that {text} | Please have {to} read this: {text}
         """,
         held_out="""
             pass the word to {to} that {text} | fire off a text to {to}: {text} | communicate to {to} that {text} |
@@ -302,6 +303,9 @@ CALLS = [
             {time} | pick a table for {people} in {place}, {time}, {date} | set up a meal for {people} at {place} on
             {date} at {time} | Remember {place} for {people}, I need it booked on {date} at {time} | try {place} on
             {date}, table for {people}, {time} | {place} wants to know how many: {people}, on {date} at {time}
+            | arrange a table at {place} for {people}, {date}, {time} | hold a table at {place} for {people}, on {date},
+            {time} | grab {people} seats at {place}, {time}, {date} | take {people} chairs at {place}, {time}, {date} |
+            Dinner at {place} for {people}, {date}, {time}
         """,
         held_out="""
             fix a table at {place} for {people}, on {date}, {time} | organise a meal at {place} for {people} persons at
@@ -381,7 +385,9 @@ CALLS = [
             by train, {from} to {to}, {date} | My trip is {from} to {to} on {date}, see the timetable | Departing
             {from}, arriving {to}, {date} | Next train on {date}: {from} to {to} | What's the connection to {to} on
             {date} from {from} | travel plan for {date}, {from} to {to} | I'd go to {to} from {from} on {date}, by
-            train
+            train | get the train times, {from} to {to}, on {date} | bring up the timetable, {from} to {to}, {date} |
+            pull up departures, {from} to {to}, for {date} | search rail links between {from} and {to}, {date} | study
+            the railway plan, {from} to {to}, on {date} | grab the list of trains, {from} to {to}, {date}
         """,
         held_out="""
             browse trains between {from} and {to}, {date} | What rail services run from {from} to {to} on {date} | I
