@@ -6,9 +6,8 @@
 
 Writes results/NAME.json: BLEU (sacrebleu, lower-cased, 13a, unsmoothed), ROUGE-L with 95% intervals, greedy and beam
 search, held-out loss, training time, tokens/s, peak memory, machine and versions. Train and held-out data are DATA's own;
-the
-learning rate is the best on held-out items. The length penalty of the committed beam result was not chosen blindly: of 0.0 and
-1.0, 200 held-out items preferred 0.0 (71.73 against 71.39; greedy 70.18), which scored 66.18 on the test items; 1.0,
+the learning rate is the best on held-out items. The length penalty of the committed beam result was not chosen blindly: of 0.0
+and 1.0, 200 held-out items preferred 0.0 (71.73 against 71.39; greedy 70.18), which scored 66.18 on the test items; 1.0,
 transformers' default, was taken after that was seen. For comparison: TRL 1.x with PEFT on the records, batch, r and α of the
 second command: 64.5; the paper's GPT-2 M (355M, 5 epochs, beam 10): full fine-tuning 68.2, LoRA 70.4.
 """

@@ -106,7 +106,7 @@ def test_every_problem_is_in_one_error_with_the_nearest_names() -> None:
     for part in (
         "'q_prj' matches no layer (did you mean 'q_proj'", "'embed_tokens' cannot take the update: Embedding",
         "'self_attn' is a LlamaAttention with 8 dense layers inside", "'norm' cannot take the update",
-        "rank 500 is larger than min(d, k) = 32", "'mlp': rank is 0", "'up': rank is 'x'", "5 is no name","'*nothing*' matches no dense layer",
+        "rank 500 is larger than min(d, k) = 32", "'mlp': rank is 0", "'up': rank is 'x'", "5 is no name", "'*nothing*' matches no dense layer",
         "slices of a fused layer", "Its dense layers are",
     ):  # fmt: skip
         assert part in text, f"{part!r} not in:\n{text}"

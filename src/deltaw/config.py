@@ -114,14 +114,13 @@ class TrainConfig:
     """Held-out records to generate before and after training, for the report; 0 for none."""
 
     def __post_init__(self) -> None:
+        most = self.batch if isinstance(self.batch, numbers.Real) else None  # what batch is else, check says
         check(
             self, lr=(ABOVE_ZERO, None), warmup=(0.0, None), epochs=(ABOVE_ZERO, None), steps=(1, None),
-            minutes=(ABOVE_ZERO, None), batch=(1, None), micro_batch=(1, None), clip=(0.0, None), weight_decay=(0.0, None),
+            minutes=(ABOVE_ZERO, None), batch=(1, None), micro_batch=(1, most), clip=(0.0, None), weight_decay=(0.0, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
             log_every=(1, None), samples=(0, None),
         )  # fmt: skip
-        if self.micro_batch is not None and self.micro_batch > self.batch:
-            raise ConfigError(f"micro_batch is {self.micro_batch}; it must be at most batch, which is {self.batch}")
 
 
 @dataclass(frozen=True)

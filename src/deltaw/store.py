@@ -92,11 +92,12 @@ def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
 def base_fingerprint(model: nn.Module) -> Fingerprint:
     """Fingerprint of the base under the adapters; kept in the model's record for as long as no base tensor changes."""
     record = live.find_record(model)
+    tensors = list(live.base_parameters(model))
     if record is None:
-        return fingerprint(live.base_parameters(model))
-    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in live.base_parameters(model))
+        return fingerprint(tensors)
+    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors)
     if record.fingerprint is None or record.fingerprint[0] != stamp:
-        record.fingerprint = stamp, fingerprint(live.base_parameters(model))
+        record.fingerprint = stamp, fingerprint(tensors)
     return record.fingerprint[1]
 
 

@@ -108,9 +108,11 @@ def _entries(targets: Targets, rank: int) -> dict[Any, Any]:
     words = _split(targets) if isinstance(targets, str) else list(targets)
     entries: dict[Any, Any] = {}
     for word in words:
-        name, equals, r = word.partition("=") if isinstance(word, str) else (word, "", "")
-        r = r.strip()
-        entries[name.strip() if isinstance(name, str) else name] = (int(r) if r.isdigit() else r) if equals else rank
+        if not isinstance(word, str):
+            entries[word] = rank
+            continue
+        name, equals, r = (part.strip() for part in word.partition("="))
+        entries[name] = (int(r) if r.isdigit() else r) if equals else rank
     return entries
 
 

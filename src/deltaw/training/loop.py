@@ -272,9 +272,10 @@ def held_out_loss(loss: CompletionLoss, examples: Sequence[Example], *, batch: i
 def relative_norm(model: nn.Module, name: str | None = None) -> float:
     """‖ΔW‖/‖W0‖ over all of the adapter's layers together, without forming any ΔW."""
     dw = w0 = 0.0
+    owner = owner_of(model)
     for layer_name, update in updates(model, name).items():
         dw += delta_norm(update.A, update.B, update.scale) ** 2
-        w0 += float(owner_of(model).get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
+        w0 += float(owner.get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
     return (dw / w0) ** 0.5 if w0 else 0.0
 
 
