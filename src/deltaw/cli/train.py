@@ -39,7 +39,7 @@ class _Lines:
         elif event.kind == "step":
             show.out.print(
                 f"step {event.step}/{values['total_steps']}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}  {_eta(event)}",
+                f"{values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}  {_left(values)}",
                 soft_wrap=True,
             )
         elif event.kind == "eval":
@@ -52,11 +52,11 @@ class _Live(_Lines):
     """A progress bar that stays on one line; evaluations and warnings scroll above it."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         self.progress = Progress(
             TextColumn("[bold]training"), BarColumn(bar_width=24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True), console=show.out,
+            TextColumn("{task.description}"), console=show.out,
         )  # fmt: skip
         self.task: Any = None
 
@@ -72,13 +72,12 @@ class _Live(_Lines):
             self.progress.start()
             self.task = self.progress.add_task("", total=values["total_steps"])
         text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}"
+        text += f"  {_left(values)}"
         self.progress.update(self.task, completed=event.step, description=text)
 
 
-def _eta(event: Any) -> str:
-    values = event.values
-    left = values["seconds"] / event.step * (values["total_steps"] - event.step)
-    return f"{units.duration(left)} left"
+def _left(values: dict[str, Any]) -> str:
+    return f"{units.duration(values['seconds_left'])} left"
 
 
 def _coverage(values: dict[str, Any]) -> None:

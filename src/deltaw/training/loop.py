@@ -23,6 +23,7 @@ from deltaw.lowrank import delta_norm
 from deltaw.positions import most_positions
 from deltaw.training.attention import short_row_attention
 from deltaw.training.loss import CompletionLoss
+from deltaw.training.schedule import lr_factor, progress
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -52,6 +53,8 @@ class LoopState:
     best_loss: float = math.inf
     best_step: int = 0
     without_gain: int = 0
+    tenths: int = 0
+    """Of the run, at the last look at whether to evaluate."""
     loss_sum: float = 0.0
     """Σ −log p(y_t | x, y_<t) over the supervised tokens so far, each by the weights of its step."""
     first_loss: float | None = None
@@ -87,7 +90,6 @@ class Loop:
         self.lengths = [len(e.input_ids) for e in self.examples]
         self.per_epoch = math.ceil(len(self.examples) / self.config.batch)
         self.total_steps = self.config.steps or max(1, math.ceil(self.per_epoch * self.config.epochs))
-        self.eval_every = self.config.eval_every or max(1, math.ceil(self.total_steps / 10))
         self.epoch, self.batches = -1, [[0]]
         self.best: list[Tensor] | None = None
         self._logged = replace(self.state)
@@ -117,7 +119,7 @@ class Loop:
                 self.state.stopped = "minutes"
             if self.should_stop():
                 self.state.stopped = "interrupted"
-            if self.valid and self._is_eval_step() and self.state.stopped != "interrupted":
+            if self.valid and self._is_time_to_evaluate() and self.state.stopped != "interrupted":
                 self._evaluate()
             if self.state.stopped and self._logged.step < self.state.step:
                 self._log(values)
@@ -127,7 +129,7 @@ class Loop:
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step over `config.batch` records, its loss divided by all its supervised tokens."""
-        lr = self.config.lr * self._lr_factor()
+        lr = self.config.lr * lr_factor(self.config, self.state.step, self.total_steps, self.state.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rows = [self.examples[i] for i in self._indices(self.state.step)]
@@ -176,21 +178,6 @@ class Loop:
             self.batches = plan(self.lengths, batch=self.config.batch, seed=self.config.seed, epoch=epoch)
         return self.batches[position]
 
-    def _lr_factor(self) -> float:
-        """Warm-up, then the schedule, by steps done or by the clock, whichever is further on."""
-        state, config = self.state, self.config
-        total = float(self.total_steps)
-        warmup = config.warmup if config.warmup >= 1 else config.warmup * total
-        if state.step < warmup:
-            return (state.step + 1) / (warmup + 1)
-        progress = (state.step - warmup) / max(1.0, total - warmup)
-        if config.minutes:
-            progress = max(progress, state.seconds / (config.minutes * 60))
-        progress = min(1.0, progress)
-        if config.schedule == "constant":
-            return 1.0
-        return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
     def _check_reached(self) -> None:
         """A layer whose forward never ran has no gradient: its update would be saved untrained and silently useless."""
         dead = [name for name, update in updates(self.model).items() if update.B.grad is None]
@@ -203,8 +190,16 @@ class Loop:
                 for p in updates(self.model)[name].parameters():
                     p.grad = torch.zeros_like(p)
 
-    def _is_eval_step(self) -> bool:
-        return self.state.step % self.eval_every == 0 or self.state.step == self.total_steps or bool(self.state.stopped)
+    def _is_time_to_evaluate(self) -> bool:
+        """Every `eval_every` steps, or at each tenth of the run; and at its end."""
+        state = self.state
+        if state.step == self.total_steps or state.stopped:
+            return True
+        if self.config.eval_every:
+            return state.step % self.config.eval_every == 0
+        done = progress(self.config, state.step, self.total_steps, state.seconds)
+        before, state.tenths = state.tenths, int(10 * done + 1e-9)  # 1e-9: a tenth by rounding is a tenth
+        return state.tenths > before
 
     def _evaluate(self) -> None:
         """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned."""
@@ -239,11 +234,17 @@ class Loop:
         self._logged = replace(state)
         more = {
             "seconds": state.seconds, "tokens": state.tokens, "supervised": state.supervised, "tokens_per_second": speed,
-            "memory": peak_memory(),
+            "memory": peak_memory(), "seconds_left": self._seconds_left(),
         }  # fmt: skip
         self.on_event(
             Event("step", state.step, {"loss": state.last_loss, **values, **more, "total_steps": self.total_steps})
         )
+
+    def _seconds_left(self) -> float:
+        """By the steps to come or by the clock, whichever ends first."""
+        state = self.state
+        left = state.step_seconds / state.step * (self.total_steps - state.step)
+        return min(left, max(0.0, self.config.minutes * 60 - state.seconds)) if self.config.minutes else left
 
     def _warn(self, text: str) -> None:
         self.on_event(Event("warning", self.state.step, {"text": text}))
