@@ -46,7 +46,8 @@ class Size:
     """How much of everything; --short shrinks it."""
 
     train: int = 1900
-    held_out: int = 200
+    valid: int = 32
+    test: int = 200
     rounds: int = 15
 
 
@@ -58,7 +59,7 @@ def main() -> int:
     chosen = parser.parse_args()
     show.quiet_libraries()
     try:
-        quickstart(chosen.model, chosen.out, Size(train=48, held_out=12, rounds=3) if chosen.short else Size())
+        quickstart(chosen.model, chosen.out, Size(train=48, valid=8, test=12, rounds=3) if chosen.short else Size())
     except DeltaWError as error:
         print(f"\nquickstart: {error}", file=sys.stderr)
         return error.exit_code
@@ -75,12 +76,10 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     tell(f"{source}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
     say("2", "The data: free-form requests and the JSON call each one means")
-    toolcalls.write(out / "data", train=size.train, held_out=size.held_out, seed=0)
+    toolcalls.write(out / "data", train=size.train, valid=size.valid, test=size.test, seed=0)
     held_out = read(out / "data" / "test.jsonl", DATA)
     record = held_out.items[0]
-    tell(
-        f"{size.train} to train on, {size.held_out} held out with wordings and values that training never shows, such as"
-    )
+    tell(f"{size.train} to train on, {size.test} held out with wordings and values that training never shows, such as")
     tell(f"  {record.prompt}\n  {record.completion}")
 
     say("3", "Score the base")
@@ -90,13 +89,10 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     say("4", "Train the update")
     config = deltaw.TrainConfig(
         data=DATA, out=str(out / "run"), overwrite=True, lr=8e-4, batch=8, epochs=1, samples=4,
-        valid=str(out / "data" / "test.jsonl"), valid_most=min(32, size.held_out),
         eval_every=max(1, -(-size.train // 8 // 4)), log_every=5,
     )  # fmt: skip
     with progress() as view:
-        result = deltaw.train(
-            source, out / "data" / "train.jsonl", config, method=deltaw.LoRA(rank=8, alpha=16), on_event=view.hear
-        )
+        result = deltaw.train(source, out / "data", config, method=deltaw.LoRA(rank=8, alpha=16), on_event=view.hear)
     # From here on as in any later use: the adapter's files on the base that was loaded first
     deltaw.load(model, result.adapter)
     figures = result.figures() | {"base_bytes": deltaw.summary(model).base_bytes}
