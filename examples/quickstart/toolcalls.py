@@ -23,6 +23,8 @@ from wordings import CALLS, Call
 from words import NUMBERS, PARTS, UNITS, split
 
 YEAR = 2026
+# A wording that begins so ends in a question mark, where it gets a mark
+QUESTIONS = split("What, What's, How, Is, Are, Which, When, Could, Would, Can, May, Do, Does, Has, Any")
 
 # How often a training value is coined instead of drawn from its pool, so that copying is learned, not the pool.
 COINED = {"name": 0.2, "city": 0.25, "place": 0.3, "item": 0.2, "label": 0.2}
@@ -123,7 +125,7 @@ class Draw:
         if not wording.endswith(("text}", "task}")):  # where free text ends the request, a closing would join it
             prompt += f", {self.pick('closings')}" if self.rng.random() < 0.25 else ""
         if self.rng.random() < 0.5:
-            mark = "?" if wording.startswith(("What", "How", "Is", "Which")) else "."
+            mark = "?" if wording.split()[0] in QUESTIONS else "."
             prompt = prompt[0].upper() + prompt[1:] + ("" if prompt.endswith(("?", '"')) else mark)
         args = {name: value for name, (_, value) in slots.items()} | call.settled
         return {

@@ -39,7 +39,28 @@ CALLS = [
             {duration} {unit} | book {duration} {unit} of {label} on the timer | {label} takes {duration} {unit}, warn
             me then | Let {label} go on for {duration} {unit} and alert me | How about {duration} {unit} on the timer
             for {label} | keep an eye on {label} for {duration} {unit} | activate the kitchen timer, {label},
-            {duration} {unit} | measure {duration} {unit} for {label} | launch {label} with {duration} {unit}
+            {duration} {unit} | measure {duration} {unit} for {label} | launch {label} with {duration} {unit} | run a
+            clock on {label} for {duration} {unit} | have the timer at {duration} {unit} for {label} | fix {duration}
+            {unit} as the limit for {label} | take {duration} {unit} from now and ring for {label} | get the countdown
+            going, {duration} {unit}, {label} | do a countdown of {duration} {unit} for {label} | note the start of
+            {label} and ring once {duration} {unit} have passed | check back with me in {duration} {unit} about {label}
+            | call out when {label} reaches {duration} {unit} | plan {duration} {unit} for {label}, starting now, and
+            ring at the end | limit {label} to {duration} {unit} | allow {label} {duration} {unit} and then make a
+            sound | cut {label} off after {duration} {unit} | add a timer called {label} lasting {duration} {unit} |
+            order me to end {label} in {duration} {unit} | send a signal when {duration} {unit} of {label} have gone by
+            | find a free timer for {label} and wind it to {duration} {unit} | remind me about {label} in {duration}
+            {unit} | ping me about {label} {duration} {unit} from now | turn the egg timer to {duration} {unit},
+            {label} | write {label} on a timer and let it run {duration} {unit} | show me a countdown from {duration}
+            {unit}, title {label} | reserve {duration} {unit} for {label} and chime when they're gone | Only {duration}
+            {unit} for {label}, then ring | {label} should be over in {duration} {unit}, ring then | {duration} {unit}
+            from now, shout "{label}" | Could I get {duration} {unit} timed for {label} | May I have a countdown for
+            {label} of {duration} {unit} | {label} first, and in {duration} {unit} I want to hear a bell | Give a shout
+            in {duration} {unit}, {label} is what it's for | Is a timer running for {label}? If not, start one at
+            {duration} {unit} | Would you time {label}? It should last {duration} {unit} | Clock starts now: {label},
+            {duration} {unit} | I've just started {label}, so ring in {duration} {unit} | My limit for {label} is
+            {duration} {unit}, hold me to it | Countdown "{label}": {duration} {unit} | {duration} {unit} is all I have
+            for {label}, so sound the bell then | We said {duration} {unit} for {label}, let it tick | {label},
+            {duration} {unit}, clock running | When {duration} {unit} of {label} are behind me, I'd like a chime
         """,
         valid="""
             launch a clock of {duration} {unit} named {label} | hit the stopwatch for {label}, {duration} {unit} |
@@ -70,7 +91,28 @@ CALLS = [
             {item} for the list | Send {count} {unit} of {item} to my shopping list | extend the list by {count} {unit}
             of {item} | Is {item} on the list? I need {count} {unit} | reserve space on the list for {count} {unit} of
             {item} | get {item}, exactly {count} {unit} | top up {item} by {count} {unit} | The cupboard has no {item},
-            so get {count} {unit} | stock up on {item}, {count} {unit}
+            so get {count} {unit} | stock up on {item}, {count} {unit} | make sure {item} is on the shopping list,
+            {count} {unit} | fix the shopping list so it says {count} {unit} of {item} | take down {count} {unit} of
+            {item} for the shop | run {item} through to the grocery list, {count} {unit} | have {count} {unit} of
+            {item} on the list for my next shop | do the shopping list: {count} {unit} of {item} go on it | check that
+            the list has {item}, and if not put {count} {unit} | call for {count} {unit} of {item} on the shopping list
+            | plan for {count} {unit} of {item} on my next shopping trip | book {item} onto the grocery list, {count}
+            {unit} | set {item} down for shopping, {count} {unit} | tell the shopping list it needs {count} {unit} of
+            {item} | write {count} {unit} of {item} under things to buy | keep {item} in mind for the supermarket,
+            {count} {unit} | find room for {item} on the shopping list, {count} {unit} | turn the last line of the
+            shopping list into {count} {unit} of {item} | count {item} among the groceries, {count} {unit} | start the
+            shopping list with {item}, {count} {unit} | mark {count} {unit} of {item} as to be bought | drop {count}
+            {unit} of {item} into the shopping basket | include {item} in the weekly shop, {count} {unit} | throw
+            {item} on the list too, {count} {unit} of it | restock {item} with {count} {unit} | fetch {count} {unit} of
+            {item} from the store | We've run out of {item} again, {count} {unit} should do | {item} is missing at
+            home, put {count} {unit} on the list | {count} {unit} of {item} for the grocery list | {count} {unit} would
+            be enough of {item}, write it on the list | Could we get some more {item}, say {count} {unit} | Whoever
+            goes shopping should get {count} {unit} of {item} | Next time at the store: {item}, {count} {unit} | To
+            buy: {item} - {count} {unit} | Groceries, {item}, {count} {unit} | I used up all the {item}, so {count}
+            {unit} more for the list | My recipe calls for {item}, so list {count} {unit} for the shop | If the store
+            has {item}, I want {count} {unit} | Would you jot down {item} for the market, {count} {unit} | The fridge
+            is empty, so list {count} {unit} of {item} | Let's have {count} {unit} of {item} this week, add it | {item}
+            should go on the list, I think {count} {unit}
         """,
         valid="""
             stick {count} {unit} of {item} on the list | have {item} on the next shopping trip, {count} {unit} |
@@ -104,8 +146,22 @@ CALLS = [
             {to} that {text} | put down for {to}: {text} | type to {to}: {text} | let {to} read "{text}" | send {to} an
             e-mail saying {text} | For {to}, a message: {text} | bring {to} the news that {text} | dm {to} that {text}
             | send {to} a note: {text} | pop {to} a message, {text} | make sure {to} knows {text} | deliver to {to}:
-            "{text}" | I'd like {to} to hear {text} | fill {to} in: {text} |
-            put {to} in the picture: {text} | drop {to} a line that {text} | Please have {to} read this: {text}
+            "{text}" | I'd like {to} to hear {text} | fill {to} in: {text} | put {to} in the picture: {text} | drop
+            {to} a line that {text} | Please have {to} read this: {text} | fix up a message to {to}: {text} | take a
+            message for {to}: {text} | get a message over to {to} that {text} | put it to {to} that {text} | make a
+            message for {to} with the words "{text}" | do {to} the favour of saying that {text} | note down for {to}
+            that {text} | have {to} informed that {text} | run it by {to} that {text} | check in with {to}: {text} |
+            call {to} and pass on that {text} | find {to} in my contacts and write: {text} | add {to} as the recipient
+            and write: {text} | start a chat with {to}: {text} | set up a text to {to}: {text} | turn to {to} and say
+            that {text} | show {to} these words: "{text}" | keep {to} posted: {text} | speak to {to} and tell them that
+            {text} | reach out to {to}: {text} | point out to {to} that {text} | break it to {to} that {text} |
+            reassure {to} that {text} | slip {to} a line: {text} | transmit "{text}" to {to} | compose "{text}" for
+            {to} | put "{text}" in a message for {to} | pass "{text}" along to {to} | Has {to} heard? Write that {text}
+            | Does {to} know that {text}, if not then write it | {to} doesn't know yet that {text}, so write it | {to}
+            asked me, answer that {text} | {to}: let them know that {text} | To {to}: {text} | Text message, content
+            "{text}", recipient {to} | Could someone tell {to} that {text} | I think {to} would like to hear that
+            {text} | I forgot to tell {to} that {text}, do it for me | Whenever you get round to it, let {to} know that
+            {text} | Would you drop {to} a message: {text}
         """,
         valid="""
             pass the word to {to} that {text} | fire off a text to {to}: {text} | communicate to {to} that {text} |
@@ -132,7 +188,21 @@ CALLS = [
             {text} | This second, text {to} that {text} | {text}, tell {to} urgently | URGENT {to}: {text} | warn {to}
             urgently that {text} | flag it urgent and write {to} that {text} | don't wait, let {to} know {text} | {to}
             has to know right away that {text} | send {to} "{text}" with urgency | instantly report to {to} that {text}
-            | Urgent mail to {to}, {text} | remind {to} immediately that {text} | Critical! {to} should know {text}
+            | Urgent mail to {to}, {text} | remind {to} immediately that {text} | Critical! {to} should know {text} |
+            put out an urgent call to {to}: {text} | get hold of {to} immediately and say that {text} | make haste,
+            it's urgent, and tell {to} that {text} | call {to} this instant and say that {text} | run to {to} with
+            this, it's urgent: {text} | drop everything and write {to} that {text} | do this first, it is urgent: tell
+            {to} that {text} | take this down for {to}, most urgent: {text} | have {to} told without a moment's delay
+            that {text} | check nothing else first, just tell {to} straight away that {text} | push this to {to} with
+            the highest priority: {text} | set the priority to urgent and mail {to}: {text} | speed a message to {to},
+            it's pressing and urgent: {text} | send {to} an emergency message that {text} | rush "{text}" to {to} |
+            shoot "{text}" over to {to} as quickly as you can, it's urgent | Note for {to}, extremely urgent: {text} |
+            There's no time to lose, let {to} know that {text} | There is not a minute to spare, inform {to} that
+            {text} | {to} needs this urgently: {text} | {to} must be told immediately that {text} | {to}, and fast,
+            it's an emergency: {text} | Urgent text, "{text}", for {to} | How fast can you reach {to}? It is urgent,
+            say that {text} | Can {to} be alerted at once that {text} | I need {to} to know this very minute that
+            {text} | Red alert, tell {to} that {text} | Before anything else, it's critical, let {to} know that {text}
+            | Alarm! Write {to} straight away that {text} | It is vital that {to} hears this right away: {text}
         """,
         valid="""
             text {to} with top urgency: {text} | Urgent news for {to}, {text} | straight away, let {to} learn that
@@ -169,10 +239,34 @@ CALLS = [
             {date}, {time} | Could {place} seat {people} on {date} at {time} | We'd be {people} at {place}, {date}
             {time} | pick a table for {people} in {place}, {time}, {date} | set up a meal for {people} at {place} on
             {date} at {time} | Remember {place} for {people}, I need it booked on {date} at {time} | try {place} on
-            {date}, table for {people}, {time} | {place} wants to know how many: {people}, on {date} at {time}
-            | arrange a table at {place} for {people}, {date}, {time} | hold a table at {place} for {people}, on {date},
+            {date}, table for {people}, {time} | {place} wants to know how many: {people}, on {date} at {time} |
+            arrange a table at {place} for {people}, {date}, {time} | hold a table at {place} for {people}, on {date},
             {time} | grab {people} seats at {place}, {time}, {date} | take {people} chairs at {place}, {time}, {date} |
-            Dinner at {place} for {people}, {date}, {time}
+            Dinner at {place} for {people}, {date}, {time} | fix a dinner for {people} at {place}, {date}, {time} |
+            take a table for {people} at {place} on {date} at {time} | get {place} to hold {people} seats on {date} at
+            {time} | put {people} guests in the book at {place} for {date}, {time} | make it a table for {people} at
+            {place}, {time} on {date} | do a reservation for {date} at {time}: {place}, {people} people | note us down
+            at {place} as a party of {people}, {date} at {time} | have {place} set a table for {people} on {date} at
+            {time} | run a booking through at {place}: {people} guests, {date}, {time} | check whether {place} has a
+            table for {people} on {date} at {time} and take it | call up {place}, we'd like a table on {date} at {time}
+            for {people} | plan a meal out on {date} at {time}, {place}, {people} guests | write to {place} for a table
+            on {date} at {time}, {people} guests | send {place} a table request for {people} people, {date}, {time} |
+            add a booking at {place} on {date}, {time}, party of {people} | let {place} know that we need a table for
+            {people} on {date} at {time} | set a table aside for us at {place}, {people} people, {date} at {time} |
+            find out if {place} takes {people} guests on {date} at {time} and reserve | line up a table at {place} for
+            {date}, {time}, {people} seats | count us in at {place}: {people} diners on {date} at {time} | save a table
+            for {people} at {place} on {date}, from {time} on | squeeze {people} of us in at {place} on {date} at
+            {time} | see to it that {place} expects {people} of us for dinner at {time} on {date} | Does {place} have
+            room for {people} at {time} on {date}, if so reserve | Any chance of a table at {place} on {date} at
+            {time}, we'd be {people} | Would you reserve for {people} at {place}, on {date}, at {time} | {date},
+            {time}: table for {people} at {place} | {people} for supper at {place}, {date}, {time} | {people} hungry
+            people, {place}, {date} at {time}, sort out a table | {time} on {date} at {place}, table for {people} |
+            {place}, party of {people}, {date} at {time} | {place} on {date} sounds good, reserve at {time} for
+            {people} | Let's eat out at {place} on {date} at {time}, {people} in total, reserve it | Supper
+            reservation, {people} guests, {time}, {date}, {place} | Our anniversary dinner: {place}, {date}, {time},
+            table for {people} | The team goes to {place} on {date} at {time}, a table for {people} is needed | For
+            {people} people I need a table on {date} at {time}, restaurant {place} | At {place} we want to sit down at
+            {time} on {date}, {people} of us | If there's a table for {people} at {place} on {date} at {time}, book it
         """,
         valid="""
             fix a table at {place} for {people}, on {date}, {time} | organise a meal at {place} for {people} persons at
@@ -201,7 +295,23 @@ CALLS = [
             what's that in {to} | put {amount} {from} into {to} | write {amount} {from} in {to} | {amount} {from} = ?
             {to} | find {amount} {from} in {to} | From {from} to {to}: {amount} | Conversion of {amount} {from} to {to}
             | I measured {amount} {from} but need {to} | get {to} from {amount} {from} | read {amount} {from} as {to} |
-            count {amount} {from} in {to}
+            count {amount} {from} in {to} | make {amount} {from} into {to} | do the conversion of {amount} {from} into
+            {to} | take {amount} {from} and give it to me in {to} | check how many {to} go into {amount} {from} | run
+            {amount} {from} through the converter to {to} | note down {amount} {from}, but in {to} | have {amount}
+            {from} converted to {to} | fix this for me: {amount} {from} should be in {to} | call out the {to} value of
+            {amount} {from} | let me know what {amount} {from} comes to in {to} | give me the {to} for {amount} {from}
+            | send me the {to} figure for {amount} {from} | set out {amount} {from} in terms of {to} | remind me what
+            {amount} {from} makes in {to} | state {amount} {from} in {to} | calculate the {to} in {amount} {from} |
+            swap {amount} {from} for {to} | restate {amount} {from} using {to} | rewrite {amount} {from} with {to} as
+            the unit | report {amount} {from} in {to} | start from {amount} {from} and end up with {to} | go from
+            {amount} {from} to {to} | transform {amount} {from} into a number of {to} | {to}, that's what I want for
+            {amount} {from} | {to} for {amount} {from} | {to} instead of {amount} {from} | {amount} {from} makes how
+            many {to} | {amount} {from} - what would that be in {to} | {amount} {from} means nothing to me, give me
+            {to} | {amount} {from}, but in {to} | What would {amount} {from} be, measured in {to} | Do you know
+            {amount} {from} in {to} | Could I have {amount} {from} in {to} | The label reads {amount} {from}, and I
+            think in {to} | Unit conversion, {amount} {from}, target {to} | I only understand {to}, so what's {amount}
+            {from} | If I've got {amount} {from}, how many {to} do I have | Someone told me {amount} {from}, which is
+            what in {to}
         """,
         valid="""
             figure out {amount} {from} in {to} | How would you say {amount} {from} in {to} | If it measures {amount}
@@ -235,7 +345,25 @@ CALLS = [
             {time} to {task} | book {time} on {date} to {task} | add a reminder on {date} at {time} to {task} | let me
             know on {date} at {time} that I must {task} | On {date} I should {task}, ping at {time} | keep {date},
             {time} in mind: {task} | I promised to {task} on {date} at {time}, remind me | It is on {date} at {time}
-            that I need to {task}
+            that I need to {task} | fix a reminder for {date}, {time}, to {task} | take note that I must {task} on
+            {date} at {time} | get me to {task} on {date} at {time} | put "{task}" on my agenda for {date} at {time} |
+            make me {task} on {date} at {time} | do what it takes to make me {task} on {date} at {time} | note that on
+            {date} at {time} I have to {task} | have me {task} on {date} at {time} | run a reminder on {date} at
+            {time}: {task} | check on {date} at {time} that I {task} | call me up on {date} at {time} so I {task} |
+            plan for me to {task} on {date} at {time} | write into my diary for {date}, {time}: {task} | send me a
+            nudge on {date} at {time} to {task} | text me at {time} on {date} that I should {task} | find me at {time}
+            on {date} and make me {task} | keep me from forgetting to {task}, {date}, {time} | show me a note on {date}
+            at {time} saying to {task} | start bugging me at {time} on {date} to {task} | set aside {time} on {date}
+            for me to {task} | save this for {date} at {time}: {task} | enter a to-do, {task}, due {date} at {time} |
+            jog my memory at {time} on {date} to {task} | prompt me to {task} when it is {time} on {date} | pop up on
+            {date} at {time} with "{task}" | give me a sign at {time} on {date}, I want to {task} | hold me to it:
+            {task}, {date}, {time} | see that I {task} on {date}, {time} sharp | {time} on {date}, {task}, keep me
+            honest | {task}: due on {date} at {time} | {task}, that's my job for {date} at {time} | {date} at {time} is
+            when I have to {task}, buzz me | {date} is the day I {task}, nudge me at {time} | Could I be reminded on
+            {date} at {time} to {task} | Would you poke me at {time} on {date}, I've got to {task} | My to-do for
+            {date}, {time}: {task} | Appointment with myself, {date}, {time}: {task} | If I forget to {task} on {date}
+            at {time} I'm in trouble, so prompt me | I keep forgetting to {task}, nudge me on {date} at {time} |
+            Someone has to {task} on {date} at {time} and it's me, prod me
         """,
         valid="""
             see to it that I remember to {task}, {date}, {time} | drop me a reminder to {task} at {time} on {date} | I
@@ -270,7 +398,28 @@ CALLS = [
             {date} from {from} | travel plan for {date}, {from} to {to} | I'd go to {to} from {from} on {date}, by
             train | get the train times, {from} to {to}, on {date} | bring up the timetable, {from} to {to}, {date} |
             pull up departures, {from} to {to}, for {date} | search rail links between {from} and {to}, {date} | study
-            the railway plan, {from} to {to}, on {date} | grab the list of trains, {from} to {to}, {date}
+            the railway plan, {from} to {to}, on {date} | grab the list of trains, {from} to {to}, {date} | fix me up
+            with a train from {from} to {to}, {date} | take a look at trains on {date}, {from} to {to} | get a rail
+            connection for {date}, {from} to {to} | put together a train journey from {from} to {to} on {date} | make a
+            list of trains to {to} from {from} on {date} | do a train search: {from} to {to}, {date} | note the trains
+            leaving {from} for {to} on {date} | have a look for trains from {from} to {to} on {date} | run a timetable
+            search for {date}, {from} to {to} | check which trains go to {to} from {from} on {date} | call up the
+            trains that go from {from} to {to} on {date} | plan my train ride to {to} on {date}, I start in {from} |
+            write out the trains for {date}, {from} to {to} | send me the train connections from {from} to {to} for
+            {date} | let me know about trains out of {from} towards {to} on {date} | set me up with a train to {to},
+            {date}, from {from} | remind me which trains run from {from} to {to} on {date} | give me the rail timetable
+            of {date} from {from} to {to} | see if a train goes from {from} to {to} on {date} | hunt down a train for
+            {date}, starting at {from}, ending at {to} | route me by rail from {from} to {to} on {date} | figure out
+            the train from {from} to {to} on {date} | bring me to {to} by rail on {date}, I'm in {from} | track down
+            trains to {to}, {date}, departing {from} | Which train goes to {to} from {from} on {date} | Are there rail
+            connections from {from} to {to} on {date} | Can I go by rail from {from} to {to} on {date} | What trains
+            could I catch in {from} on {date} to reach {to} | Does anything run on rails from {from} to {to} on {date}
+            | {from} - {to} by train, {date} | {from}, {date}, train to {to} | {to} is where I'm headed on {date}, by
+            train out of {from} | {to} from {from} on {date}, which train | {date}, by train from {from} to {to} |
+            {date} train search, {from} to {to} | My aunt lives in {to}, so on {date} I take the train from {from} |
+            Rail journey, out of {from}, into {to}, {date} | I'm stuck in {from} and want to be in {to} on {date}, by
+            train | We're taking the train to {to} on {date}, boarding in {from} | To {to} by train, from {from},
+            {date}
         """,
         valid="""
             browse trains between {from} and {to}, {date} | What rail services run from {from} to {to} on {date} | I

@@ -19,7 +19,11 @@ TRAIN = {
         Aunt Beatrice, Uncle Jim, Captain Ortega, Sister Agnes, the dentist, the accountant, my sister-in-law,
         Anne-Sophie, Karl-Heinz, Mary Jane, O'Brien, the caretaker, Guillermo, Björn, Zsófia, Agnieszka, Dr van Dijk,
         Prof Nakamura, Mr and Mrs Lee, the chess club, Ottilie, Evangeline, Rasmus, Tatiana, Ulrike, Giovanni, Mbali,
-        Jia Hui, Lord Ashby, the vet, Eun-ji, Roderick
+        Jia Hui, Lord Ashby, the vet, Eun-ji, Roderick, Thabo, Aaliyah, Cillian, Esperanza, Folasade, Gwendolyn, Håkon,
+        Isidora, Jürgen, Kalinda, Lorcan, Mehmet, Noor, Olumide, Qiang, Rhiannon, Sunniva, Tevita, Uchenna, Vasilisa,
+        Wanjiru, Xochitl, Ye-jin, Zebedee, Abd al-Rahman, Mr Castellanos, Mrs Featherstone, Dr Lindqvist, Ms Adeyemi,
+        Prof Ramanathan, Inspector Dubois, Father Malachy, Great-aunt Cordelia, Cousin Bartholomew, Papa, my flatmate,
+        my godmother, the night shift, Saoirse McBride, Lakshmi Iyer, François Delacroix, Nguyen Van Thanh, Þórdís
     """,
     "item": """
         rice, flour, oat bran, green apples, brown sugar, coffee, black tea, tomatoes, red onions, salt, yogurt,
@@ -31,7 +35,12 @@ TRAIN = {
         pretzels, muesli, kiwis, wholemeal spaghetti, maple syrup, lamb chops, star anise, paprika, sauerkraut,
         gnocchi, parsley, hazelnut spread, toilet cleaner, sparkling water, vanilla pods, chorizo, mozzarella,
         artichokes, eggplants, tortillas, coconut milk, birdseed, dishwasher tablets, cinnamon, ravioli, sardines,
-        polenta, buckwheat, poppy seeds, mustard, strawberries, haricot beans, cranberry juice
+        polenta, buckwheat, poppy seeds, mustard, strawberries, haricot beans, cranberry juice, kohlrabi, tahini, soy
+        sauce, wasabi, crème fraîche, jalapeños, pak choi, sweetcorn, shallots, fennel bulbs, clementines, liquorice,
+        oatcakes, sourdough rolls, brioche, halloumi, gruyère, buttermilk, ghee, anchovies, smoked mackerel, king
+        prawns, prosciutto, merguez, kombucha, elderflower cordial, ginger ale, bin bags, clothes pegs,
+        drain unblocker, sellotape, shoelaces, mosquito repellent, sunscreen, washing-up liquid, cotton buds, baby
+        wipes
     """,
     "city": """
         Paris, Berlin, Madrid, Rome, Vienna, Prague, Warsaw, Lyon, Hamburg, Turin, Geneva, Zurich, Brussels, Antwerp,
@@ -45,7 +54,12 @@ TRAIN = {
         La Rochelle, Newcastle, Winterthur, Saarbrucken, Bielefeld, Perugia, Ancona, Siena, Mantua, Avignon, Besancon,
         Dijon, Coimbra, Braga, Evora, Zaragoza, Pamplona, Cordoba, Almeria, Wroclaw, Poznan, Katowice, Ostrava,
         Olomouc, Debrecen, Szeged, Trondheim, Stavanger, Aarhus, Aalborg, Linkoping, Norwich, Swansea, Aberdeen,
-        Inverness, Galway, Limerick, Leuven, Namur, Heerlen
+        Inverness, Galway, Limerick, Leuven, Namur, Heerlen, Kuressaare, Haapsalu, Daugavpils, Jelgava, Šiauliai,
+        Panevėžys, Zakopane, Sandomierz, Kłodzko, Český Krumlov, Telč, Banská Štiavnica, Košice, Sopron, Kecskemét,
+        Pécs, Sighișoara, Timișoara, Veliko Tarnovo, Ohrid, Mostar, Kotor, Šibenik, Ptuj, Bad Ischl, Bregenz,
+        Rothenburg, Quedlinburg, Garmisch-Partenkirchen, Castrop-Rauxel, Schaffhausen, Bellinzona, Neuchâtel,
+        Middelburg, Sint-Niklaas, Charleroi, Villefranche-sur-Mer, Carcassonne, Clermont-Ferrand, Albacete, Ciudad
+        Real, Viana do Castelo, Matera, Brindisi, Ålesund, Örebro, Jyväskylä, Esbjerg, Kilkenny, Stratford-upon-Avon
     """,
     "label": """
         pasta, eggs, laundry, yoga, nap, the pizza, tea, cooking, piano practice, bread dough, meditation, the roast,
@@ -56,7 +70,12 @@ TRAIN = {
         the muffins, hula hoop, choir, tidying up, frying onions, bouldering, the casserole, handstands, the
         croissants, calligraphy, homework help, pottery, the slow cooker, archery, paint drying, the risotto, a cat
         nap, interval run, trumpet, the dumplings, gymnastics, unboxing, marinating the fish, origami, the lawn
-        sprinkler, warm-up, a radio show, woodworking, the baked beans, spelling
+        sprinkler, warm-up, a radio show, woodworking, the baked beans, spelling, crochet, fencing, pilates, zumba,
+        jump rope, sit-ups, tai chi, sight-reading, karaoke, mindfulness, the lasagne, the brisket, the soufflé, the
+        meringues, the flan, the hummus, pickling, ice bath, the dehumidifier, the bonfire, ironing, pruning, mopping,
+        essay writing, speed reading, Japanese flashcards, mental arithmetic, charades, dominoes, Scrabble, penalty
+        shootout, hot compress, foot soak, toothbrushing, stand-up comedy, sunbathing, kiln firing, leapfrog, the
+        siesta, the espresso machine, Morse code, backgammon
     """,
     "place": """
         Blue, Golden, Old, Little, Silver, Green, Casa, Villa, Royal, Happy, Lazy, Red, Wild, Chez, Grand, Amber,
@@ -64,39 +83,66 @@ TRAIN = {
         Noble, Osteria, Purple, Quiet, Rose, Secret, Stone, Tiny, Twin, Urban, Velvet, Western, Yellow, Ancient,
         Bitter, Blind, Broken, Cosy, Dancing, Drunken, Electric, Emerald, Flying, Gilded, Humble, Italian, Ivory,
         Laughing, Mighty, Naked, Orange, Patient, Polished, Rolling, Scarlet, Singing, Sleepy, Smoky, Spicy, Three,
-        Upper, Vintage, Wandering, Wicked, Pizzeria, Taverna, Bodega, El, La / Lantern, Spoon, Mill, Garden, Fox,
-        Harbour, Luna, Verde, Palace, Dragon, Olive, Barrel, Rosa, Tavern, Table, Bakery, Bear, Castle, Corner, Crab,
-        Diner, Falcon, Goose, Grill, Kitchen, Lemon, Lobster, Moon, Pasta, Pearl, Ship, Terrace, Tiger, Willow, Acorn,
-        Armadillo, Balcony, Bottle, Buffalo, Cactus, Camel, Chimney, Cinnamon, Compass, Donkey, Farm, Fig, Hedgehog,
-        Jasmine, Lagoon, Lighthouse, Mango, Monk, Mulberry, Nightingale, Oyster, Paprika, Peacock, Piano, Rabbit,
-        Saffron, Salmon, Sparrow, Stable, Sombrero, Truffle, Turtle, Vineyard, Walrus, Windmill
+        Upper, Vintage, Wandering, Wicked, Pizzeria, Taverna, Bodega, El, La, Turquoise, Cobalt, Mossy, Thirsty,
+        Restless, Stubborn, Whispering, Galloping, Crooked, Frosty, Salty, Moonlit, Enchanted, Nordic, Bavarian,
+        Sicilian, Andean, Gasthaus, Cantina, Maison, Zum, Half-Timbered, Bashful, Seven / Lantern, Spoon, Mill, Garden,
+        Fox, Harbour, Luna, Verde, Palace, Dragon, Olive, Barrel, Rosa, Tavern, Table, Bakery, Bear, Castle, Corner,
+        Crab, Diner, Falcon, Goose, Grill, Kitchen, Lemon, Lobster, Moon, Pasta, Pearl, Ship, Terrace, Tiger, Willow,
+        Acorn, Armadillo, Balcony, Bottle, Buffalo, Cactus, Camel, Chimney, Cinnamon, Compass, Donkey, Farm, Fig,
+        Hedgehog, Jasmine, Lagoon, Lighthouse, Mango, Monk, Mulberry, Nightingale, Oyster, Paprika, Peacock, Piano,
+        Rabbit, Saffron, Salmon, Sparrow, Stable, Sombrero, Truffle, Turtle, Vineyard, Walrus, Windmill, Badger, Otter,
+        Mongoose, Ibex, Raven, Kingfisher, Lynx, Porcupine, Ladle, Orchard, Courtyard, Cottage, Boathouse, Observatory,
+        Carousel, Trombone, Thistle, Chestnut, Rosemary, Pomegranate, Nonna, Azteca, Bouillabaisse
     """,
     "task": """
         pick up, order, check, clean, return, pack, wash, look at, pay for, ask about, move, photograph, renew, find,
         fix, paint, print, mention, deliver, test, borrow, hide, unpack, send back, replace, polish, sharpen, scan,
         label, carry in, hang up, iron, dust, charge, insure, weigh, sign, swap, look for, give away, tidy, cover, oil,
-        count / the parcel, my suit, the bike, the car keys, dad's present, the concert tickets, the blue jacket, the
-        new desk, library books, the garden hose, the tent, two chairs, the printer, my passport, the filters, Emma's
-        laptop, the rental car, winter tyres, the window blinds, the birthday cake, a spare key, the fridge, school
-        uniforms, the wine glasses, my medicine, the camera bag, a new battery, the ladder, the heating, Dad's watch,
-        the tax forms, my contact lenses, the bookshelf, Lea's skis, the balcony door, running socks, the dog leash,
-        the blender, the invoices, all plates, the piano, the snow shovel, grandpa's hearing aid, Ida's rucksack, the
-        kitchen scale, eleven postcards, the insurance papers, my climbing shoes, the hallway lamp, the yoga mats, a
-        train pass, the lawnmower, our wedding photos, the guest towels, the mousetrap, the cello bow, the chess set,
-        Karim's jacket, a phone charger, the roof tiles, my vaccination card, the pantry shelf, some wrapping paper
+        count, put away, drop off, take back, fold, sew up, glue, varnish, sand down, defrost, descale, vacuum, scrub,
+        sterilise, disinfect, waterproof, air out, measure, photocopy, laminate, shred, retrieve, donate, auction off,
+        lend out, exchange, upgrade, reserve, cancel, register, dismantle, mount, unscrew, tighten, adjust, calibrate,
+        recharge, refill, throw out, sort through, catalogue, appraise, engrave / the parcel, my suit, the bike, the
+        car keys, dad's present, the concert tickets, the blue jacket, the new desk, library books, the garden hose,
+        the tent, two chairs, the printer, my passport, the filters, Emma's laptop, the rental car, winter tyres, the
+        window blinds, the birthday cake, a spare key, the fridge, school uniforms, the wine glasses, my medicine, the
+        camera bag, a new battery, the ladder, the heating, Dad's watch, the tax forms, my contact lenses, the
+        bookshelf, Lea's skis, the balcony door, running socks, the dog leash, the blender, the invoices, all plates,
+        the piano, the snow shovel, grandpa's hearing aid, Ida's rucksack, the kitchen scale, eleven postcards, the
+        insurance papers, my climbing shoes, the hallway lamp, the yoga mats, a train pass, the lawnmower, our wedding
+        photos, the guest towels, the mousetrap, the cello bow, the chess set, Karim's jacket, a phone charger, the
+        roof tiles, my vaccination card, the pantry shelf, some wrapping paper, the pressure cooker, a dog bed, the
+        accordion, my hiking poles, the trampoline, the sofa cushions, the chainsaw, the aquarium pump, her graduation
+        gown, his cufflinks, the wheelbarrow, our picnic basket, the drill bits, the barometer, my prescription
+        glasses, the espresso cups, Aunt Lotte's quilt, the doormat, a roll of carpet, the wardrobe mirror, the fire
+        extinguisher, the smoke detector, the letterbox, the hedge trimmer, my ski goggles, the tripod, the projector,
+        an antique typewriter, the record player, Mia's tricycle, the pram, the high chair, my season ticket, the
+        residence permit, the warranty certificate, the jewellery box, the cuckoo clock, the garage remote, our camping
+        stove, the sleeping bags, the punch bowl, the thermos flask, Mr Finch's umbrella, the surfboard, two hard
+        drives, the microscope, some curtain rods, my résumé
     """,
     "text": """
         the meeting, dinner, my flight, the bus, the parcel, lunch, the match, our lesson, the doctor, the car, the
         report, grandma, the new printer, the house, my phone, the interview, the cake, everyone, the contract, the
         train, my cousin, the new kitchen, pizza, the surgery, the neighbour, work, training, our hotel, the answer,
-        the boat, class, Sarah, the ticket, the party / is late, is ready, was cancelled, has moved to room B, is on
-        the way, looks great, needs more time, will be fine, is at the office, starts soon, has arrived, is next to the
-        station, is not here yet, was fun, got delayed, has to wait until tomorrow, is really loud, has begun, works
-        again, is sold out, costs too much, went home, can be picked up, is broken, sounds strange, was easy, ends at
-        the lake, is asleep already, needs help, leaves without us, is fully booked, tastes awful, smells of smoke, is
-        parked outside, won the prize, takes longer than planned, is on page nine, must be paid by Friday, is in the
-        garden, was a surprise, is closed on Mondays, doesn't fit, runs smoothly, arrived damaged, is booked for two
-        nights, is cheaper online, got lost in the post, is worth it, begins at nine, feels much better
+        the boat, class, Sarah, the ticket, the party, the exhibition, our landlady, my nephew, the soup, the
+        conference call, the presentation, the goalkeeper, our tax adviser, the conductor, the greenhouse, the wedding
+        dress, the air conditioning, the excursion, Ferdinand, the new intern, the bathroom ceiling, the manuscript,
+        the software update, the caterer, the fundraiser, the sourdough starter, my appointment, the minibus, the
+        museum, somebody's umbrella / is late, is ready, was cancelled, has moved to room B, is on the way, looks
+        great, needs more time, will be fine, is at the office, starts soon, has arrived, is next to the station, is
+        not here yet, was fun, got delayed, has to wait until tomorrow, is really loud, has begun, works again, is sold
+        out, costs too much, went home, can be picked up, is broken, sounds strange, was easy, ends at the lake, is
+        asleep already, needs help, leaves without us, is fully booked, tastes awful, smells of smoke, is parked
+        outside, won the prize, takes longer than planned, is on page nine, must be paid by Friday, is in the garden,
+        was a surprise, is closed on Mondays, doesn't fit, runs smoothly, arrived damaged, is booked for two nights, is
+        cheaper online, got lost in the post, is worth it, begins at nine, feels much better, is running behind
+        schedule, was postponed indefinitely, turned out brilliantly, needs a second opinion, has been moved to
+        Thursday, looks a bit suspicious, comes with a free gift, is waiting downstairs, can't be reached today, is
+        leaking again, made it just in time, is out of action, will be back by noon, requires a signature, was left
+        unattended, ran into trouble, is covered with snow, sounds promising, made us all laugh, is stuck at the
+        border, has vanished without a trace, starts at a quarter past six, is better than we hoped, still smells of
+        garlic, was sent to the wrong address, has passed the inspection, only lasts half an hour, deserves a round of
+        applause, won't be available until spring, is heavier than it looks
     """,
     "units": """
         km mi, mi km, kg lb, lb kg, cm in, in cm, l gal, gal l, m ft, oz g, km m, kg g, g lb, ft mi, cm m, in ft, ml l,
