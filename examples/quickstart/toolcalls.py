@@ -26,8 +26,9 @@ YEAR = 2026
 # A wording that begins so ends in a question mark, where it gets a mark
 QUESTIONS = split("What, What's, How, Is, Are, Which, When, Could, Would, Can, May, Do, Does, Has, Any")
 
-# How often a training value is coined instead of drawn from its pool, so that copying is learned, not the pool.
-COINED = {"name": 0.2, "city": 0.25, "place": 0.3, "item": 0.2, "label": 0.2}
+# How often a word of a training value is coined, so that copying is learned, not the pool
+COINED = 0.4
+COPIED = ["name", "item", "city", "label", "place", "task"]
 SYLLABLES = """
     b, br, c, ch, d, dr, f, fl, g, gl, h, j, k, kl, l, m, n, p, pl, qu, r, s, sh, st, t, th, tr, v, w, z / a, e, i, o, u,
     ai, ea, ee, oo, ou / l, ll, m, n, nd, r, rk, rt, s, ss, t, v, x, ck, nt, bb
@@ -44,26 +45,26 @@ class Draw:
 
     def __init__(self, rng: Random, part: str) -> None:
         self.rng, self.part, self.pools, self.held_out = rng, part, PARTS[part], part != "train"
-        self.coins = {} if self.held_out else COINED
 
     def slot(self, slot: str) -> dict[str, tuple[str, Any]]:
         argument, _, kind = slot.partition(":")
         kind = kind or argument
         if kind in self.pools and kind != "units":
-            said = self.coined(kind) if self.rng.random() < self.coins.get(kind, 0) else self.pick(kind)
+            said = self.coined(kind) if not self.held_out and self.rng.random() < COINED else self.pick(kind)
             return {argument: (said, said)}
         drawn = getattr(self, kind)()
         return dict(zip(argument.split("-"), drawn, strict=True)) if "-" in argument else {argument: drawn}
 
     def coined(self, kind: str) -> str:
-        """A value of no pool: an invented word, or one that belongs elsewhere."""
+        """A value of which one word belongs to no pool or to another one."""
+        words = self.pick(kind).split()
+        place = self.rng.randrange(len(words))
         if self.rng.random() < 0.5:
             word = "".join(self.rng.choice(split(part)) for part in SYLLABLES.split("/") * self.rng.choice([1, 2]))
         else:
-            word = self.rng.choice([w for pool in COINED for w in re.findall(r"\w{4,}", self.pools[pool])])
-        if kind in ("item", "label"):
-            return f"{word.lower()} {self.pick('item')}" if self.rng.random() < 0.3 else word.lower()
-        return f"{word.capitalize()} {self.pick(kind).split()[-1]}" if kind == "place" else word.capitalize()
+            word = self.rng.choice(re.findall(r"\w{4,}", self.pools[self.rng.choice(COPIED)]))
+        words[place] = word.capitalize() if words[place][0].isupper() else word.lower()
+        return " ".join(words)
 
     def pick(self, pool: str) -> str:
         return " ".join(self.rng.choice(split(words)) for words in self.pools[pool].split("/"))
