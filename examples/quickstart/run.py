@@ -38,7 +38,7 @@ from deltaw.study.run_report import run_report
 
 HERE = Path(__file__).resolve().parents[2]
 DATA = deltaw.DataConfig(template="chat", system="Answer in JSON.")
-# Of settings whose file stays below 10 MB, the best on valid.jsonl: this task is copying, which is attention's work
+# On valid.jsonl, attention alone at rank 20 did better than all layers at rank 8, in as many bytes and less time
 METHOD = deltaw.LoRA(rank=20, alpha=40, targets="attention")
 GENERATION = deltaw.GenerateConfig(max_new_tokens=56, batch=100)
 
