@@ -28,11 +28,15 @@ QUESTIONS = split("What, What's, How, Is, Are, Which, When, Could, Would, Can, M
 
 # How often a word of a training value is coined, so that copying is learned, not the pool
 COINED = 0.4
-COPIED = ["name", "item", "city", "label", "place", "task"]
+WHOLE = ["name", "item", "city", "label"]  # pools whose entries are whole values
+COPIED = [*WHOLE, "place", "task"]
 SYLLABLES = """
     b, br, c, ch, d, dr, f, fl, g, gl, h, j, k, kl, l, m, n, p, pl, qu, r, s, sh, st, t, th, tr, v, w, z / a, e, i, o, u,
     ai, ea, ee, oo, ou / l, ll, m, n, nd, r, rk, rt, s, ss, t, v, x, ck, nt, bb
 """
+# A coined word may make a held-out value by chance; a training request that holds one is drawn again
+HELD_OUT_VALUES = [w for part in ("valid", "test") for kind in WHOLE for w in split(PARTS[part][kind])]
+HELD_OUT_VALUE = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, HELD_OUT_VALUES))})(?!\w)", re.IGNORECASE)
 
 
 def is_held_out(*numbers: float) -> bool:
@@ -146,7 +150,8 @@ def generate(count: int, *, seed: int, part: str) -> list[dict[str, str]]:
             tool = tools[len(records) % len(tools)]
             calls = [call for call in CALLS if call.tool == tool]
             record = draw.record(rng.choices(calls, [len(split(call.train, "|")) for call in calls])[0])
-            records.setdefault(record["prompt"].casefold(), record)
+            if part != "train" or not HELD_OUT_VALUE.search(record["prompt"]):
+                records.setdefault(record["prompt"].casefold(), record)
     if len(records) < count:
         raise ValueError(f"{count} different records were asked for, only {len(records)} were found")
     return rng.sample(list(records.values()), count)
