@@ -221,6 +221,11 @@ def test_differences_are_marked() -> None:
     assert "<mark" not in marked("same", "same", "after")
 
 
+def test_spaces_are_marked_where_they_are_the_only_difference() -> None:
+    assert marked('"to": " A"', '"to": "A"', "after") == '&quot;to&quot;: &quot;<mark class="after"> </mark>A&quot;'
+    assert marked("a  b c", "a b d", "after").count("<mark") == 1
+
+
 def test_a_reference_that_was_reproduced_is_not_repeated() -> None:
     found = Page(render(Report("t", "h", examples=[Sample("p", "yes", "no", "yes"), Sample("q", "yes", "no", "nope")])))
     assert found.text.count("= reference") == 1 and len(found.of("reference")) == 1

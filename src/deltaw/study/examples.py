@@ -40,18 +40,20 @@ def render_examples(samples: Sequence[Sample]) -> str:
 
 
 def marked(words: str, other: str, kind: str) -> str:
-    """`words` as HTML, with what `other` does not have marked; too little in common, and nothing is."""
+    """`words` as HTML, with what `other` does not have marked; too little in common, and nothing is. Spaces are marked only
+    where nothing else differs: among other marks they would be noise, alone they are the whole difference."""
     mine, theirs = _WORD.findall(words), _WORD.findall(other)
     if max(len(mine), len(theirs)) > _MOST_WORDS:
         return text(words)
     matcher = SequenceMatcher(None, theirs, mine, autojunk=False)
     if matcher.ratio() < _ALIKE:
         return text(words)
-    parts = []
-    for change, _, _, start, end in matcher.get_opcodes():
-        piece = "".join(mine[start:end])
-        parts.append(text(piece) if change == "equal" or not piece.strip() else tag("mark", text(piece), cls=kind))
-    return "".join(parts)
+    pieces = [("".join(mine[start:end]), change != "equal") for change, _, _, start, end in matcher.get_opcodes()]
+    spaces_too = not any(new and piece.strip() for piece, new in pieces)
+    return "".join(
+        tag("mark", text(piece), cls=kind) if new and piece and (spaces_too or piece.strip()) else text(piece)
+        for piece, new in pieces
+    )
 
 
 def _legend(samples: Sequence[Sample]) -> str:
