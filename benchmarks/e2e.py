@@ -65,7 +65,7 @@ def main() -> None:
             "command": f"python benchmarks/e2e.py {words}",
             "settings": {k: v for k, v in settings.items() if k not in ("model", "data", "out")},
             "items": 630,
-            "length_penalty_of_beams": LENGTH_PENALTY,
+            "length_penalty_of_beams": LENGTH_PENALTY if chosen.beams > 1 else None,
             "scores": scores(chosen, folder / "adapter"),
             "minutes_of_training": loop["seconds"] / 60,
             "tokens_per_second": loop["tokens"] / loop["step_seconds"],

@@ -150,7 +150,7 @@ def generate(count: int, *, seed: int, part: str) -> list[dict[str, str]]:
             tool = tools[len(records) % len(tools)]
             calls = [call for call in CALLS if call.tool == tool]
             record = draw.record(rng.choices(calls, [len(split(call.train, "|")) for call in calls])[0])
-            if part != "train" or not HELD_OUT_VALUE.search(record["prompt"]):
+            if draw.held_out or not HELD_OUT_VALUE.search(record["prompt"]):
                 records.setdefault(record["prompt"].casefold(), record)
     if len(records) < count:
         raise ValueError(f"{count} different records were asked for, only {len(records)} were found")

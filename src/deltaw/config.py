@@ -73,7 +73,7 @@ class TrainConfig:
     schedule: Schedule = "linear"
     """Shape of the learning rate after warm-up: cosine or linear to zero, or constant."""
     warmup: float = 0.05
-    """Warm-up: a share of all steps when below 1, else a number of steps."""
+    """Warm-up: a share of the run when below 1, else a number of steps."""
     epochs: float = 1.0
     """Passes over the training records."""
     steps: int | None = None

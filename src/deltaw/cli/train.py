@@ -39,7 +39,7 @@ class _Lines:
         elif event.kind == "step":
             show.out.print(
                 f"step {event.step}/{values['total_steps']}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}  {_left(values)}",
+                f"{_pace(values)}",
                 soft_wrap=True,
             )
         elif event.kind == "eval":
@@ -71,13 +71,13 @@ class _Live(_Lines):
         if self.task is None:
             self.progress.start()
             self.task = self.progress.add_task("", total=values["total_steps"])
-        text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}"
-        text += f"  {_left(values)}"
-        self.progress.update(self.task, completed=event.step, description=text)
+        self.progress.update(self.task, completed=event.step, description=f"loss {values['loss']:.4f}  {_pace(values)}")
 
 
-def _left(values: dict[str, Any]) -> str:
-    return f"{units.duration(values['seconds_left'])} left"
+def _pace(values: dict[str, Any]) -> str:
+    """Speed, memory and time left, alike in the bar and in plain lines."""
+    left = units.duration(values["seconds_left"])
+    return f"{values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}  {left} left"
 
 
 def _coverage(values: dict[str, Any]) -> None:

@@ -7,9 +7,14 @@ import math
 from deltaw.config import TrainConfig
 
 
+def _clock(config: TrainConfig, seconds: float) -> float:
+    """Share of `config.minutes` that has passed; 0 where no clock runs."""
+    return seconds / (config.minutes * 60) if config.minutes else 0.0
+
+
 def progress(config: TrainConfig, step: int, total_steps: int, seconds: float) -> float:
     """Share of the run that is done, by steps or by the clock (`config.minutes`), whichever is further on."""
-    return max(step / total_steps, seconds / (config.minutes * 60) if config.minutes else 0.0)
+    return max(step / total_steps, _clock(config, seconds))
 
 
 def lr_factor(config: TrainConfig, step: int, total_steps: int, seconds: float) -> float:
@@ -17,7 +22,7 @@ def lr_factor(config: TrainConfig, step: int, total_steps: int, seconds: float) 
     schedule, by steps done or by the clock (`config.minutes`), whichever is further on."""
     share = config.warmup if config.warmup < 1 else 0.0  # of the clock: a warm-up given in steps knows no clock
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
-    clock = seconds / (config.minutes * 60) if config.minutes else 0.0
+    clock = _clock(config, seconds)
     warmed = max((step + 1) / (warmup + 1), clock / share if share else 0.0)
     if warmed < 1:
         return warmed
