@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from deltaw.fused import lowrank_linear, reference
+from deltaw import fused
+from deltaw.fused import lowrank_linear, lowrank_linears, reference
 
 SCALE = 1.75
 
@@ -98,20 +98,83 @@ def test_an_unfrozen_weight_gets_its_gradient() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_dropout_is_on_the_branchs_input_only() -> None:
-    t = tensors()
-    base: Tensor = torch.nn.functional.linear(t["x"], t["W0"], t["bias"])
-    torch.manual_seed(5)
-    out = lowrank_linear(**t, scale=SCALE, dropout=0.5)
-    torch.manual_seed(5)
-    dropped = torch.nn.functional.dropout(t["x"], 0.5)
-    torch.testing.assert_close(out, base + SCALE * (dropped @ t["A"].T @ t["B"].T))
+def test_dropout_is_on_the_branchs_input_only_and_its_mask_is_made_again_for_the_gradients() -> None:
+    for x in (torch.randn(2, 3, 5), torch.randn(5, 3, 2).permute(2, 1, 0)):
+        t = tensors()
+        t["x"] = x.double().requires_grad_()
+        torch.manual_seed(5)
+        seed = fused._seed()
+        plain = reference(**t, scale=SCALE, dropout=0.5, seed=seed)
+        torch.manual_seed(5)
+        out = lowrank_linear(**t, scale=SCALE, dropout=0.5)
+        torch.testing.assert_close(out, plain)
+        inputs = [t["x"], t["A"], t["B"]]
+        g = torch.randn_like(out)
+        for ours, theirs in zip(
+            torch.autograd.grad(out, inputs, g), torch.autograd.grad(plain, inputs, g), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
 
 
-def test_saves_x_and_ax_but_never_the_branchs_output() -> None:
+def test_dropout_keeps_the_expectation_and_is_off_outside_training() -> None:
+    x = torch.ones(400, 8)
+    ones = torch.ones(1, 8), torch.ones(1, 1)
+    out = lowrank_linear(x, torch.zeros(1, 8), None, *ones, SCALE, dropout=0.25)
+    assert out.unique().numel() > 3 and abs(float(out.mean()) / (8 * SCALE) - 1) < 0.05
+    out = lowrank_linear(x, torch.zeros(1, 8), None, *ones, SCALE, dropout=0.25, training=False)
+    assert out.unique().tolist() == [8 * SCALE]
+
+
+def stacked(*, bias: bool) -> tuple[Any, ...]:
+    """x, and W0, bias, A and B of three layers of different widths and ranks that read it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    sizes = ((7, 2), (4, 3), (6, 1))
+    W0s = [torch.randn(d, 5, dtype=torch.float64) for d, _ in sizes]
+    biases = [torch.randn(d, dtype=torch.float64) if bias else None for d, _ in sizes]
+    A = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    Bs = [torch.randn(r, d, dtype=torch.float64).t().requires_grad_() for d, r in sizes]  # strides of either kind
+    return x, W0s, biases, A, Bs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_together_are_each_layer_alone(bias: bool) -> None:
+    x, W0s, biases, A, Bs = stacked(bias=bias)
+    together = lowrank_linears(x, W0s, biases, A, Bs)
+    parts = A.split([B.shape[1] for B in Bs])
+    alone = [reference(x, *layer, 1.0) for layer in zip(W0s, biases, parts, Bs, strict=True)]
+    gs = [torch.randn_like(out) for out in alone]
+    torch.testing.assert_close(list(together), alone)
+    inputs = [x, A, *Bs]
+    for ours, theirs in zip(
+        torch.autograd.grad(together, inputs, gs), torch.autograd.grad(alone, inputs, gs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda x, A, *Bs: lowrank_linears(x, W0s, biases, A, Bs), (x, A, *Bs))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 2)])
+@pytest.mark.parametrize("x_frozen", [True, False])
+def test_an_output_that_nothing_is_made_of_costs_no_gradient(used: tuple[int, ...], x_frozen: bool) -> None:
+    x, W0s, biases, A, Bs = stacked(bias=True)
+    x = x.detach() if x_frozen else x
+    inputs = [A, *(Bs[i] for i in used)] + ([] if x_frozen else [x])
+    together = lowrank_linears(x, W0s, biases, A, Bs)
+    parts = A.split([B.shape[1] for B in Bs])
+    alone = [reference(x, *layer, 1.0) for layer in zip(W0s, biases, parts, Bs, strict=True)]
+    for ours, theirs in zip(
+        torch.autograd.grad(sum(together[i].pow(2).sum() for i in used), inputs),
+        torch.autograd.grad(sum(alone[i].pow(2).sum() for i in used), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_saves_x_and_ax_but_never_the_branchs_output_or_a_mask(dropout: float) -> None:
     x, W0 = torch.randn(50, 16), torch.randn(24, 16)
     A, B = torch.randn(2, 16, requires_grad=True), torch.randn(24, 2, requires_grad=True)
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
-        lowrank_linear(x, W0, None, A, B, SCALE)
+        lowrank_linear(x, W0, None, A, B, SCALE, dropout)
     assert sorted(saved) == sorted([(50, 16), (24, 16), (2, 16), (24, 2), (50, 2)])

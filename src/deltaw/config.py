@@ -22,6 +22,9 @@ from deltaw.errors import ConfigError, listing, nearest
 Form = Literal["auto", "prompt", "chat", "instruction", "text"]
 TooLong = Literal["truncate", "drop", "error"]
 Schedule = Literal["cosine", "linear", "constant"]
+Optimizer = Literal[
+    "AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "Adafactor", "Muon", "RMSprop", "SGD"
+]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 T = TypeVar("T")
@@ -83,12 +86,18 @@ class TrainConfig:
     still ends at zero."""
     batch: int = 8
     """Records per optimizer step."""
+    batch_tokens: int | None = None
+    """Tokens per optimizer step at most, padding included, instead of a number of records."""
     micro_batch: int | None = None
     """Records per forward pass; the optimizer step accumulates over the batch. Default: the whole batch at once."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    optimizer: Optimizer = "AdamW"
+    """One of torch.optim's, with its defaults."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on A and B."""
+    """Weight decay of A and B; AdamW's is decoupled."""
+    lr_ratio: float = 1.0
+    """Learning rate of B over that of A, which is lr. LoRA+ takes 2 to 16."""
     seed: int = 0
     """Seed of A, of dropout and of the order of records."""
     dtype: DType = "auto"
@@ -114,10 +123,12 @@ class TrainConfig:
     """Held-out records to generate before and after training, for the report; 0 for none."""
 
     def __post_init__(self) -> None:
-        most = self.batch if isinstance(self.batch, numbers.Real) else None  # what batch is else, check says
+        bounded = isinstance(self.batch, numbers.Real) and self.batch_tokens is None  # what batch is else, check says
+        most = self.batch if bounded else None
         check(
             self, lr=(ABOVE_ZERO, None), warmup=(0.0, None), epochs=(ABOVE_ZERO, None), steps=(1, None),
-            minutes=(ABOVE_ZERO, None), batch=(1, None), micro_batch=(1, most), clip=(0.0, None), weight_decay=(0.0, None),
+            minutes=(ABOVE_ZERO, None), batch=(1, None), batch_tokens=(1, None), micro_batch=(1, most), clip=(0.0, None),
+            weight_decay=(0.0, None), lr_ratio=(ABOVE_ZERO, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
             log_every=(1, None), samples=(0, None),
         )  # fmt: skip

@@ -1,12 +1,15 @@
 """h = W0x + b + scale·B(Ax) as one autograd function. Knows tensors only: no names, no modules, no files.
 
-Frozen W0 needs no gradient, which is the whole speed of LoRA: this function saves x and Ax, never the branch's
-output, adds the branch into the base product in place, and forms dA, dB and dx with no [tokens, d] or [tokens, k]
-temporary beyond dx itself. `reference` is the same in plain operations, and is what the tests hold this against.
+Frozen W0 needs no gradient, which is the whole speed of LoRA: the function saves x and Ax, never the branch's output, adds
+the branch into the base product in place, and forms dA, dB and dx with no [tokens, d] or [tokens, k] temporary beyond dx
+itself. Layers that read the same x go through it together: one product with their stacked A's, one dx. `reference` is the
+same in plain operations, and is what the tests hold this against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,12 +39,56 @@ def lowrank_linear(
     if dtype is not None:
         x, W0 = x.to(dtype), W0.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    dropout = dropout if training else 0.0
-    if W0.requires_grad or (bias is not None and bias.requires_grad) or dropout > 0.0:
-        return reference(x, W0, bias, A, B, scale, dropout)
-    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return _Fused.apply(x, W0, bias, A, B, scale, training)
-    return _add_branch(x, W0, bias, A, B, scale, training)[0]
+    seed = _seed() if training and dropout > 0.0 else None
+    if W0.requires_grad or (bias is not None and bias.requires_grad):
+        return reference(x, W0, bias, A, B, scale, dropout, seed)
+    how = _How(scale, training, dropout, seed)
+    return _together(x, [W0], [bias], A, [B], how)[0]
+
+
+def lowrank_linears(
+    x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """W0x + b + B(Ax) of each of several layers that read the same x, for training: the scale is in A already.
+
+    x [..., k]; W0 [d, k], bias [d] and B [d, r] of each layer; A [Σr, k], the layers' A's stacked in order → [..., d] of each.
+    All in one dtype, without autocast or dropout, W0 and bias frozen.
+    """
+    return _together(x, W0s, biases, A, Bs, _How(1.0, True, 0.0, None))
+
+
+def reference(
+    x: Tensor,
+    W0: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """The same in plain operations, differentiable in everything; with a `seed`, that one's dropout is on."""
+    dropped = x if seed is None else x * _mask(x, dropout, seed)
+    branch = F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
+    return F.linear(x, W0, bias) + scale * branch
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is no tensor."""
+
+    scale: float
+    training: bool
+    dropout: float
+    seed: int | None
+    """Of the dropout mask; None for no dropout."""
+
+    def scaled(self, fresh: Tensor) -> Tensor:
+        return fresh if self.scale == 1.0 else fresh.mul_(self.scale)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The branch's input, or a gradient on its way back through the same mask."""
+        return x if self.seed is None else x * _mask(x, self.dropout, self.seed)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -52,53 +99,97 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def reference(
-    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """The same in plain operations, differentiable in everything."""
-    branch = F.linear(F.linear(F.dropout(x, dropout), A.to(x.dtype)), B.to(x.dtype))
-    return F.linear(x, W0, bias) + scale * branch
+def _seed() -> int:
+    """From the CPU's global generator: reading it stalls no GPU, and checkpointing puts it back for the second forward."""
+    return int(torch.randint(1 << 62, ()))
 
 
-def _add_branch(
-    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, training: bool
-) -> tuple[Tensor, Tensor]:
-    """The output [..., d] and Ax [tokens, r]."""
-    out = F.linear(x, W0, bias)
-    Ax = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).t()
-    Bt = B.to(x.dtype).t()
-    # F.linear's output is fresh and contiguous, so a view of it can take the branch in place
-    flat = out.view(-1, out.shape[-1])
-    if training:
-        flat.addmm_(Ax, Bt, alpha=scale)
-    else:
-        # Rounded as the formula is written, which is also PEFT's order: its logits come out the same
-        flat.add_((Ax @ Bt).mul_(scale))
-    return out, Ax
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Entries 0 or 1/(1−p), shaped like `x`: made again from the seed in the backward pass instead of being stored."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    mask = torch.empty(
+        x.shape, dtype=x.dtype, device=x.device
+    )  # contiguous whatever x is: entries are drawn in that order
+    return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+
+
+def _together(
+    x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor], how: _How
+) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or any(B.requires_grad for B in Bs)):
+        return _Fused.apply(x, A, how, *W0s, *biases, *Bs)
+    return _forward(x, W0s, biases, A, Bs, how)[0]
+
+
+def _forward(
+    x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor], how: _How
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The outputs, each [..., d], and Ax [tokens, Σr]."""
+    Ax = how.dropped(_rows(x)) @ A.to(x.dtype).t()
+    outputs = []
+    for W0, bias, B, part in zip(W0s, biases, Bs, _parts(Ax, Bs), strict=True):
+        out = F.linear(x, W0, bias)
+        Bt = B.to(x.dtype).t()
+        # F.linear's output is fresh and contiguous, so a view of it can take the branch in place
+        flat = out.view(-1, out.shape[-1])
+        if how.training:
+            flat.addmm_(part, Bt, alpha=how.scale)
+        else:
+            # Rounded as the formula is written, which is also PEFT's order: its logits come out the same
+            flat.add_(how.scaled(part @ Bt))
+        outputs.append(out)
+    return tuple(outputs), Ax
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _parts(Ax: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Each layer's columns of Ax."""
+    return (Ax,) if len(Bs) == 1 else Ax.split([B.shape[1] for B in Bs], dim=1)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, training: bool
-    ) -> Tensor:
-        out, Ax = _add_branch(x, W0, bias, A, B, scale, training)
-        ctx.save_for_backward(x, W0, A, B, Ax)
-        ctx.scale = scale
-        return out
+    def forward(ctx: Any, x: Tensor, A: Tensor, how: _How, *layers: Any) -> tuple[Tensor, ...]:
+        n = len(layers) // 3
+        W0s, biases, Bs = layers[:n], layers[n : 2 * n], layers[2 * n :]
+        outputs, Ax = _forward(x, W0s, biases, A, Bs, how)
+        ctx.save_for_backward(x, A, Ax, *W0s, *Bs)
+        ctx.how = how
+        ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W0, A, B, Ax = ctx.saved_tensors
-        g = grads[0].reshape(-1, W0.shape[0])
-        needs_x, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        dx = dA = dB = None
-        gB = (g @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else g  # [tokens, r]
-        if needs_B:
-            dB = (g.t() @ Ax).mul_(ctx.scale).to(B.dtype)
-        if needs_A:
-            dA = (gB.t() @ x.reshape(-1, x.shape[-1])).to(A.dtype)
-        if needs_x:
-            dx = (g @ W0).addmm_(gB, A.to(g.dtype)).view(x.shape)
-        return dx, None, None, dA, dB, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, A, Ax, *layers = ctx.saved_tensors
+        n = len(grads)
+        W0s, Bs = layers[:n], layers[n:]
+        needs_x, needs_A = ctx.needs_input_grad[:2]
+        needs_B = ctx.needs_input_grad[3 + 2 * n :]
+        dx = dA = None
+        dBs: list[Tensor | None] = []
+        gB: list[Tensor] = []  # of each layer, [tokens, r]
+        for given, W0, B, part, needed in zip(grads, W0s, Bs, _parts(Ax, Bs), needs_B, strict=True):
+            if given is None:  # nothing came of this layer's output
+                gB.append(torch.zeros_like(part))
+                dBs.append(None)
+                continue
+            g = given.reshape(-1, W0.shape[0])
+            # dB by its transpose: twice as fast where r is small and d is large
+            dBs.append(ctx.how.scaled(part.t() @ g).t().to(B.dtype) if needed else None)
+            if needs_x or needs_A:
+                gB.append(g @ B.to(g.dtype))
+            if needs_x:
+                dx = g @ W0 if dx is None else dx.addmm_(g, W0)
+        if gB:
+            stacked = ctx.how.scaled(gB[0] if n == 1 else torch.cat(gB, dim=1))
+            if needs_A:
+                dA = (stacked.t() @ ctx.how.dropped(_rows(x))).to(A.dtype)
+            if needs_x and dx is not None:
+                A = A.to(dx.dtype)
+                dx = dx.addmm_(stacked, A) if ctx.how.seed is None else dx.add_(ctx.how.dropped(stacked @ A))
+                dx = dx.view(x.shape)
+        return dx, dA, None, *[None] * (2 * n), *dBs

@@ -6,6 +6,7 @@ subclass `LowRank`, list it in `KINDS`, test it in tests/test_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, SupportsIndex
 
 import torch
@@ -20,6 +21,9 @@ class LowRank(nn.Module):
     """The update (A, B, scale) of one dense layer: A [r, k], B [d, r]; its ΔW is scale·B·A."""
 
     layer_class: ClassVar[type[nn.Module]]
+
+    elsewhere: Callable[[Any, Tensor], Tensor] | None = None
+    """While a training loop runs: computes what `branch` would, layer and x → output, together with other layers'."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -39,6 +43,10 @@ class LowRank(nn.Module):
 
     def branch(self, layer: Any, x: Tensor) -> Tensor:
         """h = W0x + b + scale·B(Ax): x [..., k] → [..., d]."""
+        return self.alone(layer, x) if self.elsewhere is None else self.elsewhere(layer, x)
+
+    def alone(self, layer: Any, x: Tensor) -> Tensor:
+        """The branch by this update's own A and B."""
         return fused.lowrank_linear(
             x, self.W0(layer), layer.bias, self.A, self.B, self.scale, self.dropout, training=self.training
         )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data import Example, batches, collate, plan
+from deltaw.data import Example, Order, collate, plan
 from deltaw.errors import DataError
 
 lengths = st.lists(st.integers(1, 500), max_size=300)
@@ -17,7 +17,50 @@ def test_each_index_once_and_the_same_again(lengths, batch, seed, epoch):
     assert sorted(i for b in planned for i in b) == list(range(len(lengths)))
     assert len(planned) == -(-len(lengths) // batch) and all(len(b) <= batch for b in planned)
     assert planned == plan(lengths, batch, seed, epoch)
-    assert list(batches(lengths, batch=batch, seed=seed, epoch=epoch, start=2)) == planned[2:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, st.integers(1, 2000), st.integers(0, 5))
+def test_a_token_budget_counts_padding_and_splits_no_record(lengths, tokens, epoch):
+    planned = plan(lengths, 8, 0, epoch, tokens)
+    assert sorted(i for b in planned for i in b) == list(range(len(lengths)))
+    for indices in planned:
+        padded = -(-max(lengths[i] for i in indices) // 8) * 8
+        assert len(indices) * padded <= tokens or len(indices) == 1
+
+
+def test_a_token_budget_is_used():
+    chance = random.Random(0)
+    lengths = [chance.randint(10, 500) for _ in range(4000)]
+    planned = plan(lengths, 8, 0, 0, 4096)
+    assert 0.9 * 4096 < sum(lengths) / len(planned) < 4096
+
+
+@pytest.mark.parametrize("tokens", [None, 300])
+def test_no_record_is_likelier_early_or_late_whatever_its_length(tokens):
+    """Over many seeds, the mean place of the longest records' steps and of the shortest's is the middle of the epoch."""
+    lengths = [10] * 60 + [50] * 60 + [90] * 60
+    places = {10: [], 90: []}
+    for seed in range(400):
+        planned = plan(lengths, 4, seed, 0, tokens)
+        for step, indices in enumerate(planned):
+            for i in indices:
+                if lengths[i] in places:
+                    places[lengths[i]].append(step / (len(planned) - 1))
+    for found in places.values():
+        assert abs(sum(found) / len(found) - 0.5) < 0.02
+
+
+@given(lengths.filter(bool), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 2000)), st.data())
+def test_the_records_of_a_step_follow_from_its_number(lengths, batch, tokens, data):
+    order = Order(lengths, batch=batch, seed=3, tokens=tokens)
+    epochs = [plan(lengths, batch, 3, epoch, tokens) for epoch in range(3)]
+    everything = [b for planned in epochs for b in planned]
+    assert order.steps(3) == len(everything) and order.steps(1) == len(epochs[0])
+    assert order.steps(1.5) == len(epochs[0]) + -(-len(epochs[1]) // 2)
+    assert order.steps(1e-9) == 1
+    for step in data.draw(st.lists(st.integers(0, len(everything) - 1), max_size=8)):
+        assert order.at(step) == everything[step]
 
 
 def test_little_padding_and_other_orders():
@@ -43,6 +86,8 @@ def test_collate():
 def test_refusals():
     with pytest.raises(DataError, match="at least 1"):
         plan([1], 0, 0, 0)
+    with pytest.raises(DataError, match="batch_tokens is 0"):
+        plan([1], 1, 0, 0, 0)
     with pytest.raises(DataError, match="at least one example"):
         collate([], 0)
 

@@ -8,7 +8,7 @@ encode.py    records → examples; prompts to generate from
 batches.py   examples → length-bucketed batches, as tensors
 """
 
-from deltaw.data.batches import Batch, batches, collate, plan
+from deltaw.data.batches import Batch, Order, collate, plan
 from deltaw.data.chat import encode_chat, prompt_ids
 from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt, template_of
 from deltaw.data.forms import Message, Record
@@ -21,9 +21,9 @@ __all__ = [
     "Encoded",
     "Example",
     "Message",
+    "Order",
     "Record",
     "Records",
-    "batches",
     "collate",
     "encode",
     "encode_chat",

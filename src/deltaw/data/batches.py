@@ -6,8 +6,9 @@ from (seed, epoch), so a run resumes at any step without replaying the ones befo
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,30 +39,82 @@ class Batch:
     """bool [n, t]; True where the loss is taken on predicting this token from those before it"""
 
 
-def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int | None = None) -> list[list[int]]:
     """All batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
 
-    Everything is shuffled, cut into windows of `WINDOW * batch`, sorted by length in each window and cut into batches;
-    the batches of a window are shuffled again, so that lengths do not rise and fall in a rhythm.
+    A batch has `batch` records; with `tokens`, as many as fit that many tokens with their padding, and at least one.
+    Everything is shuffled, cut into windows of some `WINDOW` batches, sorted by length in each window and cut into batches;
+    the batches of a window are shuffled again, so that lengths do not rise and fall in a rhythm. No record is likelier to
+    come early or late than another.
     """
-    if batch < 1:
-        raise DataError(f"batch is {batch}; it must be at least 1.")
+    for name, value in (("batch", batch), ("batch_tokens", tokens)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}; it must be at least 1.")
     # a string seed is hashed with SHA-512, so (0, 1) and (1, 0) do not meet
     chance = random.Random(f"deltaw batches {seed} {epoch}")
     order = list(range(len(lengths)))
     chance.shuffle(order)
+    rows = batch if tokens is None else max(1, tokens * len(lengths) // max(1, sum(lengths)))
     planned: list[list[int]] = []
-    for at in range(0, len(order), WINDOW * batch):
-        window = sorted(order[at : at + WINDOW * batch], key=lengths.__getitem__)
-        cut = [window[i : i + batch] for i in range(0, len(window), batch)]
+    for at in range(0, len(order), WINDOW * rows):
+        window = sorted(order[at : at + WINDOW * rows], key=lengths.__getitem__)
+        cut = _by_rows(window, rows) if tokens is None else _by_tokens(window, lengths, tokens)
         chance.shuffle(cut)
         planned += cut
     return planned
 
 
-def batches(lengths: Sequence[int], *, batch: int, seed: int, epoch: int = 0, start: int = 0) -> Iterator[list[int]]:
-    """The batches of `plan` from number `start` on."""
-    yield from plan(lengths, batch, seed, epoch)[start:]
+def _by_rows(window: list[int], rows: int) -> list[list[int]]:
+    return [window[i : i + rows] for i in range(0, len(window), rows)]
+
+
+def _by_tokens(window: list[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """The window's indices, which rise in length, in order; each batch as large as its padded size allows."""
+    cut: list[list[int]] = []
+    for index in window:
+        if cut and (len(cut[-1]) + 1) * _padded(lengths[index]) <= tokens:
+            cut[-1].append(index)
+        else:
+            cut.append([index])
+    return cut
+
+
+def _padded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
+class Order:
+    """The records of each step of a run: a function of (seed, step) alone, so that a resumed run sees the same ones."""
+
+    def __init__(self, lengths: Sequence[int], *, batch: int, seed: int, tokens: int | None = None) -> None:
+        self.lengths = lengths
+        self.batch = batch
+        self.seed = seed
+        self.tokens = tokens
+        self._go_to(0, 0)
+
+    def steps(self, epochs: float) -> int:
+        """How many steps that many passes over the records take, at least 1."""
+        whole = int(epochs)
+        part = math.ceil((epochs - whole) * self._count(whole)) if epochs > whole else 0
+        return max(1, sum(self._count(epoch) for epoch in range(whole)) + part)
+
+    def at(self, step: int) -> list[int]:
+        """Indices of the records of this step, counted from 0 over all epochs."""
+        if step < self._first:
+            self._go_to(0, 0)
+        while step >= self._first + len(self._planned):
+            self._go_to(self._epoch + 1, self._first + len(self._planned))
+        return self._planned[step - self._first]
+
+    def _go_to(self, epoch: int, first: int) -> None:
+        self._epoch, self._first, self._planned = epoch, first, self._plan(epoch)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        return plan(self.lengths, self.batch, self.seed, epoch, self.tokens)
+
+    def _count(self, epoch: int) -> int:
+        return math.ceil(len(self.lengths) / self.batch) if self.tokens is None else len(self._plan(epoch))
 
 
 def collate(examples: Sequence[Example], pad_id: int, most: int | None = None) -> Batch:
@@ -72,7 +125,7 @@ def collate(examples: Sequence[Example], pad_id: int, most: int | None = None) -
     if not examples:
         raise DataError("A batch needs at least one example.")
     longest = max(len(e.input_ids) for e in examples)
-    width = -(-longest // MULTIPLE) * MULTIPLE
+    width = _padded(longest)
     shape = (len(examples), width if most is None else max(longest, min(width, most)))
     ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention = torch.zeros(shape, dtype=torch.int64)

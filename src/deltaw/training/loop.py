@@ -15,15 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import owner_of, parameters, updates
+from deltaw.attached import owner_of, updates
 from deltaw.config import TrainConfig
-from deltaw.data import Batch, Example, collate, plan
+from deltaw.data import Batch, Example, Order, collate
 from deltaw.errors import TrainError
 from deltaw.lowrank import delta_norm
 from deltaw.positions import most_positions
+from deltaw.training import optimizers
 from deltaw.training.attention import short_row_attention
+from deltaw.training.flat import Flat
 from deltaw.training.loss import CompletionLoss
 from deltaw.training.schedule import lr_factor, progress
+from deltaw.training.together import same_input
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -78,27 +81,38 @@ class Loop:
     state: LoopState = field(default_factory=LoopState)
 
     def __post_init__(self) -> None:
-        self.trainable = parameters(self.model)
+        config = self.config
         self.loss = CompletionLoss(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
-        )
         base = next(self.model.parameters())
+        self.on_cuda = base.device.type == "cuda"
         # float16 alone has too few exponents for gradients; elsewhere the scaler does nothing
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
         self.most = most_positions(self.model)
-        self.lengths = [len(e.input_ids) for e in self.examples]
-        self.per_epoch = math.ceil(len(self.examples) / self.config.batch)
-        self.total_steps = self.config.steps or max(1, math.ceil(self.per_epoch * self.config.epochs))
-        self.epoch, self.batches = -1, [[0]]
+        lengths = [len(e.input_ids) for e in self.examples]
+        self.order = Order(lengths, batch=config.batch, seed=config.seed, tokens=config.batch_tokens)
+        self.total_steps = config.steps or self.order.steps(config.epochs)
         self.best: list[Tensor] | None = None
+        self.losses = torch.zeros((), device=base.device)  # since they were last read
+        self.last: _Watched | None = None
         self._logged = replace(self.state)
 
     def run(self) -> LoopState:
         """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
         longest = max(len(e.input_ids) for e in (*self.examples, *self.valid))
-        with short_row_attention(self.model, longest):
+        with short_row_attention(self.model, longest), self._flat() as self.flat:
+            self.optimizer = optimizers.make(self.flat, self.config)
+            self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
             return self._run()
+
+    def _flat(self) -> Flat:
+        """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
+        adapted = updates(self.model)
+        one = collate(self.examples[:1], self.pad_id, self.most)
+        self.model.eval()
+        with torch.no_grad():
+            self.loss(one)  # its first call, which tries the ways to the loss
+            groups = same_input(adapted, lambda: self.loss(one))
+        return Flat({name: owner_of(self.model).get_submodule(name) for name in adapted}, adapted, groups)
 
     def _run(self) -> LoopState:
         began = time.monotonic() - self.state.seconds
@@ -123,72 +137,66 @@ class Loop:
                 self._evaluate()
             if self.state.stopped and self._logged.step < self.state.step:
                 self._log(values)
+        if self.last is not None:
+            self.last.check(self.scaler)
         self._keep_best()
         self.model.eval()
         return self.state
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step over `config.batch` records, its loss divided by all its supervised tokens."""
+        """One optimizer step over a batch of records, its loss divided by all its supervised tokens.
+
+        On a GPU nothing here waits for it: losses are added up there, and whether they are finite is read a step late.
+        """
         lr = self.config.lr * lr_factor(self.config, self.state.step, self.total_steps, self.state.seconds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        rows = [self.examples[i] for i in self._indices(self.state.step)]
+        optimizers.set_lr(self.optimizer, lr)
+        rows = [self.examples[i] for i in self.order.at(self.state.step)]
         size = self.config.micro_batch or len(rows)
         micro = [collate(rows[i : i + size], self.pad_id, self.most) for i in range(0, len(rows), size)]
         supervised = sum(int(batch.supervised.sum()) for batch in micro)
-        loss = sum(self._backward(batch, supervised) for batch in micro)
+        loss = sum((self._backward(batch, supervised) for batch in micro), start=torch.zeros_like(self.losses))
         if self.state.step == 0:
             self._check_reached()
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.trainable, self.config.clip or math.inf))
-        self._check_finite(loss, norm, lr)
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.config.clip or math.inf)
+        self._check_finite(_Watched(self.state.step, loss, norm, lr))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.flat.zero_gradients()
+        self.flat.refresh()
+        self.losses += loss * supervised
         state = self.state
         state.step += 1
         state.records += len(rows)
         state.tokens += sum(len(e.input_ids) for e in rows)
         state.supervised += supervised
-        state.loss_sum += loss * supervised
-        state.first_loss = loss if state.first_loss is None else state.first_loss
-        return {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+        return {"lr": lr, "grad_norm": norm}
 
-    def _backward(self, batch: Batch, supervised: int) -> float:
+    def _backward(self, batch: Batch, supervised: int) -> Tensor:
         total, _ = self.loss(batch)
         mean = total / supervised
         self.scaler.scale(mean).backward()
-        return float(mean.detach())
+        self.flat.add_gradients()
+        return mean.detach()
 
-    def _check_finite(self, loss: float, norm: float, lr: float) -> None:
-        """Raise TrainError before a bad step is taken. A gradient that only the scaler pushed out of float16 is no error: the
-        scaler skips that step and scales less from there on."""
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-            raise TrainError(
-                f"The loss is {loss} and the gradient norm {norm} at step {self.state.step + 1}: training cannot go on.\n"
-                f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
-            )
-
-    def _indices(self, step: int) -> list[int]:
-        """The records of a step: a function of (seed, step) alone, so a resumed run sees the same ones."""
-        epoch, position = divmod(step, self.per_epoch)
-        if self.epoch != epoch:
-            self.epoch = epoch
-            self.batches = plan(self.lengths, batch=self.config.batch, seed=self.config.seed, epoch=epoch)
-        return self.batches[position]
+    def _check_finite(self, now: _Watched) -> None:
+        """Raise TrainError before a bad step is taken. On a GPU the step before this one is looked at instead, which has long
+        been computed, and a bad step is made one without gradients."""
+        if self.on_cuda:
+            for parameter in self.trainable:
+                assert parameter.grad is not None
+                parameter.grad.masked_fill_(~torch.isfinite(now.pair.sum()), 0.0)
+            now, self.last = self.last or now, now
+        now.check(self.scaler)
 
     def _check_reached(self) -> None:
         """A layer whose forward never ran has no gradient: its update would be saved untrained and silently useless."""
-        dead = [name for name, update in updates(self.model).items() if update.B.grad is None]
+        dead = self.flat.unreached()
         if dead:
             names = ", ".join(dead[:5]) + (" …" if len(dead) > 5 else "")
             self._warn(
                 f"{len(dead)} adapted layers took no part in the first step and will not learn from such data: {names}"
             )
-            for name in dead:
-                for p in updates(self.model)[name].parameters():
-                    p.grad = torch.zeros_like(p)
 
     def _is_time_to_evaluate(self) -> bool:
         """Every `eval_every` steps, or at each tenth of the run; and at its end."""
@@ -229,16 +237,19 @@ class Loop:
     def _log(self, values: dict[str, Any]) -> None:
         """A line of the log: loss and speed are of the steps since the last one."""
         state, before = self.state, self._logged
+        state.loss_sum += float(self.losses)
+        self.losses.zero_()
         state.last_loss = (state.loss_sum - before.loss_sum) / (state.supervised - before.supervised)
+        state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
+        norm = float(values["grad_norm"])
+        values = {"loss": state.last_loss, "lr": values["lr"], "grad_norm": norm if math.isfinite(norm) else None}
         speed = (state.tokens - before.tokens) / max(state.step_seconds - before.step_seconds, 1e-9)
         self._logged = replace(state)
         more = {
             "seconds": state.seconds, "tokens": state.tokens, "supervised": state.supervised, "tokens_per_second": speed,
             "memory": peak_memory(), "seconds_left": self._seconds_left(),
         }  # fmt: skip
-        self.on_event(
-            Event("step", state.step, {"loss": state.last_loss, **values, **more, "total_steps": self.total_steps})
-        )
+        self.on_event(Event("step", state.step, {**values, **more, "total_steps": self.total_steps}))
 
     def _seconds_left(self) -> float:
         """By the steps to come or by the clock, whichever ends first."""
@@ -248,6 +259,33 @@ class Loop:
 
     def _warn(self, text: str) -> None:
         self.on_event(Event("warning", self.state.step, {"text": text}))
+
+
+class _Watched:
+    """Loss and gradient norm of a step. From a GPU they are copied without waiting for it."""
+
+    def __init__(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        self.step, self.lr = step, lr
+        self.pair = torch.stack([loss.float(), norm.float()])
+        self.copied = None
+        self.here = self.pair
+        if self.pair.is_cuda:
+            self.here = torch.empty(2, pin_memory=True).copy_(self.pair, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def check(self, scaler: torch.amp.GradScaler) -> None:
+        """Raise TrainError unless both are finite."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, norm = self.here.tolist()
+        # A gradient that only the scaler pushed out of float16 is no error: it skips that step and scales less from there on
+        overflow = scaler.is_enabled() and scaler.get_scale() > 1.0
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            raise TrainError(
+                f"The loss is {loss} and the gradient norm {norm} at step {self.step + 1}: training cannot go on.\n"
+                f"Try a smaller --lr (it was {self.lr:.3g}) or --dtype float32. What was learned before this step is kept."
+            )
 
 
 def _checkpoint_activations(model: Any) -> None:
