@@ -4,12 +4,25 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from deltaw import LoRA, attach
 from deltaw.attached import parameters
 from deltaw.data import Batch, Example, collate
-from deltaw.training import loss as loss_module
-from deltaw.training.loss import CompletionLoss, chunked_cross_entropy
+from deltaw.training import head as head_module
+from deltaw.training.head import AfterHead, chunked_cross_entropy
+from deltaw.training.loss import CompletionLoss
 from tests.conftest import MAKERS, fill, tiny_llama
 
 EXAMPLES = [
@@ -32,57 +45,123 @@ def by_hand(model: Any, examples: list[Example]) -> tuple[float, int]:
     return total, count
 
 
-@pytest.mark.parametrize("path", ["chunked", "logits"])
+def forced(model: Any, path: str) -> CompletionLoss:
+    """Its loss by this path."""
+    measure = CompletionLoss(model)
+    with torch.no_grad():
+        measure(collate(EXAMPLES, 0))
+    assert measure.path == "head"
+    measure.path = path
+    return measure
+
+
+@pytest.mark.parametrize("path", ["head", "logits"])
 def test_the_loss_is_the_sum_computed_by_hand(tiny: Any, path: str) -> None:
     fill(attach(tiny, LoRA(rank=4, alpha=10)))
-    measure = CompletionLoss(tiny)
-    assert measure.path == "chunked"
-    if path == "logits":
-        measure.head = None
     with torch.no_grad():
-        total, count = measure(collate(EXAMPLES, 0))
+        total, count = forced(tiny, path)(collate(EXAMPLES, 0))
         expected, expected_count = by_hand(tiny, EXAMPLES)
     assert count == expected_count == 7
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_both_paths_give_the_same_gradients(tiny: Any) -> None:
-    fill(attach(tiny, LoRA(rank=4, alpha=10)))
-    measure = CompletionLoss(tiny)
-    chunked = torch.autograd.grad(measure(collate(EXAMPLES, 0))[0], parameters(tiny))
-    measure.head = None
-    for ours, theirs in zip(
-        chunked, torch.autograd.grad(measure(collate(EXAMPLES, 0))[0], parameters(tiny)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+def softcapped() -> Any:
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0))
+
+
+def divided() -> Any:
+    return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0, tie_word_embeddings=False))
+
+
+def multiplied() -> Any:
+    return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25))
+
+
+def biased() -> Any:
+    model = PhiForCausalLM(PhiConfig(**SIZES))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def projected() -> Any:
+    config = OPTConfig(
+        hidden_size=32, word_embed_proj_dim=16, ffn_dim=56, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+        max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+HEADS = {
+    "tied": tiny_llama, "untied": lambda: tiny_llama(tied=False), "soft-capped": softcapped, "divided": divided,
+    "multiplied": multiplied, "biased": biased, "projected": projected,
+}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapted_head", [False, True])
+@pytest.mark.parametrize("kind", list(HEADS))
+def test_every_head_gives_the_values_and_gradients_of_the_models_own_logits(kind: str, adapted_head: bool) -> None:
+    torch.manual_seed(0)
+    model = HEADS[kind]().eval()
+    with torch.no_grad():  # logits as large as a trained model's, on which a cap can be seen
+        model.get_output_embeddings().weight.mul_(40)
+    targets = ["all-linear", "lm_head"] if adapted_head else "all-linear"
+    fill(attach(model, LoRA(rank=4, alpha=10, targets=targets)))
+    with torch.no_grad():
+        expected, _ = by_hand(model, EXAMPLES)
+        assert float(forced(model, "head")(collate(EXAMPLES, 0))[0]) == pytest.approx(expected, rel=1e-4)
+    ours, theirs = (
+        torch.autograd.grad(forced(model, path)(collate(EXAMPLES, 0))[0], parameters(model))
+        for path in ("head", "logits")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 10_000])
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunked_cross_entropy(chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk)
+@pytest.mark.parametrize("after", [AfterHead(), AfterHead(0.3), AfterHead(1.0, 2.0), AfterHead(1.7, 2.0)])
+def test_chunked_cross_entropy(chunk: int, bias: bool, after: AfterHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head_module, "_CACHED_ELEMENTS", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(9, 6, requires_grad=True)
     weight, b = torch.randn(13, 6), torch.randn(13) if bias else None
     targets = torch.randint(0, 13, (9,))
-    expected = torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(hidden, weight, b), targets, reduction="none"
-    )
-    found = chunked_cross_entropy(hidden, weight, b, targets)
+    logits = after(torch.nn.functional.linear(hidden, weight, b))
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    found = chunked_cross_entropy(hidden, weight, b, targets, after)
     torch.testing.assert_close(found, expected)
     g = torch.randn(9)
     torch.testing.assert_close(torch.autograd.grad(found, hidden, g)[0], torch.autograd.grad(expected, hidden, g)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy(hidden, weight, b, targets, after), expected)
+
+
+def test_chunked_cross_entropy_of_a_bfloat16_head_is_that_of_its_logits_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 64).bfloat16().requires_grad_()
+    weight, targets = torch.randn(200, 64).bfloat16(), torch.randint(0, 200, (9,))
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
+    found = chunked_cross_entropy(hidden, weight, None, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(losses.sum(), hidden)[0].float() for losses in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 def test_logits_never_exist_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fill(attach(tiny_llama(), LoRA(rank=4, alpha=10)))
     measure = CompletionLoss(model)
-    measure(collate(EXAMPLES, 0))  # the one check against the model's own logits
+    measure(collate(EXAMPLES, 0))  # the first, which tries the ways to the model's own logits
     heights: list[int] = []
     model.lm_head.register_forward_hook(lambda m, i, o: heights.append(-1))
     plain = torch.nn.functional.linear
     monkeypatch.setattr(
-        loss_module.F,
+        head_module.F,
         "linear",
         lambda x, w, b=None: (heights.append(len(x)), plain(x, w, b))[1] if len(w) == 96 else plain(x, w, b),
     )
@@ -98,7 +177,7 @@ def test_a_head_of_its_own_kind_falls_back_to_the_models_logits(caplog: pytest.L
     class Doubled(type(tiny_llama())):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             out = super().forward(*args, **kwargs)
-            out.logits = out.logits * 2
+            out.logits = out.logits.sigmoid()
             return out
 
     torch.manual_seed(0)
@@ -108,7 +187,7 @@ def test_a_head_of_its_own_kind_falls_back_to_the_models_logits(caplog: pytest.L
     with torch.no_grad():
         total, _ = measure(collate(EXAMPLES, 0))
         assert float(total) == pytest.approx(by_hand(model, EXAMPLES)[0], rel=1e-5)
-    assert measure.path == "logits" and "not a plain linear map" in caplog.text
+    assert measure.path == "logits" and "does more than is known" in caplog.text
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
@@ -116,13 +195,14 @@ def test_an_adapted_head_is_used_as_adapted(kind: str) -> None:
     model = MAKERS[kind]().eval()
     fill(attach(model, LoRA(rank=4, alpha=10, targets="lm_head")))
     measure = CompletionLoss(model)
-    assert measure.path == "logits"
     with torch.no_grad():
         assert float(measure(collate(EXAMPLES, 0))[0]) == pytest.approx(by_hand(model, EXAMPLES)[0], rel=1e-5)
+    assert measure.path == "head"
 
 
 def test_per_token_losses_know_their_rows(tiny: Any) -> None:
-    losses, rows = CompletionLoss(tiny).per_token(collate(EXAMPLES, 0))
+    with torch.no_grad():
+        losses, rows = CompletionLoss(tiny).per_token(collate(EXAMPLES, 0))
     assert rows.tolist() == [0, 0, 0, 1, 1, 2, 2]
     with torch.no_grad():
         expected, _ = by_hand(tiny, EXAMPLES[1:2])

@@ -1,0 +1,131 @@
+"""Hidden states → −log p of the tokens that follow, without a [tokens, vocabulary] tensor. Knows a head and what its model does
+to the logits after it; nothing of batches.
+
+A frozen linear head: a chunk's logits, its losses and their gradient with respect to the hidden states are formed together,
+in one memory, and are gone before the next chunk. A head that is itself adapted or trained is called as a module, a chunk
+at a time, and called again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deltaw.layers import slot_of
+
+# Bounds a chunk's logits to 64 MB of fp32, whatever the vocabulary
+_CHUNK_ELEMENTS = 1 << 24
+# On a CPU, softmax runs over so many entries at a time, which stay in cache between its passes
+_CACHED_ELEMENTS = 1 << 20
+# Positions come in multiples of this: every new shape leaves buffers behind in the CPU's matrix library
+MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """What a model does to the logits that come from its head: cap·tanh(scale·z / cap), or scale·z where there is no cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.scale
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+
+def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, after: AfterHead = AfterHead()) -> Tensor:
+    """−log softmax(after(head(hidden_i)))[targets_i] for each i, in float32 or wider. hidden [n, k], targets [n] int64."""
+    if is_frozen_linear(head):
+        return chunked_cross_entropy(hidden, head.weight, head.bias, targets, after)  # type: ignore[arg-type]
+    height = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])  # type: ignore[union-attr,index]
+
+    def losses(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(after(_wide(head(rows))), wanted, reduction="none")
+
+    chunks = zip(hidden.split(height), targets.split(height), strict=True)
+    return torch.cat([checkpoint(losses, rows, wanted, use_reentrant=False) for rows, wanted in chunks])
+
+
+def is_frozen_linear(head: nn.Module) -> bool:
+    """A plain linear map that nothing trains and no adapter is on."""
+    frozen = not any(p.requires_grad for p in head.parameters())
+    return type(head) is nn.Linear and slot_of(head) is None and frozen
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    after: AfterHead = AfterHead(),
+) -> Tensor:
+    """−log softmax(after(weight·hidden_i + bias))[targets_i] for each i, float32 [n] (float64 for float64).
+
+    hidden [n, k], weight [vocabulary, k] and bias [vocabulary] frozen, targets [n] int64. Differentiable in hidden.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, after)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead
+    ) -> Tensor:
+        losses = []
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        height = max(1, _CHUNK_ELEMENTS // weight.shape[0] // MULTIPLE) * MULTIPLE
+        for start in range(0, hidden.shape[0], height):
+            chunk = slice(start, start + height)
+            logits = F.linear(hidden[chunk], weight, bias)
+            losses.append(_losses_(logits, targets[chunk], after, gradient=dhidden is not None))
+            if dhidden is not None:
+                torch.mm(logits, weight, out=dhidden[chunk])
+        ctx.save_for_backward(dhidden)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (dhidden,) = ctx.saved_tensors
+        return (None if dhidden is None else dhidden * grads[0].to(dhidden.dtype)[:, None]), None, None, None, None
+
+
+def _losses_(logits: Tensor, targets: Tensor, after: AfterHead, *, gradient: bool) -> Tensor:
+    """The losses [n] of logits [n, vocabulary] as they come from the head. In the logits' place stands afterwards, with
+    `gradient`, the gradient of each row's loss with respect to them."""
+    n, vocabulary = logits.shape
+    height = max(1, _CACHED_ELEMENTS // vocabulary) if logits.device.type == "cpu" else n
+    losses = []
+    for start in range(0, n, height):
+        own, y = logits[start : start + height], targets[start : start + height, None]
+        z = _wide(own)
+        capped = None
+        if after.scale != 1.0:
+            z.mul_(after.scale)
+        if after.cap is not None:
+            capped = z.div_(after.cap).tanh_().clone()
+            z.mul_(after.cap)
+        top = z.amax(1, keepdim=True)
+        wanted = z.gather(1, y)
+        mass = z.sub_(top).exp_().sum(1, keepdim=True)
+        losses.append((mass.log() + top - wanted).squeeze(1))
+        if not gradient:
+            continue
+        # softmax − one-hot, and back through what came after the head
+        z.div_(mass).scatter_add_(1, y, torch.full_like(mass, -1.0))
+        if capped is not None:
+            z.mul_(capped.square_().neg_().add_(1.0))
+        if after.scale != 1.0:
+            z.mul_(after.scale)
+        if z.dtype != own.dtype:
+            own.copy_(z)
+    return torch.cat(losses)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 or wider; the same tensor where it is that already."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
