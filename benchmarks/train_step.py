@@ -1,18 +1,22 @@
 """What a training step costs: deltaw, TRL, a plain PEFT loop, full fine-tuning and the floor, on the same records.
 
-    python benchmarks/train_step.py --data DATA/e2e                     # all-linear, r = 8, 8 records a step
-    python benchmarks/train_step.py --data DATA/e2e --targets qv --rank 64 --batch 32 --rows deltaw,floor --name other
+    python benchmarks/train_step.py --data DATA/e2e                  # all-linear, r = 8, 8 records a step, against the others
+    python benchmarks/train_step.py --data DATA/e2e --part grid      # against the floor: targets, ranks, batches
+    python benchmarks/train_step.py --data DATA/e2e --part ranks     # … as the rank grows, and with --part lengths the records
+    python benchmarks/train_step.py --data DATA/e2e --rows deltaw,floor --rank 64 --name other
 
-The floor is a frozen forward pass and a backward pass for activations only, on deltaw's batches in deltaw's precision: no
-method that trains through this base can do less. Every row runs in a process of its own, all rows in turn, several rounds;
-medians are written, with ratios taken within each round. Tokens are those of the records: padding does not count.
+The floor is a frozen forward pass and a backward pass for activations only, on deltaw's batches in deltaw's precision with
+deltaw's loss and attention: no method that trains through this base can do less. Each row runs in a process of its own; the
+processes of a heat take their steps in turn, one at a time, so that a slow minute of the machine is everybody's. Medians and
+sums over the measured steps are written. Tokens are those of the records: padding does not count.
 
-Writes results/NAME.json with machine and versions.
+Writes results/train_step.json (…_PART.json) with machine and versions.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -22,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,109 +35,216 @@ HERE = Path(__file__).resolve().parent
 SEED = 0
 
 
-@dataclass
-class Clock:
-    """What a row's steps came to; the first `warm` of them only warm up."""
+@dataclass(frozen=True)
+class Case:
+    """One heat: these rows, side by side, on steps like these."""
 
-    warm: int
-    stamps: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    loaded: int = 0
-    """Resident bytes once the model was there."""
+    rows: tuple[str, ...] = ("deltaw", "floor")
+    targets: str = "all-linear"
+    rank: int = 8
+    batch: int = 8
+    length: int = 0
+    """Tokens of a record, about: records are joined up to there; 0 takes them as they are."""
+    dtype: str = "auto"
+    """deltaw's and the floor's; the others take their own defaults."""
+    warm: int = 10
+    steps: int = 20
+
+
+PARTS: dict[str, list[Case]] = {
+    "main": [
+        Case(rows=("deltaw", "floor", "trl", "trl_grouped")),
+        Case(rows=("deltaw", "trl_tuned", "peft_loop", "full"), warm=5),
+        Case(rows=("trl_packed",), warm=1, steps=2),  # a step of it is 8,192 tokens and 17 GB: it has the machine to itself
+    ],
+    "grid": [
+        Case(targets=targets, rank=rank, batch=batch, warm=warm, steps=steps)
+        for targets in ("all-linear", "qv")
+        for rank in (1, 8, 64)
+        for batch, warm, steps in ((1, 20, 60), (8, 10, 20), (32, 4, 8))
+    ],
+    "ranks": [Case(rank=rank) for rank in (1, 2, 4, 8, 16, 32, 64, 128)],
+    "lengths": [
+        Case(length=length, batch=batch, warm=4, steps=8) for length, batch in ((64, 16), (128, 8), (256, 4), (512, 2), (1024, 1))
+    ],
+    "float32": [Case(rows=("deltaw", "floor", "peft_loop"), targets=t, dtype="float32") for t in ("all-linear", "qv")],
+}  # fmt: skip
+
+
+class Clock:
+    """A row's side of the race: each step waits for its turn and tells what it took."""
+
+    def __init__(self, case: Case, turns: int, told: int) -> None:
+        self.left = case.warm + case.steps
+        self.turns = os.fdopen(turns, "r")
+        self.told = os.fdopen(told, "w")
 
     def start(self) -> None:
-        self.loaded = _resident()
-        self.stamps.append(time.perf_counter())
+        """The model is there; the first step comes next."""
+        self._tell(loaded=_resident())
+        self._wait()
 
     def step(self, tokens: int, supervised: int, loss: float) -> None:
-        self.stamps.append(time.perf_counter())
-        self.tokens.append(tokens)
-        self.supervised.append(supervised)
-        self.losses.append(loss)
-
-    def figures(self) -> dict[str, Any]:
-        seconds = self.stamps[-1] - self.stamps[self.warm]
+        """A step of that many tokens is over."""
+        seconds = time.perf_counter() - self.began
+        self.left -= 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "tokens_per_second": sum(self.tokens[self.warm :]) / seconds,
-            "supervised_per_second": sum(self.supervised[self.warm :]) / seconds,
-            "seconds_per_step": seconds / (len(self.stamps) - 1 - self.warm),
-            "seconds_per_token": seconds / sum(self.tokens[self.warm :]),
-            "peak_over_loaded_gb": (peak - self.loaded) / 1e9,
-            "losses": [round(loss, 4) for loss in self.losses],
-        }
+        self._tell(seconds=seconds, tokens=tokens, supervised=supervised, loss=loss, peak=peak)
+        if self.left > 0:
+            self._wait()
+
+    def _tell(self, **values: float) -> None:
+        self.told.write(json.dumps(values) + "\n")
+        self.told.flush()
+
+    def _wait(self) -> None:
+        self.turns.readline()
+        self.began = time.perf_counter()
+
+
+class Runner:
+    """The race's side of a row."""
+
+    def __init__(self, row: str, case: Case, folder: str, model: str) -> None:
+        turns, self.give = os.pipe()
+        hear, told = os.pipe()
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        given = json.dumps({"row": row, "case": dataclasses.asdict(case), "pipes": (turns, told)})
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--data", folder, "--model", model, "--worker", given],
+            pass_fds=(turns, told), stdout=subprocess.DEVNULL, env=os.environ | quiet,
+        )  # fmt: skip
+        os.close(turns)
+        os.close(told)
+        self.hear = os.fdopen(hear, "r")
+        self.loaded = self._heard()["loaded"]
+        self.taken: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        os.write(self.give, b"\n")
+        self.taken.append(self._heard())
+
+    def _heard(self) -> dict[str, float]:
+        line = self.hear.readline()
+        if not line:
+            sys.exit(f"{self.process.args} ended with code {self.process.wait()}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        self.process.wait()
 
 
 def main() -> None:
     chosen = arguments()
     if chosen.worker:
-        print(json.dumps(work(chosen)))
+        work(chosen)
         return
     import machine
 
-    rows = chosen.rows.split(",")
-    rounds: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        sample(Path(chosen.data) / "train.jsonl", Path(folder) / "train.jsonl")
-        for number in range(chosen.rounds):
-            rounds.append({})
-            for row in rows if number % 2 == 0 else reversed(rows):  # what runs first in a round takes turns
-                rounds[-1][row] = run_worker(row, folder)
-                shown = {k: round(v, 3) for k, v in rounds[-1][row].items() if k != "losses"}
-                print(number, row, shown, file=sys.stderr, flush=True)
-    settings = {k: v for k, v in vars(chosen).items() if k not in ("worker", "data", "model")}
-    machine.write(chosen.name, {"settings": settings, "rows": {row: summary(rounds, row, rows) for row in rows}})
+    known = {f.name for f in dataclasses.fields(Case)}
+    changes = {k: v for k, v in vars(chosen).items() if k in known and v is not None}
+    if "rows" in changes:
+        changes["rows"] = tuple(changes["rows"].split(","))
+    # Rows or settings of one's own make one heat of them
+    cases = PARTS[chosen.part] if not changes else [Case(**changes)]
+    found = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            sample(Path(chosen.data) / "train.jsonl", Path(folder) / "train.jsonl", case.length)
+            found.append(dataclasses.asdict(case) | {"rows": heat(case, folder, chosen.model)})
+        shown = {row: {k: v for k, v in values.items() if k != "losses"} for row, values in found[-1]["rows"].items()}
+        print(json.dumps(found[-1] | {"rows": shown}, indent=1), file=sys.stderr, flush=True)
+    part = chosen.part if not changes else "own"
+    machine.write(chosen.name or ("train_step" if part == "main" else f"train_step_{part}"), {"heats": found})
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train.jsonl of prompt/completion records")
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
-    parser.add_argument("--targets", default="all-linear")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", default="auto", help="deltaw's and the floor's; the others take their own defaults")
-    parser.add_argument("--warm", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--name", default="train_step")
+    parser.add_argument("--part", default="main", choices=PARTS)
+    parser.add_argument("--rows", help=f"of {', '.join(ROWS)}, with commas between; they make one heat")
+    parser.add_argument("--targets", choices=("all-linear", "qv"))
+    for name in ("rank", "batch", "length", "warm", "steps"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dtype")
+    parser.add_argument("--name", help="of the result file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def sample(source: Path, out: Path) -> None:
+def sample(source: Path, out: Path, length: int) -> None:
     """The same few thousand records for every row: a step's cost needs no more, and reading them is not measured."""
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-    out.write_text("".join(random.Random(SEED).sample(lines, min(4000, len(lines)))), encoding="utf-8")
+    records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    random.Random(SEED).shuffle(records)
+    if length:
+        records = list(joined(records, 4 * length))
+    lines = [json.dumps(record) + "\n" for record in records[:4000]]
+    out.write_text("".join(lines), encoding="utf-8")
 
 
-def run_worker(row: str, folder: str) -> dict[str, Any]:
-    """One row in a fresh process, which prints its figures last."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--data", folder, "--worker", row]
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | quiet)
-    return json.loads(done.stdout.splitlines()[-1])
+def joined(records: list[dict[str, str]], characters: int) -> Iterator[dict[str, str]]:
+    """Records put together, the earlier ones into the last one's prompt, up to about so many characters each."""
+    before: list[str] = []
+    for record in records:
+        if sum(map(len, before)) + len(record["prompt"]) + len(record["completion"]) >= characters:
+            yield {"prompt": "\n".join([*before, record["prompt"]]), "completion": record["completion"]}
+            before = []
+        else:
+            before.append(record["prompt"] + "\n" + record["completion"])
 
 
-def work(chosen: argparse.Namespace) -> dict[str, Any]:
-    clock = Clock(chosen.warm)
-    ROWS[chosen.worker](chosen, clock)
-    return clock.figures()
+def heat(case: Case, folder: str, model: str) -> dict[str, Any]:
+    """All rows of a case, their steps in turn."""
+    runners = {row: Runner(row, case, folder, model) for row in case.rows}
+    for number in range(case.warm + case.steps):
+        for runner in list(runners.values())[:: 1 if number % 2 == 0 else -1]:  # who goes first takes turns, too
+            runner.step()
+    for runner in runners.values():
+        runner.end()
+    figures = {row: summary(runner, case.warm) for row, runner in runners.items()}
+    for row, values in figures.items():
+        others = {other: figures[other]["seconds_per_1000_tokens"] for other in case.rows if other != row}
+        ratios = {other: round(values["seconds_per_1000_tokens"] / theirs, 3) for other, theirs in others.items()}
+        if row == "deltaw" and "floor" in case.rows:  # they take the same batches: step by step
+            pairs = zip(runners["deltaw"].taken[case.warm :], runners["floor"].taken[case.warm :], strict=True)
+            ratios["floor"] = round(statistics.median(ours["seconds"] / floor["seconds"] for ours, floor in pairs), 3)
+        values["times_the_time_of"] = ratios
+    return figures
 
 
-def summary(rounds: list[dict[str, Any]], row: str, rows: list[str]) -> dict[str, Any]:
-    """Medians over rounds, and the median ratio of its time per token to every other row's in the same round."""
-    keys = [k for k in rounds[0][row] if k not in ("losses", "seconds_per_token")]
-    found: dict[str, Any] = {k: round(statistics.median(r[row][k] for r in rounds), 4) for k in keys}
-    found["times_the_time_of"] = {
-        other: round(statistics.median(r[row]["seconds_per_token"] / r[other]["seconds_per_token"] for r in rounds), 3)
-        for other in rows
-        if other != row
+def summary(runner: Runner, warm: int) -> dict[str, Any]:
+    steps = runner.taken[warm:]
+    seconds, tokens = sum(s["seconds"] for s in steps), sum(s["tokens"] for s in steps)
+    return {
+        "tokens_per_second": round(tokens / seconds, 1),
+        "supervised_per_second": round(sum(s["supervised"] for s in steps) / seconds, 1),
+        "seconds_per_step": round(statistics.median(s["seconds"] for s in steps), 4),
+        "seconds_per_1000_tokens": round(1000 * seconds / tokens, 4),
+        "peak_over_loaded_gb": round((steps[-1]["peak"] - runner.loaded) / 1e9, 3),
+        "peak_gb": round(steps[-1]["peak"] / 1e9, 3),
+        "losses": [round(s["loss"], 4) for s in runner.taken],
     }
-    return found | {"losses": rounds[0][row]["losses"]}
+
+
+def work(chosen: argparse.Namespace) -> None:
+    given = json.loads(chosen.worker)
+    case = Case(**given["case"])
+    job = Job(case, chosen.data, chosen.model)
+    ROWS[given["row"]](job, Clock(case, *given["pipes"]))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a row gets."""
+
+    case: Case
+    data: str
+    model: str
+
+    @property
+    def steps(self) -> int:
+        return self.case.warm + self.case.steps
 
 
 def _resident() -> int:
@@ -144,7 +255,7 @@ def _resident() -> int:
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def deltaw_row(chosen: argparse.Namespace, clock: Clock) -> None:
+def deltaw_row(job: Job, clock: Clock) -> None:
     """`deltaw.train` as a user calls it."""
     import deltaw
 
@@ -160,46 +271,46 @@ def deltaw_row(chosen: argparse.Namespace, clock: Clock) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(
-            out=folder, batch=chosen.batch, steps=chosen.warm + chosen.steps, valid_share=0.0, samples=0, log_every=1,
-            seed=SEED, dtype=chosen.dtype, overwrite=True,
+            out=folder, batch=job.case.batch, steps=job.steps, valid_share=0.0, samples=0, log_every=1,
+            seed=SEED, dtype=job.case.dtype, overwrite=True,
         )  # fmt: skip
-        method = deltaw.LoRA(rank=chosen.rank, alpha=16, targets=chosen.targets)
-        deltaw.train(chosen.model, str(Path(chosen.data) / "train.jsonl"), config, method=method, on_event=hear)
+        method = deltaw.LoRA(rank=job.case.rank, alpha=16, targets=job.case.targets)
+        deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=hear)
 
 
-def floor_row(chosen: argparse.Namespace, clock: Clock) -> None:
+def floor_row(job: Job, clock: Clock) -> None:
     """Forward and activation gradients through the frozen base on deltaw's own batches."""
     from deltaw.training.attention import short_row_attention
     from deltaw.training.loss import CompletionLoss
 
-    model, tokenizer, examples = opened(chosen, dtype=chosen.dtype)
+    model, tokenizer, examples = opened(job, dtype=job.case.dtype)
     model.requires_grad_(False).train()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     loss = CompletionLoss(model)
     with short_row_attention(model, max(len(e.input_ids) for e in examples)):
         clock.start()
-        for rows, batch in planned(chosen, tokenizer, examples):
+        for rows, batch in planned(job, tokenizer, examples):
             total, count = loss(batch)
             (total / count).backward()
             clock.step(sum(len(e.input_ids) for e in rows), count, float(total) / count)
 
 
-def peft_row(chosen: argparse.Namespace, clock: Clock) -> None:
+def peft_row(job: Job, clock: Clock) -> None:
     """The loop of PEFT's own examples: shuffled, padded batches, the model's own loss, AdamW."""
     import peft
 
-    model, tokenizer, examples = opened(chosen)
-    modules: Any = ["q_proj", "v_proj"] if chosen.targets == "qv" else "all-linear"
-    config = peft.LoraConfig(r=chosen.rank, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
-    plain_loop(chosen, clock, peft.get_peft_model(model, config), tokenizer, examples)
+    model, tokenizer, examples = opened(job)
+    modules: Any = ["q_proj", "v_proj"] if job.case.targets == "qv" else "all-linear"
+    config = peft.LoraConfig(r=job.case.rank, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
+    plain_loop(job, clock, peft.get_peft_model(model, config), tokenizer, examples)
 
 
-def full_row(chosen: argparse.Namespace, clock: Clock) -> None:
+def full_row(job: Job, clock: Clock) -> None:
     """The same loop over all weights."""
-    plain_loop(chosen, clock, *opened(chosen))
+    plain_loop(job, clock, *opened(job))
 
 
-def plain_loop(chosen: argparse.Namespace, clock: Clock, model: Any, tokenizer: Any, examples: list[Any]) -> None:
+def plain_loop(job: Job, clock: Clock, model: Any, tokenizer: Any, examples: list[Any]) -> None:
     import torch
 
     from deltaw.data import collate
@@ -210,8 +321,8 @@ def plain_loop(chosen: argparse.Namespace, clock: Clock, model: Any, tokenizer: 
     optimizer = torch.optim.AdamW(trainable, lr=5e-4 if len(trainable) < len(list(model.parameters())) else 5e-5)
     model.train()
     clock.start()
-    for number in range(chosen.warm + chosen.steps):
-        rows = [examples[i] for i in order[number * chosen.batch : (number + 1) * chosen.batch]]
+    for number in range(job.steps):
+        rows = [examples[i] for i in order[number * job.case.batch : (number + 1) * job.case.batch]]
         batch = collate(rows, tokenizer.pad_token_id or 0)
         labels = batch.input_ids.masked_fill(~batch.supervised, -100)
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
@@ -224,7 +335,7 @@ def plain_loop(chosen: argparse.Namespace, clock: Clock, model: Any, tokenizer: 
 def trl_row(**settings: Any) -> Callable[[argparse.Namespace, Clock], None]:
     """TRL's SFTTrainer with PEFT, as its documentation shows it, and these settings."""
 
-    def row(chosen: argparse.Namespace, clock: Clock) -> None:
+    def row(job: Job, clock: Clock) -> None:
         import datasets
         import peft
         import trl
@@ -239,19 +350,19 @@ def trl_row(**settings: Any) -> Callable[[argparse.Namespace, Clock], None]:
                     clock.step(*seen.pop(0), logs["loss"])
 
         seen: list[tuple[int, int]] = []
-        model = AutoModelForCausalLM.from_pretrained(chosen.model)
-        tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-        lines = (Path(chosen.data) / "train.jsonl").read_text().splitlines()
+        model = AutoModelForCausalLM.from_pretrained(job.model)
+        tokenizer = AutoTokenizer.from_pretrained(job.model)
+        lines = (Path(job.data) / "train.jsonl").read_text().splitlines()
         data = datasets.Dataset.from_list([json.loads(line) for line in lines])
-        modules: Any = ["q_proj", "v_proj"] if chosen.targets == "qv" else "all-linear"
+        modules: Any = ["q_proj", "v_proj"] if job.case.targets == "qv" else "all-linear"
         with tempfile.TemporaryDirectory() as folder:
             config = trl.SFTConfig(
-                output_dir=folder, per_device_train_batch_size=chosen.batch, max_steps=chosen.warm + chosen.steps,
+                output_dir=folder, per_device_train_batch_size=job.case.batch, max_steps=job.steps,
                 logging_steps=1, save_strategy="no", report_to="none", seed=SEED, learning_rate=5e-4, use_cpu=True, **settings,
             )  # fmt: skip
             trainer = trl.SFTTrainer(
                 model=model, args=config, train_dataset=data, processing_class=tokenizer,
-                peft_config=peft.LoraConfig(r=chosen.rank, lora_alpha=16, target_modules=modules),
+                peft_config=peft.LoraConfig(r=job.case.rank, lora_alpha=16, target_modules=modules),
             )  # fmt: skip
             trainer.add_callback(Stamps())
             step = trainer.training_step
@@ -280,24 +391,24 @@ ROWS: dict[str, Callable[[argparse.Namespace, Clock], None]] = {
 }
 
 
-def opened(chosen: argparse.Namespace, dtype: str = "float32") -> tuple[Any, Any, list[Any]]:
+def opened(job: Job, dtype: str = "float32") -> tuple[Any, Any, list[Any]]:
     """Model, tokenizer and encoded records."""
     from deltaw.config import DataConfig
     from deltaw.data import encode, read
     from deltaw.pretrained import load_pretrained
 
-    loaded = load_pretrained(chosen.model, dtype=dtype, to_train=True)  # type: ignore[arg-type]
-    records = read(str(Path(chosen.data) / "train.jsonl"), DataConfig())
+    loaded = load_pretrained(job.model, dtype=dtype, to_train=True)  # type: ignore[arg-type]
+    records = read(str(Path(job.data) / "train.jsonl"), DataConfig())
     return loaded.model, loaded.tokenizer, encode(records, loaded.tokenizer, DataConfig()).examples
 
 
-def planned(chosen: argparse.Namespace, tokenizer: Any, examples: list[Any]) -> Any:
+def planned(job: Job, tokenizer: Any, examples: list[Any]) -> Any:
     """deltaw's batches: the same plan, padding and order."""
     from deltaw.data import collate, plan
     from deltaw.generation import pad_id
 
-    batches = plan([len(e.input_ids) for e in examples], chosen.batch, SEED, 0)
-    for indices in batches[: chosen.warm + chosen.steps]:
+    batches = plan([len(e.input_ids) for e in examples], job.case.batch, SEED, 0)
+    for indices in batches[: job.steps]:
         rows = [examples[i] for i in indices]
         yield rows, collate(rows, pad_id(tokenizer))
 
