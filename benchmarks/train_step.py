@@ -6,9 +6,8 @@
     python benchmarks/train_step.py --data DATA/e2e --rows deltaw,floor --rank 64 --name other
 
 The floor is a frozen forward pass and a backward pass for activations only, on deltaw's batches in deltaw's precision with
-deltaw's loss and attention: no method that trains through this base can do less. Each row runs in a process of its own; the
-processes of a heat take their steps in turn, one at a time, so that a slow minute of the machine is everybody's. Medians and
-sums over the measured steps are written. Tokens are those of the records: padding does not count.
+deltaw's loss and attention: no method that trains through this base can do less. Rows run side by side, step by step (race.py).
+Tokens are those of the records: padding does not count.
 
 Writes results/train_step.json (…_PART.json) with machine and versions.
 """
@@ -18,18 +17,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import race
+from race import Clock
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -54,7 +51,7 @@ class Case:
 PARTS: dict[str, list[Case]] = {
     "main": [
         Case(rows=("deltaw", "floor", "trl", "trl_grouped")),
-        Case(rows=("deltaw", "trl_tuned", "peft_loop", "full"), warm=5),
+        Case(rows=("deltaw", "trl_tuned", "trl_bfloat16", "peft_loop", "full"), warm=5),
         Case(rows=("trl_packed",), warm=1, steps=2),  # a step of it is 8,192 tokens and 17 GB: it has the machine to itself
     ],
     "grid": [
@@ -71,74 +68,13 @@ PARTS: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
-class Clock:
-    """A row's side of the race: each step waits for its turn and tells what it took."""
-
-    def __init__(self, case: Case, turns: int, told: int) -> None:
-        self.left = case.warm + case.steps
-        self.turns = os.fdopen(turns, "r")
-        self.told = os.fdopen(told, "w")
-
-    def start(self) -> None:
-        """The model is there; the first step comes next."""
-        self._tell(loaded=_resident())
-        self._wait()
-
-    def step(self, tokens: int, supervised: int, loss: float) -> None:
-        """A step of that many tokens is over."""
-        seconds = time.perf_counter() - self.began
-        self.left -= 1
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._tell(seconds=seconds, tokens=tokens, supervised=supervised, loss=loss, peak=peak)
-        if self.left > 0:
-            self._wait()
-
-    def _tell(self, **values: float) -> None:
-        self.told.write(json.dumps(values) + "\n")
-        self.told.flush()
-
-    def _wait(self) -> None:
-        self.turns.readline()
-        self.began = time.perf_counter()
-
-
-class Runner:
-    """The race's side of a row."""
-
-    def __init__(self, row: str, case: Case, folder: str, model: str) -> None:
-        turns, self.give = os.pipe()
-        hear, told = os.pipe()
-        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-        given = json.dumps({"row": row, "case": dataclasses.asdict(case), "pipes": (turns, told)})
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--data", folder, "--model", model, "--worker", given],
-            pass_fds=(turns, told), stdout=subprocess.DEVNULL, env=os.environ | quiet,
-        )  # fmt: skip
-        os.close(turns)
-        os.close(told)
-        self.hear = os.fdopen(hear, "r")
-        self.loaded = self._heard()["loaded"]
-        self.taken: list[dict[str, float]] = []
-
-    def step(self) -> None:
-        os.write(self.give, b"\n")
-        self.taken.append(self._heard())
-
-    def _heard(self) -> dict[str, float]:
-        line = self.hear.readline()
-        if not line:
-            sys.exit(f"{self.process.args} ended with code {self.process.wait()}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.wait()
-
-
 def main() -> None:
     chosen = arguments()
     if chosen.worker:
-        work(chosen)
+        race.work(chosen.worker, ROWS, lambda given: Job(Case(**given["case"]), given["data"], given["model"]))
         return
+    if not chosen.data:
+        sys.exit("--data: the folder with E2E's train.jsonl")
     import machine
 
     known = {f.name for f in dataclasses.fields(Case)}
@@ -160,7 +96,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with train.jsonl of prompt/completion records")
+    parser.add_argument("--data", help="folder with train.jsonl of prompt/completion records")
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
     parser.add_argument("--part", default="main", choices=PARTS)
     parser.add_argument("--rows", help=f"of {', '.join(ROWS)}, with commas between; they make one heat")
@@ -195,43 +131,8 @@ def joined(records: list[dict[str, str]], characters: int) -> Iterator[dict[str,
 
 
 def heat(case: Case, folder: str, model: str) -> dict[str, Any]:
-    """All rows of a case, their steps in turn."""
-    runners = {row: Runner(row, case, folder, model) for row in case.rows}
-    for number in range(case.warm + case.steps):
-        for runner in list(runners.values())[:: 1 if number % 2 == 0 else -1]:  # who goes first takes turns, too
-            runner.step()
-    for runner in runners.values():
-        runner.end()
-    figures = {row: summary(runner, case.warm) for row, runner in runners.items()}
-    for row, values in figures.items():
-        others = {other: figures[other]["seconds_per_1000_tokens"] for other in case.rows if other != row}
-        ratios = {other: round(values["seconds_per_1000_tokens"] / theirs, 3) for other, theirs in others.items()}
-        if row == "deltaw" and "floor" in case.rows:  # they take the same batches: step by step
-            pairs = zip(runners["deltaw"].taken[case.warm :], runners["floor"].taken[case.warm :], strict=True)
-            ratios["floor"] = round(statistics.median(ours["seconds"] / floor["seconds"] for ours, floor in pairs), 3)
-        values["times_the_time_of"] = ratios
-    return figures
-
-
-def summary(runner: Runner, warm: int) -> dict[str, Any]:
-    steps = runner.taken[warm:]
-    seconds, tokens = sum(s["seconds"] for s in steps), sum(s["tokens"] for s in steps)
-    return {
-        "tokens_per_second": round(tokens / seconds, 1),
-        "supervised_per_second": round(sum(s["supervised"] for s in steps) / seconds, 1),
-        "seconds_per_step": round(statistics.median(s["seconds"] for s in steps), 4),
-        "seconds_per_1000_tokens": round(1000 * seconds / tokens, 4),
-        "peak_over_loaded_gb": round((steps[-1]["peak"] - runner.loaded) / 1e9, 3),
-        "peak_gb": round(steps[-1]["peak"] / 1e9, 3),
-        "losses": [round(s["loss"], 4) for s in runner.taken],
-    }
-
-
-def work(chosen: argparse.Namespace) -> None:
-    given = json.loads(chosen.worker)
-    case = Case(**given["case"])
-    job = Job(case, chosen.data, chosen.model)
-    ROWS[given["row"]](job, Clock(case, *given["pipes"]))
+    job = {"case": dataclasses.asdict(case), "data": folder, "model": model}
+    return race.heat(case.rows, job, warm=case.warm, count=case.steps, paired=("deltaw", "floor"))
 
 
 @dataclass(frozen=True)
@@ -245,11 +146,6 @@ class Job:
     @property
     def steps(self) -> int:
         return self.case.warm + self.case.steps
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -292,7 +188,7 @@ def floor_row(job: Job, clock: Clock) -> None:
         for rows, batch in planned(job, tokenizer, examples):
             total, count = loss(batch)
             (total / count).backward()
-            clock.step(sum(len(e.input_ids) for e in rows), count, float(total) / count)
+            clock.step(sum(len(e.input_ids) for e in rows), count, total.detach() / count)
 
 
 def peft_row(job: Job, clock: Clock) -> None:
@@ -332,7 +228,7 @@ def plain_loop(job: Job, clock: Clock, model: Any, tokenizer: Any, examples: lis
         clock.step(int(batch.attention_mask.sum()), int(batch.supervised.sum()), float(loss.detach()))
 
 
-def trl_row(**settings: Any) -> Callable[[argparse.Namespace, Clock], None]:
+def trl_row(dtype: str = "float32", **settings: Any) -> Callable[[argparse.Namespace, Clock], None]:
     """TRL's SFTTrainer with PEFT, as its documentation shows it, and these settings."""
 
     def row(job: Job, clock: Clock) -> None:
@@ -350,7 +246,7 @@ def trl_row(**settings: Any) -> Callable[[argparse.Namespace, Clock], None]:
                     clock.step(*seen.pop(0), logs["loss"])
 
         seen: list[tuple[int, int]] = []
-        model = AutoModelForCausalLM.from_pretrained(job.model)
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(job.model)
         lines = (Path(job.data) / "train.jsonl").read_text().splitlines()
         data = datasets.Dataset.from_list([json.loads(line) for line in lines])
@@ -386,6 +282,7 @@ ROWS: dict[str, Callable[[argparse.Namespace, Clock], None]] = {
     "trl_grouped": trl_row(train_sampling_strategy="group_by_length"),
     "trl_packed": trl_row(packing=True, max_length=1024),
     "trl_tuned": trl_row(train_sampling_strategy="group_by_length", gradient_checkpointing=False),
+    "trl_bfloat16": trl_row("bfloat16", train_sampling_strategy="group_by_length", gradient_checkpointing=False),
     "peft_loop": peft_row,
     "full": full_row,
 }

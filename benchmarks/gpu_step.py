@@ -1,0 +1,200 @@
+"""What a training step costs on a GPU: deltaw, a plain PEFT loop, full fine-tuning where it fits, and the floor.
+
+    python benchmarks/gpu_step.py                          # Llama-3.2-1B's and Llama-3.1-8B's shapes
+    python benchmarks/gpu_step.py --shape tiny --name tmp  # anywhere: that it runs
+
+Random weights in bfloat16, built on the device: a step's cost does not depend on their values. Every record has the same
+length, the second half of it supervised. Rows as in train_step.py; a turn is ten steps, so that nothing waits for the GPU
+between them. Writes results/gpu_step.json: tokens/s and peak memory, with machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import race
+from race import Clock
+
+SEED = 0
+LLAMA: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One heat."""
+
+    shape: str
+    rows: tuple[str, ...]
+    rank: int = 8
+    batch: int = 8
+    length: int = 512
+    warm: int = 2
+    """Turns that only warm up."""
+    turns: int = 6
+    each: int = 10
+    """Steps of a turn."""
+
+
+CASES = (
+    Case("llama-3.2-1b", ("deltaw", "floor", "peft_loop", "full")),
+    Case("llama-3.2-1b", ("deltaw", "floor", "peft_loop"), rank=64),
+    Case("llama-3.1-8b", ("deltaw", "floor"), batch=4),
+    Case("llama-3.1-8b", ("deltaw", "peft_loop"), batch=4),
+    Case("llama-3.1-8b", ("deltaw", "floor"), batch=4, rank=64),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=LLAMA, help="this shape only")
+    parser.add_argument("--name", default="gpu_step", help="of the result file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.worker:
+        race.work(chosen.worker, ROWS, lambda given: Case(**given))
+        return
+    import machine
+
+    tiny = Case("tiny", ("deltaw", "floor", "peft_loop", "full"), length=64, warm=1, turns=2, each=2)
+    cases = [case for case in (*CASES, tiny) if case.shape == (chosen.shape or case.shape)]
+    found = []
+    for case in cases if chosen.shape else CASES:
+        rows = race.heat(
+            case.rows, asdict(case), warm=case.warm, count=case.turns, each=case.each, paired=("deltaw", "floor")
+        )
+        found.append(asdict(case) | {"rows": rows})
+        print(json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
+    machine.write(chosen.name, {"heats": found})
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def deltaw_row(case: Case, clock: Clock) -> None:
+    """The loop that `deltaw.train` runs."""
+    import deltaw
+    from deltaw.training.loop import Loop
+
+    model = built(case)
+    deltaw.attach(model, deltaw.LoRA(rank=case.rank, alpha=16))
+    steps = (case.warm + case.turns) * case.each
+    config = deltaw.TrainConfig(batch=case.batch, steps=steps, log_every=1, seed=SEED)
+    supervised = case.batch * (case.length - case.length // 2)
+
+    class Timed(Loop):
+        def _step(self) -> dict[str, Any]:
+            values = super()._step()
+            clock.step(case.batch * case.length, supervised, self.losses / supervised)
+            return values
+
+        def _log(self, values: dict[str, Any]) -> None:
+            """Reads nothing from the GPU: a run logs every tenth step."""
+            self.losses.zero_()
+
+    loop = Timed(model, records(case), (), config, 0)
+    clock.start()
+    loop.run()
+
+
+def floor_row(case: Case, clock: Clock) -> None:
+    """Forward and activation gradients through the frozen base, with deltaw's loss."""
+    from deltaw.training.loss import CompletionLoss
+
+    model = built(case).requires_grad_(False).train()
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    loss = CompletionLoss(model)
+    clock.start()
+    for batch in batches(case):
+        total, count = loss(batch)
+        (total / count).backward()
+        clock.step(batch.input_ids.numel(), count, total.detach() / count)
+
+
+def peft_row(case: Case, clock: Clock) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=case.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain_loop(case, clock, peft.get_peft_model(built(case), config))
+
+
+def full_row(case: Case, clock: Clock) -> None:
+    plain_loop(case, clock, built(case))
+
+
+def plain_loop(case: Case, clock: Clock, model: Any) -> None:
+    """Padded batches, the model's own loss, AdamW."""
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    device = next(model.parameters()).device
+    model.train()
+    clock.start()
+    for batch in batches(case):
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        labels = batch.input_ids.masked_fill(~batch.supervised, -100).to(device)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.step(ids.numel(), int(batch.supervised.sum()), loss.detach())
+
+
+ROWS = {"deltaw": deltaw_row, "floor": floor_row, "peft_loop": peft_row, "full": full_row}
+
+
+def built(case: Case) -> Any:
+    """A Llama of the case's shape with random weights, in bfloat16 on the GPU, if there is one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LlamaConfig(**LLAMA[case.shape], max_position_embeddings=4096)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
+def records(case: Case) -> list[Any]:
+    """Random tokens; the loop takes them in batches."""
+    from deltaw.data import Example
+
+    chance = random.Random(SEED)
+    half = case.length // 2
+    supervised = [False] * half + [True] * (case.length - half)
+    tokens = range(3, LLAMA[case.shape]["vocab_size"])
+    return [Example(chance.choices(tokens, k=case.length), supervised, f"random:{i}") for i in range(8 * case.batch)]
+
+
+def batches(case: Case) -> Any:
+    from deltaw.data import collate
+
+    examples = records(case)
+    for number in range((case.warm + case.turns) * case.each):
+        at = number * case.batch % len(examples)
+        yield collate(examples[at : at + case.batch], 0)
+
+
+if __name__ == "__main__":
+    main()
