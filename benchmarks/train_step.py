@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ PARTS: dict[str, list[Case]] = {
     "ranks": [Case(rank=rank) for rank in (1, 2, 4, 8, 16, 32, 64, 128)],
     "lengths": [
         Case(length=length, batch=batch, warm=4, steps=8) for length, batch in ((64, 16), (128, 8), (256, 4), (512, 2), (1024, 1))
+    ],
+    "checkpointing": [
+        Case(rows=("deltaw", "deltaw_checkpointing"), length=length, batch=batch, warm=4, steps=8)
+        for length, batch in ((0, 8), (512, 4))
     ],
     "float32": [Case(rows=("deltaw", "floor", "peft_loop"), targets=t, dtype="float32") for t in ("all-linear", "qv")],
 }  # fmt: skip
@@ -151,7 +156,7 @@ class Job:
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def deltaw_row(job: Job, clock: Clock) -> None:
+def deltaw_row(job: Job, clock: Clock, **settings: Any) -> None:
     """`deltaw.train` as a user calls it."""
     import deltaw
 
@@ -168,7 +173,7 @@ def deltaw_row(job: Job, clock: Clock) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(
             out=folder, batch=job.case.batch, steps=job.steps, valid_share=0.0, samples=0, log_every=1,
-            seed=SEED, dtype=job.case.dtype, overwrite=True,
+            seed=SEED, dtype=job.case.dtype, overwrite=True, **settings,
         )  # fmt: skip
         method = deltaw.LoRA(rank=job.case.rank, alpha=16, targets=job.case.targets)
         deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=hear)
@@ -277,6 +282,7 @@ def trl_row(dtype: str = "float32", **settings: Any) -> Callable[[argparse.Names
 
 ROWS: dict[str, Callable[[argparse.Namespace, Clock], None]] = {
     "deltaw": deltaw_row,
+    "deltaw_checkpointing": partial(deltaw_row, gradient_checkpointing=True),
     "floor": floor_row,
     "trl": trl_row(),
     "trl_grouped": trl_row(train_sampling_strategy="group_by_length"),

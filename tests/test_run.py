@@ -230,6 +230,48 @@ def test_trouble_in_a_step_stops_and_keeps_what_was_learned(
     assert all(torch.equal(a, b) for a, b in zip(trained, deltaw.parameters(model, "kept"), strict=True))
 
 
+def test_on_a_gpu_a_step_that_is_not_finite_is_noticed_a_step_later_and_teaches_nothing(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, on a CPU: there, nothing is read from the device until the step after."""
+    prepare = loop_module.Loop.__post_init__
+
+    def as_on_a_gpu(self: Any) -> None:
+        prepare(self)
+        self.on_cuda = True
+
+    monkeypatch.setattr(loop_module.Loop, "__post_init__", as_on_a_gpu)
+    model, tokenizer = small
+
+    def meet(event: Any) -> None:
+        if event.kind == "step" and event.step == 3:
+            model.model.norm.register_forward_hook(no_number)
+
+    with pytest.raises(TrainError, match="nan") as error:
+        config = quick(tmp_path, log_every=1, eval_every=100)
+        deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer, on_event=meet)
+    assert "at step 4" in str(error.value)
+    assert all(p.isfinite().all() for p in deltaw.parameters(model))
+    deltaw.load(model, tmp_path / "run" / "adapter", name="kept")
+
+
+def test_on_a_gpu_training_is_the_same(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = small
+    found = []
+    for late in (False, True):
+        prepare = loop_module.Loop.__post_init__
+
+        def prepared(self: Any, prepare: Any = prepare, late: bool = late) -> None:
+            prepare(self)
+            self.on_cuda = late
+
+        monkeypatch.setattr(loop_module.Loop, "__post_init__", prepared)
+        deltaw.train(model, RECORDS, quick(tmp_path, out=str(tmp_path / str(late))), method=METHOD, tokenizer=tokenizer)
+        found.append([p.detach().clone() for p in deltaw.parameters(model)])
+        deltaw.detach(model)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_learning_rate_too_small_is_a_warning(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     result = deltaw.train(
@@ -251,7 +293,18 @@ def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> Non
     assert any("took no part" in w and "spare" in w for w in result.warnings)
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"batch_tokens": 90},
+        {"lr_ratio": 4.0, "lr": 0.01},
+        {"optimizer": "Muon"},
+        {"optimizer": "NAdam"},
+    ],
+)
 def test_other_ways_to_train(small: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     model, tokenizer = small
     if "dtype" in changes:

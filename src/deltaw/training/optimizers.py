@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from deltaw.training.flat import Flat
 
 # What these do to an entry depends on the others of its matrix, so they get A's and B's one by one
 _BY_MATRIX = ("Adafactor", "Muon")
+# These do a step in one operation, if asked to
+_FUSED = ("AdamW", "Adam", "SGD")
 
 
 def make(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
@@ -26,8 +27,8 @@ def make(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
         for letter, ratio in (("A", 1.0), ("B", config.lr_ratio))
     ]
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if "fused" in inspect.signature(kind).parameters:
-        settings["fused"] = groups[0]["params"][0].device.type in ("cpu", "cuda", "mps", "xpu")  # type: ignore[index]
+    if config.optimizer in _FUSED and flat.parameters("A")[0].device.type in ("cpu", "cuda"):
+        settings["fused"] = True
     return kind(groups, **settings)
 
 
