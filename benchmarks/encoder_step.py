@@ -32,8 +32,10 @@ class Case:
     targets: str = "all-linear"
     rank: int = 8
     batch: int = 32
-    warm: int = 5
-    steps: int = 25
+    warm: int = 3
+    turns: int = 20
+    each: int = 5
+    """Steps of a turn: one alone is too short to measure."""
 
 
 def main() -> None:
@@ -56,7 +58,9 @@ def main() -> None:
         for targets in ("all-linear", "qv")
         for rank, batch in ((8, 32), (64, 32), (8, 8))
     ):
-        rows = race.heat(case.rows, asdict(case), warm=case.warm, count=case.steps, paired=("deltaw", "floor"))
+        rows = race.heat(
+            case.rows, asdict(case), warm=case.warm, count=case.turns, each=case.each, paired=("deltaw", "floor")
+        )
         settings = {k: v for k, v in asdict(case).items() if k not in ("data", "model")}
         found.append(settings | {"rows": rows})
     machine.write(chosen.name, {"heats": found})
@@ -113,7 +117,7 @@ def loop(case: Case, clock: Clock, model: Any, trainable: list[Any]) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     lines = (Path(case.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in random.Random(SEED).sample(lines, case.batch * (case.warm + case.steps))]
+    records = [json.loads(line) for line in random.Random(SEED).sample(lines, case.batch * (case.warm + case.turns) * case.each)]
     optimizer = torch.optim.AdamW(trainable, lr=5e-4) if trainable else None
     model.train()
     clock.start()
