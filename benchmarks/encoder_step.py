@@ -117,7 +117,10 @@ def loop(case: Case, clock: Clock, model: Any, trainable: list[Any]) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     lines = (Path(case.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in random.Random(SEED).sample(lines, case.batch * (case.warm + case.turns) * case.each)]
+    records = [
+        json.loads(line)
+        for line in random.Random(SEED).sample(lines, case.batch * (case.warm + case.turns) * case.each)
+    ]
     optimizer = torch.optim.AdamW(trainable, lr=5e-4) if trainable else None
     model.train()
     clock.start()
