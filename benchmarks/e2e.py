@@ -41,11 +41,11 @@ from deltaw.config import from_mapping
 from deltaw.data import read
 from deltaw.pretrained import load_pretrained
 from deltaw.study.evaluate import Evaluation, evaluate
+from train_step import TRL_FASTEST
 
 HERE = Path(__file__).resolve().parent
 METRICS = ("bleu", "rouge_l")
 LENGTH_PENALTY = 0.8
-TRL_FASTEST = {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
 TRL_DTYPE = "bfloat16"
 
 

@@ -23,11 +23,15 @@ def prepared() -> Any:
     return fill(attach(tiny_llama().double(), LoRA(rank=3, alpha=5))).train()
 
 
+def one_by_one(model: Any) -> Flat:
+    """Flat buffers, no layers computed together."""
+    adapted = updates(model)
+    return Flat({n: model.get_submodule(n) for n in adapted}, adapted, [[n] for n in adapted])
+
+
 def steps(model: Any, ids: Tensor, config: TrainConfig, count: int = 4) -> list[Tensor]:
     """A and B after some steps as the loop takes them."""
-    adapted = updates(model)
-    flat = Flat({n: model.get_submodule(n) for n in adapted}, adapted, [[n] for n in adapted])
-    with flat:
+    with one_by_one(model) as flat:
         optimizer = optimizers.make(flat, config)
         for number in range(count):
             optimizers.set_lr(optimizer, config.lr / (number + 1))
@@ -79,7 +83,6 @@ def test_by_default_nothing_decays(ids: Tensor) -> None:
     assert config.optimizer == "AdamW" and config.weight_decay == 0.0
     model = prepared()
     start = [p.detach().clone() for p in parameters(model)]
-    adapted = updates(model)
-    with Flat({n: model.get_submodule(n) for n in adapted}, adapted, [[n] for n in adapted]) as flat:
+    with one_by_one(model) as flat:
         optimizers.make(flat, config).step()  # without any gradient
     assert all(torch.equal(p, before) for p, before in zip(parameters(model), start, strict=True))

@@ -183,9 +183,10 @@ class Loop:
         """Raise TrainError before a bad step is taken. On a GPU the step before this one is looked at instead, which has long
         been computed, and a bad step is made one without gradients."""
         if self.on_cuda:
+            bad = ~torch.isfinite(now.pair.sum())
             for parameter in self.trainable:
                 assert parameter.grad is not None
-                parameter.grad.masked_fill_(~torch.isfinite(now.pair.sum()), 0.0)
+                parameter.grad.masked_fill_(bad, 0.0)
             now, self.last = self.last or now, now
         now.check(self.scaler)
 
