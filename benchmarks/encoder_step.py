@@ -13,13 +13,16 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import race
 from race import Clock
+
+if TYPE_CHECKING:
+    from rows import Step
 
 SEED = 0
 
@@ -71,7 +74,8 @@ def deltaw_row(case: Case, clock: Clock) -> None:
 
     model = classifier(case)
     deltaw.attach(model.base_model, deltaw.LoRA(rank=case.rank, alpha=16, targets=case.targets))
-    loop(case, clock, model, [*deltaw.parameters(model.base_model), *model.classifier.parameters()])
+    model.classifier.requires_grad_(True)
+    loop(case, clock, model)
 
 
 def peft_row(case: Case, clock: Clock) -> None:
@@ -80,18 +84,17 @@ def peft_row(case: Case, clock: Clock) -> None:
     names: Any = ["query", "value"] if case.targets == "qv" else ["query", "key", "value", "dense"]
     config = peft.LoraConfig(r=case.rank, lora_alpha=16, target_modules=names, task_type="SEQ_CLS")
     model = peft.get_peft_model(classifier(case), config)
-    loop(case, clock, model, [p for p in model.parameters() if p.requires_grad])
+    loop(case, clock, model)
 
 
 def full_row(case: Case, clock: Clock) -> None:
-    model = classifier(case)
-    loop(case, clock, model, list(model.parameters()))
+    loop(case, clock, classifier(case))
 
 
 def floor_row(case: Case, clock: Clock) -> None:
-    model = classifier(case).requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    loop(case, clock, model, [])
+    from rows import floor
+
+    loop(case, clock, floor(classifier(case)))
 
 
 ROWS: dict[str, Callable[[Case, Clock], None]] = {
@@ -110,10 +113,18 @@ def classifier(case: Case) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(case.model, num_labels=2)
 
 
-def loop(case: Case, clock: Clock, model: Any, trainable: list[Any]) -> None:
+def loop(case: Case, clock: Clock, model: Any) -> None:
+    from rows import plain_loop
+
+    plain_loop(clock, model, steps(case), lr=5e-4)
+
+
+def steps(case: Case) -> Iterator[Step]:
     """The same shuffled, padded batches for every row."""
     import torch
     from transformers import AutoTokenizer
+
+    from rows import Step
 
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     lines = (Path(case.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -121,18 +132,11 @@ def loop(case: Case, clock: Clock, model: Any, trainable: list[Any]) -> None:
         json.loads(line)
         for line in random.Random(SEED).sample(lines, case.batch * (case.warm + case.turns) * case.each)
     ]
-    optimizer = torch.optim.AdamW(trainable, lr=5e-4) if trainable else None
-    model.train()
-    clock.start()
     for at in range(0, len(records), case.batch):
         rows = records[at : at + case.batch]
         batch = tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")
-        loss = model(**batch, labels=torch.tensor([r["label"] for r in rows])).loss
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-        clock.step(int(batch.attention_mask.sum()), len(rows), loss.detach())
+        labels = torch.tensor([r["label"] for r in rows])
+        yield Step({**batch, "labels": labels}, int(batch.attention_mask.sum()), len(rows))
 
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ def deltaw_row(case: Case, clock: Clock) -> None:
 def floor_row(case: Case, clock: Clock) -> None:
     """Forward and activation gradients through the frozen base, with deltaw's loss."""
     from deltaw.training.loss import CompletionLoss
+    from rows import floor
 
-    model = built(case).requires_grad_(False).train()
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    model = floor(built(case)).train()
     loss = CompletionLoss(model)
     clock.start()
     for batch in batches(case):
@@ -132,30 +132,18 @@ def peft_row(case: Case, clock: Clock) -> None:
     import peft
 
     config = peft.LoraConfig(r=case.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    plain_loop(case, clock, peft.get_peft_model(built(case), config))
+    own_loss(case, clock, peft.get_peft_model(built(case), config))
 
 
 def full_row(case: Case, clock: Clock) -> None:
-    plain_loop(case, clock, built(case))
+    own_loss(case, clock, built(case))
 
 
-def plain_loop(case: Case, clock: Clock, model: Any) -> None:
-    """Padded batches, the model's own loss, AdamW."""
-    import torch
+def own_loss(case: Case, clock: Clock, model: Any) -> None:
+    """The model's own loss, AdamW."""
+    from rows import completion, plain_loop
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    device = next(model.parameters()).device
-    model.train()
-    clock.start()
-    for batch in batches(case):
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        labels = batch.input_ids.masked_fill(~batch.supervised, -100).to(device)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.step(ids.numel(), int(batch.supervised.sum()), loss.detach())
+    plain_loop(clock, model, (completion(batch, model.device) for batch in batches(case)), lr=1e-4)
 
 
 ROWS = {"deltaw": deltaw_row, "floor": floor_row, "peft_loop": peft_row, "full": full_row}

@@ -22,10 +22,9 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "
 class Clock:
     """A row's side of the race: it waits for its turn, and tells what the steps of a turn took."""
 
-    def __init__(self, turns: int, told: int, count: int, each: int) -> None:
+    def __init__(self, turns: int, told: int, each: int) -> None:
         self.turns = os.fdopen(turns, "r")
         self.told = os.fdopen(told, "w")
-        self.left = count * each
         self.each = each
         self._begin()
 
@@ -36,7 +35,6 @@ class Clock:
 
     def step(self, tokens: int, supervised: int, loss: Any) -> None:
         """A step of that many tokens is over. `loss` is read at the end of a turn only: on a GPU, reading it waits."""
-        self.left -= 1
         self.steps += 1
         self.tokens += tokens
         self.supervised += supervised
@@ -44,8 +42,7 @@ class Clock:
             _synchronize()
             seconds = time.perf_counter() - self.began
             self._tell(seconds=seconds, tokens=self.tokens, supervised=self.supervised, loss=float(loss), peak=_peak())
-            if self.left > 0:
-                self._wait()
+            self._wait()
 
     def _tell(self, **values: float) -> None:
         self.told.write(json.dumps(values) + "\n")
@@ -88,16 +85,16 @@ def _peak() -> int:
 def work(given: str, rows: Mapping[str, Callable[[Any, Clock], None]], job: Callable[[dict[str, Any]], Any]) -> None:
     """A worker's whole work: its row, by what `heat` gave it."""
     told = json.loads(given)
-    rows[told["row"]](job(told["job"]), Clock(*told["pipes"], told["count"], told["each"]))
+    rows[told["row"]](job(told["job"]), Clock(*told["pipes"], told["each"]))
 
 
 class _Runner:
     """The race's side of a row."""
 
-    def __init__(self, row: str, job: dict[str, Any], count: int, each: int) -> None:
+    def __init__(self, row: str, job: dict[str, Any], each: int) -> None:
         turns, self.give = os.pipe()
         hear, told = os.pipe()
-        given = json.dumps({"row": row, "job": job, "pipes": (turns, told), "count": count, "each": each})
+        given = json.dumps({"row": row, "job": job, "pipes": (turns, told), "each": each})
         self.process = subprocess.Popen(
             [sys.executable, sys.argv[0], "--worker", given],
             pass_fds=(turns, told), stdout=subprocess.DEVNULL, env=os.environ | QUIET,
@@ -112,6 +109,12 @@ class _Runner:
     def turn(self) -> None:
         os.write(self.give, b"\n")
         self.taken.append(self._heard())
+
+    def end(self) -> None:
+        """What comes after the last step, such as writing an adapter, has waited until nobody's steps are timed any more."""
+        os.write(self.give, b"\n")
+        if code := self.process.wait():
+            sys.exit(f"{self.row} ended with code {code}")
 
     def _heard(self) -> dict[str, float]:
         line = self.hear.readline()
@@ -134,12 +137,12 @@ def heat(
     A ratio of times is one of sums over all these steps, per token; of the `paired` rows, whose batches are the same, it is
     the median of the ratios turn by turn.
     """
-    runners = {row: _Runner(row, job, warm + count, each) for row in rows}
+    runners = {row: _Runner(row, job, each) for row in rows}
     for number in range(warm + count):
         for runner in list(runners.values())[:: 1 if number % 2 == 0 else -1]:  # who goes first takes turns, too
             runner.turn()
     for runner in runners.values():
-        runner.process.wait()
+        runner.end()
     figures = {row: _summary(runner, warm, each) for row, runner in runners.items()}
     for row, values in figures.items():
         cost = values["seconds_per_1000_tokens"]

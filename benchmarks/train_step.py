@@ -47,21 +47,22 @@ class Case:
     """Tokens of a record, about: records are joined up to there; 0 takes them as they are."""
     dtype: str = "auto"
     """deltaw's and the floor's; the others take their own defaults."""
-    warm: int = 10
+    warm: int = 25
+    """Steps before those that count: a CPU's kernels are made anew for each width of a batch."""
     steps: int = 20
 
 
 PARTS: dict[str, list[Case]] = {
     "main": [
-        Case(rows=("deltaw", "floor", "trl", "trl_grouped")),
-        Case(rows=("deltaw", "trl_tuned", "trl_bfloat16", "peft_loop", "full"), warm=5),
+        Case(rows=("deltaw", "floor", "trl", "trl_grouped"), warm=15),
+        Case(rows=("deltaw", "trl_tuned", "trl_bfloat16", "peft_loop", "full"), warm=15),
         Case(rows=("trl_packed",), warm=1, steps=2),  # a step of it is 8,192 tokens and 17 GB: it has the machine to itself
     ],
     "grid": [
         Case(targets=targets, rank=rank, batch=batch, warm=warm, steps=steps)
         for targets in ("all-linear", "qv")
         for rank in (1, 8, 64)
-        for batch, warm, steps in ((1, 20, 60), (8, 10, 20), (32, 4, 8))
+        for batch, warm, steps in ((1, 40, 60), (8, 25, 20), (32, 12, 8))
     ],
     "ranks": [Case(rank=rank) for rank in (1, 2, 4, 8, 16, 32, 64, 128)],
     "lengths": [
@@ -71,7 +72,10 @@ PARTS: dict[str, list[Case]] = {
         Case(rows=("deltaw", "deltaw_checkpointing"), length=length, batch=batch, warm=4, steps=8)
         for length, batch in ((0, 8), (512, 4))
     ],
-    "float32": [Case(rows=("deltaw", "floor", "peft_loop"), targets=t, dtype="float32") for t in ("all-linear", "qv")],
+    "float32": [
+        Case(rows=("deltaw", "floor", "peft_loop"), targets=targets, rank=rank, dtype="float32", warm=10)
+        for targets, rank in (("all-linear", 8), ("qv", 8), ("all-linear", 64))
+    ],
 }  # fmt: skip
 
 
@@ -185,10 +189,10 @@ def floor_row(job: Job, clock: Clock) -> None:
     """Forward and activation gradients through the frozen base on deltaw's own batches."""
     from deltaw.training.attention import short_row_attention
     from deltaw.training.loss import CompletionLoss
+    from rows import floor
 
     model, tokenizer, examples = opened(job, dtype=job.case.dtype)
-    model.requires_grad_(False).train()
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    model = floor(model).train()
     loss = CompletionLoss(model)
     with short_row_attention(model, max(len(e.input_ids) for e in examples)):
         clock.start()
@@ -205,34 +209,23 @@ def peft_row(job: Job, clock: Clock) -> None:
     model, tokenizer, examples = opened(job)
     modules: Any = ["q_proj", "v_proj"] if job.case.targets == "qv" else "all-linear"
     config = peft.LoraConfig(r=job.case.rank, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
-    plain_loop(job, clock, peft.get_peft_model(model, config), tokenizer, examples)
+    shuffled_loop(job, clock, peft.get_peft_model(model, config), tokenizer, examples, lr=5e-4)
 
 
 def full_row(job: Job, clock: Clock) -> None:
     """The same loop over all weights."""
-    plain_loop(job, clock, *opened(job))
+    shuffled_loop(job, clock, *opened(job), lr=5e-5)
 
 
-def plain_loop(job: Job, clock: Clock, model: Any, tokenizer: Any, examples: list[Any]) -> None:
-    import torch
-
+def shuffled_loop(job: Job, clock: Clock, model: Any, tokenizer: Any, examples: list[Any], lr: float) -> None:
     from deltaw.data import collate
+    from rows import completion, plain_loop
 
     order = list(range(len(examples)))
     random.Random(SEED).shuffle(order)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=5e-4 if len(trainable) < len(list(model.parameters())) else 5e-5)
-    model.train()
-    clock.start()
-    for number in range(job.steps):
-        rows = [examples[i] for i in order[number * job.case.batch : (number + 1) * job.case.batch]]
-        batch = collate(rows, tokenizer.pad_token_id or 0)
-        labels = batch.input_ids.masked_fill(~batch.supervised, -100)
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.step(int(batch.attention_mask.sum()), int(batch.supervised.sum()), float(loss.detach()))
+    chosen = (order[n * job.case.batch : (n + 1) * job.case.batch] for n in range(job.steps))
+    batches = (collate([examples[i] for i in indices], tokenizer.pad_token_id or 0) for indices in chosen)
+    plain_loop(clock, model, (completion(batch, model.device) for batch in batches), lr)
 
 
 def trl_row(dtype: str = "float32", **settings: Any) -> Callable[[argparse.Namespace, Clock], None]:

@@ -24,7 +24,7 @@ ORDER = [
     ["attached"],
     ["merged"],
     ["methods"],
-    ["files", "data", "positions"],
+    ["files", "data", "positions", "modes"],
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],

@@ -9,6 +9,7 @@ import torch
 
 from deltaw.config import GenerateConfig
 from deltaw.errors import DataError
+from deltaw.modes import evaluating
 from deltaw.positions import most_positions
 
 
@@ -29,17 +30,13 @@ def generate(
         raise DataError(problem)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     completions = [""] * len(prompts)
-    training = model.training
-    model.eval()
     torch.manual_seed(config.seed)
-    try:
+    with evaluating(model):
         for start in range(0, len(order), config.batch):
             chosen = order[start : start + config.batch]
             for i, ids in zip(chosen, _batch(model, tokenizer, [prompts[i] for i in chosen], config), strict=True):
                 completions[i] = tokenizer.decode(ids, skip_special_tokens=True)
             on_done(start + len(chosen))
-    finally:
-        model.train(training)
     return completions
 
 

@@ -12,6 +12,7 @@ import torch
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, collate, encode, encode_prompt, references
 from deltaw.generation import generate, pad_id
+from deltaw.modes import evaluating
 from deltaw.positions import most_positions, within
 from deltaw.study.metrics import METRICS, TEXT_METRICS, Score, check_metrics, perplexity, ratio
 from deltaw.training.loss import CompletionLoss
@@ -80,14 +81,10 @@ def _loss(model: Any, tokenizer: Any, records: Any, data: DataConfig, batch: int
     loss = CompletionLoss(model)
     sums: list[float] = []
     counts: list[float] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(examples), batch):
             rows = examples[start : start + batch]
             losses, of_row = loss.per_token(collate(rows, pad_id(tokenizer), most_positions(model)))
             sums += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, of_row, losses.double().cpu()).tolist()
             counts += torch.bincount(of_row, minlength=len(rows)).tolist()
-    finally:
-        model.train(training)
     return ratio(sums, counts)

@@ -20,6 +20,7 @@ from deltaw.config import TrainConfig
 from deltaw.data import Batch, Example, Order, collate
 from deltaw.errors import TrainError
 from deltaw.lowrank import delta_norm
+from deltaw.modes import evaluating
 from deltaw.positions import most_positions
 from deltaw.training import optimizers
 from deltaw.training.attention import short_row_attention
@@ -108,8 +109,7 @@ class Loop:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
         adapted = updates(self.model)
         one = collate(self.examples[:1], self.pad_id, self.most)
-        self.model.eval()
-        with torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             self.loss(one)  # its first call, which tries the ways to the loss
             groups = same_input(adapted, lambda: self.loss(one))
         return Flat({name: owner_of(self.model).get_submodule(name) for name in adapted}, adapted, groups)
@@ -298,14 +298,10 @@ def _checkpoint_activations(model: Any) -> None:
 @torch.no_grad()
 def held_out_loss(loss: CompletionLoss, examples: Sequence[Example], *, batch: int, pad_id: int) -> float:
     """Mean −log p per supervised token over `examples`."""
-    training = loss.model.training
-    loss.model.eval()
-    try:
-        ordered = sorted(examples, key=lambda e: len(e.input_ids))
-        most = most_positions(loss.model)
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    most = most_positions(loss.model)
+    with evaluating(loss.model):
         pairs = [loss(collate(ordered[i : i + batch], pad_id, most)) for i in range(0, len(ordered), batch)]
-    finally:
-        loss.model.train(training)
     return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)
 
 

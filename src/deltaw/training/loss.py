@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.data import Batch
+from deltaw.modes import evaluating
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead
 
@@ -75,13 +76,9 @@ class CompletionLoss:
         if self.body is None or self.head is None:
             return
         row = {k: v[:1, :_TRIED] for k, v in inputs.items()}
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             own = self.model(**row, use_cache=False).logits.float()
             z = self.head(self._hidden(row)).float()
-        finally:
-            self.model.train(training)
         tolerance = 1e-3 if self.head.weight.dtype in (torch.float32, torch.float64) else 3e-2
         for after in _ways(self.model):
             if own.shape == z.shape and (after(z) - own).abs().max() <= tolerance * own.abs().max():
