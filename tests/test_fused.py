@@ -62,6 +62,28 @@ def test_non_contiguous_and_expanded_inputs_and_gradients() -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_may_change_the_output_in_place(bias: bool) -> None:
+    """As RoCBert does: what comes after the change has its gradients, as with a plain layer."""
+    t = tensors(bias=bias)
+    (A2, B2) = (t["A"].detach().clone().requires_grad_(), t["B"].detach().clone().requires_grad_())
+    grads = []
+    for layer in (
+        lambda: lowrank_linear(**t, scale=SCALE),
+        lambda: lowrank_linears(t["x"], [t["W0"]], [t["bias"]], t["A"] * SCALE, [t["B"]])[0],
+        lambda: lowrank_linears(t["x"], [t["W0"]] * 2, [t["bias"]] * 2, torch.cat([t["A"] * SCALE, A2]), [t["B"], B2])[
+            0
+        ],
+        lambda: reference(**t, scale=SCALE),
+    ):
+        out = layer()
+        out += 1.0
+        out[:, 0] *= 2.0
+        grads.append(torch.autograd.grad(out.pow(2).sum(), [t["x"], t["A"], t["B"]]))
+    for ours in grads[:-1]:
+        torch.testing.assert_close(ours, grads[-1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_with_fp32_factors(dtype: torch.dtype) -> None:
     t = tensors(dtype)

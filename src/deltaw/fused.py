@@ -137,7 +137,8 @@ def _forward(
         else:
             # Rounded as the formula is written, which is also PEFT's order: its logits come out the same
             flat.add_(how.scaled(part @ Bt))
-        outputs.append(out)
+        # F.linear's own may be a view to autograd, and a model may change its layer's output in place (RoCBert does)
+        outputs.append(torch.ops.aten._unsafe_view(flat, out.shape))
     return tuple(outputs), Ax
 
 
