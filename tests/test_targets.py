@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPTJConfig,
+    GPTJForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from deltaw.errors import TargetError
 from deltaw.targets import role, select
@@ -82,6 +89,44 @@ def test_fused_attention_is_in_attention_but_has_no_single_roles() -> None:
     assert ends(tiny_gpt2(), "attention") == {"c_attn", "c_proj"}
     with pytest.raises(TargetError, match="c_attn"):
         select(tiny_gpt2(), "qv", 4)
+
+
+def mixture() -> nn.Module:
+    """Layers of one expert's gate beside ordinary ones, as Qwen's mixtures have them."""
+    model = nn.Module()
+    model.up_proj, model.shared_expert_gate = nn.Linear(8, 8), nn.Linear(8, 1)
+    return model
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "*", "all-linear=4"])
+def test_layers_too_small_for_the_rank_are_left_out_of_what_describes_many(targets: str) -> None:
+    found = select(mixture(), targets, 4)
+    assert list(found.ranks) == ["up_proj"]
+    assert found.left_out["shared_expert_gate"] == "rank 4 is larger than min(d, k) = 1"
+
+
+@pytest.mark.parametrize(("targets", "rank"), [("shared_expert_gate", 2), ("all-linear", 9)])
+def test_a_rank_too_large_for_a_named_layer_or_for_all_is_an_error(targets: str, rank: int) -> None:
+    with pytest.raises(TargetError, match=rf"rank {rank} is larger than min\(d, k\) = 1"):
+        select(mixture(), targets, rank)
+
+
+def test_a_small_layer_may_be_named_beside_the_others() -> None:
+    assert select(mixture(), {"all-linear": 4, "shared_expert_gate": 1}, 8).ranks == {
+        "up_proj": 4,
+        "shared_expert_gate": 1,
+    }
+
+
+def test_a_role_that_no_layer_has_is_not_taken_for_a_fused_one() -> None:
+    model = nn.ModuleDict({"odd_name": nn.Linear(8, 8), "q_proj": nn.Linear(8, 8)})
+    with pytest.raises(TargetError, match="'mlp': no layer of this model has that role"):
+        select(model, "mlp", 2)
+
+
+def test_gpt_j() -> None:
+    config = GPTJConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    assert ends(GPTJForCausalLM(config), "mlp") == {"fc_in", "fc_out"}
 
 
 def test_every_problem_is_in_one_error_with_the_nearest_names() -> None:

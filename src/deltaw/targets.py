@@ -31,8 +31,8 @@ ROLES: dict[str, str] = {
     "o": r"o_proj|out_proj|out_lin|(?:SelfAttention|EncDecAttention)\.o|(?:attention|attn)\.output\.dense"
     r"|attn\.c_proj|(?:self_attention|attention|self_attn)\.dense|to_out\.0|attention\.o",
     "gate": r"gate_proj|wi_0",
-    "up": r"up_proj|fc1|c_fc|intermediate\.dense|wi_1|wi|lin1|dense_h_to_4h|linear1|ffn",
-    "down": r"down_proj|fc2|mlp\.c_proj|output\.dense|wo|lin2|dense_4h_to_h|linear2|ffn_output",
+    "up": r"up_proj|fc1|fc_in|c_fc|intermediate\.dense|wi_1|wi|lin1|dense_h_to_4h|linear1|ffn",
+    "down": r"down_proj|fc2|fc_out|mlp\.c_proj|output\.dense|wo|lin2|dense_4h_to_h|linear2|ffn_output",
 }
 _ROLE_PATTERNS = [(role, re.compile(rf"(?:.*\.)?(?:{names})")) for role, names in ROLES.items()]
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -57,8 +57,9 @@ class Selection:
 def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     """The layers of `model` that `targets` means, each with its rank (`rank` where targets names none).
 
-    Raises TargetError with every problem: an entry that matches nothing (with the nearest names), a layer that is
-    not dense, a rank below 1 or above min(d, k).
+    A preset, role or glob leaves out the layers whose min(d, k) is below the rank (a router of one expert, say), if it means
+    others as well. Raises TargetError with every problem: an entry that matches nothing (with the nearest names), a layer
+    that is not dense, a rank below 1 or above min(d, k).
     """
     layers = dict(model.named_modules())
     dense = {name: layer for name, layer in layers.items() if name and why_not(layer) is None}
@@ -66,6 +67,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     body = {name: layer for name, layer in dense.items() if name not in head}
     entries = _entries(targets, rank)
     ranks: dict[str, int] = {}
+    small: dict[str, str] = {}
     problems: list[str] = []
     if not entries:
         problems.append("targets is empty")
@@ -79,6 +81,13 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
         names, problem = _match(entry, layers, dense, body, model)
         if problem:
             problems.append(problem)
+        if _means_many(entry, dense):
+            too_small = {
+                n: f"rank {r} is larger than min(d, k) = {_min(dense[n])}" for n in names if r > _min(dense[n])
+            }
+            if len(too_small) < len(names):
+                small |= too_small
+                names = [n for n in names if n not in too_small]
         for name in names:
             ranks[name] = r
     problems += _too_large(dense, ranks)
@@ -88,7 +97,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
             listing("These targets do not fit the model:", problems)
             + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
         )
-    return Selection({n: ranks[n] for n in dense if n in ranks}, _left_out(model, layers, ranks, head))
+    return Selection({n: ranks[n] for n in dense if n in ranks}, _left_out(model, layers, ranks, head, small))
 
 
 def role(name: str) -> str | None:
@@ -99,6 +108,15 @@ def role(name: str) -> str | None:
 def family(name: str) -> str:
     """The name with its numbers as *: layers that differ only in their place in a stack share it."""
     return re.sub(r"\b\d+\b", "*", name)
+
+
+def _means_many(entry: str, dense: Mapping[str, nn.Module]) -> bool:
+    """Whether the entry describes layers instead of naming them."""
+    return entry not in dense and (entry == ALL or entry in PRESETS or entry in ROLES or any(c in entry for c in "*?["))
+
+
+def _min(layer: nn.Module) -> int:
+    return min(shape(layer))
 
 
 def _entries(targets: Targets, rank: int) -> dict[Any, Any]:
@@ -154,7 +172,7 @@ def _match_roles(entry: str, body: dict[str, nn.Module]) -> tuple[list[str], str
         if fused and not any(role(n) in ("q", "k", "v") for n in names if "qkv" in missing_fused):
             return [], f"{entry!r}: {', '.join(fused)} holds several roles at once; name it to adapt the whole layer"
         return names, None
-    fused = sorted({_kind(n) for n in body if role(n) in {_FUSED.get(w) for w in wanted}})
+    fused = sorted({_kind(n) for n in body if role(n) in {_FUSED[w] for w in wanted if w in _FUSED}})
     if fused:
         return (
             [],
@@ -198,7 +216,9 @@ def _head_names(model: nn.Module, dense: dict[str, nn.Module]) -> set[str]:
     return names
 
 
-def _left_out(model: nn.Module, layers: dict[str, nn.Module], ranks: dict[str, int], head: set[str]) -> dict[str, str]:
+def _left_out(
+    model: nn.Module, layers: dict[str, nn.Module], ranks: dict[str, int], head: set[str], small: dict[str, str]
+) -> dict[str, str]:
     """Modules with a matrix weight of their own that take no update, and why (the coverage that attach reports)."""
     why: dict[str, str] = {}
     kinds = tuple(kind.layer_class for kind in KINDS)
@@ -207,7 +227,7 @@ def _left_out(model: nn.Module, layers: dict[str, nn.Module], ranks: dict[str, i
         if name in ranks or name.startswith(tuple(dense)):  # what is inside a dense layer is that layer's own affair
             continue
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
-            why[name] = "output head" if name in head else why_not(layer) or "not among the targets"
+            why[name] = "output head" if name in head else why_not(layer) or small.get(name) or "not among the targets"
     return why
 
 
