@@ -17,6 +17,7 @@ SRC = ROOT / "src" / "deltaw"
 ORDER = [
     ["version", "errors", "units"],
     ["config"],
+    ["residual"],
     ["lowrank"],
     ["fused"],
     ["layers"],

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of a block: two fp32 buffers of this size fit a core's second-level cache. On other devices one
-# launch is dear and there is no such cache, so blocks are as large as memory comfortably allows.
+from deltaw import residual
+from deltaw.residual import Residual
+
+# Elements of a block for each thread: a few fp32 buffers of this size fit a core's second-level cache. On other devices
+# one launch is dear and there is no such cache, so blocks are as large as memory comfortably allows.
 _CPU_BLOCK = 1 << 15
 _DEVICE_BLOCK = 1 << 25
 
@@ -51,36 +54,79 @@ def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def merge_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
     """Replace W0 [d, k] in place by round(fp32(W0) + scale·B·A); W0 may be any float dtype and any strides."""
-    return _merge(W0, A, B, scale, write=True)
+    return _merge(W0, A, B, scale, write=True)[0]
+
+
+def merge_reversibly_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[MergeStats, Residual]:
+    """`merge_`, and what `restore_` needs beside A and B to give W0's bits back: a byte an entry, nearly all of them zero."""
+    stats, kept = _merge(W0, A, B, scale, write=True, reversibly=True)
+    assert kept is not None
+    return stats, kept
 
 
 def merge_stats(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
     """What `merge_` would do, changing nothing."""
-    return _merge(W0, A, B, scale, write=False)
+    return _merge(W0, A, B, scale, write=False)[0]
 
 
-def _merge(W0: Tensor, A: Tensor, B: Tensor, scale: float, *, write: bool) -> MergeStats:
-    sums = torch.zeros(4, dtype=torch.float64, device=W0.device)
-    largest = torch.zeros((), dtype=torch.float32, device=W0.device)
+def restore_(W: Tensor, A: Tensor, B: Tensor, scale: float, kept: Residual | None = None) -> None:
+    """Replace a merged W [d, k] in place by round(fp32(W) − scale·B·A): W0 but for a few units in the last place; with what
+    `merge_reversibly_` kept, W0 bit for bit."""
+    taken = 0
     for rows, dW in _delta_blocks(A, B, scale):
-        before = W0[rows].float()
+        back = (W[rows].float() - dW).to(W.dtype)
+        if kept is not None:
+            codes = kept.codes[rows]
+            count = residual.escaped(codes)
+            back = residual.corrected(back, Residual(codes, kept.escapes[taken : taken + count]))
+            taken += count
+        W[rows] = back
+
+
+def restored_within(W: Tensor, back: Tensor) -> float:
+    """How far from W0 an entry can be that `restore_` made of W without what the merge kept: half a unit in the last place of
+    each of the two, where they are largest."""
+    precision = torch.finfo(W.dtype).eps + 2 * torch.finfo(torch.float32).eps
+    return precision * float(torch.maximum(W.abs().max(), back.abs().max()))
+
+
+def _merge(
+    W0: Tensor, A: Tensor, B: Tensor, scale: float, *, write: bool, reversibly: bool = False
+) -> tuple[MergeStats, Residual | None]:
+    w0_squared = dw_squared = survived = 0.0
+    changed = 0
+    largest = [0.0]
+    codes = torch.empty(W0.shape, dtype=torch.int8, device=W0.device) if reversibly else None
+    escapes: list[Tensor] = []
+    for rows, dW in _delta_blocks(A, B, scale):
+        original = W0[rows].contiguous()
+        before = original.float()
         merged = (before + dW).to(W0.dtype)
-        change = merged.float() - before
-        sums[0] += before.square().sum(dtype=torch.float64)
-        sums[1] += dW.square().sum(dtype=torch.float64)
-        sums[2] += (change * dW).sum(dtype=torch.float64)
-        sums[3] += (change != 0).sum()
-        largest = torch.maximum(largest, change.abs().max())
+        after = merged.float()
+        change = after - before
+        w0_squared += _dot(before, before)
+        dw_squared += _dot(dW, dW)
+        survived += _dot(change, dW)
+        changed += int(torch.count_nonzero(change))
+        largest += [float(v) for v in torch.aminmax(change)]
+        if codes is not None:
+            codes[rows], escaped = residual.between(original, (after - dW).to(W0.dtype))
+            escapes.append(escaped)
         if write:
-            W0[rows] = merged  # last: in fp32 `before` is a view of W0
-    w0_squared, dw_squared, kept, changed = sums.tolist()
-    return MergeStats(
+            W0[rows] = merged  # last: in fp32 `before` may be a view of W0
+    stats = MergeStats(
         w0_norm=w0_squared**0.5,
         dw_norm=dw_squared**0.5,
-        survived=kept / dw_squared if dw_squared else 1.0,
+        survived=survived / dw_squared if dw_squared else 1.0,
         changed=changed / W0.numel(),
-        largest_change=float(largest),
+        largest_change=float(torch.tensor(largest).abs().max()),  # not a number if any is
     )
+    return stats, None if codes is None else Residual(codes, torch.cat(escapes))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """⟨a, b⟩ of two blocks, in fp32: the blocks' own are added up in float64."""
+    return float(torch.dot(a.view(-1), b.view(-1)))
 
 
 def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
@@ -88,7 +134,7 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
     A = A.detach().float().contiguous()
     T = B.detach().float() * torch.tensor(scale, dtype=torch.float32, device=B.device)
     d, (r, k) = B.shape[0], A.shape
-    height = max(1, (_CPU_BLOCK if B.device.type == "cpu" else _DEVICE_BLOCK) // k)
+    height = max(1, block_elements(B.device) // k)
     total = torch.empty(min(height, d), k, dtype=torch.float32, device=B.device)
     term = torch.empty_like(total)
     for start in range(0, d, height):
@@ -99,6 +145,11 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
             torch.mul(t[:, i : i + 1], A[i], out=product)
             block.add_(product)
         yield slice(start, start + t.shape[0]), block
+
+
+def block_elements(device: torch.device) -> int:
+    """Entries that are worked on at once. It changes no bit of a result."""
+    return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float) -> float:

@@ -93,7 +93,7 @@ def merge(
                 originals[layer_name] = layer.weight.detach().clone()
                 A, B, scale = _stacked(summands)
                 stats[layer_name] = merge_(summands[0][0].W0(layer).detach(), A, B, scale)
-        _check_merged(stats, allow_unchanged)
+        check_merged(stats, allow_unchanged)
     except BaseException:
         put_back(model, originals)
         raise
@@ -185,7 +185,8 @@ def _check_ties(owner: nn.Module, terms: Mapping[str, Any]) -> None:
         )
 
 
-def _check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool) -> None:
+def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool) -> None:
+    """Raise MergeError for merged weights that are not finite, or came out of it unchanged."""
     broken = [n for n, s in stats.items() if not math.isfinite(s.largest_change)]
     if broken:
         raise MergeError(

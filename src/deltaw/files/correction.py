@@ -1,0 +1,100 @@
+"""The correction file of a reversible merge: beside a merged checkpoint and its adapter, all that the base's bytes need. No
+model code, no arithmetic.
+
+A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8,
+row by row, and its escapes, little-endian integers as wide as the tensor's entries (residual.py).
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import FileError
+from deltaw.residual import Residual
+
+NAME = "base.correction"
+FORMAT = 1
+_MANIFEST = "manifest.json"
+# Codes are nearly all zeros: more effort than this finds little more
+_EFFORT = 1
+
+
+@dataclass
+class Manifest:
+    """What the correction belongs to."""
+
+    adapter: str
+    """sha256 of the adapter's A, B and scales."""
+    shards: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """File name → sha256 of the base's file and of the merged one."""
+    format: int = FORMAT
+
+
+class Writer:
+    """Takes residuals, a tensor at a time."""
+
+    def __init__(self, archive: zipfile.ZipFile, adapter: str) -> None:
+        self.archive = archive
+        self.manifest = Manifest(adapter)
+
+    def put(self, tensor: str, residual: Residual) -> None:
+        for part, values in zip(("codes", "escapes"), residual, strict=True):
+            with self.archive.open(f"{part}/{tensor}", "w", force_zip64=True) as stream:
+                flat = values.contiguous().view(-1).view(torch.uint8).numpy()
+                for at in range(0, len(flat), 1 << 24):
+                    stream.write(flat[at : at + (1 << 24)].data)
+
+
+@contextmanager
+def writing(path: Path, adapter: str) -> Iterator[Writer]:
+    """While open, takes residuals; on leaving without an error, the manifest is written last: a file without one is no
+    correction."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=_EFFORT) as archive:
+        writer = Writer(archive, adapter)
+        yield writer
+        archive.writestr(_MANIFEST, json.dumps(asdict(writer.manifest), indent=2, sort_keys=True))
+
+
+class Reader:
+    """Gives the residuals of a correction file back. Raises FileError where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.archive = zipfile.ZipFile(path)
+            found = json.loads(self.archive.read(_MANIFEST))
+            self.manifest = Manifest(**found)
+        except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise FileError(f"{path} is no correction file, or a damaged one: {error}") from error
+        if self.manifest.format != FORMAT:
+            raise FileError(f"{path} is a correction of format {self.manifest.format}; this version reads {FORMAT}.")
+
+    def get(self, tensor: str, shape: tuple[int, ...], integers: torch.dtype) -> Residual:
+        """The residual of one tensor of this shape, whose escapes are of that dtype."""
+        codes, escapes = (self._part(part, tensor) for part in ("codes", "escapes"))
+        try:
+            return Residual(codes.view(torch.int8).view(shape), escapes.view(integers))
+        except RuntimeError as error:
+            raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
+
+    def _part(self, part: str, tensor: str) -> Tensor:
+        name = f"{part}/{tensor}"
+        try:
+            held = bytearray(self.archive.getinfo(name).file_size)
+            at = 0
+            with self.archive.open(name) as stream:
+                while piece := stream.read(1 << 24):
+                    held[at : at + len(piece)] = piece
+                    at += len(piece)
+        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{self.path} lacks the {part} of {tensor}, or they are damaged: {error}") from error
+        return torch.frombuffer(held, dtype=torch.uint8) if held else torch.empty(0, dtype=torch.uint8)

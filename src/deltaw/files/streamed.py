@@ -1,0 +1,217 @@
+"""Merge an adapter into a checkpoint on disk, and take it out again, one tensor in memory at a time. No model code: layers are
+found by the names of their tensors.
+
+The arithmetic is that of a merge in memory (lowrank.py), so the bits are too. With a correction file, what was written can be
+turned back into the base's own bytes, which is checked by their hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import FileError, MergeError, listing, nearest
+from deltaw.files import correction, peft
+from deltaw.files.atomic import replacing_folder
+from deltaw.files.peft import LoRAFile
+from deltaw.files.shards import Entry, Rewritten, Shard, rewrite, shards_of
+from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
+from deltaw.merged import check_merged
+from deltaw.residual import integers_of
+
+# Weights in other formats than the one that is merged: stale beside it
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors"}
+
+
+@dataclass(frozen=True)
+class MergedFiles:
+    """What `merge_files` did."""
+
+    layers: dict[str, MergeStats]
+    bytes: int
+    """Of the weights that were written."""
+    correction: int
+    """Bytes of the correction file; 0 without one."""
+
+
+@dataclass(frozen=True)
+class UnmergedFiles:
+    """What `unmerge_files` did."""
+
+    layers: int
+    exact: bool
+    """Whether every file has the base's own bytes, by its hash."""
+    largest_error: float
+    """Without a correction: how far an entry can be from the base's, at the most."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one layer's weight is in the checkpoint."""
+
+    tensor: str
+    transposed: bool
+    """Stored [k, d], as GPT-2's Conv1D is."""
+
+    def W0(self, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.transposed else tensor
+
+
+def merge_files(base: Path, adapter: Path, out: Path, *, reversible: bool = False) -> MergedFiles:
+    """Write the checkpoint in folder `base` to folder `out` with the adapter's ΔW in it, in the dtypes that it is stored in;
+    config and tokenizer go along. At most one and a half times the largest tensor is held in memory.
+
+    `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. Raises FileError or
+    MergeError, with every problem; `out` is then not there.
+    """
+    shards, file = shards_of(base), peft.read(adapter)
+    places = _places(shards, file, base)
+    stats: dict[str, MergeStats] = {}
+    with replacing_folder(out) as folder, _correction(folder, file, reversible) as kept:
+
+        def change(layer: str, tensor: Tensor) -> None:
+            place = places[layer]
+            A, B = file.factors[layer]
+            W0 = place.W0(tensor)
+            if kept is None:
+                stats[layer] = merge_(W0, A, B, file.scales[layer])
+            else:
+                stats[layer], residual = merge_reversibly_(W0, A, B, file.scales[layer])
+                kept.put(place.tensor, residual)
+
+        for shard in shards:
+            done = rewrite(shard, folder / shard.path.name, _changes(shard, places, change), digest=reversible)
+            if kept is not None:
+                kept.manifest.shards[shard.path.name] = (done.before, done.after)
+        check_merged(stats, allow_unchanged=False)
+        _copy_the_rest(base, folder)
+        size = sum(shard.path.stat().st_size for shard in shards)
+    path = out / correction.NAME
+    return MergedFiles(stats, size, path.stat().st_size if reversible else 0)
+
+
+def unmerge_files(merged: Path, adapter: Path, out: Path) -> UnmergedFiles:
+    """Write the base of the merged checkpoint in folder `merged` to folder `out`.
+
+    With the correction file of a reversible merge the files are the base's own, byte for byte, checked by their hash. Without
+    one ΔW is subtracted, and the result says how far an entry can be from the base's. Raises FileError or MergeError: a
+    checkpoint or an adapter that the correction does not belong to, a hash that differs; `out` is then not there.
+    """
+    shards, file = shards_of(merged), peft.read(adapter)
+    places = _places(shards, file, merged)
+    kept = correction.Reader(merged / correction.NAME) if (merged / correction.NAME).is_file() else None
+    if kept is not None and kept.manifest.adapter != digest_of(file):
+        raise MergeError(
+            f"The adapter in {adapter} is not the one that was merged into {merged}: its A, B or scales differ."
+        )
+    errors = [0.0]
+
+    def change(layer: str, tensor: Tensor) -> None:
+        place = places[layer]
+        A, B = file.factors[layer]
+        W = place.W0(tensor)
+        if kept is None:
+            largest = W.abs().max()
+            restore_(W, A, B, file.scales[layer])
+            errors.append(restored_within(largest, W))
+        else:
+            restore_(W, A, B, file.scales[layer], kept.get(place.tensor, tuple(W.shape), integers_of(W.dtype)))
+
+    with replacing_folder(out) as folder:
+        for shard in shards:
+            name = shard.path.name
+            done = rewrite(shard, folder / name, _changes(shard, places, change), digest=kept is not None)
+            if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
+                raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
+        _copy_the_rest(merged, folder)
+    return UnmergedFiles(len(places), kept is not None, max(errors))
+
+
+def digest_of(file: LoRAFile) -> str:
+    """sha256 of an adapter's layers, scales, A and B: what decides ΔW, and nothing else of its files."""
+    found = hashlib.sha256()
+    for layer in sorted(file.factors):
+        found.update(f"{layer} {file.scales[layer]!r}".encode())
+        for factor in file.factors[layer]:
+            found.update(f"{tuple(factor.shape)} {factor.dtype}".encode())
+            found.update(factor.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+@contextmanager
+def _correction(folder: Path, file: LoRAFile, reversible: bool) -> Iterator[correction.Writer | None]:
+    if not reversible:
+        yield None
+        return
+    with correction.writing(folder / correction.NAME, digest_of(file)) as writer:
+        yield writer
+
+
+def _changes(
+    shard: Shard, places: Mapping[str, _Place], change: Callable[[str, Tensor], None]
+) -> dict[str, Callable[[Tensor], None]]:
+    """Tensor name → what changes it, of the layers whose weights are in this shard."""
+    return {p.tensor: partial(change, layer) for layer, p in places.items() if p.tensor in shard.entries}
+
+
+def _places(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, _Place]:
+    """Where each of the adapter's layers is. Raises FileError with every layer that is not found, or is of another shape."""
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    transposed = bool(file.config.get("fan_in_fan_out"))
+    places: dict[str, _Place] = {}
+    problems: list[str] = []
+    for layer, (A, B) in file.factors.items():
+        name = _tensor_of(layer, entries)
+        if name is None:
+            problems.append(f"there is no tensor of the layer {layer!r}{nearest(f'{layer}.weight', entries, count=1)}")
+            continue
+        entry, wanted = entries[name], (B.shape[0], A.shape[1])
+        places[layer] = _Place(name, transposed)
+        if entry.shape != (wanted[::-1] if transposed else wanted):
+            problems.append(f"{name} is {list(entry.shape)}, the update of {layer!r} {list(wanted)}")
+        elif not _is_float(entry):
+            problems.append(f"{name} is {entry.dtype}; ΔW goes into F64, F32, F16 and BF16 only")
+    if problems:
+        raise FileError(
+            listing(f"The adapter does not fit the checkpoint in {folder}; nothing was written:", problems)
+            + "\nWhere a model's layers have other names than its files' tensors, merge in memory: deltaw.load, deltaw.merge."
+        )
+    return places
+
+
+def _tensor_of(layer: str, entries: Mapping[str, Entry]) -> str | None:
+    """The name of a layer's weight in the files: the layer's own; or without the base model's prefix, or with one, where just
+    one tensor is named so."""
+    full = f"{layer}.weight"
+    if full in entries:
+        return full
+    shorter = full.split(".", 1)[-1]
+    found = [n for n in entries if n == shorter or n.endswith(f".{full}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_float(entry: Entry) -> bool:
+    return entry.dtype in ("F64", "F32", "F16", "BF16")
+
+
+def _copy_the_rest(source: Path, folder: Path) -> None:
+    """Config, tokenizer and whatever else is no weights: of the files that are there, not of folders."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix not in _OTHER_WEIGHTS and path.name != correction.NAME:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _other_bytes(path: Path, done: Rewritten, expected: tuple[str, str] | None) -> str:
+    if expected is None:
+        return f"{path} is not among the files that the correction belongs to: nothing was written."
+    if done.before != expected[1]:
+        return f"{path} has changed since it was merged: its hash differs. Nothing was written."
+    return f"What came of {path} has another hash than the base's file had: nothing was written."

@@ -1,0 +1,63 @@
+"""What round(W' − ΔW) misses of W0, in units in the last place: the few integers that make subtracting a merge exact. Knows
+tensors only.
+
+W' = round(W0 + ΔW) has lost the bits of W0 below its own precision, so subtracting ΔW gives W0 but for some units in the
+last place. As bit patterns, neighbouring floats are neighbouring integers; the residual of an entry is the difference of two
+such integers. Nearly all are zero or fit a byte; those that do not (a W0 that ΔW swamped) are kept whole, in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The code of an entry whose difference fits no byte
+_ESCAPE = -128
+
+
+class Residual(NamedTuple):
+    """Of a weight or a block of its rows."""
+
+    codes: Tensor
+    """int8, shaped like the block: the difference, or −128 for the next of `escapes`."""
+    escapes: Tensor
+    """Differences that fit no byte, in the order of their entries; integers as wide as the weight's."""
+
+
+def between(W0: Tensor, back: Tensor) -> Residual:
+    """What added to `back` gives W0, both of one shape and float dtype. Any bits are kept, those of NaN too."""
+    difference = _ordinals(W0) - _ordinals(back)  # wraps around, and back again in `corrected`
+    wide = (difference < -127) | (difference > 127)
+    return Residual(difference.masked_fill(wide, _ESCAPE).to(torch.int8), difference[wide])
+
+
+def corrected(back: Tensor, residual: Residual) -> Tensor:
+    """W0, bit for bit: the inverse of `between`."""
+    ordinals = _ordinals(back)
+    difference = residual.codes.to(ordinals.dtype)
+    difference[residual.codes == _ESCAPE] = residual.escapes
+    return _bits(ordinals + difference).view(back.dtype)
+
+
+def integers_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight's escapes."""
+    return _INTEGERS[dtype.itemsize]
+
+
+def escaped(codes: Tensor) -> int:
+    """How many of these entries have their difference among the escapes."""
+    return int((codes == _ESCAPE).sum())
+
+
+def _ordinals(values: Tensor) -> Tensor:
+    """Integers in the order of the floats, neighbours one apart."""
+    return _bits(values.contiguous().view(integers_of(values.dtype)))
+
+
+def _bits(integers: Tensor) -> Tensor:
+    """Sign and magnitude ↔ two's complement: negative integers with all bits but the sign's turned over."""
+    width = 8 * integers.element_size()
+    return integers ^ ((integers >> (width - 1)) & ((1 << (width - 1)) - 1))

@@ -1,0 +1,190 @@
+"""Merging on disk: the bits of a merge in memory, and the base's bytes back."""
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
+
+import deltaw
+from deltaw.errors import FileError, MergeError
+from deltaw.files import correction, streamed
+from deltaw.files.shards import INDEX
+from tests.conftest import MAKERS, fill
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def checkpoint(make: Any, dtype: torch.dtype, folder: Path) -> Path:
+    """A model folder of several shards, and beside it an adapter of the model."""
+    torch.manual_seed(1)
+    model = make().to(dtype).eval()
+    model.save_pretrained(folder / "base", max_shard_size="30KB")
+    (folder / "base" / "notes.txt").write_text("goes along")
+    (folder / "base" / "pytorch_model.bin").write_bytes(b"stale")
+    deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6))
+    fill(model)
+    deltaw.save(model, folder / "adapter")
+    return folder
+
+
+@pytest.fixture(params=list(MAKERS))
+def llama_or_gpt2(request: pytest.FixtureRequest) -> Any:
+    return MAKERS[request.param]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix != ".bin"}
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if ".deltaw." not in n}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_11_a_merge_on_disk_is_the_merge_in_memory_bit_for_bit(
+    llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = checkpoint(llama_or_gpt2, dtype, tmp_path)
+    done = streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    deltaw.load(model, folder / "adapter")
+    report = deltaw.merge(model)
+    found = weights(AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=dtype))
+    expected = weights(model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], w) for n, w in expected.items())
+    assert done.layers.keys() == report.layers.keys()
+    for layer, stats in report.layers.items():
+        assert dataclasses.astuple(done.layers[layer]) == pytest.approx(dataclasses.astuple(stats), rel=1e-5)
+    names = {p.name for p in (folder / "merged").iterdir()}
+    assert {"config.json", "notes.txt", INDEX} <= names and not {"pytorch_model.bin", correction.NAME} & names
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_4_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = checkpoint(llama_or_gpt2, dtype, tmp_path)
+    done = streamed.merge_files(folder / "base", folder / "adapter", folder / "merged", reversible=True)
+    assert 0 < done.correction < done.bytes
+    assert hashes(folder / "merged") != hashes(folder / "base")
+    back = streamed.unmerge_files(folder / "merged", folder / "adapter", folder / "back")
+    assert back.exact and hashes(folder / "back") == hashes(folder / "base")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_correction_the_base_comes_back_within_what_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = checkpoint(MAKERS["llama"], dtype, tmp_path)
+    streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
+    back = streamed.unmerge_files(folder / "merged", folder / "adapter", folder / "back")
+    found, base = (weights(AutoModelForCausalLM.from_pretrained(folder / n, dtype=dtype)) for n in ("back", "base"))
+    largest = max(float((found[n].float() - w.float()).abs().max()) for n, w in base.items())
+    assert not back.exact and 0 < largest <= back.largest_error
+
+
+def test_a_checkpoint_without_the_models_prefix(tmp_path: Path) -> None:
+    """As the hub's gpt2 is."""
+    torch.manual_seed(1)
+    body = GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=96))
+    body.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fill(deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6)))
+    deltaw.save(model, tmp_path / "adapter")
+    deltaw.merge(model)
+    streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", reversible=True)
+    found = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert all(torch.equal(found[n], w) for n, w in weights(model).items())
+    streamed.unmerge_files(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "base")
+
+
+@pytest.fixture
+def reversible(tmp_path: Path) -> Path:
+    folder = checkpoint(MAKERS["llama"], torch.bfloat16, tmp_path)
+    streamed.merge_files(folder / "base", folder / "adapter", folder / "merged", reversible=True)
+    return folder
+
+
+def refused(folder: Path, what: str, *, adapter: str = "adapter", error: type[Exception] = MergeError) -> None:
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(error, match=what):
+        streamed.unmerge_files(folder / "merged", folder / adapter, folder / "back")
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_merged_file_that_was_changed_since_is_refused(reversible: Path) -> None:
+    path = sorted((reversible / "merged").glob("*.safetensors"))[0]
+    held = bytearray(path.read_bytes())
+    held[-1] ^= 1
+    path.write_bytes(held)
+    refused(reversible, "has changed since it was merged")
+
+
+def test_another_adapter_is_refused(reversible: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(reversible / "base")
+    deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6))
+    deltaw.save(fill(model, seed=9), reversible / "other")
+    refused(reversible, "is not the one that was merged", adapter="other")
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "format"])
+def test_a_damaged_correction_is_refused(reversible: Path, damage: str) -> None:
+    path = reversible / "merged" / correction.NAME
+    held = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(held[: len(held) // 2])
+    elif damage == "noise":
+        middle = len(held) // 2
+        path.write_bytes(held[:middle] + bytes(b ^ 255 for b in held[middle : middle + 40]) + held[middle + 40 :])
+    else:
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        parts["manifest.json"] = parts["manifest.json"].replace(b'"format": 1', b'"format": 2')
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, part in parts.items():
+                archive.writestr(name, part)
+    refused(reversible, "correction|damaged", error=FileError)
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    folder = checkpoint(MAKERS["llama"], torch.float32, tmp_path)
+    index = folder / "base" / INDEX
+    kept = json.loads(index.read_text())
+    assert kept["weight_map"]
+    torch.manual_seed(0)
+    MAKERS["gpt2"]().save_pretrained(folder / "other")
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(FileError) as caught:
+        streamed.merge_files(folder / "other", folder / "adapter", folder / "merged")
+    assert "no tensor of the layer 'model.layers.0.self_attn.q_proj'" in str(caught.value)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_an_update_that_its_dtype_rounds_away_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint(MAKERS["llama"], torch.bfloat16, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    fill(deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6)), size=1e-6)
+    deltaw.save(model, folder / "small")
+    with pytest.raises(MergeError, match="rounds ΔW away"):
+        streamed.merge_files(folder / "base", folder / "small", folder / "merged")
+    assert not (folder / "merged").exists()
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(MAKERS["llama"], torch.float32, tmp_path)
+    genuine, count = streamed.merge_, [0]
+
+    def interrupted(*arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] == 5:
+            raise KeyboardInterrupt
+        return genuine(*arguments)
+
+    monkeypatch.setattr(streamed, "merge_", interrupted)
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
+    assert sorted(p.name for p in folder.iterdir()) == before
