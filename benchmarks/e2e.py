@@ -12,8 +12,8 @@ on the test items with penalties 0.0, 1.0 and 1.5: 66.2, 66.7 and 65.0.) For com
 beam 10): full fine-tuning 68.2, LoRA 70.4.
 
 The race: the same records, batch, r, α, learning rate and schedule for both, in turn, once for each seed; TRL with the settings
-that are its fastest in results/train_step.json. All adapters are scored by the same code, greedily, and by the loss of the test
-records: a BLEU score moves by a point from one seed to another.
+that are its fastest in results/train_step.json. All adapters are scored by the same code, greedily, and by the loss of the first
+500 records of valid.jsonl: a BLEU score moves by a point from one seed to another.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def race(chosen: argparse.Namespace) -> None:
             with multiprocessing.get_context("spawn").Pool(1) as pool:  # in a process of its own, for its memory's sake
                 theirs = pool.apply(train_trl, (chosen.model, folder, lr, seed))
             ours = {"minutes": figures["loop"]["seconds"] / 60, "peak_memory_gb": figures["peak_memory"] / 1e9}
-            rows["deltaw"].append(ours | scores(here, run / "adapter", prompts, (*METRICS, "loss")))
-            rows["TRL + PEFT"].append(theirs | scores(here, Path(folder) / "trl", prompts, (*METRICS, "loss")))
+            rows["deltaw"].append(ours | race_scores(here, run / "adapter", prompts))
+            rows["TRL + PEFT"].append(theirs | race_scores(here, Path(folder) / "trl", prompts))
             print(json.dumps(rows, indent=1), file=sys.stderr, flush=True)
     machine.write(
         "e2e_race", {"records": records, "batch": 8, "rank": 8, "alpha": 16, "lr": lr, "items": 630, "rows": rows}
@@ -173,9 +173,16 @@ def train(chosen: argparse.Namespace, **more: Any) -> Path:
         return deltaw.train(chosen.model, chosen.data, config, method=method, on_event=view.hear).folder
 
 
-def scores(
-    chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConfig, metrics: tuple[str, ...] = METRICS
-) -> dict[str, Any]:
+def race_scores(chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConfig) -> dict[str, Any]:
+    valid = read(chosen.data, data, split="valid")
+    some = dataclasses.replace(valid, items=valid.items[:500])
+    fresh = load_pretrained(chosen.model)
+    deltaw.load(fresh.model, adapter)
+    loss = evaluate(fresh.model, fresh.tokenizer, some, data, deltaw.GenerateConfig(), metrics=("loss",)).scores["loss"]
+    return scores(chosen, adapter, data) | {"held_out_loss": [round(v, 4) for v in dataclasses.astuple(loss)]}
+
+
+def scores(chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConfig) -> dict[str, Any]:
     """Scored as `deltaw eval` would: the adapter's files on a freshly loaded base."""
     records = read(chosen.data, data, split="test")
     decodings = {"greedy": deltaw.GenerateConfig(max_new_tokens=96, batch=32)}
@@ -186,20 +193,17 @@ def scores(
     fresh = load_pretrained(chosen.model)
     deltaw.load(fresh.model, adapter)
     found = {
-        f"adapter, {name}": score(fresh, records, data, decoding, "default", metrics)
-        for name, decoding in decodings.items()
+        f"adapter, {name}": score(fresh, records, data, decoding, "default") for name, decoding in decodings.items()
     }
     if chosen.base:
-        found["base, greedy"] = score(fresh, records, data, decodings["greedy"], None, metrics)
+        found["base, greedy"] = score(fresh, records, data, decodings["greedy"], None)
     return found
 
 
-def score(
-    loaded: Any, records: Any, data: Any, decoding: Any, adapter: str | None, metrics: tuple[str, ...]
-) -> dict[str, Any]:
+def score(loaded: Any, records: Any, data: Any, decoding: Any, adapter: str | None) -> dict[str, Any]:
     """Scores of one decoding as plain values."""
     with using(loaded.model, adapter):
-        found: Evaluation = evaluate(loaded.model, loaded.tokenizer, records, data, decoding, metrics=metrics)
+        found: Evaluation = evaluate(loaded.model, loaded.tokenizer, records, data, decoding, metrics=METRICS)
     assert found.items == 630, f"expected the 630 items of the test split, got {found.items}"
     plain = {name: [round(v, 4) for v in dataclasses.astuple(value)] for name, value in found.scores.items()}
     return plain | {"minutes": round(found.seconds / 60, 2), "first": found.predictions[:3]}
