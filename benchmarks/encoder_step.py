@@ -66,6 +66,7 @@ def main() -> None:
         )
         settings = {k: v for k, v in asdict(case).items() if k not in ("data", "model")}
         found.append(settings | {"rows": rows})
+        print(json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
     machine.write(chosen.name, {"heats": found})
 
 
