@@ -40,14 +40,13 @@ from deltaw.cli.opening import as_trained
 from deltaw.cli.train import progress
 from deltaw.config import from_mapping
 from deltaw.data import read
-from deltaw.pretrained import load_pretrained
+from deltaw.pretrained import Pretrained, load_pretrained
 from deltaw.study.evaluate import Evaluation, evaluate
 from train_step import TRL_FASTEST
 
 HERE = Path(__file__).resolve().parent
 METRICS = ("bleu", "rouge_l")
 LENGTH_PENALTY = 0.8
-TRL_DTYPE = "bfloat16"
 
 
 def main() -> None:
@@ -82,7 +81,9 @@ def main() -> None:
             "settings": {k: v for k, v in settings.items() if k not in ("model", "data", "out")},
             "items": 630,
             "length_penalty_of_beams": LENGTH_PENALTY if chosen.beams > 1 else None,
-            "scores": scores(chosen, folder / "adapter", as_trained(deltaw.DataConfig(), str(folder / "adapter"))),
+            "scores": scores(
+                chosen, adapted(chosen, folder / "adapter"), as_trained(deltaw.DataConfig(), str(folder / "adapter"))
+            ),
             "minutes_of_training": loop["seconds"] / 60,
             "tokens_per_second": loop["tokens"] / loop["step_seconds"],
             "steps": loop["step"],
@@ -129,7 +130,6 @@ def train_trl(model_folder: str, folder: str, lr: float, seed: int) -> dict[str,
     """TRL's SFTTrainer with PEFT on FOLDER/train.jsonl; leaves its adapter in FOLDER/trl."""
     import datasets
     import peft
-    import torch
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,7 +143,7 @@ def train_trl(model_folder: str, folder: str, lr: float, seed: int) -> dict[str,
         **TRL_FASTEST,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, TRL_DTYPE)),
+        model=AutoModelForCausalLM.from_pretrained(model_folder, dtype="bfloat16"),
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
@@ -176,22 +176,25 @@ def train(chosen: argparse.Namespace, **more: Any) -> Path:
 def race_scores(chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConfig) -> dict[str, Any]:
     valid = read(chosen.data, data, split="valid")
     some = dataclasses.replace(valid, items=valid.items[:500])
+    fresh = adapted(chosen, adapter)
+    loss = evaluate(fresh.model, fresh.tokenizer, some, data, deltaw.GenerateConfig(), metrics=("loss",)).scores["loss"]
+    return scores(chosen, fresh, data) | {"held_out_loss": [round(v, 4) for v in dataclasses.astuple(loss)]}
+
+
+def adapted(chosen: argparse.Namespace, adapter: Path) -> Pretrained:
+    """The adapter's files on a freshly loaded base, as `deltaw eval` has them."""
     fresh = load_pretrained(chosen.model)
     deltaw.load(fresh.model, adapter)
-    loss = evaluate(fresh.model, fresh.tokenizer, some, data, deltaw.GenerateConfig(), metrics=("loss",)).scores["loss"]
-    return scores(chosen, adapter, data) | {"held_out_loss": [round(v, 4) for v in dataclasses.astuple(loss)]}
+    return fresh
 
 
-def scores(chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConfig) -> dict[str, Any]:
-    """Scored as `deltaw eval` would: the adapter's files on a freshly loaded base."""
+def scores(chosen: argparse.Namespace, fresh: Pretrained, data: deltaw.DataConfig) -> dict[str, Any]:
     records = read(chosen.data, data, split="test")
     decodings = {"greedy": deltaw.GenerateConfig(max_new_tokens=96, batch=32)}
     if chosen.beams > 1:
         decodings[f"{chosen.beams} beams"] = deltaw.GenerateConfig(
             max_new_tokens=96, batch=16, beams=chosen.beams, length_penalty=LENGTH_PENALTY
         )
-    fresh = load_pretrained(chosen.model)
-    deltaw.load(fresh.model, adapter)
     found = {
         f"adapter, {name}": score(fresh, records, data, decoding, "default") for name, decoding in decodings.items()
     }

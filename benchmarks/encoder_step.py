@@ -61,9 +61,7 @@ def main() -> None:
         for targets in ("all-linear", "qv")
         for rank, batch in ((8, 32), (64, 32), (8, 8))
     ):
-        rows = race.heat(
-            case.rows, asdict(case), warm=case.warm, count=case.turns, each=case.each, paired=("deltaw", "floor")
-        )
+        rows = race.heat(case.rows, asdict(case), warm=case.warm, count=case.turns, each=case.each)
         settings = {k: v for k, v in asdict(case).items() if k not in ("data", "model")}
         found.append(settings | {"rows": rows})
         print(json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)

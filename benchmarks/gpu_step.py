@@ -77,9 +77,7 @@ def main() -> None:
     cases = [case for case in (*CASES, tiny) if case.shape == (chosen.shape or case.shape)]
     found = []
     for case in cases if chosen.shape else CASES:
-        rows = race.heat(
-            case.rows, asdict(case), warm=case.warm, count=case.turns, each=case.each, paired=("deltaw", "floor")
-        )
+        rows = race.heat(case.rows, asdict(case), warm=case.warm, count=case.turns, each=case.each)
         found.append(asdict(case) | {"rows": rows})
         print(json.dumps(found[-1], indent=1), file=sys.stderr, flush=True)
     machine.write(chosen.name, {"heats": found})

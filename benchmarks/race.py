@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Rows with the same batches, whose times are compared turn by turn
+PAIRED = ("deltaw", "floor")
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
@@ -123,18 +125,10 @@ class _Runner:
         return json.loads(line)
 
 
-def heat(
-    rows: Sequence[str],
-    job: dict[str, Any],
-    *,
-    warm: int,
-    count: int,
-    each: int = 1,
-    paired: tuple[str, str] | None = None,
-) -> dict[str, Any]:
+def heat(rows: Sequence[str], job: dict[str, Any], *, warm: int, count: int, each: int = 1) -> dict[str, Any]:
     """All rows, `warm + count` turns of `each` steps: figures of the last `count` turns by row.
 
-    A ratio of times is one of sums over all these steps, per token; of the `paired` rows, whose batches are the same, it is
+    A ratio of times is one of sums over all these steps, per token; of the `PAIRED` rows, whose batches are the same, it is
     the median of the ratios turn by turn.
     """
     runners = {row: _Runner(row, job, each) for row in rows}
@@ -149,10 +143,10 @@ def heat(
         values["times_the_time_of"] = {
             other: round(cost / figures[other]["seconds_per_1000_tokens"], 3) for other in rows if other != row
         }
-    if paired is not None and set(paired) <= set(rows):
-        ours, theirs = ([turn["seconds"] for turn in runners[row].taken[warm:]] for row in paired)
+    if set(PAIRED) <= set(rows):
+        ours, theirs = ([turn["seconds"] for turn in runners[row].taken[warm:]] for row in PAIRED)
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        figures[paired[0]]["times_the_time_of"][paired[1]] = round(ratio, 3)
+        figures[PAIRED[0]]["times_the_time_of"][PAIRED[1]] = round(ratio, 3)
     return figures
 
 

@@ -29,6 +29,7 @@ from deltaw.data import Example, Order, collate, encode, read
 from deltaw.pretrained import load_pretrained
 from deltaw.training.loop import Event, Loop
 from deltaw.training.schedule import lr_factor
+from rows import completion
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -107,8 +108,7 @@ def peft_row(name: str, train: list[Example], config: deltaw.TrainConfig, folder
     losses = []
     for step, batch in enumerate(batches(train, config)):
         optimizer.param_groups[0]["lr"] = config.lr * lr_factor(config, step, config.steps or 0, 0.0)
-        labels = batch.input_ids.masked_fill(~batch.supervised, -100)
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss = model(**completion(batch, model.device).inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()

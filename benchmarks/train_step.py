@@ -143,7 +143,7 @@ def joined(records: list[dict[str, str]], characters: int) -> Iterator[dict[str,
 
 def heat(case: Case, folder: str, model: str) -> dict[str, Any]:
     job = {"case": dataclasses.asdict(case), "data": folder, "model": model}
-    return race.heat(case.rows, job, warm=case.warm, count=case.steps, paired=("deltaw", "floor"))
+    return race.heat(case.rows, job, warm=case.warm, count=case.steps)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
     A = A.detach().float().contiguous()
     T = B.detach().float() * torch.tensor(scale, dtype=torch.float32, device=B.device)
     d, (r, k) = B.shape[0], A.shape
-    height = max(1, block_elements(B.device) // k)
+    height = max(1, _block_elements(B.device) // k)
     total = torch.empty(min(height, d), k, dtype=torch.float32, device=B.device)
     term = torch.empty_like(total)
     for start in range(0, d, height):
@@ -147,7 +147,7 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
         yield slice(start, start + t.shape[0]), block
 
 
-def block_elements(device: torch.device) -> int:
+def _block_elements(device: torch.device) -> int:
     """Entries that are worked on at once. It changes no bit of a result."""
     return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from deltaw.errors import FileError
+from deltaw.files.shards import PIECE, tensor_over
 from deltaw.residual import Residual
 
 NAME = "base.correction"
@@ -50,8 +50,8 @@ class Writer:
         for part, values in zip(("codes", "escapes"), residual, strict=True):
             with self.archive.open(f"{part}/{tensor}", "w", force_zip64=True) as stream:
                 flat = values.contiguous().view(-1).view(torch.uint8).numpy()
-                for at in range(0, len(flat), 1 << 24):
-                    stream.write(flat[at : at + (1 << 24)].data)
+                for at in range(0, len(flat), PIECE):
+                    stream.write(flat[at : at + PIECE].data)
 
 
 @contextmanager
@@ -80,21 +80,21 @@ class Reader:
 
     def get(self, tensor: str, shape: tuple[int, ...], integers: torch.dtype) -> Residual:
         """The residual of one tensor of this shape, whose escapes are of that dtype."""
-        codes, escapes = (self._part(part, tensor) for part in ("codes", "escapes"))
+        codes, escapes = self._part("codes", tensor), self._part("escapes", tensor)
         try:
-            return Residual(codes.view(torch.int8).view(shape), escapes.view(integers))
-        except RuntimeError as error:
+            return Residual(tensor_over(codes, torch.int8).view(shape), tensor_over(escapes, integers))
+        except (RuntimeError, ValueError) as error:
             raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
 
-    def _part(self, part: str, tensor: str) -> Tensor:
+    def _part(self, part: str, tensor: str) -> bytearray:
         name = f"{part}/{tensor}"
         try:
             held = bytearray(self.archive.getinfo(name).file_size)
             at = 0
             with self.archive.open(name) as stream:
-                while piece := stream.read(1 << 24):
+                while piece := stream.read(PIECE):
                     held[at : at + len(piece)] = piece
                     at += len(piece)
         except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise FileError(f"{self.path} lacks the {part} of {tensor}, or they are damaged: {error}") from error
-        return torch.frombuffer(held, dtype=torch.uint8) if held else torch.empty(0, dtype=torch.uint8)
+        return held

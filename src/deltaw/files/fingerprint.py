@@ -51,11 +51,12 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
         head = f"{name} {tuple(tensor.shape)}".encode()
         total = int(flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)) if flat.numel() else 0
         exact.update(b"%s %s %d" % (head, str(tensor.dtype).encode(), total))
-        exact.update(_bytes(sample))
-        bfloat16.update(head + _bytes(sample.to(torch.bfloat16)))
-        float16.update(head + _bytes(sample.to(torch.float16)))
+        exact.update(bytes_of(sample))
+        bfloat16.update(head + bytes_of(sample.to(torch.bfloat16)))
+        float16.update(head + bytes_of(sample.to(torch.float16)))
     return Fingerprint(exact.hexdigest()[:32], bfloat16.hexdigest()[:32], float16.hexdigest()[:32])
 
 
-def _bytes(sample: Tensor) -> bytes:
-    return sample.contiguous().view(torch.uint8).numpy().tobytes()
+def bytes_of(tensor: Tensor) -> bytes:
+    """Its entries in order, of a tensor on the CPU."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

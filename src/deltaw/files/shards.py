@@ -26,7 +26,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 # Bytes that are copied at once
-_PIECE = 1 << 24
+PIECE = 1 << 24
 # The specification's own bound of a header
 _LONGEST_HEADER = 100_000_000
 
@@ -131,9 +131,12 @@ def read_tensor(file: BinaryIO, entry: Entry) -> tuple[bytearray, Tensor]:
     file.seek(entry.start)
     if file.readinto(held) != entry.size:  # type: ignore[attr-defined]
         raise FileError("the file ends within a tensor")
-    dtype = DTYPES[entry.dtype]
-    flat = torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
-    return held, flat.view(entry.shape)
+    return held, tensor_over(held, DTYPES[entry.dtype]).view(entry.shape)
+
+
+def tensor_over(held: bytearray, dtype: torch.dtype) -> Tensor:
+    """The flat tensor that these bytes are the memory of; torch itself refuses none at all."""
+    return torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def _pieces(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
     file.seek(entry.start)
     left = entry.size
     while left:
-        piece = file.read(min(left, _PIECE))
+        piece = file.read(min(left, PIECE))
         if not piece:
             raise FileError("the file ends within a tensor")
         left -= len(piece)

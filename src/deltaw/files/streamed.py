@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from deltaw.errors import FileError, MergeError, listing, nearest
 from deltaw.files import correction, peft
 from deltaw.files.atomic import replacing_folder
+from deltaw.files.fingerprint import bytes_of
 from deltaw.files.peft import LoRAFile
 from deltaw.files.shards import Entry, Rewritten, Shard, rewrite, shards_of
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
@@ -142,7 +142,7 @@ def digest_of(file: LoRAFile) -> str:
         found.update(f"{layer} {file.scales[layer]!r}".encode())
         for factor in file.factors[layer]:
             found.update(f"{tuple(factor.shape)} {factor.dtype}".encode())
-            found.update(factor.contiguous().view(torch.uint8).numpy().data)
+            found.update(bytes_of(factor))
     return found.hexdigest()
 
 
