@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
 
 import deltaw
@@ -161,6 +162,18 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path) -> No
         streamed.merge_files(folder / "other", folder / "adapter", folder / "merged")
     assert "no tensor of the layer 'model.layers.0.self_attn.q_proj'" in str(caught.value)
     assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_two_layers_that_would_share_a_tensor_are_refused(tmp_path: Path) -> None:
+    """By their names without a prefix; one of the updates would be lost."""
+    model = torch.nn.ModuleDict({n: torch.nn.ModuleDict({"q": torch.nn.Linear(8, 6)}) for n in ("encoder", "decoder")})
+    fill(deltaw.attach(model, deltaw.LoRA(rank=2, alpha=3)))
+    deltaw.save(model, tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    save_file({"q.weight": torch.ones(6, 8)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(FileError, match=r"q\.weight would be the weight of both"):
+        streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_update_that_its_dtype_rounds_away_is_refused(tmp_path: Path) -> None:

@@ -174,6 +174,9 @@ def _places(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, _Pla
             problems.append(f"there is no tensor of the layer {layer!r}{nearest(f'{layer}.weight', entries, count=1)}")
             continue
         entry, wanted = entries[name], (B.shape[0], A.shape[1])
+        twin = next((other for other, place in places.items() if place.tensor == name), None)
+        if twin is not None:
+            problems.append(f"{name} would be the weight of both {twin!r} and {layer!r}")
         places[layer] = _Place(name, transposed)
         if entry.shape != (wanted[::-1] if transposed else wanted):
             problems.append(f"{name} is {list(entry.shape)}, the update of {layer!r} {list(wanted)}")
