@@ -2,6 +2,7 @@
 
     python benchmarks/e2e.py --data DATA/e2e --beams 4                                 # within the hour
     python benchmarks/e2e.py --data DATA/e2e --race                                    # deltaw, then TRL + PEFT, on 5,600 records
+    python benchmarks/e2e.py --data DATA/e2e --race --no-trl --records 8000 --name e2e_minutes    # deltaw alone, for longer
     python benchmarks/e2e.py --data DATA/e2e --beams 4 --run runs/e2e                  # score a finished run again
 
 Writes results/NAME.json: BLEU (sacrebleu, lower-cased, 13a, unsmoothed), ROUGE-L with 95% intervals, greedy and beam
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--run", help="score the adapter of this finished run instead of training one")
     parser.add_argument("--race", action="store_true", help="minutes and BLEU of deltaw and of TRL + PEFT")
     parser.add_argument("--seeds", type=int, default=2, help="of the race")
+    parser.add_argument("--trl", action=argparse.BooleanOptionalAction, default=True, help="TRL + PEFT in the race")
     parser.add_argument("--name", default="e2e", help="of the result file and the run folder")
     chosen = parser.parse_args()
     show.quiet_libraries()
@@ -102,27 +104,31 @@ def race(chosen: argparse.Namespace) -> None:
     """deltaw and TRL + PEFT on the same records, and what each came to in how many minutes."""
     records, lr = chosen.records or 5600, chosen.lr or 5e-4
     data = Path(chosen.data)
-    rows: dict[str, list[dict[str, Any]]] = {"deltaw": [], "TRL + PEFT": []}
+    rows: dict[str, list[dict[str, Any]]] = {"deltaw": []} | ({"TRL + PEFT": []} if chosen.trl else {})
+    name = "e2e_race" if chosen.name == "e2e" else chosen.name
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "valid", "test"):
             lines = (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             lines = random.Random(0).sample(lines, records) if split == "train" else lines
             (Path(folder) / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         here = argparse.Namespace(
-            **vars(chosen) | {"data": folder, "records": None, "lr": lr, "name": "e2e_race", "beams": 1, "base": False}
+            **vars(chosen) | {"data": folder, "records": None, "lr": lr, "name": name, "beams": 1, "base": False}
         )
         for seed in range(chosen.seeds):
             run = train(here, minutes=None, eval_every=10**6, seed=seed)
             figures = json.loads((run / "result.json").read_text(encoding="utf-8"))
             prompts = as_trained(deltaw.DataConfig(), str(run / "adapter"))
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # in a process of its own, for its memory's sake
-                theirs = pool.apply(train_trl, (chosen.model, folder, lr, seed))
+            theirs = {}
+            if chosen.trl:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:  # in a process of its own, for its memory's sake
+                    theirs = pool.apply(train_trl, (chosen.model, folder, lr, seed))
             ours = {"minutes": figures["loop"]["seconds"] / 60, "peak_memory_gb": figures["peak_memory"] / 1e9}
             rows["deltaw"].append(ours | race_scores(here, run / "adapter", prompts))
-            rows["TRL + PEFT"].append(theirs | race_scores(here, Path(folder) / "trl", prompts))
+            if chosen.trl:
+                rows["TRL + PEFT"].append(theirs | race_scores(here, Path(folder) / "trl", prompts))
             print(json.dumps(rows, indent=1), file=sys.stderr, flush=True)
     machine.write(
-        "e2e_race", {"records": records, "batch": 8, "rank": 8, "alpha": 16, "lr": lr, "items": 630, "rows": rows}
+        name, {"records": records, "batch": 8, "rank": 8, "alpha": 16, "lr": lr, "items": 630, "rows": rows}
     )
 
 
