@@ -35,7 +35,6 @@ import yaml
 
 import deltaw
 import machine
-from deltaw.attached import using
 from deltaw.cli import show
 from deltaw.cli.opening import as_trained
 from deltaw.cli.train import progress
@@ -43,6 +42,7 @@ from deltaw.config import from_mapping
 from deltaw.data import read
 from deltaw.pretrained import Pretrained, load_pretrained
 from deltaw.study.evaluate import Evaluation, evaluate
+from deltaw.switching import using
 from train_step import TRL_FASTEST
 
 HERE = Path(__file__).resolve().parent
@@ -120,16 +120,16 @@ def race(chosen: argparse.Namespace) -> None:
             prompts = as_trained(deltaw.DataConfig(), str(run / "adapter"))
             theirs = {}
             if chosen.trl:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:  # in a process of its own, for its memory's sake
+                with multiprocessing.get_context("spawn").Pool(
+                    1
+                ) as pool:  # in a process of its own, for its memory's sake
                     theirs = pool.apply(train_trl, (chosen.model, folder, lr, seed))
             ours = {"minutes": figures["loop"]["seconds"] / 60, "peak_memory_gb": figures["peak_memory"] / 1e9}
             rows["deltaw"].append(ours | race_scores(here, run / "adapter", prompts))
             if chosen.trl:
                 rows["TRL + PEFT"].append(theirs | race_scores(here, Path(folder) / "trl", prompts))
             print(json.dumps(rows, indent=1), file=sys.stderr, flush=True)
-    machine.write(
-        name, {"records": records, "batch": 8, "rank": 8, "alpha": 16, "lr": lr, "items": 630, "rows": rows}
-    )
+    machine.write(name, {"records": records, "batch": 8, "rank": 8, "alpha": 16, "lr": lr, "items": 630, "rows": rows})
 
 
 def train_trl(model_folder: str, folder: str, lr: float, seed: int) -> dict[str, float]:

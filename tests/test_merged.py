@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import deltaw
-from deltaw import LoRA, attach, detach, merge, unmerge, use
-from deltaw.attached import updates
+from deltaw import LoRA, attach, detach, lowrank, merge, unmerge, use
+from deltaw.attached import base_parameters, updates
 from deltaw.errors import MergeError
 from deltaw.merged import preview, settle
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_llama
@@ -132,7 +132,7 @@ def test_a_preview_says_what_the_merge_then_does_and_changes_nothing(tiny: Any, 
     before = snapshot(tiny)
     foreseen = preview(tiny)
     assert_same(tiny, before)
-    assert merge(tiny) == foreseen
+    assert merge(tiny).layers == foreseen.layers
     with pytest.raises(MergeError, match="merged already"):
         preview(tiny)
 
@@ -155,3 +155,65 @@ def test_settle_makes_a_merge_final(tiny: Any, ids: torch.Tensor) -> None:
     assert all(torch.equal(bits(tiny)[n], v) for n, v in merged.items())
     assert [(n, type(m)) for n, m in tiny.named_modules()] == plain
     assert deltaw.adapters(tiny) == ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4_a_correction_gives_the_same_bits_back_in_less_memory(
+    tiny: Any, ids: torch.Tensor, dtype: torch.dtype
+) -> None:
+    tiny.to(dtype)
+    before = bits(tiny)
+    fill(attach(tiny, METHOD), size=0.02)
+    copied = merge(tiny)
+    merged = bits(tiny)
+    unmerge(tiny)
+    kept = merge(tiny, keep="correction")
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in merged.items())
+    factors = sum(p.numel() * p.element_size() for p in deltaw.parameters(tiny, "default"))
+    assert kept.extra_memory - factors < copied.extra_memory / 2
+    assert dict(base_parameters(tiny)).keys() == before.keys()
+    assert all(torch.equal(v, before[n]) for n, v in base_parameters(tiny))  # as saving asks for them
+    with torch.no_grad():
+        for parameter in deltaw.parameters(tiny, "default"):
+            parameter.mul_(3.0)  # what is merged is what was merged
+    unmerge(tiny)
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
+
+
+@pytest.mark.parametrize("keep", ["copy", "correction"])
+def test_4_a_merged_model_gives_each_adapter_back(tiny: Any, keep: Any) -> None:
+    before = bits(tiny)
+    for i, name in enumerate("abc"):
+        fill(attach(tiny, METHOD, name=name), name, seed=i)
+    merge(tiny, weights={"a": 0.5, "c": -2.0})
+    expected = bits(tiny)
+    unmerge(tiny)
+    merge(tiny, weights={"a": 0.5, "b": 1.5, "c": -2.0}, keep=keep)
+    with pytest.raises(MergeError, match="'d' is not merged; Adapters 'a', 'b', 'c' are"):
+        unmerge(tiny, "d")
+    unmerge(tiny, "b")
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in expected.items())
+    unmerge(tiny, "a")
+    unmerge(tiny, "c")
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
+    assert deltaw.adapters(tiny).active == "c"
+
+
+@pytest.mark.parametrize("keep", ["copy", "correction"])
+def test_a_merge_that_is_interrupted_leaves_the_model(tiny: Any, keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bits(tiny)
+    fill(attach(tiny, METHOD))
+    genuine, count = lowrank._dot, 0
+
+    def interrupted(a: torch.Tensor, b: torch.Tensor) -> float:
+        nonlocal count
+        count += 1
+        if count > 14:
+            raise KeyboardInterrupt
+        return genuine(a, b)
+
+    monkeypatch.setattr(lowrank, "_dot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tiny, keep=keep)
+    assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
+    assert deltaw.adapters(tiny).active == "default"

@@ -24,7 +24,7 @@ import torch
 
 import deltaw
 from deltaw import units
-from deltaw.attached import base_parameters, using
+from deltaw.attached import base_parameters
 from deltaw.cli import show
 from deltaw.cli.train import progress
 from deltaw.data import encode_prompt, read
@@ -35,6 +35,7 @@ from deltaw.study.evaluate import Evaluation, evaluate
 from deltaw.study.report import Table
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import run_report
+from deltaw.switching import using
 
 HERE = Path(__file__).resolve().parents[2]
 DATA = deltaw.DataConfig(template="chat", system="Answer in JSON.")

@@ -1,4 +1,4 @@
-"""Attach, detach and switch: with merged.py the only code that edits a model. Knows no files and no methods by name.
+"""Attach and detach: with merged.py the only code that edits a model. Knows no files and no methods by name.
 
 A model with adapters carries one `Adapters` record at its root: the route that its adapted layers share, what each
 adapter put where, what was trainable before, and while an adapter is merged the original weights.
@@ -6,7 +6,6 @@ adapter put where, what was trainable before, and while an adapter is merged the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, listing, nearest
-from deltaw.layers import LowRank, Route, close_slot, open_slot, shape, slot_of, why_not
+from deltaw.layers import LowRank, Slot, close_slot, open_slot, slot_of, why_not
+from deltaw.originals import Original
+from deltaw.routes import Route
+from deltaw.rows import Rows
 
 RECORD = "_deltaw"
 
@@ -55,35 +57,15 @@ class Adapters:
     route: Route = field(default_factory=Route)
     attached: dict[str, Attached] = field(default_factory=dict)
     was_trainable: dict[str, bool] = field(default_factory=dict)
-    merged: tuple[str, ...] = ()
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """While merged: layer name → its weight before."""
+    merged: dict[str, float] = field(default_factory=dict)
+    """The adapters that are merged into the base, and their weights."""
+    originals: dict[str, Original] = field(default_factory=dict)
+    """While merged: layer name → what gives its weight back."""
     before_merge: str | None = None
-    fingerprint: Any = None
-    """The base's fingerprint once somebody asked for it, and a stamp of the tensors that it was taken of."""
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """Size of one adapter."""
-
-    layers: int
-    parameters: int
-    share: float
-    """Of the base's parameters."""
-    bytes: int
-    left_out: dict[str, str]
-    """Dense weights without an update, and why."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `summary` returns: the base's size and each adapter's."""
-
-    base_parameters: int
-    base_bytes: int
-    active: str | None
-    adapters: dict[str, AdapterSummary]
+    rows_mixed: list[str] | None = None
+    """Layers in which the rows of a batch cannot be told apart, once somebody asked; None: not known."""
+    digests: Any = None
+    """A stamp of the base's parameters, then what was found of them: a digest of each, and their fingerprint."""
 
 
 class Names(tuple[str, ...]):
@@ -128,12 +110,7 @@ def apply_plan(
     fresh = record is None
     record = record or Adapters()
     layers = {n: model.get_submodule(n) for n in plan.updates}
-    problems = [f"{n}: {why}" for n, layer in layers.items() if (why := why_not(layer))]
-    problems += [
-        f"{n}: the update is {u.B.shape[0]}×{u.A.shape[1]}, the layer {shape(layers[n])[0]}×{shape(layers[n])[1]}"
-        for n, u in plan.updates.items()
-        if not why_not(layers[n]) and (u.B.shape[0], u.A.shape[1]) != shape(layers[n])
-    ]
+    problems = [f"{n}: {why}" for n, u in plan.updates.items() if (why := _misfit(layers[n], u))]
     if problems:
         raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
     if fresh:
@@ -143,12 +120,23 @@ def apply_plan(
         setattr(model, RECORD, record)
     for layer_name, update in plan.updates.items():
         layer = layers[layer_name]
-        slot = slot_of(layer) or open_slot(layer, record.route)
+        slot = slot_of(layer)
+        if slot is None:
+            slot = open_slot(layer, record.route)
+            record.rows_mixed = None
         update.requires_grad_(False).train(layer.training)
         slot.put(name, update)
     record.attached[name] = Attached(method, tuple(plan.updates), plan.left_out, metadata or {})
     if activate:
-        record.route.active = name
+        record.route.choose(name)
+
+
+def _misfit(layer: Any, update: LowRank) -> str | None:
+    """Why this update cannot go on this layer."""
+    if why := why_not(layer):
+        return why
+    (d, k), own = update.W0(layer).shape, (update.B.shape[0], update.A.shape[1])
+    return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -162,6 +150,10 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     owner = owner_of(model)
     gone = list(record.attached) if name is None else [known(record, name)]
+    if held := record.route.held().intersection(gone):
+        raise AdapterError(
+            f"Adapter {min(held)!r} is in use by an open using or route block: detach it when the block is over."
+        )
     if any(n in record.merged for n in gone):
         restore(model)
     for adapter in gone:
@@ -174,6 +166,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 close_slot(layer)
         if record.route.active == adapter:
             record.route.active = None
+        record.route.stacks = {}
         if record.before_merge == adapter:
             record.before_merge = None
     if not record.attached:
@@ -183,57 +176,44 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-# --- switch -----------------------------------------------------------------------------------------------------
-
-
-def use(model: nn.Module, name: str | None) -> None:
-    """Make another attached adapter active; None is the base. One write, whatever the number of layers and adapters."""
-    record = record_of(model)
-    if name is not None:
-        known(record, name)
-    if record.merged and name is not None:
-        raise AdapterError(
-            f"Adapter {record.merged[0]!r} is merged into the base: call unmerge(model) before use({name!r})."
-        )
-    record.route.active = name
-
-
-@contextlib.contextmanager
-def using(model: nn.Module, name: str | None) -> Iterator[None]:
-    """`use` for the length of a with-block; the adapter active before comes back, also after an error."""
-    record = record_of(model)
-    before = record.route.active
-    use(model, name)
-    try:
-        yield
-    finally:
-        record.route.active = before
+# --- merged weights ---------------------------------------------------------------------------------------------
 
 
 def restore(model: nn.Module) -> None:
     """Original bits for every merged weight, if there is any, and the adapter active again that was so before."""
     record = record_of(model)
     put_back(model, record.originals)
-    record.originals, record.merged = {}, ()
+    record.originals, record.merged = {}, {}
     record.route.active, record.before_merge = record.before_merge, None
 
 
-def put_back(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Copy weights from before a merge over their layers': layer name → weight."""
-    with torch.no_grad():
-        for layer_name, W0 in originals.items():
-            layer: Any = owner_of(model).get_submodule(layer_name)
-            layer.weight.copy_(W0)
+@torch.no_grad()
+def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
+    """Give these layers the weights from before a merge."""
+    for layer_name, original in originals.items():
+        W = _W0(owner_of(model).get_submodule(layer_name))
+        W.copy_(original.restored(W))
+
+
+def _W0(layer: nn.Module) -> Tensor:
+    """An adapted layer's weight as a [d, k] view."""
+    slot = slot_of(layer)
+    assert slot is not None
+    update = next(iter(slot._modules.values()))
+    assert isinstance(update, LowRank)
+    return update.W0(layer).detach()
 
 
 # --- look -------------------------------------------------------------------------------------------------------
 
 
 def adapters(model: nn.Module) -> Names:
-    """Names of the attached adapters; `.active` says which is in use. Empty for a model without any."""
+    """Names of the attached adapters; `.active` says which this thread is in: None for the base, and where rows have adapters
+    of their own. Empty for a model without any."""
     record = find_record(model)
     names = Names(record.attached if record else ())
-    names.active = record.route.active if record else None
+    chosen = record.route.chosen() if record else None
+    names.active = None if isinstance(chosen, Rows) else chosen
     return names
 
 
@@ -245,9 +225,7 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 def updates(model: nn.Module, name: str | None = None) -> dict[str, LowRank]:
     """Layer name → the adapter's update there. None means the active adapter."""
     record = record_of(model)
-    name = record.route.active if name is None else known(record, name)
-    if name is None:
-        raise AdapterError(f"No adapter is active. Attached: {', '.join(record.attached)}.")
+    name = in_use(record) if name is None else known(record, name)
     owner = owner_of(model)
     found = {}
     for layer_name in record.attached[name].layers:
@@ -265,33 +243,44 @@ def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
     return found[layer].delta()
 
 
-def summary(model: nn.Module) -> Summary:
-    """Sizes of the base and of each attached adapter."""
-    base = dict(base_parameters(model))
-    count = sum(p.numel() for p in base.values())
-    each = {}
-    for name in adapters(model):
-        own = parameters(model, name)
-        size = sum(p.numel() for p in own)
-        attached = record_of(model).attached[name]
-        each[name] = AdapterSummary(
-            layers=len(attached.layers),
-            parameters=size,
-            share=size / count,
-            bytes=sum(p.numel() * p.element_size() for p in own),
-            left_out=dict(attached.left_out),
-        )
-    return Summary(count, sum(p.numel() * p.element_size() for p in base.values()), adapters(model).active, each)
-
-
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base as it was before attach, original weights where an adapter is merged."""
     record = find_record(model)
-    originals = {f"{n}.weight": w for n, w in record.originals.items()} if record else {}
-    ours = {id(p) for name in adapters(model) for p in parameters(model, name)}
-    for parameter_name, parameter in owner_of(model).named_parameters():
-        if id(parameter) not in ours:
-            yield parameter_name, originals.get(parameter_name, parameter.detach())
+    originals = {f"{n}.weight": n for n in record.originals} if record else {}
+    for name, parameter in named_parameters(model):
+        yield name, _original(model, originals[name]) if name in originals else parameter.detach()
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the base as it is, a tied one by its first name."""
+    seen: set[int] = set()
+    for module_name, module in base_modules(model):
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{module_name}.{own_name}" if module_name else own_name, parameter
+
+
+def _original(model: nn.Module, layer_name: str) -> Tensor:
+    """The weight of a merged layer as it was before, in the layout that the layer stores it in."""
+    layer: Any = owner_of(model).get_submodule(layer_name)
+    W = _W0(layer)
+    W0 = record_of(model).originals[layer_name].restored(W)
+    return W0 if W.shape == layer.weight.shape and W.stride() == layer.weight.stride() else W0.t()
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the base in its own order, each module once; not the adapters', whose number may be large."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", owner_of(model))]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = [(f"{name}.{own}" if name else own, child) for own, child in module._modules.items()]
+        waiting += [(n, c) for n, c in reversed(children) if c is not None and not isinstance(c, Slot)]
 
 
 # --- the record -------------------------------------------------------------------------------------------------
@@ -332,6 +321,22 @@ def known(record: Adapters, name: str) -> str:
     return name
 
 
+def in_use(record: Adapters) -> str:
+    """The one adapter that this thread goes through. Raises AdapterError."""
+    chosen = record.route.chosen()
+    if isinstance(chosen, Rows):
+        raise AdapterError("Rows have adapters of their own in this route block: name the adapter that is meant.")
+    if chosen is None:
+        raise AdapterError(f"No adapter is active: name one. Attached: {', '.join(record.attached)}.")
+    return str(chosen)
+
+
+def merged_names(record: Adapters) -> str:
+    """ "Adapter 'a' is" or "Adapters 'a', 'b' are", for messages."""
+    names = ", ".join(repr(name) for name in record.merged)
+    return f"Adapter {names} is" if len(record.merged) == 1 else f"Adapters {names} are"
+
+
 def check_free(model: nn.Module, name: str) -> None:
     """Raise AdapterError unless an adapter of this name can be attached now."""
     record = find_record(model) or Adapters()
@@ -342,4 +347,4 @@ def check_free(model: nn.Module, name: str) -> None:
             f"An adapter {name!r} is attached already. Choose another name, or detach(model, {name!r}) first."
         )
     if record.merged:
-        raise AdapterError(f"Adapter {record.merged[0]!r} is merged into the base: call unmerge(model) first.")
+        raise AdapterError(f"{merged_names(record)} merged into the base: call unmerge(model) first.")

@@ -15,6 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from deltaw import fused, lowrank
+from deltaw.routes import Route
+from deltaw.rows import Rows
 
 
 class LowRank(nn.Module):
@@ -110,15 +112,6 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return d, k
 
 
-class Route:
-    """Which adapter the adapted layers of a model go through. One object for all of them: switching is one write."""
-
-    __slots__ = ("active",)
-
-    def __init__(self) -> None:
-        self.active: str | None = None
-
-
 class Slot(nn.Module):
     """The one child that an adapted layer gets: its updates by adapter name, and the model's route."""
 
@@ -152,10 +145,14 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
         def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
             slot = self._modules[SLOT]
-            update = slot._modules.get(slot.route.active)
+            chosen = slot.route.chosen()
+            if type(chosen) is Rows:
+                (x,) = (*inputs, *named.values())  # one input, under whatever name the layer's own forward gives it
+                return chosen.through(slot._modules, x, cls.forward(self, x))
+            update = slot._modules.get(chosen)
             if update is None:
                 return cls.forward(self, *inputs, **named)
-            (x,) = (*inputs, *named.values())  # one input, under whatever name the layer's own forward gives it
+            (x,) = (*inputs, *named.values())
             return update.branch(self, x)
 
         def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:

@@ -19,18 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import attached, store
+from deltaw import attached, store, summaries
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read, template_of
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.generation import generate, pad_id, too_long
-from deltaw.merged import MergeReport, preview
+from deltaw.merge_report import MergeReport
+from deltaw.merged import preview
 from deltaw.methods.lora import LoRA
 from deltaw.positions import within
 from deltaw.pretrained import Pretrained, load_pretrained
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
+from deltaw.summaries import Summary
+from deltaw.switching import using
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
@@ -47,7 +50,7 @@ class RunResult:
     model: Any
     tokenizer: Any
     state: LoopState
-    summary: attached.Summary
+    summary: Summary
     merge: MergeReport
     """What merging the adapter into the base, in the dtype it was trained on, would do."""
     data: dict[str, Any]
@@ -186,7 +189,7 @@ class _Run:
         return {"model": self.loaded.name, "data": str(data), **to_mapping(self.method), **to_mapping(self.config)}
 
     def _report_coverage(self) -> None:
-        summary = attached.summary(self.loaded.model)
+        summary = summaries.summary(self.loaded.model)
         adapter = summary.adapters["default"]
         self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share,
@@ -218,7 +221,7 @@ class _Run:
         if not records:
             return []
         prompts = [encode_prompt(r, self.loaded.tokenizer, self.config.data) for r in records]
-        with attached.using(self.loaded.model, adapter):
+        with using(self.loaded.model, adapter):
             return generate(self.loaded.model, self.loaded.tokenizer, prompts, _SAMPLE)
 
     def _save(self) -> None:
@@ -236,7 +239,7 @@ class _Run:
             model=self.loaded.model,
             tokenizer=self.loaded.tokenizer,
             state=state,
-            summary=attached.summary(self.loaded.model),
+            summary=summaries.summary(self.loaded.model),
             merge=preview(self.loaded.model),
             data=dataclasses.asdict(self.encoded.counts),
             samples=samples,

@@ -105,11 +105,6 @@ def role(name: str) -> str | None:
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(name)), None)
 
 
-def family(name: str) -> str:
-    """The name with its numbers as *: layers that differ only in their place in a stack share it."""
-    return re.sub(r"\b\d+\b", "*", name)
-
-
 def _means_many(entry: str, dense: Mapping[str, nn.Module]) -> bool:
     """Whether the entry describes layers instead of naming them."""
     return entry not in dense and (entry == ALL or entry in PRESETS or entry in ROLES or any(c in entry for c in "*?["))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import deltaw
-from deltaw.attached import using
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import encode, encode_prompt, read
 from deltaw.generation import generate, settings
 from deltaw.study.evaluate import evaluate
+from deltaw.switching import using
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 

@@ -46,7 +46,8 @@ def run(command: Chat) -> None:
 
 
 def _switch(model: Any, on: bool, adapter: str | None) -> None:
-    from deltaw.attached import adapters, use
+    from deltaw.attached import adapters
+    from deltaw.switching import use
 
     if adapter is None:
         show.out.print("There is no adapter: start with --adapter FOLDER.", style="dim")

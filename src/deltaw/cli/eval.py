@@ -49,8 +49,9 @@ def _metrics(command: Eval, form: str) -> list[str]:
 
 def _evaluate(loaded: Any, records: Any, command: Eval, metrics: list[str]) -> dict[str, Any]:
     """Evaluation of the base, of the adapter, or of both."""
-    from deltaw.attached import adapters, using
+    from deltaw.attached import adapters
     from deltaw.study.evaluate import evaluate
+    from deltaw.switching import using
 
     names = ["base"] * command.base + ["adapter"] * (command.opening.adapter is not None)
     data = as_trained(command.records, command.opening.adapter)

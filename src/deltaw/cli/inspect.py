@@ -47,7 +47,7 @@ def _row(name: str, A: Any, B: Any, scale: float) -> dict[str, Any]:
 
 def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Layers that differ only in their number, shape and rank being equal, as one row of averages."""
-    from deltaw.targets import family
+    from deltaw.names import family
 
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:

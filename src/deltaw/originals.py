@@ -1,0 +1,72 @@
+"""What gives a merged weight its own bits back: a copy of it, or what subtracting ΔW misses, compressed. Knows tensors only."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deltaw.lowrank import MergeStats, merge_reversibly_, restore_
+from deltaw.residual import Residual
+
+# Codes are nearly all zeros: more effort than this finds little more
+_EFFORT = 1
+
+
+class Original(Protocol):
+    """Of one merged weight."""
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that it takes while the weight is merged."""
+        ...
+
+    def restored(self, W: Tensor) -> Tensor:
+        """The weight as it was before the merge, from the merged W, which may be any view that the merge was given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    W0: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.W0.numel() * self.W0.element_size()
+
+    def restored(self, W: Tensor) -> Tensor:
+        return self.W0
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A few percent of the weight's bytes, and a second merge's time to undo."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    codes: bytes
+    """Compressed."""
+    escapes: Tensor
+
+    @property
+    def bytes(self) -> int:
+        tensors = (self.A, self.B, self.escapes)
+        return len(self.codes) + sum(t.numel() * t.element_size() for t in tensors)
+
+    def restored(self, W: Tensor) -> Tensor:
+        codes = torch.frombuffer(bytearray(zlib.decompress(self.codes)), dtype=torch.int8).view(W.shape)
+        back = W.clone()
+        restore_(back, self.A, self.B, self.scale, Residual(codes.to(W.device), self.escapes))
+        return back
+
+
+def merge_correctably_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[MergeStats, Correction]:
+    """Merge in place, W0 [d, k] of any strides. A and B are copied, since they may change while they are merged."""
+    A, B = A.detach().clone(), B.detach().clone()
+    stats, (codes, escapes) = merge_reversibly_(W0, A, B, scale)
+    packed = zlib.compress(codes.cpu().contiguous().numpy().data, _EFFORT)
+    return stats, Correction(A, B, scale, packed, escapes)
