@@ -1,0 +1,48 @@
+"""`deltaw extract`: a low-rank adapter out of a model that was fine-tuned whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaw.cli import show
+from deltaw.cli.flags import Extract
+from deltaw.cli.merge import new_folder
+
+
+def run(command: Extract) -> None:
+    show.quiet_libraries()
+    out = new_folder(command.out, command.overwrite)
+    from deltaw.extracted import extract
+    from deltaw.pretrained import load_pretrained
+    from deltaw.store import save
+
+    base = load_pretrained(command.base, device="cpu").model
+    tuned = load_pretrained(command.tuned, device="cpu").model
+    found = extract(base, tuned, rank=command.rank, energy=command.energy, targets=command.targets)
+    save(base, out)
+    show.out.print(_table(found, command.all_layers))
+    show.out.print(f"\nAdapter: {out}  ({len(found.ranks)} layers)", soft_wrap=True)
+    if found.unchanged:
+        show.out.print(f"{len(found.unchanged)} targeted layers are equal in both models and have no update.")
+    if found.others:
+        few = ", ".join(found.others[:4]) + (" …" if len(found.others) > 4 else "")
+        show.out.print(
+            f"{len(found.others)} other parameters differ too, and are not in the adapter: {few}",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _table(found: Any, all_layers: bool) -> Any:
+    from deltaw.names import family
+
+    groups: dict[str, list[str]] = {}
+    for layer in found.ranks:
+        groups.setdefault(layer if all_layers else family(layer), []).append(layer)
+    made = show.table("layers", "count", "rank", "error", "largest error", title="‖(W − W0) − BA‖ / ‖W − W0‖")
+    for name, layers in groups.items():
+        errors = [found.errors[layer] for layer in layers]
+        ranks = sorted({found.ranks[layer] for layer in layers})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        made.add_row(name, str(len(layers)), shown, f"{sum(errors) / len(errors):.3f}", f"{max(errors):.3f}")
+    return made

@@ -1,0 +1,65 @@
+"""A LoRA out of a model that was fine-tuned whole."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.attached import updates
+from deltaw.errors import AdapterError, FileError
+from deltaw.extracted import extract
+from tests.conftest import bits, fill, tiny_llama
+
+
+@pytest.fixture
+def tuned(tiny: Any) -> Any:
+    """The model with an update of rank 3 merged in for good."""
+    from deltaw.merged import settle
+
+    model = copy.deepcopy(tiny)
+    fill(deltaw.attach(model, deltaw.LoRA(rank=3, alpha=4.5, targets="attention")), size=0.1)
+    deltaw.merge(model)
+    settle(model)
+    return model
+
+
+def test_an_update_of_that_rank_is_found_again(tiny: Any, tuned: Any, ids: torch.Tensor) -> None:
+    found = extract(tiny, tuned, rank=3)
+    assert max(found.errors.values()) < 1e-4 and not found.others
+    assert len(found.unchanged) > 0 and set(found.ranks) == set(updates(tiny))
+    torch.testing.assert_close(tiny(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_smaller_rank_has_the_error_that_it_says(tiny: Any, tuned: Any) -> None:
+    found = extract(tiny, tuned, rank=2)
+    for layer, update in updates(tiny).items():
+        dW = update.W0(tuned.get_submodule(layer)) - update.W0(tiny.get_submodule(layer))
+        missing = float((dW - deltaw.delta(tiny, layer)).detach().norm() / dW.detach().norm())
+        assert found.errors[layer] == pytest.approx(missing, abs=1e-4) and missing > 0.01
+
+
+def test_energy_chooses_ranks(tiny: Any, tuned: Any) -> None:
+    assert set(extract(tiny, tuned, energy=0.9999).ranks.values()) == {3}
+
+
+def test_what_differs_besides_is_said(tiny: Any, tuned: Any) -> None:
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight[3] += 1.0
+    assert extract(tiny, tuned, rank=3).others == (next(n for n, p in tiny.named_parameters()),)
+
+
+def test_what_cannot_be_extracted_leaves_the_base(tiny: Any, tuned: Any) -> None:
+    before = bits(tiny)
+    for settings, error, what in (
+        ({}, AdapterError, "either a rank or an energy"),
+        ({"rank": 2, "energy": 0.5}, AdapterError, "either"),
+        ({"energy": 1.5}, AdapterError, "at most 1"),
+        ({"rank": 2, "targets": "mlp"}, FileError, "equal in all targeted layers"),
+    ):
+        with pytest.raises(error, match=what):
+            extract(tiny, tuned, **settings)
+    with pytest.raises(FileError, match="not of one architecture"):
+        extract(tiny, tiny_llama(layers=3), rank=2)
+    assert deltaw.adapters(tiny) == () and all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
