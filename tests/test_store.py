@@ -16,6 +16,7 @@ from torch import nn
 
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
+from deltaw.attached import updates
 from deltaw.errors import AdapterError, BaseMismatch, FileError
 from deltaw.files import peft as peft_files
 from deltaw.store import base_fingerprint, training_of
@@ -158,7 +159,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rslora as text": {"use_rslora": "yes"},
 }  # fmt: skip
 CHANGES = {
-    "truncated": "damaged or truncated", "garbage": "damaged or truncated", "empty config": "cannot be read as JSON",
+    "truncated": "no sound safetensors file", "garbage": "no sound safetensors file", "empty config": "cannot be read as JSON",
     "no weights": "adapter_model.safetensors missing", "foreign keys": "the model has no layer",
     "no keys": "unexpected key 'something'",
     "missing B": "B is missing", "shape": "in the file", "not finite": "not finite", "integers": "floating point",
@@ -330,3 +331,42 @@ def test_7_on_the_real_smollm2_both_ways(smollm2: Path, tmp_path: Path) -> None:
     load(model, tmp_path / "theirs")
     assert float((model(ids).logits - ours).detach().abs().max()) <= 1e-5
     assert float((ours - base).abs().max()) > 0.1
+
+
+def test_less_precision_says_what_it_costs(tiny: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    deltaw.save(fill(deltaw.attach(tiny, METHODS["plain"])), tmp_path / "a")
+    deltaw.load(tiny, tmp_path / "a", name="half", activate=False, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in deltaw.parameters(tiny, "half"))
+    error = total = 0.0
+    for layer in updates(tiny, "half"):
+        whole, stored = deltaw.delta(tiny, layer, "default").double(), deltaw.delta(tiny, layer, "half").double()
+        error, total = error + float((whole - stored).square().sum()), total + float(whole.square().sum())
+    sizes = deltaw.summary(tiny).adapters
+    assert (
+        sizes["half"].rounding == pytest.approx((error / total) ** 0.5, rel=1e-2)
+        and 1e-4 < sizes["half"].rounding < 1e-2
+    )
+    assert sizes["default"].rounding == 0.0 and 2 * sizes["half"].bytes == sizes["default"].bytes
+    with torch.no_grad(), deltaw.using(tiny, "default"):
+        expected = tiny(ids).logits
+    tolerance = 0.05 * float(expected.abs().max())
+    with torch.no_grad():
+        for names in (["half"] * 3, ["half", "default", "half"]):
+            with deltaw.route(tiny, names):
+                torch.testing.assert_close(tiny(ids).logits, expected, atol=tolerance, rtol=0)
+
+
+def test_what_is_refused_by_its_files_is_that_by_the_model_too(tiny: Any, tmp_path: Path) -> None:
+    """The fingerprint of the layers' own weights, which a merge on disk goes by."""
+    deltaw.save(fill(deltaw.attach(tiny, METHODS["plain"])), tmp_path / "a")
+    first = peft_files.read(tmp_path / "a").metadata
+    with torch.no_grad():
+        next(p for n, p in tiny.named_parameters() if "norm" in n or "ln" in n).add_(1.0)  # no layer of the adapter's
+    deltaw.save(tiny, tmp_path / "b")
+    second = peft_files.read(tmp_path / "b").metadata
+    assert first[peft_files.W0] == second[peft_files.W0] and first[peft_files.BASE] != second[peft_files.BASE]
+    with torch.no_grad():
+        layer = next(iter(updates(tiny)))
+        tiny.get_submodule(layer).weight[0, 0] += 1.0
+    deltaw.save(tiny, tmp_path / "c")
+    assert peft_files.read(tmp_path / "c").metadata[peft_files.W0] != first[peft_files.W0]

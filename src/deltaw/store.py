@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltaw import attached as live
-from deltaw.errors import AdapterError, BaseMismatch, FileError, listing, nearest
+from deltaw.errors import AdapterError, FileError, listing, nearest
 from deltaw.files import peft
-from deltaw.files.fingerprint import Fingerprint, fingerprint
-from deltaw.layers import LowRank, LowRankConv1D, kind_of, shape
+from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
+from deltaw.layers import LowRank, LowRankConv1D, kind_of
+from deltaw.lowrank import delta_norm
 from deltaw.methods.lora import LoRA
 from deltaw.version import __version__
-
-log = logging.getLogger("deltaw")
 
 
 def save(
@@ -39,8 +38,12 @@ def save(
     metadata = {
         "deltaw_format": peft.FORMAT,
         "deltaw_version": __version__,
-        "deltaw_base": str(base_fingerprint(model)),
+        peft.BASE: str(base_fingerprint(model)),
+        peft.W0: str(_w0_fingerprint(model, updates)),
     }
+    transposed = [layer for layer, u in updates.items() if isinstance(u, LowRankConv1D)]
+    if transposed:
+        metadata[peft.TRANSPOSED] = json.dumps(transposed)
     training = attached.metadata.get("training") if training is None else training
     if training:
         metadata["deltaw_training"] = json.dumps(dict(training), sort_keys=True, ensure_ascii=False)
@@ -50,7 +53,13 @@ def save(
 
 
 def load(
-    model: nn.Module, path: str | Path, *, name: str | None = None, activate: bool = True, check_base: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    activate: bool = True,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Attach the adapter in folder `path`, not trainable, and make it active. Returns its name: `name`, or "default", or
     the folder's name where that is taken.
@@ -58,6 +67,9 @@ def load(
     Everything is checked before the model is touched. Raises FileError with all problems of the file, layers that the
     model lacks (with the nearest names) and shapes that differ; BaseMismatch when the file says it belongs to other base
     weights (`check_base=False` overrides). A file without a fingerprint (not ours) is a logged warning.
+
+    `dtype` stores A and B in that precision instead of the file's, bfloat16 say in half the bytes; what it costs is in
+    `summary(model).adapters[name].rounding`.
     """
     path = Path(path)
     file = peft.read(path)
@@ -66,10 +78,12 @@ def load(
         name = "default" if "default" not in taken else path.name.replace(".", "_")
     live.check_free(model, name)
     if check_base:
-        _check_base(model, file, path)
+        peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model))
     plan = live.Plan(_fitted(model, file, path))
     training = _training(file, path)
-    metadata = {"training": training} if training else {}
+    metadata: dict[str, Any] = {"training": training} if training else {}
+    if dtype is not None:
+        metadata["rounding"] = _stored_as(plan.updates, dtype)
     live.apply_plan(model, plan, _method(file), name=name, activate=activate, metadata=metadata)
     return name
 
@@ -90,44 +104,38 @@ def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:
-    """Fingerprint of the base under the adapters; kept in the model's record for as long as no base tensor changes."""
+    """Fingerprint of the base under the adapters, by its parameters' names."""
+    return _base_digests(model)[1]
+
+
+def _w0_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
+    """Of the layers' own weights: what can be told from a checkpoint's files without the model."""
+    digests, _ = _base_digests(model)
+    names = {id(p): n for n, p in live.named_parameters(model)}
+    owner: Any = live.owner_of(model)
+    return combined({layer: digests[names[id(owner.get_submodule(layer).weight)]] for layer in layers})
+
+
+def _base_digests(model: nn.Module) -> tuple[dict[str, Digest], Fingerprint]:
+    """Of each base tensor, and of all together; kept in the model's record for as long as none of them changes."""
     record = live.find_record(model)
-    tensors = list(live.base_parameters(model))
-    if record is None:
-        return fingerprint(tensors)
-    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors)
-    if record.fingerprint is None or record.fingerprint[0] != stamp:
-        record.fingerprint = stamp, fingerprint(tensors)
-    return record.fingerprint[1]
-
-
-def _check_base(model: nn.Module, file: peft.LoRAFile, path: Path) -> None:
-    text = file.metadata.get("deltaw_base")
-    if text is None:
-        log.warning("%s names no base (it was not written by deltaw): only its keys and shapes are checked.", path)
-        return
-    try:
-        expected = Fingerprint.parse(text)
-    except ValueError as error:
-        raise FileError(f"{path}: the base fingerprint {text!r} in its metadata is damaged.") from error
-    verdict = base_fingerprint(model).compare(expected)
-    if verdict == "different":
-        trained_on = file.config.get("base_model_name_or_path") or "another model"
-        raise BaseMismatch(
-            f"The adapter in {path} was trained on other base weights ({trained_on}) than this model has.\n"
-            f"Load that base, or pass check_base=False (command line: --any-base) if you know that it fits."
-        )
-    if verdict == "cast":
-        log.debug("%s was trained on this base in another precision.", path)
+    stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for _, p in live.named_parameters(model))
+    if record is not None and record.digests is not None and record.digests[0] == stamp:
+        return record.digests[1:]
+    digests = {name: digest(tensor) for name, tensor in live.base_parameters(model)}
+    found = digests, combined(digests)
+    if record is not None:
+        record.digests = stamp, *found
+    return found
 
 
 def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowRank]:
     """The file's updates for this model's layers, in the model's order; FileError with everything that does not fit."""
-    layers = dict(live.owner_of(model).named_modules())
+    layers = dict(live.base_modules(model))
     problems: list[str] = []
     updates: dict[str, LowRank] = {}
     for layer_name, (A, B) in file.factors.items():
-        layer = layers.get(layer_name)
+        layer: Any = layers.get(layer_name)
         if layer is None:
             problems.append(f"the model has no layer {layer_name!r}{nearest(layer_name, layers, count=1)}")
             continue
@@ -135,8 +143,8 @@ def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowR
         if kind is None:
             problems.append(f"{layer_name!r} is a {type(layer).__name__}, which cannot take the update")
             continue
-        if (B.shape[0], A.shape[1]) != shape(layer):
-            d, k = shape(layer)
+        d, k = kind.W0(layer).shape
+        if (B.shape[0], A.shape[1]) != (d, k):
             problems.append(f"{layer_name!r} is {d}×{k} in the model, {B.shape[0]}×{A.shape[1]} in the file")
             continue
         device = layer.weight.device
@@ -145,6 +153,19 @@ def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowR
     if problems:
         raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
     return {n: updates[n] for n in layers if n in updates}
+
+
+def _stored_as(updates: Mapping[str, LowRank], dtype: torch.dtype) -> float:
+    """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
+    error = total = 0.0
+    for update in updates.values():
+        A, B = update.A.detach(), update.B.detach()
+        update.A, update.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
+        stored = update.A.detach(), update.B.detach()
+        both = torch.cat([A.double(), stored[0].double()]), torch.cat([B.double(), -stored[1].double()], dim=1)
+        error += delta_norm(*both, update.scale) ** 2
+        total += delta_norm(A, B, update.scale) ** 2
+    return (error / total) ** 0.5 if total else 0.0
 
 
 def _method(file: peft.LoRAFile) -> LoRA:
@@ -186,5 +207,5 @@ def _target_modules(model: nn.Module, updates: Mapping[str, LowRank]) -> list[st
     """The shortest list that PEFT reads as exactly these layers: the last parts of their names where no other module
     ends so, else the full names."""
     ends = {name.rsplit(".", 1)[-1] for name in updates}
-    matched = {name for name, _ in live.owner_of(model).named_modules() if name.rsplit(".", 1)[-1] in ends}
+    matched = {name for name, _ in live.base_modules(model) if name.rsplit(".", 1)[-1] in ends}
     return sorted(ends if matched == set(updates) else updates)

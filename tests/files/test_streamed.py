@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
 
 import deltaw
 from deltaw.errors import FileError, MergeError
 from deltaw.files import correction, streamed
+from deltaw.files.places import NotByFiles
 from deltaw.files.shards import INDEX
 from tests.conftest import MAKERS, fill
 
@@ -172,6 +173,36 @@ def test_two_layers_that_would_share_a_tensor_are_refused(tmp_path: Path) -> Non
     (tmp_path / "base").mkdir()
     save_file({"q.weight": torch.ones(6, 8)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(FileError, match=r"q\.weight would be the weight of both"):
+        streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def mixed_layouts(folder: Path) -> Any:
+    """GPT-2 with updates on square Conv1D layers, stored [k, d], and on its head, stored [d, k]."""
+    torch.manual_seed(1)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=96, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    fill(deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6, targets=["*.attn.c_proj", "lm_head"])))
+    deltaw.save(model, folder / "adapter")
+    deltaw.merge(model)
+    return model
+
+
+def test_layers_that_are_stored_either_way_in_one_model(tmp_path: Path) -> None:
+    model = mixed_layouts(tmp_path)
+    streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", reversible=True)
+    found = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert all(torch.equal(found[n], w) for n, w in weights(model).items())
+    streamed.unmerge_files(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "base")
+
+
+def test_a_foreign_file_that_does_not_say_how_square_layers_are_stored_is_not_guessed(tmp_path: Path) -> None:
+    mixed_layouts(tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path), path)  # without our metadata
+    with pytest.raises(NotByFiles, match="square, cannot be told"):
         streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

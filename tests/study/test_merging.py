@@ -41,7 +41,7 @@ def test_the_folder_is_an_ordinary_model(folders: Any, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert result.drift < 1e-4 and result.agreement == 1.0 and result.report.relative > 0
+    assert result.compared.drift < 1e-4 and result.compared.agreement == 1.0 and result.report.relative > 0
     files = {p.name for p in (tmp_path / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
     assert "deltaw" not in (tmp_path / "merged" / "config.json").read_text()

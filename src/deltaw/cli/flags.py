@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -99,7 +99,8 @@ class Eval:
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold ADAPTER into MODEL: an ordinary model folder that needs no deltaw, verified against the unmerged model."""
+    """Fold ADAPTER into MODEL: an ordinary model folder that needs no deltaw. A checkpoint in safetensors is merged on disk,
+    one tensor at a time, so any size will do."""
 
     model: Model
     """Hub id, model folder or GGUF file: the adapter's base."""
@@ -111,12 +112,84 @@ class Merge:
     """Replace a folder that is already there."""
     any_base: bool = False
     """Merge although the adapter was trained on other base weights."""
+    reversible: bool = False
+    """Write a correction file as well, a few percent of the model, with which unmerge gives the base's own bytes back."""
+    check: Literal["auto", "on", "off"] = "auto"
+    """Load the merged model and compare its logits with the unmerged one's; auto: models of up to 2 GB."""
     dtype: DType = "auto"
-    """Precision of the merged weights: auto keeps the checkpoint's."""
-    device: str = "cpu"
-    """Where to compute; the merged bits are the same everywhere."""
+    """Precision of the merged weights: auto keeps the checkpoint's; another one is merged in memory."""
     all_layers: bool = False
     """Also show the report's line of every layer."""
+
+
+@dataclass(frozen=True)
+class Unmerge:
+    """Take ADAPTER out of the model folder MERGED again: after a reversible merge the base's own bytes, checked by their hash;
+    else as near as subtracting comes."""
+
+    merged: Annotated[Positional[str], arg(metavar="MERGED")]
+    """Folder that merge wrote."""
+    adapter: Adapter
+    """Adapter folder."""
+    out: Annotated[str, arg(aliases=["-o"])]
+    """Folder to write."""
+    overwrite: bool = False
+    """Replace a folder that is already there."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Say whether ADAPTER was trained on MODEL, or (with --base and --adapter) whether MODEL is that base with that adapter
+    merged into it, bit for bit. Reads checkpoints in safetensors without opening a model; exit code 0 means yes."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Model folder."""
+    of: Annotated[Positional[str | None], arg(metavar="ADAPTER")] = None
+    """Adapter folder."""
+    base: str | None = None
+    """Model folder that MODEL was merged from."""
+    adapter: str | None = None
+    """Adapter folder that was merged into MODEL."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn an adapter of another format into the folder that deltaw and PEFT read, or such a folder into llama.cpp's file."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """Checkpoint of loralib (.pt, .bin or .ckpt), GGUF file of llama.cpp, or adapter folder."""
+    out: Annotated[str, arg(aliases=["-o"])]
+    """Folder to write, or a file that ends in .gguf."""
+    base: str | None = None
+    """Model folder or hub id of the base, whose config says how GGUF's tensors are named."""
+    alpha: float | None = None
+    """α that the adapter was trained with; loralib's files do not say it."""
+    parts: str | None = None
+    """Which of query, key and value its merged layers have updates of: q,v say."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Make an adapter out of a model that was fine-tuned whole: the nearest one of a rank, with its error in each layer."""
+
+    base: Annotated[Positional[str], arg(metavar="BASE")]
+    """Model folder or hub id."""
+    tuned: Annotated[Positional[str], arg(metavar="TUNED")]
+    """The same model, fine-tuned."""
+    out: Annotated[str, arg(aliases=["-o"])]
+    """Folder to write."""
+    rank: int | None = None
+    """Rank of every layer."""
+    energy: float | None = None
+    """Instead of a rank: the share of ‖W − W0‖² that each layer is to keep."""
+    targets: str = "all-linear"
+    """Which layers, as in training."""
+    all_layers: bool = False
+    """Show the error of every layer instead of one line for each kind."""
+    overwrite: bool = False
+    """Replace a folder that is already there."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +204,10 @@ class Inspect:
     """Print JSON."""
 
 
-COMMANDS = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "inspect": Inspect}
+COMMANDS = {
+    "train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify,
+    "convert": Convert, "extract": Extract, "inspect": Inspect,
+}  # fmt: skip
 
 
 def check_flags(command: str, words: Sequence[str]) -> None:

@@ -1,7 +1,9 @@
-"""`deltaw merge`: an ordinary model folder out of a base and an adapter."""
+"""`deltaw merge`: an ordinary model folder out of a base and an adapter, on disk where the base is a checkpoint in
+safetensors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +12,106 @@ from deltaw.cli import show
 from deltaw.cli.flags import Merge
 from deltaw.errors import ConfigError
 
+# Bytes of a checkpoint up to which merged logits are compared unasked: loading twice that takes seconds
+_SMALL = 2e9
+
+
+@dataclass
+class _Done:
+    """What there is to show."""
+
+    report: Any
+    bytes: int
+    correction: int = 0
+    compared: Any = None
+
 
 def run(command: Merge) -> None:
     show.quiet_libraries()
-    out = Path(command.out)
-    if out.exists() and not (command.overwrite and out.is_dir()):
+    out = new_folder(command.out, command.overwrite)
+    done = _merge(command, out)
+    show.out.print(_table(done.report, command.all_layers))
+    lines = [f"\nMerged model: {out}  {units.size(done.bytes)}"]
+    if done.correction:
+        lines.append(
+            f"Correction file: {units.size(done.correction)} ({done.correction / done.bytes:.1%}). The base's own bytes come "
+            f"back by: deltaw unmerge {out} {command.adapter} -o FOLDER"
+        )
+    if done.compared is None:
+        lines.append("Not loaded and compared with the unmerged model (--check on does that).")
+    else:
+        lines.append(
+            f"Checked by loading it: largest logit difference from the unmerged model {done.compared.drift:.2e}, "
+            f"the same top token at {done.compared.agreement:.1%} of {done.compared.positions} positions."
+        )
+    show.out.print("\n".join(lines), soft_wrap=True)
+
+
+def new_folder(name: str, overwrite: bool) -> Path:
+    """Raises ConfigError for one that is there, unless it may be replaced."""
+    out = Path(name)
+    if out.exists() and not (overwrite and out.is_dir()):
         raise ConfigError(f"{out} is there already. Choose another --out, or pass --overwrite to replace it.")
+    return out
+
+
+def _merge(command: Merge, out: Path) -> _Done:
+    from deltaw.files.places import NotByFiles
+
+    folder = _checkpoint(command)
+    if folder is not None:
+        try:
+            return _on_disk(command, folder, out)
+        except NotByFiles:
+            if command.reversible:
+                raise
+            show.err.print(
+                "The checkpoint's files alone do not say where the layers are: merging in memory.", style="dim"
+            )
+    elif command.reversible:
+        raise ConfigError(
+            "--reversible gives a file's own bytes back, so it needs a checkpoint in safetensors and --dtype auto."
+        )
     from deltaw.study.merging import merge_to_folder
 
-    merged = merge_to_folder(
-        command.model, Path(command.adapter), out, dtype=command.dtype, device=command.device,
-        check_base=not command.any_base,
-    )  # fmt: skip
-    show.out.print(_table(merged.report, command.all_layers))
-    show.out.print(
-        f"\nMerged model: {out}  {units.size(merged.bytes)}\n"
-        f"Checked by loading it: largest logit difference from the unmerged model {merged.drift:.2e}, "
-        f"the same top token at {merged.agreement:.1%} of {merged.positions} positions.",
-        soft_wrap=True,
+    made = merge_to_folder(
+        command.model, Path(command.adapter), out, dtype=command.dtype, check_base=not command.any_base
     )
+    return _Done(made.report, made.bytes, compared=made.compared)
+
+
+def _checkpoint(command: Merge) -> Path | None:
+    """The folder of safetensors that can be merged as it lies; None where a model has to be opened."""
+    from deltaw.files.hub import is_hub_id, snapshot
+    from deltaw.files.shards import INDEX, SINGLE
+
+    if command.dtype != "auto":
+        return None
+    folder = snapshot(command.model) if is_hub_id(command.model) else Path(command.model).expanduser()
+    return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None
+
+
+def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
+    from deltaw.files.streamed import merge_files
+    from deltaw.merge_report import MergeReport
+
+    done = _Done(None, 0)
+    adapter = Path(command.adapter)
+
+    def look(folder: Path) -> None:
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if command.check == "on" or (command.check == "auto" and size <= _SMALL):
+            from deltaw.study.merging import compare
+
+            done.compared = compare(str(base), adapter, folder, check_base=not command.any_base)
+
+    made = merge_files(base, adapter, out, reversible=command.reversible, check_base=not command.any_base, look=look)
+    done.report, done.bytes, done.correction = MergeReport((adapter.name,), made.layers), made.bytes, made.correction
+    return done
 
 
 def _table(report: Any, all_layers: bool) -> Any:
-    from deltaw.merged import MergeReport
+    from deltaw.merge_report import MergeReport
     from deltaw.study.run_report import MERGE_COLUMNS, merge_cells
 
     made = show.table(*MERGE_COLUMNS, title="Merge report")

@@ -8,8 +8,9 @@ loaded in another precision is still recognised as the same one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,19 +43,35 @@ class Fingerprint:
         return "cast" if self.bfloat16 == other.bfloat16 or self.float16 == other.float16 else "different"
 
 
+class Digest(NamedTuple):
+    """Of one tensor, whatever its name."""
+
+    exact: bytes
+    bfloat16: bytes
+    float16: bytes
+
+
+def digest(tensor: Tensor) -> Digest:
+    """Reads the tensor once."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].cpu()
+    shape = f"{tuple(tensor.shape)}".encode()
+    total = int(flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)) if flat.numel() else 0
+    exact = b"%s %s %d" % (shape, str(tensor.dtype).encode(), total)
+    parts = exact + bytes_of(sample), *(shape + bytes_of(sample.to(t)) for t in (torch.bfloat16, torch.float16))
+    return Digest(*(hashlib.sha256(part).digest() for part in parts))
+
+
+def combined(digests: Mapping[str, Digest]) -> Fingerprint:
+    """Of tensors by name, in any order."""
+    named = sorted(digests.items())
+    hashes = [hashlib.sha256(b"".join(name.encode() + d[i] for name, d in named)) for i in range(3)]
+    return Fingerprint(*(h.hexdigest()[:32] for h in hashes))
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """Of (name, tensor) pairs, in any order. Reads every tensor once."""
-    exact, bfloat16, float16 = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].cpu()
-        head = f"{name} {tuple(tensor.shape)}".encode()
-        total = int(flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)) if flat.numel() else 0
-        exact.update(b"%s %s %d" % (head, str(tensor.dtype).encode(), total))
-        exact.update(bytes_of(sample))
-        bfloat16.update(head + bytes_of(sample.to(torch.bfloat16)))
-        float16.update(head + bytes_of(sample.to(torch.float16)))
-    return Fingerprint(exact.hexdigest()[:32], bfloat16.hexdigest()[:32], float16.hexdigest()[:32])
+    return combined({name: digest(tensor) for name, tensor in tensors})
 
 
 def bytes_of(tensor: Tensor) -> bytes:

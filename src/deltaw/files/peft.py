@@ -7,22 +7,30 @@ pattern where it varies. What is ours goes into the safetensors metadata: format
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
+from deltaw.files.fingerprint import Fingerprint
+from deltaw.files.shards import read_tensors
+
+log = logging.getLogger("deltaw")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "1"
+# Metadata: fingerprints of the whole base, and of the weights that the adapter's layers have
+BASE, W0 = "deltaw_base", "deltaw_w0"
+# Metadata: JSON list of the layers whose weights are stored [k, d]
+TRANSPOSED = "deltaw_transposed"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(?:\.(?:weight|[^.]+\.weight))?")
 
@@ -72,7 +80,7 @@ def read(folder: Path) -> LoRAFile:
         for key, plain in _PLAIN.items()
         if key in config and config[key] not in plain
     ]
-    tensors, metadata = _read_tensors(folder / WEIGHTS)
+    tensors, metadata = read_tensors(folder / WEIGHTS)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -80,8 +88,9 @@ def read(folder: Path) -> LoRAFile:
             problems.append(f"{WEIGHTS}: unexpected key {key!r}")
             continue
         parts.setdefault(match["layer"].removeprefix(_PREFIX), {})[match["part"]] = tensor
+    finite = _finite(tensors.values())
     for layer, pair in parts.items():
-        problems += _pair_problems(layer, pair)
+        problems += _pair_problems(layer, pair, finite)
     if not parts:
         problems.append(f"{WEIGHTS}: no A or B in it ({len(tensors)} tensors)")
     problems += _number_problems(config)
@@ -121,6 +130,45 @@ def write(folder: Path, adapter: LoRAFile) -> Path:
         if not same or back.scales != adapter.scales:
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
     return folder
+
+
+def check_base(file: LoRAFile, folder: Path, key: str, own: Callable[[], Fingerprint]) -> str:
+    """Whether the adapter was made for these weights, by the fingerprint under `key` (BASE or W0) of its metadata: "same", "cast"
+    (in another precision), or "unknown", of which is warned, where the file names none. Raises BaseMismatch, and FileError for
+    a damaged one."""
+    expected = fingerprint_of(file, folder, key)
+    if expected is None:
+        log.warning("%s names no base (it was not written by deltaw): only its keys and shapes are checked.", folder)
+        return "unknown"
+    verdict = own().compare(expected)
+    if verdict == "different":
+        trained_on = file.config.get("base_model_name_or_path") or "another model"
+        raise BaseMismatch(
+            f"The adapter in {folder} was trained on other base weights ({trained_on}) than these are.\n"
+            f"Give that base, or pass check_base=False (command line: --any-base) if you know that it fits."
+        )
+    if verdict == "cast":
+        log.debug("%s was trained on this base in another precision.", folder)
+    return verdict
+
+
+def transposed_layers(file: LoRAFile) -> set[str] | None:
+    """The layers whose weights are stored [k, d], by our own metadata; None in foreign files."""
+    if "deltaw_format" not in file.metadata:
+        return None
+    try:
+        return set(json.loads(file.metadata.get(TRANSPOSED, "[]")))
+    except (ValueError, TypeError) as error:
+        raise FileError(f"The list of transposed layers in the metadata of {WEIGHTS} is damaged: {error}") from error
+
+
+def fingerprint_of(file: LoRAFile, folder: Path, key: str) -> Fingerprint | None:
+    """The one under `key` of its metadata. Raises FileError for a damaged one."""
+    text = file.metadata.get(key)
+    try:
+        return None if text is None else Fingerprint.parse(text)
+    except ValueError as error:
+        raise FileError(f"{folder}: the base fingerprint {text!r} in its metadata is damaged.") from error
 
 
 def config_for(
@@ -205,15 +253,13 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path} is damaged or truncated: {error}") from error
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries surely are: a sum is finite only if its terms are. (One that overflows tells nothing.)"""
+    sums = [t.sum(dtype=torch.float32) for t in tensors if t.is_floating_point()]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 
-def _pair_problems(layer: str, pair: Mapping[str, Tensor]) -> list[str]:
+def _pair_problems(layer: str, pair: Mapping[str, Tensor], finite: bool) -> list[str]:
     missing = [part for part in "AB" if part not in pair]
     if missing:
         return [f"{layer}: {missing[0]} is missing"]
@@ -222,6 +268,8 @@ def _pair_problems(layer: str, pair: Mapping[str, Tensor]) -> list[str]:
         return [f"{layer}: A is {tuple(A.shape)} and B {tuple(B.shape)}; they must be [r, k] and [d, r]"]
     if not A.is_floating_point() or not B.is_floating_point():
         return [f"{layer}: A is {A.dtype} and B {B.dtype}; they must be floating point"]
+    if finite:
+        return []
     return [
         f"{layer}: {n} has values that are not finite"
         for n, t in (("A", A), ("B", B))

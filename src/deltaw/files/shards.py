@@ -134,6 +134,31 @@ def read_tensor(file: BinaryIO, entry: Entry) -> tuple[bytearray, Tensor]:
     return held, tensor_over(held, DTYPES[entry.dtype]).view(entry.shape)
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one file, in the order of their bytes, and the header's metadata. The file is read once, into one
+    buffer that the tensors are views of. Raises FileError."""
+    shard = read_header(path)
+    unknown = [f"{name} is {entry.dtype}" for name, entry in shard.entries.items() if entry.dtype not in DTYPES]
+    if unknown:
+        raise FileError(listing(f"{path} has tensors of a dtype that is not known:", unknown))
+    begin = len(shard.header)
+    held = torch.empty(path.stat().st_size - begin, dtype=torch.uint8)
+    with path.open("rb") as file:
+        file.seek(begin)
+        if file.readinto(held.numpy()) != len(held):  # type: ignore[attr-defined,arg-type]
+            raise FileError(f"{path} has become shorter while it was read.")
+    tensors = {name: _view(held, entry, begin) for name, entry in shard.entries.items()}
+    return tensors, json.loads(shard.header[8:]).get("__metadata__", {})
+
+
+def _view(held: Tensor, entry: Entry, begin: int) -> Tensor:
+    dtype, start = DTYPES[entry.dtype], entry.start - begin
+    part = held[start : start + entry.size]
+    if start % dtype.itemsize:  # after a tensor of narrower entries
+        part = part.clone()
+    return part.view(dtype).view(entry.shape)
+
+
 def tensor_over(held: bytearray, dtype: torch.dtype) -> Tensor:
     """The flat tensor that these bytes are the memory of; torch itself refuses none at all."""
     return torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)

@@ -17,14 +17,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.errors import FileError, MergeError, listing, nearest
+from deltaw.errors import MergeError
 from deltaw.files import correction, peft
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.fingerprint import bytes_of
+from deltaw.files.fingerprint import Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
-from deltaw.files.shards import Entry, Rewritten, Shard, rewrite, shards_of
+from deltaw.files.places import Place, fingerprint_of_layers, places_of
+from deltaw.files.shards import Rewritten, Shard, rewrite, shards_of
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
-from deltaw.merged import check_merged
+from deltaw.merge_report import check_merged
 from deltaw.residual import integers_of
 
 # Weights in other formats than the one that is merged: stale beside it
@@ -47,36 +48,40 @@ class UnmergedFiles:
     """What `unmerge_files` did."""
 
     layers: int
+    corrected: bool
+    """By a correction file."""
     exact: bool
-    """Whether every file has the base's own bytes, by its hash."""
+    """Whether the base's own bits are back: by each file's sha256 with a correction, else by the fingerprint of the merged
+    layers' weights that the adapter carries."""
     largest_error: float
     """Without a correction: how far an entry can be from the base's, at the most."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where one layer's weight is in the checkpoint."""
-
-    tensor: str
-    transposed: bool
-    """Stored [k, d], as GPT-2's Conv1D is."""
-
-    def W0(self, tensor: Tensor) -> Tensor:
-        return tensor.t() if self.transposed else tensor
-
-
-def merge_files(base: Path, adapter: Path, out: Path, *, reversible: bool = False) -> MergedFiles:
+def merge_files(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    reversible: bool = False,
+    check_base: bool = True,
+    look: Callable[[Path], None] = lambda folder: None,
+) -> MergedFiles:
     """Write the checkpoint in folder `base` to folder `out` with the adapter's ΔW in it, in the dtypes that it is stored in;
     config and tokenizer go along. At most one and a half times the largest tensor is held in memory.
 
-    `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. Raises FileError or
-    MergeError, with every problem; `out` is then not there.
+    `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. `look` is called with
+    the finished folder before it takes `out`'s place. Raises FileError (NotByFiles where a merge in memory may still do),
+    BaseMismatch (`check_base=False` overrides) or MergeError, with every problem, and what `look` raises; `out` is then as
+    it was.
     """
+    base, adapter, out = Path(base), Path(adapter), Path(out)
     shards, file = shards_of(base), peft.read(adapter)
-    places = _places(shards, file, base)
+    places = places_of(shards, file, base)
+    if check_base:
+        peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
     stats: dict[str, MergeStats] = {}
-    with replacing_folder(out) as folder, _correction(folder, file, reversible) as kept:
 
+    def write(folder: Path, kept: correction.Writer | None) -> None:
         def change(layer: str, tensor: Tensor) -> None:
             place = places[layer]
             A, B = file.factors[layer]
@@ -91,28 +96,35 @@ def merge_files(base: Path, adapter: Path, out: Path, *, reversible: bool = Fals
             done = rewrite(shard, folder / shard.path.name, _changes(shard, places, change), digest=reversible)
             if kept is not None:
                 kept.manifest.shards[shard.path.name] = (done.before, done.after)
+
+    with replacing_folder(out) as folder:
+        with _correction(folder, file, reversible) as kept:
+            write(folder, kept)
         check_merged(stats, allow_unchanged=False)
         _copy_the_rest(base, folder)
-        size = sum(shard.path.stat().st_size for shard in shards)
+        look(folder)
+    size = sum(shard.path.stat().st_size for shard in shards)
     path = out / correction.NAME
     return MergedFiles(stats, size, path.stat().st_size if reversible else 0)
 
 
-def unmerge_files(merged: Path, adapter: Path, out: Path) -> UnmergedFiles:
+def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> UnmergedFiles:
     """Write the base of the merged checkpoint in folder `merged` to folder `out`.
 
     With the correction file of a reversible merge the files are the base's own, byte for byte, checked by their hash. Without
     one ΔW is subtracted, and the result says how far an entry can be from the base's. Raises FileError or MergeError: a
     checkpoint or an adapter that the correction does not belong to, a hash that differs; `out` is then not there.
     """
+    merged, adapter, out = Path(merged), Path(adapter), Path(out)
     shards, file = shards_of(merged), peft.read(adapter)
-    places = _places(shards, file, merged)
+    places = places_of(shards, file, merged)
     kept = correction.Reader(merged / correction.NAME) if (merged / correction.NAME).is_file() else None
     if kept is not None and kept.manifest.adapter != digest_of(file):
         raise MergeError(
             f"The adapter in {adapter} is not the one that was merged into {merged}: its A, B or scales differ."
         )
     errors = [0.0]
+    digests: dict[str, Digest] = {}
 
     def change(layer: str, tensor: Tensor) -> None:
         place = places[layer]
@@ -122,6 +134,7 @@ def unmerge_files(merged: Path, adapter: Path, out: Path) -> UnmergedFiles:
             largest = W.abs().max()
             restore_(W, A, B, file.scales[layer])
             errors.append(restored_within(largest, W))
+            digests[layer] = digest(tensor)
         else:
             restore_(W, A, B, file.scales[layer], kept.get(place.tensor, tuple(W.shape), integers_of(W.dtype)))
 
@@ -132,7 +145,8 @@ def unmerge_files(merged: Path, adapter: Path, out: Path) -> UnmergedFiles:
             if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
                 raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
         _copy_the_rest(merged, folder)
-    return UnmergedFiles(len(places), kept is not None, max(errors))
+    exact = kept is not None or peft.fingerprint_of(file, adapter, peft.W0) == combined(digests)
+    return UnmergedFiles(len(places), kept is not None, exact, max(errors))
 
 
 def digest_of(file: LoRAFile) -> str:
@@ -156,53 +170,10 @@ def _correction(folder: Path, file: LoRAFile, reversible: bool) -> Iterator[corr
 
 
 def _changes(
-    shard: Shard, places: Mapping[str, _Place], change: Callable[[str, Tensor], None]
+    shard: Shard, places: Mapping[str, Place], change: Callable[[str, Tensor], None]
 ) -> dict[str, Callable[[Tensor], None]]:
     """Tensor name → what changes it, of the layers whose weights are in this shard."""
     return {p.tensor: partial(change, layer) for layer, p in places.items() if p.tensor in shard.entries}
-
-
-def _places(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, _Place]:
-    """Where each of the adapter's layers is. Raises FileError with every layer that is not found, or is of another shape."""
-    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
-    transposed = bool(file.config.get("fan_in_fan_out"))
-    places: dict[str, _Place] = {}
-    problems: list[str] = []
-    for layer, (A, B) in file.factors.items():
-        name = _tensor_of(layer, entries)
-        if name is None:
-            problems.append(f"there is no tensor of the layer {layer!r}{nearest(f'{layer}.weight', entries, count=1)}")
-            continue
-        entry, wanted = entries[name], (B.shape[0], A.shape[1])
-        twin = next((other for other, place in places.items() if place.tensor == name), None)
-        if twin is not None:
-            problems.append(f"{name} would be the weight of both {twin!r} and {layer!r}")
-        places[layer] = _Place(name, transposed)
-        if entry.shape != (wanted[::-1] if transposed else wanted):
-            problems.append(f"{name} is {list(entry.shape)}, the update of {layer!r} {list(wanted)}")
-        elif not _is_float(entry):
-            problems.append(f"{name} is {entry.dtype}; ΔW goes into F64, F32, F16 and BF16 only")
-    if problems:
-        raise FileError(
-            listing(f"The adapter does not fit the checkpoint in {folder}; nothing was written:", problems)
-            + "\nWhere a model's layers have other names than its files' tensors, merge in memory: deltaw.load, deltaw.merge."
-        )
-    return places
-
-
-def _tensor_of(layer: str, entries: Mapping[str, Entry]) -> str | None:
-    """The name of a layer's weight in the files: the layer's own; or without the base model's prefix, or with one, where just
-    one tensor is named so."""
-    full = f"{layer}.weight"
-    if full in entries:
-        return full
-    shorter = full.split(".", 1)[-1]
-    found = [n for n in entries if n == shorter or n.endswith(f".{full}")]
-    return found[0] if len(found) == 1 else None
-
-
-def _is_float(entry: Entry) -> bool:
-    return entry.dtype in ("F64", "F32", "F16", "BF16")
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A merged model folder, verified: what is on disk is loaded again and compared with the unmerged model."""
+"""Merged model folders, verified: what is on disk is loaded again and compared with the unmerged model."""
 
 from __future__ import annotations
 
@@ -13,54 +13,81 @@ from deltaw import merged, store
 from deltaw.config import DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
+from deltaw.merge_report import MergeReport
 from deltaw.positions import most_positions
-from deltaw.pretrained import load_pretrained, save_pretrained
+from deltaw.pretrained import Pretrained, load_pretrained, save_pretrained
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class MergedFolder:
-    """What `merge_to_folder` did."""
+class Compared:
+    """The logits of a merged folder's model beside those of base + branch, in the same dtype."""
 
-    report: merged.MergeReport
-    bytes: int
     drift: float
-    """Largest logit difference between the folder's model and base + branch, in the same dtype."""
+    """Largest difference."""
     agreement: float
     """Share of positions whose likeliest token is the same."""
     positions: int
 
 
+@dataclass(frozen=True)
+class MergedFolder:
+    """What `merge_to_folder` did."""
+
+    report: MergeReport
+    bytes: int
+    compared: Compared
+
+
 def merge_to_folder(
-    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", device: str = "cpu", check_base: bool = True
+    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True
 ) -> MergedFolder:
-    """Write base + ΔW as an ordinary model folder, atomically. Raises FileError, BaseMismatch or MergeError; `out` is then
-    not there."""
-    loaded = load_pretrained(source, dtype=_checkpoint_dtype(source) if dtype == "auto" else dtype, device=device)
-    model = loaded.model
-    store.load(model, adapter, check_base=check_base)
-    ids = probe(loaded.tokenizer, model)
-    with torch.no_grad():
-        expected = model(ids).logits.float()
-    report = merged.merge(model)
+    """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
+    safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
+    loaded = load_pretrained(source, dtype=_checkpoint_dtype(source) if dtype == "auto" else dtype, device="cpu")
+    store.load(loaded.model, adapter, check_base=check_base)
+    ids, expected = _logits(loaded)
+    report = merged.merge(loaded.model)
     with replacing_folder(out) as folder:
-        merged.settle(model)
-        save_pretrained(model, loaded.tokenizer, folder)
-        again = load_pretrained(str(folder), dtype=str(model.dtype).removeprefix("torch."), device=device)  # type: ignore[arg-type]
-        with torch.no_grad():
-            found = again.model(ids).logits.float()
-        drift = float((found - expected).abs().max())
-        limit = _TOLERANCE.get(model.dtype, 1e-3) * max(1.0, float(expected.abs().max()))
-        if not drift <= limit:
-            raise MergeError(
-                f"The merged model's logits differ by {drift:.3g} from the unmerged model's (limit {limit:.3g}): "
-                "nothing was written."
-            )
+        merged.settle(loaded.model)
+        save_pretrained(loaded.model, loaded.tokenizer, folder)
+        compared = _compared(folder, ids, expected, loaded.model.dtype)
         size = sum(f.stat().st_size for f in folder.iterdir())
+    return MergedFolder(report, size, compared)
+
+
+def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True) -> Compared:
+    """The merged model in `folder` beside the unmerged one. Raises MergeError when they differ by more than rounding."""
+    loaded = load_pretrained(source, dtype=_checkpoint_dtype(source), device="cpu")
+    store.load(loaded.model, adapter, check_base=check_base)
+    ids, expected = _logits(loaded)
+    dtype = loaded.model.dtype
+    del loaded  # the two models are not in memory together
+    return _compared(folder, ids, expected, dtype)
+
+
+@torch.no_grad()
+def _logits(loaded: Pretrained) -> tuple[Tensor, Tensor]:
+    """Of the model as it is, on the tokens that models are compared on."""
+    ids = probe(loaded.tokenizer, loaded.model)
+    return ids, loaded.model(ids).logits.float()
+
+
+@torch.no_grad()
+def _compared(folder: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype) -> Compared:
+    again = load_pretrained(str(folder), dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
+    found = again.model(ids).logits.float()
+    drift = float((found - expected).abs().max())
+    limit = _TOLERANCE.get(dtype, 1e-3) * max(1.0, float(expected.abs().max()))
+    if not drift <= limit:
+        raise MergeError(
+            f"The merged model's logits differ by {drift:.3g} from the unmerged model's (limit {limit:.3g}): "
+            "nothing was written."
+        )
     agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
-    return MergedFolder(report, size, drift, agreement, ids.numel())
+    return Compared(drift, agreement, ids.numel())
 
 
 def probe(tokenizer: Any, model: Any) -> Tensor:

@@ -1,0 +1,115 @@
+"""Where the layers of an adapter are in a checkpoint's files, found by the names of its tensors. No model code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from deltaw.errors import FileError, listing, nearest
+from deltaw.files.fingerprint import Fingerprint, combined, digest
+from deltaw.files.peft import LoRAFile, transposed_layers
+from deltaw.files.shards import Entry, Shard, read_tensor
+
+# transformers' models with Conv1D layers, whose weights are stored [k, d]
+_WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+
+
+class NotByFiles(FileError):
+    """The checkpoint's files alone do not say where the adapter's layers are, or how they are stored. With the model opened, the
+    adapter may still be merged in memory."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one layer's weight is in the checkpoint."""
+
+    tensor: str
+    transposed: bool
+    """Stored [k, d], as GPT-2's Conv1D is."""
+
+    def W0(self, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.transposed else tensor
+
+
+def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Place]:
+    """Where each of the adapter's layers is. Raises FileError with every layer that is not found, or is of another shape."""
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    found = {layer: _tensor_of(layer, entries) for layer in file.factors}
+    unclear = [
+        f"there is no tensor of the layer {layer!r}{nearest(f'{layer}.weight', entries, count=1)}"
+        for layer, name in found.items()
+        if name is None
+    ]
+    tensors = {layer: name for layer, name in found.items() if name is not None}
+    problems = [f"{name} would be the weight of both {one!r} and {other!r}" for name, one, other in _twins(tensors)]
+    shapes = {layer: (file.factors[layer][1].shape[0], file.factors[layer][0].shape[1]) for layer in tensors}
+    transposed = _transposed(file, folder, {layer: entries[name].shape for layer, name in tensors.items()}, shapes)
+    for layer, name in tensors.items():
+        entry, wanted = entries[name], shapes[layer]
+        if entry.shape != (wanted[::-1] if transposed[layer] else wanted):
+            problems.append(f"{name} is {list(entry.shape)}, the update of {layer!r} {list(wanted)}")
+        elif entry.dtype not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} is {entry.dtype}; ΔW goes into F64, F32, F16 and BF16 only")
+    unclear += [
+        f"how {tensors[n]} is stored, which is square, cannot be told" for n, way in transposed.items() if way is None
+    ]
+    if unclear or problems:
+        error = FileError if problems else NotByFiles
+        head = f"The adapter does not fit the checkpoint in {folder}; nothing was written:"
+        raise error(listing(head, [*unclear, *problems]))
+    return {layer: Place(name, bool(transposed[layer])) for layer, name in tensors.items()}
+
+
+def _twins(tensors: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Tensors that two layers are found to have."""
+    first: dict[str, str] = {}
+    for layer, name in tensors.items():
+        if first.setdefault(name, layer) != layer:
+            yield name, first[name], layer
+
+
+def _transposed(
+    file: LoRAFile, folder: Path, stored: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, bool | None]:
+    """Which layers are stored [k, d]; None where that cannot be told. Our files say it; with others the shapes do, but of
+    square layers only the kind of model does: PEFT writes one fan_in_fan_out for all layers, by the last one that it met."""
+    own = transposed_layers(file)
+    if own is not None:
+        return {n: n in own for n in stored}
+    square = False if _all_linear(folder) else None
+    return {n: square if d == k else stored[n] == (k, d) for n, (d, k) in shapes.items()}
+
+
+def _all_linear(folder: Path) -> bool:
+    """Whether the model whose config is in `folder` is surely none of those with Conv1D layers."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(kind, str) and kind not in _WITH_CONV1D
+
+
+def _tensor_of(layer: str, entries: Mapping[str, Entry]) -> str | None:
+    """The name of a layer's weight in the files: the layer's own; or without the base model's prefix, or with one, where just
+    one tensor is named so."""
+    full = f"{layer}.weight"
+    if full in entries:
+        return full
+    shorter = full.split(".", 1)[-1]
+    found = [n for n in entries if n == shorter or n.endswith(f".{full}")]
+    return found[0] if len(found) == 1 else None
+
+
+def fingerprint_of_layers(shards: list[Shard], places: Mapping[str, Place]) -> Fingerprint:
+    """Of the weights that an adapter's layers have in the files."""
+    digests = {}
+    layers = {place.tensor: layer for layer, place in places.items()}
+    for shard in shards:
+        with shard.path.open("rb") as stream:
+            for name in shard.entries.keys() & layers.keys():
+                digests[layers[name]] = digest(read_tensor(stream, shard.entries[name])[1])
+    return combined(digests)

@@ -1,0 +1,79 @@
+"""Is this checkpoint that base with that adapter merged into it, and is this adapter of that base? By their files alone, one
+tensor at a time. No model code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import FileError, MergeError, listing
+from deltaw.files import peft
+from deltaw.files.places import fingerprint_of_layers, places_of
+from deltaw.files.shards import Entry, Shard, read_tensor, shards_of
+from deltaw.lowrank import merge_
+
+
+def verify_adapter(base: str | Path, adapter: str | Path) -> str:
+    """ "same" when the adapter in folder `adapter` was trained on the checkpoint in folder `base`, "cast" when on that one
+    in another precision. Raises FileError when the adapter does not fit it, or does not say what it was trained on;
+    BaseMismatch when on other weights."""
+    base, adapter = Path(base), Path(adapter)
+    shards, file = shards_of(base), peft.read(adapter)
+    places = places_of(shards, file, base)
+    if peft.W0 not in file.metadata:
+        raise FileError(
+            f"The adapter in {adapter} fits {base} by its layers' names and shapes, but it names no base (it was not written by "
+            "deltaw): which weights it was trained on cannot be told."
+        )
+    return peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
+
+
+def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> int:
+    """The number of layers that the adapter changed, when the checkpoint in folder `merged` is the one in `base` with the
+    adapter's ΔW in it, bit for bit. Raises MergeError with each tensor that is not; FileError for files that are not
+    sound."""
+    merged, base, adapter = Path(merged), Path(base), Path(adapter)
+    file = peft.read(adapter)
+    base_shards = shards_of(base)
+    places = places_of(base_shards, file, base)
+    layers = {place.tensor: layer for layer, place in places.items()}
+    theirs, own = _entries(shards_of(merged)), _entries(base_shards)
+    problems = [f"{name} is missing" for name in own.keys() - theirs.keys()]
+    problems += [f"{name} is not in the base" for name in theirs.keys() - own.keys()]
+    for name in own.keys() & theirs.keys():
+        (shard, entry), (other, found) = own[name], theirs[name]
+        if (entry.dtype, entry.shape) != (found.dtype, found.shape):
+            problems.append(
+                f"{name} is {found.dtype} {list(found.shape)}, in the base {entry.dtype} {list(entry.shape)}"
+            )
+            continue
+        expected, actual = _read(shard, entry), _read(other, found)
+        if name in layers:
+            A, B = file.factors[layers[name]]
+            merge_(places[layers[name]].W0(expected), A, B, file.scales[layers[name]])
+        differ = int((_bits(expected) != _bits(actual)).sum())
+        if differ:
+            problems.append(
+                f"{name}: {differ:,} of {expected.numel():,} entries differ" + " from base + ΔW" * (name in layers)
+            )
+    if problems:
+        raise MergeError(listing(f"{merged} is not {base} with {adapter} merged into it:", sorted(problems)))
+    return len(layers)
+
+
+def _entries(shards: list[Shard]) -> dict[str, tuple[Shard, Entry]]:
+    return {name: (shard, entry) for shard in shards for name, entry in shard.entries.items()}
+
+
+def _read(shard: Shard, entry: Entry) -> Tensor:
+    with shard.path.open("rb") as stream:
+        return read_tensor(stream, entry)[1]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """To compare: NaN is like itself, and 0.0 is not −0.0."""
+    flat = tensor.reshape(-1)
+    return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
