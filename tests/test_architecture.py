@@ -15,17 +15,20 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own line and the lines above it. A package stands for all its modules.
 ORDER = [
-    ["version", "errors", "units"],
+    ["version", "errors", "units", "names"],
     ["config"],
     ["residual"],
-    ["lowrank"],
-    ["fused"],
+    ["lowrank", "svd"],
+    ["merge_report", "originals", "fused", "mixed"],
+    ["rows"],
+    ["routes"],
     ["layers"],
     ["targets"],
     ["attached"],
     ["merged"],
     ["methods"],
     ["files", "data", "positions", "modes"],
+    ["summaries", "switching", "combined", "extracted", "converted"],
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],

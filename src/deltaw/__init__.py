@@ -12,22 +12,25 @@ from deltaw.version import __version__
 
 if TYPE_CHECKING:
     from deltaw.attached import (
-        Summary,
         adapters,
         attach,
         delta,
         detach,
         parameters,
-        summary,
-        use,
-        using,
     )
+    from deltaw.combined import combine
     from deltaw.config import DataConfig, GenerateConfig, TrainConfig
+    from deltaw.converted import convert
     from deltaw.errors import DeltaWError
-    from deltaw.merged import MergeReport, merge, unmerge
+    from deltaw.extracted import extract
+    from deltaw.files.streamed import merge_files, unmerge_files
+    from deltaw.merge_report import MergeReport
+    from deltaw.merged import merge, unmerge
     from deltaw.methods.lora import LoRA
     from deltaw.run import RunResult, train
     from deltaw.store import load, save
+    from deltaw.summaries import Summary, summary
+    from deltaw.switching import route, use, using
 
 _HOME = {
     "DeltaWError": "errors",
@@ -35,22 +38,28 @@ _HOME = {
     "GenerateConfig": "config",
     "TrainConfig": "config",
     "LoRA": "methods.lora",
-    "MergeReport": "merged",
+    "MergeReport": "merge_report",
     "RunResult": "run",
-    "Summary": "attached",
+    "Summary": "summaries",
     "adapters": "attached",
     "attach": "attached",
+    "combine": "combined",
+    "convert": "converted",
     "delta": "attached",
     "detach": "attached",
+    "extract": "extracted",
     "load": "store",
     "merge": "merged",
+    "merge_files": "files.streamed",
     "parameters": "attached",
+    "route": "switching",
     "save": "store",
-    "summary": "attached",
+    "summary": "summaries",
     "train": "run",
     "unmerge": "merged",
-    "use": "attached",
-    "using": "attached",
+    "unmerge_files": "files.streamed",
+    "use": "switching",
+    "using": "switching",
 }
 
 __all__ = [
@@ -65,15 +74,21 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "combine",
+    "convert",
     "delta",
     "detach",
+    "extract",
     "load",
     "merge",
+    "merge_files",
     "parameters",
+    "route",
     "save",
     "summary",
     "train",
     "unmerge",
+    "unmerge_files",
     "use",
     "using",
 ]
