@@ -1,0 +1,178 @@
+"""What does a batch cost whose rows go through different adapters? A decode step and a short prefill, over the base's own time.
+
+    python benchmarks/many_adapters.py --model .cache/smollm2
+
+For q,v and all-linear at r = 8 and growing numbers of adapters, as many rows as adapters: the base, deltaw's route, deltaw's with
+all rows through one adapter, and PEFT's adapter_names, in turn, medians. Before anything is timed, each row's logits are
+compared with that row's alone. Writes results/many_adapters.json, and many_adapters.html
+with its curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import deltaw
+import machine
+from deltaw.study.charts import Chart, Series
+from deltaw.study.report import Report, write
+
+TARGETS = {"q,v": "q,v", "all-linear": "all-linear"}
+CACHED, PREFILL = 64, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".cache/smollm2")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--store", choices=["float32", "bfloat16"], help="of A and B; default: float32")
+    parser.add_argument("--name", default="many_adapters", help="of the result file")
+    chosen = parser.parse_args()
+    rows = [row for name in TARGETS for row in measure(chosen, name)]
+    machine.write(chosen.name, {
+        "model": "SmolLM2-135M-Instruct", "dtype": chosen.dtype, "store": chosen.store or "float32",
+        "rank": 8, "cached_tokens": CACHED,
+        "prefill_tokens": PREFILL, "ratios": "over the base's time on the same rows", "rows": rows,
+    })  # fmt: skip
+    series = [
+        Series(f"{target}, {tool}", [(r["adapters"], r["decode"][tool]) for r in rows if r["targets"] == target], "line")
+        for target in TARGETS for tool in ("deltaw", "peft") if tool in rows[0]["decode"]
+    ]  # fmt: skip
+    chart = Chart(
+        "A decode step with an adapter for each row", "adapters, as many rows", "over the base's time", series
+    )
+    headline = "What a decode step costs when each row of the batch has an adapter of its own"
+    write(Report("Many adapters in one batch", headline, curves=[chart]), machine.RESULTS / f"{chosen.name}.html")
+
+
+@torch.no_grad()
+def measure(chosen: argparse.Namespace, targets: str) -> list[dict[str, Any]]:
+    """The rows of one set of targets."""
+    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=getattr(torch, chosen.dtype)).eval()
+    twin = copy.deepcopy(model) if chosen.peft else None
+    names = [f"task{i:03}" for i in range(max(chosen.counts))]
+    theirs: Any = None
+    with tempfile.TemporaryDirectory() as folder:
+        make_adapters(model, targets, names, Path(folder))
+        for name in names:
+            deltaw.load(
+                model,
+                Path(folder) / name,
+                name=name,
+                activate=False,
+                dtype=chosen.store and getattr(torch, chosen.store),
+            )
+            if twin is not None:
+                path = str(Path(folder) / name)
+                if theirs is None:
+                    theirs = peft.PeftModel.from_pretrained(twin, path, adapter_name=name)
+                else:
+                    theirs.load_adapter(path, adapter_name=name)
+    if theirs is not None:
+        theirs.eval()
+    return [count_row(model, theirs, names[:count], targets, chosen.rounds) for count in chosen.counts]
+
+
+def make_adapters(model: Any, targets: str, names: list[str], folder: Path) -> None:
+    for i, name in enumerate(names):
+        deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16, targets=TARGETS[targets]), name=name)
+        generator = torch.Generator().manual_seed(i)
+        for parameter in deltaw.parameters(model, name):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        deltaw.save(model, folder / name, name=name)
+        deltaw.detach(model, name)
+
+
+def count_row(model: Any, theirs: Any, names: list[str], targets: str, rounds: int) -> dict[str, Any]:
+    """One number of adapters, a row of the batch for each."""
+    n = len(names)
+    prompt = torch.randint(100, 40000, (n, CACHED), generator=torch.Generator().manual_seed(n))
+    apart = largest_difference(model, names, prompt[:, :8])
+    times = {"decode": ratios(rows(model, theirs, names, prompt[:, :1], prompt), rounds)}
+    times["prefill"] = ratios(rows(model, theirs, names, prompt[:, :PREFILL], None), rounds)
+    row = {"targets": targets, "adapters": n, **times, "largest_logit_difference_from_alone": apart}
+    print(row, flush=True)
+    return row
+
+
+def rows(
+    model: Any, theirs: Any, names: list[str], ids: torch.Tensor, before: torch.Tensor | None
+) -> dict[str, Callable[[], None]]:
+    """What is timed: a pass over `ids`, after a cache of `before`."""
+
+    def through(one: Any, **more: Any) -> Callable[[], None]:
+        if before is None:
+            return lambda: one(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1, **more)
+        cache = DynamicCache()
+        one(before, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+
+        def step() -> None:
+            one(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+            cache.crop(-ids.shape[1])
+
+        return step
+
+    def base() -> None:
+        with deltaw.using(model, None):
+            plain()
+
+    def routed() -> None:
+        with deltaw.route(model, names):
+            plain()
+
+    def single() -> None:
+        with deltaw.using(model, names[0]):
+            plain()
+
+    plain = through(model)
+    found = {"base": base, "deltaw": routed, "one adapter": single}
+    if theirs is not None:
+        found["peft"] = through(theirs, adapter_names=names)
+    return found
+
+
+def ratios(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Medians over interleaved rounds: the base's in milliseconds, the others' over the base of the same round."""
+    for step in steps.values():
+        step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            taken[name].append(time.perf_counter() - began)
+    found = {"base_ms": statistics.median(taken["base"]) * 1000}
+    for name, own in taken.items():
+        if name != "base":
+            found[name] = statistics.median(t / b for t, b in zip(own, taken["base"], strict=True))
+    return found
+
+
+def largest_difference(model: Any, names: list[str], ids: torch.Tensor) -> float:
+    """Over the largest logit: of a row in the mixed batch from that row alone, at up to eight rows."""
+    with deltaw.route(model, names):
+        mixed = model(ids, logits_to_keep=1).logits
+    worst = 0.0
+    for i in range(0, len(names), max(1, len(names) // 8)):
+        with deltaw.using(model, names[i]):
+            own = model(ids[i : i + 1], logits_to_keep=1).logits[0]
+        worst = max(worst, float((mixed[i] - own).abs().max() / own.abs().max()))
+    return worst
+
+
+if __name__ == "__main__":
+    main()
