@@ -1,7 +1,7 @@
 """What a training step costs: deltaw, TRL, a plain PEFT loop, full fine-tuning and the floor, on the same records.
 
     python benchmarks/train_step.py --data DATA/e2e                  # all-linear, r = 8, 8 records a step, against the others
-    python benchmarks/train_step.py --data DATA/e2e --part grid      # against the floor: targets, ranks, batches
+    python benchmarks/train_step.py --data DATA/e2e --part grid      # against the floor: ranks and batches; grid_qv: of q,v
     python benchmarks/train_step.py --data DATA/e2e --part ranks     # … as the rank grows, and with --part lengths the records
     python benchmarks/train_step.py --data DATA/e2e --rows deltaw,floor --rank 64 --name other
 
@@ -52,18 +52,22 @@ class Case:
     steps: int = 20
 
 
+def _grid(targets: str) -> list[Case]:
+    return [
+        Case(targets=targets, rank=rank, batch=batch, warm=warm, steps=steps)
+        for rank in (1, 8, 64)
+        for batch, warm, steps in ((1, 40, 60), (8, 25, 20), (32, 12, 8))
+    ]
+
+
 PARTS: dict[str, list[Case]] = {
     "main": [
         Case(rows=("deltaw", "floor", "trl", "trl_grouped"), warm=15),
         Case(rows=("deltaw", "trl_tuned", "trl_bfloat16", "peft_loop", "full"), warm=15),
         Case(rows=("trl_packed",), warm=1, steps=2),  # a step of it is 8,192 tokens and 17 GB: it has the machine to itself
     ],
-    "grid": [
-        Case(targets=targets, rank=rank, batch=batch, warm=warm, steps=steps)
-        for targets in ("all-linear", "qv")
-        for rank in (1, 8, 64)
-        for batch, warm, steps in ((1, 40, 60), (8, 25, 20), (32, 12, 8))
-    ],
+    "grid": _grid("all-linear"),
+    "grid_qv": _grid("qv"),
     "ranks": [Case(rank=rank) for rank in (1, 2, 4, 8, 16, 32, 64, 128)],
     "lengths": [
         Case(length=length, batch=batch, warm=4, steps=8) for length, batch in ((64, 16), (128, 8), (256, 4), (512, 2), (1024, 1))

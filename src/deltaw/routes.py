@@ -82,9 +82,11 @@ class Route:
         """What a block of these names goes through."""
         rows = Rows(names)
         shares = frozenset(Counter(name for name in names if name is not None).items())
-        if shares not in self.stacks:
-            self.stacks = {shares: {}}
-        rows.kept = self.stacks[shares]
+        kept = self.stacks.get(shares)
+        if kept is None:
+            kept = {}
+            self.stacks = {shares: kept}  # one write: several threads may be here
+        rows.kept = kept
         return rows
 
     def held(self) -> set[str]:

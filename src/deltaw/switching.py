@@ -5,6 +5,7 @@ model's route and nothing else.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,9 +125,14 @@ def _two_rows(model: Any) -> dict[str, Tensor] | None:
 
 def _noted(model: Any, inputs: dict[str, Tensor], seen: dict[str, Tensor]) -> bool:
     """Whether the model takes these inputs; what its adapted layers are then given."""
+    here = threading.get_ident()
 
     def note(name: str) -> Any:
-        return lambda layer, args: seen.setdefault(name, args[0]) if args else None
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and threading.get_ident() == here:  # other threads may be computing as well
+                seen.setdefault(name, inputs[0])
+
+        return hook
 
     hooks = [m.register_forward_pre_hook(note(n)) for n, m in base_modules(model) if slot_of(m) is not None]
     try:
