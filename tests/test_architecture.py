@@ -28,7 +28,7 @@ ORDER = [
     ["merged"],
     ["methods"],
     ["files", "data", "positions", "modes"],
-    ["summaries", "switching", "combined", "extracted", "converted"],
+    ["base_identity", "summaries", "switching", "combined", "extracted", "converted"],
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],

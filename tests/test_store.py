@@ -17,9 +17,10 @@ from torch import nn
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
 from deltaw.attached import updates
+from deltaw.base_identity import base_fingerprint
 from deltaw.errors import AdapterError, BaseMismatch, FileError
 from deltaw.files import peft as peft_files
-from deltaw.store import base_fingerprint, training_of
+from deltaw.store import training_of
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHODS = {
@@ -247,6 +248,29 @@ def test_a_base_that_changes_while_attached_gets_another_fingerprint(tmp_path: P
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     assert base_fingerprint(model) != first
+
+
+def test_each_base_tensor_is_read_once(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaw import base_identity
+
+    genuine, read = base_identity.digest, []
+
+    def counted(tensor: torch.Tensor) -> Any:
+        read.append(tensor)
+        return genuine(tensor)
+
+    monkeypatch.setattr(base_identity, "digest", counted)
+    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
+    count = len(read)
+    assert count == len(list(base_identity.named_parameters(tiny)))
+    detach(tiny)
+    for name in "xy":
+        load(tiny, tmp_path / "a", name=name)
+    assert len(read) == count
+    with torch.no_grad():
+        next(tiny.parameters()).add_(1.0)
+    base_fingerprint(tiny)
+    assert len(read) == count + 1
 
 
 def test_another_base_is_an_error_with_an_override(tmp_path: Path) -> None:

@@ -64,8 +64,6 @@ class Adapters:
     before_merge: str | None = None
     rows_mixed: list[str] | None = None
     """Layers in which the rows of a batch cannot be told apart, once somebody asked; None: not known."""
-    digests: Any = None
-    """A stamp of the base's parameters, then what was found of them: a digest of each, and their fingerprint."""
 
 
 class Names(tuple[str, ...]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import attached as live
+from deltaw.base_identity import base_fingerprint, layers_fingerprint
 from deltaw.errors import AdapterError, FileError, listing, nearest
 from deltaw.files import peft
-from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
 from deltaw.layers import LowRank, LowRankConv1D, kind_of
 from deltaw.lowrank import delta_norm
 from deltaw.methods.lora import LoRA
@@ -39,7 +39,7 @@ def save(
         "deltaw_format": peft.FORMAT,
         "deltaw_version": __version__,
         peft.BASE: str(base_fingerprint(model)),
-        peft.W0: str(_w0_fingerprint(model, updates)),
+        peft.W0: str(layers_fingerprint(model, updates)),
     }
     transposed = [layer for layer, u in updates.items() if isinstance(u, LowRankConv1D)]
     if transposed:
@@ -100,32 +100,6 @@ def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise FileError(f"{path}: the training settings in the metadata of {peft.WEIGHTS} are damaged.")
-    return found
-
-
-def base_fingerprint(model: nn.Module) -> Fingerprint:
-    """Fingerprint of the base under the adapters, by its parameters' names."""
-    return _base_digests(model)[1]
-
-
-def _w0_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
-    """Of the layers' own weights: what can be told from a checkpoint's files without the model."""
-    digests, _ = _base_digests(model)
-    names = {id(p): n for n, p in live.named_parameters(model)}
-    owner: Any = live.owner_of(model)
-    return combined({layer: digests[names[id(owner.get_submodule(layer).weight)]] for layer in layers})
-
-
-def _base_digests(model: nn.Module) -> tuple[dict[str, Digest], Fingerprint]:
-    """Of each base tensor, and of all together; kept in the model's record for as long as none of them changes."""
-    record = live.find_record(model)
-    stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for _, p in live.named_parameters(model))
-    if record is not None and record.digests is not None and record.digests[0] == stamp:
-        return record.digests[1:]
-    digests = {name: digest(tensor) for name, tensor in live.base_parameters(model)}
-    found = digests, combined(digests)
-    if record is not None:
-        record.digests = stamp, *found
     return found
 
 

@@ -1,0 +1,55 @@
+"""Which base a model has under its adapters: fingerprints of its parameters. Each parameter is read once, and again only when it has
+changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from deltaw.attached import base_parameters, named_parameters, owner_of
+from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
+
+
+class _Known(NamedTuple):
+    """A parameter's digest, and what shows that it still holds."""
+
+    data_ptr: int
+    version: int
+    digest: Digest
+
+
+_known: Any = WeakTensorKeyDictionary()
+"""Parameter → _Known, for as long as the parameter lives."""
+
+
+def base_fingerprint(model: nn.Module) -> Fingerprint:
+    """Of the base as it was before attach, by its parameters' names."""
+    return combined(_digests(model))
+
+
+def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
+    """Of these layers' weights alone, by the layers' names: what a checkpoint's files tell without the model."""
+    digests = _digests(model)
+    names = {id(p): n for n, p in named_parameters(model)}
+    owner: Any = owner_of(model)
+    return combined({layer: digests[names[id(owner.get_submodule(layer).weight)]] for layer in layers})
+
+
+def _digests(model: nn.Module) -> dict[str, Digest]:
+    """Of each base parameter; of a merged one, of the weight that it was."""
+    live = dict(named_parameters(model))
+    return {name: _digest(live[name], tensor) for name, tensor in base_parameters(model)}
+
+
+def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:
+    if tensor.data_ptr() != parameter.data_ptr():  # what it was before a merge
+        return digest(tensor)
+    stamp = parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+    known = _known.get(parameter)
+    if known is None or known[:2] != stamp:
+        known = _known[parameter] = _Known(*stamp, digest(tensor))
+    return known.digest
