@@ -1,5 +1,5 @@
-"""Which base a model has under its adapters: fingerprints of its parameters. Each parameter is read once, and again only when it has
-changed.
+"""Which base a model has under its adapters: fingerprints of its parameters, each of which is read once, and again only when it
+has changed.
 """
 
 from __future__ import annotations
