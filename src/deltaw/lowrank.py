@@ -21,7 +21,7 @@ from deltaw.residual import Residual
 
 # Elements of a block for each thread: a few fp32 buffers of this size fit a core's second-level cache. On other devices
 # one launch is dear and there is no such cache, so blocks are as large as memory comfortably allows.
-_CPU_BLOCK = 1 << 15
+_CPU_BLOCK = 1 << 16
 _DEVICE_BLOCK = 1 << 25
 
 
