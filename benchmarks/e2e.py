@@ -118,15 +118,12 @@ def race(chosen: argparse.Namespace) -> None:
             run = train(here, minutes=None, eval_every=10**6, seed=seed)
             figures = json.loads((run / "result.json").read_text(encoding="utf-8"))
             prompts = as_trained(deltaw.DataConfig(), str(run / "adapter"))
-            theirs = {}
-            if chosen.trl:
-                with multiprocessing.get_context("spawn").Pool(
-                    1
-                ) as pool:  # in a process of its own, for its memory's sake
-                    theirs = pool.apply(train_trl, (chosen.model, folder, lr, seed))
             ours = {"minutes": figures["loop"]["seconds"] / 60, "peak_memory_gb": figures["peak_memory"] / 1e9}
             rows["deltaw"].append(ours | race_scores(here, run / "adapter", prompts))
             if chosen.trl:
+                # In a process of its own, for its memory's sake
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    theirs = pool.apply(train_trl, (chosen.model, folder, lr, seed))
                 rows["TRL + PEFT"].append(theirs | race_scores(here, Path(folder) / "trl", prompts))
             print(json.dumps(rows, indent=1), file=sys.stderr, flush=True)
     machine.write(name, {"records": records, "batch": 8, "rank": 8, "alpha": 16, "lr": lr, "items": 630, "rows": rows})
