@@ -16,7 +16,7 @@ from torch import nn
 
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
-from deltaw.attached import updates
+from deltaw.attached import named_parameters, updates
 from deltaw.base_identity import base_fingerprint
 from deltaw.errors import AdapterError, BaseMismatch, FileError
 from deltaw.files import peft as peft_files
@@ -262,7 +262,7 @@ def test_each_base_tensor_is_read_once(tiny: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(base_identity, "digest", counted)
     save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
     count = len(read)
-    assert count == len(list(base_identity.named_parameters(tiny)))
+    assert count == len(list(named_parameters(tiny)))
     detach(tiny)
     for name in "xy":
         load(tiny, tmp_path / "a", name=name)

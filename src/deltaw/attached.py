@@ -243,10 +243,15 @@ def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base as it was before attach, original weights where an adapter is merged."""
+    return ((name, tensor) for name, _, tensor in base_tensors(model))
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(name, parameter, what it was before attach) of the base."""
     record = find_record(model)
     originals = {f"{n}.weight": n for n in record.originals} if record else {}
     for name, parameter in named_parameters(model):
-        yield name, _original(model, originals[name]) if name in originals else parameter.detach()
+        yield name, parameter, _original(model, originals[name]) if name in originals else parameter.detach()
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

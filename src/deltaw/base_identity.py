@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deltaw.attached import base_parameters, named_parameters, owner_of
+from deltaw.attached import base_tensors, owner_of
 from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
 
 
@@ -28,21 +28,14 @@ _known: Any = WeakTensorKeyDictionary()
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:
     """Of the base as it was before attach, by its parameters' names."""
-    return combined(_digests(model))
+    return combined({name: _digest(parameter, tensor) for name, parameter, tensor in base_tensors(model)})
 
 
 def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
     """Of these layers' weights alone, by the layers' names: what a checkpoint's files tell without the model."""
-    digests = _digests(model)
-    names = {id(p): n for n, p in named_parameters(model)}
+    digests = {id(parameter): _digest(parameter, tensor) for _, parameter, tensor in base_tensors(model)}
     owner: Any = owner_of(model)
-    return combined({layer: digests[names[id(owner.get_submodule(layer).weight)]] for layer in layers})
-
-
-def _digests(model: nn.Module) -> dict[str, Digest]:
-    """Of each base parameter; of a merged one, of the weight that it was."""
-    live = dict(named_parameters(model))
-    return {name: _digest(live[name], tensor) for name, tensor in base_parameters(model)}
+    return combined({layer: digests[id(owner.get_submodule(layer).weight)] for layer in layers})
 
 
 def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaw.lowrank import MergeStats, merge_reversibly_, restore_
-from deltaw.residual import Residual
-
-# Codes are nearly all zeros: more effort than this finds little more
-_EFFORT = 1
+from deltaw.residual import EFFORT, Residual
 
 
 class Original(Protocol):
@@ -68,5 +65,5 @@ def merge_correctably_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[
     """Merge in place, W0 [d, k] of any strides. A and B are copied, since they may change while they are merged."""
     A, B = A.detach().clone(), B.detach().clone()
     stats, (codes, escapes) = merge_reversibly_(W0, A, B, scale)
-    packed = zlib.compress(codes.cpu().contiguous().numpy().data, _EFFORT)
+    packed = zlib.compress(codes.cpu().contiguous().numpy().data, EFFORT)
     return stats, Correction(A, B, scale, packed, escapes)

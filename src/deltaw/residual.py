@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# How hard to compress codes (zlib's level): they are nearly all zeros, and more effort than this finds little more
+EFFORT = 1
 # The code of an entry whose difference fits no byte
 _ESCAPE = -128
 

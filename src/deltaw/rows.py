@@ -44,7 +44,11 @@ class Layer:
 
     def learns(self) -> bool:
         """Whether gradients are wanted, which flow into stacks that are made anew in each pass."""
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters)
+        return _wanted(self.parameters)
+
+
+def _wanted(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -93,13 +97,12 @@ class Rows:
             return None
         parameters = [tensor for names in groups for name in names for tensor in (updates[name].A, updates[name].B)]
         kept = self.kept.get(id(updates))
-        same = kept is not None and len(kept.parameters) == len(parameters)
-        same = same and all(a is b for a, b in zip(kept.parameters, parameters, strict=True))  # type: ignore[union-attr]
+        same = kept is not None and [id(p) for p in kept.parameters] == [id(p) for p in parameters]
         if kept is not None and same and not kept.learns() and kept.still_holds(out):
             self.seen.add(id(updates))
             return kept
         first = updates[groups[0][0]]
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        learns = _wanted(parameters)
         with torch.inference_mode(False), torch.set_grad_enabled(learns):  # a later pass may want gradients of x
             stacks = [_stack([updates[name] for name in names], out.dtype) for names in groups]
         layer = Layer(stacks, groups, parameters, _versions(parameters), first, first.training, out.dtype)

@@ -19,13 +19,11 @@ import torch
 
 from deltaw.errors import FileError
 from deltaw.files.shards import PIECE, tensor_over
-from deltaw.residual import Residual
+from deltaw.residual import EFFORT, Residual
 
 NAME = "base.correction"
 FORMAT = 1
 _MANIFEST = "manifest.json"
-# Codes are nearly all zeros: more effort than this finds little more
-_EFFORT = 1
 
 
 @dataclass
@@ -58,7 +56,7 @@ class Writer:
 def writing(path: Path, adapter: str) -> Iterator[Writer]:
     """While open, takes residuals; on leaving without an error, the manifest is written last: a file without one is no
     correction."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=_EFFORT) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=EFFORT) as archive:
         writer = Writer(archive, adapter)
         yield writer
         archive.writestr(_MANIFEST, json.dumps(asdict(writer.manifest), indent=2, sort_keys=True))

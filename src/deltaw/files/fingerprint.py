@@ -56,7 +56,7 @@ def digest(tensor: Tensor) -> Digest:
     flat = tensor.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].cpu()
     shape = f"{tuple(tensor.shape)}".encode()
-    total = int(flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)) if flat.numel() else 0
+    total = int(bits_of(flat).sum(dtype=torch.int64)) if flat.numel() else 0
     exact = b"%s %s %d" % (shape, str(tensor.dtype).encode(), total)
     parts = exact + bytes_of(sample), *(shape + bytes_of(sample.to(t)) for t in (torch.bfloat16, torch.float16))
     return Digest(*(hashlib.sha256(part).digest() for part in parts))
@@ -72,6 +72,11 @@ def combined(digests: Mapping[str, Digest]) -> Fingerprint:
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """Of (name, tensor) pairs, in any order. Reads every tensor once."""
     return combined({name: digest(tensor) for name, tensor in tensors})
+
+
+def bits_of(flat: Tensor) -> Tensor:
+    """A flat tensor's entries as integers of their width: NaN is like itself in them, and 0.0 is not −0.0."""
+    return flat.view(_BITS[flat.element_size()])
 
 
 def bytes_of(tensor: Tensor) -> bytes:

@@ -51,6 +51,7 @@ class Shard:
     """With its length in front: all that stands before the tensors."""
     entries: dict[str, Entry]
     """Tensor name → entry, in the order of their bytes."""
+    metadata: dict[str, str]
 
 
 def shards_of(folder: Path) -> list[Shard]:
@@ -97,7 +98,11 @@ def read_header(path: Path) -> Shard:
             if not 0 < length <= min(whole - 8, _LONGEST_HEADER):
                 raise ValueError(f"its header would have {length:,} bytes, the file has {whole:,}")
             text = file.read(length)
-        return Shard(path, length.to_bytes(8, "little") + text, _entries(json.loads(text), 8 + length, whole))
+        header = json.loads(text)
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is no mapping of texts")
+        return Shard(path, length.to_bytes(8, "little") + text, _entries(header, 8 + length, whole), metadata)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is no sound safetensors file: {error}") from error
 
@@ -148,7 +153,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if file.readinto(held.numpy()) != len(held):  # type: ignore[attr-defined,arg-type]
             raise FileError(f"{path} has become shorter while it was read.")
     tensors = {name: _view(held, entry, begin) for name, entry in shard.entries.items()}
-    return tensors, json.loads(shard.header[8:]).get("__metadata__", {})
+    return tensors, shard.metadata
 
 
 def _view(held: Tensor, entry: Entry, begin: int) -> Tensor:

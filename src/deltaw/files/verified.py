@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from deltaw.errors import FileError, MergeError, listing
 from deltaw.files import peft
+from deltaw.files.fingerprint import bits_of
 from deltaw.files.places import fingerprint_of_layers, places_of
 from deltaw.files.shards import Entry, Shard, read_tensor, shards_of
 from deltaw.lowrank import merge_
@@ -54,7 +54,7 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
         if name in layers:
             A, B = file.factors[layers[name]]
             merge_(places[layers[name]].W0(expected), A, B, file.scales[layers[name]])
-        differ = int((_bits(expected) != _bits(actual)).sum())
+        differ = int((bits_of(expected.reshape(-1)) != bits_of(actual.reshape(-1))).sum())
         if differ:
             problems.append(
                 f"{name}: {differ:,} of {expected.numel():,} entries differ" + " from base + ΔW" * (name in layers)
@@ -71,9 +71,3 @@ def _entries(shards: list[Shard]) -> dict[str, tuple[Shard, Entry]]:
 def _read(shard: Shard, entry: Entry) -> Tensor:
     with shard.path.open("rb") as stream:
         return read_tensor(stream, entry)[1]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """To compare: NaN is like itself, and 0.0 is not −0.0."""
-    flat = tensor.reshape(-1)
-    return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
