@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 import machine
+from adapters import attach_random
 
 AT = (1, 12, 32, 100, 300, 1000)
 
@@ -49,11 +50,7 @@ def main() -> None:
 
 
 def make(model: Any, folder: Path) -> None:
-    deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in deltaw.parameters(model):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    attach_random(model)
     deltaw.save(model, folder)
     deltaw.detach(model)
 

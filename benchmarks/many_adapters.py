@@ -5,7 +5,7 @@
 For q,v and all-linear at r = 8 and growing numbers of adapters, as many rows as adapters: the base, deltaw's route, deltaw's with
 all rows through one adapter, and PEFT's adapter_names, in turn, medians. Before anything is timed, each row's logits are
 compared with that row's alone. Writes results/many_adapters.json, and many_adapters.html
-with its curves.
+with its curves (which is not kept in the repository).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import deltaw
 import machine
+from adapters import attach_random
 from deltaw.study.charts import Chart, Series
 from deltaw.study.report import Report, write
 
@@ -89,10 +90,7 @@ def measure(chosen: argparse.Namespace, targets: str) -> list[dict[str, Any]]:
 
 def make_adapters(model: Any, targets: str, names: list[str], folder: Path) -> None:
     for i, name in enumerate(names):
-        deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16, targets=TARGETS[targets]), name=name)
-        generator = torch.Generator().manual_seed(i)
-        for parameter in deltaw.parameters(model, name):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        attach_random(model, name=name, targets=TARGETS[targets], seed=i, size=0.02)
         deltaw.save(model, folder / name, name=name)
         deltaw.detach(model, name)
 

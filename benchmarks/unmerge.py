@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 import machine
+from adapters import attach_random
 
 
 def main() -> None:
@@ -37,11 +38,7 @@ def measure(source: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """One precision: both tools merge and unmerge the same adapter, in turn."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     twin = copy.deepcopy(model)
-    deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in deltaw.parameters(model):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    attach_random(model)
     with tempfile.TemporaryDirectory() as folder:
         deltaw.save(model, Path(folder) / "a")
         theirs = peft.PeftModel.from_pretrained(twin, Path(folder) / "a")

@@ -6,7 +6,7 @@ adapter put where, what was trainable before, and while an adapter is merged the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -148,10 +148,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     owner = owner_of(model)
     gone = list(record.attached) if name is None else [known(record, name)]
-    if held := record.route.held().intersection(gone):
-        raise AdapterError(
-            f"Adapter {min(held)!r} is in use by an open using or route block: detach it when the block is over."
-        )
+    if busy := in_open_block(record, gone):
+        raise AdapterError(f"{busy}: detach it when the block is over.")
     if any(n in record.merged for n in gone):
         restore(model)
     for adapter in gone:
@@ -332,6 +330,12 @@ def in_use(record: Adapters) -> str:
     if chosen is None:
         raise AdapterError(f"No adapter is active: name one. Attached: {', '.join(record.attached)}.")
     return str(chosen)
+
+
+def in_open_block(record: Adapters, names: Iterable[str]) -> str | None:
+    """For messages: that one of these adapters is in use by an open `using` or `route` block of any thread, if one is."""
+    held = record.route.held().intersection(names)
+    return f"Adapter {min(held)!r} is in use by an open using or route block" if held else None
 
 
 def merged_names(record: Adapters) -> str:

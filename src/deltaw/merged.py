@@ -14,6 +14,7 @@ from deltaw.attached import (
     Adapters,
     base_modules,
     detach,
+    in_open_block,
     in_use,
     known,
     merged_names,
@@ -53,10 +54,8 @@ def merge(
     """
     record, owner = record_of(model), owner_of(model)
     chosen = _chosen(record, name, weights)
-    if held := record.route.held():
-        raise MergeError(
-            f"Adapter {min(held)!r} is in use by an open using or route block: merge when the block is over."
-        )
+    if busy := in_open_block(record, record.attached):
+        raise MergeError(f"{busy}: merge when the block is over.")
     terms = terms_of(model, record, chosen)
     _check_ties(owner, terms)
     stats: dict[str, MergeStats] = {}
