@@ -50,7 +50,7 @@ def test_merge_rounds_once_and_reports_what_it_did(dtype: torch.dtype, transpose
     W0 = torch.randn(40, 24).to(dtype)
     weight = W0.t().contiguous().t() if transposed else W0.clone()
     A, B, scale = torch.randn(3, 24), torch.randn(40, 3) * 0.05, 2.5
-    stats = lowrank.merge_(weight, A, B, scale)
+    stats = lowrank.merge_(weight, lowrank.Product(A, B, scale))
     dW = lowrank.delta(A, B, scale)
     assert torch.equal(weight, (W0.float() + dW).to(dtype))
     change = weight.float() - W0.float()
@@ -63,7 +63,7 @@ def test_merge_rounds_once_and_reports_what_it_did(dtype: torch.dtype, transpose
 
 def test_an_update_below_the_precision_does_not_survive() -> None:
     W0 = torch.full((8, 8), 1.0, dtype=torch.bfloat16)
-    stats = lowrank.merge_(W0, torch.full((1, 8), 1e-3), torch.full((8, 1), 0.5), 2.0)
+    stats = lowrank.merge_(W0, lowrank.Product(torch.full((1, 8), 1e-3), torch.full((8, 1), 0.5), 2.0))
     assert stats.changed == 0 and stats.survived == 0 and stats.dw_norm > 0
 
 

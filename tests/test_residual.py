@@ -57,14 +57,14 @@ def test_a_merge_taken_back_with_its_residual_is_w0(
     W0[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
     W = W0.t().contiguous().t() if transposed else W0.clone()
     monkeypatch.setattr(lowrank, "_CPU_BLOCK", 50)
-    stats, kept = lowrank.merge_reversibly_(W, A, B, scale)
+    stats, kept = lowrank.merge_reversibly_(W, lowrank.Product(A, B, scale))
     plain = W0.clone()
-    assert stats == lowrank.merge_(plain, A, B, scale) and torch.equal(W, plain)
+    assert stats == lowrank.merge_(plain, lowrank.Product(A, B, scale)) and torch.equal(W, plain)
     approximate = W.clone()
     monkeypatch.setattr(lowrank, "_CPU_BLOCK", 1000)
-    lowrank.restore_(W, A, B, scale, kept)
+    lowrank.restore_(W, lowrank.Product(A, B, scale), kept)
     assert same_bits(W.contiguous(), W0)
-    lowrank.restore_(approximate, A, B, scale)
+    lowrank.restore_(approximate, lowrank.Product(A, B, scale))
     assert (approximate.double() - W0.double()).abs().max() <= lowrank.restored_within(plain, approximate)
 
 
@@ -72,5 +72,5 @@ def test_an_ordinary_update_leaves_nearly_nothing_to_keep() -> None:
     torch.manual_seed(0)
     W0 = torch.randn(256, 256)
     A, B = torch.randn(8, 256), torch.randn(256, 8) * 0.01
-    _, kept = lowrank.merge_reversibly_(W0.clone(), A, B, 1.3)
+    _, kept = lowrank.merge_reversibly_(W0.clone(), lowrank.Product(A, B, 1.3))
     assert (kept.codes == 0).float().mean() > 0.8 and kept.escapes.numel() < 0.001 * W0.numel()

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, listing, nearest
-from deltaw.layers import LowRank, Slot, close_slot, open_slot, slot_of, why_not
+from deltaw.layers import Slot, as_matrix, as_stored, close_slot, open_slot, slot_of
+from deltaw.lowrank import dense
 from deltaw.originals import Original
 from deltaw.routes import Route
 from deltaw.rows import Rows
+from deltaw.updates import Update
 
 RECORD = "_deltaw"
 
@@ -26,7 +28,7 @@ RECORD = "_deltaw"
 class Plan:
     """What a method wants done to a model, as data: nothing has been changed yet."""
 
-    updates: dict[str, LowRank]
+    updates: dict[str, Update]
     """Layer name → its update."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Layer name → why this dense weight takes no update."""
@@ -60,7 +62,7 @@ class Adapters:
     merged: dict[str, float] = field(default_factory=dict)
     """The adapters that are merged into the base, and their weights."""
     originals: dict[str, Original] = field(default_factory=dict)
-    """While merged: layer name → what gives its weight back."""
+    """While merged: name of a parameter → what gives it back."""
     before_merge: str | None = None
     rows_mixed: list[str] | None = None
     """Layers in which the rows of a batch cannot be told apart, once somebody asked; None: not known."""
@@ -108,7 +110,7 @@ def apply_plan(
     fresh = record is None
     record = record or Adapters()
     layers = {n: model.get_submodule(n) for n in plan.updates}
-    problems = [f"{n}: {why}" for n, u in plan.updates.items() if (why := _misfit(layers[n], u))]
+    problems = [f"{n}: {why}" for n, u in plan.updates.items() if (why := u.misfit(layers[n]))]
     if problems:
         raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
     if fresh:
@@ -127,14 +129,6 @@ def apply_plan(
     record.attached[name] = Attached(method, tuple(plan.updates), plan.left_out, metadata or {})
     if activate:
         record.route.choose(name)
-
-
-def _misfit(layer: Any, update: LowRank) -> str | None:
-    """Why this update cannot go on this layer."""
-    if why := why_not(layer):
-        return why
-    (d, k), own = update.W0(layer).shape, (update.B.shape[0], update.A.shape[1])
-    return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -185,19 +179,19 @@ def restore(model: nn.Module) -> None:
 
 @torch.no_grad()
 def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
-    """Give these layers the weights from before a merge."""
-    for layer_name, original in originals.items():
-        W = _W0(owner_of(model).get_submodule(layer_name))
+    """Give these parameters the values from before a merge."""
+    for name, original in originals.items():
+        W = matrix_of(owner_of(model), name)
         W.copy_(original.restored(W))
 
 
-def _W0(layer: nn.Module) -> Tensor:
-    """An adapted layer's weight as a [d, k] view."""
-    slot = slot_of(layer)
-    assert slot is not None
-    update = next(iter(slot._modules.values()))
-    assert isinstance(update, LowRank)
-    return update.W0(layer).detach()
+def matrix_of(owner: nn.Module, name: str) -> Tensor:
+    """A parameter by its dotted name, as the matrix that merges work on: a view of it."""
+    layer_name, _, own_name = name.rpartition(".")
+    layer = owner.get_submodule(layer_name)
+    parameter = layer._parameters[own_name]
+    assert parameter is not None
+    return as_matrix(layer, own_name, parameter.detach())
 
 
 # --- look -------------------------------------------------------------------------------------------------------
@@ -214,11 +208,13 @@ def adapters(model: nn.Module) -> Names:
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The adapter's parameters, A and B of each layer in order, for any optimizer. None means the active adapter."""
-    return [p for update in updates(model, name).values() for p in update.parameters()]
+    """The adapter's parameters, A and B of each layer in order, for any optimizer; one that layers share is there once. None
+    means the active adapter."""
+    found = {id(p): p for update in updates(model, name).values() for p in update.parameters()}
+    return list(found.values())
 
 
-def updates(model: nn.Module, name: str | None = None) -> dict[str, LowRank]:
+def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
     """Layer name → the adapter's update there. None means the active adapter."""
     record = record_of(model)
     name = in_use(record) if name is None else known(record, name)
@@ -232,11 +228,15 @@ def updates(model: nn.Module, name: str | None = None) -> dict[str, LowRank]:
 
 
 def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
-    """ΔW of one layer: fp32 [d, k], by the arithmetic that merges use. None means the active adapter."""
+    """ΔW of one layer: fp32 [d, k], by the arithmetic that merges use. None means the active adapter. Raises AdapterError where
+    the adapter has no update on the layer's weight."""
     found = updates(model, name)
     if layer not in found:
         raise AdapterError(f"The adapter has no update on {layer!r}{nearest(layer, found)}.")
-    return found[layer].delta()
+    change = found[layer].changes(owner_of(model).get_submodule(layer)).get("weight")
+    if change is None:
+        raise AdapterError(f"The adapter leaves the weight of {layer!r} as it is.")
+    return dense(change, _before_merge(model, f"{layer}.weight"))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -247,9 +247,14 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
     """(name, parameter, what it was before attach) of the base."""
     record = find_record(model)
-    originals = {f"{n}.weight": n for n in record.originals} if record else {}
+    merged = record.originals if record else {}
     for name, parameter in named_parameters(model):
-        yield name, parameter, _original(model, originals[name]) if name in originals else parameter.detach()
+        if name not in merged:
+            yield name, parameter, parameter.detach()
+            continue
+        layer_name, _, own_name = name.rpartition(".")
+        layer = owner_of(model).get_submodule(layer_name)
+        yield name, parameter, as_stored(layer, own_name, _before_merge(model, name))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -262,12 +267,11 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{module_name}.{own_name}" if module_name else own_name, parameter
 
 
-def _original(model: nn.Module, layer_name: str) -> Tensor:
-    """The weight of a merged layer as it was before, in the layout that the layer stores it in."""
-    layer: Any = owner_of(model).get_submodule(layer_name)
-    W = _W0(layer)
-    W0 = record_of(model).originals[layer_name].restored(W)
-    return W0 if W.shape == layer.weight.shape and W.stride() == layer.weight.stride() else W0.t()
+def _before_merge(model: nn.Module, name: str) -> Tensor:
+    """A parameter as a matrix, as it was before a merge."""
+    W = matrix_of(owner_of(model), name)
+    original = record_of(model).originals.get(name)
+    return W if original is None else original.restored(W)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

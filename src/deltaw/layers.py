@@ -1,92 +1,98 @@
-"""One update on one layer, a class for each kind of dense layer. Knows one layer, never a model.
+"""Kinds of dense layers, and the slot in which an adapted layer keeps its updates. Knows one layer, never a model.
 
-A kind of layer says how its weight reads as W0 [d, k] (d out, k in) and whether a layer is of that kind. To add one:
-subclass `LowRank`, list it in `KINDS`, test it in tests/test_layers.py.
+A kind says how a layer's weight reads as W0 [d, k] (d out, k in) and how h = W0x + scale·BAx is computed on it. To add one:
+subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, SupportsIndex
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from deltaw import fused, lowrank
+from deltaw import fused
+from deltaw.errors import AdapterError
 from deltaw.routes import Route
 from deltaw.rows import Rows
 
 
-class LowRank(nn.Module):
-    """The update (A, B, scale) of one dense layer: A [r, k], B [d, r]; its ΔW is scale·B·A."""
+class Kind:
+    """A kind of dense layer. Classes of this are used as they are, not made into objects."""
 
     layer_class: ClassVar[type[nn.Module]]
+    transposed: ClassVar[bool] = False
+    """The weight is stored [k, d]."""
 
-    elsewhere: Callable[[Any, Tensor], Tensor] | None = None
-    """While a training loop runs: computes what `branch` would, layer and x → output, together with other layers'."""
+    @classmethod
+    def W0(cls, layer: Any) -> Tensor:
+        """The layer's weight as a [d, k] view of its storage."""
+        return layer.weight.t() if cls.transposed else layer.weight
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.scale = scale
-        self.dropout = dropout
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @staticmethod
-    def W0(layer: Any) -> Tensor:
-        """The layer's weight as a [d, k] view of its storage. Kinds that store it otherwise say how."""
-        return layer.weight
-
-    def branch(self, layer: Any, x: Tensor) -> Tensor:
-        """h = W0x + b + scale·B(Ax): x [..., k] → [..., d]."""
-        return self.alone(layer, x) if self.elsewhere is None else self.elsewhere(layer, x)
-
-    def alone(self, layer: Any, x: Tensor) -> Tensor:
-        """The branch by this update's own A and B."""
-        return fused.lowrank_linear(
-            x, self.W0(layer), layer.bias, self.A, self.B, self.scale, self.dropout, training=self.training
-        )
-
-    def delta(self) -> Tensor:
-        """ΔW, fp32 [d, k], by the arithmetic that merges use."""
-        return lowrank.delta(self.A, self.B, self.scale)
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+    @classmethod
+    def branch(
+        cls,
+        layer: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """h = W0x + bias + scale·B(Ax): x [..., k] → [..., d]."""
+        return fused.lowrank_linear(x, cls.W0(layer), bias, A, B, scale, dropout, training=training)
 
 
-class LowRankLinear(LowRank):
-    """`nn.Linear`, whose weight is stored [d, k]."""
+class LinearKind(Kind):
+    """`nn.Linear`."""
 
     layer_class = nn.Linear
 
 
-class LowRankConv1D(LowRank):
+class Conv1DKind(Kind):
     """GPT-2's `Conv1D`, a dense layer whose weight is stored [k, d]."""
 
     layer_class = Conv1D
-
-    @staticmethod
-    def W0(layer: Any) -> Tensor:
-        return layer.weight.t()
+    transposed = True
 
 
-KINDS: tuple[type[LowRank], ...] = (LowRankLinear, LowRankConv1D)
+class EmbeddingKind(Kind):
+    """`nn.Embedding`, a dense layer of one-hot vectors: k tokens, d dimensions, the weight stored [k, d]. It has no dropout."""
+
+    layer_class = nn.Embedding
+    transposed = True
+
+    @classmethod
+    def branch(
+        cls,
+        layer: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """x: token ids [...] → [..., d]."""
+        out = plain_class(layer).forward(layer, x)
+        return out + (F.embedding(x, A.t()) @ B.t() * scale).to(out.dtype)
 
 
-def kind_of(layer: nn.Module) -> type[LowRank] | None:
-    """The class of update that fits this layer, or None when `why_not` has a reason."""
+KINDS: tuple[type[Kind], ...] = (LinearKind, Conv1DKind, EmbeddingKind)
+
+
+def kind_of(layer: nn.Module) -> type[Kind] | None:
+    """The kind of this layer, or None when `why_not` has a reason."""
     return None if why_not(layer) else next(k for k in KINDS if isinstance(layer, k.layer_class))
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """Why this layer cannot take an update; None when it can."""
+    """Why this layer cannot take a low-rank update; None when it can."""
     kind = next((k for k in KINDS if isinstance(layer, k.layer_class)), None)
     if kind is None:
         return f"{type(layer).__name__} is not a dense layer that deltaw adapts"
@@ -94,13 +100,20 @@ def why_not(layer: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if plain_class(layer).forward is not kind.layer_class.forward:
         return f"{type(layer).__name__} has a forward of its own"
-    if "forward" in vars(layer):
-        return "its forward was replaced on the object (accelerate does so to offload a layer), which would bypass the update"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "its forward changes its weight (max_norm)"
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is no parameter of its own (another parametrization computes it)"
+        return why_replaced(layer) or "its weight is no parameter of its own (another parametrization computes it)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
+    return why_replaced(layer)
+
+
+def why_replaced(layer: nn.Module) -> str | None:
+    """Why no update of any kind can be put on this module; None when there is no reason."""
+    if "forward" in vars(layer):
+        return "its forward was replaced on the object (accelerate does so to offload a layer), which would bypass the update"
     return None
 
 
@@ -112,6 +125,28 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return d, k
 
 
+def as_matrix(layer: nn.Module, own_name: str, value: Tensor) -> Tensor:
+    """A parameter of a module, or a value of its shape, as the view that merges work on: a kind's weight [d, k], a vector as one
+    row."""
+    if value.ndim == 2:
+        return value.t() if _is_transposed(layer, own_name) else value
+    return value.reshape(1, -1) if value.ndim < 2 else value.flatten(1)
+
+
+def as_stored(layer: nn.Module, own_name: str, matrix: Tensor) -> Tensor:
+    """The inverse of `as_matrix`."""
+    parameter = layer._parameters[own_name]
+    assert parameter is not None
+    if parameter.ndim == 2:
+        return matrix.t() if _is_transposed(layer, own_name) else matrix
+    return matrix.view(parameter.shape)
+
+
+def _is_transposed(layer: nn.Module, own_name: str) -> bool:
+    """Whether this matrix is one that a kind stores [k, d]."""
+    return own_name == "weight" and any(k.transposed and isinstance(layer, k.layer_class) for k in KINDS)
+
+
 class Slot(nn.Module):
     """The one child that an adapted layer gets: its updates by adapter name, and the model's route."""
 
@@ -120,7 +155,7 @@ class Slot(nn.Module):
         self.route = route
 
     # Straight into _modules: add_module would refuse adapter names such as "route" or "training"
-    def put(self, name: str, update: LowRank) -> None:
+    def put(self, name: str, update: nn.Module) -> None:
         self._modules[name] = update
 
     def drop(self, name: str) -> None:
@@ -147,13 +182,12 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
-                (x,) = (*inputs, *named.values())  # one input, under whatever name the layer's own forward gives it
-                return chosen.through(slot._modules, x, cls.forward(self, x))
+                x = only_input(self, inputs, named)
+                return chosen.through(self, slot._modules, x, cls.forward(self, x))
             update = slot._modules.get(chosen)
             if update is None:
                 return cls.forward(self, *inputs, **named)
-            (x,) = (*inputs, *named.values())
-            return update.branch(self, x)
+            return update.branch(self, *inputs, **named)
 
         def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
             return _unpickled, (cls,), vars(self)
@@ -161,6 +195,15 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         own = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
         _adapted[cls] = type(cls.__name__, (cls,), own)
     return _adapted[cls]
+
+
+def only_input(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    """A layer's one input, under whatever name its own forward gives it. Raises AdapterError where there are several."""
+    if len(inputs) + len(named) != 1:
+        raise AdapterError(
+            f"A {type(layer).__name__} takes several inputs: its rows cannot have adapters of their own."
+        )
+    return inputs[0] if inputs else next(iter(named.values()))
 
 
 def _unpickled(cls: type[nn.Module]) -> nn.Module:
@@ -193,17 +236,3 @@ def close_slot(layer: nn.Module) -> None:
     """Undo `open_slot`: the layer has its own class and children again."""
     layer.__class__ = plain_class(layer)
     del layer._modules[SLOT]
-
-
-def gaussian(r: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A [r, k] ~ N(0, 1/k) (paper §4.1: 'a random Gaussian initialization for A'), drawn on the CPU from torch's
-    global generator, so a seed gives the same A on every device."""
-    return torch.randn(r, k).div_(k**0.5).to(device, dtype)
-
-
-def kaiming(r: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A [r, k] ~ U(−1/√k, 1/√k): Kaiming-uniform with a = √5, what loralib and PEFT start from."""
-    return torch.empty(r, k).uniform_(-(k**-0.5), k**-0.5).to(device, dtype)
-
-
-INITS = {"gaussian": gaussian, "kaiming": kaiming}

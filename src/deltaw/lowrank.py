@@ -5,13 +5,15 @@ Merging uses **one arithmetic**, the same bits on every machine, device and thre
     t_i = fl(scale · B[:, i]);   ΔW ← fl(ΔW + fl(t_i ⊗ A[i, :])),  i = 0 … r−1;   W' = round(fl(fp32(W0) + ΔW))
 
 Each product and each sum is an fp32 operation of its own: no BLAS (its order of summation varies) and no fused
-multiply-add. Rows are worked in blocks that stay in cache; that changes no bit, because no sum crosses an element.
+multiply-add. Rows are worked in blocks that stay in cache; that changes no bit, because no sum crosses an element. (The row
+norms of DoRA do; they are summed in float64 by halving, in one order everywhere.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +46,93 @@ class MergeStats:
         return self.dw_norm / self.w0_norm if self.w0_norm else float("inf")
 
 
+class Block(NamedTuple):
+    """Some rows of a weight as a change leaves them."""
+
+    rows: slice
+    dW: Tensor
+    """fp32; the next block may overwrite it."""
+    after: Tensor | None = None
+    """fp32: the rows with the change, where they are not W0 + dW rounded once."""
+
+
+class Change(Protocol):
+    """What adapters make of one weight W0, read as [d, k]."""
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        """All rows in order. The same changes on the same W0 give the same bits everywhere."""
+        ...
+
+
+class Product(NamedTuple):
+    """LoRA's: ΔW = scale·B·A. A [r, k], B [d, r], any float dtypes."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        return (Block(rows, dW) for rows, dW in _delta_blocks(*self))
+
+
+class Rescaled(NamedTuple):
+    """DoRA's (Liu et al. 2024, arXiv 2402.09353): W' = m·(W0 + ΔW) / ‖W0 + ΔW‖, row by row; the magnitude m is [d]."""
+
+    product: Product
+    magnitude: Tensor
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        m = self.magnitude.detach().float()
+        for rows, dW in _delta_blocks(*self.product):
+            before = W0[rows].float()
+            V = before + dW
+            after = V * (m[rows] / _row_norms(V))[:, None]
+            yield Block(rows, after - before, after)
+
+
+class Value(NamedTuple):
+    """Another value in place of W0, of its shape."""
+
+    W: Tensor
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        height = _height(W0)
+        for start in range(0, W0.shape[0], height):
+            rows = slice(start, min(start + height, W0.shape[0]))
+            after = self.W[rows].detach().float()
+            yield Block(rows, after - W0[rows].float(), after)
+
+
+class Sum(NamedTuple):
+    """Σ weight·ΔW over changes of any kind."""
+
+    terms: Sequence[tuple[Change, float]]
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        weights = [weight for _, weight in self.terms]
+        for blocks in zip(*(change.blocks(W0) for change, _ in self.terms), strict=True):
+            dW = blocks[0].dW * weights[0]
+            for block, weight in zip(blocks[1:], weights[1:], strict=True):
+                dW += block.dW * weight
+            yield Block(blocks[0].rows, dW)
+
+
+def summed(terms: Sequence[tuple[Change, float]]) -> Change:
+    """The weighted sum as one change. Products become one product, whose ranks add up; a single change at weight 1 stays as it
+    is, and so is exact."""
+    first, weight = terms[0]
+    if len(terms) == 1 and weight == 1.0:
+        return first
+    products = [(change, weight) for change, weight in terms if isinstance(change, Product)]
+    if len(products) < len(terms):
+        return Sum(terms)
+    if len(terms) == 1:
+        return Product(*products[0][0][:2], products[0][0].scale * weight)
+    A = torch.cat([p.A.detach().float() for p, _ in products])
+    B = torch.cat([p.B.detach().float() * (p.scale * w) for p, w in products], dim=1)
+    return Product(A, B, 1.0)
+
+
 def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """ΔW = scale·B·A by the one arithmetic. A [r, k], B [d, r], any float dtypes → fp32 [d, k]."""
     dW = torch.empty(B.shape[0], A.shape[1], dtype=torch.float32, device=B.device)
@@ -52,28 +141,28 @@ def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
     return dW
 
 
-def merge_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
-    """Replace W0 [d, k] in place by round(fp32(W0) + scale·B·A); W0 may be any float dtype and any strides."""
-    return _merge(W0, A, B, scale, write=True)[0]
+def merge_(W0: Tensor, change: Change) -> MergeStats:
+    """Replace W0 [d, k] in place by round(fp32(W0) + ΔW); W0 may be any float dtype and any strides."""
+    return _merge(W0, change, write=True)[0]
 
 
-def merge_reversibly_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[MergeStats, Residual]:
+def merge_reversibly_(W0: Tensor, product: Product) -> tuple[MergeStats, Residual]:
     """`merge_`, and what `restore_` needs beside A and B to give W0's bits back: a byte an entry, nearly all of them zero."""
-    stats, kept = _merge(W0, A, B, scale, write=True, reversibly=True)
+    stats, kept = _merge(W0, product, write=True, reversibly=True)
     assert kept is not None
     return stats, kept
 
 
-def merge_stats(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> MergeStats:
+def merge_stats(W0: Tensor, change: Change) -> MergeStats:
     """What `merge_` would do, changing nothing."""
-    return _merge(W0, A, B, scale, write=False)[0]
+    return _merge(W0, change, write=False)[0]
 
 
-def restore_(W: Tensor, A: Tensor, B: Tensor, scale: float, kept: Residual | None = None) -> None:
+def restore_(W: Tensor, product: Product, kept: Residual | None = None) -> None:
     """Replace a merged W [d, k] in place by round(fp32(W) − scale·B·A): W0 but for a few units in the last place; with what
     `merge_reversibly_` kept, W0 bit for bit."""
     taken = 0
-    for rows, dW in _delta_blocks(A, B, scale):
+    for rows, dW in _delta_blocks(*product):
         back = (W[rows].float() - dW).to(W.dtype)
         if kept is not None:
             codes = kept.codes[rows]
@@ -90,25 +179,23 @@ def restored_within(W: Tensor, back: Tensor) -> float:
     return precision * float(torch.maximum(W.abs().max(), back.abs().max()))
 
 
-def _merge(
-    W0: Tensor, A: Tensor, B: Tensor, scale: float, *, write: bool, reversibly: bool = False
-) -> tuple[MergeStats, Residual | None]:
+def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False) -> tuple[MergeStats, Residual | None]:
     w0_squared = dw_squared = survived = 0.0
     changed = 0
     largest = [0.0]
     codes = torch.empty(W0.shape, dtype=torch.int8, device=W0.device) if reversibly else None
     escapes: list[Tensor] = []
-    for rows, dW in _delta_blocks(A, B, scale):
+    for rows, dW, whole in change.blocks(W0):
         original = W0[rows].contiguous()
         before = original.float()
-        merged = (before + dW).to(W0.dtype)
+        merged = (before + dW if whole is None else whole).to(W0.dtype)
         after = merged.float()
-        change = after - before
+        moved = after - before
         w0_squared += _dot(before, before)
         dw_squared += _dot(dW, dW)
-        survived += _dot(change, dW)
-        changed += int(torch.count_nonzero(change))
-        largest += [float(v) for v in torch.aminmax(change)]
+        survived += _dot(moved, dW)
+        changed += int(torch.count_nonzero(moved))
+        largest += [float(v) for v in torch.aminmax(moved)]
         if codes is not None:
             codes[rows], escaped = residual.between(original, (after - dW).to(W0.dtype))
             escapes.append(escaped)
@@ -126,7 +213,7 @@ def _merge(
 
 def _dot(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ of two blocks, in fp32: the blocks' own are added up in float64."""
-    return float(torch.dot(a.view(-1), b.view(-1)))
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
 def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
@@ -147,9 +234,33 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
         yield slice(start, start + t.shape[0]), block
 
 
+def _height(W0: Tensor) -> int:
+    """Rows of a block."""
+    return max(1, _block_elements(W0.device) // max(1, W0.shape[1]))
+
+
+def _row_norms(V: Tensor) -> Tensor:
+    """‖V[i, :]‖, fp32 [d], with its sums in one order on every machine: in float64, the second half added to the first."""
+    squares = V.double().square_()
+    width = squares.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        squares[:, : width - half] += squares[:, half:width]
+        width = half
+    return squares[:, 0].sqrt().float()
+
+
 def _block_elements(device: torch.device) -> int:
     """Entries that are worked on at once. It changes no bit of a result."""
     return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
+
+
+def dense(change: Change, W0: Tensor) -> Tensor:
+    """ΔW of any change of W0 [d, k]: fp32 [d, k], by the one arithmetic."""
+    dW = torch.empty(W0.shape, dtype=torch.float32, device=W0.device)
+    for block in change.blocks(W0):
+        dW[block.rows] = block.dW
+    return dW
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float) -> float:

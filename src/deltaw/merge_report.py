@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,9 @@ class MergeReport:
         }  # fmt: skip
 
 
-def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool) -> None:
-    """Raise MergeError for merged weights that are not finite, or came out of it unchanged."""
+def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool, updated: Iterable[str] | None = None) -> None:
+    """Raise MergeError for merged weights that are not finite, and for those of `updated` (default: all) that came out of it
+    unchanged."""
     broken = [n for n, s in stats.items() if not math.isfinite(s.largest_change)]
     if broken:
         raise MergeError(
@@ -70,7 +71,7 @@ def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool) -> None
                 broken,
             )
         )
-    same = [n for n, s in stats.items() if s.changed == 0.0]
+    same = [n for n in (stats if updated is None else updated) if stats[n].changed == 0.0]
     if same and not allow_unchanged:
         problems = [
             f"{n}: " + ("ΔW is zero (was it trained?)" if not stats[n].dw_norm else "its dtype rounds ΔW away")

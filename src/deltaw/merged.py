@@ -5,7 +5,7 @@ a model; the arithmetic is lowrank.py's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from deltaw.attached import (
     in_open_block,
     in_use,
     known,
+    matrix_of,
     merged_names,
     owner_of,
     put_back,
@@ -25,8 +26,8 @@ from deltaw.attached import (
     updates,
 )
 from deltaw.errors import MergeError, listing
-from deltaw.layers import LowRank
-from deltaw.lowrank import MergeStats, merge_, merge_stats
+from deltaw.layers import as_stored
+from deltaw.lowrank import Change, MergeStats, Product, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
 from deltaw.originals import Copy, Correction, Original, merge_correctably_
 
@@ -56,20 +57,20 @@ def merge(
     chosen = _chosen(record, name, weights)
     if busy := in_open_block(record, record.attached):
         raise MergeError(f"{busy}: merge when the block is over.")
-    terms = terms_of(model, record, chosen)
-    _check_ties(owner, terms)
+    changes = _changes(model, record, chosen)
     stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
     try:
         with torch.no_grad():
-            for layer_name, summands in terms.items():
-                W0 = summands[0][0].W0(owner.get_submodule(layer_name)).detach()
-                originals[layer_name] = Copy(W0.clone())  # first: whatever interrupts the merge can be undone
-                if keep == "correction":
-                    stats[layer_name], originals[layer_name] = merge_correctably_(W0, *stacked(summands))
+            for name_, change in changes.items():
+                W0 = matrix_of(owner, name_)
+                originals[name_] = Copy(W0.clone())  # first: whatever interrupts the merge can be undone
+                if keep == "correction" and isinstance(change, Product):
+                    stats[_line(name_)], originals[name_] = merge_correctably_(W0, change)
                 else:
-                    stats[layer_name] = merge_(W0, *stacked(summands))
-        check_merged(stats, allow_unchanged)
+                    stats[_line(name_)] = merge_(W0, change)
+        updated = [_line(n) for n, c in changes.items() if not isinstance(c, Value)]
+        check_merged(stats, allow_unchanged, updated)
     except BaseException:
         put_back(model, originals)
         raise
@@ -83,11 +84,8 @@ def preview(model: nn.Module, name: str | None = None) -> MergeReport:
     raises MergeError only when something is merged already."""
     record, owner = record_of(model), owner_of(model)
     chosen = _chosen(record, name, None)
-    stats = {}
-    for layer_name, summands in terms_of(model, record, chosen).items():
-        W0 = summands[0][0].W0(owner.get_submodule(layer_name)).detach()
-        stats[layer_name] = merge_stats(W0, *stacked(summands))
-    return MergeReport(tuple(chosen), stats)
+    changes = _changes(model, record, chosen)
+    return MergeReport(tuple(chosen), {_line(n): merge_stats(matrix_of(owner, n), c) for n, c in changes.items()})
 
 
 def unmerge(model: nn.Module, name: str | None = None) -> None:
@@ -130,41 +128,75 @@ def _chosen(record: Adapters, name: str | None, weights: Mapping[str, float] | N
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 
-def terms_of(
-    model: nn.Module, record: Adapters, weights: Mapping[str, float]
-) -> dict[str, list[tuple[LowRank, float]]]:
-    """Layer name → the updates to sum there, each with its weight."""
-    terms: dict[str, list[tuple[LowRank, float]]] = {}
+def _line(parameter: str) -> str:
+    """The report's name of a parameter: a layer's weight goes by the layer's."""
+    return parameter.removesuffix(".weight")
+
+
+def _changes(model: nn.Module, record: Adapters, weights: Mapping[str, float]) -> dict[str, Change]:
+    """Name of a parameter → what these adapters together make of it. Raises MergeError with every parameter that cannot take
+    it."""
+    owner = owner_of(model)
+    terms: dict[str, list[tuple[Change, float]]] = {}
     for adapter, weight in weights.items():
         for layer_name, update in updates(model, known(record, adapter)).items():
-            terms.setdefault(layer_name, []).append((update, weight))
-    return terms
+            for own_name, change in update.changes(owner.get_submodule(layer_name)).items():
+                terms.setdefault(f"{layer_name}.{own_name}" if layer_name else own_name, []).append((change, weight))
+    changes = {name: summed(of_one) for name, of_one in terms.items()}
+    problems = [why for name, of_one in terms.items() for change, _ in of_one if (why := _misfit(owner, name, change))]
+    problems += _tied(owner, changes)
+    if problems:
+        raise MergeError(listing("This adapter cannot be merged as the model stands:", problems))
+    return changes
 
 
-def stacked(terms: list[tuple[LowRank, float]]) -> tuple[Tensor, Tensor, float]:
-    """One (A, B, scale) whose ΔW is the weighted sum: ranks add up. A single one at weight 1 stays as it is."""
-    if len(terms) == 1:
-        update, weight = terms[0]
-        return update.A, update.B, update.scale * weight
-    A = torch.cat([u.A.detach().float() for u, _ in terms])
-    B = torch.cat([u.B.detach().float() * (u.scale * w) for u, w in terms], dim=1)
-    return A, B, 1.0
+def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
+    layer_name, _, own_name = name.rpartition(".")
+    own = owner.get_submodule(layer_name)._parameters.get(own_name)
+    if own is None:
+        return f"the base has no {name} that the adapter's could be merged into"
+    if isinstance(change, Value) and change.W.shape != matrix_of(owner, name).shape:
+        rows = max(change.W.shape)
+        return (
+            f"{name} is {list(own.shape)}, the adapter's vocabulary has {rows} tokens: "
+            f"call model.resize_token_embeddings({rows}) before the adapter is loaded"
+        )
+    return None
 
 
-def _check_ties(owner: nn.Module, terms: Mapping[str, Any]) -> None:
-    """A weight that another layer reads too would change that layer as well."""
+def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
+    """What is wrong where a weight is read by other layers too, which would change as well: nothing where the adapter gives all
+    of them the same value, of which one is then left in `changes`."""
     readers: dict[Tensor, list[str]] = {}
     for module_name, module in base_modules(owner):
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
-                readers.setdefault(parameter, []).append(f"{module_name}.{parameter_name}")
+                readers.setdefault(parameter, []).append(
+                    f"{module_name}.{parameter_name}" if module_name else parameter_name
+                )
     problems = []
-    for layer_name in terms:
-        layer: Any = owner.get_submodule(layer_name)
-        others = [r for r in readers[layer.weight] if r != f"{layer_name}.weight"]
-        if others:
-            problems.append(f"{layer_name}.weight is tied to {', '.join(others)}, which would change with it")
-    if problems:
-        raise MergeError(
-            listing("This adapter cannot be merged as the model stands:", problems) + "\nUntie the weights first."
-        )
+    for names in readers.values():
+        changed = [n for n in names if n in changes]
+        if len(names) == 1 or not changed:
+            continue
+        others = [n for n in names if n != changed[0]]
+        if all(n in changes and _same_value(owner, changed[0], n, changes) for n in others):
+            for n in others:
+                del changes[n]
+        else:
+            problems.append(
+                f"{changed[0]} is tied to {', '.join(others)}, which would change with it: untie the weights first"
+            )
+    return problems
+
+
+def _same_value(owner: nn.Module, one: str, other: str, changes: Mapping[str, Change]) -> bool:
+    """Whether both get one and the same value."""
+    first, second = changes[one], changes[other]
+    if not (isinstance(first, Value) and isinstance(second, Value)):
+        return False
+    values = []
+    for name, value in ((one, first), (other, second)):
+        layer_name, _, own_name = name.rpartition(".")
+        values.append(as_stored(owner.get_submodule(layer_name), own_name, value.W))
+    return torch.equal(*values)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltaw.lowrank import MergeStats, merge_reversibly_, restore_
+from deltaw.lowrank import MergeStats, Product, merge_reversibly_, restore_
 from deltaw.residual import EFFORT, Residual
 
 
@@ -42,28 +42,26 @@ class Copy:
 class Correction:
     """A few percent of the weight's bytes, and a second merge's time to undo."""
 
-    A: Tensor
-    B: Tensor
-    scale: float
+    product: Product
     codes: bytes
     """Compressed."""
     escapes: Tensor
 
     @property
     def bytes(self) -> int:
-        tensors = (self.A, self.B, self.escapes)
+        tensors = (self.product.A, self.product.B, self.escapes)
         return len(self.codes) + sum(t.numel() * t.element_size() for t in tensors)
 
     def restored(self, W: Tensor) -> Tensor:
         codes = torch.frombuffer(bytearray(zlib.decompress(self.codes)), dtype=torch.int8).view(W.shape)
         back = W.clone()
-        restore_(back, self.A, self.B, self.scale, Residual(codes.to(W.device), self.escapes))
+        restore_(back, self.product, Residual(codes.to(W.device), self.escapes))
         return back
 
 
-def merge_correctably_(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[MergeStats, Correction]:
+def merge_correctably_(W0: Tensor, product: Product) -> tuple[MergeStats, Correction]:
     """Merge in place, W0 [d, k] of any strides. A and B are copied, since they may change while they are merged."""
-    A, B = A.detach().clone(), B.detach().clone()
-    stats, (codes, escapes) = merge_reversibly_(W0, A, B, scale)
+    product = Product(product.A.detach().clone(), product.B.detach().clone(), product.scale)
+    stats, (codes, escapes) = merge_reversibly_(W0, product)
     packed = zlib.compress(codes.cpu().contiguous().numpy().data, EFFORT)
-    return stats, Correction(A, B, scale, packed, escapes)
+    return stats, Correction(product, packed, escapes)

@@ -71,13 +71,13 @@ class Rows:
         """Layers whose kept stacks are of the very tensors that the updates have now. Within a block these are not exchanged."""
         self.orders: dict[Any, Order] = {}
 
-    def through(self, updates: Mapping[str, Any], x: Tensor, out: Tensor) -> Tensor:
+    def through(self, module: Any, updates: Mapping[str, Any], x: Tensor, out: Tensor) -> Tensor:
         """The output of a layer, of which `out` [..., d] is the base's part and x [..., k] the input, with each row's branch.
         Raises AdapterError for a batch of another number of rows."""
         layer = self.kept.get(id(updates)) if id(updates) in self.seen else None
         if layer is None or layer.learns() or not layer.still_holds(out):
             layer = self._made(updates, out)
-            if layer is None:
+            if layer is None and not self._singly(updates):
                 return out
         n = len(self.names)
         if x.dim() < 2 or x.shape[0] % n or out.shape[0] != x.shape[0]:
@@ -85,9 +85,34 @@ class Rows:
                 f"The route names {n} rows, but a layer's input is {list(x.shape)}: its first dimension must be {n}, or a "
                 "multiple of it. Give route one name for each row of the batch."
             )
-        flat = out.reshape(n, -1, out.shape[-1])
-        flat = mixed.add_branches(flat, x.reshape(n, -1, x.shape[-1]), layer.stacks, self._order(layer, out.device))
-        return flat.view(out.shape)
+        if layer is not None:
+            flat = out.reshape(n, -1, out.shape[-1])
+            flat = mixed.add_branches(flat, x.reshape(n, -1, x.shape[-1]), layer.stacks, self._order(layer, out.device))
+            out = flat.view(out.shape)
+        for name in self._singly(updates):
+            out = self._placed(name, updates[name].branch(module, self._of(name, x)), out)
+        return out
+
+    def _singly(self, updates: Mapping[str, Any]) -> list[str]:
+        """Adapters whose updates of this layer cannot be stacked: each is computed on its own rows."""
+        return [name for name in self.rows if name in updates and not updates[name].stackable]
+
+    def _of(self, name: str, x: Tensor) -> Tensor:
+        """The rows of a batch that this adapter has."""
+        n = len(self.names)
+        return x.reshape(n, -1, *x.shape[1:])[self.rows[name]].flatten(0, 1)
+
+    def _placed(self, name: str, own: Tensor, out: Tensor) -> Tensor:
+        """`out` with this adapter's rows in it."""
+        if own.shape[1:] != out.shape[1:]:
+            raise AdapterError(
+                f"Adapter {name!r} has another vocabulary than the base ({own.shape[-1]} tokens, not {out.shape[-1]}): its rows "
+                "cannot be in one batch with others. Use it by itself."
+            )
+        n = len(self.names)
+        rows = torch.tensor(self.rows[name], device=out.device)
+        split = out.reshape(n, -1, *out.shape[1:])
+        return split.index_copy(0, rows, own.view(len(rows), *split.shape[1:])).view(out.shape)
 
     def _made(self, updates: Mapping[str, Any], out: Tensor) -> Layer | None:
         """The layer's stacks, those that were kept if they are still good; None where none of the rows' adapters has the
@@ -116,7 +141,7 @@ class Rows:
         groups: dict[Any, list[str]] = {}
         for name in sorted(self.rows):
             update = updates.get(name)
-            if update is not None:
+            if update is not None and update.stackable:
                 key = update.rank, len(self.rows[name]), update.A.dtype, update.dropout if update.training else 0.0
                 groups.setdefault(key, []).append(name)
         return tuple(tuple(group) for group in groups.values())

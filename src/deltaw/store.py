@@ -14,9 +14,10 @@ from deltaw import attached as live
 from deltaw.base_identity import base_fingerprint, layers_fingerprint
 from deltaw.errors import AdapterError, FileError, listing, nearest
 from deltaw.files import peft
-from deltaw.layers import LowRank, LowRankConv1D, kind_of
+from deltaw.layers import Conv1DKind, kind_of
 from deltaw.lowrank import delta_norm
 from deltaw.methods.lora import LoRA
+from deltaw.updates import LowRank, Update
 from deltaw.version import __version__
 
 
@@ -28,7 +29,7 @@ def save(
     Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
     differs; a folder that was at `path` is then still there.
     """
-    updates = live.updates(model, name)
+    updates = _plain(live.updates(model, name))
     dead = [layer for layer, u in updates.items() if not bool(u.A.any())]
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
@@ -41,7 +42,7 @@ def save(
         peft.BASE: str(base_fingerprint(model)),
         peft.W0: str(layers_fingerprint(model, updates)),
     }
-    transposed = [layer for layer, u in updates.items() if isinstance(u, LowRankConv1D)]
+    transposed = [layer for layer, u in updates.items() if u.kind is Conv1DKind]
     if transposed:
         metadata[peft.TRANSPOSED] = json.dumps(transposed)
     training = attached.metadata.get("training") if training is None else training
@@ -103,11 +104,11 @@ def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
     return found
 
 
-def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowRank]:
+def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, Update]:
     """The file's updates for this model's layers, in the model's order; FileError with everything that does not fit."""
     layers = dict(live.base_modules(model))
     problems: list[str] = []
-    updates: dict[str, LowRank] = {}
+    updates: dict[str, Update] = {}
     for layer_name, (A, B) in file.factors.items():
         layer: Any = layers.get(layer_name)
         if layer is None:
@@ -123,16 +124,16 @@ def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowR
             continue
         device = layer.weight.device
         dropout = float(file.config.get("lora_dropout") or 0.0)
-        updates[layer_name] = kind(A.to(device), B.to(device), file.scales[layer_name], dropout)
+        updates[layer_name] = LowRank(kind, A.to(device), B.to(device), file.scales[layer_name], dropout)
     if problems:
         raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
     return {n: updates[n] for n in layers if n in updates}
 
 
-def _stored_as(updates: Mapping[str, LowRank], dtype: torch.dtype) -> float:
+def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
     error = total = 0.0
-    for update in updates.values():
+    for update in _plain(updates).values():
         A, B = update.A.detach(), update.B.detach()
         update.A, update.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
         stored = update.A.detach(), update.B.detach()
@@ -140,6 +141,16 @@ def _stored_as(updates: Mapping[str, LowRank], dtype: torch.dtype) -> float:
         error += delta_norm(*both, update.scale) ** 2
         total += delta_norm(A, B, update.scale) ** 2
     return (error / total) ** 0.5 if total else 0.0
+
+
+def _plain(updates: Mapping[str, Update]) -> dict[str, LowRank]:
+    """The updates, if they are A and B alone. Raises AdapterError."""
+    others = [n for n, u in updates.items() if not (isinstance(u, LowRank) and u.plain)]
+    if others:
+        raise AdapterError(
+            listing("Not saved: these updates are more than A and B, which has no file format yet:", others)
+        )
+    return {n: u for n, u in updates.items() if isinstance(u, LowRank)}
 
 
 def _method(file: peft.LoRAFile) -> LoRA:
@@ -164,7 +175,7 @@ def _config(model: nn.Module, method: Any, updates: Mapping[str, LowRank]) -> di
         target_modules=_target_modules(model, updates),
         dropout=method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
-        transposed=all(isinstance(u, LowRankConv1D) for u in updates.values()),
+        transposed=all(u.kind is Conv1DKind for u in updates.values()),
         base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         task=_task(base),
     )

@@ -22,6 +22,7 @@ from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Fingerprint
 from deltaw.files.shards import read_tensors
+from deltaw.lowrank import Product
 
 log = logging.getLogger("deltaw")
 
@@ -69,6 +70,10 @@ class LoRAFile:
     """adapter_config.json."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Ours, from the safetensors header: deltaw_format, deltaw_base, deltaw_training … Empty for foreign files."""
+
+    def product(self, layer: str) -> Product:
+        """What merging it makes of a layer's weight."""
+        return Product(*self.factors[layer], self.scales[layer])
 
 
 def read(folder: Path) -> LoRAFile:

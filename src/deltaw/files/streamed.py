@@ -84,12 +84,11 @@ def merge_files(
     def write(folder: Path, kept: correction.Writer | None) -> None:
         def change(layer: str, tensor: Tensor) -> None:
             place = places[layer]
-            A, B = file.factors[layer]
             W0 = place.W0(tensor)
             if kept is None:
-                stats[layer] = merge_(W0, A, B, file.scales[layer])
+                stats[layer] = merge_(W0, file.product(layer))
             else:
-                stats[layer], residual = merge_reversibly_(W0, A, B, file.scales[layer])
+                stats[layer], residual = merge_reversibly_(W0, file.product(layer))
                 kept.put(place.tensor, residual)
 
         for shard in shards:
@@ -128,15 +127,14 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
 
     def change(layer: str, tensor: Tensor) -> None:
         place = places[layer]
-        A, B = file.factors[layer]
         W = place.W0(tensor)
         if kept is None:
             largest = W.abs().max()
-            restore_(W, A, B, file.scales[layer])
+            restore_(W, file.product(layer))
             errors.append(restored_within(largest, W))
             digests[layer] = digest(tensor)
         else:
-            restore_(W, A, B, file.scales[layer], kept.get(place.tensor, tuple(W.shape), integers_of(W.dtype)))
+            restore_(W, file.product(layer), kept.get(place.tensor, tuple(W.shape), integers_of(W.dtype)))
 
     with replacing_folder(out) as folder:
         for shard in shards:

@@ -52,8 +52,7 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
             continue
         expected, actual = _read(shard, entry), _read(other, found)
         if name in layers:
-            A, B = file.factors[layers[name]]
-            merge_(places[layers[name]].W0(expected), A, B, file.scales[layers[name]])
+            merge_(places[layers[name]].W0(expected), file.product(layers[name]))
         differ = int((bits_of(expected.reshape(-1)) != bits_of(actual.reshape(-1))).sum())
         if differ:
             problems.append(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from deltaw.attached import Plan
+    from deltaw.layers import Kind
+    from deltaw.updates import Update
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class LoRA:
     """Start of A: gaussian (the paper's) or kaiming (uniform; loralib's and PEFT's)."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
+    whole: str | Sequence[str] = ""
+    """Modules to train whole beside the update, by names or globs, several with commas: lm_head, embed_tokens, score. A weight
+    that the model ties stays tied."""
+    tokens: str | Sequence[int] = ""
+    """Tokens (their ids, several with commas) whose rows of the embedding are trained, and of a head that is tied to it; the
+    file then holds these rows alone."""
 
     def __post_init__(self) -> None:
         check(self, rank=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, BELOW_ONE))
@@ -47,11 +55,13 @@ class LoRA:
         import torch
 
         from deltaw.attached import Plan
-        from deltaw.layers import INITS, kind_of, shape
+        from deltaw.layers import kind_of, shape
         from deltaw.targets import select
+        from deltaw.updates import INITS
+        from deltaw.wholes import with_wholes
 
         selection = select(model, self.targets, self.rank)
-        updates = {}
+        updates: dict[str, Update] = {}
         for name, rank in selection.ranks.items():
             layer: Any = model.get_submodule(name)
             kind = kind_of(layer)
@@ -61,5 +71,15 @@ class LoRA:
             dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
             A = INITS[self.init](rank, k, device, dtype)
             B = torch.zeros(d, rank, device=device, dtype=dtype)
-            updates[name] = kind(A, B, self.scale(rank), self.dropout)
-        return Plan(updates, selection.left_out)
+            updates[name] = self.update(layer, kind, A, B, self.scale(rank))
+        left_out = dict(selection.left_out)
+        for name, update in with_wholes(model, self.whole, self.tokens, updates).items():
+            updates[name] = update
+            left_out.pop(name, None)
+        return Plan(updates, left_out)
+
+    def update(self, layer: Any, kind: type[Kind], A: Tensor, B: Tensor, scale: float) -> Update:
+        """The update that these become on a layer."""
+        from deltaw.updates import LowRank
+
+        return LowRank(kind, A, B, scale, self.dropout)

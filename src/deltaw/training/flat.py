@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.layers import LowRank
 from deltaw.training.together import Branch, Member, Together, elsewhere
+from deltaw.updates import LowRank
 
 _Key = tuple[torch.device, torch.dtype, torch.dtype]
 """Device, dtype of the parameter, dtype that its layer computes in."""

@@ -28,6 +28,7 @@ from deltaw.training.flat import Flat
 from deltaw.training.loss import CompletionLoss
 from deltaw.training.schedule import lr_factor, progress
 from deltaw.training.together import same_input
+from deltaw.updates import LowRank
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -107,7 +108,10 @@ class Loop:
 
     def _flat(self) -> Flat:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
-        adapted = updates(self.model)
+        every = updates(self.model)
+        adapted = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
+        if len(adapted) < len(every):
+            raise TrainError("Only updates that are A and B alone can be trained by this loop so far.")
         one = collate(self.examples[:1], self.pad_id, self.most)
         with evaluating(self.model), torch.no_grad():
             self.loss(one)  # its first call, which tries the ways to the loss
@@ -310,6 +314,8 @@ def relative_norm(model: nn.Module, name: str | None = None) -> float:
     dw = w0 = 0.0
     owner = owner_of(model)
     for layer_name, update in updates(model, name).items():
+        if not isinstance(update, LowRank):
+            continue
         dw += delta_norm(update.A, update.B, update.scale) ** 2
         w0 += float(owner.get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
     return (dw / w0) ** 0.5 if w0 else 0.0

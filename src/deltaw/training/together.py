@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaw import fused
-from deltaw.layers import LowRank
+from deltaw.updates import LowRank
 
 Branch = Callable[[Any, Tensor], Tensor]
 """Layer and x → the layer's output with its update."""

@@ -1,0 +1,278 @@
+"""What an adapter adds to one layer: a low-rank update, DoRA's, a trained value in place of the layer's own. Knows one layer,
+never a model.
+
+An update is a module in the layer's slot. It computes the layer's output (`branch`), says what merging it would make of the
+layer's parameters (`changes`), and why it does not fit a layer (`misfit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaw import lowrank
+from deltaw.layers import EmbeddingKind, Kind, as_matrix, only_input, plain_class, why_not, why_replaced
+from deltaw.lowrank import Change, Product, Rescaled, Value
+
+
+class Update(nn.Module):
+    """What all of them can do."""
+
+    stackable = False
+    """Rows of a batch that have updates of one rank can be computed as one product with their stacked A's and B's."""
+
+    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
+        """The layer's output with this update."""
+        raise NotImplementedError
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        """The layer's own name of a parameter → what a merge makes of it, as the matrix that `as_matrix` reads it as."""
+        raise NotImplementedError
+
+    def misfit(self, layer: Any) -> str | None:
+        """Why this update cannot go on this layer."""
+        raise NotImplementedError
+
+
+class LowRank(Update):
+    """The update (A, B, scale) of one dense layer: A [r, k], B [d, r]; its ΔW is scale·B·A. With a bias [d], the layer has that
+    in place of its own, if it has one."""
+
+    elsewhere: Callable[[Any, Tensor], Tensor] | None = None
+    """While a training loop runs: computes what `branch` would, layer and x → output, together with other layers'."""
+
+    def __init__(
+        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.scale = scale
+        self.dropout = dropout
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def plain(self) -> bool:
+        """It is A and B and nothing else, on a layer that multiplies by a matrix."""
+        return type(self) is LowRank and self.bias is None and self.kind is not EmbeddingKind
+
+    @property
+    def stackable(self) -> bool:  # type: ignore[override]
+        return self.plain
+
+    @property
+    def product(self) -> Product:
+        return Product(self.A, self.B, self.scale)
+
+    def W0(self, layer: Any) -> Tensor:
+        """The layer's weight as a [d, k] view of its storage."""
+        return self.kind.W0(layer)
+
+    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
+        """x [..., k] → [..., d]."""
+        x = only_input(layer, inputs, named)
+        return self.alone(layer, x) if self.elsewhere is None else self.elsewhere(layer, x)
+
+    def alone(self, layer: Any, x: Tensor) -> Tensor:
+        """The branch by this update's own tensors."""
+        own = getattr(layer, "bias", None)
+        if self.bias is None:
+            return self._sum(layer, x, own)
+        return _plus(self._sum(layer, x, None), self.bias)
+
+    def _sum(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """W0x + bias + scale·BAx."""
+        return self.kind.branch(layer, x, self.A, self.B, self.scale, bias, self.dropout, self.training)
+
+    def delta(self) -> Tensor:
+        """ΔW = scale·BA, fp32 [d, k], by the arithmetic that merges use."""
+        return lowrank.delta(self.A, self.B, self.scale)
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        change: dict[str, Change] = {"weight": self.product}
+        return change if self.bias is None else change | {"bias": Value(self.bias.detach().reshape(1, -1))}
+
+    def misfit(self, layer: Any) -> str | None:
+        if why := why_not(layer):
+            return why
+        (d, k), own = self.W0(layer).shape, (self.B.shape[0], self.A.shape[1])
+        if own != (d, k):
+            return f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
+        if self.bias is not None and self.bias.shape != (d,):
+            return f"its bias is {list(self.bias.shape)}, the layer has {d} outputs"
+        return None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class LowRankRescaled(LowRank):
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m·(W0 + ΔW) / ‖W0 + ΔW‖, row by row, with a trained magnitude m [d]. As in
+    the paper (§4.3), no gradient flows through the norm."""
+
+    def __init__(
+        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
+        bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(kind, A, B, scale, dropout, bias)
+        self.magnitude = nn.Parameter(magnitude)
+        self._norm: tuple[Any, Tensor] | None = None
+        """What it was computed of, and ‖W0 + ΔW‖."""
+
+    def alone(self, layer: Any, x: Tensor) -> Tensor:
+        out = self._sum(layer, x, None)
+        out = (out * (self.magnitude / self.norm(layer))).to(out.dtype)
+        bias = getattr(layer, "bias", None) if self.bias is None else self.bias
+        return out if bias is None else _plus(out, bias)
+
+    @torch.no_grad()
+    def norm(self, layer: Any) -> Tensor:
+        """‖W0 + ΔW‖ by rows, [d] in fp32 or wider; kept for as long as W0, A and B are as they are."""
+        if torch.compiler.is_compiling():
+            return row_norms(self.W0(layer), self.A, self.B, self.scale)
+        stamp = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in (layer.weight, self.A, self.B)]
+        if self._norm is None or self._norm[0] != stamp:
+            self._norm = stamp, row_norms(self.W0(layer), self.A, self.B, self.scale)
+        return self._norm[1]
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        return super().changes(layer) | {"weight": Rescaled(self.product, self.magnitude)}
+
+    def misfit(self, layer: Any) -> str | None:
+        if why := super().misfit(layer):
+            return why
+        d = self.B.shape[0]
+        return None if self.magnitude.shape == (d,) else f"its magnitude is {list(self.magnitude.shape)}, not [{d}]"
+
+
+def row_norms(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """‖W0 + scale·BA‖ by rows, [d] in fp32 or wider, without forming the sum: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖² in O(d·k·r)."""
+    wide = torch.promote_types(W0.dtype, torch.float32)
+    cross = (W0 @ A.to(W0.dtype).t()).to(wide)
+    A, B = A.to(wide), B.to(wide) * scale
+    squares = torch.linalg.vector_norm(W0, dim=1, dtype=wide).square()
+    squares = squares + 2 * (cross * B).sum(1) + ((B @ (A @ A.t())) * B).sum(1)
+    return squares.clamp_min(0).sqrt()
+
+
+def _plus(out: Tensor, bias: Tensor) -> Tensor:
+    return out + bias.to(out.dtype)
+
+
+class Replaced(Update):
+    """Other values in place of a module's own parameters: a head or an embedding that is trained whole, a trained bias. An
+    embedding or an output layer may have another number of tokens than the base's."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for own_name, value in values.items():
+            self._parameters[own_name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
+        values = {}
+        for own_name, value in self._parameters.items():
+            assert value is not None
+            values[own_name] = value.to(layer._parameters[own_name].dtype)
+        return plain_class(layer).forward(_shell(layer, values), *inputs, **named)
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        return {n: Value(as_matrix(layer, n, v.detach())) for n, v in self._parameters.items() if v is not None}
+
+    def misfit(self, layer: Any) -> str | None:
+        if why := why_replaced(layer):
+            return why
+        for own_name, value in self._parameters.items():
+            own = layer._parameters.get(own_name)
+            if own is None or value is None:
+                return f"it has no parameter {own_name!r}"
+            first = 1 if isinstance(layer, (nn.Embedding, nn.Linear)) else 0  # a vocabulary of another size
+            if own.ndim != value.ndim or own.shape[first:] != value.shape[first:]:
+                return f"its {own_name} is {list(own.shape)}, the adapter's {list(value.shape)}"
+        return None
+
+
+class ReplacedRows(Update):
+    """Other rows for some tokens of an embedding, or of an output layer: `rows` [n, d] for the tokens `indices` [n], in order.
+    Tokens from the end of the vocabulary on are added to it."""
+
+    indices: Tensor
+
+    def __init__(self, indices: Tensor, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("indices", indices)
+        self.rows = rows if isinstance(rows, nn.Parameter) else nn.Parameter(rows)
+
+    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
+        x = only_input(layer, inputs, named)
+        return self._embedded(layer, x) if isinstance(layer, nn.Embedding) else self._logits(layer, x)
+
+    def _embedded(self, layer: Any, ids: Tensor) -> Tensor:
+        forward = plain_class(layer).forward
+        out = forward(layer, ids.clamp(max=layer.weight.shape[0] - 1))
+        place = torch.searchsorted(self.indices, ids).clamp_(max=len(self.indices) - 1)
+        shell = _shell(layer, {"weight": self.rows.to(out.dtype)})
+        shell.padding_idx = None
+        return torch.where((self.indices[place] == ids)[..., None], forward(shell, place), out)
+
+    def _logits(self, layer: Any, x: Tensor) -> Tensor:
+        out = plain_class(layer).forward(layer, x)
+        known = self.indices < out.shape[-1]
+        own = F.linear(x, self.rows.to(x.dtype))
+        if layer.bias is not None:
+            own = own + F.pad(layer.bias, (0, len(known)))[self.indices]
+        out = out.index_copy(-1, self.indices[known], own[..., known])
+        return torch.cat([out, own[..., ~known]], dim=-1)
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        weight = layer.weight.detach()
+        value = torch.cat([weight, weight.new_zeros(self._added(layer), weight.shape[1])])
+        return {
+            "weight": Value(
+                as_matrix(layer, "weight", value.index_copy(0, self.indices, self.rows.detach().to(weight)))
+            )
+        }
+
+    def _added(self, layer: Any) -> int:
+        return max(0, int(self.indices[-1]) + 1 - layer.weight.shape[0])
+
+    def misfit(self, layer: Any) -> str | None:
+        if why := why_replaced(layer):
+            return why
+        if not isinstance(layer, (nn.Embedding, nn.Linear)):
+            return f"a {type(layer).__name__} has no rows of tokens"
+        if self.rows.ndim != 2 or self.rows.shape != (len(self.indices), layer.weight.shape[1]):
+            return f"its rows have {layer.weight.shape[1]} entries, the adapter's are {list(self.rows.shape)}"
+        added = self._added(layer)
+        if int((self.indices >= layer.weight.shape[0]).sum()) != added:
+            return f"the adapter adds tokens up to {int(self.indices[-1])}, but not all from {layer.weight.shape[0]} on"
+        return None
+
+
+def _shell(layer: Any, values: Mapping[str, Tensor]) -> Any:
+    """An object with the layer's class and attributes, but for these parameters: the layer itself may be in use by others."""
+    shell = object.__new__(plain_class(layer))
+    shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}
+    return shell
+
+
+def gaussian(r: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A [r, k] ~ N(0, 1/k) (paper §4.1: 'a random Gaussian initialization for A'), drawn on the CPU from torch's
+    global generator, so a seed gives the same A on every device."""
+    return torch.randn(r, k).div_(k**0.5).to(device, dtype)
+
+
+def kaiming(r: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A [r, k] ~ U(−1/√k, 1/√k): Kaiming-uniform with a = √5, what loralib and PEFT start from."""
+    return torch.empty(r, k).uniform_(-(k**-0.5), k**-0.5).to(device, dtype)
+
+
+INITS = {"gaussian": gaussian, "kaiming": kaiming}

@@ -1,0 +1,114 @@
+"""Parts of a model that an adapter trains whole, beside its low-rank updates: modules by their names, or some tokens' rows of the
+embedding. Reads the model, changes nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import TargetError, listing, nearest
+from deltaw.updates import Replaced, ReplacedRows, Update
+
+
+def with_wholes(
+    model: nn.Module, whole: str | Sequence[str], tokens: str | Sequence[int], updates: Mapping[str, Update]
+) -> dict[str, Update]:
+    """Layer name → an update that starts from the base's own values: of the modules that `whole` names and all inside them, and
+    of the rows of `tokens`. fp32 (float64 on a float64 base), one parameter for layers whose weights are tied.
+
+    Raises TargetError with everything wrong: names that match nothing, modules without parameters or that take an update as well,
+    tokens that are none.
+    """
+    names = _split(whole)
+    problems: list[str] = []
+    chosen: list[str] = []
+    for name in names:
+        found = [
+            n
+            for n, _ in model.named_modules()
+            if n and (n == name or n.endswith(f".{name}") or fnmatch.fnmatchcase(n, name))
+        ]
+        if not found:
+            problems.append(f"whole: {name!r} matches no module{nearest(name, [n for n, _ in model.named_modules()])}")
+        chosen += found
+    made = _replaced(model, chosen, updates, problems)
+    if tokens not in ("", ()):
+        made |= _rows(model, tokens, {**updates, **made}, problems)
+    if problems:
+        raise TargetError(listing("These settings do not fit the model:", problems))
+    return made
+
+
+def _split(names: Any) -> list[Any]:
+    return [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
+
+
+def _replaced(
+    model: nn.Module, chosen: Sequence[str], updates: Mapping[str, Update], problems: list[str]
+) -> dict[str, Update]:
+    values: dict[Tensor, nn.Parameter] = {}
+    inside = [n for n, _ in model.named_modules() if any(n == c or n.startswith(f"{c}.") for c in chosen)]
+    made: dict[str, Update] = {}
+    for name in inside:
+        layer = model.get_submodule(name)
+        own = {k: p for k, p in layer._parameters.items() if p is not None}
+        if name in updates:
+            problems.append(f"whole: {name!r} is among the targets too: train it whole or by an update")
+        elif own:
+            for parameter in own.values():
+                values.setdefault(parameter, _start(parameter))
+            made[name] = Replaced({k: values[p] for k, p in own.items()})
+    for name in chosen:
+        if not any(n == name or n.startswith(f"{name}.") for n in (*made, *updates)):
+            problems.append(f"whole: {name!r} has no parameters")
+    return made | _tied_to(model, values, {**updates, **made})
+
+
+def _tied_to(model: nn.Module, values: Mapping[Tensor, nn.Parameter], taken: Mapping[str, Update]) -> dict[str, Update]:
+    """The other layers that read one of these parameters: they follow, unless they have an update of their own."""
+    made: dict[str, Update] = {}
+    for name, layer in model.named_modules():
+        shared = {k: values[p] for k, p in layer._parameters.items() if p is not None and p in values}
+        if shared and name not in taken:
+            made[name] = Replaced(shared)
+    return made
+
+
+def _rows(
+    model: Any, tokens: str | Sequence[int], taken: Mapping[str, Update], problems: list[str]
+) -> dict[str, Update]:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    ids = _ids(tokens)
+    if not isinstance(embedding, nn.Embedding):
+        problems.append("tokens: the model has no embedding of tokens")
+        return {}
+    count = embedding.weight.shape[0]
+    if ids is None or not ids or min(ids) < 0 or max(ids) >= count:
+        problems.append(f"tokens is {tokens!r}; it must be ids of tokens below {count}, several with commas")
+        return {}
+    indices = torch.tensor(sorted(set(ids)), device=embedding.weight.device)
+    rows = _start(embedding.weight[indices])
+    made: dict[str, Update] = {}
+    for name, layer in model.named_modules():
+        if layer._parameters.get("weight") is embedding.weight and isinstance(layer, (nn.Embedding, nn.Linear)):
+            if name in taken:
+                problems.append(f"tokens: {name!r} is trained already, whole or by an update")
+            made[name] = ReplacedRows(indices, rows)
+    return made
+
+
+def _ids(tokens: Any) -> list[int] | None:
+    try:
+        return [int(t) for t in _split(tokens)]
+    except (TypeError, ValueError):
+        return None
+
+
+def _start(value: Tensor) -> nn.Parameter:
+    """A trainable copy, in fp32 or wider."""
+    return nn.Parameter(value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True))
