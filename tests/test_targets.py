@@ -73,6 +73,13 @@ def test_the_output_head_is_not_among_all_linear_and_coverage_says_why() -> None
     assert "Embedding" in left_out["model.embed_tokens"]
 
 
+def test_an_embedding_takes_an_update_only_where_it_is_named() -> None:
+    assert "model.embed_tokens" not in {
+        n for targets in ("all-linear", "*") for n in select(tiny_llama(), targets, 4).ranks
+    }
+    assert list(select(tiny_llama(), "embed_tokens", 4).ranks) == ["model.embed_tokens"]
+
+
 def test_heads_of_other_models_are_left_out_too() -> None:
     bert = BertForSequenceClassification(
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
@@ -148,7 +155,7 @@ def test_every_problem_is_in_one_error_with_the_nearest_names() -> None:
         )
     text = str(caught.value)
     for part in (
-        "'q_prj' matches no layer (did you mean 'q_proj'", 
+        "'q_prj' matches no layer (did you mean 'q_proj'",
         "'self_attn' is a LlamaAttention with 8 dense layers inside", "'norm' cannot take the update",
         "rank 500 is larger than min(d, k) = 32", "'mlp': rank is 0", "'up': rank is 'x'", "5 is no name", "'*nothing*' matches no dense layer",
         "slices of a fused layer", "Its dense layers are",

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, using
+from deltaw.attached import updates
 from deltaw.methods.dora import DoRA
+from deltaw.updates import Replaced
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHODS = {
@@ -80,3 +82,11 @@ def test_dora_on_transposed_layers(ids: torch.Tensor) -> None:
     unmerge(model)
     assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
     assert adapters(model).active == "default"
+
+
+def test_what_is_trained_whole_is_the_bases_own() -> None:
+    """Not the A's and B's of an adapter that is on its layers already."""
+    model = attach(tiny_llama(), LoRA(rank=2, alpha=5, targets="qv"), name="first")
+    attach(model, LoRA(rank=2, alpha=5, targets="mlp", whole="self_attn"), name="second")
+    whole = [n for n, u in updates(model, "second").items() if isinstance(u, Replaced)]
+    assert len(whole) == 8 and not any("deltaw" in n for n in whole)

@@ -28,7 +28,7 @@ RECORD = "_deltaw"
 class Plan:
     """What a method wants done to a model, as data: nothing has been changed yet."""
 
-    updates: dict[str, Update]
+    updates: Mapping[str, Update]
     """Layer name → its update."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Layer name → why this dense weight takes no update."""
@@ -187,11 +187,16 @@ def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
 
 def matrix_of(owner: nn.Module, name: str) -> Tensor:
     """A parameter by its dotted name, as the matrix that merges work on: a view of it."""
-    layer_name, _, own_name = name.rpartition(".")
-    layer = owner.get_submodule(layer_name)
+    layer, own_name = place_of(owner, name)
     parameter = layer._parameters[own_name]
     assert parameter is not None
     return as_matrix(layer, own_name, parameter.detach())
+
+
+def place_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the parameter of this dotted name, and its own name for it."""
+    layer_name, _, own_name = name.rpartition(".")
+    return owner.get_submodule(layer_name), own_name
 
 
 # --- look -------------------------------------------------------------------------------------------------------
@@ -249,22 +254,30 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]
     record = find_record(model)
     merged = record.originals if record else {}
     for name, parameter in named_parameters(model):
-        if name not in merged:
+        if name in merged:
+            yield name, parameter, as_stored(*place_of(owner_of(model), name), _before_merge(model, name))
+        else:
             yield name, parameter, parameter.detach()
-            continue
-        layer_name, _, own_name = name.rpartition(".")
-        layer = owner_of(model).get_submodule(layer_name)
-        yield name, parameter, as_stored(layer, own_name, _before_merge(model, name))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the base as it is, a tied one by its first name."""
-    seen: set[int] = set()
+    return ((names[0], parameter) for parameter, names in readers(model).items())
+
+
+def readers(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Each parameter of the base → its names, of which a tied one has several."""
+    found: dict[nn.Parameter, list[str]] = {}
     for module_name, module in base_modules(model):
         for own_name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{module_name}.{own_name}" if module_name else own_name, parameter
+            if parameter is not None:
+                found.setdefault(parameter, []).append(dotted(module_name, own_name))
+    return found
+
+
+def dotted(module_name: str, own_name: str) -> str:
+    """The full name of a module's parameter."""
+    return f"{module_name}.{own_name}" if module_name else own_name
 
 
 def _before_merge(model: nn.Module, name: str) -> Tensor:

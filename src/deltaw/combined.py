@@ -17,7 +17,7 @@ from deltaw.errors import AdapterError, listing
 from deltaw.lowrank import Product, Sum, dense, summed
 from deltaw.methods.lora import LoRA
 from deltaw.svd import Truncated, of_factors, of_matrix
-from deltaw.updates import LowRank, Replaced, ReplacedRows, Update
+from deltaw.updates import LowRank, Replaced, ReplacedRows, Update, with_room
 
 How = Literal["sum", "ties", "dare"]
 
@@ -166,9 +166,7 @@ class _Layer:
     def _rows(self) -> ReplacedRows:
         every = [u for u in self.updates if isinstance(u, ReplacedRows)]
         indices = torch.cat([u.indices for u in every]).unique()
-        weight = self.layer.weight.detach().float()
-        added = max(0, int(indices[-1]) + 1 - len(weight))
-        base = torch.cat([weight, weight.new_zeros(added, weight.shape[1])])[indices]
+        base = with_room(self.layer.weight.detach().float(), indices)[indices]
         rows = base.clone()
         for update, (_, factor) in zip(every, self.terms, strict=True):
             place = torch.searchsorted(indices, update.indices)

@@ -15,7 +15,7 @@ from deltaw.layers import kind_of
 from deltaw.methods.lora import LoRA
 from deltaw.svd import of_matrix
 from deltaw.targets import select
-from deltaw.updates import LowRank, Update
+from deltaw.updates import LowRank
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def extract(
     before, after = dict(named_parameters(base)), dict(named_parameters(tuned))
     _check_alike(before, after)
     chosen = select(owner_of(base), targets, rank or 1).ranks
-    updates: dict[str, Update] = {}
-    ranks: dict[str, int] = {}
+    updates: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     unchanged = []
     for layer_name, own_rank in chosen.items():
@@ -69,10 +68,10 @@ def extract(
             unchanged.append(layer_name)
             continue
         found = of_matrix(dW, rank=None if rank is None else own_rank, energy=energy)
-        updates[layer_name] = LowRank(kind, found.A, found.B, 1.0)
-        ranks[layer_name], errors[layer_name] = found.A.shape[0], found.error
+        updates[layer_name], errors[layer_name] = LowRank(kind, found.A, found.B, 1.0), found.error
     if not updates:
         raise FileError("The two models are equal in all targeted layers: there is no update to extract.")
+    ranks = {layer: update.rank for layer, update in updates.items()}
     weights = {f"{layer}.weight" for layer in chosen}
     others = tuple(n for n in before if n not in weights and not torch.equal(before[n], after[n].to(before[n])))
     apply_plan(base, Plan(updates), LoRA(rank=max(ranks.values()), targets=ranks), name=name)

@@ -32,19 +32,11 @@ class Kind:
         return layer.weight.t() if cls.transposed else layer.weight
 
     @classmethod
-    def branch(
-        cls,
-        layer: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        dropout: float,
-        training: bool,
-    ) -> Tensor:
-        """h = W0x + bias + scale·B(Ax): x [..., k] → [..., d]."""
-        return fused.lowrank_linear(x, cls.W0(layer), bias, A, B, scale, dropout, training=training)
+    def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
+        """h = W0x + bias + scale·B(Ax) by the update's A, B, scale and dropout: x [..., k] → [..., d]."""
+        return fused.lowrank_linear(
+            x, cls.W0(layer), bias, update.A, update.B, update.scale, update.dropout, training=update.training
+        )
 
 
 class LinearKind(Kind):
@@ -67,20 +59,10 @@ class EmbeddingKind(Kind):
     transposed = True
 
     @classmethod
-    def branch(
-        cls,
-        layer: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        dropout: float,
-        training: bool,
-    ) -> Tensor:
+    def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
         """x: token ids [...] → [..., d]."""
         out = plain_class(layer).forward(layer, x)
-        return out + (F.embedding(x, A.t()) @ B.t() * scale).to(out.dtype)
+        return out + (F.embedding(x, update.A.t()) @ update.B.t() * update.scale).to(out.dtype)
 
 
 KINDS: tuple[type[Kind], ...] = (LinearKind, Conv1DKind, EmbeddingKind)
@@ -100,17 +82,19 @@ def why_not(layer: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if plain_class(layer).forward is not kind.layer_class.forward:
         return f"{type(layer).__name__} has a forward of its own"
+    if why := why_bypassed(layer):
+        return why
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its forward changes its weight (max_norm)"
     weight = layer._parameters.get("weight")
     if weight is None:
-        return why_replaced(layer) or "its weight is no parameter of its own (another parametrization computes it)"
+        return "its weight is no parameter of its own (another parametrization computes it)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
-    return why_replaced(layer)
+    return None
 
 
-def why_replaced(layer: nn.Module) -> str | None:
+def why_bypassed(layer: nn.Module) -> str | None:
     """Why no update of any kind can be put on this module; None when there is no reason."""
     if "forward" in vars(layer):
         return "its forward was replaced on the object (accelerate does so to offload a layer), which would bypass the update"

@@ -96,7 +96,7 @@ class Value(NamedTuple):
     W: Tensor
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        height = _height(W0)
+        height = _height(W0.shape[1], W0.device)
         for start in range(0, W0.shape[0], height):
             rows = slice(start, min(start + height, W0.shape[0]))
             after = self.W[rows].detach().float()
@@ -126,18 +126,19 @@ def summed(terms: Sequence[tuple[Change, float]]) -> Change:
     products = [(change, weight) for change, weight in terms if isinstance(change, Product)]
     if len(products) < len(terms):
         return Sum(terms)
-    if len(terms) == 1:
-        return Product(*products[0][0][:2], products[0][0].scale * weight)
+    if len(products) == 1:
+        (A, B, scale), weight = products[0]
+        return Product(A, B, scale * weight)
     A = torch.cat([p.A.detach().float() for p, _ in products])
     B = torch.cat([p.B.detach().float() * (p.scale * w) for p, w in products], dim=1)
     return Product(A, B, 1.0)
 
 
-def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """ΔW = scale·B·A by the one arithmetic. A [r, k], B [d, r], any float dtypes → fp32 [d, k]."""
-    dW = torch.empty(B.shape[0], A.shape[1], dtype=torch.float32, device=B.device)
-    for rows, block in _delta_blocks(A, B, scale):
-        dW[rows] = block
+def dense(change: Change, W0: Tensor) -> Tensor:
+    """ΔW of any change of W0 [d, k]: fp32 [d, k], by the one arithmetic."""
+    dW = torch.empty(W0.shape, dtype=torch.float32, device=W0.device)
+    for block in change.blocks(W0):
+        dW[block.rows] = block.dW
     return dW
 
 
@@ -221,7 +222,7 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
     A = A.detach().float().contiguous()
     T = B.detach().float() * torch.tensor(scale, dtype=torch.float32, device=B.device)
     d, (r, k) = B.shape[0], A.shape
-    height = max(1, _block_elements(B.device) // k)
+    height = _height(k, B.device)
     total = torch.empty(min(height, d), k, dtype=torch.float32, device=B.device)
     term = torch.empty_like(total)
     for start in range(0, d, height):
@@ -234,9 +235,9 @@ def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, T
         yield slice(start, start + t.shape[0]), block
 
 
-def _height(W0: Tensor) -> int:
-    """Rows of a block."""
-    return max(1, _block_elements(W0.device) // max(1, W0.shape[1]))
+def _height(k: int, device: torch.device) -> int:
+    """Rows of a block of k columns: the same for all changes of a weight, which a sum of them goes through side by side."""
+    return max(1, _block_elements(device) // max(1, k))
 
 
 def _row_norms(V: Tensor) -> Tensor:
@@ -253,14 +254,6 @@ def _row_norms(V: Tensor) -> Tensor:
 def _block_elements(device: torch.device) -> int:
     """Entries that are worked on at once. It changes no bit of a result."""
     return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
-
-
-def dense(change: Change, W0: Tensor) -> Tensor:
-    """ΔW of any change of W0 [d, k]: fp32 [d, k], by the one arithmetic."""
-    dW = torch.empty(W0.shape, dtype=torch.float32, device=W0.device)
-    for block in change.blocks(W0):
-        dW[block.rows] = block.dW
-    return dW
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float) -> float:

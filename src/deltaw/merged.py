@@ -8,19 +8,21 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltaw.attached import (
     Adapters,
-    base_modules,
     detach,
+    dotted,
     in_open_block,
     in_use,
     known,
     matrix_of,
     merged_names,
     owner_of,
+    place_of,
     put_back,
+    readers,
     record_of,
     restore,
     updates,
@@ -62,13 +64,13 @@ def merge(
     originals: dict[str, Original] = {}
     try:
         with torch.no_grad():
-            for name_, change in changes.items():
-                W0 = matrix_of(owner, name_)
-                originals[name_] = Copy(W0.clone())  # first: whatever interrupts the merge can be undone
+            for parameter, change in changes.items():
+                W0 = matrix_of(owner, parameter)
+                originals[parameter] = Copy(W0.clone())  # first: whatever interrupts the merge can be undone
                 if keep == "correction" and isinstance(change, Product):
-                    stats[_line(name_)], originals[name_] = merge_correctably_(W0, change)
+                    stats[_line(parameter)], originals[parameter] = merge_correctably_(W0, change)
                 else:
-                    stats[_line(name_)] = merge_(W0, change)
+                    stats[_line(parameter)] = merge_(W0, change)
         updated = [_line(n) for n, c in changes.items() if not isinstance(c, Value)]
         check_merged(stats, allow_unchanged, updated)
     except BaseException:
@@ -141,7 +143,7 @@ def _changes(model: nn.Module, record: Adapters, weights: Mapping[str, float]) -
     for adapter, weight in weights.items():
         for layer_name, update in updates(model, known(record, adapter)).items():
             for own_name, change in update.changes(owner.get_submodule(layer_name)).items():
-                terms.setdefault(f"{layer_name}.{own_name}" if layer_name else own_name, []).append((change, weight))
+                terms.setdefault(dotted(layer_name, own_name), []).append((change, weight))
     changes = {name: summed(of_one) for name, of_one in terms.items()}
     problems = [why for name, of_one in terms.items() for change, _ in of_one if (why := _misfit(owner, name, change))]
     problems += _tied(owner, changes)
@@ -151,8 +153,8 @@ def _changes(model: nn.Module, record: Adapters, weights: Mapping[str, float]) -
 
 
 def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
-    layer_name, _, own_name = name.rpartition(".")
-    own = owner.get_submodule(layer_name)._parameters.get(own_name)
+    layer, own_name = place_of(owner, name)
+    own = layer._parameters.get(own_name)
     if own is None:
         return f"the base has no {name} that the adapter's could be merged into"
     if isinstance(change, Value) and change.W.shape != matrix_of(owner, name).shape:
@@ -167,15 +169,8 @@ def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
 def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
     """What is wrong where a weight is read by other layers too, which would change as well: nothing where the adapter gives all
     of them the same value, of which one is then left in `changes`."""
-    readers: dict[Tensor, list[str]] = {}
-    for module_name, module in base_modules(owner):
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                readers.setdefault(parameter, []).append(
-                    f"{module_name}.{parameter_name}" if module_name else parameter_name
-                )
     problems = []
-    for names in readers.values():
+    for names in readers(owner).values():
         changed = [n for n in names if n in changes]
         if len(names) == 1 or not changed:
             continue
@@ -195,8 +190,4 @@ def _same_value(owner: nn.Module, one: str, other: str, changes: Mapping[str, Ch
     first, second = changes[one], changes[other]
     if not (isinstance(first, Value) and isinstance(second, Value)):
         return False
-    values = []
-    for name, value in ((one, first), (other, second)):
-        layer_name, _, own_name = name.rpartition(".")
-        values.append(as_stored(owner.get_submodule(layer_name), own_name, value.W))
-    return torch.equal(*values)
+    return torch.equal(as_stored(*place_of(owner, one), first.W), as_stored(*place_of(owner, other), second.W))

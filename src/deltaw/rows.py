@@ -32,13 +32,16 @@ class Layer:
     training: bool
     dtype: torch.dtype
     """Of the layer's output."""
+    device: torch.device
+    singly: tuple[str, ...]
+    """Adapters whose updates cannot be stacked: each is computed on its own rows."""
 
     def still_holds(self, out: Tensor) -> bool:
         """Whether nothing has changed since: asked in each pass, so kept short."""
         return (
             self.dtype == out.dtype
             and self.training == self.first.training
-            and self.stacks[0].A.device == out.device
+            and self.device == out.device
             and self.versions == _versions(self.parameters)
         )
 
@@ -77,7 +80,7 @@ class Rows:
         layer = self.kept.get(id(updates)) if id(updates) in self.seen else None
         if layer is None or layer.learns() or not layer.still_holds(out):
             layer = self._made(updates, out)
-            if layer is None and not self._singly(updates):
+            if layer is None:
                 return out
         n = len(self.names)
         if x.dim() < 2 or x.shape[0] % n or out.shape[0] != x.shape[0]:
@@ -85,17 +88,13 @@ class Rows:
                 f"The route names {n} rows, but a layer's input is {list(x.shape)}: its first dimension must be {n}, or a "
                 "multiple of it. Give route one name for each row of the batch."
             )
-        if layer is not None:
+        if layer.stacks:
             flat = out.reshape(n, -1, out.shape[-1])
             flat = mixed.add_branches(flat, x.reshape(n, -1, x.shape[-1]), layer.stacks, self._order(layer, out.device))
             out = flat.view(out.shape)
-        for name in self._singly(updates):
+        for name in layer.singly:
             out = self._placed(name, updates[name].branch(module, self._of(name, x)), out)
         return out
-
-    def _singly(self, updates: Mapping[str, Any]) -> list[str]:
-        """Adapters whose updates of this layer cannot be stacked: each is computed on its own rows."""
-        return [name for name in self.rows if name in updates and not updates[name].stackable]
 
     def _of(self, name: str, x: Tensor) -> Tensor:
         """The rows of a batch that this adapter has."""
@@ -118,19 +117,21 @@ class Rows:
         """The layer's stacks, those that were kept if they are still good; None where none of the rows' adapters has the
         layer."""
         groups = self._groups(updates)
-        if not groups:
+        singly = tuple(name for name in self.rows if name in updates and not updates[name].stackable)
+        if not groups and not singly:
             return None
         parameters = [tensor for names in groups for name in names for tensor in (updates[name].A, updates[name].B)]
         kept = self.kept.get(id(updates))
         same = kept is not None and [id(p) for p in kept.parameters] == [id(p) for p in parameters]
-        if kept is not None and same and not kept.learns() and kept.still_holds(out):
+        if kept is not None and same and kept.singly == singly and not kept.learns() and kept.still_holds(out):
             self.seen.add(id(updates))
             return kept
-        first = updates[groups[0][0]]
+        first = updates[groups[0][0] if groups else singly[0]]
         learns = _wanted(parameters)
         with torch.inference_mode(False), torch.set_grad_enabled(learns):  # a later pass may want gradients of x
             stacks = [_stack([updates[name] for name in names], out.dtype) for names in groups]
-        layer = Layer(stacks, groups, parameters, _versions(parameters), first, first.training, out.dtype)
+        versions = _versions(parameters)
+        layer = Layer(stacks, groups, parameters, versions, first, first.training, out.dtype, out.device, singly)
         if not learns:
             self.kept[id(updates)] = layer
             self.seen.add(id(updates))

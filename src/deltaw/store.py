@@ -80,12 +80,12 @@ def load(
     live.check_free(model, name)
     if check_base:
         peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model))
-    plan = live.Plan(_fitted(model, file, path))
+    updates = _fitted(model, file, path)
     training = _training(file, path)
     metadata: dict[str, Any] = {"training": training} if training else {}
     if dtype is not None:
-        metadata["rounding"] = _stored_as(plan.updates, dtype)
-    live.apply_plan(model, plan, _method(file), name=name, activate=activate, metadata=metadata)
+        metadata["rounding"] = _stored_as(updates, dtype)
+    live.apply_plan(model, live.Plan(updates), _method(file), name=name, activate=activate, metadata=metadata)
     return name
 
 
@@ -104,11 +104,11 @@ def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
     return found
 
 
-def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, Update]:
+def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, LowRank]:
     """The file's updates for this model's layers, in the model's order; FileError with everything that does not fit."""
     layers = dict(live.base_modules(model))
     problems: list[str] = []
-    updates: dict[str, Update] = {}
+    updates: dict[str, LowRank] = {}
     for layer_name, (A, B) in file.factors.items():
         layer: Any = layers.get(layer_name)
         if layer is None:
@@ -130,10 +130,10 @@ def _fitted(model: nn.Module, file: peft.LoRAFile, path: Path) -> dict[str, Upda
     return {n: updates[n] for n in layers if n in updates}
 
 
-def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
+def _stored_as(updates: Mapping[str, LowRank], dtype: torch.dtype) -> float:
     """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
     error = total = 0.0
-    for update in _plain(updates).values():
+    for update in updates.values():
         A, B = update.A.detach(), update.B.detach()
         update.A, update.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
         stored = update.A.detach(), update.B.detach()

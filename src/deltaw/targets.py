@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import KINDS, EmbeddingKind, kind_of, shape, why_not
+from deltaw.layers import KINDS, shape, why_not
 
 Targets = str | Sequence[str] | Mapping[str, int]
 
@@ -64,7 +64,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     layers = dict(model.named_modules())
     dense = {name: layer for name, layer in layers.items() if name and why_not(layer) is None}
     head = _head_names(model, dense)
-    body = {n: layer for n, layer in dense.items() if n not in head and kind_of(layer) is not EmbeddingKind}
+    body = {n: layer for n, layer in dense.items() if n not in head and not isinstance(layer, nn.Embedding)}
     entries = _entries(targets, rank)
     ranks: dict[str, int] = {}
     small: dict[str, str] = {}
@@ -149,7 +149,7 @@ def _match(
     if re.search(r"\[[a-z_]+(,[a-z_]+)*\]$", entry) and "*" not in entry:
         return [], f"{entry!r}: slices of a fused layer cannot be targeted yet; name the whole layer"
     if any(c in entry for c in "*?["):
-        names = [n for n in dense if kind_of(dense[n]) is not EmbeddingKind and fnmatch.fnmatchcase(n, entry)]
+        names = [n for n in dense if not isinstance(dense[n], nn.Embedding) and fnmatch.fnmatchcase(n, entry)]
         return names, None if names else f"{entry!r} matches no dense layer"
     if named:
         return named, None
@@ -222,10 +222,12 @@ def _left_out(
         if name in ranks or name.startswith(tuple(dense)):  # what is inside a dense layer is that layer's own affair
             continue
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
-            named = kind_of(layer) is EmbeddingKind and "Embedding: it takes an update where it is named"
-            why[name] = (
-                "output head" if name in head else why_not(layer) or named or small.get(name) or "not among the targets"
-            )
+            if name in head:
+                why[name] = "output head"
+            elif isinstance(layer, nn.Embedding):
+                why[name] = why_not(layer) or "Embedding: it takes an update where it is named"
+            else:
+                why[name] = why_not(layer) or small.get(name) or "not among the targets"
     return why
 
 

@@ -7,6 +7,7 @@ layer's parameters (`changes`), and why it does not fit a layer (`misfit`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,28 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw import lowrank
-from deltaw.layers import EmbeddingKind, Kind, as_matrix, only_input, plain_class, why_not, why_replaced
+from deltaw.layers import EmbeddingKind, Kind, as_matrix, only_input, plain_class, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value
 
 
-class Update(nn.Module):
+class Update(nn.Module, ABC):
     """What all of them can do."""
 
     stackable = False
     """Rows of a batch that have updates of one rank can be computed as one product with their stacked A's and B's."""
 
+    @abstractmethod
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
         """The layer's output with this update."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changes(self, layer: Any) -> dict[str, Change]:
         """The layer's own name of a parameter → what a merge makes of it, as the matrix that `as_matrix` reads it as."""
-        raise NotImplementedError
 
+    @abstractmethod
     def misfit(self, layer: Any) -> str | None:
         """Why this update cannot go on this layer."""
-        raise NotImplementedError
 
 
 class LowRank(Update):
@@ -91,11 +91,7 @@ class LowRank(Update):
 
     def _sum(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """W0x + bias + scale·BAx."""
-        return self.kind.branch(layer, x, self.A, self.B, self.scale, bias, self.dropout, self.training)
-
-    def delta(self) -> Tensor:
-        """ΔW = scale·BA, fp32 [d, k], by the arithmetic that merges use."""
-        return lowrank.delta(self.A, self.B, self.scale)
+        return self.kind.branch(layer, x, self, bias)
 
     def changes(self, layer: Any) -> dict[str, Change]:
         change: dict[str, Change] = {"weight": self.product}
@@ -188,7 +184,7 @@ class Replaced(Update):
         return {n: Value(as_matrix(layer, n, v.detach())) for n, v in self._parameters.items() if v is not None}
 
     def misfit(self, layer: Any) -> str | None:
-        if why := why_replaced(layer):
+        if why := why_bypassed(layer):
             return why
         for own_name, value in self._parameters.items():
             own = layer._parameters.get(own_name)
@@ -233,28 +229,32 @@ class ReplacedRows(Update):
         return torch.cat([out, own[..., ~known]], dim=-1)
 
     def changes(self, layer: Any) -> dict[str, Change]:
-        weight = layer.weight.detach()
-        value = torch.cat([weight, weight.new_zeros(self._added(layer), weight.shape[1])])
-        return {
-            "weight": Value(
-                as_matrix(layer, "weight", value.index_copy(0, self.indices, self.rows.detach().to(weight)))
-            )
-        }
-
-    def _added(self, layer: Any) -> int:
-        return max(0, int(self.indices[-1]) + 1 - layer.weight.shape[0])
+        value = with_room(layer.weight.detach(), self.indices).index_copy(
+            0, self.indices, self.rows.detach().to(layer.weight)
+        )
+        return {"weight": Value(as_matrix(layer, "weight", value))}
 
     def misfit(self, layer: Any) -> str | None:
-        if why := why_replaced(layer):
+        if why := why_bypassed(layer):
             return why
         if not isinstance(layer, (nn.Embedding, nn.Linear)):
             return f"a {type(layer).__name__} has no rows of tokens"
         if self.rows.ndim != 2 or self.rows.shape != (len(self.indices), layer.weight.shape[1]):
             return f"its rows have {layer.weight.shape[1]} entries, the adapter's are {list(self.rows.shape)}"
-        added = self._added(layer)
-        if int((self.indices >= layer.weight.shape[0]).sum()) != added:
+        more = added(layer.weight, self.indices)
+        if int((self.indices >= layer.weight.shape[0]).sum()) != more:
             return f"the adapter adds tokens up to {int(self.indices[-1])}, but not all from {layer.weight.shape[0]} on"
         return None
+
+
+def added(weight: Tensor, indices: Tensor) -> int:
+    """How many rows a weight lacks for the last of these tokens; `indices` are in order."""
+    return max(0, int(indices[-1]) + 1 - weight.shape[0])
+
+
+def with_room(weight: Tensor, indices: Tensor) -> Tensor:
+    """A copy of a weight that has rows for all of these tokens, zero where it had none."""
+    return torch.cat([weight, weight.new_zeros(added(weight, indices), weight.shape[1])])
 
 
 def _shell(layer: Any, values: Mapping[str, Tensor]) -> Any:

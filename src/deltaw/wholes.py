@@ -14,31 +14,30 @@ from torch import Tensor, nn
 from deltaw.errors import TargetError, listing, nearest
 from deltaw.updates import Replaced, ReplacedRows, Update
 
+Modules = Mapping[str, nn.Module]
+"""Name → module of the base, without those of adapters."""
+
 
 def with_wholes(
-    model: nn.Module, whole: str | Sequence[str], tokens: str | Sequence[int], updates: Mapping[str, Update]
+    modules: Modules, whole: str | Sequence[str], tokens: str | Sequence[int], updates: Mapping[str, Update]
 ) -> dict[str, Update]:
     """Layer name → an update that starts from the base's own values: of the modules that `whole` names and all inside them, and
-    of the rows of `tokens`. fp32 (float64 on a float64 base), one parameter for layers whose weights are tied.
+    of the rows of `tokens`. fp32 (float64 on a float64 base), one parameter for layers whose weights are tied. `updates` are
+    those that the layers get besides.
 
     Raises TargetError with everything wrong: names that match nothing, modules without parameters or that take an update as well,
     tokens that are none.
     """
-    names = _split(whole)
     problems: list[str] = []
     chosen: list[str] = []
-    for name in names:
-        found = [
-            n
-            for n, _ in model.named_modules()
-            if n and (n == name or n.endswith(f".{name}") or fnmatch.fnmatchcase(n, name))
-        ]
+    for name in _split(whole):
+        found = [n for n in modules if n and (n == name or n.endswith(f".{name}") or fnmatch.fnmatchcase(n, name))]
         if not found:
-            problems.append(f"whole: {name!r} matches no module{nearest(name, [n for n, _ in model.named_modules()])}")
+            problems.append(f"whole: {name!r} matches no module{nearest(name, modules)}")
         chosen += found
-    made = _replaced(model, chosen, updates, problems)
+    made = _replaced(modules, chosen, updates, problems)
     if tokens not in ("", ()):
-        made |= _rows(model, tokens, {**updates, **made}, problems)
+        made |= _rows(modules, tokens, {**updates, **made}, problems)
     if problems:
         raise TargetError(listing("These settings do not fit the model:", problems))
     return made
@@ -49,14 +48,13 @@ def _split(names: Any) -> list[Any]:
 
 
 def _replaced(
-    model: nn.Module, chosen: Sequence[str], updates: Mapping[str, Update], problems: list[str]
+    modules: Modules, chosen: Sequence[str], updates: Mapping[str, Update], problems: list[str]
 ) -> dict[str, Update]:
     values: dict[Tensor, nn.Parameter] = {}
-    inside = [n for n, _ in model.named_modules() if any(n == c or n.startswith(f"{c}.") for c in chosen)]
+    inside = [n for n in modules if any(n == c or n.startswith(f"{c}.") for c in chosen)]
     made: dict[str, Update] = {}
     for name in inside:
-        layer = model.get_submodule(name)
-        own = {k: p for k, p in layer._parameters.items() if p is not None}
+        own = {k: p for k, p in modules[name]._parameters.items() if p is not None}
         if name in updates:
             problems.append(f"whole: {name!r} is among the targets too: train it whole or by an update")
         elif own:
@@ -66,13 +64,13 @@ def _replaced(
     for name in chosen:
         if not any(n == name or n.startswith(f"{name}.") for n in (*made, *updates)):
             problems.append(f"whole: {name!r} has no parameters")
-    return made | _tied_to(model, values, {**updates, **made})
+    return made | _tied_to(modules, values, {**updates, **made})
 
 
-def _tied_to(model: nn.Module, values: Mapping[Tensor, nn.Parameter], taken: Mapping[str, Update]) -> dict[str, Update]:
+def _tied_to(modules: Modules, values: Mapping[Tensor, nn.Parameter], taken: Mapping[str, Update]) -> dict[str, Update]:
     """The other layers that read one of these parameters: they follow, unless they have an update of their own."""
     made: dict[str, Update] = {}
-    for name, layer in model.named_modules():
+    for name, layer in modules.items():
         shared = {k: values[p] for k, p in layer._parameters.items() if p is not None and p in values}
         if shared and name not in taken:
             made[name] = Replaced(shared)
@@ -80,9 +78,9 @@ def _tied_to(model: nn.Module, values: Mapping[Tensor, nn.Parameter], taken: Map
 
 
 def _rows(
-    model: Any, tokens: str | Sequence[int], taken: Mapping[str, Update], problems: list[str]
+    modules: Modules, tokens: str | Sequence[int], taken: Mapping[str, Update], problems: list[str]
 ) -> dict[str, Update]:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = getattr(modules[""], "get_input_embeddings", lambda: None)()
     ids = _ids(tokens)
     if not isinstance(embedding, nn.Embedding):
         problems.append("tokens: the model has no embedding of tokens")
@@ -94,7 +92,7 @@ def _rows(
     indices = torch.tensor(sorted(set(ids)), device=embedding.weight.device)
     rows = _start(embedding.weight[indices])
     made: dict[str, Update] = {}
-    for name, layer in model.named_modules():
+    for name, layer in modules.items():
         if layer._parameters.get("weight") is embedding.weight and isinstance(layer, (nn.Embedding, nn.Linear)):
             if name in taken:
                 problems.append(f"tokens: {name!r} is trained already, whole or by an update")

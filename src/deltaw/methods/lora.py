@@ -54,7 +54,7 @@ class LoRA:
         float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
         import torch
 
-        from deltaw.attached import Plan
+        from deltaw.attached import Plan, base_modules
         from deltaw.layers import kind_of, shape
         from deltaw.targets import select
         from deltaw.updates import INITS
@@ -73,7 +73,7 @@ class LoRA:
             B = torch.zeros(d, rank, device=device, dtype=dtype)
             updates[name] = self.update(layer, kind, A, B, self.scale(rank))
         left_out = dict(selection.left_out)
-        for name, update in with_wholes(model, self.whole, self.tokens, updates).items():
+        for name, update in with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates).items():
             updates[name] = update
             left_out.pop(name, None)
         return Plan(updates, left_out)
