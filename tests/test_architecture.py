@@ -30,6 +30,7 @@ ORDER = [
     ["methods"],
     ["files", "data", "positions", "modes"],
     ["base_identity", "summaries", "switching", "combined", "extracted", "converted"],
+    ["filed", "fitted"],
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],

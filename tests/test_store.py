@@ -20,6 +20,7 @@ from deltaw.attached import named_parameters, updates
 from deltaw.base_identity import base_fingerprint
 from deltaw.errors import AdapterError, BaseMismatch, FileError
 from deltaw.files import peft as peft_files
+from deltaw.files.peft_config import SETTINGS as SETTINGS_READ
 from deltaw.store import training_of
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 
@@ -163,8 +164,8 @@ CHANGES = {
     "truncated": "no sound safetensors file", "garbage": "no sound safetensors file", "empty config": "cannot be read as JSON",
     "no weights": "adapter_model.safetensors missing", "foreign keys": "the model has no layer",
     "no keys": "unexpected key 'something'",
-    "missing B": "B is missing", "shape": "in the file", "not finite": "not finite", "integers": "floating point",
-    "rank": "rank 4 in adapter_model.safetensors, 16 in", "no alpha": "lora_alpha is missing", "dora": "use_dora is True",
+    "missing B": "B is missing", "shape": "the update is", "not finite": "not finite", "integers": "floating point",
+    "rank": "rank 4 in adapter_model.safetensors, 16 in", "no alpha": "lora_alpha is missing", "dora": "no magnitude in adapter_model.safetensors",
     "other method": "peft_type is 'IA3'", "changed base": "init_lora_weights is 'pissa_niter_4'",
     "alpha as text": "lora_alpha is '16'; it must be a number", "no rank": "r is None",
     "patterns as a list": "alpha_pattern is \\['q_proj'\\]; it must map", "pattern's value": "alpha_pattern\\['q_proj'\\] is '8'",
@@ -207,7 +208,7 @@ json_values = st.recursive(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(key=st.sampled_from([*peft_files._PLAIN, "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+@given(key=st.sampled_from([*SETTINGS_READ, "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
        "target_modules", "base_model_name_or_path"]), value=json_values)  # fmt: skip
 def test_12_any_setting_loads_or_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     folder, model = tmp_path / "a", tiny_llama(layers=1)

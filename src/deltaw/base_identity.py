@@ -4,13 +4,13 @@ has changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deltaw.attached import base_tensors, owner_of
+from deltaw.attached import base_tensors, owner_of, readers
 from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
 
 
@@ -26,9 +26,12 @@ _known: Any = WeakTensorKeyDictionary()
 """Parameter → _Known, for as long as the parameter lives."""
 
 
-def base_fingerprint(model: nn.Module) -> Fingerprint:
-    """Of the base as it was before attach, by its parameters' names."""
-    return combined({name: _digest(parameter, tensor) for name, parameter, tensor in base_tensors(model)})
+def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint:
+    """Of the base as it was before attach, by its parameters' names. Left out are those that an adapter has values of its own for
+    (`without`, by any of their names): a new head is another one each time, a vocabulary may not have been resized yet."""
+    gone = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else ()
+    found = {n: _digest(parameter, tensor) for n, parameter, tensor in base_tensors(model) if id(parameter) not in gone}
+    return combined(found)
 
 
 def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:

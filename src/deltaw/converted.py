@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaw.errors import ConfigError, FileError, listing
 from deltaw.files import gguf_lora, loralib, peft
 from deltaw.files.gguf_lora import GGUFLoRA
+from deltaw.files.peft_config import config_for
 from deltaw.layers import kind_of
 
 # model_type of transformers → llama.cpp's architecture, and whether it stores the rows of q and k in another order. Those that
@@ -54,7 +55,7 @@ def convert(
 
 def _write(dst: Path, factors: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float], origin: str) -> Path:
     ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
-    config = peft.config_for(
+    config = config_for(
         ranks,
         scales,
         target_modules=sorted(factors),
@@ -69,6 +70,8 @@ def _write(dst: Path, factors: dict[str, tuple[Tensor, Tensor]], scales: dict[st
 
 def _to_gguf(src: Path, dst: Path, base: str | Path | None) -> Path:
     file = peft.read(src)
+    if others := file.beyond():
+        raise FileError(listing(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others))
     arch, names, reorder = _names(base or file.config.get("base_model_name_or_path"))
     unknown = [layer for layer in file.factors if layer not in names]
     if unknown:

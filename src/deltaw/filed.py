@@ -1,0 +1,150 @@
+"""An attached adapter as what its file holds. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaw import attached as live
+from deltaw.attached import dotted, owner_of, readers
+from deltaw.base_identity import base_fingerprint, layers_fingerprint
+from deltaw.errors import AdapterError, listing
+from deltaw.files.peft import BASE, FORMAT, TRANSPOSED, W0, LoRAFile
+from deltaw.files.peft_config import config_for
+from deltaw.layers import Conv1DKind, EmbeddingKind
+from deltaw.methods.lora import LoRA
+from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Update
+from deltaw.version import __version__
+
+
+def as_file(model: nn.Module, name: str) -> LoRAFile:
+    """Adapter `name` in PEFT's terms. Raises AdapterError for a method or a mix of updates that has none."""
+    updates, owner = live.updates(model, name), owner_of(model)
+    low_rank = {n: u for n, u in updates.items() if isinstance(u, LowRank)}
+    method = live.record_of(model).attached[name].method
+    _check(method, updates)
+    whole, modules = _whole(model, {n: u for n, u in updates.items() if isinstance(u, Replaced)})
+    whole_biases, biases = _biases(owner, low_rank)
+    rows = _rows(model, {n: u for n, u in updates.items() if isinstance(u, ReplacedRows)})
+    magnitudes: dict[str, Tensor] = {n: u.magnitude for n, u in low_rank.items() if isinstance(u, LowRankRescaled)}
+    others = {
+        "use_dora": bool(magnitudes),
+        "bias": "all" if whole_biases else "none",
+        **({"lora_bias": True} if biases else {}),
+        "modules_to_save": modules or None,
+        **({"trainable_token_indices": {n: i.tolist() for n, (i, _) in rows.items()}} if rows else {}),
+    }
+    made = LoRAFile(
+        factors={n: (u.A, u.B) for n, u in low_rank.items()},
+        scales={n: u.scale for n, u in low_rank.items()},
+        config=_config(model, method, low_rank, others),
+        embeddings=frozenset(n for n, u in low_rank.items() if u.kind is EmbeddingKind),
+        magnitudes=magnitudes,
+        biases=biases,
+        rows=rows,
+        whole=whole | whole_biases,
+    )
+    made.metadata.update(_metadata(model, low_rank, made))
+    return made
+
+
+def _check(method: Any, updates: dict[str, Update]) -> None:
+    if not isinstance(method, LoRA):
+        raise AdapterError(f"{type(method).__name__} has no file format yet.")
+    others = [n for n, u in updates.items() if not isinstance(u, (LowRank, Replaced, ReplacedRows))]
+    rescaled = {type(u) for u in updates.values() if isinstance(u, LowRank)}
+    if len(rescaled) > 1:
+        others += [n for n, u in updates.items() if isinstance(u, LowRankRescaled)]
+    if others:
+        raise AdapterError(listing("Not saved: PEFT's format has no such updates beside the adapter's others:", others))
+
+
+def _metadata(model: nn.Module, low_rank: dict[str, LowRank], file: LoRAFile) -> dict[str, str]:
+    made = {
+        "deltaw_format": FORMAT,
+        "deltaw_version": __version__,
+        BASE: str(base_fingerprint(model, without=file.replaced())),
+        W0: str(layers_fingerprint(model, low_rank)),
+    }
+    transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
+    return made | ({TRANSPOSED: json.dumps(transposed)} if transposed else {})
+
+
+def _whole(model: nn.Module, updates: dict[str, Replaced]) -> tuple[dict[str, Tensor], list[str]]:
+    """Name of a parameter → its value; and the modules that PEFT keeps a copy of (modules_to_save). A value that all layers have
+    whose weights the base ties is there once, by the first one's name and outside of such modules: PEFT then gives it to the
+    base's own parameter, which they share."""
+    given: dict[str, Tensor] = {
+        dotted(n, own): value for n, u in updates.items() for own, value in u.named_parameters()
+    }
+    sharing = [names for names in readers(model).values() if len(names) > 1]
+    followed = [names for names in sharing if all(n in given and given[n] is given[names[0]] for n in names)]
+    once = {n for names in followed for n in names}
+    alone = {n for names in sharing for n in names if n in given} - once
+    whole = {n: value for n, value in given.items() if n not in {n for names in followed for n in names[1:]}}
+    modules = []
+    for layer_name in updates:
+        module = owner_of(model).get_submodule(layer_name)
+        own = {dotted(layer_name, k): p.detach() for k, p in module._parameters.items() if p is not None}
+        if own.keys() & alone or not (own.keys() & once or own.keys() - given.keys()):
+            modules.append(layer_name)  # a module that PEFT copies must be there with all that it has
+            whole = own | whole
+    return whole, modules
+
+
+def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of layers with A and B: name of a bias of the base → its value; and of layers that have none, layer name → b, of which
+    scale·b is the bias."""
+    whole: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        if update.bias is not None and owner.get_submodule(name)._parameters.get("bias") is not None:
+            whole[f"{name}.bias"] = update.bias
+        elif update.bias is not None:
+            added[name] = update.bias.detach() / update.scale
+    return whole, added
+
+
+def _rows(model: nn.Module, updates: dict[str, ReplacedRows]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name → tokens and rows; of layers whose weights are tied, of the first one."""
+    owner = owner_of(model)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, update in updates.items():
+        shared = id(owner.get_submodule(name)._parameters["weight"]), id(update.rows)
+        if shared not in seen:
+            found[name] = (update.indices, update.rows)
+        seen.add(shared)
+    return found
+
+
+def _config(model: nn.Module, method: LoRA, updates: dict[str, LowRank], others: dict[str, Any]) -> dict[str, Any]:
+    base = owner_of(model)
+    return config_for(
+        {layer: u.rank for layer, u in updates.items()},
+        {layer: u.scale for layer, u in updates.items()},
+        target_modules=_target_modules(model, updates),
+        dropout=method.dropout,
+        rank_stabilised=method.scaling == "alpha/sqrt(r)",
+        transposed=all(u.kind is Conv1DKind for u in updates.values()),
+        base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        task=_task(base),
+        **others,
+    )
+
+
+def _task(base: Any) -> str | None:
+    """PEFT's name of what the model does, where its reader needs no more than that: for classifiers it would want a head, and for
+    encoder-decoders a method that transformers no longer has."""
+    generates = getattr(base, "can_generate", lambda: False)()
+    return "CAUSAL_LM" if generates and not getattr(base.config, "is_encoder_decoder", False) else None
+
+
+def _target_modules(model: nn.Module, updates: dict[str, LowRank]) -> list[str]:
+    """The shortest list that PEFT reads as exactly these layers: the last parts of their names where no other module
+    ends so, else the full names."""
+    ends = {name.rsplit(".", 1)[-1] for name in updates}
+    matched = {name for name, _ in live.base_modules(model) if name.rsplit(".", 1)[-1] in ends}
+    return sorted(ends if matched == set(updates) else updates)

@@ -1,0 +1,192 @@
+"""adapter_config.json: what its settings say about an adapter's tensors, and what is wrong in them. No model code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import FileError
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_LATER = "deltaw does not read that"
+_TRAINED_ON_ANOTHER_W0 = (
+    "this start changes W0, so that A and B alone mean nothing; PEFT's save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…) writes an adapter of the original W0"
+)
+# Settings that change what the tensors mean: the values that are read, and why no others
+SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "peft_type": (("LORA",), _LATER),
+    "use_dora": ((True, False, None), _LATER),
+    "bias": (("none", "all", "lora_only", None), _LATER),
+    "lora_bias": ((True, False, None), _LATER),
+    "layer_replication": ((None, []), "it makes another model of the base, with layers that are there twice"),
+    "alora_invocation_tokens": ((None, []), "its branch is on for some positions only"),
+    "use_qalora": ((False, None), _LATER),
+    "megatron_config": ((None,), _LATER),
+    "arrow_config": ((None,), _LATER),
+    "kasa_config": ((None,), _LATER),
+    "monteclora_config": ((None,), _LATER),
+    "use_bdlora": ((None, False), _LATER),
+    "init_lora_weights": ((True, False, None, "gaussian", "eva", "orthogonal", "mica"), _TRAINED_ON_ANOTHER_W0),
+}
+_NUMBERS = ("r", "lora_alpha")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises FileError where the folder is none of an adapter."""
+    if not folder.is_dir():
+        raise FileError(f"There is no adapter folder {folder}.")
+    missing = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if not ((folder / WEIGHTS).is_file() or (folder / PICKLED).is_file()):
+        missing.append(WEIGHTS)
+    if missing:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise FileError(f"{folder / CONFIG} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FileError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object of settings.")
+    return config
+
+
+def setting_problems(config: Mapping[str, Any]) -> list[str]:
+    """Each setting under which the tensors mean something else than what is read, and each that is no sound value."""
+    problems = [
+        f"{CONFIG}: {key} is {config[key]!r}: {why}"
+        for key, (read, why) in SETTINGS.items()
+        if key in config and config[key] not in read
+    ]
+    return problems + _number_problems(config) + _name_problems(config)
+
+
+def _number_problems(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings that ranks and scales are computed from."""
+    problems = [f"{CONFIG}: {key} is missing, so the scale α/r is unknown" for key in _NUMBERS if key not in config]
+    values = {key: config[key] for key in _NUMBERS if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if isinstance(patterns, Mapping):
+            values |= {f"{key}[{pattern!r}]": value for pattern, value in patterns.items()}
+            problems += [
+                f"{CONFIG}: {key} has {p!r}, which is no regular expression" for p in patterns if not _compiles(p)
+            ]
+        else:
+            problems.append(f"{CONFIG}: {key} is {patterns!r}; it must map names of layers to numbers")
+    problems += [
+        f"{CONFIG}: {key} is {value!r}; it must be a number above 0"
+        for key, value in values.items()
+        if not (_is_number(value) and 0 < value < float("inf"))
+    ]
+    dropout = config.get("lora_dropout") or 0.0
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        problems.append(f"{CONFIG}: lora_dropout is {dropout!r}; it must be a probability below 1")
+    if config.get("use_rslora") not in (True, False, None):
+        problems.append(f"{CONFIG}: use_rslora is {config['use_rslora']!r}; it must be true or false")
+    return problems
+
+
+def _name_problems(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings that name modules and tokens."""
+    problems = []
+    modules = config.get("modules_to_save")
+    if not (modules is None or (isinstance(modules, list) and all(isinstance(name, str) for name in modules))):
+        problems.append(f"{CONFIG}: modules_to_save is {modules!r}; it must be a list of names")
+    tokens = config.get("trainable_token_indices")
+    lists = [*tokens.values()] if isinstance(tokens, Mapping) else [tokens]
+    if not all(each is None or _are_ids(each) for each in lists):
+        problems.append(f"{CONFIG}: trainable_token_indices is {tokens!r}; it must hold ids of tokens, none twice")
+    return problems
+
+
+def _are_ids(values: Any) -> bool:
+    whole = isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    return whole and len(set(values)) == len(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def rank_of(layer: str, config: Mapping[str, Any]) -> Any:
+    """The rank that the config gives a layer."""
+    return _by_pattern(layer, config.get("rank_pattern"), config["r"])
+
+
+def scale_of(layer: str, rank: int, config: Mapping[str, Any]) -> float:
+    """The factor of a layer's BA."""
+    alpha = _by_pattern(layer, config.get("alpha_pattern"), config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(layer: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the layer's name from a dot (or its start) on."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer) or re.fullmatch(pattern, layer):
+            return value
+    return default
+
+
+def tokens_of(layer: str, config: Mapping[str, Any]) -> list[int] | None:
+    """The tokens whose rows a layer's file has: all layers' where the setting is one list, else by the end of the name."""
+    tokens = config.get("trainable_token_indices")
+    if not isinstance(tokens, Mapping):
+        return tokens
+    return next((ids for name, ids in tokens.items() if layer == name or layer.endswith(f".{name}")), None)
+
+
+def saved_module(name: str, config: Mapping[str, Any]) -> str | None:
+    """The entry of modules_to_save that means the module of this parameter, or one around it."""
+    parts = name.split(".")[:-1]
+    for entry in config.get("modules_to_save") or []:
+        own = entry.split(".")
+        if any(parts[i : i + len(own)] == own for i in range(len(parts))):
+            return str(entry)
+    return None
+
+
+def config_for(
+    ranks: Mapping[str, int], scales: Mapping[str, float], *, target_modules: list[str], dropout: float, rank_stabilised: bool,
+    transposed: bool, base: str | None, task: str | None, **others: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """adapter_config.json for these ranks and scales: the commonest rank and α as r and lora_alpha, others by pattern. `others`
+    are settings in place of those for A and B alone."""
+    alphas = {layer: scales[layer] * (r**0.5 if rank_stabilised else r) for layer, r in ranks.items()}
+    alphas = {layer: round(a) if abs(a - round(a)) < 1e-9 * max(1.0, abs(a)) else a for layer, a in alphas.items()}
+    r, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {rf"^{re.escape(layer)}": x for layer, x in ranks.items() if x != r},
+        "alpha_pattern": {rf"^{re.escape(layer)}": x for layer, x in alphas.items() if x != alpha},
+        "target_modules": sorted(target_modules),
+        "lora_dropout": dropout,
+        "use_rslora": rank_stabilised,
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **others,
+    }
+
+
+def _commonest(values: list[Any]) -> Any:
+    return max(dict.fromkeys(values), key=values.count, default=1)

@@ -1,0 +1,72 @@
+"""The names of the tensors in an adapter's file, sorted by what they are. No model code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+PREFIX = "base_model.model."
+
+# Of a low-rank update, some with the adapter's name behind them, as older versions wrote it
+_PART = re.compile(
+    r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?:[^.]+\.)?(?P<own>weight|bias)|\.[^.]+)?"
+)
+_ROWS = re.compile(r"(?P<layer>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+_WHOLE = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.))?(?=\.)")
+_PARTS = {
+    "lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": "magnitude",
+}  # fmt: skip
+
+
+@dataclass
+class Sorted:
+    """All tensors of a file by what they are."""
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Layer name → "A", "B", "magnitude" and "bias" of its low-rank update, those that there are."""
+    embeddings: set[str] = field(default_factory=set)
+    """The layers of these whose A and B are an embedding's."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Layer name → rows of some tokens."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a parameter → a value in its place."""
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a parameter of a layer that has an update → the base's own value."""
+    unknown: list[str] = field(default_factory=list)
+    """Keys that are none of these."""
+
+
+def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
+    """By their keys; `biases` tells whether the biases of layers with an update are trained, or the base's."""
+    found = Sorted()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := _PART.fullmatch(name):
+            _put_part(found, key, match, tensor)
+        elif match := _ROWS.fullmatch(name):
+            found.rows[match["layer"]] = tensor
+        elif "lora_" in name or "." not in name or ".original_module." in name:
+            found.unknown.append(key)
+        elif ".base_layer." in name:
+            plain = name.replace(".base_layer.", ".")
+            kept = found.whole if biases and name.endswith(".bias") else found.copies
+            kept[plain] = tensor
+        else:
+            found.whole[_WHOLE.sub("", name)] = tensor
+    return found
+
+
+def _put_part(found: Sorted, key: str, match: re.Match[str], tensor: Tensor) -> None:
+    layer, part = match["layer"], _PARTS[match["part"]]
+    if match["own"] == "bias":
+        if part != "B":
+            found.unknown.append(key)
+            return
+        part = "bias"
+    if "embedding" in match["part"]:
+        found.embeddings.add(layer)
+    found.parts.setdefault(layer, {})[part] = tensor

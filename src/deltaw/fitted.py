@@ -1,0 +1,153 @@
+"""An adapter's file as updates of one model, where it fits. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.attached import base_modules, dotted, readers
+from deltaw.errors import FileError, listing, nearest
+from deltaw.files.peft import LoRAFile
+from deltaw.files.peft_config import saved_module
+from deltaw.layers import EmbeddingKind, as_matrix, kind_of, why_not
+from deltaw.lowrank import merge_
+from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Update
+
+log = logging.getLogger("deltaw")
+
+
+def fitted(model: nn.Module, file: LoRAFile, path: Path) -> dict[str, Update]:
+    """The file's updates for this model's layers, in the model's order. A and B stay in the file's dtype, what is trained whole
+    gets the base's. Raises FileError with everything that does not fit."""
+    fitting = _Fitting(model, file)
+    fitting.low_rank()
+    fitting.whole()
+    fitting.rows()
+    problems = fitting.problems
+    for name, update in fitting.updates.items():
+        if why := update.misfit(fitting.layers[name]):
+            problems.append(f"{name!r}: {why}")
+    if problems:
+        raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
+    return {n: fitting.updates[n] for n in fitting.layers if n in fitting.updates}
+
+
+class _Fitting:
+    """What has been made so far, and what was wrong."""
+
+    def __init__(self, model: nn.Module, file: LoRAFile) -> None:
+        self.model, self.file = model, file
+        self.layers: dict[str, Any] = dict(base_modules(model))
+        self.updates: dict[str, Update] = {}
+        self.problems: list[str] = []
+
+    def low_rank(self) -> None:
+        """A and B, and what DoRA and biases have beside them."""
+        file, dropout = self.file, float(self.file.config.get("lora_dropout") or 0.0)
+        for name, (A, B) in file.factors.items():
+            layer = self.layers.get(name)
+            if layer is None:
+                self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
+                continue
+            kind = kind_of(layer)
+            if kind is None:
+                self.problems.append(f"{name!r}: {why_not(layer)}")
+                continue
+            if (kind is EmbeddingKind) != (name in file.embeddings):
+                other = "an embedding" if name in file.embeddings else "a dense layer"
+                self.problems.append(f"{name!r} is a {type(layer).__name__}, the file's A and B are {other}'s")
+                continue
+            device, scale = layer.weight.device, file.scales[name]
+            A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
+            if name in file.magnitudes:
+                magnitude = file.magnitudes[name].to(device)
+                self.updates[name] = LowRankRescaled(kind, A, B, scale, magnitude, dropout, bias)
+            else:
+                self.updates[name] = LowRank(kind, A, B, scale, dropout, bias)
+
+    def _bias(self, name: str, layer: Any) -> Tensor | None:
+        """The bias that the layer has with the adapter, where that is another one."""
+        file, given = self.file, self.file.whole.get(f"{name}.bias")
+        own = getattr(layer, "bias", None)
+        if given is None and name in file.biases:
+            added = file.biases[name].to(layer.weight.device) * file.scales[name]
+            return added if own is None else own.detach().to(added.dtype) + added
+        return None if given is None else given.to(layer.weight.device)
+
+    def whole(self) -> None:
+        """Values in place of the base's. One that stands in modules_to_save is its module's alone; with any other, all layers
+        follow whose weights the model ties to it."""
+        file = self.file
+        values = {n: v for n, v in file.whole.items() if n.removesuffix(".bias") not in self.updates}
+        if not values and not file.copies:
+            return
+        named = {n: (p, names) for p, names in readers(self.model).items() for n in names}
+        values |= {n: v for n, v in file.copies.items() if n in named and self._another(n, v, named[n][0])}
+        made: dict[str, nn.Parameter] = {}
+        for name, value in values.items():
+            if name not in named:
+                self.problems.append(f"the model has no parameter {name!r}{nearest(name, named, count=1)}")
+                continue
+            own, names = named[name]
+            twin = next((made[n] for n in names if n in made and torch.equal(values[n], value)), None)
+            made[name] = nn.Parameter(value.to(own.device, own.dtype)) if twin is None else twin
+        for name in list(made):
+            if saved_module(name, file.config) is None:
+                for other in named[name][1]:
+                    made.setdefault(other, made[name])
+        self._put(made)
+
+    def _another(self, name: str, copy: Tensor, own: Tensor) -> bool:
+        """Whether the file's copy of a weight of the base is another one than this base's."""
+        if copy.shape == own.shape and torch.equal(copy.to(own.device, own.dtype), own):
+            return False
+        log.warning("The adapter's file has another %s than this model: the file's is used.", name)
+        return True
+
+    def _put(self, values: dict[str, nn.Parameter]) -> None:
+        """These values on their layers; where a layer has a low-rank update too, its sum with that."""
+        of_layer: dict[str, dict[str, nn.Parameter]] = {}
+        for name, value in values.items():
+            layer_name, own_name = name.rsplit(".", 1)
+            of_layer.setdefault(layer_name, {})[own_name] = value
+        for name, own in of_layer.items():
+            update = self.updates.get(name)
+            if isinstance(update, LowRank):
+                self.updates[name] = self._sum(self.layers[name], update, own)
+            else:
+                self.updates[name] = Replaced(own)
+
+    @torch.no_grad()
+    def _sum(self, layer: Any, update: LowRank, values: dict[str, nn.Parameter]) -> Update:
+        weight, changes = values["weight"].float(), update.changes(layer)
+        W = as_matrix(layer, "weight", weight.clone())
+        if W.shape != (update.B.shape[0], update.A.shape[1]):
+            self.problems.append(
+                f"A and B are {update.B.shape[0]}×{update.A.shape[1]}, the weight {list(weight.shape)}"
+            )
+            return update
+        merge_(W, changes["weight"])
+        values = values | {"weight": nn.Parameter(as_matrix(layer, "weight", W).to(layer.weight.dtype))}
+        return Replaced(values if update.bias is None else values | {"bias": update.bias})
+
+    def rows(self) -> None:
+        """Rows of some tokens, also of the layers that the model ties to theirs."""
+        for name, (indices, rows) in self.file.rows.items():
+            layer = self.layers.get(name)
+            if layer is None:
+                self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
+                continue
+            weight = layer._parameters.get("weight")
+            tied = [
+                n for n, m in self.layers.items() if m._parameters.get("weight") is weight and n not in self.file.rows
+            ]
+            device = torch.device("cpu") if weight is None else weight.device
+            shared = nn.Parameter(rows.to(device))
+            for each in (name, *tied):
+                if each in self.updates:
+                    self.problems.append(f"{dotted(each, 'weight')} has rows of tokens, and another update too")
+                self.updates[each] = ReplacedRows(indices.to(device), shared)

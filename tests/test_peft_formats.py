@@ -1,0 +1,246 @@
+"""Invariant 7 over what PEFT can write: real PEFT makes and fills each adapter, we give its logits; and PEFT gives the logits of
+what we write of it. On tiny models of four architectures, and on SmolLM2. No scale is 1."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from deltaw import LoRA, attach, combine, detach, load, merge, save, unmerge, using
+from deltaw.errors import FileError, MergeError
+from tests.conftest import assert_same, bits, snapshot, tiny_gpt2, tiny_llama
+
+
+def tiny_bert() -> Any:
+    """Biases everywhere, a classifier that no checkpoint of the base has."""
+    config = BertConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3, initializer_range=0.3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def tiny_t5() -> Any:
+    """An encoder and a decoder, whose embeddings and head are one weight."""
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=56, num_layers=2, num_heads=4, vocab_size=96, dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama, "llama untied": lambda: tiny_llama(tied=False), "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5,
+}  # fmt: skip
+LLAMA, GPT2 = ("llama", "llama untied"), ("gpt2",)
+QV = {
+    "llama": ["q_proj", "v_proj"],
+    "llama untied": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "bert": ["query", "value"],
+    "t5": ["q", "v"],
+}
+EMBEDDING = {
+    "llama": "embed_tokens",
+    "llama untied": "embed_tokens",
+    "gpt2": "wte",
+    "bert": "word_embeddings",
+    "t5": "shared",
+}
+HEAD = {"llama": "lm_head", "llama untied": "lm_head", "gpt2": "lm_head", "bert": "classifier", "t5": "lm_head"}
+
+# Name → settings, and the models that they are tried on where not on all. "qv", "emb" and "head" stand for a model's own names
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...] | None]] = {
+    "plain": ({}, None),
+    "all linear": ({"target_modules": "all-linear"}, None),
+    "by a pattern": ({"target_modules": r".*\.1\..*(q_proj|c_attn|query|SelfAttention\.v)"}, None),
+    "rslora": ({"use_rslora": True}, None),
+    "dora": ({"use_dora": True}, None),
+    "dora and rslora": ({"use_dora": True, "use_rslora": True, "target_modules": "all-linear"}, None),
+    "patterns": ({"rank_pattern": {"0.*q_proj": 5}, "alpha_pattern": {"v_proj": 7}}, LLAMA),
+    "layers": ({"layers_to_transform": [1]}, ("llama", "gpt2")),
+    "excluded": ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, LLAMA),
+    "gaussian": ({"init_lora_weights": "gaussian"}, ("bert",)),
+    "mica": ({"init_lora_weights": "mica"}, ("llama",)),
+    "a parameter": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, LLAMA),
+    "bias all": ({"bias": "all"}, ("gpt2", "bert")),
+    "bias lora_only": ({"bias": "lora_only"}, ("gpt2", "bert")),
+    "lora_bias": ({"lora_bias": True}, None),
+    "head whole": ({"modules_to_save": ["head"]}, None),
+    "embedding whole": ({"modules_to_save": ["emb"]}, None),
+    "both whole": ({"modules_to_save": ["emb", "head"]}, ("llama", "llama untied", "gpt2")),
+    "both whole and tied": ({"modules_to_save": ["emb", "head"], "ensure_weight_tying": True}, ("llama", "gpt2")),
+    "norms whole": ({"modules_to_save": ["input_layernorm", "ln_1", "LayerNorm", "layer_norm"]}, None),
+    "embedding": ({"target_modules": ["qv", "emb"]}, None),
+    "embedding by dora": ({"target_modules": ["qv", "emb"], "use_dora": True}, ("llama", "bert")),
+    "head": ({"target_modules": ["qv", "head"]}, ("llama", "llama untied", "bert")),
+    "embedding and head": ({"target_modules": ["qv", "emb", "head"]}, LLAMA),
+    "embedding, head whole": ({"target_modules": ["qv", "emb"], "modules_to_save": ["head"]}, LLAMA),
+    "embedding whole, head": ({"target_modules": ["qv", "head"], "modules_to_save": ["emb"]}, LLAMA),
+    "tokens": ({"trainable_token_indices": [7, 3, 90]}, ("llama", "llama untied", "gpt2", "bert")),
+    "tokens, head whole": ({"trainable_token_indices": {"embed_tokens": [9, 5]}, "modules_to_save": ["head"]}, ("llama untied",)),
+    "tokens of both": ({"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4, 8]}}, ("llama untied",)),
+}  # fmt: skip
+CASES = [(c, m) for c, (_, models) in CONFIGS.items() for m in models or MODELS]
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(1)
+    return MODELS[name]().eval()
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def settings_for(config: str, model: str) -> dict[str, Any]:
+    settings = {"target_modules": ["qv"], **CONFIGS[config][0]}
+
+    def named(values: Any) -> Any:
+        if not isinstance(values, list):
+            return values
+        own = {"emb": [EMBEDDING[model]], "head": [HEAD[model]], "qv": QV[model]}
+        return [name for value in values for name in own.get(value, [value])]
+
+    return {key: named(value) for key, value in settings.items()}
+
+
+def filled(model: Any, seed: int = 0) -> Any:
+    """Random values for all that trains, tied weights once."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+# Of two layers with one weight, one would change with the other; and a bias has no place in a layer without any
+OF_ONE_OF_TWO = {
+    "head whole", "embedding whole", "both whole", "embedding", "embedding by dora", "head", "embedding and head",
+    "embedding, head whole", "embedding whole, head",
+}  # fmt: skip
+UNMERGEABLE = {(c, m) for c, m in CASES if c in OF_ONE_OF_TWO and m in ("llama", "gpt2", "t5")}
+UNMERGEABLE |= {("lora_bias", m) for m in ("llama", "llama untied", "t5")}
+
+
+def merged_and_back(model: Any, expected: torch.Tensor, ids: torch.Tensor, *, possible: bool) -> None:
+    before = bits(model)
+    if not possible:
+        with pytest.raises(MergeError, match=r"tied to|has no"):
+            merge(model)
+        return
+    merge(model, allow_unchanged=True)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert all(torch.equal(bits(model)[n], value) for n, value in before.items())
+
+
+@pytest.mark.parametrize(("config", "model"), CASES, ids=[f"{c}-{m}" for c, m in CASES])
+@pytest.mark.filterwarnings("ignore")
+def test_7_real_peft_and_we_agree(config: str, model: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    plain = model_of(model)
+    before, untouched = logits(plain, ids), snapshot(plain)
+    made = peft.LoraConfig(r=4, lora_alpha=10, **settings_for(config, model))
+    theirs = filled(peft.get_peft_model(copy.deepcopy(plain), made)).eval()
+    expected = logits(theirs, ids)
+    assert (expected - before).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    load(plain, tmp_path / "theirs")
+    torch.testing.assert_close(logits(plain, ids), expected, rtol=1e-4, atol=1e-4)
+    save(plain, tmp_path / "ours")
+    combine(plain, {"default": 1.0}, name="same")
+    with using(plain, "same"):
+        torch.testing.assert_close(logits(plain, ids), expected, rtol=1e-4, atol=1e-4)
+    merged_and_back(plain, expected, ids, possible=(config, model) not in UNMERGEABLE)
+    detach(plain)
+    assert_same(plain, untouched)
+
+    load(plain, tmp_path / "ours")
+    torch.testing.assert_close(logits(plain, ids), expected, rtol=1e-4, atol=1e-4)
+    detach(plain)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_7_older_versions_files(ids: torch.Tensor, tmp_path: Path) -> None:
+    """A pickled file, names of adapters in its keys, and no settings but those that version 0.2 had."""
+    plain = tiny_llama().eval()
+    made = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    theirs = filled(peft.get_peft_model(copy.deepcopy(plain), made)).eval()
+    theirs.save_pretrained(tmp_path / "new")
+    old = tmp_path / "old"
+    old.mkdir()
+    tensors = {
+        key.replace("lora_A.weight", "lora_A.default.weight").replace(
+            "lm_head.", "lm_head.modules_to_save.default."
+        ): value
+        for key, value in load_file(tmp_path / "new" / "adapter_model.safetensors").items()
+    }
+    torch.save(tensors, old / "adapter_model.bin")
+    settings = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    known = (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "fan_in_fan_out",
+        "bias",
+        "modules_to_save",
+    )
+    (old / "adapter_config.json").write_text(json.dumps({key: settings[key] for key in known}))
+    load(plain, old)
+    torch.testing.assert_close(logits(plain, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
+
+
+class Planted:
+    """What a pickle must not be able to do."""
+
+    def __reduce__(self) -> Any:
+        return print, ("run by a file",)
+
+
+def test_a_pickled_file_is_read_as_weights_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    save(attach(model, LoRA(rank=2, alpha=5, targets="qv")), tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    torch.save({"x": Planted()}, tmp_path / "a" / "adapter_model.bin")
+    with pytest.raises(FileError, match="cannot be read as weights alone"):
+        load(model, tmp_path / "a", name="b")
+    assert "run by a file" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": "olora"}, {"layer_replication": [[0, 2], [1, 2]]}, {"alora_invocation_tokens": [3, 4]},
+], ids=["another W0", "another model", "some positions"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_what_would_be_misread_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    plain = tiny_llama()
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path / "a")
+    before = snapshot(plain)
+    with pytest.raises(FileError, match=next(iter(settings))):
+        load(plain, tmp_path / "a")
+    assert_same(plain, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_7_a_start_that_changes_W0_is_read_once_peft_has_converted_it(ids: torch.Tensor, tmp_path: Path) -> None:
+    plain = tiny_llama().eval()
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    theirs.save_pretrained(tmp_path / "start")
+    filled(theirs)
+    theirs.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=tmp_path / "start")
+    load(plain, tmp_path / "a")
+    torch.testing.assert_close(logits(plain, ids), logits(theirs, ids), rtol=1e-3, atol=1e-3)
