@@ -1,5 +1,6 @@
 """A whole run on a tiny model: what it writes, what it refuses, how it stops; a user's own loop; transformers' Trainer."""
 
+import copy
 import functools
 import json
 import signal
@@ -13,6 +14,7 @@ import yaml
 import deltaw
 from deltaw import DataConfig, LoRA, TrainConfig
 from deltaw.errors import AdapterError, BaseMismatch, ConfigError, DataError, Interrupted, TargetError, TrainError
+from deltaw.methods.dora import DoRA
 from deltaw.training import loop as loop_module
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
@@ -315,6 +317,42 @@ def test_other_ways_to_train(small: Any, tmp_path: Path, changes: dict[str, Any]
     assert result.state.last_loss is not None and result.state.first_loss is not None
     assert result.state.last_loss < result.state.first_loss - 0.2
     assert all(p.dtype == torch.float32 for p in deltaw.parameters(model))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DoRA(rank=4, alpha=6, targets="all-linear"),
+        LoRA(rank=4, alpha=6, targets="qv,embed_tokens"),
+        LoRA(rank=4, alpha=6, targets="qv", whole="lm_head,*norm"),
+        LoRA(rank=4, alpha=6, targets="qv", tokens="5,70,80"),
+    ],
+    ids=["dora", "embedding", "whole", "tokens"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_more_than_A_and_B_trains_and_comes_back(small: Any, tmp_path: Path, method: LoRA, dtype: str) -> None:
+    model, tokenizer = small
+    model.to(getattr(torch, dtype))
+    plain = copy.deepcopy(model)
+    result = deltaw.train(model, RECORDS, quick(tmp_path), method=method, tokenizer=tokenizer)
+    assert result.state.last_loss is not None and result.state.first_loss is not None
+    assert result.state.last_loss < result.state.first_loss - 0.1
+    assert not result.warnings
+    deltaw.load(plain, result.adapter)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+
+
+def test_an_optimizer_of_matrices_refuses_vectors(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    with pytest.raises(TrainError, match="Muon trains matrices only, and 5 of this adapter's tensors are none"):
+        deltaw.train(
+            model,
+            RECORDS,
+            quick(tmp_path, optimizer="Muon"),
+            method=LoRA(targets="qv", whole="*norm"),
+            tokenizer=tokenizer,
+        )
 
 
 def test_gradients_too_large_for_float16_are_skipped_until_the_scale_fits(

@@ -12,13 +12,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deltaw.attached import base_tensors, owner_of, readers
 from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
+from deltaw.versions import version_of
 
 
 class _Known(NamedTuple):
     """A parameter's digest, and what shows that it still holds."""
 
-    data_ptr: int
-    version: int
+    version: tuple[int, int, int]
     digest: Digest
 
 
@@ -44,8 +44,7 @@ def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
 def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:
     if tensor.data_ptr() != parameter.data_ptr():  # what it was before a merge
         return digest(tensor)
-    stamp = parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
-    known = _known.get(parameter)
-    if known is None or known[:2] != stamp:
-        known = _known[parameter] = _Known(*stamp, digest(tensor))
+    version, known = version_of(parameter), _known.get(parameter)
+    if known is None or known.version != version:
+        known = _known[parameter] = _Known(version, digest(tensor))
     return known.digest

@@ -29,7 +29,7 @@ from deltaw.attached import (
 )
 from deltaw.errors import MergeError, listing
 from deltaw.layers import as_stored
-from deltaw.lowrank import Change, MergeStats, Product, Value, merge_, merge_stats, summed
+from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
 from deltaw.originals import Copy, Correction, Original, merge_correctably_
 
@@ -60,6 +60,7 @@ def merge(
     if busy := in_open_block(record, record.attached):
         raise MergeError(f"{busy}: merge when the block is over.")
     changes = _changes(model, record, chosen)
+    _check_possible(owner, changes)
     stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
     try:
@@ -82,11 +83,12 @@ def merge(
 
 
 def preview(model: nn.Module, name: str | None = None) -> MergeReport:
-    """What merging adapter `name` (default: the active one) would do to the weights in their dtype. Changes nothing, and
-    raises MergeError only when something is merged already."""
+    """What merging adapter `name` (default: the active one) would do to the weights in their dtype, to those that can take it.
+    Changes nothing, and raises MergeError only when something is merged already."""
     record, owner = record_of(model), owner_of(model)
     chosen = _chosen(record, name, None)
-    changes = _changes(model, record, chosen)
+    changes = {n: c for n, c in _changes(model, record, chosen).items() if _misfit(owner, n, c) is None}
+    _tied(owner, changes)  # one line for weights that are one
     return MergeReport(tuple(chosen), {_line(n): merge_stats(matrix_of(owner, n), c) for n, c in changes.items()})
 
 
@@ -136,20 +138,22 @@ def _line(parameter: str) -> str:
 
 
 def _changes(model: nn.Module, record: Adapters, weights: Mapping[str, float]) -> dict[str, Change]:
-    """Name of a parameter → what these adapters together make of it. Raises MergeError with every parameter that cannot take
-    it."""
+    """Name of a parameter → what these adapters together make of it."""
     owner = owner_of(model)
     terms: dict[str, list[tuple[Change, float]]] = {}
     for adapter, weight in weights.items():
         for layer_name, update in updates(model, known(record, adapter)).items():
             for own_name, change in update.changes(owner.get_submodule(layer_name)).items():
                 terms.setdefault(dotted(layer_name, own_name), []).append((change, weight))
-    changes = {name: summed(of_one) for name, of_one in terms.items()}
-    problems = [why for name, of_one in terms.items() for change, _ in of_one if (why := _misfit(owner, name, change))]
+    return {name: summed(of_one) for name, of_one in terms.items()}
+
+
+def _check_possible(owner: nn.Module, changes: dict[str, Change]) -> None:
+    """Raise MergeError with every parameter that cannot take its change. Of tied ones that get the same value, one is left."""
+    problems = [why for name, change in changes.items() if (why := _misfit(owner, name, change))]
     problems += _tied(owner, changes)
     if problems:
         raise MergeError(listing("This adapter cannot be merged as the model stands:", problems))
-    return changes
 
 
 def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
@@ -157,8 +161,10 @@ def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
     own = layer._parameters.get(own_name)
     if own is None:
         return f"the base has no {name} that the adapter's could be merged into"
-    if isinstance(change, Value) and change.W.shape != matrix_of(owner, name).shape:
-        rows = max(change.W.shape)
+    terms = [term for term, _ in change.terms] if isinstance(change, Sum) else [change]
+    others = [t.W.shape for t in terms if isinstance(t, Value) and t.W.shape != matrix_of(owner, name).shape]
+    if others:
+        rows = max(others[0])
         return (
             f"{name} is {list(own.shape)}, the adapter's vocabulary has {rows} tokens: "
             f"call model.resize_token_embeddings({rows}) before the adapter is loaded"

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.layers import EmbeddingKind, Kind, as_matrix, only_input, plain_class, why_bypassed, why_not
-from deltaw.lowrank import Change, Product, Rescaled, Value
+from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
+from deltaw.versions import version_of
 
 
 class Update(nn.Module, ABC):
@@ -36,6 +37,10 @@ class Update(nn.Module, ABC):
     @abstractmethod
     def misfit(self, layer: Any) -> str | None:
         """Why this update cannot go on this layer."""
+
+    @abstractmethod
+    def moved(self, layer: Any) -> tuple[float, float]:
+        """‖ΔW‖² and ‖W0‖² over the parameters that it changes; of a low-rank update by A and B alone."""
 
 
 class LowRank(Update):
@@ -107,6 +112,9 @@ class LowRank(Update):
             return f"its bias is {list(self.bias.shape)}, the layer has {d} outputs"
         return None
 
+    def moved(self, layer: Any) -> tuple[float, float]:
+        return delta_norm(self.A, self.B, self.scale) ** 2, _square(layer.weight)
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
@@ -135,7 +143,7 @@ class LowRankRescaled(LowRank):
         """‖W0 + ΔW‖ by rows, [d] in fp32 or wider; kept for as long as W0, A and B are as they are."""
         if torch.compiler.is_compiling():
             return row_norms(self.W0(layer), self.A, self.B, self.scale)
-        stamp = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in (layer.weight, self.A, self.B)]
+        stamp = [(id(t), version_of(t)) for t in (layer.weight, self.A, self.B)]
         if self._norm is None or self._norm[0] != stamp:
             self._norm = stamp, row_norms(self.W0(layer), self.A, self.B, self.scale)
         return self._norm[1]
@@ -195,6 +203,11 @@ class Replaced(Update):
                 return f"its {own_name} is {list(own.shape)}, the adapter's {list(value.shape)}"
         return None
 
+    def moved(self, layer: Any) -> tuple[float, float]:
+        pairs = [(value, layer._parameters[n]) for n, value in self._parameters.items() if value is not None]
+        alike = [(value, own) for value, own in pairs if value.shape == own.shape]
+        return sum(_square(value - own) for value, own in alike), sum(_square(own) for _, own in alike)
+
 
 class ReplacedRows(Update):
     """Other rows for some tokens of an embedding, or of an output layer: `rows` [n, d] for the tokens `indices` [n], in order.
@@ -245,6 +258,16 @@ class ReplacedRows(Update):
         if int((self.indices >= layer.weight.shape[0]).sum()) != more:
             return f"the adapter adds tokens up to {int(self.indices[-1])}, but not all from {layer.weight.shape[0]} on"
         return None
+
+    def moved(self, layer: Any) -> tuple[float, float]:
+        known = self.indices < layer.weight.shape[0]
+        own = layer.weight[self.indices[known]]
+        return _square(self.rows[known] - own), _square(own)
+
+
+def _square(value: Tensor) -> float:
+    """‖value‖², in fp32."""
+    return float(value.detach().float().square().sum())
 
 
 def added(weight: Tensor, indices: Tensor) -> int:

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltaw import LoRA, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
 from deltaw.training.loop import Loop
+from tests.conftest import tiny_llama
+from tests.test_updates import METHODS
 
 KINDS = [
     "afmoe", "bart", "bert", "bigbird_pegasus", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "electra",
@@ -87,7 +89,18 @@ def plain_steps(model: Any, train: list[Example], config: TrainConfig) -> list[f
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_the_plain_way(kind: str) -> None:
-    model = attach(tiny_of(kind), LoRA(rank=2, alpha=4))
+    steps_agree(attach(tiny_of(kind), LoRA(rank=2, alpha=4)))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_what_is_more_than_A_and_B(method: str, tied: bool) -> None:
+    torch.manual_seed(0)
+    steps_agree(attach(tiny_llama(tied=tied), METHODS[method]))
+
+
+def steps_agree(model: Any) -> None:
+    """The loop's steps beside a plain loop's over a copy."""
     twin = copy.deepcopy(model)
     config = TrainConfig(batch=4, steps=3, lr=5e-3, warmup=0, schedule="constant", clip=0.0, log_every=1)
     losses: list[float] = []

@@ -1,9 +1,11 @@
-"""A and B of the adapter in training, end to end in a few flat buffers. Knows updates, nothing of batches or losses.
+"""The adapter in training: A and B end to end in a few flat buffers, and what else it trains. Knows updates, nothing of batches or
+losses.
 
 Hundreds of small tensors cost a step more in bookkeeping than in arithmetic. Here the optimizer sees one tensor of all A's and
 one of all B's, which the updates' own A and B are views of; and each step computes with one copy of them in the base's
 dtype, the scale multiplied into A, made after each optimizer step by one operation. Gradients arrive in that copy's dtype and are
-added up in A's and B's own.
+added up in A's and B's own. What is more than A and B of a dense layer (DoRA, embeddings, modules trained whole) is trained in
+tensors of its own.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.training.together import Branch, Member, Together, elsewhere
-from deltaw.updates import LowRank
+from deltaw.updates import LowRank, Update
 
 _Key = tuple[torch.device, torch.dtype, torch.dtype]
 """Device, dtype of the parameter, dtype that its layer computes in."""
@@ -53,13 +56,19 @@ class _Buffer:
 class Flat:
     """The updates' A's and B's in flat buffers. A context manager: on leaving, each update has tensors of its own again.
 
-    While open, the layers of each of `groups` are computed together, where they are in training mode.
+    While open, the layers of each of `groups` are computed together, where they are in training mode. `others` are updates that
+    keep their own tensors, which are trained beside.
     """
 
     def __init__(
-        self, layers: Mapping[str, Any], updates: Mapping[str, LowRank], groups: Sequence[Sequence[str]]
+        self,
+        layers: Mapping[str, Any],
+        updates: Mapping[str, LowRank],
+        groups: Sequence[Sequence[str]],
+        others: Mapping[str, Update] = MappingProxyType({}),
     ) -> None:
         self.layers = layers
+        self.others = others
         self.updates = updates
         self.groups = [part for group in groups for part in self._alike(group)]
         self.places = {letter: self._placed(letter) for letter in "AB"}
@@ -72,6 +81,8 @@ class Flat:
                 values = _view(buffer.values.detach(), at, letter, *parameter.shape)
                 parameter.data = values.copy_(parameter.detach())
                 parameter.grad = _view(buffer.gradient, at, letter, *parameter.shape)
+        for parameter in self._loose():
+            parameter.grad = torch.zeros_like(parameter)
         self.refresh()
         branches: dict[str, Branch] = {}
         for group in self.groups:
@@ -87,6 +98,8 @@ class Flat:
             for parameter in (update.A, update.B):
                 parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
                 parameter.grad = None
+        for parameter in self._loose():
+            parameter.grad = None
 
     def add_gradients(self) -> None:
         """After each backward pass: add what it gave to the parameters' gradients."""
@@ -99,20 +112,33 @@ class Flat:
             buffer.refresh()
 
     def parameters(self, letter: str) -> list[nn.Parameter]:
-        """All A's or all B's, in one tensor for each device and dtype."""
-        return [buffer.values for buffer in self.buffers[letter]]
+        """All A's or all B's, in one tensor for each device and dtype; then those that are by themselves. What is neither A nor
+        B is with the A's."""
+        return [buffer.values for buffer in self.buffers[letter]] + self._loose(letter)
 
     def matrices(self, letter: str) -> list[nn.Parameter]:
-        """The updates' own A's or B's, which are views of those tensors, with gradients that are views of theirs."""
-        return [getattr(update, letter) for update in self.updates.values()]
+        """The updates' own A's or B's, which are views of those tensors, with gradients that are views of theirs; and the rest."""
+        return [getattr(update, letter) for update in self.updates.values()] + self._loose(letter)
 
     def zero_gradients(self) -> None:
         for buffer in self._all():
             buffer.gradient.zero_()
+        for parameter in self._loose():
+            _gradient(parameter).zero_()
 
     def unreached(self) -> list[str]:
-        """After a backward pass: the layers whose B got no gradient at all."""
-        return [name for name, update in self.updates.items() if update.B.grad is not None and not update.B.grad.any()]
+        """After a backward pass: the layers of which nothing, or no B, got any gradient."""
+        dead = [name for name, update in self.updates.items() if not _gradient(update.B).any()]
+        for name, update in self.others.items():
+            own = [update.B] if isinstance(update, LowRank) else list(update.parameters())
+            if not any(bool(_gradient(p).any()) for p in own):
+                dead.append(name)
+        return dead
+
+    def _loose(self, letter: str = "AB") -> list[nn.Parameter]:
+        """Parameters of the other updates, each once."""
+        found = {p: n == "B" for u in self.others.values() for n, p in u.named_parameters()}
+        return [p for p, is_B in found.items() if ("B" if is_B else "A") in letter]
 
     def _all(self) -> list[_Buffer]:
         return [*self.buffers["A"], *self.buffers["B"]]
@@ -150,6 +176,11 @@ class Flat:
             members.append(Member(self.layers[name], update, slice(row, row + update.rank), B))
             row += update.rank
         return Together(A, members)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _view(flat: Tensor, at: int, letter: str, rows: int, columns: int) -> Tensor:

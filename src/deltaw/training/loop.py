@@ -19,7 +19,6 @@ from deltaw.attached import owner_of, updates
 from deltaw.config import TrainConfig
 from deltaw.data import Batch, Example, Order, collate
 from deltaw.errors import TrainError
-from deltaw.lowrank import delta_norm
 from deltaw.modes import evaluating
 from deltaw.positions import most_positions
 from deltaw.training import optimizers
@@ -109,14 +108,13 @@ class Loop:
     def _flat(self) -> Flat:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
         every = updates(self.model)
-        adapted = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
-        if len(adapted) < len(every):
-            raise TrainError("Only updates that are A and B alone can be trained by this loop so far.")
+        plain = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
         one = collate(self.examples[:1], self.pad_id, self.most)
         with evaluating(self.model), torch.no_grad():
             self.loss(one)  # its first call, which tries the ways to the loss
-            groups = same_input(adapted, lambda: self.loss(one))
-        return Flat({name: owner_of(self.model).get_submodule(name) for name in adapted}, adapted, groups)
+            groups = same_input(plain, lambda: self.loss(one))
+        layers = {name: owner_of(self.model).get_submodule(name) for name in plain}
+        return Flat(layers, plain, groups, {n: u for n, u in every.items() if n not in plain})
 
     def _run(self) -> LoopState:
         began = time.monotonic() - self.state.seconds
@@ -311,13 +309,9 @@ def held_out_loss(loss: CompletionLoss, examples: Sequence[Example], *, batch: i
 
 def relative_norm(model: nn.Module, name: str | None = None) -> float:
     """‖ΔW‖/‖W0‖ over all of the adapter's layers together, without forming any ΔW."""
-    dw = w0 = 0.0
     owner = owner_of(model)
-    for layer_name, update in updates(model, name).items():
-        if not isinstance(update, LowRank):
-            continue
-        dw += delta_norm(update.A, update.B, update.scale) ** 2
-        w0 += float(owner.get_submodule(layer_name).weight.detach().float().square().sum())  # type: ignore[operator,union-attr]
+    moved = [update.moved(owner.get_submodule(name)) for name, update in updates(model, name).items()]
+    dw, w0 = sum(dw for dw, _ in moved), sum(w0 for _, w0 in moved)
     return (dw / w0) ** 0.5 if w0 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The optimizers of `torch.optim` by their names, over the adapter's flat buffers. Knows nothing of losses or schedules."""
+"""The optimizers of `torch.optim` by their names, over the adapter's parameters. Knows nothing of losses or schedules."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from deltaw.config import TrainConfig
+from deltaw.errors import TrainError
 from deltaw.training.flat import Flat
 
 # What these do to an entry depends on the others of its matrix, so they get A's and B's one by one
 _BY_MATRIX = ("Adafactor", "Muon")
+_MATRICES_ONLY = ("Muon",)
 # These do a step in one operation, if asked to
 _FUSED = ("AdamW", "Adam", "SGD")
 
@@ -18,16 +20,23 @@ _FUSED = ("AdamW", "Adam", "SGD")
 def make(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
     """`config.optimizer` in two groups of parameters, A's and B's; each has a `ratio`, of its learning rate to `config.lr`.
 
-    B's is `config.lr_ratio` (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    B's is `config.lr_ratio` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Raises TrainError for an optimizer that cannot train
+    all of them.
     """
     kind = getattr(torch.optim, config.optimizer)
+    vectors = [p for p in (*flat.matrices("A"), *flat.matrices("B")) if p.ndim != 2]
+    if config.optimizer in _MATRICES_ONLY and vectors:
+        raise TrainError(
+            f"{config.optimizer} trains matrices only, and {len(vectors)} of this adapter's tensors are none."
+        )
     find = flat.matrices if config.optimizer in _BY_MATRIX else flat.parameters
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": find(letter), "lr": config.lr * ratio, "ratio": ratio}
         for letter, ratio in (("A", 1.0), ("B", config.lr_ratio))
     ]
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer in _FUSED and flat.parameters("A")[0].device.type in ("cpu", "cuda"):
+    devices = {p.device.type for group in groups for p in group["params"]}
+    if config.optimizer in _FUSED and devices <= {"cpu", "cuda"}:
         settings["fused"] = True
     return kind(groups, **settings)
 
