@@ -32,6 +32,8 @@ class Plan:
     """Layer name → its update."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Layer name → why this dense weight takes no update."""
+    checked: bool = False
+    """That each update fits its layer has been looked at."""
 
 
 class Method(Protocol):
@@ -109,8 +111,8 @@ def apply_plan(
     record = find_record(model)
     fresh = record is None
     record = record or Adapters()
-    layers = {n: model.get_submodule(n) for n in plan.updates}
-    problems = [f"{n}: {why}" for n, u in plan.updates.items() if (why := u.misfit(layers[n]))]
+    layers = dict(base_modules(model))
+    problems = [] if plan.checked else [f"{n}: {why}" for n, u in plan.updates.items() if (why := u.misfit(layers[n]))]
     if problems:
         raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
     if fresh:
@@ -124,7 +126,9 @@ def apply_plan(
         if slot is None:
             slot = open_slot(layer, record.route)
             record.rows_mixed = None
-        update.requires_grad_(False).train(layer.training)
+        for parameter in update.parameters():
+            parameter.requires_grad_(False)
+        update.training = layer.training
         slot.put(name, update)
     record.attached[name] = Attached(method, tuple(plan.updates), plan.left_out, metadata or {})
     if activate:

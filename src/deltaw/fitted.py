@@ -29,7 +29,8 @@ def fitted(model: nn.Module, file: LoRAFile, path: Path) -> dict[str, Update]:
     fitting.rows()
     problems = fitting.problems
     for name, update in fitting.updates.items():
-        if why := update.misfit(fitting.layers[name]):
+        layer = fitting.layers[name]  # which a low-rank update's kind was found for
+        if why := update.other_shape(layer) if isinstance(update, LowRank) else update.misfit(layer):
             problems.append(f"{name!r}: {why}")
     if problems:
         raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))

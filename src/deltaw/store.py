@@ -95,7 +95,8 @@ def load(
     metadata: dict[str, Any] = {"training": training} if training else {}
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
-    live.apply_plan(model, live.Plan(updates), _method(file), name=name, activate=activate, metadata=metadata)
+    plan = live.Plan(updates, checked=True)
+    live.apply_plan(model, plan, _method(file), name=name, activate=activate, metadata=metadata)
     return name
 
 

@@ -47,6 +47,12 @@ class LowRank(Update):
     """The update (A, B, scale) of one dense layer: A [r, k], B [d, r]; its ΔW is scale·B·A. With a bias [d], the layer has that
     in place of its own, if it has one."""
 
+    kind: type[Kind]
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    scale: float
+    dropout: float
     elsewhere: Callable[[Any, Tensor], Tensor] | None = None
     """While a training loop runs: computes what `branch` would, layer and x → output, together with other layers'."""
 
@@ -54,12 +60,10 @@ class LowRank(Update):
         self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.kind = kind
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.bias = None if bias is None else nn.Parameter(bias)
-        self.scale = scale
-        self.dropout = dropout
+        # Straight into their places: an adapter has hundreds of these, and a module's own way of setting takes its time
+        vars(self).update(kind=kind, scale=scale, dropout=dropout)
+        self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
+        self._parameters["bias"] = None if bias is None else nn.Parameter(bias)
 
     @property
     def rank(self) -> int:
@@ -103,8 +107,10 @@ class LowRank(Update):
         return change if self.bias is None else change | {"bias": Value(self.bias.detach().reshape(1, -1))}
 
     def misfit(self, layer: Any) -> str | None:
-        if why := why_not(layer):
-            return why
+        return why_not(layer) or self.other_shape(layer)
+
+    def other_shape(self, layer: Any) -> str | None:
+        """Where its shapes are others than those of a layer that can take an update."""
         (d, k), own = self.W0(layer).shape, (self.B.shape[0], self.A.shape[1])
         if own != (d, k):
             return f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
@@ -151,8 +157,8 @@ class LowRankRescaled(LowRank):
     def changes(self, layer: Any) -> dict[str, Change]:
         return super().changes(layer) | {"weight": Rescaled(self.product, self.magnitude)}
 
-    def misfit(self, layer: Any) -> str | None:
-        if why := super().misfit(layer):
+    def other_shape(self, layer: Any) -> str | None:
+        if why := super().other_shape(layer):
             return why
         d = self.B.shape[0]
         return None if self.magnitude.shape == (d,) else f"its magnitude is {list(self.magnitude.shape)}, not [{d}]"

@@ -1,5 +1,5 @@
-"""The adapter in training: A and B end to end in a few flat buffers, and what else it trains. Knows updates, nothing of batches or
-losses.
+"""The adapter in training: A and B end to end in a few flat buffers, and what else it trains. Knows updates, nothing of batches
+or losses.
 
 Hundreds of small tensors cost a step more in bookkeeping than in arithmetic. Here the optimizer sees one tensor of all A's and
 one of all B's, which the updates' own A and B are views of; and each step computes with one copy of them in the base's
@@ -117,7 +117,7 @@ class Flat:
         return [buffer.values for buffer in self.buffers[letter]] + self._loose(letter)
 
     def matrices(self, letter: str) -> list[nn.Parameter]:
-        """The updates' own A's or B's, which are views of those tensors, with gradients that are views of theirs; and the rest."""
+        """The updates' own A's or B's, views of those tensors, whose gradients are views of theirs; and the rest."""
         return [getattr(update, letter) for update in self.updates.values()] + self._loose(letter)
 
     def zero_gradients(self) -> None:
