@@ -1,4 +1,5 @@
-"""What do the stations of an adapter's life cost? Load, switch, save, merge, unmerge: deltaw beside PEFT, in one run.
+"""What do the stations of an adapter's life cost? Load, switch, save, merge, unmerge, convert: deltaw beside PEFT, in one run. (PEFT
+converts no adapters of other programs.)
 
     python benchmarks/lifecycle.py --model .cache/smollm2
 
@@ -44,7 +45,7 @@ def main() -> None:
         result = {
             "model": "SmolLM2-135M-Instruct", "adapter": "all-linear, r = 8, float32",
             "adapter_mb": (folder / "adapter_model.safetensors").stat().st_size / 1e6,
-            "deltaw": ours(model, folder, chosen.most), "peft": theirs(twin, folder, chosen.peft_most),
+            "deltaw": ours(model, folder, chosen.most) | conversions(folder, chosen.model), "peft": theirs(twin, folder, chosen.peft_most),
         }  # fmt: skip
     machine.write("lifecycle", result)
 
@@ -86,6 +87,15 @@ def ours(model: Any, folder: Path, most: int) -> dict[str, Any]:
             "extra_memory_mb": report.extra_memory / 1e6,
         }  # fmt: skip
     return found
+
+
+def conversions(folder: Path, base: str) -> dict[str, float]:
+    """To llama.cpp's file and back."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out) / "adapter.gguf"
+        to = often(lambda: deltaw.convert(folder, file, base=base))
+        back = often(lambda: deltaw.convert(file, Path(out) / "back", base=base))
+    return {"convert_to_gguf_ms": to, "convert_from_gguf_ms": back}
 
 
 def theirs(model: Any, folder: Path, most: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ SRC = ROOT / "src" / "deltaw"
 ORDER = [
     ["version", "errors", "units", "names", "versions"],
     ["config"],
-    ["residual"],
+    ["residual", "residency"],
     ["lowrank", "svd"],
     ["merge_report", "originals", "fused", "mixed"],
     ["rows"],

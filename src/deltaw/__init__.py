@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from deltaw.files.streamed import merge_files, unmerge_files
     from deltaw.merge_report import MergeReport
     from deltaw.merged import merge, unmerge
+    from deltaw.methods.dora import DoRA
     from deltaw.methods.lora import LoRA
     from deltaw.run import RunResult, train
     from deltaw.store import load, save
     from deltaw.summaries import Summary, summary
-    from deltaw.switching import route, use, using
+    from deltaw.switching import keep_on_device, route, use, using
 
 _HOME = {
     "DeltaWError": "errors",
     "DataConfig": "config",
     "GenerateConfig": "config",
     "TrainConfig": "config",
+    "DoRA": "methods.dora",
     "LoRA": "methods.lora",
     "MergeReport": "merge_report",
     "RunResult": "run",
@@ -48,6 +50,7 @@ _HOME = {
     "delta": "attached",
     "detach": "attached",
     "extract": "extracted",
+    "keep_on_device": "switching",
     "load": "store",
     "merge": "merged",
     "merge_files": "files.streamed",
@@ -65,6 +68,7 @@ _HOME = {
 __all__ = [
     "DataConfig",
     "DeltaWError",
+    "DoRA",
     "GenerateConfig",
     "LoRA",
     "MergeReport",
@@ -79,6 +83,7 @@ __all__ = [
     "delta",
     "detach",
     "extract",
+    "keep_on_device",
     "load",
     "merge",
     "merge_files",

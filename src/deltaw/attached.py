@@ -17,6 +17,7 @@ from deltaw.errors import AdapterError, listing, nearest
 from deltaw.layers import Slot, as_matrix, as_stored, close_slot, open_slot, slot_of
 from deltaw.lowrank import dense
 from deltaw.originals import Original
+from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
 from deltaw.updates import Update
@@ -66,6 +67,7 @@ class Adapters:
     originals: dict[str, Original] = field(default_factory=dict)
     """While merged: name of a parameter → what gives it back."""
     before_merge: str | None = None
+    residency: Residency = field(default_factory=Residency)
     rows_mixed: list[str] | None = None
     """Layers in which the rows of a batch cannot be told apart, once somebody asked; None: not known."""
 
@@ -158,6 +160,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             slot.drop(adapter)
             if not slot.names():
                 close_slot(layer)
+        record.residency.forget(adapter)
         if record.route.active == adapter:
             record.route.active = None
         record.route.stacks = {}
@@ -224,9 +227,10 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 
 
 def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
-    """Layer name → the adapter's update there. None means the active adapter."""
+    """Layer name → the adapter's update there, its tensors on its layers' device. None means the active adapter."""
     record = record_of(model)
     name = in_use(record) if name is None else known(record, name)
+    bring(record, [name])
     owner = owner_of(model)
     found = {}
     for layer_name in record.attached[name].layers:
@@ -351,6 +355,11 @@ def in_use(record: Adapters) -> str:
     if chosen is None:
         raise AdapterError(f"No adapter is active: name one. Attached: {', '.join(record.attached)}.")
     return str(chosen)
+
+
+def bring(record: Adapters, names: Iterable[str | None]) -> None:
+    """See to it that these adapters are on their layers' device."""
+    record.residency.bring(names, {*record.route.held(), record.route.active} if record.residency.kept else ())
 
 
 def in_open_block(record: Adapters, names: Iterable[str]) -> str | None:

@@ -20,10 +20,10 @@ from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Upd
 log = logging.getLogger("deltaw")
 
 
-def fitted(model: nn.Module, file: LoRAFile, path: Path) -> dict[str, Update]:
-    """The file's updates for this model's layers, in the model's order. A and B stay in the file's dtype, what is trained whole
-    gets the base's. Raises FileError with everything that does not fit."""
-    fitting = _Fitting(model, file)
+def fitted(model: nn.Module, file: LoRAFile, path: Path, *, device: torch.device | None = None) -> dict[str, Update]:
+    """The file's updates for this model's layers, in the model's order, on `device` (default: their layers'). A and B stay in the
+    file's dtype, what is trained whole gets the base's. Raises FileError with everything that does not fit."""
+    fitting = _Fitting(model, file, device)
     fitting.low_rank()
     fitting.whole()
     fitting.rows()
@@ -40,8 +40,8 @@ def fitted(model: nn.Module, file: LoRAFile, path: Path) -> dict[str, Update]:
 class _Fitting:
     """What has been made so far, and what was wrong."""
 
-    def __init__(self, model: nn.Module, file: LoRAFile) -> None:
-        self.model, self.file = model, file
+    def __init__(self, model: nn.Module, file: LoRAFile, device: torch.device | None) -> None:
+        self.model, self.file, self.device = model, file, device
         self.layers: dict[str, Any] = dict(base_modules(model))
         self.updates: dict[str, Update] = {}
         self.problems: list[str] = []
@@ -62,7 +62,7 @@ class _Fitting:
                 other = "an embedding" if name in file.embeddings else "a dense layer"
                 self.problems.append(f"{name!r} is a {type(layer).__name__}, the file's A and B are {other}'s")
                 continue
-            device, scale = layer.weight.device, file.scales[name]
+            device, scale = self._place(layer.weight), file.scales[name]
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
             if name in file.magnitudes:
                 magnitude = file.magnitudes[name].to(device)
@@ -75,9 +75,13 @@ class _Fitting:
         file, given = self.file, self.file.whole.get(f"{name}.bias")
         own = getattr(layer, "bias", None)
         if given is None and name in file.biases:
-            added = file.biases[name].to(layer.weight.device) * file.scales[name]
-            return added if own is None else own.detach().to(added.dtype) + added
-        return None if given is None else given.to(layer.weight.device)
+            given = file.biases[name] * file.scales[name]
+            given = given if own is None else own.detach().to(given) + given
+        return None if given is None else given.to(self._place(layer.weight))
+
+    def _place(self, own: Tensor) -> torch.device:
+        """Where what stands beside or for this tensor of the base is kept."""
+        return own.device if self.device is None else self.device
 
     def whole(self) -> None:
         """Values in place of the base's. One that stands in modules_to_save is its module's alone; with any other, all layers
@@ -95,7 +99,7 @@ class _Fitting:
                 continue
             own, names = named[name]
             twin = next((made[n] for n in names if n in made and torch.equal(values[n], value)), None)
-            made[name] = nn.Parameter(value.to(own.device, own.dtype)) if twin is None else twin
+            made[name] = nn.Parameter(value.to(self._place(own), own.dtype)) if twin is None else twin
         for name in list(made):
             if saved_module(name, file.config) is None:
                 for other in named[name][1]:
@@ -146,9 +150,11 @@ class _Fitting:
             tied = [
                 n for n, m in self.layers.items() if m._parameters.get("weight") is weight and n not in self.file.rows
             ]
-            device = torch.device("cpu") if weight is None else weight.device
-            shared = nn.Parameter(rows.to(device))
+            if weight is None:
+                self.problems.append(f"{name!r} has no weight whose rows could be tokens'")
+                continue
+            shared = nn.Parameter(rows.to(self._place(weight)))
             for each in (name, *tied):
                 if each in self.updates:
                     self.problems.append(f"{dotted(each, 'weight')} has rows of tokens, and another update too")
-                self.updates[each] = ReplacedRows(indices.to(device), shared)
+                self.updates[each] = ReplacedRows(indices.to(weight.device), shared)

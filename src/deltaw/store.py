@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def load(
     activate: bool = True,
     check_base: bool = True,
     dtype: torch.dtype | None = None,
+    host: bool = False,
 ) -> str:
     """Attach the adapter in folder `path`, not trainable, and make it active. Returns its name: `name`, or "default", or
     the folder's name where that is taken.
@@ -80,7 +81,8 @@ def load(
     weights (`check_base=False` overrides). A file without a fingerprint (not ours) is a logged warning.
 
     `dtype` stores A and B in that precision instead of the file's, bfloat16 say in half the bytes; what it costs is in
-    `summary(model).adapters[name].rounding`. Modules that the adapter has whole are kept in the base's dtype.
+    `summary(model).adapters[name].rounding`. Modules that the adapter has whole are kept in the base's dtype. With `host` the
+    adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
     """
     path = Path(path)
     file = peft.read(path)
@@ -90,14 +92,29 @@ def load(
     live.check_free(model, name)
     if check_base:
         peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model, without=file.replaced()))
-    updates = fitted(model, file, path)
+    updates = fitted(model, file, path, device=torch.device("cpu") if host else None)
     training = _training(file, path)
     metadata: dict[str, Any] = {"training": training} if training else {}
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
     plan = live.Plan(updates, checked=True)
-    live.apply_plan(model, plan, _method(file), name=name, activate=activate, metadata=metadata)
+    live.apply_plan(model, plan, _method(file), name=name, activate=False, metadata=metadata)
+    record = live.record_of(model)
+    if host:
+        record.residency.keep(name, _devices(model, updates))
+    if activate:
+        live.bring(record, [name])
+        record.route.choose(name)
     return name
+
+
+def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:
+    """Each parameter of the updates, and the device that it is used on."""
+    owner = live.owner_of(model)
+    for name, update in updates.items():
+        device = next(owner.get_submodule(name).parameters(recurse=False)).device
+        for parameter in update.parameters():
+            yield parameter, device
 
 
 def training_of(path: str | Path) -> dict[str, Any]:

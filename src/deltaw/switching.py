@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import Adapters, base_modules, known, merged_names, owner_of, record_of
-from deltaw.errors import AdapterError, listing, nearest
+from deltaw.attached import Adapters, base_modules, bring, known, merged_names, owner_of, record_of
+from deltaw.errors import AdapterError, ConfigError, listing, nearest
 from deltaw.layers import slot_of
 from deltaw.modes import evaluating
 
@@ -26,6 +26,7 @@ def use(model: nn.Module, name: str | None) -> None:
     """
     record = record_of(model)
     _check(record, name)
+    bring(record, [name])
     record.route.choose(name)
 
 
@@ -34,6 +35,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
     """`use` for the length of a with-block and for this thread alone: other threads go on as they were."""
     record = _record_for_a_block(model)
     _check(record, name)
+    bring(record, [name])
     with record.route.block(name):
         yield
 
@@ -64,6 +66,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         )
     for name in dict.fromkeys(names):
         _check(record, name)
+    bring(record, names)
     if len(set(names)) == 1:
         with record.route.block(names[0]):
             yield
@@ -74,6 +77,16 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
     with record.route.block(record.route.rows(names)):
         yield
+
+
+def keep_on_device(model: nn.Module, most: int) -> None:
+    """How many of the adapters that were loaded with `host=True` may be on their layers' device at once: those that were used
+    last; while more are in use, all of these. 16 unless set. Raises ConfigError for less than one."""
+    if most < 1:
+        raise ConfigError(f"most is {most}; at least one adapter must be on the device to be used.")
+    record = record_of(model)
+    record.residency.most = most
+    record.residency.bring([], {*record.route.held(), record.route.active})
 
 
 def _check(record: Adapters, name: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,11 +148,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if unknown:
         raise FileError(listing(f"{path} has tensors of a dtype that is not known:", unknown))
     begin = len(shard.header)
-    held = torch.empty(path.stat().st_size - begin, dtype=torch.uint8)
+    size = path.stat().st_size - begin
+    if not size:
+        return {
+            name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in shard.entries.items()
+        }, shard.metadata
+    # Pages of its own, which go back to the system with the last tensor: the C library would keep them for itself. Not the
+    # file's own pages: whoever writes to it would change the tensors, or kill the process
+    memory = mmap.mmap(-1, size)
     with path.open("rb") as file:
         file.seek(begin)
-        if file.readinto(held.numpy()) != len(held):  # type: ignore[attr-defined,arg-type]
+        if file.readinto(memory) != size:  # type: ignore[attr-defined]
             raise FileError(f"{path} has become shorter while it was read.")
+    held = torch.frombuffer(memory, dtype=torch.uint8)
     tensors = {name: _view(held, entry, begin) for name, entry in shard.entries.items()}
     return tensors, shard.metadata
 
