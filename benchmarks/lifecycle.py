@@ -1,5 +1,5 @@
-"""What do the stations of an adapter's life cost? Load, switch, save, merge, unmerge, convert: deltaw beside PEFT, in one run. (PEFT
-converts no adapters of other programs.)
+"""What do the stations of an adapter's life cost? Load, switch, save, merge, unmerge, convert: deltaw beside PEFT, in one run.
+(PEFT converts no adapters of other programs.)
 
     python benchmarks/lifecycle.py --model .cache/smollm2
 
@@ -45,7 +45,8 @@ def main() -> None:
         result = {
             "model": "SmolLM2-135M-Instruct", "adapter": "all-linear, r = 8, float32",
             "adapter_mb": (folder / "adapter_model.safetensors").stat().st_size / 1e6,
-            "deltaw": ours(model, folder, chosen.most) | conversions(folder, chosen.model), "peft": theirs(twin, folder, chosen.peft_most),
+            "deltaw": ours(model, folder, chosen.most) | conversions(folder, chosen.model),
+            "peft": theirs(twin, folder, chosen.peft_most),
         }  # fmt: skip
     machine.write("lifecycle", result)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,13 @@ def _value_problems(name: str, value: Tensor, finite: bool) -> list[str]:
     return [] if finite or _all(value) else [f"{name} has values that are not finite"]
 
 
-def _finite(tensors: Iterable[Tensor]) -> bool:
+def _finite(tensors: Collection[Tensor]) -> bool:
     """Whether all entries surely are: a sum is finite only if its terms are. (One that overflows tells nothing.)"""
-    sums = [t.sum(dtype=torch.float32) for t in tensors if t.is_floating_point()]
+    floats = [t for t in tensors if t.is_floating_point()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in floats}
+    if len(storages) == len({t.dtype for t in tensors}) == 1:  # a whole file's: one sum
+        floats = [torch.empty(0, dtype=floats[0].dtype).set_(*storages.values())]
+    sums = [t.sum(dtype=torch.float32) for t in floats]
     return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 

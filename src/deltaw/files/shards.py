@@ -155,7 +155,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         }, shard.metadata
     # Pages of its own, which go back to the system with the last tensor: the C library would keep them for itself. Not the
     # file's own pages: whoever writes to it would change the tensors, or kill the process
-    memory = mmap.mmap(-1, size)
+    memory = _pages(size)
     with path.open("rb") as file:
         file.seek(begin)
         if file.readinto(memory) != size:  # type: ignore[attr-defined]
@@ -163,6 +163,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     held = torch.frombuffer(memory, dtype=torch.uint8)
     tensors = {name: _view(held, entry, begin) for name, entry in shard.entries.items()}
     return tensors, shard.metadata
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Memory straight from the system, where it can be all at once."""
+    if not hasattr(mmap, "MAP_POPULATE"):
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 
 
 def _view(held: Tensor, entry: Entry, begin: int) -> Tensor:
