@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import machine
 from deltaw.files import peft
+from deltaw.files.peft_config import config_for
 from deltaw.files.places import fingerprint_of_layers, places_of
 from deltaw.files.shards import shards_of
 
@@ -99,7 +100,7 @@ def make_adapter(base: Path, folder: Path, layers: int) -> None:
             A, B = torch.randn(8, k, generator=generator) / k**0.5, torch.randn(d, 8, generator=generator) * 0.01
             factors[f"model.layers.{i}.{name}"] = (A, B)
     scales = dict.fromkeys(factors, 2.0)
-    config = peft.config_for(
+    config = config_for(
         dict.fromkeys(factors, 8), scales, target_modules=sorted(n.rsplit(".", 1)[1] for n in SHAPES), dropout=0.0,
         rank_stabilised=False, transposed=False, base=None, task="CAUSAL_LM",
     )  # fmt: skip

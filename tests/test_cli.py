@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import deltaw
 from deltaw.cli import main
-from tests.conftest import byte_llama
+from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 WORDS = ["red", "blue", "green", "white"]
@@ -209,6 +210,30 @@ def test_merge_into_another_precision_goes_by_the_model(place: Path, tmp_path: P
     words = ["merge", str(place / "model"), str(place / "run" / "adapter"), "-o", str(tmp_path / "half")]
     assert main([*words, "--dtype", "bfloat16"]) == 0
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_resized_vocabulary_trains_merges_and_verifies(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that adds tokens, through every command that takes one; the merged model has them."""
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    count = base.get_input_embeddings().weight.shape[0]
+    base.resize_token_embeddings(count + 3, mean_resizing=False)
+    tokens = f"{count},{count + 1},{count + 2}"
+    fill(deltaw.attach(base, deltaw.DoRA(rank=4, alpha=6, targets="qv", tokens=tokens)))
+    deltaw.save(base, tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    assert main(["inspect", adapter]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens of model.embed_tokens" in shown and "3×32" in shown and "magnitude of" in shown
+    assert main(["verify", str(place / "model"), adapter]) == 0
+    assert main(["merge", str(place / "model"), adapter, "-o", str(tmp_path / "merged")]) == 0
+    assert "merging in memory" in capsys.readouterr().err
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), torch.tensor([[1, count, 5, count + 2]])
+    torch.testing.assert_close(merged(ids).logits, base.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert main(["merge", str(place / "model"), adapter, "-o", str(tmp_path / "no"), "--reversible"]) != 0
+    assert "By files alone only A and B of dense layers" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

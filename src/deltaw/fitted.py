@@ -37,6 +37,16 @@ def fitted(model: nn.Module, file: LoRAFile, path: Path, *, device: torch.device
     return {n: fitting.updates[n] for n in fitting.layers if n in fitting.updates}
 
 
+def vocabulary(model: Any, file: LoRAFile) -> int:
+    """How many tokens the model must have for what the adapter has of its embedding and head: more than it has where the
+    vocabulary was resized before training."""
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    names = [n for n, m in base_modules(model) if any(m is end for end in ends)]
+    whole = [v.shape[0] for n, v in {**file.copies, **file.whole}.items() if n.removesuffix(".weight") in names]
+    rows = [int(indices[-1]) + 1 for n, (indices, _) in file.rows.items() if n in names]
+    return max([ends[0].weight.shape[0], *whole, *rows])
+
+
 class _Fitting:
     """What has been made so far, and what was wrong."""
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Inspect
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltaw.files.peft import LoRAFile
 
 
 def run(command: Inspect) -> None:
@@ -18,21 +23,51 @@ def run(command: Inspect) -> None:
     folder = Path(command.adapter)
     file = peft.read(folder)
     rows = [_row(name, A, B, file.scales[name]) for name, (A, B) in file.factors.items()]
+    besides = _besides(file)
     size = sum(f.stat().st_size for f in folder.iterdir())
     if command.json:
-        print(json.dumps({"layers": rows, "bytes": size, "config": file.config, "metadata": file.metadata}, indent=1))
+        shapes = {name: list(tensor.shape) for name, tensor in besides.items()}
+        found = {"layers": rows, "besides": shapes, "bytes": size, "config": file.config, "metadata": file.metadata}
+        print(json.dumps(found, indent=1))
         return
     facts = {
         "layers": f"{len(rows)}",
         "ranks": ", ".join(str(r) for r in sorted({row["rank"] for row in rows})),
-        "parameters": f"{sum(row['parameters'] for row in rows):,}",
+        "parameters": f"{sum(row['parameters'] for row in rows) + sum(t.numel() for t in besides.values()):,}",
         "size": units.size(size),
         "base": str(file.config.get("base_model_name_or_path") or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
     }
     show.out.print(show.facts(facts))
-    show.out.print()
-    show.out.print(_table(rows if command.all_layers else _by_kind(rows)))
+    for shown in (_table(rows if command.all_layers else _by_kind(rows)) if rows else None, _besides_table(besides)):
+        if shown is not None:
+            show.out.print()
+            show.out.print(shown)
+
+
+def _besides(file: LoRAFile) -> dict[str, Tensor]:
+    """What there is besides A and B, by what it is."""
+    found = {f"magnitude of {layer}": m for layer, m in file.magnitudes.items()}
+    found |= {f"bias beside {layer}": b for layer, b in file.biases.items()}
+    found |= {f"tokens of {layer}": rows for layer, (_, rows) in file.rows.items()}
+    found |= {f"{name}, whole": value for name, value in file.whole.items()}
+    return found | {f"{name}, the base's own": value for name, value in file.copies.items()}
+
+
+def _besides_table(besides: dict[str, Tensor]) -> Any:
+    """A line for those that differ in their layer's number alone."""
+    from deltaw.names import family
+
+    groups: dict[tuple[str, str], list[Tensor]] = {}
+    for name, tensor in besides.items():
+        shape = "×".join(str(n) for n in tensor.shape)
+        groups.setdefault((family(name), shape), []).append(tensor)
+    if not groups:
+        return None
+    made = show.table("besides A and B", "count", "shape", "size")
+    for (name, shape), tensors in groups.items():
+        made.add_row(name, str(len(tensors)), shape, units.size(sum(t.numel() * t.element_size() for t in tensors)))
+    return made
 
 
 def _row(name: str, A: Any, B: Any, scale: float) -> dict[str, Any]:

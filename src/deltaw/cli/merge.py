@@ -65,9 +65,7 @@ def _merge(command: Merge, out: Path) -> _Done:
         except NotByFiles:
             if command.reversible:
                 raise
-            show.err.print(
-                "The checkpoint's files alone do not say where the layers are: merging in memory.", style="dim"
-            )
+            show.err.print("By the checkpoint's files alone this cannot be merged: merging in memory.", style="dim")
     elif command.reversible:
         raise ConfigError(
             "--reversible gives a file's own bytes back, so it needs a checkpoint in safetensors and --dtype auto."

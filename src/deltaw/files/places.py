@@ -69,6 +69,14 @@ def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Pl
     return {layer: Place(name, bool(transposed[layer])) for layer, name in tensors.items()}
 
 
+def check_plain(file: LoRAFile) -> None:
+    """Raise NotByFiles for an adapter that is more than A and B of dense layers: what else it changes is merged in memory."""
+    if others := file.beyond():
+        raise NotByFiles(
+            listing("By files alone only A and B of dense layers are merged; this adapter has more, for", others)
+        )
+
+
 def _twins(tensors: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """Tensors that two layers are found to have."""
     first: dict[str, str] = {}
@@ -84,9 +92,10 @@ def _transposed(
     square layers only the kind of model does: PEFT writes one fan_in_fan_out for all layers, by the last one that it met."""
     own = transposed_layers(file)
     if own is not None:
-        return {n: n in own for n in stored}
+        return {n: n in own or n in file.embeddings for n in stored}
     square = False if _all_linear(folder) else None
-    return {n: square if d == k else stored[n] == (k, d) for n, (d, k) in shapes.items()}
+    told = {n: square if d == k else stored[n] == (k, d) for n, (d, k) in shapes.items()}
+    return told | {n: True for n in stored if n in file.embeddings}
 
 
 def _all_linear(folder: Path) -> bool:

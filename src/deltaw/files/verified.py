@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaw.errors import FileError, MergeError, listing
 from deltaw.files import peft
 from deltaw.files.fingerprint import bits_of
-from deltaw.files.places import fingerprint_of_layers, places_of
+from deltaw.files.places import check_plain, fingerprint_of_layers, places_of
 from deltaw.files.shards import Entry, Shard, read_tensor, shards_of
 from deltaw.lowrank import merge_
 
@@ -37,6 +37,7 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
     sound."""
     merged, base, adapter = Path(merged), Path(base), Path(adapter)
     file = peft.read(adapter)
+    check_plain(file)
     base_shards = shards_of(base)
     places = places_of(base_shards, file, base)
     layers = {place.tensor: layer for layer, place in places.items()}

@@ -12,7 +12,9 @@ from torch import Tensor
 from deltaw import merged, store
 from deltaw.config import DType
 from deltaw.errors import MergeError
+from deltaw.files import peft
 from deltaw.files.atomic import replacing_folder
+from deltaw.fitted import vocabulary
 from deltaw.merge_report import MergeReport
 from deltaw.positions import most_positions
 from deltaw.pretrained import Pretrained, load_pretrained, save_pretrained
@@ -46,8 +48,7 @@ def merge_to_folder(
 ) -> MergedFolder:
     """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
     safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
-    loaded = load_pretrained(source, dtype=_checkpoint_dtype(source) if dtype == "auto" else dtype, device="cpu")
-    store.load(loaded.model, adapter, check_base=check_base)
+    loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
     ids, expected = _logits(loaded)
     report = merged.merge(loaded.model)
     with replacing_folder(out) as folder:
@@ -60,12 +61,21 @@ def merge_to_folder(
 
 def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True) -> Compared:
     """The merged model in `folder` beside the unmerged one. Raises MergeError when they differ by more than rounding."""
-    loaded = load_pretrained(source, dtype=_checkpoint_dtype(source), device="cpu")
-    store.load(loaded.model, adapter, check_base=check_base)
+    loaded = _opened(source, adapter, _checkpoint_dtype(source), check_base)
     ids, expected = _logits(loaded)
     dtype = loaded.model.dtype
     del loaded  # the two models are not in memory together
     return _compared(folder, ids, expected, dtype)
+
+
+def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
+    """The base with the adapter on it, and with as many tokens as the adapter has."""
+    loaded = load_pretrained(source, dtype=dtype, device="cpu")
+    tokens = vocabulary(loaded.model, peft.read(adapter))
+    if tokens > loaded.model.get_input_embeddings().weight.shape[0]:
+        loaded.model.resize_token_embeddings(tokens, mean_resizing=False)
+    store.load(loaded.model, adapter, check_base=check_base)
+    return loaded
 
 
 @torch.no_grad()
