@@ -36,12 +36,8 @@ class Place:
 
 
 def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Place]:
-    """Where each of the adapter's layers is. Raises FileError with every layer that is not found, or is of another shape, and
-    NotByFiles for an adapter that is more than A and B of dense layers."""
-    if others := file.beyond():
-        raise NotByFiles(
-            listing("By files alone only A and B of dense layers are merged; this adapter has more, for", others)
-        )
+    """Where each of the adapter's layers with A and B is. Raises FileError with every layer that is not found, or is of another
+    shape."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     found = {layer: _tensor_of(layer, entries) for layer in file.factors}
     unclear = [
