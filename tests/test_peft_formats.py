@@ -11,7 +11,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from deltaw import LoRA, attach, combine, detach, load, merge, save, unmerge, using
 from deltaw.errors import FileError, MergeError
@@ -113,13 +119,13 @@ def settings_for(config: str, model: str) -> dict[str, Any]:
     return {key: named(value) for key, value in settings.items()}
 
 
-def filled(model: Any, seed: int = 0) -> Any:
+def filled(model: Any, size: float = 0.2) -> Any:
     """Random values for all that trains, tied weights once."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     return model
 
 
@@ -170,6 +176,33 @@ def test_7_real_peft_and_we_agree(config: str, model: str, ids: torch.Tensor, tm
     detach(plain)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(again, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+ON_SMOLLM2 = [
+    "all linear", "dora", "patterns", "norms whole", "embedding", "head", "both whole and tied", "embedding whole", "tokens",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ON_SMOLLM2)
+@pytest.mark.filterwarnings("ignore")
+def test_7_real_peft_and_we_agree_on_smollm2(config: str, smollm2: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    ids = torch.randint(0, 49152, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids[0, :3] = torch.tensor([7, 3, 90])
+    made = peft.LoraConfig(r=8, lora_alpha=20, **settings_for(config, "llama"))
+    theirs = filled(peft.get_peft_model(base, made), size=0.02).eval()
+    expected = logits(theirs, ids)
+    theirs.save_pretrained(tmp_path / "theirs")
+    del theirs
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    plain = logits(base, ids)
+    load(base, tmp_path / "theirs")
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(base, ids), expected, rtol=1e-3, atol=1e-3)
+    save(base, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(detach(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, ids), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_7_older_versions_files(ids: torch.Tensor, tmp_path: Path) -> None:

@@ -197,6 +197,21 @@ def test_a_copy_of_another_base_is_used_and_named(
     torch.testing.assert_close(other(ids).logits, base(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_biased_head_whose_copy_is_in_the_file(ids: torch.Tensor, tmp_path: Path) -> None:
+    base = tiny_llama(tied=False).eval()
+    base.lm_head = torch.nn.Linear(32, 96)
+    theirs = fill_peft(
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(lora_alpha=10, target_modules=["lm_head"]))
+    )
+    theirs.save_pretrained(tmp_path / "a")
+    assert "base_model.model.lm_head.base_layer.bias" in weights_of(tmp_path / "a")
+    with torch.no_grad():
+        base.lm_head.bias.add_(1.0)
+    load(base, tmp_path / "a")
+    torch.testing.assert_close(base(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     source = fill(attach(tiny_llama(), LoRA(rank=4, alpha=10, targets="qv", whole="*norm", tokens="5,90")))
     save(source, tmp_path / "a")

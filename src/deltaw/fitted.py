@@ -138,7 +138,7 @@ class _Fitting:
 
     @torch.no_grad()
     def _sum(self, layer: Any, update: LowRank, values: dict[str, nn.Parameter]) -> Update:
-        weight, changes = values["weight"].float(), update.changes(layer)
+        weight, changes = values.get("weight", layer.weight).float(), update.changes(layer)
         W = as_matrix(layer, "weight", weight.clone())
         if W.shape != (update.B.shape[0], update.A.shape[1]):
             self.problems.append(

@@ -78,6 +78,23 @@ def test_4_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
+def test_4_smollm2_in_bfloat16_goes_through_disk_and_back(smollm2: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="100MB")
+    fill(deltaw.attach(model, deltaw.LoRA(rank=8, alpha=20)), size=0.03)
+    deltaw.save(model, tmp_path / "adapter")
+    deltaw.merge(model)
+    streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", reversible=True)
+    found = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16))
+    assert all(torch.equal(found[name], value) for name, value in weights(model).items())
+    assert streamed.unmerge_files(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back").exact
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "base") != hashes(tmp_path / "merged")
+    assert (tmp_path / "merged" / correction.NAME).stat().st_size < 0.05 * sum(
+        path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")
+    )
+
+
 def test_without_a_correction_the_base_comes_back_within_what_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = checkpoint(MAKERS["llama"], dtype, tmp_path)
     streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
