@@ -4,8 +4,8 @@
 
 For q,v and all-linear at r = 8 and growing numbers of adapters, as many rows as adapters: the base, deltaw's route, deltaw's with
 all rows through one adapter, and PEFT's adapter_names, in turn, medians. Before anything is timed, each row's logits are
-compared with that row's alone. Writes results/many_adapters.json, and many_adapters.html
-with its curves (which is not kept in the repository).
+compared with that row's alone. "rounding" is ‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter in the precision that it is stored in. Writes
+results/many_adapters.json, and many_adapters.html with its curves (which is not kept in the repository).
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--peft-most", type=int, default=64, help="adapters that PEFT loads, each more slowly than the last"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--store", choices=["float32", "bfloat16"], help="of A and B; default: float32")
     parser.add_argument("--name", default="many_adapters", help="of the result file")
@@ -49,15 +52,17 @@ def main() -> None:
         "rank": 8, "cached_tokens": CACHED,
         "prefill_tokens": PREFILL, "ratios": "over the base's time on the same rows", "rows": rows,
     })  # fmt: skip
-    series = [
-        Series(f"{target}, {tool}", [(r["adapters"], r["decode"][tool]) for r in rows if r["targets"] == target], "line")
-        for target in TARGETS for tool in ("deltaw", "peft") if tool in rows[0]["decode"]
-    ]  # fmt: skip
+    series = [Series(f"{t}, {tool}", curve(rows, t, tool), "line") for t in TARGETS for tool in ("deltaw", "peft")]
     chart = Chart(
         "A decode step with an adapter for each row", "adapters, as many rows", "over the base's time", series
     )
     headline = "What a decode step costs when each row of the batch has an adapter of its own"
     write(Report("Many adapters in one batch", headline, curves=[chart]), machine.RESULTS / f"{chosen.name}.html")
+
+
+def curve(rows: list[dict[str, Any]], targets: str, tool: str) -> list[tuple[float, float]]:
+    """Number of adapters → a decode step over the base's."""
+    return [(r["adapters"], r["decode"][tool]) for r in rows if r["targets"] == targets and tool in r["decode"]]
 
 
 @torch.no_grad()
@@ -77,7 +82,7 @@ def measure(chosen: argparse.Namespace, targets: str) -> list[dict[str, Any]]:
                 activate=False,
                 dtype=chosen.store and getattr(torch, chosen.store),
             )
-            if twin is not None:
+            if twin is not None and name in names[: chosen.peft_most]:
                 path = str(Path(folder) / name)
                 if theirs is None:
                     theirs = peft.PeftModel.from_pretrained(twin, path, adapter_name=name)
@@ -85,7 +90,10 @@ def measure(chosen: argparse.Namespace, targets: str) -> list[dict[str, Any]]:
                     theirs.load_adapter(path, adapter_name=name)
     if theirs is not None:
         theirs.eval()
-    return [count_row(model, theirs, names[:count], targets, chosen.rounds) for count in chosen.counts]
+    return [
+        count_row(model, theirs if count <= chosen.peft_most else None, names[:count], targets, chosen.rounds)
+        for count in chosen.counts
+    ]
 
 
 def make_adapters(model: Any, targets: str, names: list[str], folder: Path) -> None:
@@ -103,6 +111,7 @@ def count_row(model: Any, theirs: Any, names: list[str], targets: str, rounds: i
     times = {"decode": ratios(rows(model, theirs, names, prompt[:, :1], prompt), rounds)}
     times["prefill"] = ratios(rows(model, theirs, names, prompt[:, :PREFILL], None), rounds)
     row = {"targets": targets, "adapters": n, **times, "largest_logit_difference_from_alone": apart}
+    row["rounding"] = deltaw.summary(model).adapters[names[0]].rounding
     print(row, flush=True)
     return row
 
