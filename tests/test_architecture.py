@@ -30,7 +30,7 @@ ORDER = [
     ["methods"],
     ["files", "data", "positions", "modes"],
     ["base_identity", "summaries", "switching", "combined", "extracted", "converted"],
-    ["filed", "fitted"],
+    ["filed", "fitted", "renames"],
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],

@@ -27,18 +27,17 @@ _known: Any = WeakTensorKeyDictionary()
 
 
 def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint:
-    """Of the base as it was before attach, by its parameters' names. Left out are those that an adapter has values of its own for
+    """Of the base as it was before attach. Left out are those that an adapter has values of its own for
     (`without`, by any of their names): a new head is another one each time, a vocabulary may not have been resized yet."""
     gone = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else ()
-    found = {n: _digest(parameter, tensor) for n, parameter, tensor in base_tensors(model) if id(parameter) not in gone}
-    return combined(found)
+    return combined(_digest(p, tensor) for _, p, tensor in base_tensors(model) if id(p) not in gone)
 
 
 def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
-    """Of these layers' weights alone, by the layers' names: what a checkpoint's files tell without the model."""
+    """Of these layers' weights alone: what a checkpoint's files tell without the model."""
     digests = {id(parameter): _digest(parameter, tensor) for _, parameter, tensor in base_tensors(model)}
     owner: Any = owner_of(model)
-    return combined({layer: digests[id(owner.get_submodule(layer).weight)] for layer in layers})
+    return combined(digests[id(owner.get_submodule(layer).weight)] for layer in layers)
 
 
 def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:

@@ -21,6 +21,7 @@ from deltaw.fitted import fitted
 from deltaw.lowrank import delta_norm
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.renames import renamed
 from deltaw.updates import LowRank, Update
 
 log = logging.getLogger("deltaw")
@@ -85,7 +86,7 @@ def load(
     adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
     """
     path = Path(path)
-    file = peft.read(path)
+    file = renamed(peft.read(path), dict(live.base_modules(model)))
     taken = live.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")

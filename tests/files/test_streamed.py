@@ -77,7 +77,6 @@ def test_4_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.
     assert back.exact and hashes(folder / "back") == hashes(folder / "base")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.slow
 def test_4_smollm2_in_bfloat16_goes_through_disk_and_back(smollm2: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
@@ -95,6 +94,7 @@ def test_4_smollm2_in_bfloat16_goes_through_disk_and_back(smollm2: Path, tmp_pat
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_a_correction_the_base_comes_back_within_what_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = checkpoint(MAKERS["llama"], dtype, tmp_path)
     streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")

@@ -1,4 +1,5 @@
-"""Which base an adapter belongs to: a hash over the names, shapes and content of its tensors. Knows no model.
+"""Which base an adapter belongs to: a hash over the shapes and content of its tensors, whatever their names: another version of a
+library may change those. Knows no model.
 
 `exact` covers dtypes and every bit: a position-free 64-bit sum of each tensor's content, one pass at memory speed, with a
 sha256 over evenly spaced entries. The other two cover those entries rounded to bfloat16 and to float16, so that a base
@@ -8,7 +9,7 @@ loaded in another precision is still recognised as the same one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,16 +63,10 @@ def digest(tensor: Tensor) -> Digest:
     return Digest(*(hashlib.sha256(part).digest() for part in parts))
 
 
-def combined(digests: Mapping[str, Digest]) -> Fingerprint:
-    """Of tensors by name, in any order."""
-    named = sorted(digests.items())
-    hashes = [hashlib.sha256(b"".join(name.encode() + d[i] for name, d in named)) for i in range(3)]
-    return Fingerprint(*(h.hexdigest()[:32] for h in hashes))
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
-    """Of (name, tensor) pairs, in any order. Reads every tensor once."""
-    return combined({name: digest(tensor) for name, tensor in tensors})
+def combined(digests: Iterable[Digest]) -> Fingerprint:
+    """Of tensors in any order."""
+    hashes = [hashlib.sha256(b"".join(sorted(part))) for part in zip(*digests, strict=True)]
+    return Fingerprint(*(h.hexdigest()[:32] for h in hashes or [hashlib.sha256()] * 3))
 
 
 def bits_of(flat: Tensor) -> Tensor:

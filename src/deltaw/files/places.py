@@ -122,4 +122,4 @@ def fingerprint_of_layers(shards: list[Shard], places: Mapping[str, Place]) -> F
         with shard.path.open("rb") as stream:
             for name in shard.entries.keys() & layers.keys():
                 digests[layers[name]] = digest(read_tensor(stream, shard.entries[name])[1])
-    return combined(digests)
+    return combined(digests.values())

@@ -145,7 +145,7 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
             if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
                 raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
         _copy_the_rest(merged, folder)
-    exact = kept is not None or peft.fingerprint_of(file, adapter, peft.W0) == combined(digests)
+    exact = kept is not None or peft.fingerprint_of(file, adapter, peft.W0) == combined(digests.values())
     return UnmergedFiles(len(places), kept is not None, exact, max(errors))
 
 
