@@ -1,5 +1,7 @@
 """One adapter out of several: exact sums, sums cut to a rank, TIES and DARE. No scale is 1."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from deltaw import LoRA, attach, delta, merge, unmerge, using
 from deltaw.attached import updates
 from deltaw.combined import combine
 from deltaw.errors import AdapterError
-from tests.conftest import bits, fill
+from tests.conftest import bits, fill, tiny_gpt2, tiny_llama
+from tests.test_updates import METHODS
 
 
 @pytest.fixture
@@ -106,3 +109,56 @@ def test_what_is_wrong_is_said_at_once(two: Any) -> None:
     with pytest.raises(AdapterError, match=r"(?s)weights is empty.*how is 'mean'"):
         combine(two, {}, name="x", how="mean")  # type: ignore[arg-type]
     assert deltaw.adapters(two) == ("a", "b")
+
+
+WEIGHTS = {"a": 0.7, "b": -0.4}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_combines_to_what_merging_several_makes(method: str, ids: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    model = tiny_llama(tied=False).eval()
+    for seed, name in enumerate(WEIGHTS):
+        fill(attach(model, METHODS[method], name=name), seed=seed)
+    combine(model, WEIGHTS, name="both", rank=32 if "dora" in method else None)  # all that these layers can have
+    ids[0, :3] = torch.tensor([5, 7, 90])
+    with using(model, "both"):
+        branch = model(ids).logits
+    merge(model, weights=WEIGHTS)
+    torch.testing.assert_close(branch, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_biases_combine(ids: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    model = tiny_gpt2().eval()
+    for seed, name in enumerate(WEIGHTS):
+        attach(model, LoRA(rank=2, alpha=5), name=name)
+        if name == "a":
+            for layer, update in updates(model, name).items():
+                update.bias = torch.nn.Parameter(torch.zeros_like(model.get_submodule(layer).bias))
+        fill(model, name, seed=seed)
+    combine(model, WEIGHTS, name="both")
+    with using(model, "both"):
+        branch = model(ids).logits
+    merge(model, weights=WEIGHTS)
+    torch.testing.assert_close(branch, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"tokens": "96,97"}, {"whole": "embed_tokens,lm_head"}], ids=["tokens", "whole"])
+def test_vocabularies_of_different_sizes_combine(settings: dict[str, str], ids: torch.Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = tiny_llama().eval()
+    for seed, (name, count) in enumerate([("a", 98), ("b", 99)]):
+        model = copy.deepcopy(base)
+        model.resize_token_embeddings(count)
+        fill(attach(model, LoRA(rank=2, alpha=5, targets="qv", **settings)), seed=seed)
+        deltaw.load(base, deltaw.save(model, tmp_path / name), name=name)
+    combine(base, {"a": 0.5, "b": 0.5}, name="both", activate=True)
+    assert base(ids).logits.shape[-1] == (98 if "tokens" in settings else 99)
+    base.resize_token_embeddings(99)
+    combine(base, {"a": 1.0}, name="same")
+    ids[0, :2] = torch.tensor([96, 97])
+    with using(base, "a"):
+        alone = base(ids).logits
+    with using(base, "same"):
+        assert torch.equal(base(ids).logits, alone)

@@ -156,12 +156,16 @@ class _Layer:
         return list(dict.fromkeys(n for update in self.updates for n in update._parameters))
 
     def _value(self, own_name: str) -> Tensor:
-        """The base's value and, times their weights, what the updates add to it."""
+        """The base's value and, times their weights, what the updates add to it. A vocabulary is as large as the largest."""
         own = self.layer._parameters.get(own_name)
-        values = [(getattr(update, own_name, None), weight) for update, weight in self.terms]
-        given = next(value for value, _ in values if value is not None)
-        base = torch.zeros_like(given) if own is None else own.detach().float()
-        return base + sum(weight * (value.float() - base) for value, weight in values if value is not None)
+        values = [(v.detach().float(), w) for u, w in self.terms if (v := getattr(u, own_name, None)) is not None]
+        base = torch.zeros_like(values[0][0]) if own is None else own.detach().float()
+        longest = max([base, *(value for value, _ in values)], key=len)
+        base = torch.cat([base, torch.zeros_like(longest[len(base) :])])
+        total = base.clone()
+        for value, weight in values:
+            total[: len(value)] += weight * (value - base[: len(value)])
+        return total
 
     def _rows(self) -> ReplacedRows:
         every = [u for u in self.updates if isinstance(u, ReplacedRows)]
