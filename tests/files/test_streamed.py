@@ -17,19 +17,20 @@ from deltaw.errors import FileError, MergeError
 from deltaw.files import correction, streamed
 from deltaw.files.places import NotByFiles
 from deltaw.files.shards import INDEX
+from deltaw.files.verified import verify_merged
 from tests.conftest import MAKERS, fill
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def checkpoint(make: Any, dtype: torch.dtype, folder: Path) -> Path:
+def checkpoint(make: Any, dtype: torch.dtype, folder: Path, method: Any = deltaw.LoRA(rank=4, alpha=6)) -> Path:  # noqa: B008
     """A model folder of several shards, and beside it an adapter of the model."""
     torch.manual_seed(1)
     model = make().to(dtype).eval()
     model.save_pretrained(folder / "base", max_shard_size="30KB")
     (folder / "base" / "notes.txt").write_text("goes along")
     (folder / "base" / "pytorch_model.bin").write_bytes(b"stale")
-    deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6))
+    deltaw.attach(model, method)
     fill(model)
     deltaw.save(model, folder / "adapter")
     return folder
@@ -75,6 +76,22 @@ def test_4_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.
     assert hashes(folder / "merged") != hashes(folder / "base")
     back = streamed.unmerge_files(folder / "merged", folder / "adapter", folder / "back")
     assert back.exact and hashes(folder / "back") == hashes(folder / "base")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_11_doras_merge_on_disk_is_the_merge_in_memory(llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = checkpoint(llama_or_gpt2, dtype, tmp_path, deltaw.DoRA(rank=4, alpha=6))
+    streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    deltaw.load(model, folder / "adapter")
+    deltaw.merge(model)
+    found = weights(AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=dtype))
+    assert all(torch.equal(found[name], value) for name, value in weights(model).items())
+    layers = verify_merged(folder / "merged", folder / "base", folder / "adapter")
+    assert layers == deltaw.summary(model).adapters["default"].layers
+    with pytest.raises(NotByFiles, match="only A and B of dense layers"):
+        streamed.merge_files(folder / "base", folder / "adapter", folder / "no", reversible=True)
+    assert not (folder / "no").exists()
 
 
 @pytest.mark.slow

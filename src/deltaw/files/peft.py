@@ -35,7 +35,7 @@ from deltaw.files.peft_config import (  # fmt: skip
 )
 from deltaw.files.peft_keys import PREFIX, Sorted, sort
 from deltaw.files.shards import read_tensors
-from deltaw.lowrank import Product
+from deltaw.lowrank import Change, Product, Rescaled
 
 log = logging.getLogger("deltaw")
 
@@ -74,8 +74,13 @@ class LoRAFile:
     """Name of a parameter of a layer in `factors` → the base's own value, where the file has that too."""
 
     def product(self, layer: str) -> Product:
-        """ΔW of a layer's low-rank update."""
+        """ΔW of a layer's low-rank update, but for DoRA's magnitude."""
         return Product(*self.factors[layer], self.scales[layer])
+
+    def change(self, layer: str) -> Change:
+        """What merging makes of a layer's weight."""
+        product = self.product(layer)
+        return Rescaled(product, self.magnitudes[layer]) if layer in self.magnitudes else product
 
     def replaced(self) -> set[str]:
         """Names of the base's parameters that the adapter has values for, whole or some rows of them."""

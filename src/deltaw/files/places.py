@@ -65,11 +65,14 @@ def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Pl
     return {layer: Place(name, bool(transposed[layer])) for layer, name in tensors.items()}
 
 
-def check_plain(file: LoRAFile) -> None:
-    """Raise NotByFiles for an adapter that is more than A and B of dense layers: what else it changes is merged in memory."""
-    if others := file.beyond():
+def check_by_files(file: LoRAFile, *, undone: bool = False) -> None:
+    """Raise NotByFiles for an adapter that changes more than files alone tell: embeddings, which a head may share, biases, tokens
+    and whole modules; and, where the merge is to be `undone`, for DoRA, whose ΔW depends on W0."""
+    others = [name for name in file.beyond() if undone or name not in file.magnitudes]
+    if others:
+        kinds = "A and B" if undone else "A and B, and DoRA's magnitudes,"
         raise NotByFiles(
-            listing("By files alone only A and B of dense layers are merged; this adapter has more, for", others)
+            listing(f"By files alone only {kinds} of dense layers are merged; this adapter has more, for", others)
         )
 
 

@@ -22,7 +22,7 @@ from deltaw.files import correction, peft
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
-from deltaw.files.places import Place, check_plain, fingerprint_of_layers, places_of
+from deltaw.files.places import Place, check_by_files, fingerprint_of_layers, places_of
 from deltaw.files.shards import Rewritten, Shard, rewrite, shards_of
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.merge_report import check_merged
@@ -76,7 +76,7 @@ def merge_files(
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
     shards, file = shards_of(base), peft.read(adapter)
-    check_plain(file)
+    check_by_files(file, undone=reversible)
     places = places_of(shards, file, base)
     if check_base:
         peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
@@ -87,7 +87,7 @@ def merge_files(
             place = places[layer]
             W0 = place.W0(tensor)
             if kept is None:
-                stats[layer] = merge_(W0, file.product(layer))
+                stats[layer] = merge_(W0, file.change(layer))
             else:
                 stats[layer], residual = merge_reversibly_(W0, file.product(layer))
                 kept.put(place.tensor, residual)
@@ -117,7 +117,7 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
     """
     merged, adapter, out = Path(merged), Path(adapter), Path(out)
     shards, file = shards_of(merged), peft.read(adapter)
-    check_plain(file)
+    check_by_files(file, undone=True)
     places = places_of(shards, file, merged)
     kept = correction.Reader(merged / correction.NAME) if (merged / correction.NAME).is_file() else None
     if kept is not None and kept.manifest.adapter != digest_of(file):

@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaw.errors import FileError, MergeError, listing
 from deltaw.files import peft
 from deltaw.files.fingerprint import bits_of
-from deltaw.files.places import check_plain, fingerprint_of_layers, places_of
+from deltaw.files.places import check_by_files, fingerprint_of_layers, places_of
 from deltaw.files.shards import PIECE, Entry, Shard, read_tensor, shards_of
 from deltaw.lowrank import merge_
 
@@ -38,7 +38,7 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
     sound."""
     merged, base, adapter = Path(merged), Path(base), Path(adapter)
     file = peft.read(adapter)
-    check_plain(file)
+    check_by_files(file)
     base_shards = shards_of(base)
     places = places_of(base_shards, file, base)
     layers = {place.tensor: layer for layer, place in places.items()}
@@ -54,7 +54,7 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
             continue
         expected, actual = _read(shard, entry), _read(other, found)
         if name in layers:
-            merge_(places[layers[name]].W0(expected), file.product(layers[name]))
+            merge_(places[layers[name]].W0(expected), file.change(layers[name]))
         differ = _differences(expected.reshape(-1), actual.reshape(-1))
         if differ:
             problems.append(
