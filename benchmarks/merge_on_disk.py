@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +108,23 @@ def make_adapter(base: Path, folder: Path, layers: int) -> None:
     peft.write(folder, file)
 
 
+# A process begins with the peak of the one that it was forked from: a small one in between tells what its child took itself
+LAUNCH = """
+import json, os, subprocess, sys, time
+began = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps({"status": status, "seconds": time.perf_counter() - began, "peak_mb": usage.ru_maxrss * 1024 / 1e6}))
+"""
+
+
 def timed(words: list[str]) -> dict[str, Any]:
     """Seconds and the peak of resident memory of a Python process."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{words} ended with status {status}")
-    return {"seconds": time.perf_counter() - began, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
+    done = subprocess.run([sys.executable, "-c", LAUNCH, sys.executable, *words], stdout=subprocess.PIPE, check=True)
+    found = json.loads(done.stdout)
+    if found.pop("status"):
+        raise SystemExit(f"{words} failed")
+    return found
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Upd
 log = logging.getLogger("deltaw")
 
 
-def fitted(model: nn.Module, file: LoRAFile, path: Path, *, device: torch.device | None = None) -> dict[str, Update]:
-    """The file's updates for this model's layers, in the model's order, on `device` (default: their layers'). A and B stay in the
-    file's dtype, what is trained whole gets the base's. Raises FileError with everything that does not fit."""
-    fitting = _Fitting(model, file, device)
+def fitted(
+    model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile, path: Path, *, device: torch.device | None = None
+) -> dict[str, Update]:
+    """The file's updates for the model's `layers`, in their order, on `device` (default: the layers'). A and B stay in the file's
+    dtype, what is trained whole gets the base's. Raises FileError with everything that does not fit."""
+    fitting = _Fitting(model, layers, file, device)
     fitting.low_rank()
     fitting.whole()
     fitting.rows()
@@ -50,9 +53,10 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
 class _Fitting:
     """What has been made so far, and what was wrong."""
 
-    def __init__(self, model: nn.Module, file: LoRAFile, device: torch.device | None) -> None:
-        self.model, self.file, self.device = model, file, device
-        self.layers: dict[str, Any] = dict(base_modules(model))
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, Any], file: LoRAFile, device: torch.device | None
+    ) -> None:
+        self.model, self.layers, self.file, self.device = model, layers, file, device
         self.updates: dict[str, Update] = {}
         self.problems: list[str] = []
 

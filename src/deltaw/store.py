@@ -86,14 +86,15 @@ def load(
     adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
     """
     path = Path(path)
-    file = renamed(peft.read(path), dict(live.base_modules(model)))
+    layers = dict(live.base_modules(model))
+    file = renamed(peft.read(path), layers)
     taken = live.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")
     live.check_free(model, name)
     if check_base:
         peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model, without=file.replaced()))
-    updates = fitted(model, file, path, device=torch.device("cpu") if host else None)
+    updates = fitted(model, layers, file, path, device=torch.device("cpu") if host else None)
     training = _training(file, path)
     metadata: dict[str, Any] = {"training": training} if training else {}
     if dtype is not None:
