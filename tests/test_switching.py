@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration, XLNetConfig, XLNetLMHeadModel
 
 from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, use, using
+from deltaw.attached import updates
 from deltaw.errors import AdapterError, MergeError
 from tests.conftest import fill, tiny_llama
 
@@ -272,6 +273,7 @@ def test_switches_under(mode: Any, many: Any) -> None:
         assert not torch.allclose(mixed[1], one[1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_see_switches_and_rows() -> None:
     torch.manual_seed(1)
@@ -307,3 +309,31 @@ def test_unloading_frees_the_tensors(many: Any) -> None:
     gc.collect()
     assert all(ref() is None for ref in gone)
     assert not torch.allclose(*(alone(many, batch(1), [n]) for n in ("a", "c")))
+
+
+@pytest.mark.parametrize("change", ["fused step", "new memory", "another tensor"])
+def test_8_rows_follow_changes_that_pytorch_does_not_count(change: str, ids: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    model = tiny_llama().eval()
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2, alpha=5), name=name), name, seed=seed)
+
+    def rows() -> torch.Tensor:
+        with torch.no_grad(), route(model, ["a", "b", "a"]):
+            return model(ids).logits
+
+    before = rows()
+    own = parameters(model, "a")
+    if change == "fused step":
+        for parameter in own:
+            parameter.requires_grad_(True).grad = torch.ones_like(parameter)
+        torch.optim.AdamW(own, lr=0.1, fused=True).step()
+    for update in updates(model, "a").values():
+        if change == "new memory":
+            update.B.data = update.B.detach() + 0.1
+        if change == "another tensor":
+            update.B = torch.nn.Parameter(update.B.detach() + 0.1)
+    after = rows()
+    assert not torch.allclose(after[0], before[0]) and torch.allclose(after[1], before[1], atol=1e-5)
+    with torch.no_grad(), using(model, "a"):
+        torch.testing.assert_close(after[2], model(ids).logits[2], rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from torch import Tensor
 from deltaw import mixed
 from deltaw.errors import AdapterError
 from deltaw.mixed import Order, Stack
+from deltaw.versions import steps
 
 
 @dataclass(frozen=True)
@@ -23,39 +24,59 @@ class Layer:
     stacks: list[Stack]
     members: tuple[tuple[str, ...], ...]
     """Names of each stack's adapters."""
+    singly: tuple[str, ...]
+    """Adapters whose updates cannot be stacked: each is computed on its own rows."""
+    updates: dict[str, Any]
+    """All of the rows' adapters → their updates, None for one that has none on this layer."""
     parameters: list[Tensor]
-    """A and B of each of them."""
+    """A and B of each that is stacked."""
+    tensors: list[int]
+    """What tells these from others, and from themselves with other memory."""
+    counted: list[Tensor]
+    """Of these, those that count changes in place."""
     versions: list[int]
-    """Of those when the stacks were made: a change in place counts one up."""
-    first: Any
-    """The first update: they are in training mode together."""
+    """Their counts when the stacks were made."""
+    steps: int
+    """That optimizers had taken by then: not all of them are counted."""
     training: bool
     dtype: torch.dtype
     """Of the layer's output."""
     device: torch.device
-    singly: tuple[str, ...]
-    """Adapters whose updates cannot be stacked: each is computed on its own rows."""
 
     def still_holds(self, out: Tensor) -> bool:
-        """Whether nothing has changed since: asked in each pass, so kept short."""
+        """Whether nothing was written since: asked in each pass, so kept short."""
         return (
             self.dtype == out.dtype
-            and self.training == self.first.training
             and self.device == out.device
-            and self.versions == _versions(self.parameters)
+            and self.training == next(iter(self.updates.values())).training
+            and self.steps == steps()
+            and self.versions == [t._version for t in self.counted]
         )
+
+    def is_of(self, updates: Mapping[str, Any]) -> bool:
+        """Whether these are the updates that the stacks were made of, with the same tensors: asked once in a block."""
+        same = all(updates.get(name) is update for name, update in self.updates.items())
+        return same and self.tensors == _tensors(self._stacked())
 
     def learns(self) -> bool:
         """Whether gradients are wanted, which flow into stacks that are made anew in each pass."""
         return _wanted(self.parameters)
 
+    def _stacked(self) -> list[Any]:
+        return [self.updates[name] for names in self.members for name in names]
+
+
+def _tensors(updates: Sequence[Any]) -> list[int]:
+    """Which A, B and bias these have, and where. (The modules' own dictionaries: there may be a hundred adapters.)"""
+    found: list[int] = []
+    for own in [update._parameters for update in updates]:
+        A, B = own["A"], own["B"]
+        found += (id(A), id(B), A.data_ptr(), B.data_ptr(), id(own["bias"]))
+    return found
+
 
 def _wanted(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 class Rows:
@@ -116,26 +137,38 @@ class Rows:
     def _made(self, updates: Mapping[str, Any], out: Tensor) -> Layer | None:
         """The layer's stacks, those that were kept if they are still good; None where none of the rows' adapters has the
         layer."""
+        kept = self.kept.get(id(updates))
+        if kept is not None and kept.is_of(updates) and not kept.learns() and kept.still_holds(out):
+            self.seen.add(id(updates))
+            return kept
         groups = self._groups(updates)
         singly = tuple(name for name in self.rows if name in updates and not updates[name].stackable)
         if not groups and not singly:
             return None
-        parameters = [tensor for names in groups for name in names for tensor in (updates[name].A, updates[name].B)]
-        kept = self.kept.get(id(updates))
-        same = kept is not None and [id(p) for p in kept.parameters] == [id(p) for p in parameters]
-        if kept is not None and same and kept.singly == singly and not kept.learns() and kept.still_holds(out):
-            self.seen.add(id(updates))
-            return kept
-        first = updates[groups[0][0] if groups else singly[0]]
-        learns = _wanted(parameters)
-        with torch.inference_mode(False), torch.set_grad_enabled(learns):  # a later pass may want gradients of x
-            stacks = [_stack([updates[name] for name in names], out.dtype) for names in groups]
-        versions = _versions(parameters)
-        layer = Layer(stacks, groups, parameters, versions, first, first.training, out.dtype, out.device, singly)
-        if not learns:
+        layer = self._stacked(updates, groups, singly, out)
+        if not layer.learns():
             self.kept[id(updates)] = layer
             self.seen.add(id(updates))
         return layer
+
+    def _stacked(
+        self, updates: Mapping[str, Any], groups: tuple[tuple[str, ...], ...], singly: tuple[str, ...], out: Tensor
+    ) -> Layer:
+        """New stacks. (The first of `updates` is one that there is: they are in training mode together.)"""
+        stacked = [updates[name] for names in groups for name in names]
+        parameters = [tensor for update in stacked for tensor in (update.A, update.B)]
+        counted = [t for t in parameters if not t.is_inference()]
+        first = groups[0][0] if groups else singly[0]
+        own = {first: updates[first]} | {name: updates.get(name) for name in self.rows}
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(_wanted(parameters)),
+        ):  # a later pass may want gradients of x
+            stacks = [_stack([updates[name] for name in names], out.dtype) for names in groups]
+        return Layer(
+            stacks, groups, singly, own, parameters, _tensors(stacked), counted, [t._version for t in counted], steps(),
+            updates[first].training, out.dtype, out.device,
+        )  # fmt: skip
 
     def _groups(self, updates: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
         """Adapters that can be one stack, in the order of their names."""

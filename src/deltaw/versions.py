@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _steps: Any = WeakTensorKeyDictionary()
 """Parameter → steps that fused optimizers took with it."""
+_total = 0
 
 
 def version_of(tensor: Tensor) -> tuple[int, int, int]:
@@ -21,7 +22,14 @@ def version_of(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _steps.get(tensor, 0)
 
 
+def steps() -> int:
+    """How many steps optimizers of this process have taken."""
+    return _total
+
+
 def _count(optimizer: Any, *_: Any) -> None:
+    global _total
+    _total += 1
     for group in optimizer.param_groups:
         if group.get("fused"):
             for parameter in group["params"]:
