@@ -64,9 +64,8 @@ class _Fitting:
         """A and B, and what DoRA and biases have beside them."""
         file, dropout = self.file, float(self.file.config.get("lora_dropout") or 0.0)
         for name, (A, B) in file.factors.items():
-            layer = self.layers.get(name)
+            layer = self._layer(name)
             if layer is None:
-                self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
                 continue
             kind = kind_of(layer)
             if kind is None:
@@ -83,6 +82,12 @@ class _Fitting:
                 self.updates[name] = LowRankRescaled(kind, A, B, scale, magnitude, dropout, bias)
             else:
                 self.updates[name] = LowRank(kind, A, B, scale, dropout, bias)
+
+    def _layer(self, name: str) -> Any:
+        """None, and a problem, where the model has none of this name."""
+        if name not in self.layers:
+            self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
+        return self.layers.get(name)
 
     def _bias(self, name: str, layer: Any) -> Tensor | None:
         """The bias that the layer has with the adapter, where that is another one."""
@@ -156,17 +161,16 @@ class _Fitting:
     def rows(self) -> None:
         """Rows of some tokens, also of the layers that the model ties to theirs."""
         for name, (indices, rows) in self.file.rows.items():
-            layer = self.layers.get(name)
+            layer = self._layer(name)
             if layer is None:
-                self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
                 continue
             weight = layer._parameters.get("weight")
-            tied = [
-                n for n, m in self.layers.items() if m._parameters.get("weight") is weight and n not in self.file.rows
-            ]
             if weight is None:
                 self.problems.append(f"{name!r} has no weight whose rows could be tokens'")
                 continue
+            tied = [
+                n for n, m in self.layers.items() if m._parameters.get("weight") is weight and n not in self.file.rows
+            ]
             shared = nn.Parameter(rows.to(self._place(weight)))
             for each in (name, *tied):
                 if each in self.updates:

@@ -160,10 +160,8 @@ class Rows:
         counted = [t for t in parameters if not t.is_inference()]
         first = groups[0][0] if groups else singly[0]
         own = {first: updates[first]} | {name: updates.get(name) for name in self.rows}
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(_wanted(parameters)),
-        ):  # a later pass may want gradients of x
+        # Not under inference mode: a later pass may want gradients of x
+        with torch.inference_mode(False), torch.set_grad_enabled(_wanted(parameters)):
             stacks = [_stack([updates[name] for name in names], out.dtype) for names in groups]
         return Layer(
             stacks, groups, singly, own, parameters, _tensors(stacked), counted, [t._version for t in counted], steps(),

@@ -22,7 +22,7 @@ from torch import Tensor
 from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Fingerprint
-from deltaw.files.peft_config import (  # fmt: skip
+from deltaw.files.peft_config import (
     CONFIG,
     PICKLED,
     WEIGHTS,

@@ -149,13 +149,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(listing(f"{path} has tensors of a dtype that is not known:", unknown))
     begin = len(shard.header)
     size = path.stat().st_size - begin
-    if not size:
-        return {
-            name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in shard.entries.items()
-        }, shard.metadata
     # Pages of its own, which go back to the system with the last tensor: the C library would keep them for itself. Not the
     # file's own pages: whoever writes to it would change the tensors, or kill the process
-    memory = _pages(size)
+    memory = _pages(max(size, 1))  # the system gives no memory of none
     with path.open("rb") as file:
         file.seek(begin)
         if file.readinto(memory) != size:  # type: ignore[attr-defined]
