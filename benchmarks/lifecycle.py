@@ -4,14 +4,16 @@
     python benchmarks/lifecycle.py --model .cache/smollm2
 
 SmolLM2, all-linear, r = 8, float32. PEFT loads 32 adapters, deltaw as many as --most; times are medians of what is done several
-times, and single where it can be done once. Memory of adapters is the growth of the process's resident memory. Writes
-results/lifecycle.json.
+times, and single where it can be done once. Memory of adapters is the growth of the process's resident memory; what the system
+takes to give as much as one adapter needs stands beside the times of loading (memory_ms), on some machines most of them.
+Writes results/lifecycle.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import mmap
 import statistics
 import tempfile
 import time
@@ -59,7 +61,8 @@ def make(model: Any, folder: Path) -> None:
 
 def ours(model: Any, folder: Path, most: int) -> dict[str, Any]:
     """deltaw's figures."""
-    found: dict[str, Any] = {"load_ms": {}, "switch_us": {}}
+    found: dict[str, Any] = {"load_ms": {}, "memory_ms": {}, "switch_us": {}}
+    size = (folder / "adapter_model.safetensors").stat().st_size
     deltaw.load(model, folder, name="first")  # with the base's fingerprint, once
     deltaw.detach(model)
     before, loads = memory(), []
@@ -67,6 +70,7 @@ def ours(model: Any, folder: Path, most: int) -> dict[str, Any]:
         loads.append(seconds(lambda i=i: deltaw.load(model, folder, name=f"task{i}", activate=False)) * 1e3)
         if i in AT:
             found["load_ms"][str(i)] = statistics.median(loads[-5:])
+            found["memory_ms"][str(i)] = fresh_memory(size)
             found["switch_us"][str(i)] = switches(lambda name: deltaw.use(model, name), ["task1", f"task{i}"])
     found["memory_of_each_mb"] = (memory() - before) / most / 1e6
     for i in range(2, most + 1):
@@ -142,6 +146,13 @@ def often(done: Callable[[], Any]) -> float:
 def switches(switch: Callable[[str], None], names: list[str]) -> float:
     """Median microseconds of a switch to and fro."""
     return statistics.median(seconds(lambda name=names[i % 2]: switch(name)) for i in range(20)) * 1e6
+
+
+def fresh_memory(size: int) -> float:
+    """Median milliseconds for the system to give as many bytes that nobody had before, kept until all are given."""
+    kept: list[mmap.mmap] = []
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return often(lambda: kept.append(mmap.mmap(-1, size, flags=flags)))
 
 
 def memory() -> int:

@@ -33,8 +33,8 @@ class Plan:
     """Layer name → its update."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Layer name → why this dense weight takes no update."""
-    checked: bool = False
-    """That each update fits its layer has been looked at."""
+    layers: Mapping[str, nn.Module] | None = None
+    """All of the model's layers by name, where that each update fits its own has been looked at."""
 
 
 class Method(Protocol):
@@ -113,10 +113,12 @@ def apply_plan(
     record = find_record(model)
     fresh = record is None
     record = record or Adapters()
-    layers = dict(base_modules(model))
-    problems = [] if plan.checked else [f"{n}: {why}" for n, u in plan.updates.items() if (why := u.misfit(layers[n]))]
-    if problems:
-        raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
+    layers = plan.layers
+    if layers is None:
+        layers = dict(base_modules(model))
+        problems = [f"{n}: {why}" for n, update in plan.updates.items() if (why := update.misfit(layers[n]))]
+        if problems:
+            raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
     if fresh:
         record.was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
         for parameter in model.parameters():
@@ -254,18 +256,18 @@ def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base as it was before attach, original weights where an adapter is merged."""
-    return ((name, tensor) for name, _, tensor in base_tensors(model))
+    return ((name, tensor.detach()) for name, _, tensor in base_tensors(model))
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """(name, parameter, what it was before attach) of the base."""
+    """(name, parameter, what it was before attach: itself, if it is not merged) of the base."""
     record = find_record(model)
     merged = record.originals if record else {}
     for name, parameter in named_parameters(model):
         if name in merged:
             yield name, parameter, as_stored(*place_of(owner_of(model), name), _before_merge(model, name))
         else:
-            yield name, parameter, parameter.detach()
+            yield name, parameter, parameter
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

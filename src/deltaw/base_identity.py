@@ -41,7 +41,7 @@ def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
 
 
 def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:
-    if tensor.data_ptr() != parameter.data_ptr():  # what it was before a merge
+    if tensor is not parameter:  # what it was before a merge
         return digest(tensor)
     version, known = version_of(parameter), _known.get(parameter)
     if known is None or known.version != version:

@@ -92,9 +92,8 @@ class _Fitting:
     def _bias(self, name: str, layer: Any) -> Tensor | None:
         """The bias that the layer has with the adapter, where that is another one."""
         file, given = self.file, self.file.whole.get(f"{name}.bias")
-        own = getattr(layer, "bias", None)
         if given is None and name in file.biases:
-            given = file.biases[name] * file.scales[name]
+            own, given = getattr(layer, "bias", None), file.biases[name] * file.scales[name]
             given = given if own is None else own.detach().to(given) + given
         return None if given is None else given.to(self._place(layer.weight))
 

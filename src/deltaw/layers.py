@@ -6,6 +6,7 @@ subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar, SupportsIndex
 
 import torch.nn.functional as F
@@ -70,19 +71,14 @@ KINDS: tuple[type[Kind], ...] = (LinearKind, Conv1DKind, EmbeddingKind)
 
 def kind_of(layer: nn.Module) -> type[Kind] | None:
     """The kind of this layer, or None when `why_not` has a reason."""
-    return None if why_not(layer) else next(k for k in KINDS if isinstance(layer, k.layer_class))
+    cls: Any = plain_class(layer)
+    return None if why_not(layer) else _kind_of_class(cls)
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why this layer cannot take a low-rank update; None when it can."""
-    kind = next((k for k in KINDS if isinstance(layer, k.layer_class)), None)
-    if kind is None:
-        return f"{type(layer).__name__} is not a dense layer that deltaw adapts"
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads this weight without calling the layer"
-    if plain_class(layer).forward is not kind.layer_class.forward:
-        return f"{type(layer).__name__} has a forward of its own"
-    if why := why_bypassed(layer):
+    cls: Any = plain_class(layer)
+    if why := _why_not_class(cls) or why_bypassed(layer):
         return why
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its forward changes its weight (max_norm)"
@@ -92,6 +88,22 @@ def why_not(layer: nn.Module) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
     return None
+
+
+@cache
+def _kind_of_class(cls: Any) -> type[Kind] | None:
+    return next((kind for kind in KINDS if issubclass(cls, kind.layer_class)), None)
+
+
+@cache
+def _why_not_class(cls: Any) -> str | None:
+    """What layers of this class have against a low-rank update."""
+    kind = _kind_of_class(cls)
+    if kind is None:
+        return f"{cls.__name__} is not a dense layer that deltaw adapts"
+    if issubclass(cls, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this weight without calling the layer"
+    return None if cls.forward is kind.layer_class.forward else f"{cls.__name__} has a forward of its own"
 
 
 def why_bypassed(layer: nn.Module) -> str | None:

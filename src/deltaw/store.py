@@ -99,7 +99,7 @@ def load(
     metadata: dict[str, Any] = {"training": training} if training else {}
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
-    plan = live.Plan(updates, checked=True)
+    plan = live.Plan(updates, layers=layers)
     live.apply_plan(model, plan, _method(file), name=name, activate=False, metadata=metadata)
     record = live.record_of(model)
     if host:

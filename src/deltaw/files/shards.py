@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ PIECE = 1 << 24
 _LONGEST_HEADER = 100_000_000
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one tensor is in its file."""
 
     dtype: str
@@ -156,9 +155,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         file.seek(begin)
         if file.readinto(memory) != size:  # type: ignore[attr-defined]
             raise FileError(f"{path} has become shorter while it was read.")
-    held = torch.frombuffer(memory, dtype=torch.uint8)
-    tensors = {name: _view(held, entry, begin) for name, entry in shard.entries.items()}
-    return tensors, shard.metadata
+    return _views(torch.frombuffer(memory, dtype=torch.uint8), shard.entries, begin), shard.metadata
 
 
 def _pages(size: int) -> mmap.mmap:
@@ -168,12 +165,28 @@ def _pages(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 
 
-def _view(held: Tensor, entry: Entry, begin: int) -> Tensor:
-    dtype, start = DTYPES[entry.dtype], entry.start - begin
-    part = held[start : start + entry.size]
-    if start % dtype.itemsize:  # after a tensor of narrower entries
-        part = part.clone()
-    return part.view(dtype).view(entry.shape)
+def _views(held: Tensor, entries: Mapping[str, Entry], begin: int) -> dict[str, Tensor]:
+    """The tensors in these bytes of a file, which start at its byte `begin`."""
+    whole: dict[str, Tensor] = {}
+    found = {}
+    for name, (code, shape, start, size) in entries.items():
+        dtype, at = DTYPES[code], start - begin
+        if at % dtype.itemsize:  # after a tensor of narrower entries
+            found[name] = held[at : at + size].clone().view(dtype).view(shape)
+            continue
+        if code not in whole:
+            whole[code] = held[: len(held) // dtype.itemsize * dtype.itemsize].view(dtype)
+        found[name] = whole[code].as_strided(shape, _strides(shape), at // dtype.itemsize)
+    return found
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor that lies in order."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
 
 
 def tensor_over(held: bytearray, dtype: torch.dtype) -> Tensor:
