@@ -19,22 +19,9 @@ from typing import Any
 
 import race
 from race import Clock
+from shapes import LLAMA, random_llama
 
 SEED = 0
-LLAMA: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ def deltaw_row(case: Case, clock: Clock) -> None:
     import deltaw
     from deltaw.training.loop import Loop
 
-    model = built(case)
+    model = random_llama(case.shape, seed=SEED)
     deltaw.attach(model, deltaw.LoRA(rank=case.rank, alpha=16))
     steps = (case.warm + case.turns) * case.each
     config = deltaw.TrainConfig(batch=case.batch, steps=steps, log_every=1, seed=SEED)
@@ -117,7 +104,7 @@ def floor_row(case: Case, clock: Clock) -> None:
     from deltaw.training.loss import CompletionLoss
     from rows import floor
 
-    model = floor(built(case)).train()
+    model = floor(random_llama(case.shape, seed=SEED)).train()
     loss = CompletionLoss(model)
     clock.start()
     for batch in batches(case):
@@ -130,11 +117,11 @@ def peft_row(case: Case, clock: Clock) -> None:
     import peft
 
     config = peft.LoraConfig(r=case.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    own_loss(case, clock, peft.get_peft_model(built(case), config))
+    own_loss(case, clock, peft.get_peft_model(random_llama(case.shape, seed=SEED), config))
 
 
 def full_row(case: Case, clock: Clock) -> None:
-    own_loss(case, clock, built(case))
+    own_loss(case, clock, random_llama(case.shape, seed=SEED))
 
 
 def own_loss(case: Case, clock: Clock, model: Any) -> None:
@@ -145,21 +132,6 @@ def own_loss(case: Case, clock: Clock, model: Any) -> None:
 
 
 ROWS = {"deltaw": deltaw_row, "floor": floor_row, "peft_loop": peft_row, "full": full_row}
-
-
-def built(case: Case) -> Any:
-    """A Llama of the case's shape with random weights, in bfloat16 on the GPU, if there is one."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LlamaConfig(**LLAMA[case.shape], max_position_embeddings=4096)
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    return model
 
 
 def records(case: Case) -> list[Any]:

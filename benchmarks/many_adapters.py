@@ -1,6 +1,7 @@
 """What does a batch cost whose rows go through different adapters? A decode step and a short prefill, over the base's own time.
 
     python benchmarks/many_adapters.py --model .cache/smollm2
+    python benchmarks/many_adapters.py --shape llama-3.2-1b --dtype bfloat16 --name many_adapters_gpu    # where a GPU is
 
 For q,v and all-linear at r = 8 and growing numbers of adapters, as many rows as adapters: the base, deltaw's route, deltaw's with
 all rows through one adapter, and PEFT's adapter_names, in turn, medians. Before anything is timed, each row's logits are
@@ -28,6 +29,8 @@ import machine
 from adapters import attach_random
 from deltaw.study.charts import Chart, Series
 from deltaw.study.report import Report, write
+from race import synchronize
+from shapes import LLAMA, random_llama
 
 TARGETS = {"q,v": "q,v", "all-linear": "all-linear"}
 CACHED, PREFILL = 64, 16
@@ -36,6 +39,7 @@ CACHED, PREFILL = 64, 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".cache/smollm2")
+    parser.add_argument("--shape", choices=LLAMA, help="random weights of this shape instead, on a GPU if there is one")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
@@ -48,7 +52,8 @@ def main() -> None:
     chosen = parser.parse_args()
     rows = [row for name in TARGETS for row in measure(chosen, name)]
     machine.write(chosen.name, {
-        "model": "SmolLM2-135M-Instruct", "dtype": chosen.dtype, "store": chosen.store or "float32",
+        "model": f"random weights, {chosen.shape}" if chosen.shape else "SmolLM2-135M-Instruct",
+        "dtype": chosen.dtype, "store": chosen.store or "float32",
         "rank": 8, "cached_tokens": CACHED,
         "prefill_tokens": PREFILL, "ratios": "over the base's time on the same rows", "rows": rows,
     })  # fmt: skip
@@ -68,7 +73,11 @@ def curve(rows: list[dict[str, Any]], targets: str, tool: str) -> list[tuple[flo
 @torch.no_grad()
 def measure(chosen: argparse.Namespace, targets: str) -> list[dict[str, Any]]:
     """The rows of one set of targets."""
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=getattr(torch, chosen.dtype)).eval()
+    dtype = getattr(torch, chosen.dtype)
+    if chosen.shape:
+        model = random_llama(chosen.shape, dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype).eval()
     twin = copy.deepcopy(model) if chosen.peft else None
     names = [f"task{i:03}" for i in range(max(chosen.counts))]
     theirs: Any = None
@@ -106,7 +115,8 @@ def make_adapters(model: Any, targets: str, names: list[str], folder: Path) -> N
 def count_row(model: Any, theirs: Any, names: list[str], targets: str, rounds: int) -> dict[str, Any]:
     """One number of adapters, a row of the batch for each."""
     n = len(names)
-    prompt = torch.randint(100, 40000, (n, CACHED), generator=torch.Generator().manual_seed(n))
+    generator = torch.Generator().manual_seed(n)
+    prompt = torch.randint(100, min(40000, model.config.vocab_size), (n, CACHED), generator=generator).to(model.device)
     apart = largest_difference(model, names, prompt[:, :8])
     times = {"decode": ratios(rows(model, theirs, names, prompt[:, :1], prompt), rounds)}
     times["prefill"] = ratios(rows(model, theirs, names, prompt[:, :PREFILL], None), rounds)
@@ -161,6 +171,7 @@ def ratios(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float
         for name, step in steps.items():
             began = time.perf_counter()
             step()
+            synchronize()
             taken[name].append(time.perf_counter() - began)
     found = {"base_ms": statistics.median(taken["base"]) * 1000}
     for name, own in taken.items():

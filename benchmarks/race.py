@@ -41,7 +41,7 @@ class Clock:
         self.tokens += tokens
         self.supervised += supervised
         if self.steps == self.each:
-            _synchronize()
+            synchronize()
             seconds = time.perf_counter() - self.began
             self._tell(seconds=seconds, tokens=self.tokens, supervised=self.supervised, loss=float(loss), peak=_peak())
             self._wait()
@@ -64,7 +64,8 @@ def _cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Until the GPU has done what it was given, if there is one."""
     if cuda := _cuda():
         cuda.synchronize()
 

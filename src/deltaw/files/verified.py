@@ -4,6 +4,7 @@ tensor at a time. No model code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,23 +47,29 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
     problems = [f"{name} is missing" for name in own.keys() - theirs.keys()]
     problems += [f"{name} is not in the base" for name in theirs.keys() - own.keys()]
     for name in own.keys() & theirs.keys():
-        (shard, entry), (other, found) = own[name], theirs[name]
-        if (entry.dtype, entry.shape) != (found.dtype, found.shape):
-            problems.append(
-                f"{name} is {found.dtype} {list(found.shape)}, in the base {entry.dtype} {list(entry.shape)}"
-            )
-            continue
-        expected, actual = _read(shard, entry), _read(other, found)
-        if name in layers:
-            merge_(places[layers[name]].W0(expected), file.change(layers[name]))
-        differ = _differences(expected.reshape(-1), actual.reshape(-1))
-        if differ:
-            problems.append(
-                f"{name}: {differ:,} of {expected.numel():,} entries differ" + " from base + ΔW" * (name in layers)
-            )
+        layer = layers.get(name)
+        merge = None if layer is None else lambda W, at=layer: merge_(places[at].W0(W), file.change(at))
+        if why := _unequal(own[name], theirs[name], merge):
+            problems.append(f"{name}{why}")
     if problems:
         raise MergeError(listing(f"{merged} is not {base} with {adapter} merged into it:", sorted(problems)))
     return len(layers)
+
+
+def _unequal(
+    base: tuple[Shard, Entry], merged: tuple[Shard, Entry], merge: Callable[[Tensor], object] | None
+) -> str | None:
+    """How the tensor at `merged` is another than the one at `base` after `merge`, if there is one for it."""
+    (_, entry), (_, found) = base, merged
+    if (entry.dtype, entry.shape) != (found.dtype, found.shape):
+        return f" is {found.dtype} {list(found.shape)}, in the base {entry.dtype} {list(entry.shape)}"
+    expected = _read(*base)
+    if merge is not None:
+        merge(expected)
+    differ = _differences(expected.reshape(-1), _read(*merged).reshape(-1))
+    if not differ:
+        return None
+    return f": {differ:,} of {expected.numel():,} entries differ{' from base + ΔW' if merge is not None else ''}"
 
 
 def _differences(expected: Tensor, actual: Tensor) -> int:
