@@ -33,7 +33,8 @@ def lowrank_linear(
 
     The branch is computed in the dtype of the base product (autocast's, where that is on); gradients of A and B
     come back in their own dtype. `dropout` is the probability of zeroing an entry of the branch's input; it and the
-    faster rounding order (one pass over the output instead of three) are for `training` only.
+    faster rounding order (one pass over the output instead of three) are for `training` only, the latter also for dtypes that
+    are narrower than fp32.
     """
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -132,8 +133,8 @@ def _forward(
         Bt = B.to(x.dtype).t()
         # F.linear's output is fresh and contiguous, so a view of it can take the branch in place
         flat = out.view(-1, out.shape[-1])
-        if how.training:
-            flat.addmm_(part, Bt, alpha=how.scale)
+        if how.training or out.dtype.itemsize < 4:
+            flat.addmm_(part, Bt, alpha=how.scale)  # rounded once
         else:
             # Rounded as the formula is written, which is also PEFT's order: its logits come out the same
             flat.add_(how.scaled(part @ Bt))

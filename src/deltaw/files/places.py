@@ -89,11 +89,12 @@ def _transposed(
 ) -> dict[str, bool | None]:
     """Which layers are stored [k, d]; None where that cannot be told. Our files say it; with others the shapes do, but of
     square layers only the kind of model does: PEFT writes one fan_in_fan_out for all layers, by the last one that it met."""
-    own = transposed_layers(file)
-    if own is not None:
-        return {n: n in own or n in file.embeddings for n in stored}
-    square = False if _all_linear(folder) else None
-    told = {n: square if d == k else stored[n] == (k, d) for n, (d, k) in shapes.items()}
+    own, told = transposed_layers(file), dict[str, bool | None]()
+    if own is None:
+        square = False if _all_linear(folder) else None
+        told = {n: square if d == k else stored[n] == (k, d) for n, (d, k) in shapes.items()}
+    else:
+        told = {n: n in own for n in stored}
     return told | {n: True for n in stored if n in file.embeddings}
 
 
