@@ -18,7 +18,7 @@ ORDER = [
     ["version", "errors", "units", "names", "versions"],
     ["config"],
     ["residual", "residency"],
-    ["lowrank", "svd"],
+    ["lowrank", "svd", "slices"],
     ["merge_report", "originals", "fused", "mixed"],
     ["rows"],
     ["routes"],

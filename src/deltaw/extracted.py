@@ -55,7 +55,10 @@ def extract(
         raise AdapterError(f"rank must be at least 1 and energy above 0 and at most 1 (they are {rank} and {energy}).")
     before, after = dict(named_parameters(base)), dict(named_parameters(tuned))
     _check_alike(before, after)
-    chosen = select(owner_of(base), targets, rank or 1).ranks
+    selection = select(owner_of(base), targets, rank or 1)
+    if selection.slices:
+        raise AdapterError(listing("extract takes whole layers; these targets mean slices of", [*selection.slices]))
+    chosen = selection.ranks
     updates: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     unchanged = []

@@ -11,11 +11,11 @@ from deltaw import attached as live
 from deltaw.attached import dotted, owner_of, readers
 from deltaw.base_identity import base_fingerprint, layers_fingerprint
 from deltaw.errors import AdapterError, listing
-from deltaw.files.peft import BASE, FORMAT, TRANSPOSED, W0, LoRAFile
+from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, W0, LoRAFile
 from deltaw.files.peft_config import config_for
 from deltaw.layers import Conv1DKind, EmbeddingKind
 from deltaw.methods.lora import LoRA
-from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Update
+from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
 
 
@@ -69,7 +69,9 @@ def _metadata(model: nn.Module, low_rank: dict[str, LowRank], file: LoRAFile) ->
         W0: str(layers_fingerprint(model, low_rank)),
     }
     transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
-    return made | ({TRANSPOSED: json.dumps(transposed)} if transposed else {})
+    slices = {n: u.slices for n, u in low_rank.items() if isinstance(u, Sliced)}
+    made |= {TRANSPOSED: json.dumps(transposed)} if transposed else {}
+    return made | ({SLICES: json.dumps(slices)} if slices else {})
 
 
 def _whole(model: nn.Module, updates: dict[str, Replaced]) -> tuple[dict[str, Tensor], list[str]]:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from deltaw.attached import base_modules, dotted, readers
 from deltaw.errors import FileError, listing, nearest
-from deltaw.files.peft import LoRAFile
+from deltaw.files.peft import LoRAFile, slices_of
 from deltaw.files.peft_config import saved_module
 from deltaw.layers import EmbeddingKind, as_matrix, kind_of, why_not
 from deltaw.lowrank import merge_
-from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Update
+from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 
 log = logging.getLogger("deltaw")
 
@@ -63,6 +63,7 @@ class _Fitting:
     def low_rank(self) -> None:
         """A and B, and what DoRA and biases have beside them."""
         file, dropout = self.file, float(self.file.config.get("lora_dropout") or 0.0)
+        slices = slices_of(file)
         for name, (A, B) in file.factors.items():
             layer = self._layer(name)
             if layer is None:
@@ -77,7 +78,10 @@ class _Fitting:
                 continue
             device, scale = self._place(layer.weight), file.scales[name]
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
-            if name in file.magnitudes:
+            rows = sliced_rows(B, slices[name]) if name in slices else None
+            if rows is not None:
+                self.updates[name] = Sliced(kind, A, rows, scale, slices[name], B.shape[0], dropout, bias)
+            elif name in file.magnitudes:
                 magnitude = file.magnitudes[name].to(device)
                 self.updates[name] = LowRankRescaled(kind, A, B, scale, magnitude, dropout, bias)
             else:

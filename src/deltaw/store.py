@@ -141,7 +141,8 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
         if not isinstance(update, LowRank):
             continue
         A, B = update.A.detach(), update.B.detach()
-        update.A, update.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
+        for own, value in update.factors().items():
+            update._parameters[own] = nn.Parameter(value.detach().to(dtype))
         stored = update.A.detach(), update.B.detach()
         both = torch.cat([A.double(), stored[0].double()]), torch.cat([B.double(), -stored[1].double()], dim=1)
         error += delta_norm(*both, update.scale) ** 2

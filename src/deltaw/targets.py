@@ -2,14 +2,16 @@
 
 A targets value is a preset ("all-linear", "qv", "attention", "mlp"), a role (q k v o up gate down), a layer's dotted
 name or the end of one ("q_proj"), a glob ("*.layers.[0-3].*"), a comma-separated or real list of those, or a mapping of
-those to ranks, in which a later entry overrides an earlier one.
+those to ranks, in which a later entry overrides an earlier one. In brackets after one of these stand slices of a fused
+layer, by their roles or as rows of its output: "c_attn[q,v]", "qkv[0:64,128:192]"; a role that a model fuses with others means
+its slice.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
 from deltaw.layers import KINDS, shape, why_not
+from deltaw.slices import Runs, overlapping, parts_of, runs_of
 
 Targets = str | Sequence[str] | Mapping[str, int]
 
@@ -41,6 +44,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("up", "gate", "down", "gate_up"),
 }
 ALL = "all-linear"
+# Names of roles, or rows from:to, several with +
+_SLICED = re.compile(r"(.+)\[((?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*)(?:,(?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*))*)\]")
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "gate_up", "gate": "gate_up"}
 
 
@@ -52,6 +57,8 @@ class Selection:
     """Layer name → rank, in the model's own order."""
     left_out: dict[str, str]
     """Dense weights that are not targeted, and why."""
+    slices: dict[str, dict[str, Runs]]
+    """Layer name → the slices of it that are meant, where it is not the whole layer; each has the layer's rank."""
 
 
 def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
@@ -71,6 +78,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     problems: list[str] = []
     if not entries:
         problems.append("targets is empty")
+    slices: dict[str, dict[str, Runs]] = {}
     for entry, r in entries.items():
         if not isinstance(entry, str):
             problems.append(f"{entry!r} is no name, role, glob or preset")
@@ -78,26 +86,41 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             problems.append(f"{entry!r}: rank is {r!r}; it must be a whole number of at least 1")
             continue
-        names, problem = _match(entry, layers, dense, body, model)
-        if problem:
-            problems.append(problem)
+        found = _match(entry, layers, dense, body, model)
+        if isinstance(found, str):
+            problems.append(found)
+            continue
         if _means_many(entry, dense):
             too_small = {
-                n: f"rank {r} is larger than min(d, k) = {_min(dense[n])}" for n in names if r > _min(dense[n])
+                n: f"rank {r} is larger than min(d, k) = {_min(dense[n], own)}"
+                for n, own in found.items()
+                if r > _min(dense[n], own)
             }
-            if len(too_small) < len(names):
+            if len(too_small) < len(found):
                 small |= too_small
-                names = [n for n in names if n not in too_small]
-        for name in names:
+                found = {n: own for n, own in found.items() if n not in too_small}
+        for name, own in found.items():
+            if own and name in slices and ranks[name] != r:
+                problems.append(f"{entry!r}: slices of one layer have one rank, others of {name} have {ranks[name]}")
+            elif own:
+                slices[name] = {**slices.get(name, {}), **own}
+            else:
+                slices.pop(name, None)
             ranks[name] = r
-    problems += _too_large(dense, ranks)
+    problems += [
+        f"{n}: its slices {', '.join(own)} overlap" for n, own in slices.items() if overlapping([*own.values()])
+    ]
+    problems += _too_large(dense, ranks, slices)
     if problems:
         known = ", ".join(sorted({_kind(n) for n in body})) or "none"
         raise TargetError(
             listing("These targets do not fit the model:", problems)
             + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
         )
-    return Selection({n: ranks[n] for n in dense if n in ranks}, _left_out(model, layers, ranks, head, small))
+    ordered = {n: ranks[n] for n in dense if n in ranks}
+    return Selection(
+        ordered, _left_out(model, layers, ranks, head, small), {n: slices[n] for n in dense if n in slices}
+    )
 
 
 def role(name: str) -> str | None:
@@ -110,8 +133,10 @@ def _means_many(entry: str, dense: Mapping[str, nn.Module]) -> bool:
     return entry not in dense and (entry == ALL or entry in PRESETS or entry in ROLES or any(c in entry for c in "*?["))
 
 
-def _min(layer: nn.Module) -> int:
-    return min(shape(layer))
+def _min(layer: nn.Module, slices: Mapping[str, Runs]) -> int:
+    """min(d, k) of a layer, or of the smallest of these slices of it."""
+    d, k = shape(layer)
+    return min(k, *(sum(stop - start for start, stop in runs) for runs in slices.values() or [((0, d),)]))
 
 
 def _entries(targets: Targets, rank: int) -> dict[Any, Any]:
@@ -134,46 +159,79 @@ def _split(text: str) -> list[str]:
     return [w.strip() for w in re.split(r",(?![^\[]*\])", text) if w.strip()]
 
 
+_Found = dict[str, dict[str, Runs]]
+"""Layer name → the slices of it that are meant; none for the whole layer."""
+
+
 def _match(
     entry: str, layers: dict[str, nn.Module], dense: dict[str, nn.Module], body: dict[str, nn.Module], model: nn.Module
-) -> tuple[list[str], str | None]:
-    """The layer names that one entry means, or what is wrong with it."""
+) -> _Found | str:
+    """The layers that one entry means, or what is wrong with it."""
+    if sliced := _SLICED.fullmatch(entry):
+        whole = _match(sliced[1], layers, dense, body, model)
+        return whole if isinstance(whole, str) else _sliced(entry, whole, sliced[2].split(","), dense, model)
     if entry == ALL:
-        return list(body), None if body else "the model has no dense layer besides its output head"
+        return _whole(body) if body else "the model has no dense layer besides its output head"
     named = [n for n in dense if n == entry or n.endswith("." + entry)]
     if entry in PRESETS or entry in ROLES:
-        names, problem = _match_roles(entry, body)
-        return (named, None) if problem and named else (names, problem)
+        found = _match_roles(entry, body, model)
+        return _whole(named) if isinstance(found, str) and named else found
     if entry in dense:
-        return [entry], None
-    if re.search(r"\[[a-z_]+(,[a-z_]+)*\]$", entry) and "*" not in entry:
-        return [], f"{entry!r}: slices of a fused layer cannot be targeted yet; name the whole layer"
+        return _whole([entry])
     if any(c in entry for c in "*?["):
         names = [n for n in dense if not isinstance(dense[n], nn.Embedding) and fnmatch.fnmatchcase(n, entry)]
-        return names, None if names else f"{entry!r} matches no dense layer"
+        return _whole(names) if names else f"{entry!r} matches no dense layer"
     if named:
-        return named, None
+        return _whole(named)
     aliases = [n for n, m in model.named_modules(remove_duplicate=False) if n == entry or n.endswith("." + entry)]
     shared = [n for n, m in dense.items() if any(model.get_submodule(a) is m for a in aliases)]
-    return (shared, None) if shared else ([], _unmatched(entry, aliases, layers, dense, model))
+    return _whole(shared) if shared else _unmatched(entry, aliases, layers, dense, model)
 
 
-def _match_roles(entry: str, body: dict[str, nn.Module]) -> tuple[list[str], str | None]:
+def _whole(names: Iterable[str]) -> _Found:
+    return {name: {} for name in names}
+
+
+def _sliced(
+    entry: str, names: Iterable[str], wanted: Sequence[str], dense: dict[str, nn.Module], model: nn.Module
+) -> _Found | str:
+    """These layers' slices of these names, or what is wrong with them."""
+    found: _Found = {}
+    for name in names:
+        d, _ = shape(dense[name])
+        known = parts_of(model, name, d)
+        for word in wanted:
+            runs = runs_of(word, d) if ":" in word else known.get(word)
+            if runs is None:
+                has = f"its slices are {', '.join(known)}" if known else "how it is laid out is not known; give rows"
+                return f"{entry!r}: {word!r} is no slice of {name} ({d} outputs): {has}, 0:{d} say"
+            found.setdefault(name, {})[word] = runs
+    return found
+
+
+def _match_roles(entry: str, body: dict[str, nn.Module], model: nn.Module) -> _Found | str:
+    """The layers of these roles, and slices of those that hold them among others."""
     wanted = PRESETS.get(entry, (entry,))
-    names = [n for n in body if role(n) in wanted]
-    if names:
-        missing_fused = {_FUSED[w] for w in wanted if w in _FUSED and _FUSED[w] not in wanted}
-        fused = sorted({_kind(n) for n in body if role(n) in missing_fused})
-        if fused and not any(role(n) in ("q", "k", "v") for n in names if "qkv" in missing_fused):
-            return [], f"{entry!r}: {', '.join(fused)} holds several roles at once; name it to adapt the whole layer"
-        return names, None
-    fused = sorted({_kind(n) for n in body if role(n) in {_FUSED[w] for w in wanted if w in _FUSED}})
-    if fused:
+    fused = {_FUSED[role] for role in wanted if role in _FUSED} - set(wanted)
+    found: _Found = {}
+    unclear: dict[str, None] = {}
+    for name, layer in body.items():
+        own = role(name)
+        if own in wanted:
+            found[name] = {}
+        elif own in fused:
+            parts = parts_of(model, name, shape(layer)[0])
+            slices = {r: parts[r] for r in wanted if r in parts}
+            if slices:
+                found[name] = slices
+            elif not parts:
+                unclear[_kind(name)] = None
+    if unclear:
         return (
-            [],
-            f"{entry!r}: this model fuses it with others in {', '.join(fused)}; name that to adapt the whole layer",
+            f"{entry!r}: {', '.join(sorted(unclear))} holds several roles at once, and how is not known: name it to adapt the "
+            f"whole layer, or rows of its output, {next(iter(unclear))}[0:64] say"
         )
-    return [], f"{entry!r}: no layer of this model has that role"
+    return found or f"{entry!r}: no layer of this model has that role"
 
 
 def _unmatched(
@@ -189,15 +247,17 @@ def _unmatched(
     return f"{entry!r} matches no layer{nearest(entry, [*ends, ALL, *PRESETS, *ROLES, *dense])}"
 
 
-def _too_large(dense: dict[str, nn.Module], ranks: dict[str, int]) -> list[str]:
+def _too_large(
+    dense: dict[str, nn.Module], ranks: dict[str, int], slices: Mapping[str, Mapping[str, Runs]]
+) -> list[str]:
     """One problem for each kind of layer whose rank exceeds min(d, k): a low-rank update of it would not be low."""
     problems: dict[str, str] = {}
     for name, r in ranks.items():
         d, k = shape(dense[name])
-        if r > min(d, k):
-            problems.setdefault(
-                _kind(name), f"{name!r}: rank {r} is larger than min(d, k) = {min(d, k)} of its {d}×{k} weight"
-            )
+        least = _min(dense[name], slices.get(name, {}))
+        if r > least:
+            its = "smallest slice" if name in slices else f"{d}×{k} weight"
+            problems.setdefault(_kind(name), f"{name!r}: rank {r} is larger than min(d, k) = {least} of its {its}")
     return list(problems.values())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.layers import EmbeddingKind, Kind, as_matrix, only_input, plain_class, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
+from deltaw.slices import Runs
 from deltaw.versions import version_of
 
 
@@ -68,6 +69,10 @@ class LowRank(Update):
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The parameters that A and B are, or are made of, by their names."""
+        return {own: p for own, p in self._parameters.items() if p is not None and own in ("A", "B", "B_rows")}
 
     @property
     def plain(self) -> bool:
@@ -123,6 +128,62 @@ class LowRank(Update):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class Sliced(LowRank):
+    """Updates of some slices of a fused layer (query and value of a layer that also computes the key), each with an A and a B of
+    its own. As one update of the layer: A [n·r, k] has the slices' A's one under the other, B [d, n·r] their B's, zero but for
+    each slice's own rows and columns; so it is merged, and so PEFT's format has it."""
+
+    B_rows: nn.Parameter
+    rows: Tensor
+    number: Tensor
+    slices: dict[str, Runs]
+    d: int
+
+    def __init__(
+        self, kind: type[Kind], A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int,
+        dropout: float = 0.0, bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """A [n·r, k] and B_rows [Σ rows, r] in the order of `slices` (name → rows of the layer's d outputs)."""
+        super().__init__(kind, A, B_rows, scale, dropout, bias)
+        self._parameters["B_rows"] = self._parameters.pop("B")
+        vars(self).update(slices=dict(slices), d=d)
+        rows, number = places_of(self.slices)
+        self.register_buffer("rows", rows.to(A.device), persistent=False)
+        self.register_buffer("number", number.to(A.device), persistent=False)
+
+    @property
+    def B(self) -> Tensor:  # type: ignore[override]
+        """[d, n·r]"""
+        n, r = len(self.slices), self.B_rows.shape[1]
+        whole = self.B_rows.new_zeros(self.d, n, r)
+        return whole.index_put((self.rows, self.number), self.B_rows).view(self.d, n * r)
+
+    def other_shape(self, layer: Any) -> str | None:
+        own = self.W0(layer).shape
+        if (self.d, self.A.shape[1]) != own:
+            return f"the update is {self.d}×{self.A.shape[1]}, the layer {own[0]}×{own[1]}"
+        return None
+
+    def extra_repr(self) -> str:
+        return f"slices={','.join(self.slices)}, {super().extra_repr()}"
+
+
+def places_of(slices: Mapping[str, Runs]) -> tuple[Tensor, Tensor]:
+    """Of each row that the slices have, one slice after the other: which row of the layer's output it is, and which slice's."""
+    own = [torch.cat([torch.arange(start, stop) for start, stop in runs]) for runs in slices.values()]
+    return torch.cat(own), torch.cat([torch.full_like(rows, i) for i, rows in enumerate(own)])
+
+
+def sliced_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
+    """The slices' own entries of a B [d, n·r], [Σ rows, r]; None where it is not one of theirs: others are not zero."""
+    rows, number = places_of(slices)
+    if B.shape[1] % len(slices) or int(rows.max()) >= B.shape[0]:
+        return None
+    whole = B.reshape(B.shape[0], len(slices), -1)
+    own = whole[rows, number]
+    return own if int(torch.count_nonzero(own)) == int(torch.count_nonzero(whole)) else None
 
 
 class LowRankRescaled(LowRank):

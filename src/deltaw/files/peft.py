@@ -36,6 +36,7 @@ from deltaw.files.peft_config import (
 from deltaw.files.peft_keys import PREFIX, Sorted, sort
 from deltaw.files.shards import read_tensors
 from deltaw.lowrank import Change, Product, Rescaled
+from deltaw.slices import Runs
 
 log = logging.getLogger("deltaw")
 
@@ -44,6 +45,8 @@ FORMAT = "1"
 BASE, W0 = "deltaw_base", "deltaw_w0"
 # Metadata: JSON list of the layers whose weights are stored [k, d]
 TRANSPOSED = "deltaw_transposed"
+# Metadata: JSON, layer → its slices that have updates of their own → their rows of its output
+SLICES = "deltaw_slices"
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -292,6 +295,22 @@ def transposed_layers(file: LoRAFile) -> set[str] | None:
         return set(json.loads(file.metadata.get(TRANSPOSED, "[]")))
     except (ValueError, TypeError) as error:
         raise FileError(f"The list of transposed layers in the metadata of {WEIGHTS} is damaged: {error}") from error
+
+
+def slices_of(file: LoRAFile) -> dict[str, dict[str, Runs]]:
+    """Layer → name of a slice → its rows, of layers whose A and B are those of some slices. Raises FileError for damaged ones."""
+    try:
+        found = json.loads(file.metadata.get(SLICES, "{}"))
+        slices = {
+            layer: {name: tuple((int(a), int(b)) for a, b in runs) for name, runs in own.items()}
+            for layer, own in found.items()
+        }
+        for own in slices.values():
+            if not own or any(not 0 <= a < b for runs in own.values() for a, b in runs or [(0, 0)]):
+                raise ValueError(f"{own} are no rows")
+        return slices
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"The slices of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
 
 
 def fingerprint_of(file: LoRAFile, folder: Path, key: str) -> Fingerprint | None:

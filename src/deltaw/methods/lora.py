@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from deltaw.attached import Plan
     from deltaw.layers import Kind
+    from deltaw.slices import Runs
     from deltaw.updates import Update
 
 
@@ -26,8 +27,8 @@ class LoRA:
     alpha: float | None = None
     """α; the branch is scaled by α/r. Default: the rank of each layer, a scale of 1."""
     targets: str | Sequence[str] | Mapping[str, int] = "all-linear"
-    """Which layers: all-linear, qv, attention, mlp; roles q k v o up gate down; names or globs; several with commas;
-    attention=8,mlp=4 sets ranks."""
+    """Which layers: all-linear, qv, attention, mlp; roles q k v o up gate down; names or globs; several with commas; slices of a
+    fused layer, c_attn[q,v]; attention=8,mlp=4 sets ranks."""
     dropout: float = 0.0
     """Probability of zeroing an entry of the branch's input in training."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
@@ -69,9 +70,14 @@ class LoRA:
             d, k = shape(layer)
             device = layer.weight.device
             dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-            A = INITS[self.init](rank, k, device, dtype)
-            B = torch.zeros(d, rank, device=device, dtype=dtype)
-            updates[name] = self.update(layer, kind, A, B, self.scale(rank))
+            slices = selection.slices.get(name, {})
+            rows = sum(stop - start for runs in slices.values() for start, stop in runs) if slices else d
+            A = torch.cat([INITS[self.init](rank, k, device, dtype) for _ in slices or (name,)])
+            B = torch.zeros(rows, rank, device=device, dtype=dtype)
+            if slices:
+                updates[name] = self.sliced(kind, A, B, self.scale(rank), slices, d)
+            else:
+                updates[name] = self.update(layer, kind, A, B, self.scale(rank))
         left_out = dict(selection.left_out)
         for name, update in with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates).items():
             updates[name] = update
@@ -83,3 +89,11 @@ class LoRA:
         from deltaw.updates import LowRank
 
         return LowRank(kind, A, B, scale, self.dropout)
+
+    def sliced(
+        self, kind: type[Kind], A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int
+    ) -> Update:
+        """The update that these become on some slices of a layer with d outputs."""
+        from deltaw.updates import Sliced
+
+        return Sliced(kind, A, B_rows, scale, slices, d, self.dropout)

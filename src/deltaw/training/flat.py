@@ -130,14 +130,14 @@ class Flat:
         """After a backward pass: the layers of which nothing, or no B, got any gradient."""
         dead = [name for name, update in self.updates.items() if not _gradient(update.B).any()]
         for name, update in self.others.items():
-            own = [update.B] if isinstance(update, LowRank) else list(update.parameters())
+            own = [p for n, p in update.named_parameters() if not (isinstance(update, LowRank) and n == "A")]
             if not any(bool(_gradient(p).any()) for p in own):
                 dead.append(name)
         return dead
 
     def _loose(self, letter: str = "AB") -> list[nn.Parameter]:
         """Parameters of the other updates, each once."""
-        found = {p: n == "B" for u in self.others.values() for n, p in u.named_parameters()}
+        found = {p: n in ("B", "B_rows") for u in self.others.values() for n, p in u.named_parameters()}
         return [p for p, is_B in found.items() if ("B" if is_B else "A") in letter]
 
     def _all(self) -> list[_Buffer]:
