@@ -13,7 +13,7 @@ from deltaw.base_identity import base_fingerprint, layers_fingerprint
 from deltaw.errors import AdapterError, listing
 from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, W0, LoRAFile
 from deltaw.files.peft_config import config_for
-from deltaw.layers import Conv1DKind, EmbeddingKind
+from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
@@ -41,6 +41,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         scales={n: u.scale for n, u in low_rank.items()},
         config=_config(model, method, low_rank, others),
         embeddings=frozenset(n for n, u in low_rank.items() if u.kind is EmbeddingKind),
+        kernels={n: _kernel(owner, n) for n, u in low_rank.items() if issubclass(u.kind, ConvKind)},
         magnitudes=magnitudes,
         biases=biases,
         rows=rows,
@@ -48,6 +49,10 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
     )
     made.metadata.update(_metadata(model, low_rank, made))
     return made
+
+
+def _kernel(owner: Any, layer: str) -> tuple[int, ...]:
+    return tuple(owner.get_submodule(layer).weight.shape[1:])
 
 
 def _check(method: Any, updates: dict[str, Update]) -> None:

@@ -14,7 +14,7 @@ from deltaw.attached import base_modules, dotted, readers
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.peft import LoRAFile, slices_of
 from deltaw.files.peft_config import saved_module
-from deltaw.layers import EmbeddingKind, as_matrix, kind_of, why_not
+from deltaw.layers import ConvKind, EmbeddingKind, Kind, as_matrix, kind_of, why_not
 from deltaw.lowrank import merge_
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 
@@ -72,9 +72,8 @@ class _Fitting:
             if kind is None:
                 self.problems.append(f"{name!r}: {why_not(layer)}")
                 continue
-            if (kind is EmbeddingKind) != (name in file.embeddings):
-                other = "an embedding" if name in file.embeddings else "a dense layer"
-                self.problems.append(f"{name!r} is a {type(layer).__name__}, the file's A and B are {other}'s")
+            if why := self._of_another_kind(name, layer, kind):
+                self.problems.append(why)
                 continue
             device, scale = self._place(layer.weight), file.scales[name]
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
@@ -86,6 +85,20 @@ class _Fitting:
                 self.updates[name] = LowRankRescaled(kind, A, B, scale, magnitude, dropout, bias)
             else:
                 self.updates[name] = LowRank(kind, A, B, scale, dropout, bias)
+
+    def _of_another_kind(self, name: str, layer: Any, kind: type[Kind]) -> str | None:
+        """Where the file's A and B are those of another kind of layer."""
+        kernel, theirs = tuple(layer.weight.shape[1:]), self.file.kernels.get(name)
+        own = f"{name!r} is a {type(layer).__name__}"
+        if (kind is EmbeddingKind) != (name in self.file.embeddings):
+            return (
+                f"{own}, the file's A and B are {'an embedding' if name in self.file.embeddings else 'a dense layer'}'s"
+            )
+        if issubclass(kind, ConvKind) != (theirs is not None):
+            return f"{own}, the file's A and B are {'a dense layer' if theirs is None else 'a convolution'}'s"
+        if theirs is not None and theirs != kernel:
+            return f"{own} with kernels {list(kernel)}, the file's are {list(theirs)}"
+        return None
 
     def _layer(self, name: str) -> Any:
         """None, and a problem, where the model has none of this name."""

@@ -6,6 +6,7 @@ subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, SupportsIndex
 
@@ -26,6 +27,8 @@ class Kind:
     layer_class: ClassVar[type[nn.Module]]
     transposed: ClassVar[bool] = False
     """The weight is stored [k, d]."""
+    multiplies: ClassVar[bool] = True
+    """The layer is a product of its input's last dimension with W0, and nothing else."""
 
     @classmethod
     def W0(cls, layer: Any) -> Tensor:
@@ -38,6 +41,11 @@ class Kind:
         return fused.lowrank_linear(
             x, cls.W0(layer), bias, update.A, update.B, update.scale, update.dropout, training=update.training
         )
+
+    @classmethod
+    def per_output(cls, layer: Any, vector: Tensor) -> Tensor:
+        """A number for each of the d outputs, [d], in a shape that fits the layer's output."""
+        return vector
 
 
 class LinearKind(Kind):
@@ -58,6 +66,7 @@ class EmbeddingKind(Kind):
 
     layer_class = nn.Embedding
     transposed = True
+    multiplies = False
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
@@ -66,7 +75,55 @@ class EmbeddingKind(Kind):
         return out + (F.embedding(x, update.A.t()) @ update.B.t() * update.scale).to(out.dtype)
 
 
-KINDS: tuple[type[Kind], ...] = (LinearKind, Conv1DKind, EmbeddingKind)
+class ConvKind(Kind):
+    """A convolution: a dense layer of the patches [c/groups, …] that its kernel sees, k numbers each. A convolves as the layer
+    does (stride, padding, dilation), in each group by the same r kernels; B mixes what they give at a place into the outputs."""
+
+    multiplies = False
+    along: ClassVar[Callable[..., Tensor]]
+    """The convolution as a function."""
+
+    @classmethod
+    def W0(cls, layer: Any) -> Tensor:
+        return layer.weight.flatten(1)
+
+    @classmethod
+    def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
+        """x [n, c, …] → [n, d, …], also without n."""
+        (d, *kernel), r = layer.weight.shape, update.A.shape[0]
+        A = update.A.to(layer.weight.dtype).view(r, *kernel).repeat(layer.groups, *[1] * len(kernel))
+        B = update.B.to(layer.weight.dtype).view(d, r, *[1] * (len(kernel) - 1))
+        Ax = layer._conv_forward(F.dropout(x, update.dropout, update.training), A, None)
+        BAx = cls.along(Ax, B, groups=layer.groups)
+        return layer._conv_forward(x, layer.weight, bias) + BAx * update.scale
+
+    @classmethod
+    def per_output(cls, layer: Any, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * (layer.weight.dim() - 2))
+
+
+class Conv1dKind(ConvKind):
+    """`nn.Conv1d`."""
+
+    layer_class = nn.Conv1d
+    along = staticmethod(F.conv1d)
+
+
+class Conv2dKind(ConvKind):
+    """`nn.Conv2d`."""
+
+    layer_class = nn.Conv2d
+    along = staticmethod(F.conv2d)
+
+
+class Conv3dKind(ConvKind):
+    """`nn.Conv3d`."""
+
+    layer_class = nn.Conv3d
+    along = staticmethod(F.conv3d)
+
+
+KINDS: tuple[type[Kind], ...] = (LinearKind, Conv1DKind, EmbeddingKind, Conv1dKind, Conv2dKind, Conv3dKind)
 
 
 def kind_of(layer: nn.Module) -> type[Kind] | None:

@@ -161,6 +161,8 @@ def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
     own = layer._parameters.get(own_name)
     if own is None:
         return f"the base has no {name} that the adapter's could be merged into"
+    if own.ndim > 2 and not own.is_contiguous():
+        return f"{name} is stored in another order (channels last?): call model.to(memory_format=torch.contiguous_format) first"
     terms = [term for term, _ in change.terms] if isinstance(change, Sum) else [change]
     others = [t.W.shape for t in terms if isinstance(t, Value) and t.W.shape != matrix_of(owner, name).shape]
     if others:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import KINDS, shape, why_not
+from deltaw.layers import KINDS, kind_of, shape, why_not
 from deltaw.slices import Runs, overlapping, parts_of, runs_of
 
 Targets = str | Sequence[str] | Mapping[str, int]
@@ -71,7 +71,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     layers = dict(model.named_modules())
     dense = {name: layer for name, layer in layers.items() if name and why_not(layer) is None}
     head = _head_names(model, dense)
-    body = {n: layer for n, layer in dense.items() if n not in head and not isinstance(layer, nn.Embedding)}
+    body = {n: layer for n, layer in dense.items() if n not in head and _multiplies(layer)}
     entries = _entries(targets, rank)
     ranks: dict[str, int] = {}
     small: dict[str, str] = {}
@@ -126,6 +126,12 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
 def role(name: str) -> str | None:
     """The role of a dense layer by its dotted name: q k v o up gate down, qkv or gate_up where they are fused."""
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(name)), None)
+
+
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether the layer is of the kinds that presets and roles mean: embeddings and convolutions are named."""
+    kind = kind_of(layer)
+    return kind is not None and kind.multiplies
 
 
 def _means_many(entry: str, dense: Mapping[str, nn.Module]) -> bool:
@@ -284,8 +290,8 @@ def _left_out(
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
             if name in head:
                 why[name] = "output head"
-            elif isinstance(layer, nn.Embedding):
-                why[name] = why_not(layer) or "Embedding: it takes an update where it is named"
+            elif isinstance(layer, kinds) and not _multiplies(layer):
+                why[name] = why_not(layer) or f"{type(layer).__name__}: it takes an update where it is named"
             else:
                 why[name] = why_not(layer) or small.get(name) or "not among the targets"
     return why

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import EmbeddingKind, Kind, as_matrix, only_input, plain_class, why_bypassed, why_not
+from deltaw.layers import Kind, as_matrix, only_input, plain_class, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
 from deltaw.slices import Runs
 from deltaw.versions import version_of
@@ -77,7 +77,7 @@ class LowRank(Update):
     @property
     def plain(self) -> bool:
         """It is A and B and nothing else, on a layer that multiplies by a matrix."""
-        return type(self) is LowRank and self.bias is None and self.kind is not EmbeddingKind
+        return type(self) is LowRank and self.bias is None and self.kind.multiplies
 
     @property
     def stackable(self) -> bool:  # type: ignore[override]
@@ -101,7 +101,7 @@ class LowRank(Update):
         own = getattr(layer, "bias", None)
         if self.bias is None:
             return self._sum(layer, x, own)
-        return _plus(self._sum(layer, x, None), self.bias)
+        return _plus(self._sum(layer, x, None), self.kind.per_output(layer, self.bias))
 
     def _sum(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """W0x + bias + scale·BAx."""
@@ -201,9 +201,9 @@ class LowRankRescaled(LowRank):
 
     def alone(self, layer: Any, x: Tensor) -> Tensor:
         out = self._sum(layer, x, None)
-        out = (out * (self.magnitude / self.norm(layer))).to(out.dtype)
+        out = (out * self.kind.per_output(layer, self.magnitude / self.norm(layer))).to(out.dtype)
         bias = getattr(layer, "bias", None) if self.bias is None else self.bias
-        return out if bias is None else _plus(out, bias)
+        return out if bias is None else _plus(out, self.kind.per_output(layer, bias))
 
     @torch.no_grad()
     def norm(self, layer: Any) -> Tensor:

@@ -65,6 +65,8 @@ class LoRAFile:
     """Ours, from the safetensors header: deltaw_format, deltaw_base, deltaw_training … Empty for foreign files."""
     embeddings: frozenset[str] = frozenset()
     """The layers of `factors` that are embeddings: k tokens, d dimensions."""
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The layers of `factors` that are convolutions → one of their kernels, [c/groups, …], k numbers."""
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     """Layer name → DoRA's m [d]."""
     biases: dict[str, Tensor] = field(default_factory=dict)
@@ -117,6 +119,7 @@ def read(folder: Path) -> LoRAFile:
         config=config,
         metadata=metadata,
         embeddings=frozenset(found.embeddings),
+        kernels=found.kernels,
         magnitudes=_part(found, "magnitude"),
         biases=_part(found, "bias"),
         rows={layer: _in_order(tokens_of(layer, config), rows) for layer, rows in found.rows.items()},
@@ -163,10 +166,14 @@ def _keys(adapter: LoRAFile) -> dict[str, Tensor]:
     """The file's tensors by their keys."""
     found: dict[str, Tensor] = {}
     for layer, (A, B) in adapter.factors.items():
-        embedding = layer in adapter.embeddings
+        embedding, kernel = layer in adapter.embeddings, adapter.kernels.get(layer)
+        if kernel is not None:
+            A, B = A.view(-1, *kernel), B.view(*B.shape, *[1] * (len(kernel) - 1))
         found[f"{layer}.lora_embedding_A" if embedding else f"{layer}.lora_A.weight"] = A
         found[f"{layer}.lora_embedding_B" if embedding else f"{layer}.lora_B.weight"] = B
-    found |= {f"{layer}.lora_magnitude_vector": m for layer, m in adapter.magnitudes.items()}
+    for layer, m in adapter.magnitudes.items():
+        ones = [1] * (len(adapter.kernels[layer]) - 1) if layer in adapter.kernels else None
+        found[f"{layer}.lora_magnitude_vector"] = m if ones is None else m.view(1, -1, *ones)
     found |= {f"{layer}.lora_B.bias": b for layer, b in adapter.biases.items()}
     found |= {f"{layer}.token_adapter.trainable_tokens_delta": rows for layer, (_, rows) in adapter.rows.items()}
     for name, value in {**adapter.whole, **adapter.copies}.items():

@@ -28,6 +28,8 @@ class Sorted:
 
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Layer name → "A", "B", "magnitude" and "bias" of its low-rank update, those that there are."""
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Convolution → what its A's kernels are [c, …]; its A and B are flat."""
     embeddings: set[str] = field(default_factory=set)
     """The layers of these whose A and B are an embedding's."""
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -57,7 +59,20 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
             kept[plain] = tensor
         else:
             found.whole[_WHOLE.sub("", name)] = tensor
+    for layer, parts in found.parts.items():
+        _flatten(found, layer, parts)
     return found
+
+
+def _flatten(found: Sorted, layer: str, parts: dict[str, Tensor]) -> None:
+    """A convolution's A [r, c, …], B [d, r, 1 …] and magnitude [1, d, 1 …] as those of a layer of patches."""
+    A, B = parts.get("A"), parts.get("B")
+    if A is None or B is None or A.ndim < 3 or A.ndim != B.ndim or B.shape[2:].numel() != 1:
+        return
+    found.kernels[layer] = tuple(A.shape[1:])
+    parts |= {"A": A.flatten(1), "B": B.flatten(1)}
+    if (magnitude := parts.get("magnitude")) is not None and magnitude.shape == (1, *B.shape[:1], *B.shape[2:]):
+        parts["magnitude"] = magnitude.flatten()
 
 
 def _put_part(found: Sorted, key: str, match: re.Match[str], tensor: Tensor) -> None:

@@ -32,7 +32,8 @@ class Place:
     """Stored [k, d], as GPT-2's Conv1D is."""
 
     def W0(self, tensor: Tensor) -> Tensor:
-        return tensor.t() if self.transposed else tensor
+        """The weight as a [d, k] view."""
+        return tensor.t() if self.transposed else tensor.flatten(1)
 
 
 def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Place]:
@@ -51,7 +52,8 @@ def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Pl
     transposed = _transposed(file, folder, {layer: entries[name].shape for layer, name in tensors.items()}, shapes)
     for layer, name in tensors.items():
         entry, wanted = entries[name], shapes[layer]
-        if entry.shape != (wanted[::-1] if transposed[layer] else wanted):
+        stored = (wanted[0], *file.kernels[layer]) if layer in file.kernels else wanted
+        if entry.shape != (stored[::-1] if transposed[layer] else stored):
             problems.append(f"{name} is {list(entry.shape)}, the update of {layer!r} {list(wanted)}")
         elif entry.dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} is {entry.dtype}; ΔW goes into F64, F32, F16 and BF16 only")
@@ -93,6 +95,7 @@ def _transposed(
     if own is None:
         square = False if _all_linear(folder) else None
         told = {n: square if d == k else stored[n] == (k, d) for n, (d, k) in shapes.items()}
+        told |= dict.fromkeys(file.kernels, False)
     else:
         told = {n: n in own for n in stored}
     return told | {n: True for n in stored if n in file.embeddings}
