@@ -24,6 +24,7 @@ ORDER = [
     ["routes"],
     ["layers"],
     ["updates"],
+    ["weights"],
     ["targets", "wholes"],
     ["attached"],
     ["merged"],

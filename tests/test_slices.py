@@ -47,6 +47,14 @@ FUSED = {
     ),
     "MPT": (made("MptModel", "MptConfig", d_model=32, n_layers=2, n_heads=4, vocab_size=96), "blocks.0.attn.Wqkv"),
     "BigCode": (made("GPTBigCodeModel", "GPTBigCodeConfig", **GPT, multi_query=True), "h.0.attn.c_attn"),
+    "Falcon, one key": (made("FalconModel", "FalconConfig", **SIZES), "h.0.self_attention.query_key_value"),
+    "Falcon by head": (
+        made("FalconModel", "FalconConfig", **SIZES, multi_query=False), "h.0.self_attention.query_key_value",
+    ),
+    "Falcon by group": (
+        made("FalconModel", "FalconConfig", **SIZES, new_decoder_architecture=True, num_kv_heads=2),
+        "h.0.self_attention.query_key_value",
+    ),
     "BigCode by head": (made("GPTBigCodeModel", "GPTBigCodeConfig", **GPT, multi_query=False), "h.0.attn.c_attn"),
 }  # fmt: skip
 
@@ -103,6 +111,12 @@ def test_gate_and_up_are_where_the_layout_says() -> None:
     h = mlp.gate_up_proj(x)
     expected = mlp.down_proj(h[:, slice(*up)] * mlp.activation_fn(h[:, slice(*gate)]))
     torch.testing.assert_close(mlp(x), expected)
+
+
+def test_slices_of_experts_are_refused() -> None:
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(TargetError, match="a matrix for each expert"):
+        select(made("MixtralForCausalLM", "MixtralConfig", **SIZES, intermediate_size=48)(), f"{experts}[0:8]", 2)
 
 
 def test_rows_are_read_as_they_are_written() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, listing, nearest
-from deltaw.layers import Slot, as_matrix, as_stored, close_slot, open_slot, slot_of
+from deltaw.layers import Slot, as_matrix, as_stored, close_slot, open_slot, read_outside, slot_of, weights_of
 from deltaw.lowrank import dense
 from deltaw.originals import Original
 from deltaw.residency import Residency
@@ -128,7 +128,8 @@ def apply_plan(
         layer = layers[layer_name]
         slot = slot_of(layer)
         if slot is None:
-            slot = open_slot(layer, record.route)
+            parent = model.get_submodule(layer_name.rpartition(".")[0])
+            slot = open_slot(layer, record.route, read=read_outside(parent))
             record.rows_mixed = None
         for parameter in update.parameters():
             parameter.requires_grad_(False)
@@ -243,15 +244,18 @@ def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
 
 
 def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
-    """ΔW of one layer: fp32 [d, k], by the arithmetic that merges use. None means the active adapter. Raises AdapterError where
-    the adapter has no update on the layer's weight."""
+    """ΔW of one layer: fp32 [d, k], by the arithmetic that merges use; of a stack of matrices in its own shape. None means the
+    active adapter. Raises AdapterError where the adapter has no update on the layer's weight."""
     found = updates(model, name)
-    if layer not in found:
+    module, _, own = (layer, "", "weight") if layer in found else layer.rpartition(".")
+    if module not in found:
         raise AdapterError(f"The adapter has no update on {layer!r}{nearest(layer, found)}.")
-    change = found[layer].changes(owner_of(model).get_submodule(layer)).get("weight")
+    at = owner_of(model).get_submodule(module)
+    change = found[module].changes(at).get(own)
     if change is None:
         raise AdapterError(f"The adapter leaves the weight of {layer!r} as it is.")
-    return dense(change, _before_merge(model, f"{layer}.weight"))
+    dW = dense(change, _before_merge(model, dotted(module, own)))
+    return as_stored(at, own, dW) if own in weights_of(at) else dW
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

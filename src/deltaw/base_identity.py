@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deltaw.attached import base_tensors, owner_of, readers
+from deltaw.attached import base_tensors, owner_of, place_of, readers
 from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
 from deltaw.versions import version_of
 
@@ -33,11 +33,12 @@ def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fing
     return combined(_digest(p, tensor) for _, p, tensor in base_tensors(model) if id(p) not in gone)
 
 
-def layers_fingerprint(model: nn.Module, layers: Iterable[str]) -> Fingerprint:
-    """Of these layers' weights alone: what a checkpoint's files tell without the model."""
+def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint:
+    """Of these parameters alone: what a checkpoint's files tell without the model."""
     digests = {id(parameter): _digest(parameter, tensor) for _, parameter, tensor in base_tensors(model)}
     owner: Any = owner_of(model)
-    return combined(digests[id(owner.get_submodule(layer).weight)] for layer in layers)
+    places = (place_of(owner, name) for name in names)
+    return combined(digests[id(module._parameters[own])] for module, own in places)
 
 
 def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:

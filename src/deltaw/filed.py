@@ -9,20 +9,23 @@ from torch import Tensor, nn
 
 from deltaw import attached as live
 from deltaw.attached import dotted, owner_of, readers
-from deltaw.base_identity import base_fingerprint, layers_fingerprint
+from deltaw.base_identity import base_fingerprint, weights_fingerprint
 from deltaw.errors import AdapterError, listing
-from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, W0, LoRAFile
+from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAFile
 from deltaw.files.peft_config import config_for
-from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind
+from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, weights_of
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
+from deltaw.weights import OnWeights, Stack
 
 
 def as_file(model: nn.Module, name: str) -> LoRAFile:
     """Adapter `name` in PEFT's terms. Raises AdapterError for a method or a mix of updates that has none."""
     updates, owner = live.updates(model, name), owner_of(model)
     low_rank = {n: u for n, u in updates.items() if isinstance(u, LowRank)}
+    weights = _of_weights(owner, updates)
+    keys = {n: _key(owner, n, weights) for n in low_rank}
     method = live.record_of(model).attached[name].method
     _check(method, updates)
     whole, modules = _whole(model, {n: u for n, u in updates.items() if isinstance(u, Replaced)})
@@ -37,9 +40,10 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         **({"trainable_token_indices": {n: i.tolist() for n, (i, _) in rows.items()}} if rows else {}),
     }
     made = LoRAFile(
-        factors={n: (u.A, u.B) for n, u in low_rank.items()},
-        scales={n: u.scale for n, u in low_rank.items()},
-        config=_config(model, method, low_rank, others),
+        factors={keys[n]: (u.A, u.B if keys[n] == n else u.B / TWICE) for n, u in low_rank.items()}
+        | {n: _factors(u) for n, (_, u) in weights.items()},
+        scales={keys[n]: u.scale for n, u in low_rank.items()} | {n: u.scale for n, (_, u) in weights.items()},
+        config=_config(model, method, {keys[n]: u for n, u in low_rank.items()}, weights, others),
         embeddings=frozenset(n for n, u in low_rank.items() if u.kind is EmbeddingKind),
         kernels={n: _kernel(owner, n) for n, u in low_rank.items() if issubclass(u.kind, ConvKind)},
         magnitudes=magnitudes,
@@ -47,8 +51,42 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         rows=rows,
         whole=whole | whole_biases,
     )
-    made.metadata.update(_metadata(model, low_rank, made))
+    made.metadata.update(_metadata(model, low_rank, weights, made))
     return made
+
+
+_Weights = dict[str, tuple[str, LowRank]]
+"""A layer's name in the file → the parameter's in the model, and its update."""
+
+
+def _of_weights(owner: nn.Module, updates: dict[str, Update]) -> _Weights:
+    """The updates of weights without layers under PEFT's names. It wraps a module once for each of its parameters, the last of
+    them outermost, and `nn.MultiheadAttention` as a whole, with its output projection inside."""
+    found: _Weights = {}
+    for module_name, update in updates.items():
+        if not isinstance(update, OnWeights):
+            continue
+        module = owner.get_submodule(module_name)
+        parts = [(own, update.parts[own]) for own in weights_of(module) if own in update.parts]
+        for depth, (own, part) in enumerate(reversed(parts)):
+            attention = isinstance(module, nn.MultiheadAttention) and own != "in_proj_weight"
+            key = dotted(module_name, own) if attention else module_name + ".base_layer" * depth
+            found[key] = dotted(module_name, own), part
+    return found
+
+
+def _key(owner: nn.Module, layer: str, weights: _Weights) -> str:
+    """A layer's name in the file: PEFT has the output projection of an attention inside its wrapper."""
+    outer, _, own = layer.rpartition(".")
+    wrapped = outer in weights and isinstance(owner.get_submodule(outer), nn.MultiheadAttention)
+    return f"{outer}.base_layer.{own}" if wrapped else layer
+
+
+def _factors(update: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT has them: of a stack of E matrices A [E·r, k] and B [d, r·E], E running fastest."""
+    if not isinstance(update, Stack):
+        return update.A, update.B
+    return update.A.flatten(0, 1), update.B.permute(1, 2, 0).flatten(1)
 
 
 def _kernel(owner: Any, layer: str) -> tuple[int, ...]:
@@ -58,7 +96,7 @@ def _kernel(owner: Any, layer: str) -> tuple[int, ...]:
 def _check(method: Any, updates: dict[str, Update]) -> None:
     if not isinstance(method, LoRA):
         raise AdapterError(f"{type(method).__name__} has no file format yet.")
-    others = [n for n, u in updates.items() if not isinstance(u, (LowRank, Replaced, ReplacedRows))]
+    others = [n for n, u in updates.items() if not isinstance(u, (LowRank, OnWeights, Replaced, ReplacedRows))]
     rescaled = {type(u) for u in updates.values() if isinstance(u, LowRank)}
     if len(rescaled) > 1:
         others += [n for n, u in updates.items() if isinstance(u, LowRankRescaled)]
@@ -66,15 +104,16 @@ def _check(method: Any, updates: dict[str, Update]) -> None:
         raise AdapterError(listing("Not saved: PEFT's format has no such updates beside the adapter's others:", others))
 
 
-def _metadata(model: nn.Module, low_rank: dict[str, LowRank], file: LoRAFile) -> dict[str, str]:
+def _metadata(model: nn.Module, low_rank: dict[str, LowRank], weights: _Weights, file: LoRAFile) -> dict[str, str]:
     made = {
         "deltaw_format": FORMAT,
         "deltaw_version": __version__,
         BASE: str(base_fingerprint(model, without=file.replaced())),
-        W0: str(layers_fingerprint(model, low_rank)),
+        W0: str(weights_fingerprint(model, [*(f"{n}.weight" for n in low_rank), *(n for n, _ in weights.values())])),
     }
     transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
-    slices = {n: u.slices for n, u in low_rank.items() if isinstance(u, Sliced)}
+    every = low_rank | {n: u for n, (_, u) in weights.items()}
+    slices = {n: u.slices for n, u in every.items() if isinstance(u, Sliced)}
     made |= {TRANSPOSED: json.dumps(transposed)} if transposed else {}
     return made | ({SLICES: json.dumps(slices)} if slices else {})
 
@@ -127,15 +166,23 @@ def _rows(model: nn.Module, updates: dict[str, ReplacedRows]) -> dict[str, tuple
     return found
 
 
-def _config(model: nn.Module, method: LoRA, updates: dict[str, LowRank], others: dict[str, Any]) -> dict[str, Any]:
+def _config(
+    model: nn.Module, method: LoRA, updates: dict[str, LowRank], weights: _Weights, others: dict[str, Any]
+) -> dict[str, Any]:
     base = owner_of(model)
+    every = updates | {n: u for n, (_, u) in weights.items()}
+    owners = {parameter: parameter.rpartition(".")[0] for parameter, _ in weights.values()}
+    attention = {p: m for p, m in owners.items() if isinstance(base.get_submodule(m), nn.MultiheadAttention)}
+    parameters = sorted(owners.keys() - attention.keys())
+    modules = {n for n in updates if ".base_layer." not in n} | {*attention.values()}
     return config_for(
-        {layer: u.rank for layer, u in updates.items()},
-        {layer: u.scale for layer, u in updates.items()},
-        target_modules=_target_modules(model, updates),
+        {layer: u.rank for layer, u in every.items()},
+        {layer: u.scale for layer, u in every.items()},
+        target_modules=_target_modules(model, modules),
         dropout=method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
         transposed=all(u.kind is Conv1DKind for u in updates.values()),
+        target_parameters=parameters or None,
         base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         task=_task(base),
         **others,
@@ -149,9 +196,9 @@ def _task(base: Any) -> str | None:
     return "CAUSAL_LM" if generates and not getattr(base.config, "is_encoder_decoder", False) else None
 
 
-def _target_modules(model: nn.Module, updates: dict[str, LowRank]) -> list[str]:
+def _target_modules(model: nn.Module, updates: set[str]) -> list[str]:
     """The shortest list that PEFT reads as exactly these layers: the last parts of their names where no other module
     ends so, else the full names."""
     ends = {name.rsplit(".", 1)[-1] for name in updates}
     matched = {name for name, _ in live.base_modules(model) if name.rsplit(".", 1)[-1] in ends}
-    return sorted(ends if matched == set(updates) else updates)
+    return sorted(ends if matched == updates else updates)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from deltaw.attached import base_modules, dotted, readers
 from deltaw.errors import FileError, listing, nearest
-from deltaw.files.peft import LoRAFile, slices_of
-from deltaw.files.peft_config import saved_module
-from deltaw.layers import ConvKind, EmbeddingKind, Kind, as_matrix, kind_of, why_not
+from deltaw.files.peft import TWICE, LoRAFile, slices_of
+from deltaw.files.peft_config import rank_of, saved_module
+from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, weights_of, why_not
 from deltaw.lowrank import merge_
+from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
+from deltaw.weights import OnWeights, Stack
 
 log = logging.getLogger("deltaw")
 
@@ -65,31 +67,78 @@ class _Fitting:
         file, dropout = self.file, float(self.file.config.get("lora_dropout") or 0.0)
         slices = slices_of(file)
         for name, (A, B) in file.factors.items():
-            layer = self._layer(name)
+            layer_name, own = self._meant(name)
+            layer = self._layer(layer_name)
             if layer is None:
                 continue
+            if own is not None:
+                self._on_weight(name, layer_name, own, slices.get(name))
+                continue
             kind = kind_of(layer)
-            if kind is None:
-                self.problems.append(f"{name!r}: {why_not(layer)}")
+            if why := why_not(layer) if kind is None else self._of_another_kind(name, layer, kind):
+                self.problems.append(f"{layer_name!r}: {why}")
+            if kind is None or why:
                 continue
-            if why := self._of_another_kind(name, layer, kind):
-                self.problems.append(why)
-                continue
-            device, scale = self._place(layer.weight), file.scales[name]
+            device, scale = self._place(layer._parameters["weight"]), file.scales[name]
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
+            if layer_name != name:
+                B = B * TWICE
             rows = sliced_rows(B, slices[name]) if name in slices else None
             if rows is not None:
-                self.updates[name] = Sliced(kind, A, rows, scale, slices[name], B.shape[0], dropout, bias)
+                update: Update = Sliced(kind, A, rows, scale, slices[name], B.shape[0], dropout, bias)
             elif name in file.magnitudes:
-                magnitude = file.magnitudes[name].to(device)
-                self.updates[name] = LowRankRescaled(kind, A, B, scale, magnitude, dropout, bias)
+                update = LowRankRescaled(kind, A, B, scale, file.magnitudes[name].to(device), dropout, bias)
             else:
-                self.updates[name] = LowRank(kind, A, B, scale, dropout, bias)
+                update = LowRank(kind, A, B, scale, dropout, bias)
+            self.updates[layer_name] = update
+
+    def _meant(self, name: str) -> tuple[str, str | None]:
+        """The layer that a name in the file means; or the module, and which of its weights that have no layer. (PEFT wraps a
+        module once for each of these, the last outermost.)"""
+        if name in self.layers and not (own := weights_of(self.layers[name])):
+            return name, None
+        plain = name.replace(".base_layer", "")
+        module = self.layers.get(plain)
+        if module is None:
+            outer, _, last = plain.rpartition(".")
+            return (outer, last) if outer in self.layers and last in weights_of(self.layers[outer]) else (name, None)
+        if isinstance(module, nn.MultiheadAttention):
+            return plain, "in_proj_weight"
+        wanted = tuple(self.file.config.get("target_parameters") or ())
+        own = [n for n in weights_of(module) if any(f".{plain}.{n}".endswith(f".{t}") for t in wanted)]
+        depth = name.count(".base_layer")
+        return plain, own[-1 - depth] if depth < len(own) else None
+
+    def _on_weight(self, name: str, module_name: str, own: str, slices: Mapping[str, Runs] | None) -> None:
+        """A and B of a weight that has no layer, in its module's update."""
+        (A, B), scale, module = self.file.factors[name], self.file.scales[name], self.layers[module_name]
+        W0 = module._parameters.get(own)
+        if W0 is None:
+            self.problems.append(f"{module_name!r} has no {own}")
+            return
+        A, B = A.to(self._place(W0)), B.to(self._place(W0))
+        rows = sliced_rows(B, slices) if slices else None
+        if W0.ndim == 3:
+            E, (d, k) = len(W0), Weight(module, own).shape
+            if A.shape[0] != E * rank_of(name, self.file.config) or (B.shape[0], A.shape[1]) != (d, k):
+                self.problems.append(
+                    f"{dotted(module_name, own)} is {list(W0.shape)}, the file's A {list(A.shape)} and B {list(B.shape)}"
+                )
+                return
+            stacked = A.view(E, -1, k), B.view(d, -1, E).permute(2, 0, 1).contiguous()
+            part: LowRank = Stack(*stacked, scale, transposed=Weight(module, own).transposed)
+        elif slices and rows is not None:
+            part = Sliced(Kind, A, rows, scale, slices, B.shape[0])
+        else:
+            part = LowRank(Kind, A, B, scale)
+        of_module = self.updates.setdefault(module_name, OnWeights({}))
+        assert isinstance(of_module, OnWeights)
+        of_module._modules[own] = part
 
     def _of_another_kind(self, name: str, layer: Any, kind: type[Kind]) -> str | None:
         """Where the file's A and B are those of another kind of layer."""
-        kernel, theirs = tuple(layer.weight.shape[1:]), self.file.kernels.get(name)
-        own = f"{name!r} is a {type(layer).__name__}"
+        kernel, theirs = tuple(layer._parameters["weight"].shape[1:]), self.file.kernels.get(name)
+        own = f"it is a {type(layer).__name__}"
         if (kind is EmbeddingKind) != (name in self.file.embeddings):
             return (
                 f"{own}, the file's A and B are {'an embedding' if name in self.file.embeddings else 'a dense layer'}'s"
@@ -112,7 +161,7 @@ class _Fitting:
         if given is None and name in file.biases:
             own, given = getattr(layer, "bias", None), file.biases[name] * file.scales[name]
             given = given if own is None else own.detach().to(given) + given
-        return None if given is None else given.to(self._place(layer.weight))
+        return None if given is None else given.to(self._place(layer._parameters["weight"]))
 
     def _place(self, own: Tensor) -> torch.device:
         """Where what stands beside or for this tensor of the base is kept."""

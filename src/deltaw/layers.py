@@ -7,12 +7,11 @@ subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, ClassVar, SupportsIndex
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple, SupportsIndex
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from deltaw import fused
@@ -29,11 +28,14 @@ class Kind:
     """The weight is stored [k, d]."""
     multiplies: ClassVar[bool] = True
     """The layer is a product of its input's last dimension with W0, and nothing else."""
+    alike: ClassVar[tuple[str, ...]] = ()
+    """Full names of subclasses whose own forward computes the same in another way."""
 
     @classmethod
     def W0(cls, layer: Any) -> Tensor:
         """The layer's weight as a [d, k] view of its storage."""
-        return layer.weight.t() if cls.transposed else layer.weight
+        W = layer._parameters["weight"]
+        return W.t() if cls.transposed else W
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
@@ -52,6 +54,7 @@ class LinearKind(Kind):
     """`nn.Linear`."""
 
     layer_class = nn.Linear
+    alike = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 class Conv1DKind(Kind):
@@ -85,7 +88,7 @@ class ConvKind(Kind):
 
     @classmethod
     def W0(cls, layer: Any) -> Tensor:
-        return layer.weight.flatten(1)
+        return layer._parameters["weight"].flatten(1)
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
@@ -158,9 +161,8 @@ def _why_not_class(cls: Any) -> str | None:
     kind = _kind_of_class(cls)
     if kind is None:
         return f"{cls.__name__} is not a dense layer that deltaw adapts"
-    if issubclass(cls, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads this weight without calling the layer"
-    return None if cls.forward is kind.layer_class.forward else f"{cls.__name__} has a forward of its own"
+    same = cls.forward is kind.layer_class.forward or f"{cls.__module__}.{cls.__qualname__}" in kind.alike
+    return None if same else f"{cls.__name__} has a forward of its own"
 
 
 def why_bypassed(layer: nn.Module) -> str | None:
@@ -170,12 +172,57 @@ def why_bypassed(layer: nn.Module) -> str | None:
     return None
 
 
-def shape(layer: nn.Module) -> tuple[int, int]:
-    """(d, k) of a layer that has a kind."""
+def shape(layer: nn.Module | Weight) -> tuple[int, int]:
+    """(d, k) of a layer that has a kind, or of each matrix of a weight."""
+    if isinstance(layer, Weight):
+        return layer.shape
     kind = kind_of(layer)
     assert kind is not None
     d, k = kind.W0(layer).shape
     return d, k
+
+
+class Weight(NamedTuple):
+    """A dense layer that is only a parameter of its module, whose forward uses it: the projections of `nn.MultiheadAttention`, a
+    matrix for each expert of a mixture [E, d, k]."""
+
+    module: nn.Module
+    own: str
+
+    @property
+    def value(self) -> Tensor:
+        found = self.module._parameters[self.own]
+        assert found is not None
+        return found
+
+    @property
+    def transposed(self) -> bool:
+        """Its matrices are stored [k, d], as GPT-OSS has them."""
+        return self.value.ndim == 3 and bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, k)"""
+        d, k = self.value.shape[-2:]
+        return (k, d) if self.transposed else (d, k)
+
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def weights_of(module: nn.Module) -> list[str]:
+    """The module's own names of parameters that are dense layers of that kind."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [own for own in _PROJECTIONS if module._parameters.get(own) is not None]
+    if "Experts" not in plain_class(module).__name__ or kind_of(module) is not None:
+        return []
+    return [own for own, p in module._parameters.items() if p is not None and p.ndim == 3 and p.is_floating_point()]
+
+
+def read_outside(parent: nn.Module) -> bool:
+    """Whether this module uses the parameters of modules inside it without calling these: attention its output projection's, and
+    PyTorch's encoder layer, in evaluation, those of all."""
+    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
 def as_matrix(layer: nn.Module, own_name: str, value: Tensor) -> Tensor:
@@ -183,7 +230,9 @@ def as_matrix(layer: nn.Module, own_name: str, value: Tensor) -> Tensor:
     row."""
     if value.ndim == 2:
         return value.t() if _is_transposed(layer, own_name) else value
-    return value.reshape(1, -1) if value.ndim < 2 else value.flatten(1)
+    if value.ndim < 2:
+        return value.reshape(1, -1)
+    return value.flatten(0, -2) if own_name in weights_of(layer) else value.flatten(1)
 
 
 def as_stored(layer: nn.Module, own_name: str, matrix: Tensor) -> Tensor:
@@ -220,21 +269,38 @@ class Slot(nn.Module):
     def get(self, name: str | None) -> Any:
         return self._modules.get(name) if name is not None else None
 
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        """What a module around the layer reads as this parameter of it: with the active update, if that changes it."""
+        chosen = self.route.chosen()
+        if type(chosen) is not Rows:
+            update: Any = self._modules.get(chosen)
+            return layer._parameters[own_name] if update is None else update.parameter(layer, own_name)
+        if any(name in chosen.rows for name in self._modules):
+            raise AdapterError(
+                f"The weight of a {plain_class(layer).__name__} is read by the module around it, for all rows at once: they "
+                "cannot have adapters of their own there. Use one adapter at a time."
+            )
+        return layer._parameters[own_name]
+
 
 SLOT = "deltaw"
 """Name of the child module that holds a layer's updates."""
 
-_adapted: dict[type[nn.Module], type[nn.Module]] = {}
+_adapted: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_plain: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `cls` whose forward adds the active update. Cached, so that copies share it."""
-    if cls not in _adapted:
+def adapted_class(cls: type[nn.Module], read: tuple[str, ...] = ()) -> type[nn.Module]:
+    """The subclass of `cls` whose forward adds the active update, and whose parameters `read` are read with it. Cached, so that
+    copies share it."""
+    if (cls, read) not in _adapted:
 
         def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
+                if not any(name in slot._modules for name in chosen.rows):
+                    return cls.forward(self, *inputs, **named)
                 x = only_input(self, inputs, named)
                 return chosen.through(self, slot._modules, x, cls.forward(self, x))
             update = slot._modules.get(chosen)
@@ -243,32 +309,38 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             return update.branch(self, *inputs, **named)
 
         def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
-            return _unpickled, (cls,), vars(self)
+            return _unpickled, (cls, read), vars(self)
 
         own = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
-        _adapted[cls] = type(cls.__name__, (cls,), own)
-    return _adapted[cls]
+        made = type(cls.__name__, (cls,), own | {name: property(partial(_read, name)) for name in read})
+        _adapted[cls, read], _plain[made] = made, cls
+    return _adapted[cls, read]
+
+
+def _read(own_name: str, layer: Any) -> Tensor | None:
+    value: Tensor | None = layer._modules[SLOT].parameter(layer, own_name)
+    return value
 
 
 def only_input(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
     """A layer's one input, under whatever name its own forward gives it. Raises AdapterError where there are several."""
     if len(inputs) + len(named) != 1:
         raise AdapterError(
-            f"A {type(layer).__name__} takes several inputs: its rows cannot have adapters of their own."
+            f"A {type(layer).__name__} takes several inputs: its rows cannot have adapters of their own. Adapters that leave it "
+            "out (targets='attention', say) can be mixed in a batch."
         )
     return inputs[0] if inputs else next(iter(named.values()))
 
 
-def _unpickled(cls: type[nn.Module]) -> nn.Module:
+def _unpickled(cls: type[nn.Module], read: tuple[str, ...] = ()) -> nn.Module:
     """An empty layer of `cls`'s adapted class, for pickle to fill: the class itself has no name to be found by."""
-    adapted = adapted_class(cls)
+    adapted = adapted_class(cls, read)
     return adapted.__new__(adapted)
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer had before it was adapted."""
-    cls = type(layer)
-    return cls.__mro__[1] if _adapted.get(cls.__mro__[1]) is cls else cls
+    return _plain.get(type(layer), type(layer))
 
 
 def slot_of(layer: nn.Module) -> Slot | None:
@@ -276,11 +348,12 @@ def slot_of(layer: nn.Module) -> Slot | None:
     return found if isinstance(found, Slot) else None
 
 
-def open_slot(layer: nn.Module, route: Route) -> Slot:
-    """Give the layer its slot and its dynamic class; nothing changes while the route is off it."""
+def open_slot(layer: nn.Module, route: Route, *, read: bool = False) -> Slot:
+    """Give the layer its slot and its dynamic class; nothing changes while the route is off it. `read`: the module around it uses
+    its parameters without calling it."""
     slot = Slot(route)
     slot.train(layer.training)
-    layer.__class__ = adapted_class(type(layer))
+    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters) if read else ())
     layer._modules[SLOT] = slot
     return slot
 

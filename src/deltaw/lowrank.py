@@ -103,6 +103,20 @@ class Value(NamedTuple):
             yield Block(rows, after - W0[rows].float(), after)
 
 
+class Stacked(NamedTuple):
+    """A ΔW of each matrix of several that stand one under the other: W0 [Σ d, k]."""
+
+    products: Sequence[Product]
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        at = 0
+        for product in self.products:
+            d = product.B.shape[0]
+            for block in product.blocks(W0[at : at + d]):
+                yield Block(slice(at + block.rows.start, at + block.rows.stop), block.dW)
+            at += d
+
+
 class Sum(NamedTuple):
     """Σ weight·ΔW over changes of any kind."""
 

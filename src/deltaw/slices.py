@@ -25,6 +25,8 @@ def parts_of(model: nn.Module, name: str, d: int) -> dict[str, Runs]:
     is not known."""
     parent_name, _, own = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    if isinstance(parent, nn.MultiheadAttention):
+        return _even(*QKV)(parent, d) if own == "in_proj_weight" else {}
     if not type(parent).__module__.startswith("transformers.models."):  # another's class of that name
         return {}
     for classes, layer, layout in LAYOUTS:
@@ -87,6 +89,17 @@ def _bigcode(parent: Any, d: int) -> dict[str, Runs]:
     return _by_head(parent, d)
 
 
+def _falcon(parent: Any, d: int) -> dict[str, Runs]:
+    """By groups of heads: a group's queries, then the key and the value that these share."""
+    heads, groups = parent.num_heads, parent.num_kv_heads
+    if not parent.new_decoder_architecture:
+        groups = 1 if parent.multi_query else heads
+    width, each = parent.head_dim, heads // groups
+    starts = range(0, d, (each + 2) * width)
+    ends = {"q": (0, each), "k": (each, each + 1), "v": (each + 1, each + 2)}
+    return {role: tuple((at + a * width, at + b * width) for at in starts) for role, (a, b) in ends.items()}
+
+
 def _blocks(roles: Sequence[str], sizes: Sequence[int]) -> dict[str, Runs]:
     found: dict[str, Runs] = {}
     at = 0
@@ -100,6 +113,7 @@ LAYOUTS: tuple[tuple[str, str, Callable[[Any, int], dict[str, Runs]]], ...] = (
     (r"(?:GPT2|ImageGPT|DecisionTransformerGPT2)Attention|Attention", "c_attn", _gpt2),
     (r"GPTBigCodeAttention", "c_attn", _bigcode),
     (r"(?:GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon)Attention", "query_key_value", _by_head),
+    (r"FalconAttention|FalconFlashAttention2", "query_key_value", _falcon),
     (r"Phi3Attention", "qkv_proj", _grouped),
     (r"(?:Phi3|Glm|Glm4)MLP", "gate_up_proj", _even(*GATE_UP)),
     (r"(?:Mpt|ModernBert)Attention", "Wqkv", _even(*QKV)),

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import KINDS, kind_of, shape, why_not
+from deltaw.layers import KINDS, Weight, kind_of, shape, weights_of, why_not
 from deltaw.slices import Runs, overlapping, parts_of, runs_of
 
 Targets = str | Sequence[str] | Mapping[str, int]
@@ -26,11 +26,11 @@ Targets = str | Sequence[str] | Mapping[str, int]
 # The end of a dense layer's dotted name → its role, over the architectures of transformers. First match wins, so the
 # longer names (attention.output.dense) stand before the shorter ones they end in (output.dense).
 ROLES: dict[str, str] = {
-    "qkv": r"c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj_linear",
+    "qkv": r"c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj_linear|in_proj_weight",
     "gate_up": r"gate_up_proj",
-    "q": r"q_proj|query_proj|query|q_lin|to_q|(?:SelfAttention|EncDecAttention|attention|attn)\.q",
-    "k": r"k_proj|key_proj|key|k_lin|to_k|(?:SelfAttention|EncDecAttention|attention|attn)\.k",
-    "v": r"v_proj|value_proj|value|v_lin|to_v|(?:SelfAttention|EncDecAttention|attention|attn)\.v",
+    "q": r"q_proj|q_proj_weight|query_proj|query|q_lin|to_q|(?:SelfAttention|EncDecAttention|attention|attn)\.q",
+    "k": r"k_proj|k_proj_weight|key_proj|key|k_lin|to_k|(?:SelfAttention|EncDecAttention|attention|attn)\.k",
+    "v": r"v_proj|v_proj_weight|value_proj|value|v_lin|to_v|(?:SelfAttention|EncDecAttention|attention|attn)\.v",
     "o": r"o_proj|out_proj|out_lin|(?:SelfAttention|EncDecAttention)\.o|(?:attention|attn)\.output\.dense"
     r"|attn\.c_proj|(?:self_attention|attention|self_attn)\.dense|to_out\.0|attention\.o",
     "gate": r"gate_proj|wi_0",
@@ -49,6 +49,10 @@ _SLICED = re.compile(r"(.+)\[((?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*)(?:,(?:[a-z_]+|\d
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "gate_up", "gate": "gate_up"}
 
 
+Layer = nn.Module | Weight
+"""A dense layer, or a dense weight of a module."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """What a targets value came to."""
@@ -59,6 +63,8 @@ class Selection:
     """Dense weights that are not targeted, and why."""
     slices: dict[str, dict[str, Runs]]
     """Layer name → the slices of it that are meant, where it is not the whole layer; each has the layer's rank."""
+    layers: dict[str, Layer]
+    """Those that are meant."""
 
 
 def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
@@ -69,7 +75,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     that is not dense, a rank below 1 or above min(d, k).
     """
     layers = dict(model.named_modules())
-    dense = {name: layer for name, layer in layers.items() if name and why_not(layer) is None}
+    dense = _dense(layers)
     head = _head_names(model, dense)
     body = {n: layer for n, layer in dense.items() if n not in head and _multiplies(layer)}
     entries = _entries(targets, rank)
@@ -118,9 +124,8 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
             + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
         )
     ordered = {n: ranks[n] for n in dense if n in ranks}
-    return Selection(
-        ordered, _left_out(model, layers, ranks, head, small), {n: slices[n] for n in dense if n in slices}
-    )
+    left_out = _left_out(model, layers, ranks, head, small)
+    return Selection(ordered, left_out, {n: slices[n] for n in ordered if n in slices}, {n: dense[n] for n in ordered})
 
 
 def role(name: str) -> str | None:
@@ -128,18 +133,31 @@ def role(name: str) -> str | None:
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(name)), None)
 
 
-def _multiplies(layer: nn.Module) -> bool:
+def _dense(layers: Mapping[str, nn.Module]) -> dict[str, Layer]:
+    """All that can take an update, in the model's order."""
+    found: dict[str, Layer] = {}
+    for name, layer in layers.items():
+        if name and why_not(layer) is None:
+            found[name] = layer
+        for own in weights_of(layer):
+            found[f"{name}.{own}" if name else own] = Weight(layer, own)
+    return found
+
+
+def _multiplies(layer: Layer) -> bool:
     """Whether the layer is of the kinds that presets and roles mean: embeddings and convolutions are named."""
+    if isinstance(layer, Weight):
+        return True
     kind = kind_of(layer)
     return kind is not None and kind.multiplies
 
 
-def _means_many(entry: str, dense: Mapping[str, nn.Module]) -> bool:
+def _means_many(entry: str, dense: Mapping[str, Layer]) -> bool:
     """Whether the entry describes layers instead of naming them."""
     return entry not in dense and (entry == ALL or entry in PRESETS or entry in ROLES or any(c in entry for c in "*?["))
 
 
-def _min(layer: nn.Module, slices: Mapping[str, Runs]) -> int:
+def _min(layer: Layer, slices: Mapping[str, Runs]) -> int:
     """min(d, k) of a layer, or of the smallest of these slices of it."""
     d, k = shape(layer)
     return min(k, *(sum(stop - start for start, stop in runs) for runs in slices.values() or [((0, d),)]))
@@ -170,14 +188,14 @@ _Found = dict[str, dict[str, Runs]]
 
 
 def _match(
-    entry: str, layers: dict[str, nn.Module], dense: dict[str, nn.Module], body: dict[str, nn.Module], model: nn.Module
+    entry: str, layers: dict[str, nn.Module], dense: dict[str, Layer], body: dict[str, Layer], model: nn.Module
 ) -> _Found | str:
     """The layers that one entry means, or what is wrong with it."""
     if sliced := _SLICED.fullmatch(entry):
         whole = _match(sliced[1], layers, dense, body, model)
         return whole if isinstance(whole, str) else _sliced(entry, whole, sliced[2].split(","), dense, model)
     if entry == ALL:
-        return _whole(body) if body else "the model has no dense layer besides its output head"
+        return _whole(body) if body else _none(layers)
     named = [n for n in dense if n == entry or n.endswith("." + entry)]
     if entry in PRESETS or entry in ROLES:
         found = _match_roles(entry, body, model)
@@ -199,12 +217,15 @@ def _whole(names: Iterable[str]) -> _Found:
 
 
 def _sliced(
-    entry: str, names: Iterable[str], wanted: Sequence[str], dense: dict[str, nn.Module], model: nn.Module
+    entry: str, names: Iterable[str], wanted: Sequence[str], dense: dict[str, Layer], model: nn.Module
 ) -> _Found | str:
     """These layers' slices of these names, or what is wrong with them."""
     found: _Found = {}
     for name in names:
-        d, _ = shape(dense[name])
+        layer = dense[name]
+        if isinstance(layer, Weight) and layer.value.ndim == 3:
+            return f"{entry!r}: {name} has a matrix for each expert, and slices of these have no form: name all of it"
+        d, _ = shape(layer)
         known = parts_of(model, name, d)
         for word in wanted:
             runs = runs_of(word, d) if ":" in word else known.get(word)
@@ -215,7 +236,7 @@ def _sliced(
     return found
 
 
-def _match_roles(entry: str, body: dict[str, nn.Module], model: nn.Module) -> _Found | str:
+def _match_roles(entry: str, body: dict[str, Layer], model: nn.Module) -> _Found | str:
     """The layers of these roles, and slices of those that hold them among others."""
     wanted = PRESETS.get(entry, (entry,))
     fused = {_FUSED[role] for role in wanted if role in _FUSED} - set(wanted)
@@ -240,8 +261,15 @@ def _match_roles(entry: str, body: dict[str, nn.Module], model: nn.Module) -> _F
     return found or f"{entry!r}: no layer of this model has that role"
 
 
+def _none(layers: Mapping[str, nn.Module]) -> str:
+    """Why all-linear means nothing here: of layers that look dense, what they have against it."""
+    kinds = tuple(kind.layer_class for kind in KINDS if kind.multiplies)
+    why = dict.fromkeys(filter(None, (why_not(layer) for layer in layers.values() if isinstance(layer, kinds))))
+    return "the model has no dense layer besides its output head" + (f": {'; '.join(why)}" if why else "")
+
+
 def _unmatched(
-    entry: str, aliases: list[str], layers: dict[str, nn.Module], dense: dict[str, nn.Module], model: nn.Module
+    entry: str, aliases: list[str], layers: dict[str, nn.Module], dense: dict[str, Layer], model: nn.Module
 ) -> str:
     if aliases:
         layer = model.get_submodule(aliases[0])
@@ -253,9 +281,7 @@ def _unmatched(
     return f"{entry!r} matches no layer{nearest(entry, [*ends, ALL, *PRESETS, *ROLES, *dense])}"
 
 
-def _too_large(
-    dense: dict[str, nn.Module], ranks: dict[str, int], slices: Mapping[str, Mapping[str, Runs]]
-) -> list[str]:
+def _too_large(dense: dict[str, Layer], ranks: dict[str, int], slices: Mapping[str, Mapping[str, Runs]]) -> list[str]:
     """One problem for each kind of layer whose rank exceeds min(d, k): a low-rank update of it would not be low."""
     problems: dict[str, str] = {}
     for name, r in ranks.items():
@@ -267,7 +293,7 @@ def _too_large(
     return list(problems.values())
 
 
-def _head_names(model: nn.Module, dense: dict[str, nn.Module]) -> set[str]:
+def _head_names(model: nn.Module, dense: dict[str, Layer]) -> set[str]:
     """Output layers: the output embeddings, and in a transformers model whatever is outside its base model."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = {n for n, layer in dense.items() if layer is head}
@@ -286,6 +312,10 @@ def _left_out(
     dense = [f"{name}." for name, layer in layers.items() if isinstance(layer, kinds)]
     for name, layer in layers.items():
         if name in ranks or name.startswith(tuple(dense)):  # what is inside a dense layer is that layer's own affair
+            continue
+        if weights := weights_of(layer):
+            left = {f"{name}.{own}": "not among the targets" for own in weights if f"{name}.{own}" not in ranks}
+            why |= {n: small.get(n, reason) for n, reason in left.items()}
             continue
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
             if name in head:

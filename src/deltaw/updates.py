@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import Kind, as_matrix, only_input, plain_class, why_bypassed, why_not
+from deltaw.layers import Kind, as_matrix, as_stored, only_input, plain_class, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
 from deltaw.slices import Runs
 from deltaw.versions import version_of
@@ -34,6 +34,11 @@ class Update(nn.Module, ABC):
     @abstractmethod
     def changes(self, layer: Any) -> dict[str, Change]:
         """The layer's own name of a parameter → what a merge makes of it, as the matrix that `as_matrix` reads it as."""
+
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        """The layer's parameter with this update, for modules that read it without calling the layer."""
+        own: Tensor | None = layer._parameters[own_name]
+        return own
 
     @abstractmethod
     def misfit(self, layer: Any) -> str | None:
@@ -111,20 +116,40 @@ class LowRank(Update):
         change: dict[str, Change] = {"weight": self.product}
         return change if self.bias is None else change | {"bias": Value(self.bias.detach().reshape(1, -1))}
 
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        if own_name == "weight":
+            return as_stored(layer, own_name, self.weight(self.W0(layer)))
+        if own_name == "bias" and self.bias is not None:
+            return self.bias.to(self.W0(layer).dtype)
+        return super().parameter(layer, own_name)
+
+    def weight(self, W0: Tensor) -> Tensor:
+        """W0 + ΔW [d, k], in its dtype; gradients flow to A and B."""
+        return torch.addmm(W0, self.B.to(W0.dtype), self.A.to(W0.dtype), alpha=self.scale)
+
     def misfit(self, layer: Any) -> str | None:
         return why_not(layer) or self.other_shape(layer)
 
     def other_shape(self, layer: Any) -> str | None:
         """Where its shapes are others than those of a layer that can take an update."""
-        (d, k), own = self.W0(layer).shape, (self.B.shape[0], self.A.shape[1])
-        if own != (d, k):
-            return f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
-        if self.bias is not None and self.bias.shape != (d,):
-            return f"its bias is {list(self.bias.shape)}, the layer has {d} outputs"
+        W0 = self.W0(layer)
+        if why := self.other_weight(W0):
+            return why
+        if self.bias is not None and self.bias.shape != W0.shape[:1]:
+            return f"its bias is {list(self.bias.shape)}, the layer has {W0.shape[0]} outputs"
         return None
 
+    def other_weight(self, W0: Tensor) -> str | None:
+        """Where it is an update of another shape than this weight's."""
+        (d, k), own = W0.shape, (self.B.shape[0], self.A.shape[1])
+        return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
+
+    def squared(self) -> float:
+        """‖ΔW‖²"""
+        return delta_norm(self.A, self.B, self.scale) ** 2
+
     def moved(self, layer: Any) -> tuple[float, float]:
-        return delta_norm(self.A, self.B, self.scale) ** 2, _square(layer.weight)
+        return self.squared(), square(self.W0(layer))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -160,11 +185,9 @@ class Sliced(LowRank):
         whole = self.B_rows.new_zeros(self.d, n, r)
         return whole.index_put((self.rows, self.number), self.B_rows).view(self.d, n * r)
 
-    def other_shape(self, layer: Any) -> str | None:
-        own = self.W0(layer).shape
-        if (self.d, self.A.shape[1]) != own:
-            return f"the update is {self.d}×{self.A.shape[1]}, the layer {own[0]}×{own[1]}"
-        return None
+    def other_weight(self, W0: Tensor) -> str | None:
+        (d, k), own = W0.shape, (self.d, self.A.shape[1])
+        return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
 
     def extra_repr(self) -> str:
         return f"slices={','.join(self.slices)}, {super().extra_repr()}"
@@ -205,12 +228,18 @@ class LowRankRescaled(LowRank):
         bias = getattr(layer, "bias", None) if self.bias is None else self.bias
         return out if bias is None else _plus(out, self.kind.per_output(layer, bias))
 
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        if own_name != "weight":
+            return super().parameter(layer, own_name)
+        W0 = self.W0(layer)
+        return as_stored(layer, own_name, self.weight(W0) * (self.magnitude / self.norm(layer)).to(W0.dtype)[:, None])
+
     @torch.no_grad()
     def norm(self, layer: Any) -> Tensor:
         """‖W0 + ΔW‖ by rows, [d] in fp32 or wider; kept for as long as W0, A and B are as they are."""
         if torch.compiler.is_compiling():
             return row_norms(self.W0(layer), self.A, self.B, self.scale)
-        stamp = [(id(t), version_of(t)) for t in (layer.weight, self.A, self.B)]
+        stamp = [(id(t), version_of(t)) for t in (layer._parameters["weight"], self.A, self.B)]
         if self._norm is None or self._norm[0] != stamp:
             self._norm = stamp, row_norms(self.W0(layer), self.A, self.B, self.scale)
         return self._norm[1]
@@ -253,7 +282,11 @@ class Replaced(Update):
         for own_name, value in self._parameters.items():
             assert value is not None
             values[own_name] = value.to(layer._parameters[own_name].dtype)
-        return plain_class(layer).forward(_shell(layer, values), *inputs, **named)
+        return plain_class(layer).forward(shell(layer, values), *inputs, **named)
+
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        own, value = layer._parameters[own_name], self._parameters.get(own_name)
+        return own if value is None else value.to(own.dtype)
 
     def changes(self, layer: Any) -> dict[str, Change]:
         return {n: Value(as_matrix(layer, n, v.detach())) for n, v in self._parameters.items() if v is not None}
@@ -273,7 +306,7 @@ class Replaced(Update):
     def moved(self, layer: Any) -> tuple[float, float]:
         pairs = [(value, layer._parameters[n]) for n, value in self._parameters.items() if value is not None]
         alike = [(value, own) for value, own in pairs if value.shape == own.shape]
-        return sum(_square(value - own) for value, own in alike), sum(_square(own) for _, own in alike)
+        return sum(square(value - own) for value, own in alike), sum(square(own) for _, own in alike)
 
 
 class ReplacedRows(Update):
@@ -295,9 +328,9 @@ class ReplacedRows(Update):
         forward = plain_class(layer).forward
         out = forward(layer, ids.clamp(max=layer.weight.shape[0] - 1))
         place = torch.searchsorted(self.indices, ids).clamp_(max=len(self.indices) - 1)
-        shell = _shell(layer, {"weight": self.rows.to(out.dtype)})
-        shell.padding_idx = None
-        return torch.where((self.indices[place] == ids)[..., None], forward(shell, place), out)
+        own = shell(layer, {"weight": self.rows.to(out.dtype)})
+        own.padding_idx = None
+        return torch.where((self.indices[place] == ids)[..., None], forward(own, place), out)
 
     def _logits(self, layer: Any, x: Tensor) -> Tensor:
         out = plain_class(layer).forward(layer, x)
@@ -329,10 +362,10 @@ class ReplacedRows(Update):
     def moved(self, layer: Any) -> tuple[float, float]:
         known = self.indices < layer.weight.shape[0]
         own = layer.weight[self.indices[known]]
-        return _square(self.rows[known] - own), _square(own)
+        return square(self.rows[known] - own), square(own)
 
 
-def _square(value: Tensor) -> float:
+def square(value: Tensor) -> float:
     """‖value‖², in fp32."""
     return float(value.detach().float().square().sum())
 
@@ -347,7 +380,7 @@ def with_room(weight: Tensor, indices: Tensor) -> Tensor:
     return torch.cat([weight, weight.new_zeros(added(weight, indices), weight.shape[1])])
 
 
-def _shell(layer: Any, values: Mapping[str, Tensor]) -> Any:
+def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:
     """An object with the layer's class and attributes, but for these parameters: the layer itself may be in use by others."""
     shell = object.__new__(plain_class(layer))
     shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}

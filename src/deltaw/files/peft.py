@@ -26,6 +26,7 @@ from deltaw.files.peft_config import (
     CONFIG,
     PICKLED,
     WEIGHTS,
+    rank_in,
     rank_of,
     read_config,
     saved_module,
@@ -47,6 +48,10 @@ BASE, W0 = "deltaw_base", "deltaw_w0"
 TRANSPOSED = "deltaw_transposed"
 # Metadata: JSON, layer → its slices that have updates of their own → their rows of its output
 SLICES = "deltaw_slices"
+
+# PEFT (0.21) adds the ΔW of the output projection inside a wrapped nn.MultiheadAttention twice in each pass: what a file has for
+# it is half of what it means
+TWICE = 2.0
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -115,7 +120,9 @@ def read(folder: Path) -> LoRAFile:
         raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
     return LoRAFile(
         factors={layer: (parts["A"], parts["B"]) for layer, parts in found.parts.items()},
-        scales={layer: scale_of(layer, parts["A"].shape[0], config) for layer, parts in found.parts.items()},
+        scales={
+            layer: scale_of(layer, rank_in(layer, parts["A"], config), config) for layer, parts in found.parts.items()
+        },
         config=config,
         metadata=metadata,
         embeddings=frozenset(found.embeddings),
@@ -255,7 +262,7 @@ def _disagreements(found: Sorted, config: Mapping[str, Any], name: str) -> list[
     """Where the tensors are others than the settings say."""
     problems = []
     for layer, parts in found.parts.items():
-        rank, expected = parts["A"].shape[0], rank_of(layer, config)
+        rank, expected = rank_in(layer, parts["A"], config), rank_of(layer, config)
         if rank != expected:
             problems.append(f"{layer}: rank {rank} in {name}, {expected} in {CONFIG}")
         if ("magnitude" in parts) != bool(config.get("use_dora")):

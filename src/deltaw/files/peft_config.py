@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deltaw.errors import FileError
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -126,6 +128,13 @@ def rank_of(layer: str, config: Mapping[str, Any]) -> Any:
     return _by_pattern(layer, config.get("rank_pattern"), config["r"])
 
 
+def rank_in(layer: str, A: Tensor, config: Mapping[str, Any]) -> int:
+    """The r of a layer with this A: its rows, and of a stack of matrices, whose A's stand one under the other, those of one."""
+    rows, expected = A.shape[0], rank_of(layer, config)
+    stacked = config.get("target_parameters") and isinstance(expected, int) and expected > 0 and rows % expected == 0
+    return int(expected) if stacked else rows
+
+
 def scale_of(layer: str, rank: int, config: Mapping[str, Any]) -> float:
     """The factor of a layer's BA."""
     alpha = _by_pattern(layer, config.get("alpha_pattern"), config["lora_alpha"])
@@ -176,6 +185,7 @@ def config_for(
         "rank_pattern": {rf"^{re.escape(layer)}": x for layer, x in ranks.items() if x != r},
         "alpha_pattern": {rf"^{re.escape(layer)}": x for layer, x in alphas.items() if x != alpha},
         "target_modules": sorted(target_modules),
+        "target_parameters": None,
         "lora_dropout": dropout,
         "use_rslora": rank_stabilised,
         "fan_in_fan_out": transposed,

@@ -3,35 +3,40 @@ magnitude m for each output of a layer, ‖W0‖ at the start. Knows how its set
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltaw.errors import TargetError
 from deltaw.methods.lora import LoRA
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from deltaw.layers import Kind
-    from deltaw.slices import Runs
-    from deltaw.updates import Update
+    from deltaw.layers import Weight
+    from deltaw.methods.lora import Slices
+    from deltaw.updates import LowRank, Update
 
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation."""
 
-    def update(self, layer: Any, kind: type[Kind], A: Tensor, B: Tensor, scale: float) -> Update:
+    def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
+        from deltaw.layers import kind_of
         from deltaw.updates import LowRankRescaled, row_norms
 
+        if slices:
+            raise TargetError(
+                f"DoRA rescales whole layers: it has no form for slices of one ({', '.join(slices)}). Name the layer itself, or "
+                "use LoRA."
+            )
+        kind = kind_of(layer)
+        assert kind is not None
         magnitude = row_norms(kind.W0(layer).detach(), A, B, scale).to(A.dtype)
         return LowRankRescaled(kind, A, B, scale, magnitude, self.dropout)
 
-    def sliced(
-        self, kind: type[Kind], A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int
-    ) -> Update:
+    def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
         raise TargetError(
-            f"DoRA rescales whole layers: it has no form for slices of one ({', '.join(slices)}). Name the layer itself, or use "
+            f"DoRA has no form for {weight.own} of a {type(weight.module).__name__}, a weight without a layer of its own: use "
             "LoRA."
         )

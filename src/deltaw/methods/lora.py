@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
 
@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deltaw.attached import Plan
-    from deltaw.layers import Kind
+    from deltaw.layers import Weight
     from deltaw.slices import Runs
-    from deltaw.updates import Update
+    from deltaw.targets import Layer
+    from deltaw.updates import LowRank, Update
+
+    Slices = Mapping[str, Runs]
 
 
 @dataclass(frozen=True)
@@ -53,47 +56,73 @@ class LoRA:
     def plan(self, model: nn.Module) -> Plan:
         """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
         float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
-        import torch
-
         from deltaw.attached import Plan, base_modules
-        from deltaw.layers import kind_of, shape
+        from deltaw.layers import Weight
         from deltaw.targets import select
-        from deltaw.updates import INITS
+        from deltaw.weights import OnWeights
         from deltaw.wholes import with_wholes
 
         selection = select(model, self.targets, self.rank)
         updates: dict[str, Update] = {}
         for name, rank in selection.ranks.items():
-            layer: Any = model.get_submodule(name)
-            kind = kind_of(layer)
-            assert kind is not None
-            d, k = shape(layer)
-            device = layer.weight.device
-            dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-            slices = selection.slices.get(name, {})
-            rows = sum(stop - start for runs in slices.values() for start, stop in runs) if slices else d
-            A = torch.cat([INITS[self.init](rank, k, device, dtype) for _ in slices or (name,)])
-            B = torch.zeros(rows, rank, device=device, dtype=dtype)
-            if slices:
-                updates[name] = self.sliced(kind, A, B, self.scale(rank), slices, d)
+            layer, slices = selection.layers[name], selection.slices.get(name, {})
+            A, B = self._start(layer, rank, slices)
+            if isinstance(layer, Weight):
+                module = name.removesuffix(layer.own).removesuffix(".")
+                of_module = updates.setdefault(module, OnWeights({}))
+                assert isinstance(of_module, OnWeights)
+                of_module._modules[layer.own] = self.on_weight(layer, A, B, self.scale(rank), slices)
             else:
-                updates[name] = self.update(layer, kind, A, B, self.scale(rank))
+                updates[name] = self.update(layer, A, B, self.scale(rank), slices)
         left_out = dict(selection.left_out)
         for name, update in with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates).items():
             updates[name] = update
             left_out.pop(name, None)
         return Plan(updates, left_out)
 
-    def update(self, layer: Any, kind: type[Kind], A: Tensor, B: Tensor, scale: float) -> Update:
-        """The update that these become on a layer."""
-        from deltaw.updates import LowRank
+    def _start(self, layer: Layer, rank: int, slices: Slices) -> tuple[Tensor, Tensor]:
+        """A [r, k], B [d, r]; of n slices A [n·r, k], B [Σ rows, r]; of E matrices A [E, r, k], B [E, d, r]."""
+        import torch
 
+        from deltaw.layers import Weight, shape
+        from deltaw.updates import INITS
+
+        W0 = layer.value if isinstance(layer, Weight) else layer._parameters["weight"]
+        assert W0 is not None
+        d, k = shape(layer)
+        dtype = torch.float64 if W0.dtype == torch.float64 else torch.float32
+
+        def A() -> Tensor:
+            return INITS[self.init](rank, k, W0.device, dtype)
+
+        if isinstance(layer, Weight) and W0.ndim == 3:
+            return torch.stack([A() for _ in W0]), torch.zeros(len(W0), d, rank, device=W0.device, dtype=dtype)
+        rows = sum(stop - start for runs in slices.values() for start, stop in runs) if slices else d
+        return torch.cat([A() for _ in slices or (0,)]), torch.zeros(rows, rank, device=W0.device, dtype=dtype)
+
+    def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
+        """The update that these become on a layer, or on some slices of it."""
+        from deltaw.layers import kind_of, shape
+        from deltaw.updates import LowRank, Sliced
+
+        kind = kind_of(layer)
+        assert kind is not None
+        if slices:
+            return Sliced(kind, A, B, scale, slices, shape(layer)[0], self.dropout)
         return LowRank(kind, A, B, scale, self.dropout)
 
-    def sliced(
-        self, kind: type[Kind], A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int
-    ) -> Update:
-        """The update that these become on some slices of a layer with d outputs."""
-        from deltaw.updates import Sliced
+    def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
+        """The update that these become on a weight that has no layer of its own. Raises TargetError."""
+        from deltaw.errors import TargetError
+        from deltaw.layers import Kind
+        from deltaw.updates import LowRank, Sliced
+        from deltaw.weights import Stack
 
-        return Sliced(kind, A, B_rows, scale, slices, d, self.dropout)
+        if self.dropout:
+            raise TargetError(
+                f"{weight.own} of a {type(weight.module).__name__} is a weight without a layer of its own: there is no input "
+                "of a branch that dropout could act on. Set dropout to 0, or leave it out of targets."
+            )
+        if weight.value.ndim == 3:
+            return Stack(A, B, scale, transposed=weight.transposed)
+        return Sliced(Kind, A, B, scale, slices, weight.shape[0]) if slices else LowRank(Kind, A, B, scale)

@@ -137,7 +137,9 @@ class Flat:
 
     def _loose(self, letter: str = "AB") -> list[nn.Parameter]:
         """Parameters of the other updates, each once."""
-        found = {p: n in ("B", "B_rows") for u in self.others.values() for n, p in u.named_parameters()}
+        found = {
+            p: n.rpartition(".")[2] in ("B", "B_rows") for u in self.others.values() for n, p in u.named_parameters()
+        }
         return [p for p, is_B in found.items() if ("B" if is_B else "A") in letter]
 
     def _all(self) -> list[_Buffer]:

@@ -1,0 +1,90 @@
+"""Updates of dense weights that have no layer of their own: they are parameters of a module whose forward uses them, the
+projections of `nn.MultiheadAttention` or a mixture's stack of experts. Knows one module, never a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.layers import Kind, plain_class, weights_of, why_bypassed
+from deltaw.lowrank import Change, Product, Stacked, delta_norm
+from deltaw.updates import LowRank, Update, shell, square
+
+
+class OnWeights(Update):
+    """Updates of weights that are only parameters of their module, whose forward uses them: by the parameter's own name, a
+    `LowRank` or `Sliced` of a matrix, or a `Stack` of several. Each pass forms W0 + ΔW, and its gradient has all of W0's shape:
+    that is what it costs that such weights have no layer to add a branch to."""
+
+    def __init__(self, parts: Mapping[str, LowRank]) -> None:
+        super().__init__()
+        self._modules.update(parts)
+
+    @property
+    def parts(self) -> dict[str, LowRank]:
+        return dict(self._modules)  # type: ignore[arg-type]
+
+    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
+        values = {own: self.parameter(layer, own) for own in self._modules}
+        return plain_class(layer).forward(shell(layer, values), *inputs, **named)
+
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        if own_name not in self._modules:
+            return super().parameter(layer, own_name)
+        return self.parts[own_name].weight(layer._parameters[own_name])
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        return {own: part.changes(layer)["weight"] for own, part in self.parts.items()}
+
+    def misfit(self, layer: Any) -> str | None:
+        if why := why_bypassed(layer):
+            return why
+        known = weights_of(layer)
+        for own, part in self.parts.items():
+            if own not in known:
+                return f"a {plain_class(layer).__name__} has no dense weight {own!r}"
+            if why := part.other_weight(layer._parameters[own]):
+                return f"{own}: {why}"
+        return None
+
+    def moved(self, layer: Any) -> tuple[float, float]:
+        pairs = [(part, layer._parameters[own]) for own, part in self.parts.items()]
+        return sum(part.squared() for part, _ in pairs), sum(square(W0) for _, W0 in pairs)
+
+
+class Stack(LowRank):
+    """An update of each of the matrices in a stack of them [E, d, k]: A [E, r, k], B [E, d, r], ΔW_e = scale·B_e A_e. With
+    `transposed` the matrices are stored [k, d]."""
+
+    transposed: bool
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float, *, transposed: bool = False) -> None:
+        super().__init__(Kind, A, B, scale)
+        vars(self).update(transposed=transposed)
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    def weight(self, W0: Tensor) -> Tensor:
+        """W0 + ΔW in W0's shape and dtype; gradients flow to A and B."""
+        A, B = self.A.to(W0.dtype), self.B.to(W0.dtype)
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return torch.baddbmm(W0, left, right, alpha=self.scale)
+
+    def changes(self, layer: Any) -> dict[str, Change]:
+        pairs = zip(self.A, self.B, strict=True)
+        factors = [(B.t(), A.t()) if self.transposed else (A, B) for A, B in pairs]
+        return {"weight": Stacked([Product(A, B, self.scale) for A, B in factors])}
+
+    def other_weight(self, W0: Tensor) -> str | None:
+        d, k = self.B.shape[1], self.A.shape[2]
+        own = (self.A.shape[0], k, d) if self.transposed else (self.A.shape[0], d, k)
+        return None if own == tuple(W0.shape) else f"the update is {list(own)}, the weight {list(W0.shape)}"
+
+    def squared(self) -> float:
+        return sum(delta_norm(A, B, self.scale) ** 2 for A, B in zip(self.A, self.B, strict=True))
