@@ -319,3 +319,37 @@ def test_flags_win_over_yaml(place: Path, tmp_path: Path) -> None:
     from deltaw.files.peft import read
 
     assert {A.shape[0] for A, _ in read(tmp_path / "run" / "adapter").factors.values()} == {3}
+
+
+@pytest.mark.parametrize("method", ["dora", "bitfit", "bottleneck", "prefix", "ia3", "full"])
+def test_every_method_trains_is_used_and_shown(
+    method: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, out = str(place / "model"), str(place / "data.jsonl"), tmp_path / "run"
+    words = ["train", model, data, "--out", str(out), "--steps", "12", "--samples", "0"]
+    words += ["--lr", "0.2" if method == "ia3" else "0.02"]
+    assert main([*words, "--method", method, *(["--add"] if method == "bitfit" else [])]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["loop"]["last_loss"] < result["loop"]["first_loss"]
+    again = ["train", "--config", str(out / "config.yaml"), "--out", str(tmp_path / "again"), "--steps", "2"]
+    assert main(again) == 0
+    capsys.readouterr()
+    adapter = str(out / "adapter")
+    assert main(["inspect", adapter]) == 0
+    assert method in capsys.readouterr().out or method == "dora"
+    assert main(["eval", model, data, "--adapter", adapter, "--metrics", "loss"]) == 0
+    merged = str(tmp_path / "merged")
+    code = main(["merge", model, adapter, "-o", merged])
+    assert code == (4 if method in ("bottleneck", "prefix", "bitfit") else 0)
+    assert Path(merged).is_dir() == (code == 0)
+    said = capsys.readouterr().err
+    assert code == 0 or "no weight can hold" in said or "the base has no" in said
+
+
+def test_a_flag_of_another_method_is_named_as_its(place: Path) -> None:
+    done = run("train", place / "model", place / "data.jsonl", "--method", "bitfit", "--rank", "4", "--size", "3")
+    assert done.returncode == 2
+    assert "--rank (a setting of --method lora or dora)" in done.stderr
+    assert "--size (a setting of --method bottleneck)" in done.stderr
+    done = run("train", place / "model", place / "data.jsonl", "--method", "bottlneck")
+    assert done.returncode == 2 and "did you mean 'bottleneck'" in done.stderr

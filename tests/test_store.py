@@ -154,7 +154,7 @@ def damaged(folder: Path, change: str) -> None:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True}, "other method": {"peft_type": "IA3"}, "changed base": {"init_lora_weights": "pissa_niter_4"},
+    "dora": {"use_dora": True}, "other method": {"peft_type": "LOHA"}, "changed base": {"init_lora_weights": "pissa_niter_4"},
     "alpha as text": {"lora_alpha": "16"}, "no rank": {"r": None}, "patterns as a list": {"alpha_pattern": ["q_proj"]},
     "pattern's value": {"alpha_pattern": {"q_proj": "8"}}, "broken pattern": {"rank_pattern": {"(q_proj": 4}},
     "not a number": {"lora_alpha": float("nan")}, "alpha zero": {"lora_alpha": 0}, "dropout as text": {"lora_dropout": "none"},
@@ -166,7 +166,7 @@ CHANGES = {
     "no keys": "unexpected key 'something'",
     "missing B": "B is missing", "shape": "the update is", "not finite": "not finite", "integers": "floating point",
     "rank": "rank 4 in adapter_model.safetensors, 16 in", "no alpha": "lora_alpha is missing", "dora": "no magnitude in adapter_model.safetensors",
-    "other method": "peft_type is 'IA3'", "changed base": "init_lora_weights is 'pissa_niter_4'",
+    "other method": "peft_type is 'LOHA'", "changed base": "init_lora_weights is 'pissa_niter_4'",
     "alpha as text": "lora_alpha is '16'; it must be a number", "no rank": "r is None",
     "patterns as a list": "alpha_pattern is \\['q_proj'\\]; it must map", "pattern's value": "alpha_pattern\\['q_proj'\\] is '8'",
     "broken pattern": "'\\(q_proj', which is no regular expression", "not a number": "lora_alpha is nan",

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from deltaw.files.streamed import merge_files, unmerge_files
     from deltaw.merge_report import MergeReport
     from deltaw.merged import merge, unmerge
+    from deltaw.methods.bitfit import BitFit
+    from deltaw.methods.bottleneck import Bottleneck
     from deltaw.methods.dora import DoRA
+    from deltaw.methods.full import Full
+    from deltaw.methods.ia3 import IA3
     from deltaw.methods.lora import LoRA
+    from deltaw.methods.prefix import Prefix
     from deltaw.run import RunResult, train
     from deltaw.store import load, save
     from deltaw.summaries import Summary, summary
@@ -38,8 +43,13 @@ _HOME = {
     "DataConfig": "config",
     "GenerateConfig": "config",
     "TrainConfig": "config",
+    "BitFit": "methods.bitfit",
+    "Bottleneck": "methods.bottleneck",
     "DoRA": "methods.dora",
+    "Full": "methods.full",
+    "IA3": "methods.ia3",
     "LoRA": "methods.lora",
+    "Prefix": "methods.prefix",
     "MergeReport": "merge_report",
     "RunResult": "run",
     "Summary": "summaries",
@@ -66,12 +76,17 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
+    "BitFit",
+    "Bottleneck",
     "DataConfig",
     "DeltaWError",
     "DoRA",
+    "Full",
     "GenerateConfig",
     "LoRA",
     "MergeReport",
+    "Prefix",
     "RunResult",
     "Summary",
     "TrainConfig",

@@ -103,6 +103,22 @@ class Value(NamedTuple):
             yield Block(rows, after - W0[rows].float(), after)
 
 
+class Times(NamedTuple):
+    """(IA)³'s: each row of W0 times a number, or each column; rows [d], columns [k]."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def blocks(self, W0: Tensor) -> Iterator[Block]:
+        height = _height(W0.shape[1], W0.device)
+        for start in range(0, W0.shape[0], height):
+            rows = slice(start, min(start + height, W0.shape[0]))
+            before = W0[rows].float()
+            after = before if self.rows is None else before * self.rows[rows].float()[:, None]
+            after = after if self.columns is None else after * self.columns.float()
+            yield Block(rows, after - before, after)
+
+
 class Stacked(NamedTuple):
     """A ΔW of each matrix of several that stand one under the other: W0 [Σ d, k]."""
 

@@ -4,7 +4,7 @@ a model; the arithmetic is lowrank.py's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -59,6 +59,7 @@ def merge(
     chosen = _chosen(record, name, weights)
     if busy := in_open_block(record, record.attached):
         raise MergeError(f"{busy}: merge when the block is over.")
+    _check_mergeable(model, record, chosen)
     changes = _changes(model, record, chosen)
     _check_possible(owner, changes)
     stats: dict[str, MergeStats] = {}
@@ -146,6 +147,17 @@ def _changes(model: nn.Module, record: Adapters, weights: Mapping[str, float]) -
             for own_name, change in update.changes(owner.get_submodule(layer_name)).items():
                 terms.setdefault(dotted(layer_name, own_name), []).append((change, weight))
     return {name: summed(of_one) for name, of_one in terms.items()}
+
+
+def _check_mergeable(model: nn.Module, record: Adapters, names: Iterable[str]) -> None:
+    """Raise MergeError where an adapter has updates that no weight can hold."""
+    whys = {n: {u.unmergeable for u in updates(model, known(record, n)).values() if u.unmergeable} for n in names}
+    problems = [f"{name!r}: {why}" for name, own in whys.items() for why in sorted(own)]
+    if problems:
+        raise MergeError(
+            listing("Not merged:", problems)
+            + "\nUse such an adapter beside the model, as it is: use(model, name), load and save."
+        )
 
 
 def _check_possible(owner: nn.Module, changes: dict[str, Change]) -> None:

@@ -28,6 +28,7 @@ from deltaw.generation import generate, pad_id, too_long
 from deltaw.merge_report import MergeReport
 from deltaw.merged import preview
 from deltaw.methods.lora import LoRA
+from deltaw.methods.registry import name_of
 from deltaw.positions import within
 from deltaw.pretrained import Pretrained, load_pretrained
 from deltaw.study.report import write as write_report
@@ -186,7 +187,8 @@ class _Run:
         data = (
             self.source if isinstance(self.source, (str, Path)) else f"<{len(self.encoded.examples)} records in memory>"
         )
-        return {"model": self.loaded.name, "data": str(data), **to_mapping(self.method), **to_mapping(self.config)}
+        named = {"model": self.loaded.name, "data": str(data), "method": name_of(self.method)}
+        return {**named, **to_mapping(self.method), **to_mapping(self.config)}
 
     def _report_coverage(self) -> None:
         summary = summaries.summary(self.loaded.model)

@@ -16,13 +16,19 @@ from deltaw import units
 from deltaw.base_identity import base_fingerprint
 from deltaw.errors import FileError, listing
 from deltaw.filed import as_file
-from deltaw.files import peft
+from deltaw.files import method_file, peft
+from deltaw.files.method_file import MethodFile
+from deltaw.files.peft_config import method_of
 from deltaw.fitted import fitted
 from deltaw.lowrank import delta_norm
+from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.renames import renamed
 from deltaw.updates import LowRank, Update
+
+TRAINING = "deltaw_training"
+"""Metadata: JSON, how the adapter was trained."""
 
 log = logging.getLogger("deltaw")
 
@@ -39,15 +45,21 @@ def save(
     Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
     differs; a folder that was at `path` is then still there.
     """
+    record = live.record_of(model)
+    adapter = record.attached[live.known(record, name)]
+    training = adapter.metadata.get("training") if training is None else training
+    kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
+    if not isinstance(adapter.method, LoRA):
+        other = as_method_file(model, name)
+        other.metadata.update(kept)
+        return method_file.write(Path(path), other)
     file = as_file(model, name)
     dead = [
         layer for layer, (A, B) in file.factors.items() if not A.any() and not (layer in file.embeddings and B.any())
     ]
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
-    training = live.record_of(model).attached[name].metadata.get("training") if training is None else training
-    if training:
-        file.metadata["deltaw_training"] = json.dumps(dict(training), sort_keys=True, ensure_ascii=False)
+    file.metadata.update(kept)
     written = peft.write(Path(path), file)
     _say_what_is_large(written, file)
     return written
@@ -87,20 +99,26 @@ def load(
     """
     path = Path(path)
     layers = dict(live.base_modules(model))
-    file = renamed(peft.read(path), layers)
+    file = read(path)
+    if isinstance(file, peft.LoRAFile):
+        file = renamed(file, layers)
     taken = live.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")
     live.check_free(model, name)
     if check_base:
         peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model, without=file.replaced()))
-    updates = fitted(model, layers, file, path, device=torch.device("cpu") if host else None)
+    device = torch.device("cpu") if host else None
+    if isinstance(file, peft.LoRAFile):
+        updates, method = fitted(model, layers, file, path, device=device), _method(file)
+    else:
+        updates, method = restored(model, file, path, device=device), method_in(file, path)
     training = _training(file, path)
     metadata: dict[str, Any] = {"training": training} if training else {}
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
     plan = live.Plan(updates, layers=layers)
-    live.apply_plan(model, plan, _method(file), name=name, activate=False, metadata=metadata)
+    live.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
     record = live.record_of(model)
     if host:
         record.residency.keep(name, _devices(model, updates))
@@ -110,23 +128,28 @@ def load(
     return name
 
 
+def read(path: Path) -> peft.LoRAFile | MethodFile:
+    """An adapter folder of any method. Raises FileError with every problem of the file itself."""
+    return peft.read(path) if method_of(path) is None else method_file.read(path)
+
+
 def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:
     """Each parameter of the updates, and the device that it is used on."""
     owner = live.owner_of(model)
     for name, update in updates.items():
-        device = next(owner.get_submodule(name).parameters(recurse=False)).device
+        device = next(owner.get_submodule(name).parameters()).device
         for parameter in update.parameters():
             yield parameter, device
 
 
 def training_of(path: str | Path) -> dict[str, Any]:
     """What the adapter's file says about how it was trained (prompt template, data form …); empty for foreign files."""
-    return _training(peft.read(Path(path)), Path(path))
+    return _training(read(Path(path)), Path(path))
 
 
-def _training(file: peft.LoRAFile, path: Path) -> dict[str, Any]:
+def _training(file: peft.LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.metadata.get("deltaw_training", "{}"))
+        found = json.loads(file.metadata.get(TRAINING, "{}"))
     except ValueError:
         found = None
     if not isinstance(found, dict):

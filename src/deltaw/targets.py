@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import KINDS, Weight, kind_of, shape, weights_of, why_not
+from deltaw.layers import KINDS, Weight, kind_of, plain_class, shape, weights_of, why_not
 from deltaw.slices import Runs, overlapping, parts_of, runs_of
 
 Targets = str | Sequence[str] | Mapping[str, int]
@@ -126,6 +126,19 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
     ordered = {n: ranks[n] for n in dense if n in ranks}
     left_out = _left_out(model, layers, ranks, head, small)
     return Selection(ordered, left_out, {n: slices[n] for n in ordered if n in slices}, {n: dense[n] for n in ordered})
+
+
+def blocks_of(model: nn.Module) -> dict[str, int]:
+    """The model's blocks (a transformer's layers) by name → their number in their stack: the members of the outermost lists of
+    modules of one class with dense layers inside."""
+    found: dict[str, int] = {}
+    for name, stack in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if isinstance(stack, nn.ModuleList) and not inside and len({plain_class(block) for block in stack}) == 1:
+            dense = [any(why_not(m) is None or weights_of(m) for m in block.modules()) for block in stack]
+            if all(dense):
+                found |= {f"{name}.{i}" if name else str(i): i for i in range(len(stack))}
+    return found
 
 
 def role(name: str) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class Update(nn.Module, ABC):
 
     stackable = False
     """Rows of a batch that have updates of one rank can be computed as one product with their stacked A's and B's."""
+    unmergeable: ClassVar[str] = ""
+    """Why no merge can take it."""
 
     @abstractmethod
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
@@ -207,6 +209,33 @@ def sliced_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
     whole = B.reshape(B.shape[0], len(slices), -1)
     own = whole[rows, number]
     return own if int(torch.count_nonzero(own)) == int(torch.count_nonzero(whole)) else None
+
+
+class Recentred(LowRank):
+    """A low-rank update whose A and B start at values of their own instead of at ΔW = 0 (PiSSA's start): ΔW = scale·(BA − B0A0),
+    the start B0A0 taken off again, so that W0 stays what it is. As one update of the layer: A [2r, k] has A0 under A, B [d, 2r]
+    −B0 beside B; so it is merged, and so PEFT's format has it."""
+
+    own_A: nn.Parameter
+    own_B: nn.Parameter
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(kind, A, B, scale, dropout)
+        self._parameters = {"own_A": self._parameters["A"], "own_B": self._parameters["B"], "bias": None}
+        self.register_buffer("start_A", A.detach().clone())
+        self.register_buffer("start_B", B.detach().clone())
+
+    @property
+    def A(self) -> Tensor:  # type: ignore[override]
+        """[2r, k]"""
+        return torch.cat([self.own_A, self.start_A])
+
+    @property
+    def B(self) -> Tensor:  # type: ignore[override]
+        """[d, 2r]"""
+        return torch.cat([self.own_B, -self.start_B], 1)
 
 
 class LowRankRescaled(LowRank):

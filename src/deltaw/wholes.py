@@ -1,17 +1,18 @@
-"""Parts of a model that an adapter trains whole, beside its low-rank updates: modules by their names, or some tokens' rows of the
-embedding. Reads the model, changes nothing.
+"""Parts of a model that an adapter trains whole, beside its other updates: modules by their names, norms, biases, everything, or
+some tokens' rows of the embedding. Reads the model, changes nothing.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import TargetError, listing, nearest
+from deltaw.layers import plain_class
 from deltaw.updates import Replaced, ReplacedRows, Update
 
 Modules = Mapping[str, nn.Module]
@@ -19,11 +20,16 @@ Modules = Mapping[str, nn.Module]
 
 
 def with_wholes(
-    modules: Modules, whole: str | Sequence[str], tokens: str | Sequence[int], updates: Mapping[str, Update]
+    modules: Modules,
+    whole: str | Sequence[str],
+    tokens: str | Sequence[int],
+    updates: Mapping[str, Update],
+    *,
+    norms: bool = False,
 ) -> dict[str, Update]:
-    """Layer name → an update that starts from the base's own values: of the modules that `whole` names and all inside them, and
-    of the rows of `tokens`. fp32 (float64 on a float64 base), one parameter for layers whose weights are tied. `updates` are
-    those that the layers get besides.
+    """Layer name → an update that starts from the base's own values: of the modules that `whole` names and all inside them, of
+    the `norms` besides, and of the rows of `tokens`. fp32 (float64 on a float64 base), one parameter for layers whose weights
+    are tied. `updates` are those that the layers get besides.
 
     Raises TargetError with everything wrong: names that match nothing, modules without parameters or that take an update as well,
     tokens that are none.
@@ -35,12 +41,43 @@ def with_wholes(
         if not found:
             problems.append(f"whole: {name!r} matches no module{nearest(name, modules)}")
         chosen += found
+    if norms:
+        found = [n for n, module in modules.items() if is_norm(module) and n not in updates]
+        if not found:
+            problems.append("norms: the model has no normalisation layer with parameters")
+        chosen += found
     made = _replaced(modules, chosen, updates, problems)
     if tokens not in ("", ()):
         made |= _rows(modules, tokens, {**updates, **made}, problems)
     if problems:
         raise TargetError(listing("These settings do not fit the model:", problems))
     return made
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalisation (LayerNorm, LlamaRMSNorm, GroupNorm …) that has parameters."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return bool(own) and "Norm" in plain_class(module).__name__ and all(p.ndim == 1 for p in own)
+
+
+def biases(modules: Modules, taken: Mapping[str, Update]) -> dict[str, Update]:
+    """An update of every bias of the model, but for those of modules that `taken` has."""
+    own = {
+        name: [k for k, p in m._parameters.items() if p is not None and _is_bias(k, p)] for name, m in modules.items()
+    }
+    return _in_place_of(modules, {n: names for n, names in own.items() if names and n not in taken}, taken)
+
+
+def _is_bias(own_name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 1 and (own_name == "bias" or own_name.endswith("_bias"))
+
+
+def everything(modules: Modules) -> dict[str, Update]:
+    """An update of every floating-point parameter of the model."""
+    own = {
+        n: [k for k, p in m._parameters.items() if p is not None and p.is_floating_point()] for n, m in modules.items()
+    }
+    return _in_place_of(modules, {n: names for n, names in own.items() if names}, {})
 
 
 def _split(names: Any) -> list[Any]:
@@ -50,20 +87,33 @@ def _split(names: Any) -> list[Any]:
 def _replaced(
     modules: Modules, chosen: Sequence[str], updates: Mapping[str, Update], problems: list[str]
 ) -> dict[str, Update]:
-    values: dict[Tensor, nn.Parameter] = {}
     inside = [n for n in modules if any(n == c or n.startswith(f"{c}.") for c in chosen)]
-    made: dict[str, Update] = {}
+    wanted: dict[str, list[str]] = {}
     for name in inside:
-        own = {k: p for k, p in modules[name]._parameters.items() if p is not None}
+        own = [k for k, p in modules[name]._parameters.items() if p is not None]
         if name in updates:
             problems.append(f"whole: {name!r} is among the targets too: train it whole or by an update")
         elif own:
-            for parameter in own.values():
-                values.setdefault(parameter, _start(parameter))
-            made[name] = Replaced({k: values[p] for k, p in own.items()})
+            wanted[name] = own
+    made = _in_place_of(modules, wanted, updates)
     for name in chosen:
         if not any(n == name or n.startswith(f"{name}.") for n in (*made, *updates)):
             problems.append(f"whole: {name!r} has no parameters")
+    return made
+
+
+def _in_place_of(
+    modules: Modules, wanted: Mapping[str, Iterable[str]], updates: Mapping[str, Update]
+) -> dict[str, Update]:
+    """Trained values for these modules' own parameters, one for those that are tied."""
+    values: dict[Tensor, nn.Parameter] = {}
+    made: dict[str, Update] = {}
+    for name, names in wanted.items():
+        own = {k: modules[name]._parameters[k] for k in names}
+        for parameter in own.values():
+            assert parameter is not None
+            values.setdefault(parameter, _start(parameter))
+        made[name] = Replaced({k: values[p] for k, p in own.items() if p is not None})
     return made | _tied_to(modules, values, {**updates, **made})
 
 

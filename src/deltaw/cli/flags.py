@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from tyro.conf import Positional, arg
 from deltaw.config import DataConfig, DType, GenerateConfig, TrainConfig, keys
 from deltaw.errors import ConfigError, listing, nearest
 from deltaw.methods.lora import LoRA
+from deltaw.methods.registry import METHODS, method_class
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
+MethodName = Literal["lora", "dora", "bitfit", "bottleneck", "prefix", "ia3", "full"]
 Adapter = Annotated[Positional[str], arg(metavar="ADAPTER")]
 
 
@@ -28,8 +31,27 @@ class Train:
     """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
     config: str | None = None
     """YAML file of any of these settings, MODEL and DATA too; flags beside it win. A run's config.yaml is one."""
-    method: LoRA = field(default_factory=LoRA)
+    method: MethodName = "lora"
+    """What is trained: lora, dora, biases (bitfit), bottleneck adapters, a prefix, (IA)³, or all parameters (full). Each has
+    settings of its own: --method prefix --help shows them."""
+    settings: LoRA = field(default_factory=LoRA)
     run: TrainConfig = field(default_factory=TrainConfig)
+
+
+@functools.cache
+def train_with(method: str) -> type[Train]:
+    """The train command with this method's settings. Raises ConfigError for a method that there is not."""
+    cls = method_class(method)
+    if cls is LoRA:
+        return Train
+    members = {
+        "__annotations__": {"settings": cls, "method": MethodName},
+        "settings": field(default_factory=cls),
+        "method": method,
+        "__module__": __name__,
+        "__doc__": Train.__doc__,
+    }
+    return dataclass(frozen=True)(type("Train", (Train,), members))
 
 
 @dataclass(frozen=True)
@@ -210,10 +232,9 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def check_flags(command: str, words: Sequence[str]) -> None:
-    """Raise one ConfigError with every flag in `words` that the command does not have. tyro, on meeting one, may complain of
-    an argument that is missing because of it instead."""
-    cls = COMMANDS[command]
+def check_flags(command: str, cls: type, words: Sequence[str]) -> None:
+    """Raise one ConfigError with every flag in `words` that the command, whose settings are a `cls`, does not have. tyro, on
+    meeting one, may complain of an argument that is missing because of it instead."""
     hints = typing.get_type_hints(cls, include_extras=True)
     positional = {
         name: m.metavar for name, hint in hints.items() for m in _metadata(hint) if getattr(m, "metavar", None)
@@ -227,7 +248,10 @@ def check_flags(command: str, words: Sequence[str]) -> None:
         if name in positional:
             problems.append(f"--{name} is no flag: {positional[name]} stands by itself")
         else:
-            problems.append(f"unknown flag --{name}{nearest('--' + name, ('--' + k for k in known))}")
+            others = [m for m in METHODS if command == "train" and name.replace("-", "_") in keys(train_with(m))]
+            where = f" (a setting of --method {' or '.join(others)})" if others else ""
+            near = "" if others else nearest("--" + name, ("--" + k for k in known))
+            problems.append(f"unknown flag --{name}{where}{near}")
     if problems:
         usage = " ".join(("deltaw", command, *positional.values()))
         raise ConfigError(listing("These flags cannot be used:", problems) + f"\nUsage: {usage} [flags]; see --help.")

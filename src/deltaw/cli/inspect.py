@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,19 @@ from deltaw.cli.flags import Inspect
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltaw.files.method_file import MethodFile
     from deltaw.files.peft import LoRAFile
 
 
 def run(command: Inspect) -> None:
     show.quiet_libraries()
-    from deltaw.files import peft
+    from deltaw.files import method_file, peft
+    from deltaw.files.peft_config import method_of
 
     folder = Path(command.adapter)
+    if method_of(folder):
+        _show_method(method_file.read(folder), folder, command)
+        return
     file = peft.read(folder)
     rows = [_row(name, A, B, file.scales[name]) for name, (A, B) in file.factors.items()]
     besides = _besides(file)
@@ -39,10 +45,39 @@ def run(command: Inspect) -> None:
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
     }
     show.out.print(show.facts(facts))
-    for shown in (_table(rows if command.all_layers else _by_kind(rows)) if rows else None, _besides_table(besides)):
+    table = _table(rows if command.all_layers else _by_kind(rows)) if rows else None
+    for shown in (table, _tensor_table(besides, "besides A and B")):
         if shown is not None:
             show.out.print()
             show.out.print(shown)
+
+
+def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
+    """An adapter of another method than LoRA."""
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    if command.json:
+        shapes = {name: list(tensor.shape) for name, tensor in file.tensors.items()}
+        found = {
+            "method": file.method,
+            "settings": file.settings,
+            "tensors": shapes,
+            "bytes": size,
+            "metadata": file.metadata,
+        }
+        print(json.dumps(found, indent=1))
+        return
+    given = {key: value for key, value in file.settings.items() if value not in ("", False, None, [])}
+    facts = {
+        "method": file.method,
+        **{key: str(value) for key, value in given.items() if len(str(value)) < 100},
+        "parameters": f"{sum(t.numel() for t in file.tensors.values()):,}",
+        "size": units.size(size),
+        "base": str(file.config.get("base_model_name_or_path") or "not named"),
+        "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
+    }
+    show.out.print(show.facts(facts))
+    show.out.print()
+    show.out.print(_tensor_table(file.tensors, "tensors", every=command.all_layers))
 
 
 def _besides(file: LoRAFile) -> dict[str, Tensor]:
@@ -54,19 +89,19 @@ def _besides(file: LoRAFile) -> dict[str, Tensor]:
     return found | {f"{name}, the base's own": value for name, value in file.copies.items()}
 
 
-def _besides_table(besides: dict[str, Tensor]) -> Any:
-    """A line for those that differ in their layer's number alone."""
+def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = False) -> Any:
+    """A line for those that differ in their layer's number alone; None where there are no tensors."""
     from deltaw.names import family
 
     groups: dict[tuple[str, str], list[Tensor]] = {}
-    for name, tensor in besides.items():
+    for name, tensor in tensors.items():
         shape = "×".join(str(n) for n in tensor.shape)
-        groups.setdefault((family(name), shape), []).append(tensor)
+        groups.setdefault((name if every else family(name), shape), []).append(tensor)
     if not groups:
         return None
-    made = show.table("besides A and B", "count", "shape", "size")
-    for (name, shape), tensors in groups.items():
-        made.add_row(name, str(len(tensors)), shape, units.size(sum(t.numel() * t.element_size() for t in tensors)))
+    made = show.table(title, "count", "shape", "size")
+    for (name, shape), alike in groups.items():
+        made.add_row(name, str(len(alike)), shape, units.size(sum(t.numel() * t.element_size() for t in alike)))
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from deltaw.cli.flags import COMMANDS, Train, check_flags
+from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
 from deltaw.config import from_mapping
 from deltaw.errors import ConfigError, DeltaWError, FileError, nearest
 from deltaw.version import __version__
@@ -43,15 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(arguments: list[str]) -> Any:
     """The command's dataclass. Raises ConfigError for a flag that it does not have; tyro exits with 2 for a wrong value."""
+    path, words = _taken(arguments, "config") if arguments[:1] == ["train"] else (None, arguments)
+    values = _from_yaml(path) if path is not None else {}
+    train = train_with(_taken(words, "method")[0] or values.get("method", "lora"))
+    commands: dict[str, Any] = {**COMMANDS, "train": train}
     if arguments and not arguments[0].startswith("-"):
-        check_flags(_command(arguments[0]), arguments[1:])
+        check_flags(_command(arguments[0]), commands[arguments[0]], arguments[1:])
     flat: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    path, arguments = _take_config(arguments)
     if path is not None:
-        chosen = tyro.cli(Train, prog="deltaw train", args=arguments[1:], default=_from_yaml(path), config=flat)
+        default = _with_values(train, values, path)
+        chosen = tyro.cli(train, prog="deltaw train", args=words[1:], default=default, config=flat)
         return dataclasses.replace(chosen, config=path)
     return tyro.extras.subcommand_cli_from_dict(
-        dict(COMMANDS), prog="deltaw", description=_DESCRIPTION, args=arguments or ["--help"], config=flat
+        commands, prog="deltaw", description=_DESCRIPTION, args=arguments or ["--help"], config=flat
     )
 
 
@@ -61,19 +65,18 @@ def _command(word: str) -> str:
     return word
 
 
-def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """`--config FILE` of train is read before the flags, whose defaults it sets."""
-    if arguments[:1] != ["train"]:
-        return None, arguments
+def _taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of one flag, and the arguments without it: which settings there are, and their defaults, are known by train's
+    --method and --config."""
     for i, word in enumerate(arguments):
-        if word == "--config" and i + 1 < len(arguments):
+        if word == f"--{flag}" and i + 1 < len(arguments):
             return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-        if word.startswith("--config="):
-            return word.removeprefix("--config="), arguments[:i] + arguments[i + 1 :]
+        if word.startswith(f"--{flag}="):
+            return word.removeprefix(f"--{flag}="), arguments[:i] + arguments[i + 1 :]
     return None, arguments
 
 
-def _from_yaml(path: str) -> Train:
+def _from_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
@@ -82,6 +85,11 @@ def _from_yaml(path: str) -> Train:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings, one `key: value` a line.")
-    train = from_mapping(Train, {"model": "", "data": ""} | values, where=path)
+    return values
+
+
+def _with_values(cls: type[Train], values: dict[str, Any], path: str) -> Train:
+    """The defaults that a YAML file sets."""
+    train = from_mapping(cls, {"model": "", "data": ""} | values, where=path)
     required = {name: tyro.MISSING for name in ("model", "data") if not values.get(name)}
     return dataclasses.replace(train, **required)

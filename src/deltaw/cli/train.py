@@ -14,7 +14,7 @@ def run(command: Train) -> None:
     from deltaw.run import train
 
     with progress() as view:
-        result = train(command.model, command.data, command.run, method=command.method, on_event=view.hear)
+        result = train(command.model, command.data, command.run, method=command.settings, on_event=view.hear)
     _summary(result, command)
 
 

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +26,7 @@ from deltaw.files.peft_config import (
     CONFIG,
     PICKLED,
     WEIGHTS,
+    method_of,
     rank_in,
     rank_of,
     read_config,
@@ -105,9 +106,11 @@ class LoRAFile:
 def read(folder: Path) -> LoRAFile:
     """Read and check a folder. Raises FileError with every problem: a missing or truncated file, a setting that
     this reader would misread, a key that it does not know, an A without its B, ranks that differ, values not finite."""
+    if method := method_of(folder):
+        raise FileError(f"{folder} holds a {method} adapter: what was asked for works on LoRA's A and B alone.")
     config = read_config(folder)
     problems = setting_problems(config)
-    tensors, metadata = _tensors(folder)
+    tensors, metadata = tensors_of(folder)
     found = sort(tensors, biases=config.get("bias") in ("all", "lora_only"))
     name = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
     problems += [f"{name}: unexpected key {key!r}" for key in found.unknown]
@@ -189,7 +192,7 @@ def _keys(adapter: LoRAFile) -> dict[str, Tensor]:
     return {f"{PREFIX}{key}": tensor for key, tensor in found.items()}
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """By their keys, and our metadata."""
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS)
@@ -281,7 +284,17 @@ def _disagreements(found: Sorted, config: Mapping[str, Any], name: str) -> list[
 # --- the base ---------------------------------------------------------------------------------------------------
 
 
-def check_base(file: LoRAFile, folder: Path, key: str, own: Callable[[], Fingerprint]) -> str:
+class _Named(Protocol):
+    """What of a file says which base it is for."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+def check_base(file: _Named, folder: Path, key: str, own: Callable[[], Fingerprint]) -> str:
     """Whether the adapter was made for these weights, by the fingerprint under `key` (BASE or W0) of its metadata: "same", "cast"
     (in another precision), or "unknown", of which is warned, where the file names none. Raises BaseMismatch, and FileError for
     a damaged one."""
@@ -327,7 +340,7 @@ def slices_of(file: LoRAFile) -> dict[str, dict[str, Runs]]:
         raise FileError(f"The slices of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
 
 
-def fingerprint_of(file: LoRAFile, folder: Path, key: str) -> Fingerprint | None:
+def fingerprint_of(file: _Named, folder: Path, key: str) -> Fingerprint | None:
     """The one under `key` of its metadata. Raises FileError for a damaged one."""
     text = file.metadata.get(key)
     try:

@@ -14,6 +14,10 @@ from deltaw.errors import FileError
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
+# Config: the method's name, in files of ours for methods that PEFT has no form for; and its own names of those that it has
+METHOD = "deltaw_method"
+_OTHERS = {"IA3": "ia3", "PROMPT_TUNING": "prefix"}
+
 _LATER = "deltaw does not read that"
 _TRAINED_ON_ANOTHER_W0 = (
     "this start changes W0, so that A and B alone mean nothing; PEFT's save_pretrained(…, "
@@ -55,6 +59,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object of settings.")
     return config
+
+
+def method_of(folder: Path) -> str | None:
+    """The method of an adapter folder, as methods/registry.py names it; None for LoRA's, and for what LoRA's reader has to
+    refuse. Raises FileError where the folder is none of an adapter."""
+    config = read_config(folder)
+    return config.get(METHOD) or _OTHERS.get(str(config.get("peft_type")))
 
 
 def setting_problems(config: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ from deltaw.files import correction, peft
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
-from deltaw.files.places import Place, check_by_files, fingerprint_of_layers, places_of
+from deltaw.files.peft_config import method_of
+from deltaw.files.places import NotByFiles, Place, check_by_files, fingerprint_of_layers, places_of
 from deltaw.files.shards import Rewritten, Shard, rewrite, shards_of
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.merge_report import check_merged
@@ -75,7 +76,7 @@ def merge_files(
     it was.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
-    shards, file = shards_of(base), peft.read(adapter)
+    shards, file = shards_of(base), _lora(adapter)
     check_by_files(file, undone=reversible)
     places = places_of(shards, file, base)
     if check_base:
@@ -108,6 +109,14 @@ def merge_files(
     return MergedFiles(stats, size, path.stat().st_size if reversible else 0)
 
 
+def _lora(adapter: Path) -> LoRAFile:
+    """Raises NotByFiles for an adapter of another method."""
+    method = method_of(adapter)
+    if method is not None:
+        raise NotByFiles(f"{adapter} holds a {method} adapter: on disk LoRA's updates alone are merged, others in memory.")
+    return peft.read(adapter)
+
+
 def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> UnmergedFiles:
     """Write the base of the merged checkpoint in folder `merged` to folder `out`.
 
@@ -116,7 +125,7 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
     checkpoint or an adapter that the correction does not belong to, a hash that differs; `out` is then not there.
     """
     merged, adapter, out = Path(merged), Path(adapter), Path(out)
-    shards, file = shards_of(merged), peft.read(adapter)
+    shards, file = shards_of(merged), _lora(adapter)
     check_by_files(file, undone=True)
     places = places_of(shards, file, merged)
     kept = correction.Reader(merged / correction.NAME) if (merged / correction.NAME).is_file() else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
+from deltaw.methods.beside import Beside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Beside):
     """Low-rank adaptation: h = W0x + (α/r)·BAx."""
 
     rank: int = 8
@@ -34,16 +35,12 @@ class LoRA:
     fused layer, c_attn[q,v]; attention=8,mlp=4 sets ranks."""
     dropout: float = 0.0
     """Probability of zeroing an entry of the branch's input in training."""
-    init: Literal["gaussian", "kaiming"] = "gaussian"
-    """Start of A: gaussian (the paper's) or kaiming (uniform; loralib's and PEFT's)."""
+    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian"
+    """Start of A: gaussian (the paper's) or kaiming (uniform; loralib's and PEFT's), B zero. pissa: A and B start at the r
+    largest singular triples of W0 (Meng et al. 2024, arXiv 2404.02948), taken off again so that ΔW is zero; the file has twice
+    the rank."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
-    whole: str | Sequence[str] = ""
-    """Modules to train whole beside the update, by names or globs, several with commas: lm_head, embed_tokens, score. A weight
-    that the model ties stays tied."""
-    tokens: str | Sequence[int] = ""
-    """Tokens (their ids, several with commas) whose rows of the embedding are trained, and of a head that is tied to it; the
-    file then holds these rows alone."""
 
     def __post_init__(self) -> None:
         check(self, rank=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, BELOW_ONE))
@@ -56,11 +53,9 @@ class LoRA:
     def plan(self, model: nn.Module) -> Plan:
         """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
         float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
-        from deltaw.attached import Plan, base_modules
         from deltaw.layers import Weight
         from deltaw.targets import select
         from deltaw.weights import OnWeights
-        from deltaw.wholes import with_wholes
 
         selection = select(model, self.targets, self.rank)
         updates: dict[str, Update] = {}
@@ -74,11 +69,7 @@ class LoRA:
                 of_module._modules[layer.own] = self.on_weight(layer, A, B, self.scale(rank), slices)
             else:
                 updates[name] = self.update(layer, A, B, self.scale(rank), slices)
-        left_out = dict(selection.left_out)
-        for name, update in with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates).items():
-            updates[name] = update
-            left_out.pop(name, None)
-        return Plan(updates, left_out)
+        return self.planned(model, updates, selection.left_out)
 
     def _start(self, layer: Layer, rank: int, slices: Slices) -> tuple[Tensor, Tensor]:
         """A [r, k], B [d, r]; of n slices A [n·r, k], B [Σ rows, r]; of E matrices A [E, r, k], B [E, d, r]."""
@@ -93,7 +84,7 @@ class LoRA:
         dtype = torch.float64 if W0.dtype == torch.float64 else torch.float32
 
         def A() -> Tensor:
-            return INITS[self.init](rank, k, W0.device, dtype)
+            return INITS["gaussian" if self.init == "pissa" else self.init](rank, k, W0.device, dtype)
 
         if isinstance(layer, Weight) and W0.ndim == 3:
             return torch.stack([A() for _ in W0]), torch.zeros(len(W0), d, rank, device=W0.device, dtype=dtype)
@@ -103,10 +94,12 @@ class LoRA:
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
         """The update that these become on a layer, or on some slices of it."""
         from deltaw.layers import kind_of, shape
-        from deltaw.updates import LowRank, Sliced
+        from deltaw.updates import LowRank, Recentred, Sliced
 
         kind = kind_of(layer)
         assert kind is not None
+        if self.init == "pissa":
+            return Recentred(kind, *_principal(kind.W0(layer), A, scale, slices), scale, self.dropout)
         if slices:
             return Sliced(kind, A, B, scale, slices, shape(layer)[0], self.dropout)
         return LowRank(kind, A, B, scale, self.dropout)
@@ -118,6 +111,10 @@ class LoRA:
         from deltaw.updates import LowRank, Sliced
         from deltaw.weights import Stack
 
+        if self.init == "pissa":
+            raise TargetError(
+                f"{weight.own} of a {type(weight.module).__name__} has no pissa start: it is no layer of its own."
+            )
         if self.dropout:
             raise TargetError(
                 f"{weight.own} of a {type(weight.module).__name__} is a weight without a layer of its own: there is no input "
@@ -126,3 +123,15 @@ class LoRA:
         if weight.value.ndim == 3:
             return Stack(A, B, scale, transposed=weight.transposed)
         return Sliced(Kind, A, B, scale, slices, weight.shape[0]) if slices else LowRank(Kind, A, B, scale)
+
+
+def _principal(W0: Tensor, A: Tensor, scale: float, slices: Slices) -> tuple[Tensor, Tensor]:
+    """A and B of which scale·BA is the part of W0 [d, k] with its r largest singular values; in the dtype and rank of `A`. Raises
+    TargetError for slices of a layer."""
+    from deltaw.errors import TargetError
+    from deltaw.svd import of_matrix
+
+    if slices:
+        raise TargetError(f"A pissa start is of whole layers: it has no form for slices of one ({', '.join(slices)}).")
+    near = of_matrix(W0, rank=A.shape[0])
+    return (near.A / scale**0.5).to(A), (near.B / scale**0.5).to(A)

@@ -12,8 +12,8 @@ from torch import Tensor
 from deltaw import merged, store
 from deltaw.config import DType
 from deltaw.errors import MergeError
-from deltaw.files import peft
 from deltaw.files.atomic import replacing_folder
+from deltaw.files.peft import LoRAFile
 from deltaw.fitted import vocabulary
 from deltaw.merge_report import MergeReport
 from deltaw.positions import most_positions
@@ -71,7 +71,8 @@ def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True
 def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
     """The base with the adapter on it, and with as many tokens as the adapter has."""
     loaded = load_pretrained(source, dtype=dtype, device="cpu")
-    tokens = vocabulary(loaded.model, peft.read(adapter))
+    file = store.read(adapter)
+    tokens = vocabulary(loaded.model, file) if isinstance(file, LoRAFile) else 0
     if tokens > loaded.model.get_input_embeddings().weight.shape[0]:
         loaded.model.resize_token_embeddings(tokens, mean_resizing=False)
     store.load(loaded.model, adapter, check_base=check_base)

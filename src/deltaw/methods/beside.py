@@ -1,0 +1,41 @@
+"""What any method can train beside its own updates: modules whole, norms, tokens. Knows how these settings become updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaw.attached import Plan
+    from deltaw.updates import Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Settings that all methods have."""
+
+    whole: str | Sequence[str] = ""
+    """Modules to train whole beside the update, by names or globs, several with commas: lm_head, embed_tokens, score. A weight
+    that the model ties stays tied."""
+    norms: bool = False
+    """Train the weights and biases of all normalisation layers too."""
+    tokens: str | Sequence[int] = ""
+    """Tokens (their ids, several with commas) whose rows of the embedding are trained, and of a head that is tied to it; the
+    file then holds these rows alone."""
+
+    def beside(self, model: nn.Module, updates: Mapping[str, Update]) -> dict[str, Update]:
+        """The updates that these settings mean, on modules other than those of `updates`. Raises TargetError."""
+        from deltaw.attached import base_modules
+        from deltaw.wholes import with_wholes
+
+        return with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates, norms=self.norms)
+
+    def planned(self, model: nn.Module, updates: Mapping[str, Update], left_out: Mapping[str, str] = {}) -> Plan:
+        """The plan of a method's own updates and of these. Raises TargetError."""
+        from deltaw.attached import Plan
+
+        more = self.beside(model, updates)
+        return Plan({**updates, **more}, {n: why for n, why in left_out.items() if n not in more})

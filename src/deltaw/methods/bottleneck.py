@@ -1,0 +1,93 @@
+"""Bottleneck adapters: two small dense layers with a nonlinearity between, put in series with the model's own. Knows how their
+settings become updates.
+
+Houlsby et al. 2019 (arXiv 1902.00751; the paper's Adapter^H): behind the attention and behind the feed-forward of each block,
+before their sums with the residual. Pfeiffer et al. 2021 (arXiv 2005.00247; Adapter^P): behind the feed-forward alone. Lin
+et al. 2020 (arXiv 2004.03829; Adapter^L): behind the whole block, on a LayerNorm of its output. AdapterDrop (Rücklé et al. 2021,
+arXiv 2010.11918; Adapter^D): none in the lowest blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from deltaw.config import check
+from deltaw.methods.beside import Beside
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deltaw.attached import Plan
+    from deltaw.targets import Layer
+    from deltaw.updates import Update
+
+
+@dataclass(frozen=True)
+class Bottleneck(Beside):
+    """Adapter layers."""
+
+    size: int = 64
+    """Width m of the bottleneck."""
+    kind: Literal["houlsby", "pfeiffer", "lin"] = "houlsby"
+    """Where they are: houlsby behind attention and feed-forward, pfeiffer behind the feed-forward, lin behind the block, on a
+    norm of its own."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Between the two layers."""
+    drop: int = 0
+    """AdapterDrop: no adapters in the lowest so many blocks."""
+
+    def __post_init__(self) -> None:
+        check(self, size=(1, None), drop=(0, None))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """An adapter for each place: the first layer drawn from torch's global generator in the places' order, the second one
+        zero, so that nothing changes at the start; fp32 (float64 on a float64 base). Raises TargetError."""
+        import torch
+
+        from deltaw.inserted import Inserted
+        from deltaw.updates import gaussian
+
+        updates: dict[str, Update] = {}
+        for name, (d, weight) in self._places(model).items():
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            down = gaussian(self.size, d, weight.device, dtype)
+            updates[name] = Inserted(down, self.activation, norm=self.kind == "lin")
+        return self.planned(model, updates)
+
+    def _places(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """Where the adapters go → the width of what comes out there, and a weight that has its device and precision."""
+        from deltaw.errors import TargetError
+        from deltaw.targets import blocks_of, select
+
+        blocks = blocks_of(model)
+        if not blocks:
+            raise TargetError(f"{type(model).__name__} has no stack of blocks that adapters could be put in.")
+        if self.drop > max(blocks.values()):
+            raise TargetError(
+                f"drop is {self.drop}, and the model has {1 + max(blocks.values())} blocks: none is left."
+            )
+        found: dict[str, tuple[int, Tensor]] = {}
+        for name, layer in select(model, "o,down" if self.kind == "houlsby" else "down", 1).layers.items():
+            block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+            if block is not None and blocks[block] >= self.drop:
+                found[block if self.kind == "lin" else name] = _width(name, layer, self.kind)
+        return found
+
+
+def _width(name: str, layer: Layer, kind: str) -> tuple[int, Tensor]:
+    """Of what a layer that ends a part of a block puts out, and its weight. Raises TargetError where nothing can stand behind
+    it."""
+    from deltaw.errors import TargetError
+    from deltaw.layers import Weight, shape
+
+    if not isinstance(layer, Weight):
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        return shape(layer)[0], weight
+    if kind != "lin":
+        raise TargetError(
+            f"{name!r} is a weight without a layer of its own: no adapter can stand behind it. kind='lin' puts them behind the "
+            "blocks."
+        )
+    return layer.shape[0], layer.value

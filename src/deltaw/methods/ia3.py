@@ -1,0 +1,72 @@
+"""(IA)³ (Liu et al. 2022, arXiv 2205.05638): keys, values and what goes into a feed-forward's last layer, each times a trained
+vector that starts at one. Knows how its settings become updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deltaw.config import check
+from deltaw.methods.beside import Beside
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltaw.attached import Plan
+    from deltaw.slices import Runs
+    from deltaw.targets import Layer
+    from deltaw.updates import Update
+
+
+@dataclass(frozen=True)
+class IA3(Beside):
+    """Infused adapter by inhibiting and amplifying inner activations."""
+
+    targets: str | Sequence[str] = "k,v"
+    """Layers whose outputs are scaled: roles, names or globs, several with commas; slices of a fused layer."""
+    inputs: str | Sequence[str] = "down"
+    """Layers whose inputs are scaled: the last one of a feed-forward. Empty for none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def plan(self, model: nn.Module) -> Plan:
+        """A vector for each layer, fp32 (float64 on a float64 base). Raises TargetError."""
+        from deltaw.errors import TargetError
+        from deltaw.targets import select
+
+        updates: dict[str, Update] = {}
+        left_out: dict[str, str] = {}
+        for targets, inputs in ((self.targets, False), (self.inputs, True)):
+            if not targets:
+                continue
+            selection = select(model, targets, 1)
+            left_out = selection.left_out
+            for name, layer in selection.layers.items():
+                if name in updates:
+                    raise TargetError(f"{name!r} is among both targets and inputs: scale one of the two.")
+                updates[name] = _update(name, layer, selection.slices.get(name, {}), inputs=inputs)
+        return self.planned(model, updates, {n: why for n, why in left_out.items() if n not in updates})
+
+
+def _update(name: str, layer: Layer, slices: dict[str, Runs], *, inputs: bool) -> Update:
+    from deltaw.errors import TargetError
+    from deltaw.layers import Weight, kind_of, shape
+    from deltaw.scaled import Scaled, ones
+    from deltaw.updates import places_of
+
+    kind = None if isinstance(layer, Weight) else kind_of(layer)
+    if isinstance(layer, Weight) or kind is None or not kind.multiplies:
+        raise TargetError(
+            f"(IA)³ has no form for {name!r}, which is no dense layer with inputs of its own: leave it out."
+        )
+    if slices and inputs:
+        raise TargetError(
+            f"(IA)³ scales all inputs of {name!r}, or none: slices are of its outputs ({', '.join(slices)})."
+        )
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    rows = places_of(slices)[0].to(weight.device) if slices else None
+    d, k = shape(layer)
+    return Scaled(ones(k if inputs else d if rows is None else len(rows), weight), inputs=inputs, rows=rows)
