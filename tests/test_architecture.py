@@ -18,7 +18,7 @@ ORDER = [
     ["version", "errors", "units", "names", "versions"],
     ["config"],
     ["residual", "residency"],
-    ["lowrank", "svd", "slices"],
+    ["lowrank", "svd", "slices", "quantised"],
     ["merge_report", "originals", "fused", "mixed"],
     ["rows"],
     ["routes"],

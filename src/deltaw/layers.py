@@ -6,15 +6,16 @@ subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple, SupportsIndex
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaw import fused
+from deltaw import fused, quantised
 from deltaw.errors import AdapterError
 from deltaw.routes import Route
 from deltaw.rows import Rows
@@ -28,6 +29,8 @@ class Kind:
     """The weight is stored [k, d]."""
     multiplies: ClassVar[bool] = True
     """The layer is a product of its input's last dimension with W0, and nothing else."""
+    as_it_is: ClassVar[bool] = True
+    """`W0` is a view of the layer's weight. Else it is made anew each time, and nothing can be written to it."""
     alike: ClassVar[tuple[str, ...]] = ()
     """Full names of subclasses whose own forward computes the same in another way."""
 
@@ -36,6 +39,12 @@ class Kind:
         """The layer's weight as a [d, k] view of its storage."""
         W = layer._parameters["weight"]
         return W.t() if cls.transposed else W
+
+    @classmethod
+    def shape(cls, layer: Any) -> tuple[int, int]:
+        """(d, k)"""
+        d, k = cls.W0(layer).shape
+        return d, k
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
@@ -55,6 +64,30 @@ class LinearKind(Kind):
 
     layer_class = nn.Linear
     alike = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
+
+class QuantisedKind(Kind):
+    """A linear layer whose weight a package keeps in few bits. Its own forward computes W0x, the branch is added to that."""
+
+    layer_class = nn.Linear
+    as_it_is = False
+
+    @classmethod
+    def W0(cls, layer: Any) -> Tensor:
+        form = quantised.form_of(layer)
+        assert form is not None
+        return form.dense(layer, torch.float32)
+
+    @classmethod
+    def shape(cls, layer: Any) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
+
+    @classmethod
+    def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
+        own = layer if bias is layer.bias else shell(layer, {"bias": bias})
+        out = quantised.output(plain_class(layer), own, x)
+        Ax = F.linear(F.dropout(x, update.dropout, update.training), update.A.to(x.dtype))
+        return torch.add(out, F.linear(Ax, update.B.to(x.dtype)), alpha=update.scale).to(out.dtype)
 
 
 class Conv1DKind(Kind):
@@ -131,8 +164,9 @@ KINDS: tuple[type[Kind], ...] = (LinearKind, Conv1DKind, EmbeddingKind, Conv1dKi
 
 def kind_of(layer: nn.Module) -> type[Kind] | None:
     """The kind of this layer, or None when `why_not` has a reason."""
-    cls: Any = plain_class(layer)
-    return None if why_not(layer) else _kind_of_class(cls)
+    if why_not(layer):
+        return None
+    return _kind_of_class(plain_class(layer)) if quantised.form_of(layer) is None else QuantisedKind
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -145,6 +179,9 @@ def why_not(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is no parameter of its own (another parametrization computes it)"
+    if (form := quantised.form_of(layer)) is not None:
+        linear = _kind_of_class(cls) is LinearKind
+        return form.why_not(layer) if linear else f"its weight is {type(weight).__name__}, which only linear layers have here"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
     return None
@@ -161,7 +198,8 @@ def _why_not_class(cls: Any) -> str | None:
     kind = _kind_of_class(cls)
     if kind is None:
         return f"{cls.__name__} is not a dense layer that deltaw adapts"
-    same = cls.forward is kind.layer_class.forward or f"{cls.__module__}.{cls.__qualname__}" in kind.alike
+    own = quantised.package_class(cls) or kind.layer_class
+    same = cls.forward is own.forward or f"{cls.__module__}.{cls.__qualname__}" in kind.alike
     return None if same else f"{cls.__name__} has a forward of its own"
 
 
@@ -178,8 +216,7 @@ def shape(layer: nn.Module | Weight) -> tuple[int, int]:
         return layer.shape
     kind = kind_of(layer)
     assert kind is not None
-    d, k = kind.W0(layer).shape
-    return d, k
+    return kind.shape(layer)
 
 
 class Weight(NamedTuple):
@@ -294,18 +331,19 @@ def adapted_class(cls: type[nn.Module], read: tuple[str, ...] = ()) -> type[nn.M
     """The subclass of `cls` whose forward adds the active update, and whose parameters `read` are read with it. Cached, so that
     copies share it."""
     if (cls, read) not in _adapted:
+        plain: Any = cls.forward if quantised.package_class(cls) is None else partial(quantised.output, cls)
 
         def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
                 if not any(name in slot._modules for name in chosen.rows):
-                    return cls.forward(self, *inputs, **named)
+                    return plain(self, *inputs, **named)
                 x = only_input(self, inputs, named)
-                return chosen.through(self, slot._modules, x, cls.forward(self, x))
+                return chosen.through(self, slot._modules, x, plain(self, x))
             update = slot._modules.get(chosen)
             if update is None:
-                return cls.forward(self, *inputs, **named)
+                return plain(self, *inputs, **named)
             return update.branch(self, *inputs, **named)
 
         def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -341,6 +379,13 @@ def _unpickled(cls: type[nn.Module], read: tuple[str, ...] = ()) -> nn.Module:
 def plain_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer had before it was adapted."""
     return _plain.get(type(layer), type(layer))
+
+
+def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:
+    """An object with the layer's class and attributes, but for these parameters: the layer itself may be in use by others."""
+    shell = object.__new__(plain_class(layer))
+    shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}
+    return shell
 
 
 def slot_of(layer: nn.Module) -> Slot | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import Kind, as_matrix, as_stored, only_input, plain_class, why_bypassed, why_not
+from deltaw.layers import Kind, as_matrix, as_stored, only_input, plain_class, shell, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
 from deltaw.slices import Runs
 from deltaw.versions import version_of
@@ -95,7 +95,7 @@ class LowRank(Update):
         return Product(self.A, self.B, self.scale)
 
     def W0(self, layer: Any) -> Tensor:
-        """The layer's weight as a [d, k] view of its storage."""
+        """The layer's weight as a [d, k] view of its storage, where it is stored so."""
         return self.kind.W0(layer)
 
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
@@ -134,16 +134,16 @@ class LowRank(Update):
 
     def other_shape(self, layer: Any) -> str | None:
         """Where its shapes are others than those of a layer that can take an update."""
-        W0 = self.W0(layer)
-        if why := self.other_weight(W0):
+        d, k = self.kind.shape(layer)
+        if why := self.other_weight((d, k)):
             return why
-        if self.bias is not None and self.bias.shape != W0.shape[:1]:
-            return f"its bias is {list(self.bias.shape)}, the layer has {W0.shape[0]} outputs"
+        if self.bias is not None and self.bias.shape != (d,):
+            return f"its bias is {list(self.bias.shape)}, the layer has {d} outputs"
         return None
 
-    def other_weight(self, W0: Tensor) -> str | None:
-        """Where it is an update of another shape than this weight's."""
-        (d, k), own = W0.shape, (self.B.shape[0], self.A.shape[1])
+    def other_weight(self, shape: tuple[int, ...]) -> str | None:
+        """Where it is an update of another shape than this, a weight's."""
+        (d, k), own = shape, (self.B.shape[0], self.A.shape[1])
         return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
 
     def squared(self) -> float:
@@ -187,8 +187,8 @@ class Sliced(LowRank):
         whole = self.B_rows.new_zeros(self.d, n, r)
         return whole.index_put((self.rows, self.number), self.B_rows).view(self.d, n * r)
 
-    def other_weight(self, W0: Tensor) -> str | None:
-        (d, k), own = W0.shape, (self.d, self.A.shape[1])
+    def other_weight(self, shape: tuple[int, ...]) -> str | None:
+        (d, k), own = shape, (self.d, self.A.shape[1])
         return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
 
     def extra_repr(self) -> str:
@@ -407,13 +407,6 @@ def added(weight: Tensor, indices: Tensor) -> int:
 def with_room(weight: Tensor, indices: Tensor) -> Tensor:
     """A copy of a weight that has rows for all of these tokens, zero where it had none."""
     return torch.cat([weight, weight.new_zeros(added(weight, indices), weight.shape[1])])
-
-
-def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:
-    """An object with the layer's class and attributes, but for these parameters: the layer itself may be in use by others."""
-    shell = object.__new__(plain_class(layer))
-    shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}
-    return shell
 
 
 def gaussian(r: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.layers import Kind, plain_class, weights_of, why_bypassed
+from deltaw.layers import Kind, plain_class, shell, weights_of, why_bypassed
 from deltaw.lowrank import Change, Product, Stacked, delta_norm
-from deltaw.updates import LowRank, Update, shell, square
+from deltaw.updates import LowRank, Update, square
 
 
 class OnWeights(Update):
@@ -47,7 +47,7 @@ class OnWeights(Update):
         for own, part in self.parts.items():
             if own not in known:
                 return f"a {plain_class(layer).__name__} has no dense weight {own!r}"
-            if why := part.other_weight(layer._parameters[own]):
+            if why := part.other_weight(layer._parameters[own].shape):
                 return f"{own}: {why}"
         return None
 
@@ -81,10 +81,10 @@ class Stack(LowRank):
         factors = [(B.t(), A.t()) if self.transposed else (A, B) for A, B in pairs]
         return {"weight": Stacked([Product(A, B, self.scale) for A, B in factors])}
 
-    def other_weight(self, W0: Tensor) -> str | None:
+    def other_weight(self, shape: tuple[int, ...]) -> str | None:
         d, k = self.B.shape[1], self.A.shape[2]
         own = (self.A.shape[0], k, d) if self.transposed else (self.A.shape[0], d, k)
-        return None if own == tuple(W0.shape) else f"the update is {list(own)}, the weight {list(W0.shape)}"
+        return None if own == tuple(shape) else f"the update is {list(own)}, the weight {list(shape)}"
 
     def squared(self) -> float:
         return sum(delta_norm(A, B, self.scale) ** 2 for A, B in zip(self.A, self.B, strict=True))

@@ -146,12 +146,16 @@ class Flat:
         return [*self.buffers["A"], *self.buffers["B"]]
 
     def _alike(self, group: Sequence[str]) -> Sequence[Sequence[str]]:
-        """The group, if its A's can lie in one buffer."""
-        return [group] if len({self._key(n, "A") for n in group}) == 1 else [[n] for n in group]
+        """The group, if its A's can lie in one buffer, and products with its weights be made here."""
+        as_one = len({self._key(n, "A") for n in group}) == 1 and all(self.updates[n].kind.as_it_is for n in group)
+        return [group] if as_one else [[n] for n in group]
 
     def _key(self, name: str, letter: str) -> _Key:
-        parameter = getattr(self.updates[name], letter)
-        return parameter.device, parameter.dtype, self.layers[name].weight.dtype
+        update = self.updates[name]
+        parameter: Tensor = getattr(update, letter)
+        # A weight in few bits does not say what its layer computes in: its branch rounds A and B itself
+        working = self.layers[name].weight.dtype if update.kind.as_it_is else parameter.dtype
+        return parameter.device, parameter.dtype, working
 
     def _placed(self, letter: str) -> dict[str, tuple[_Buffer, int]]:
         """Layer name → the buffer that its A or B is in, and where. A group's A's are next to each other."""

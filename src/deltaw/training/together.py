@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -76,6 +76,16 @@ class Member:
         return self.update.W0(self.layer)
 
 
+class _Part(NamedTuple):
+    """What a kind's branch asks of an update."""
+
+    A: Tensor
+    B: Tensor
+    dropout: float
+    scale: float = 1.0
+    training: bool = True
+
+
 class Together:
     """A group of layers in training; `branch` computes each. A [Σr, k] is the members' A's, stacked in order."""
 
@@ -107,7 +117,8 @@ class Together:
 
     def _alone(self, member: Member, x: Tensor) -> Tensor:
         A = self.A if len(self.members) == 1 else self.A[member.rows]
-        return fused.lowrank_linear(x, member.W0, member.layer.bias, A, member.B, 1.0, member.update.dropout)
+        part = _Part(A, member.B, member.update.dropout)
+        return member.update.kind.branch(member.layer, x, part, member.layer.bias)
 
     def _compute(self, x: Tensor) -> None:
         members = self.members

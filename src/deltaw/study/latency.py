@@ -1,0 +1,124 @@
+"""How long inference takes with each way of adapting a model, in turn with the base. Knows models and adapters; nothing of data.
+
+The ways are timed in rounds, one after the other in each, so that what a machine does besides meets all of them; of a way the
+median over rounds counts, and its ratio to the base's time is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from deltaw.merged import merge, unmerge
+from deltaw.switching import using
+
+BASE = "base"
+# Seconds from which a task warms itself up
+_LONG = 2.0
+Way = Callable[[], AbstractContextManager[Any]]
+"""Opens a block in which the model is used in this way."""
+Task = Callable[[], Callable[[], object]]
+"""Gets ready, untimed, for what it returns, which is timed."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one task."""
+
+    seconds: dict[str, float]
+    """Way → median."""
+    ratios: dict[str, float]
+    """Way → median of its time over the base's in the same round."""
+
+
+def ways(model: nn.Module, adapters: Sequence[str], merged: Sequence[str] = ()) -> dict[str, Way]:
+    """The base alone, each of `adapters` in use, and those of `merged` merged ("lora, merged")."""
+    found: dict[str, Way] = {BASE: lambda: using(model, None)}
+    found |= {name: lambda name=name: using(model, name) for name in adapters}  # type: ignore[misc]
+    return found | {f"{name}, merged": lambda name=name: _merged(model, name) for name in merged}  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _merged(model: nn.Module, name: str) -> Iterator[None]:
+    merge(model, name, allow_unchanged=True)
+    try:
+        yield
+    finally:
+        unmerge(model)
+
+
+@torch.no_grad()
+def measure(ways: Mapping[str, Way], task: Task, *, rounds: int = 7) -> Latency:
+    """Each way's time for the task. Another way is the first in each round, and before a way is timed it has been through the task
+    once, unless that is long: what came before it (a merge, say) has filled the caches with something else."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    long = _timed(task()) > _LONG
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            with ways[name]():
+                if not long:
+                    task()()
+                times[name].append(_timed(task()))
+    medians = {name: statistics.median(own) for name, own in times.items()}
+    ratios = {
+        name: statistics.median(t / b for t, b in zip(own, times[BASE], strict=True)) for name, own in times.items()
+    }
+    return Latency(medians, ratios)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    _wait()
+    began = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - began
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+def forward(model: Any, batch: int, length: int) -> Task:
+    """A pass over random tokens [batch, length], of which a language model's head sees the last."""
+    inputs: dict[str, Any] = {"input_ids": tokens(model, batch, length)}
+    given = inspect.signature(model.forward).parameters
+    inputs |= {"logits_to_keep": 1} if "logits_to_keep" in given else {}
+    inputs |= {"use_cache": False} if "use_cache" in given else {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens(model, batch, 1)
+    return lambda: lambda: model(**inputs)
+
+
+def decoding(model: Any, batch: int, *, cached: int = 64, steps: int = 8) -> Task:
+    """`steps` tokens of each row one after the other, behind `cached` ones: what generating costs."""
+    prompt, next_token = tokens(model, batch, cached), tokens(model, batch, 1)
+
+    def ready() -> Callable[[], object]:
+        cache = DynamicCache()
+        model(prompt, past_key_values=cache, use_cache=True)
+        return lambda: [model(next_token, past_key_values=cache, use_cache=True) for _ in range(steps)]
+
+    return ready
+
+
+def tokens(model: Any, batch: int, length: int) -> Tensor:
+    """The same ones each time, none of the first hundred, where special ones are."""
+    count = model.get_input_embeddings().weight.shape[0]
+    drawn = torch.randint(min(100, count // 2), count, (batch, length), generator=torch.Generator().manual_seed(batch))
+    device: torch.device = next(model.parameters()).device
+    return drawn.to(device)
