@@ -35,7 +35,10 @@ ORDER = [
     ["store", "pretrained", "generation"],
     ["training"],
     ["study"],
+    ["contestants"],
     ["run"],
+    ["candidate", "timing"],
+    ["comparing"],
     ["cli"],
     ["__init__", "__main__"],
 ]

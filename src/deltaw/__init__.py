@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         parameters,
     )
     from deltaw.combined import combine
-    from deltaw.config import DataConfig, GenerateConfig, TrainConfig
+    from deltaw.comparing import Comparison, compare
+    from deltaw.config import CompareConfig, DataConfig, GenerateConfig, TrainConfig
     from deltaw.converted import convert
     from deltaw.errors import DeltaWError
     from deltaw.extracted import extract
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DeltaWError": "errors",
+    "CompareConfig": "config",
+    "Comparison": "comparing",
     "DataConfig": "config",
     "GenerateConfig": "config",
     "TrainConfig": "config",
@@ -56,6 +59,7 @@ _HOME = {
     "adapters": "attached",
     "attach": "attached",
     "combine": "combined",
+    "compare": "comparing",
     "convert": "converted",
     "delta": "attached",
     "detach": "attached",
@@ -79,6 +83,8 @@ __all__ = [
     "IA3",
     "BitFit",
     "Bottleneck",
+    "CompareConfig",
+    "Comparison",
     "DataConfig",
     "DeltaWError",
     "DoRA",
@@ -94,6 +100,7 @@ __all__ = [
     "adapters",
     "attach",
     "combine",
+    "compare",
     "convert",
     "delta",
     "detach",

@@ -160,6 +160,34 @@ class GenerateConfig:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared. The budget of each run (steps, minutes, batch …) is TrainConfig's, the same for all."""
+
+    methods: str = ""
+    """Methods, with commas: full, bitfit, houlsby, pfeiffer, lin, adapterdrop, prefix, prompt, ia3, lora-qv, lora, dora; with
+    settings of their own in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of these."""
+    lrs: int = 1
+    """Learning rates to try for each method, a factor of three apart around its usual one; the best one by held-out loss
+    counts."""
+    seeds: int = 1
+    """Runs with the best learning rate, each with a seed of its own."""
+    metrics: str = ""
+    """Which scores on the test records, with commas. Default: the loss, and for classes and numbers their usual metric."""
+    test: str | None = None
+    """Records to score at the end: a file, or a split of DATA. Default: its test split, else its valid or dev split, else a part
+    of DATA."""
+    test_most: int = 500
+    """Most test records to score."""
+    latency: bool = True
+    """Time inference with each method beside the base at the end."""
+    quick: bool = False
+    """A first answer in about ten minutes on two cores: five methods, a minute of training each, at most 100 test records."""
+
+    def __post_init__(self) -> None:
+        check(self, lrs=(1, None), seeds=(1, None), test_most=(1, None))
+
+
 def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
     """Raise one ConfigError with every field of `config` that is of a wrong type, not one of its literals, not finite, or
     outside its [low, high]. What is of the right type in another guise (a Path for text, numpy's numbers) is made plain."""

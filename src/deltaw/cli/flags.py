@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deltaw.config import DataConfig, DType, GenerateConfig, TrainConfig, keys
+from deltaw.config import CompareConfig, DataConfig, DType, GenerateConfig, TrainConfig, keys
 from deltaw.errors import ConfigError, listing, nearest
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import METHODS, method_class
@@ -52,6 +52,19 @@ def train_with(method: str) -> type[Train]:
         "__doc__": Train.__doc__,
     }
     return dataclass(frozen=True)(type("Train", (Train,), members))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare methods on MODEL and DATA: quality, parameters, bytes, memory, time and latency of each, for the same budget. Goes
+    on where a comparison of the same settings stopped."""
+
+    model: Model
+    """Hub id or model folder."""
+    data: Data
+    """Records as train reads them."""
+    options: CompareConfig = field(default_factory=CompareConfig)
+    run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/compare"))
 
 
 @dataclass(frozen=True)
@@ -227,8 +240,8 @@ class Inspect:
 
 
 COMMANDS = {
-    "train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify,
-    "convert": Convert, "extract": Extract, "inspect": Inspect,
+    "train": Train, "compare": Compare, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge,
+    "verify": Verify, "convert": Convert, "extract": Extract, "inspect": Inspect,
 }  # fmt: skip
 
 

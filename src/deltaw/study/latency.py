@@ -59,8 +59,8 @@ def _merged(model: nn.Module, name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def measure(ways: Mapping[str, Way], task: Task, *, rounds: int = 7) -> Latency:
-    """Each way's time for the task. Another way is the first in each round, and before a way is timed it has been through the task
-    once, unless that is long: what came before it (a merge, say) has filled the caches with something else."""
+    """Each way's time for the task. Another way is the first in each round, and before a way is timed it has been through the
+    task once, unless that is long: what came before it (a merge, say) has filled the caches with something else."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     long = _timed(task()) > _LONG

@@ -1,0 +1,54 @@
+"""`deltaw compare`: a line for each candidate as it is done, then the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaw import units
+from deltaw.cli import show
+from deltaw.cli.flags import Compare
+
+
+def run(command: Compare) -> None:
+    show.quiet_libraries()
+    from deltaw.comparing import compare
+    from deltaw.study import comparison
+
+    with show.err.status("getting ready …") as status:
+        done = compare(
+            command.model, command.data, command.run, command.options, on_event=lambda event: _hear(event, status)
+        )
+    results = done.results
+    rows = comparison.ranked(results)
+    metrics = list(next((row["scores"] for row in rows if row.get("scores")), {}))
+    made = show.table(*comparison.COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
+    for row in rows:
+        made.add_row(*comparison.cells(row, metrics))
+    show.out.print(made)
+    if results["latency"]:
+        timed = show.table("", *comparison.latency_columns(results), title="\nInference, over the base's time")
+        for cells in comparison.latency_rows(results):
+            timed.add_row(*cells)
+        show.out.print(timed)
+    show.out.print(f"\n{comparison.headline(results)}", soft_wrap=True)
+    show.out.print(show.facts({"report": str(done.report), "results": str(done.folder / "results.json")}))
+
+
+def _hear(event: Any, status: Any) -> None:
+    values = event.values
+    if event.kind == "timing":
+        status.update("timing inference with each method …")
+    elif event.kind == "started":
+        status.update(f"{values['name']}: lr {values['lr']:.2g}, seed {values['seed']} …")
+    else:
+        show.out.print(
+            f"{values['name']:<12} lr {values['lr']:.2g}  seed {values['seed']}  {_outcome(values)}", soft_wrap=True
+        )
+
+
+def _outcome(values: dict[str, Any]) -> str:
+    if "error" in values:
+        return f"failed: {values['error'].splitlines()[0]}"
+    loss = "" if values["valid_loss"] is None else f"held-out loss {values['valid_loss']:.4f}  "
+    again = "" if values["fresh"] else "  (done before)"
+    return f"{loss}{values['steps']} steps in {units.duration(values['seconds'])}{again}"

@@ -1,0 +1,294 @@
+"""Methods compared on a user's own model and data: learning rates on held-out records, the best one of each method on test
+records, all with the same records in the same order and the same budget. Prints nothing: it reports events.
+
+A comparison's folder holds data/ (the three sets of records), runs/ (a folder for each candidate), results.json and report.html.
+What is finished there is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from deltaw import candidate, timing
+from deltaw.config import CompareConfig, TrainConfig, to_mapping
+from deltaw.contestants import DEFAULT, QUICK, Contestant, contestants, described, rates
+from deltaw.data.sources import HELD_OUT, rows, splits
+from deltaw.errors import ConfigError, DataError, Interrupted, TrainError
+from deltaw.files.atomic import write_text
+from deltaw.study.comparison import comparison_report
+from deltaw.study.report import write as write_report
+
+SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
+_QUICK_MINUTES = 1.0
+# Of the records, where there are no splits: held out, and to score at the end
+_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something that happened, for whoever shows it."""
+
+    kind: Literal["started", "finished", "timing"]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns."""
+
+    folder: Path
+    report: Path
+    results: dict[str, Any]
+    """What results.json holds: a row for each method, each candidate, latencies."""
+
+
+def compare(
+    model: str,
+    data: str | Path,
+    config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
+    options: CompareConfig = CompareConfig(),  # noqa: B008  (frozen)
+    *,
+    on_event: Callable[[Progress], None] = lambda event: None,
+) -> Comparison:
+    """Train and score each method of `options` with `config`'s budget, and write the report into `config.out`.
+
+    model: a hub id or a folder. data: a file, folder or hub data set, with records as `train` takes them. The learning rate is
+    each method's own; `config.lr` is not looked at. A folder with a comparison of the same settings is gone on with. A candidate
+    that fails (its loss is not finite, say) is reported as failed.
+
+    Raises ConfigError or DataError before any training, and Interrupted after Ctrl-C: what was finished is kept.
+    """
+    return _Comparison(model, data, config, options, on_event).go()
+
+
+class _Comparison:
+    def __init__(
+        self,
+        model: str,
+        data: str | Path,
+        config: TrainConfig,
+        options: CompareConfig,
+        on_event: Callable[[Progress], None],
+    ) -> None:
+        self.model, self.data, self.on_event = model, data, on_event
+        self.config = dataclasses.replace(config, samples=0)
+        if options.quick:
+            minutes = None if config.steps else config.minutes or _QUICK_MINUTES
+            self.config = dataclasses.replace(self.config, minutes=minutes, valid_most=min(config.valid_most, 64))
+        self.options = options
+        self.test_most = min(options.test_most, 100) if options.quick else options.test_most
+        self.contestants = contestants(options.methods or (QUICK if options.quick else DEFAULT))
+        self.folder = Path(config.out)
+
+    def go(self) -> Comparison:
+        self._claim()
+        self._write_data()
+        chosen = []
+        for contestant in self.contestants:
+            tried = [self._run(contestant, lr, self.config.seed) for lr in rates(contestant.lr, self.options.lrs)]
+            best = min((t for t in tried if "error" not in t), key=_held_out, default=None)
+            seeds = [self.config.seed + i for i in range(1, self.options.seeds)] if best else []
+            more = [self._run(contestant, best["task"]["run"]["lr"], seed) for seed in seeds] if best else []
+            chosen.append((contestant, tried, best, more))
+        latencies = self._latencies({c.name: best for c, _, best, _ in chosen if best})
+        results = {
+            "settings": self._settings(),
+            "rows": [self._row(*each) for each in chosen],
+            "latency": latencies,
+        }
+        write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_report(comparison_report(results), self.folder / REPORT)
+        return Comparison(self.folder, self.folder / REPORT, results)
+
+    # --- the folder ---------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides about the candidates' results; not which candidates there are."""
+        run = {k: v for k, v in to_mapping(self.config).items() if k not in ("out", "overwrite", "lr", "valid")}
+        return {
+            "model": self.model, "data": str(self.data), "test": self.options.test, "test_most": self.test_most,
+            "valid": self.config.valid, "run": run,
+        }  # fmt: skip
+
+    def _claim(self) -> None:
+        """Go on with a comparison of the same settings, or begin one."""
+        path, own = self.folder / SETTINGS, self._settings()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"out is {self.folder}, which is a file; name a folder.")
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if known != own and not self.config.overwrite:
+                other = sorted(k for k in own["run"] if known and known["run"].get(k) != own["run"][k])
+                other += sorted(k for k in own if k != "run" and known and known.get(k) != own[k])
+                raise ConfigError(
+                    f"The folder {self.folder} holds "
+                    + (f"a comparison with other settings ({', '.join(other)})" if known else "something else")
+                    + ". Choose another --out, or pass --overwrite to replace it."
+                )
+            if known != own:
+                shutil.rmtree(self.folder)
+        write_text(path, json.dumps(own, indent=1, ensure_ascii=False) + "\n")
+
+    def _write_data(self) -> None:
+        """The records in three files: to train on, held out, and to score at the end."""
+        place = self.folder / "data"
+        if all((place / f"{name}.jsonl").is_file() for name in ("train", "valid", "test")):
+            return
+        for name, records in self._three_sets().items():
+            if not records:
+                raise DataError(f"There are no records left for the {name} set of the comparison: give more of them.")
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_text(place / f"{name}.jsonl", text)
+
+    def _three_sets(self) -> dict[str, list[dict[str, Any]]]:
+        there = [name for name in splits(self.data) if name in HELD_OUT]
+        held_out = sorted(there, key=HELD_OUT.index)  # test comes last
+        test, valid = self._given(self.options.test), self._given(self.config.valid)
+        if test is None and held_out:
+            test = self._read(self.data, held_out[-1])
+        if valid is None and len(held_out) > 1:
+            valid = self._read(self.data, held_out[0])
+        train = self._read(self.data, self.config.data.split)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        count = max(1, min(round(len(train) * _SHARE), 1000))
+        if test is None:
+            test, order = [train[i] for i in order[:count]], order[count:]
+        if valid is None:
+            valid, order = [train[i] for i in order[:count]], order[count:]
+        return {"train": [train[i] for i in sorted(order)], "valid": valid, "test": _some(test, self.test_most)}
+
+    def _given(self, name: str | None) -> list[dict[str, Any]] | None:
+        """The records of a file or a split that was named."""
+        if name is None:
+            return None
+        return self._read(name, None) if Path(name).exists() or Path(name).suffix else self._read(self.data, name)
+
+    def _read(self, source: str | Path, split: str | None) -> list[dict[str, Any]]:
+        found, problems, name = rows(source, split, None)
+        if problems:
+            raise DataError(f"{name}: {len(problems)} records cannot be read, the first: {problems[0]}")
+        return [fields for _, fields in found]
+
+    # --- candidates ---------------------------------------------------------------------------------------------
+
+    def _run(self, contestant: Contestant, lr: float, seed: int) -> dict[str, Any]:
+        """A candidate's score: the one that is there, or of a new process. A failed one's is its error."""
+        label = (
+            f"{contestant.name}-{lr:.2g}-{seed}".replace("(", "-").replace(")", "").replace(",", "-").replace(";", "-")
+        )
+        folder = self.folder / "runs" / label
+        data = self.folder / "data"
+        run = to_mapping(self.config) | {"lr": lr, "seed": seed, "valid": str(data / "valid.jsonl"), "split": None}
+        del run["out"], run["overwrite"]
+        task = {
+            "name": contestant.name, "method": contestant.kind, "settings": to_mapping(contestant.method), "model": self.model,
+            "train": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "metrics": self._metrics(), "run": run,
+        }  # fmt: skip
+        done = _read_json(folder / candidate.SCORE)
+        fresh = done is None or done["task"] != json.loads(json.dumps(task))
+        if fresh:
+            self._tell("started", contestant, lr, seed, {})
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / candidate.TASK, json.dumps(task, indent=1, ensure_ascii=False) + "\n")
+            _in_a_process("deltaw.candidate", folder)
+            done = _read_json(folder / candidate.SCORE)
+        assert done is not None
+        self._tell("finished", contestant, lr, seed, {**done, "fresh": fresh})
+        return done | {"folder": str(folder)}
+
+    def _metrics(self) -> list[str]:
+        return [m.strip() for m in self.options.metrics.split(",") if m.strip()] or ["loss"]
+
+    def _tell(
+        self, kind: Literal["started", "finished"], contestant: Contestant, lr: float, seed: int, more: dict[str, Any]
+    ) -> None:
+        self.on_event(Progress(kind, {"name": contestant.name, "lr": lr, "seed": seed, **more}))
+
+    def _latencies(self, best: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        if not self.options.latency or not best:
+            return []
+        runs = {name: run for name, run in best.items() if run["task"]["method"] != "full"}
+        task: dict[str, Any] = {
+            "model": self.model, "dtype": "float32" if self.config.dtype == "auto" else self.config.dtype,
+            "device": self.config.device, "rounds": 5 if self.options.quick else 9,
+            "adapters": {name: str(Path(run["folder"]) / "run" / "adapter") for name, run in runs.items()},
+        }  # fmt: skip
+        done = _read_json(self.folder / timing.RESULT)
+        if done is None or done["task"] != task:
+            self.on_event(Progress("timing", {"names": list(task["adapters"])}))
+            write_text(self.folder / timing.TASK, json.dumps(task, indent=1, ensure_ascii=False) + "\n")
+            _in_a_process("deltaw.timing", self.folder)
+            done = _read_json(self.folder / timing.RESULT)
+        if done is None:
+            raise TrainError(f"Timing inference failed; what it said is in {self.folder / 'output.txt'}.")
+        found: list[dict[str, Any]] = done["rows"]
+        return found
+
+    def _row(
+        self,
+        contestant: Contestant,
+        tried: list[dict[str, Any]],
+        best: dict[str, Any] | None,
+        more: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """What results.json has of a method."""
+        settings = dict(described(contestant.method))
+        row: dict[str, Any] = {"name": contestant.name, "method": contestant.kind, "settings": settings}
+        row["tried"] = [
+            {"lr": t["task"]["run"]["lr"], "valid_loss": t.get("valid_loss"), "error": t.get("error")} for t in tried
+        ]
+        if best is None:
+            return row | {"error": tried[0]["error"]}
+        figures = {k: v for k, v in best.items() if k not in ("task", "folder", "scores", "valid")}
+        runs = [best, *(run for run in more if "error" not in run)]
+        scores = {
+            metric: {"seeds": [run["scores"][metric]["value"] for run in runs], **best["scores"][metric]}
+            for metric in best["scores"]
+        }
+        return row | {"lr": best["task"]["run"]["lr"], **figures, "scores": scores, "valid": best["valid"]}
+
+
+def _held_out(run: dict[str, Any]) -> float:
+    """What the learning rate is chosen by."""
+    loss = run["valid_loss"]
+    return float("inf") if loss is None or loss != loss else loss
+
+
+def _some(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many, drawn once for all."""
+    picks = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()[:most]
+    return [records[i] for i in sorted(picks)]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _in_a_process(module: str, folder: Path) -> None:
+    """Run it to its end; what it says goes to FOLDER/output.txt. Raises Interrupted when it was, TrainError when it ended
+    without a word."""
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (folder / "output.txt").open("w", encoding="utf-8") as output:
+        words = [sys.executable, "-m", module, str(folder)]
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=os.environ | quiet)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reached it too
+            code = Interrupted.exit_code
+    if code == Interrupted.exit_code:
+        raise Interrupted("Stopped. What was finished is kept: the same command goes on from there.")
+    results = [candidate.SCORE, timing.RESULT]
+    if code < 0 or not any((folder / name).is_file() for name in results):
+        raise TrainError(f"{module} ended with {code} and no result; what it said is in {folder / 'output.txt'}.")

@@ -1,0 +1,209 @@
+"""A comparison's results as a Report, and as the rows of a table. Knows results.json; nothing of models or HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltaw import units
+from deltaw.study.report import Chart, Report, Series, Table
+from deltaw.version import __version__
+
+# Metrics of which more is better, best first as a comparison's own
+_MORE_IS_BETTER = {"accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "bleu", "rouge_l"}
+# GPT-2 M on a GPU (arXiv 2106.09685, Table 1): batch × length → ms, and what adapter layers add
+PAPER = (
+    ("1×128", "19.8 ms", "+20.7%", "+30.3%"),
+    ("16×256", "338.0 ms", "+5.0%", "+8.4%"),
+    ("32×512", "1449.4 ms", "+2.2%", "+3.0%"),
+)
+COLUMNS = ("method", "lr", "parameters", "share", "adapter", "with optimizer", "memory", "step", "held-out loss")
+
+
+def metric_of(results: Mapping[str, Any]) -> str:
+    """The metric that the methods are ranked by: the last that there is."""
+    scored = [row["scores"] for row in results["rows"] if row.get("scores")]
+    return next(reversed(scored[0]), "") if scored else ""
+
+
+def ranked(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The methods' rows, the best first; those that failed last."""
+    metric = metric_of(results)
+    sign = -1.0 if metric in _MORE_IS_BETTER else 1.0
+
+    def key(row: Mapping[str, Any]) -> float:
+        return sign * mean(row["scores"][metric]["seeds"]) if row.get("scores") else math.inf
+
+    return sorted(results["rows"], key=key)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """A method's row as text, under COLUMNS and the metrics."""
+    if "error" in row:
+        return [row["name"], "failed", *["–"] * (len(COLUMNS) - 2 + len(metrics))]
+    memory = "–" if row["memory"] is None else units.size(row["memory"])
+    loss = "–" if row["valid_loss"] is None else f"{row['valid_loss']:.4f}"
+    own = [
+        row["name"], f"{row['lr']:.2g}", f"{row['parameters']:,}", f"{row['share']:.2%}", units.size(row["bytes"]),
+        units.size(row["bytes_with_optimizer"]), memory, f"{row['step_seconds']:.2f} s", loss,
+    ]  # fmt: skip
+    return [*own, *(score(row["scores"][m]) for m in metrics)]
+
+
+def score(found: Mapping[str, Any]) -> str:
+    """A score with its 95% interval; of several seeds their mean and spread."""
+    seeds = found["seeds"]
+    interval = f"[{found['low']:.3f}, {found['high']:.3f}]"
+    if len(seeds) == 1:
+        return f"{seeds[0]:.3f} {interval}"
+    return (
+        f"{mean(seeds):.3f} ± {(sum((s - mean(seeds)) ** 2 for s in seeds) / (len(seeds) - 1)) ** 0.5:.3f} {interval}"
+    )
+
+
+def latency_columns(results: Mapping[str, Any]) -> list[str]:
+    """Names of the timed tasks."""
+    return [f"{row['what']}, batch {row['batch']}" for row in results["latency"]]
+
+
+def latency_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row for the base, in milliseconds, and for each method, over the base's time."""
+    timed = results["latency"]
+    if not timed:
+        return []
+    base = ["base", *(f"{row['base'] * 1e3:.1f} ms" for row in timed)]
+    names = list(timed[0]["ratios"])
+    return [base, *([name, *(f"{row['ratios'][name]:.3f}×" for row in timed)] for name in names)]
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The comparison in a sentence."""
+    metric, rows = metric_of(results), [row for row in ranked(results) if row.get("scores")]
+    if not rows:
+        return "Every method failed."
+    best = rows[0]
+    found = best["scores"][metric]
+    text = (
+        f"{best['name']} is best by {metric} on the test records: {score(found)} with {best['parameters']:,} parameters"
+    )
+    near = [r for r in rows[1:] if found["low"] <= mean(r["scores"][metric]["seeds"]) <= found["high"]]
+    smaller = [r for r in near if r["parameters"] < best["parameters"]]
+    if near:
+        text += f". Within its interval: {', '.join(r['name'] for r in near)}"
+    if smaller:
+        least = min(smaller, key=lambda r: r["parameters"])
+        text += f", of which {least['name']} needs the fewest parameters, {least['parameters']:,}"
+    return text + "."
+
+
+def comparison_report(results: Mapping[str, Any]) -> Report:
+    """The page."""
+    settings, rows = results["settings"], ranked(results)
+    metric = metric_of(results)
+    good = [row for row in rows if row.get("scores")]
+    metrics = list(good[0]["scores"]) if good else []
+    return Report(
+        title=f"Methods compared: {settings['model']} on {settings['data']}",
+        headline=headline(results),
+        facts=_facts(settings, good),
+        curves=_curves(good, metric, results["latency"]),
+        tables=[
+            Table("Methods", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE),
+            *_latency_tables(results),
+            Table(
+                "Learning rates", ["method", "lr", "held-out loss"], [cells for row in rows for cells in _rates(row)],
+                note="The best one by held-out loss counts; the test records are looked at for that one alone.",
+            ),
+            Table(
+                "Settings of each method", ["name", "method", "settings"],
+                [[row["name"], row["method"], str(row["settings"])] for row in rows],
+            ),
+            Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings["run"].items()]),
+        ],
+        warnings=_warnings(rows),
+        footer=f"deltaw {__version__}",
+    )  # fmt: skip
+
+
+_NOTE = (
+    "Memory is what training held over the loaded model and its adapter. Of full fine-tuning the base's own weights, which stay "
+    "beside the trained ones, are in the loaded model, and so not counted. Intervals are 95%, by bootstrap over the test "
+    "records; ± is the standard deviation over seeds."
+)
+
+
+def _rates(row: Mapping[str, Any]) -> list[list[object]]:
+    return [[row["name"], f"{t['lr']:.2g}", "failed" if t["error"] else t["valid_loss"]] for t in row["tried"]]
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = [f"{row['name']}: {note}" for row in rows for note in row.get("notes", ())]
+    return notes + [f"{row['name']} failed: {row['error']}" for row in rows if "error" in row]
+
+
+def _facts(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    run = settings["run"]
+    budget = (
+        f"{run['minutes']:g} min"
+        if run["minutes"]
+        else f"{run['steps']} steps"
+        if run["steps"]
+        else f"{run['epochs']:g} epochs"
+    )
+    facts = [
+        ("Budget", budget, f"each, batches of {run['batch']}"),
+        ("Test records", f"{settings['test_most']:,}", "at most"),
+    ]
+    if rows:
+        smallest, largest = (f(rows, key=lambda r: r["parameters"]) for f in (min, max))
+        facts.append(
+            (
+                "Parameters",
+                f"{smallest['parameters']:,}",
+                f"{smallest['name']}; {largest['name']} {largest['parameters']:,}",
+            )
+        )
+    return facts
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], metric: str, timed: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    if not rows:
+        return []
+    charts = [
+        Chart(
+            "Quality against parameters", "trainable parameters, logarithm to base 10", metric,
+            [Series(r["name"], [(math.log10(r["parameters"]), s) for s in r["scores"][metric]["seeds"]], "dots") for r in rows],
+            note="The paper's Figure 2: a point for each seed.",
+        ),
+        Chart(
+            "Held-out loss in training", "step", "nats",
+            [Series(r["name"], [(step, loss) for step, loss in r["valid"]], "line") for r in rows],
+        ),
+    ]  # fmt: skip
+    if timed:
+        names = list(timed[0]["ratios"])
+        charts.append(Chart(
+            f"Inference over the base's time: {timed[0]['what']}, batch {timed[0]['batch']}", "method", "times the base",
+            [Series("ratio", [(i, timed[0]["ratios"][n]) for i, n in enumerate(names)], "bars", labels=names)],
+        ))  # fmt: skip
+    return charts
+
+
+def _latency_tables(results: Mapping[str, Any]) -> list[Table]:
+    if not results["latency"]:
+        return []
+    return [
+        Table(
+            "Inference", ["", *latency_columns(results)], latency_rows(results),
+            note="Medians, in turn with the base; ratios over the base's time in the same round.",
+        ),
+        Table(
+            "The paper's latencies", ["batch × length", "base or LoRA merged", "adapter layers of Lin", "of Houlsby"], PAPER,
+            note="GPT-2 M, forward, on a GPU (arXiv 2106.09685, Table 1).",
+        ),
+    ]  # fmt: skip

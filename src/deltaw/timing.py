@@ -1,0 +1,61 @@
+"""Inference with the adapters of a comparison, timed in a process of its own.
+
+    python -m deltaw.timing FOLDER
+
+FOLDER/timing.json says which model and adapters; FOLDER/latency.json is what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TASK, RESULT = "timing.json", "latency.json"
+_SIZES = ((1, 128), (32, 128))
+
+
+def main(folder: Path) -> int:
+    """Exit code."""
+    from deltaw.files.atomic import write_text
+
+    task = json.loads((folder / TASK).read_text(encoding="utf-8"))
+    write_text(folder / RESULT, json.dumps({"task": task, "rows": run(task)}, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def run(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each task: its name, batch, the base's seconds and the others' ratios to it."""
+    from deltaw import store
+    from deltaw.attached import updates
+    from deltaw.pretrained import load_pretrained
+    from deltaw.study import latency
+
+    model = load_pretrained(task["model"], dtype=task["dtype"], device=task["device"]).model.eval()
+    names: dict[str, str] = {}
+    for i, (name, adapter) in enumerate(task["adapters"].items()):  # a name may hold dots
+        names[f"m{i}"] = name
+        store.load(model, adapter, name=f"m{i}", activate=False)
+    mergeable = [n for n in names if all(type(u).__name__ in ("LowRank", "Sliced") for u in updates(model, n).values())]
+    ways = latency.ways(model, list(names), merged=mergeable[:1])
+    tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in _SIZES}
+    if getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder:
+        tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b, _ in _SIZES}
+    rows = []
+    for (what, batch, length), each in tasks.items():
+        found = latency.measure(ways, each, rounds=task["rounds"])
+        ratios = {_named(way, names): ratio for way, ratio in found.ratios.items() if way != latency.BASE}
+        rows.append(
+            {"what": what, "batch": batch, "length": length, "base": found.seconds[latency.BASE], "ratios": ratios}
+        )
+    return rows
+
+
+def _named(way: str, names: dict[str, str]) -> str:
+    name, _, merged = way.partition(", ")
+    return names[name] + (f", {merged}" if merged else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

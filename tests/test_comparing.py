@@ -1,0 +1,144 @@
+"""Comparisons: what is compared, on which records, and how they go on where they stopped. On tiny models, in real processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltaw.cli import main
+from deltaw.comparing import compare
+from deltaw.config import CompareConfig, TrainConfig
+from deltaw.contestants import DEFAULT, QUICK, contestants, rates
+from deltaw.errors import ConfigError
+from deltaw.methods.bottleneck import Bottleneck
+from deltaw.methods.lora import LoRA
+from deltaw.study.comparison import comparison_report, headline, ranked
+from deltaw.study.report import render
+from tests.conftest import byte_llama
+from tests.data.conftest import CHATML, tiny_tokenizer
+
+WORDS = ["red", "blue", "green", "white", "black", "brown"]
+RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
+
+
+def test_contestants_are_read_as_they_are_written() -> None:
+    found = contestants("lora, lora(rank=64), bottleneck(size=16;kind=lin,lr=2e-3)")
+    assert [c.name for c in found] == ["lora", "lora(rank=64)", "bottleneck(size=16;kind=lin,lr=2e-3)"]
+    assert found[1].method == LoRA(rank=64) and found[2].method == Bottleneck(size=16, kind="lin")
+    assert found[2].lr == 2e-3 and found[2].kind == "bottleneck"
+    assert len(contestants(DEFAULT)) == 9 and len(contestants(QUICK)) == 5
+    assert rates(1e-3, 3) == pytest.approx([1e-3 / 3, 1e-3, 3e-3]) and rates(1e-3, 1) == [1e-3]
+
+
+def test_all_that_is_wrong_with_contestants_is_said() -> None:
+    with pytest.raises(ConfigError) as error:
+        contestants("lorra,lora(rnk=3),lora(rank=0),bitfit,bitfit,lora(rank)")
+    for part in ("'lorra' (did you mean", "unknown setting 'rnk' (did you mean 'rank'", "rank is 0", "'bitfit' is there twice",
+                 "'rank' is no setting"):  # fmt: skip
+        assert part in str(error.value)
+    with pytest.raises(ConfigError, match="there is none"):
+        contestants(" , ")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    tokenizer = tiny_tokenizer(CHATML)
+    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_comparison_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "out"
+    words = [
+        "compare",
+        str(place / "model"),
+        str(place / "data.jsonl"),
+        "--out",
+        str(out),
+        "--steps",
+        "4",
+        "--batch",
+        "4",
+    ]
+    words += ["--lrs", "2", "--no-latency", "--test-most", "3"]
+    assert main([*words, "--methods", "lora(rank=2),bitfit"]) == 0
+    said = capsys.readouterr().out
+    assert "is best by loss on the test records" in said and "lora(rank=2)" in said
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["lora(rank=2)"]["settings"] == {"rank": 2} and len(rows["bitfit"]["tried"]) == 2
+    assert "has none" in rows["bitfit"]["notes"][0] and rows["bitfit"]["parameters"] > 0
+    losses = {t["lr"]: t["valid_loss"] for t in rows["lora(rank=2)"]["tried"]}
+    assert rows["lora(rank=2)"]["valid_loss"] == min(losses.values())
+    score = rows["lora(rank=2)"]["scores"]["loss"]
+    assert score["low"] <= score["value"] <= score["high"]
+
+    # Three sets without a record in common, which make up the data
+    sets = {n: (out / "data" / f"{n}.jsonl").read_text().splitlines() for n in ("train", "valid", "test")}
+    assert sorted(line for own in sets.values() for line in own) == sorted(json.dumps(r) for r in RECORDS)
+
+    # Gone on with: what is done is not done again; another method and timing come beside it
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/score.json")}
+    assert len(kept) == 4
+    assert main([*[w for w in words if w != "--no-latency"], "--methods", "lora(rank=2),bitfit,prefix(length=2)"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("(done before)") == 4 and "lora(rank=2), merged" in said
+    assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
+    timed = json.loads((out / "results.json").read_text())["latency"]
+    assert {row["what"] for row in timed} == {"forward", "decode, 8 tokens"} and all(r["base"] > 0 for r in timed)
+
+    # Other settings are another comparison
+    assert main([*words, "--methods", "lora", "--seed", "3"]) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_candidate_that_fails_is_reported(place: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    done = compare(
+        str(place / "model"), place / "data.jsonl", TrainConfig(out=str(tmp_path / "out"), steps=3, batch=4),
+        CompareConfig(methods="lora(targets=nothing),ia3", latency=False),
+        on_event=lambda event: heard.append(event.kind),
+    )  # fmt: skip
+    rows = {row["name"]: row for row in done.results["rows"]}
+    assert "matches no layer" in rows["lora(targets=nothing)"]["error"] and "scores" in rows["ia3"]
+    assert heard == ["started", "finished"] * 2
+    assert "failed" in done.report.read_text()
+
+
+def test_the_report_says_what_is_best_and_what_is_near() -> None:
+    results = made([("full", 1_000_000, 1.00), ("lora", 10_000, 1.02), ("prefix", 2_000, 1.04), ("ia3", 500, 2.0)])
+    assert [row["name"] for row in ranked(results)] == ["full", "lora", "prefix", "ia3"]
+    said = headline(results)
+    assert said.startswith("full is best by loss") and "Within its interval: lora, prefix, of which prefix" in said
+    page = render(comparison_report(results))
+    for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
+        assert part in page
+    results["rows"][0] = {"name": "full", "method": "full", "settings": {}, "tried": [], "error": "boom"}
+    assert ranked(results)[-1]["name"] == "full" and "boom" in render(comparison_report(results))
+
+
+def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
+    """Results of a comparison with these losses."""
+
+    def row(name: str, parameters: int, loss: float) -> dict[str, Any]:
+        return {
+            "name": name, "method": "lora", "settings": {}, "tried": [{"lr": 1e-3, "valid_loss": loss, "error": None}], "lr": 1e-3,
+            "parameters": parameters, "share": 0.01, "bytes": 1, "bytes_with_optimizer": 2, "memory": None, "step_seconds": 0.1,
+            "valid_loss": loss, "valid": [[0, 3.0], [4, loss]], "notes": [],
+            "scores": {"loss": {"seeds": [loss], "value": loss, "low": loss - 0.05, "high": loss + 0.05}},
+        }  # fmt: skip
+
+    run = {"minutes": None, "steps": 4, "epochs": 1.0, "batch": 8}
+    return {
+        "settings": {"model": "m", "data": "d", "test_most": 9, "run": run},
+        "rows": [row(*each) for each in rows],
+        "latency": [{"what": "forward", "batch": 1, "length": 128, "base": 0.1, "ratios": {name: 1.1 for name, *_ in rows}}],
+    }  # fmt: skip
