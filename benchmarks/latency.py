@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py --model .cache/smollm2
 
-The base, LoRA merged and not (r = 8, all-linear), and Houlsby's, Pfeiffer's and Lin's adapter layers of as many parameters, all on
-one model with random values, in turn, medians: passes over batches of 1×128, 16×256 and 32×512 tokens as in the paper, and
+The base, LoRA merged and not (r = 8, all-linear), and Houlsby's, Pfeiffer's and Lin's adapter layers of as many parameters, all
+on one model with random values, in turn, medians: passes over batches of 1×128, 16×256 and 32×512 tokens as in the paper, and
 decoding with 1, 16 and 32 rows. Writes results/latency.json.
 """
 
@@ -38,7 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".cache/smollm2")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="batches of 16 and 32 rows")
+    parser.add_argument(
+        "--large", action=argparse.BooleanOptionalAction, default=True, help="batches of 16 and 32 rows"
+    )
     chosen = parser.parse_args()
     model: Any = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
     counts = {name: attach_random(model, name, method) for name, method in METHODS.items()}

@@ -6,6 +6,7 @@ adapter put where, what was trainable before, and while an adapter is merged the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,13 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, listing, nearest
-from deltaw.layers import Slot, as_matrix, as_stored, close_slot, open_slot, read_outside, slot_of, weights_of
+from deltaw.layers import (
+    Slot,
+    as_matrix,
+    as_stored,
+    close_slot,
+    in_few_bits,
+    open_slot,
+    read_outside,
+    slot_of,
+    weights_of,
+)
 from deltaw.lowrank import dense
 from deltaw.originals import Original
 from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
-from deltaw.updates import Update
+from deltaw.updates import LowRank, Update
+
+log = logging.getLogger("deltaw")
 
 RECORD = "_deltaw"
 
@@ -95,7 +108,26 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
     apply_plan(model, plan, method, name=name)
     for parameter in parameters(model, name):
         parameter.requires_grad_(True)
+    _warn_of_stopped_gradients(model, plan.updates)
     return model
+
+
+def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) -> None:
+    """The input of a layer with a low-rank update gets its gradient whatever a package does; elsewhere that is the package's."""
+    stopping = [
+        name
+        for name, layer in base_modules(model)
+        if not isinstance(updates.get(name), LowRank)
+        and (form := in_few_bits(layer, "weight"))
+        and form.stops_gradients(layer)
+    ]
+    if stopping:
+        log.warning(
+            "%d quantised layers have no low-rank update (%s, say). The package that computes them gives gradients in some "
+            "passes only on this device, and layers before them then learn nothing: LoRA(targets='all-linear') includes them.",
+            len(stopping),
+            stopping[0],
+        )
 
 
 def apply_plan(
@@ -196,8 +228,11 @@ def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
 
 
 def matrix_of(owner: nn.Module, name: str) -> Tensor:
-    """A parameter by its dotted name, as the matrix that merges work on: a view of it."""
+    """A parameter by its dotted name, as the matrix that merges work on: a view of it. What is kept in few bits cannot be merged
+    into; of that it is what the bits stand for."""
     layer, own_name = place_of(owner, name)
+    if form := in_few_bits(layer, own_name):
+        return form.dense(layer, torch.float32)
     parameter = layer._parameters[own_name]
     assert parameter is not None
     return as_matrix(layer, own_name, parameter.detach())

@@ -5,6 +5,7 @@ has changed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deltaw.attached import base_tensors, owner_of, place_of, readers
 from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
+from deltaw.layers import in_few_bits
 from deltaw.versions import version_of
 
 
 class _Known(NamedTuple):
-    """A parameter's digest, and what shows that it still holds."""
+    """A parameter's digests, and what shows that they still hold."""
 
-    version: tuple[int, int, int]
-    digest: Digest
+    version: list[tuple[int, int, int]]
+    digests: list[Digest]
 
 
 _known: Any = WeakTensorKeyDictionary()
@@ -30,21 +32,27 @@ def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fing
     """Of the base as it was before attach. Left out are those that an adapter has values of its own for
     (`without`, by any of their names): a new head is another one each time, a vocabulary may not have been resized yet."""
     gone = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else ()
-    return combined(_digest(p, tensor) for _, p, tensor in base_tensors(model) if id(p) not in gone)
+    every = (_digests(model, name, p, tensor) for name, p, tensor in base_tensors(model) if id(p) not in gone)
+    return combined(chain.from_iterable(every))
 
 
 def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint:
     """Of these parameters alone: what a checkpoint's files tell without the model."""
-    digests = {id(parameter): _digest(parameter, tensor) for _, parameter, tensor in base_tensors(model)}
+    digests = {id(p): _digests(model, name, p, tensor) for name, p, tensor in base_tensors(model)}
     owner: Any = owner_of(model)
     places = (place_of(owner, name) for name in names)
-    return combined(digests[id(module._parameters[own])] for module, own in places)
+    return combined(chain.from_iterable(digests[id(module._parameters[own])] for module, own in places))
 
 
-def _digest(parameter: nn.Parameter, tensor: Tensor) -> Digest:
+def _digests(model: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> list[Digest]:
+    """Of a parameter's values: one, or of a weight in few bits one for each tensor that it is kept in."""
     if tensor is not parameter:  # what it was before a merge
-        return digest(tensor)
-    version, known = version_of(parameter), _known.get(parameter)
+        return [digest(tensor)]
+    layer, own = place_of(owner_of(model), name)
+    form = in_few_bits(layer, own)
+    stored = [parameter] if form is None else form.stored(layer)
+    version, known = [version_of(t) for t in stored], _known.get(parameter)
     if known is None or known.version != version:
-        known = _known[parameter] = _Known(version, digest(tensor))
-    return known.digest
+        content = [tensor] if form is None else form.content(layer)
+        known = _known[parameter] = _Known(version, [digest(t) for t in content])
+    return known.digests

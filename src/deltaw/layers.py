@@ -166,7 +166,8 @@ def kind_of(layer: nn.Module) -> type[Kind] | None:
     """The kind of this layer, or None when `why_not` has a reason."""
     if why_not(layer):
         return None
-    return _kind_of_class(plain_class(layer)) if quantised.form_of(layer) is None else QuantisedKind
+    cls: Any = plain_class(layer)
+    return _kind_of_class(cls) if quantised.form_of(layer) is None else QuantisedKind
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -180,8 +181,9 @@ def why_not(layer: nn.Module) -> str | None:
     if weight is None:
         return "its weight is no parameter of its own (another parametrization computes it)"
     if (form := quantised.form_of(layer)) is not None:
-        linear = _kind_of_class(cls) is LinearKind
-        return form.why_not(layer) if linear else f"its weight is {type(weight).__name__}, which only linear layers have here"
+        if _kind_of_class(cls) is not LinearKind:
+            return f"its weight is {type(weight).__name__}, which deltaw knows in linear layers only"
+        return form.why_not(layer)
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
     return None
@@ -262,6 +264,11 @@ def read_outside(parent: nn.Module) -> bool:
     return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
+def in_few_bits(layer: nn.Module, own_name: str) -> type[quantised.Form] | None:
+    """How a package keeps this parameter, where it is the weight of a layer in few bits."""
+    return quantised.form_of(layer) if own_name == "weight" else None
+
+
 def as_matrix(layer: nn.Module, own_name: str, value: Tensor) -> Tensor:
     """A parameter of a module, or a value of its shape, as the view that merges work on: a kind's weight [d, k], a vector as one
     row."""
@@ -327,7 +334,7 @@ _adapted: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 _plain: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def adapted_class(cls: type[nn.Module], read: tuple[str, ...] = ()) -> type[nn.Module]:
+def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
     """The subclass of `cls` whose forward adds the active update, and whose parameters `read` are read with it. Cached, so that
     copies share it."""
     if (cls, read) not in _adapted:

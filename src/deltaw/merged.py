@@ -28,7 +28,7 @@ from deltaw.attached import (
     updates,
 )
 from deltaw.errors import MergeError, listing
-from deltaw.layers import as_stored
+from deltaw.layers import as_stored, in_few_bits
 from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
 from deltaw.originals import Copy, Correction, Original, merge_correctably_
@@ -61,6 +61,7 @@ def merge(
         raise MergeError(f"{busy}: merge when the block is over.")
     _check_mergeable(model, record, chosen)
     changes = _changes(model, record, chosen)
+    _check_writable(owner, changes)
     _check_possible(owner, changes)
     stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
@@ -160,6 +161,20 @@ def _check_mergeable(model: nn.Module, record: Adapters, names: Iterable[str]) -
         )
 
 
+def _check_writable(owner: nn.Module, changes: Iterable[str]) -> None:
+    """Raise MergeError where weights are in few bits: rounded to these, W0 + ΔW keeps little of ΔW."""
+    forms = {name: form for name in changes if (form := in_few_bits(*place_of(owner, name)))}
+    if forms:
+        names = [_line(name) for name in forms]
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+        raise MergeError(
+            f"This adapter cannot be merged here: the weights of {some} are in few bits "
+            f"({'; '.join(sorted({form.name for form in forms.values()}))}), and rounding W0 + ΔW to them would lose much of "
+            "ΔW.\nSave the adapter, and merge it into the model as it was before it was quantised: deltaw merge MODEL ADAPTER "
+            "--any-base, or merge_files(base, adapter, out, check_base=False). Or go on using it beside this one, as it is."
+        )
+
+
 def _check_possible(owner: nn.Module, changes: dict[str, Change]) -> None:
     """Raise MergeError with every parameter that cannot take its change. Of tied ones that get the same value, one is left."""
     problems = [why for name, change in changes.items() if (why := _misfit(owner, name, change))]
@@ -171,6 +186,8 @@ def _check_possible(owner: nn.Module, changes: dict[str, Change]) -> None:
 def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
     layer, own_name = place_of(owner, name)
     own = layer._parameters.get(own_name)
+    if form := in_few_bits(layer, own_name):
+        return f"{name} is in few bits ({form.name})"
     if own is None:
         return f"the base has no {name} that the adapter's could be merged into"
     if own.ndim > 2 and not own.is_contiguous():

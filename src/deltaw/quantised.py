@@ -8,7 +8,6 @@ weights'. To add one: subclass `Form`, list it in `FORMS`, test it in tests/test
 from __future__ import annotations
 
 import copy
-import math
 from functools import cache
 from typing import Any, ClassVar
 
@@ -51,8 +50,8 @@ class Form:
 
 class BitsAndBytes4(Form):
     """`bitsandbytes.nn.Linear4bit`, NF4 or FP4: a code of 4 bits an entry, and a scale for each block of them. In evaluation on a
-    CPU that multiplies bfloat16, bitsandbytes lays the codes in another order and rounds the scales to bfloat16, for good; it then
-    has no gradients, in training neither."""
+    CPU that multiplies bfloat16, bitsandbytes lays the codes in another order and rounds the scales to bfloat16, for good; it
+    then has no gradients, in training neither."""
 
     known_by = "bitsandbytes.nn.modules.Linear4bit"
     name = "bitsandbytes, 4 bits"
@@ -63,14 +62,11 @@ class BitsAndBytes4(Form):
 
     @classmethod
     def dense(cls, layer: Any, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = _state(layer)
-        out = torch.empty(tuple(state.shape), dtype=dtype, device=layer.weight.device)
-        codes, scales = _codes(layer), _scales(layer)
-        return dequantize_4bit(
-            codes.view(-1, 1), absmax=scales, out=out, blocksize=state.blocksize, quant_type=state.quant_type
-        )
+        own = _state(layer)
+        state = QuantState(_scales(layer), own.shape, own.code, own.blocksize, own.quant_type, dtype)
+        return dequantize_4bit(_codes(layer).view(-1, 1), state)  # type: ignore[no-any-return]
 
     @classmethod
     def stored(cls, layer: Any) -> list[Tensor]:
@@ -130,7 +126,8 @@ class BitsAndBytes8(Form):
     def why_not(cls, layer: Any) -> str | None:
         if layer.state.has_fp16_weights:
             return "it keeps its weight in 16 bits and rounds it in each pass (has_fp16_weights)"
-        return None if layer.weight.dtype == torch.int8 else "its weight has no 8 bits yet: move the model to its device first"
+        done = layer.weight.dtype == torch.int8
+        return None if done else "its weight has no 8 bits yet: move the model to its device first"
 
     @classmethod
     def dense(cls, layer: Any, dtype: torch.dtype) -> Tensor:
@@ -148,8 +145,8 @@ class BitsAndBytes8(Form):
 
 
 class TorchAO(Form):
-    """Any of torchao's weights of an `nn.Linear`, which are tensors of a class of their own. Where they round the layer's input as
-    well, torchao gives it no gradient; here it gets that of W0."""
+    """Any of torchao's weights of an `nn.Linear`, which are tensors of a class of their own. Where they round the layer's input
+    as well, torchao gives it no gradient; here it gets that of W0."""
 
     known_by = "torchao.utils.TorchAOBaseTensor"
     name = "torchao"
@@ -175,11 +172,13 @@ FORMS: tuple[type[Form], ...] = (BitsAndBytes4, BitsAndBytes8, TorchAO)
 
 def form_of(layer: Any) -> type[Form] | None:
     """How the layer's weight is kept; None for one that is as it is."""
-    return _form(type(layer), type(layer._parameters.get("weight")))
+    layer_class: Any = type(layer)
+    weight_class: Any = type(layer._parameters.get("weight"))
+    return _form(layer_class, weight_class)
 
 
 @cache
-def _form(layer_class: type, weight_class: type) -> type[Form] | None:
+def _form(layer_class: Any, weight_class: Any) -> type[Form] | None:
     names = {_full_name(c) for c in (*layer_class.__mro__, *weight_class.__mro__)}
     return next((form for form in FORMS if form.known_by in names), None)
 
@@ -189,7 +188,7 @@ def _full_name(cls: type) -> str:
 
 
 @cache
-def package_class(cls: type) -> Any:
+def package_class(cls: Any) -> Any:
     """A package's own class of layers that this class is, or is made of; None where there is none."""
     known = {form.known_by for form in FORMS}
     return next((c for c in cls.__mro__ if _full_name(c) in known), None)
@@ -198,11 +197,11 @@ def package_class(cls: type) -> Any:
 def output(cls: Any, layer: Any, x: Tensor) -> Tensor:
     """The layer's own output, as its class `cls` computes it. Gradients reach x, also where that one stops them."""
     form = form_of(layer)
-    if form is not None and torch.is_grad_enabled() and x.requires_grad and form.stops_gradients(layer):
-        out: Tensor = _Through.apply(x, layer, cls, form)
-        return out
-    out = cls.forward(layer, x)
-    return out
+    through = form is not None and torch.is_grad_enabled() and x.requires_grad and form.stops_gradients(layer)
+    out: Tensor = _Through.apply(x, layer, cls, form) if through else cls.forward(layer, x)
+    # A package's functions may return what is a view to autograd, and branches of rows are added in place
+    unsafe_view: Any = torch.ops.aten._unsafe_view
+    return unsafe_view(out, out.shape) if torch.is_grad_enabled() else out  # type: ignore[no-any-return]
 
 
 class _Through(torch.autograd.Function):
@@ -218,8 +217,3 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         g = grads[0]
         return g @ ctx.form.dense(ctx.layer, g.dtype), None, None, None
-
-
-def entries(layer: Any) -> int:
-    """Of W0, whatever they are kept in."""
-    return math.prod((layer.out_features, layer.in_features))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from deltaw.attached import adapters, base_parameters, parameters, record_of
+from deltaw.attached import adapters, base_parameters, owner_of, parameters, place_of, record_of
+from deltaw.layers import QuantisedKind, in_few_bits
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Sizes of the base and of each attached adapter."""
-    base = dict(base_parameters(model))
-    count = sum(p.numel() for p in base.values())
+    sizes = [_size(model, name, p) for name, p in base_parameters(model)]
+    count = sum(n for n, _ in sizes)
     each = {}
     for name in adapters(model):
         own = parameters(model, name)
@@ -51,4 +52,14 @@ def summary(model: nn.Module) -> Summary:
             left_out=dict(attached.left_out),
             rounding=attached.metadata.get("rounding", 0.0),
         )
-    return Summary(count, sum(p.numel() * p.element_size() for p in base.values()), adapters(model).active, each)
+    return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
+
+
+def _size(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, int]:
+    """Entries and bytes of a parameter of the base; of one in few bits, those that it stands for and those that it takes."""
+    layer, own = place_of(owner_of(model), name)
+    form = in_few_bits(layer, own)
+    if form is None:
+        return parameter.numel(), parameter.numel() * parameter.element_size()
+    d, k = QuantisedKind.shape(layer)
+    return d * k, sum(t.numel() * t.element_size() for t in form.stored(layer))

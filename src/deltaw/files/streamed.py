@@ -113,7 +113,9 @@ def _lora(adapter: Path) -> LoRAFile:
     """Raises NotByFiles for an adapter of another method."""
     method = method_of(adapter)
     if method is not None:
-        raise NotByFiles(f"{adapter} holds a {method} adapter: on disk LoRA's updates alone are merged, others in memory.")
+        raise NotByFiles(
+            f"{adapter} holds a {method} adapter: on disk LoRA's updates alone are merged, others in memory."
+        )
     return peft.read(adapter)
 
 
