@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export VENV
+FAST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow and not gpu"
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test fast lint clean bootstrap
@@ -13,11 +14,11 @@ quickstart: bootstrap  ## fine-tune a real model, use it, merge it, take it back
 	@$(PYTHON) examples/quickstart/run.py $(ARGS)
 
 test: lint  ## lint, types and all tests that need no GPU
-	$(PYTHON) -m pytest -m "not slow and not gpu"
-	$(PYTHON) -m pytest -m "slow and not gpu"
+	$(FAST)
+	$(PYTHON) -m pytest -n 2 -m "slow and not gpu"
 
 fast: lint  ## lint, types and the default tests
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(FAST)
 
 lint: bootstrap  ## ruff and mypy
 	$(PYTHON) -m ruff check .
