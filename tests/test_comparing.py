@@ -142,3 +142,12 @@ def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
         "rows": [row(*each) for each in rows],
         "latency": [{"what": "forward", "batch": 1, "length": 128, "base": 0.1, "ratios": {name: 1.1 for name, *_ in rows}}],
     }  # fmt: skip
+
+
+def test_the_references_of_an_item_stay_together() -> None:
+    from deltaw.comparing import _some
+
+    records = [{"prompt": f"p{i % 7}", "completion": f"c{i}"} for i in range(35)]
+    some = _some(records, 20)
+    assert len(some) == 20 and len({r["prompt"] for r in some}) == 4
+    assert len(_some(records, 2)) == 5 and _some(records, 99) == records

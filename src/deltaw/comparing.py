@@ -33,6 +33,7 @@ SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 _QUICK_MINUTES = 1.0
 # Of the records, where there are no splits: held out, and to score at the end
 _SHARE = 0.1
+_ANSWERS = ("completion", "output", "label")
 
 
 @dataclass(frozen=True)
@@ -266,8 +267,17 @@ def _held_out(run: dict[str, Any]) -> float:
 
 
 def _some(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most so many, drawn once for all."""
-    picks = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()[:most]
+    """At most so many (but one item's at least), drawn once for all; those that differ in their answers alone stay together, as
+    the references of one item."""
+    items: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        asked = {k: v for k, v in record.items() if k not in _ANSWERS}
+        items.setdefault(json.dumps(asked, sort_keys=True, default=str), []).append(i)
+    groups = list(items.values())
+    picks: list[int] = []
+    for place in torch.randperm(len(groups), generator=torch.Generator().manual_seed(1)).tolist():
+        if not picks or len(picks) + len(groups[place]) <= most:
+            picks += groups[place]
     return [records[i] for i in sorted(picks)]
 
 
