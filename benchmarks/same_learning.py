@@ -28,6 +28,7 @@ from deltaw.config import DataConfig
 from deltaw.data import Example, Order, collate, encode, read
 from deltaw.pretrained import load_pretrained
 from deltaw.training.loop import Event, Loop
+from deltaw.training.loss import CompletionLoss
 from deltaw.training.schedule import lr_factor
 from rows import completion
 
@@ -93,7 +94,7 @@ def deltaw_row(
     deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16))
     if dtype == "float32":
         deltaw.save(model, Path(folder) / "start")
-    Loop(model, train, (), config, 0, on_event=hear).run()
+    Loop(CompletionLoss(model), train, (), config, on_event=hear).run()
     adapter = deltaw.save(model, Path(folder) / dtype)
     fresh = load_pretrained(name, dtype="float32").model
     deltaw.load(fresh, adapter)

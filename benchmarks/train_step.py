@@ -307,7 +307,7 @@ def opened(job: Job, dtype: str = "float32") -> tuple[Any, Any, list[Any]]:
 def planned(job: Job, tokenizer: Any, examples: list[Any]) -> Any:
     """deltaw's batches: the same plan, padding and order."""
     from deltaw.data import collate, plan
-    from deltaw.generation import pad_id
+    from deltaw.pretrained import pad_id
 
     batches = plan([len(e.input_ids) for e in examples], job.case.batch, SEED, 0)
     for indices in batches[: job.steps]:

@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeVar
 
 from deltaw.errors import ConfigError, listing, nearest
 
-Form = Literal["auto", "prompt", "chat", "instruction", "text"]
+Form = Literal["auto", "prompt", "chat", "instruction", "text", "labelled", "image"]
+Task = Literal["auto", "causal", "classification", "regression", "seq2seq", "image"]
 TooLong = Literal["truncate", "drop", "error"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal[
@@ -40,7 +41,14 @@ class DataConfig:
     """How records become tokens."""
 
     form: Form = "auto"
-    """Form of the records: prompt (prompt/completion), chat (messages), instruction (instruction/input/output) or text."""
+    """Form of the records: prompt (prompt/completion), chat (messages), instruction (instruction/input/output), text, labelled
+    (text, text_pair and label) or image (image and label)."""
+    task: Task = "auto"
+    """What is learned: the next token (causal), a class or a number for a text or a pair of texts, a completion by a model with
+    an encoder (seq2seq), or a class for an image. auto: by the records and the model."""
+    labels: list[str] | None = None
+    """Names of the classes, in the order of the head's outputs. Default: those in the training records, sorted, or the model's
+    own where it has a head for them."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat for chat and instruction records
     where the tokenizer has a template."""

@@ -49,7 +49,8 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
     names = [n for n, m in base_modules(model) if any(m is end for end in ends)]
     whole = [v.shape[0] for n, v in {**file.copies, **file.whole}.items() if n.removesuffix(".weight") in names]
     rows = [int(indices[-1]) + 1 for n, (indices, _) in file.rows.items() if n in names]
-    return max([ends[0].weight.shape[0], *whole, *rows])
+    own = [len(end.weight) for end in ends[:1] if isinstance(getattr(end, "weight", None), Tensor)]
+    return max([*own, *whole, *rows], default=0)
 
 
 class _Fitting:

@@ -11,6 +11,7 @@ from deltaw.config import GenerateConfig
 from deltaw.errors import DataError
 from deltaw.modes import evaluating
 from deltaw.positions import most_positions
+from deltaw.pretrained import pad_id
 
 
 @torch.no_grad()
@@ -22,9 +23,9 @@ def generate(
     *,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """The completion of each prompt (token ids), in order, without the end token. Prompts of like length share a batch;
-    shorter ones are padded on the left. `on_done` is told how many prompts are finished. Raises DataError, before anything is
-    generated, when the model has no positions for a prompt and its completion."""
+    """The completion of each prompt (token ids), in order, without the end token. Prompts of like length share a batch; shorter
+    ones are padded on the left, for an encoder on the right. `on_done` is told how many prompts are finished. Raises DataError,
+    before anything is generated, when the model has no positions for a prompt and its completion."""
     problem = too_long(prompts, config, model)
     if problem:
         raise DataError(problem)
@@ -43,7 +44,11 @@ def generate(
 def too_long(prompts: Sequence[Sequence[int]], config: GenerateConfig, model: Any) -> str | None:
     """What to tell the user when a prompt and its completion do not fit the model's positions; None when all fit."""
     most = most_positions(model)
-    numbers = [i + 1 for i, p in enumerate(prompts) if most is not None and len(p) + config.max_new_tokens > most]
+    beside = bool(
+        getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    )  # the prompt has positions of its own
+    needed = [max(len(p), config.max_new_tokens) if beside else len(p) + config.max_new_tokens for p in prompts]
+    numbers = [i + 1 for i, n in enumerate(needed) if most is not None and n > most]
     if not numbers:
         return None
     longest = max(len(p) for p in prompts)
@@ -58,10 +63,20 @@ def too_long(prompts: Sequence[Sequence[int]], config: GenerateConfig, model: An
 def _batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> list[list[int]]:
     pad = pad_id(tokenizer)
     width = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    encodes = bool(getattr(model.config, "is_encoder_decoder", False))
+
+    def padded(row: Sequence[int], fill: int) -> list[int]:
+        gap = [fill] * (width - len(row))
+        return [*row, *gap] if encodes else [*gap, *row]  # a decoder goes on from the right end
+
+    ids = torch.tensor([padded(p, pad) for p in prompts], device=model.device)
+    mask = torch.tensor([padded([1] * len(p), 0) for p in prompts], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings(model, tokenizer, config))
-    return out[:, width:].tolist()
+    return out[:, 0 if encodes else width :].tolist()
+
+
+# How an encoder's decoder begins and ends
+_OF_DECODERS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
 
 def settings(model: Any, tokenizer: Any, config: GenerateConfig) -> Any:
@@ -77,6 +92,8 @@ def settings(model: Any, tokenizer: Any, config: GenerateConfig) -> Any:
         "pad_token_id": pad_id(tokenizer),
         "eos_token_id": ends,
     }
+    if getattr(model.config, "is_encoder_decoder", False):
+        chosen |= {name: getattr(model.generation_config, name, None) for name in _OF_DECODERS}
     if config.temperature > 0:
         chosen |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     else:
@@ -84,10 +101,3 @@ def settings(model: Any, tokenizer: Any, config: GenerateConfig) -> Any:
     if config.beams > 1:
         chosen |= {"num_beams": config.beams, "length_penalty": config.length_penalty}
     return GenerationConfig(**chosen)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """A token to fill rows with; it is masked everywhere, so the end token serves where there is none of its own."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return tokenizer.eos_token_id or 0

@@ -20,7 +20,17 @@ def most_positions(model: Any) -> int | None:
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     found = (getattr(config, name, None) for name in _NAMES)
-    return next((int(n) for n in found if isinstance(n, int) and n > 0), None)
+    most = next((int(n) for n in found if isinstance(n, int) and n > 0), None)
+    return most if most is None else most - _taken_by_padding(model, most)
+
+
+def _taken_by_padding(model: Any, most: int) -> int:
+    """Positions that RoBERTa and its like never give a token: those up to the padding's own."""
+    for name, module in model.named_modules():
+        own = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and own is not None and getattr(module, "num_embeddings", 0) == most:
+            return int(own) + 1
+    return 0
 
 
 def within(data: DataConfig, model: Any) -> DataConfig:

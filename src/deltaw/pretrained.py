@@ -1,4 +1,5 @@
-"""MODEL → model and tokenizer: a hub id, a local folder or a GGUF file. Knows nothing of adapters."""
+"""MODEL → model and tokenizer: a hub id, a local folder or a GGUF file, with the head that a task needs. Knows nothing of
+adapters."""
 
 from __future__ import annotations
 
@@ -6,60 +7,149 @@ import functools
 import json
 import logging
 import timeit
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from deltaw.config import DType
+from deltaw.config import DType, Task
 from deltaw.errors import FileError, listing, nearest
 
 log = logging.getLogger("deltaw")
 
 
+# Task → the class that opens a model for it, and what such a model is called
+_CLASSES: dict[str, tuple[Any, str]] = {
+    "causal": (AutoModelForCausalLM, "a causal language model"),
+    "seq2seq": (AutoModelForSeq2SeqLM, "a model with an encoder and a decoder"),
+    "classification": (AutoModelForSequenceClassification, "a model that could classify texts"),
+    "regression": (AutoModelForSequenceClassification, "a model that could score texts"),
+    "image": (AutoModelForImageClassification, "a model that could classify images"),
+}
+HEADED = ("classification", "regression", "image")
+"""Tasks whose head may be new."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
-    """A causal language model in eval mode with its tokenizer."""
+    """A model in eval mode with its tokenizer."""
 
     model: Any
     tokenizer: Any
+    """Of a model for images, its image processor."""
     name: str
+    head: tuple[str, ...] = ()
+    """Of a model with outputs for labels, the modules of its head, which are trained whole."""
+    untrained: tuple[str, ...] = ()
+    """Those of them that the checkpoint does not have: they are random."""
 
 
-def load_pretrained(source: str, *, dtype: DType = "auto", device: str = "auto", to_train: bool = False) -> Pretrained:
-    """The model and tokenizer of `source`. Raises FileError when it is not there, is damaged, lacks weights (they would be
-    random), or is no causal language model.
+def load_pretrained(
+    source: str,
+    *,
+    task: Task = "causal",
+    labels: Sequence[str] | None = None,
+    dtype: DType = "auto",
+    device: str = "auto",
+    to_train: bool = False,
+) -> Pretrained:
+    """The model and tokenizer of `source`, with a head for the task, which for classes has an output for each of `labels`. Raises
+    FileError when it is not there, is damaged, lacks weights (they would be random) besides those of a head, or is no
+    model for that task.
 
     dtype "auto" keeps the checkpoint's precision, but float32 on a CPU and for GGUF files; `to_train` lets it be bfloat16
     where the device multiplies faster in it.
     """
     where = pick_device(device)
     arguments = locate(source)
+    model_class, kind = _CLASSES[task]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=_pick_dtype(dtype, where, arguments, to_train), output_loading_info=True
-        )
+        tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
+        opened: Any = model_class.from_pretrained(
+            **arguments, **_head(task, labels), dtype=_pick_dtype(dtype, where, arguments, to_train),
+            output_loading_info=True,
+        )  # fmt: skip
         model, info = opened[0].eval().to(where), opened[1]
     except ImportError as error:
         raise FileError(
             f"{source} needs a package that is not installed: {error}\nGGUF files need: pip install 'deltaw[gguf]'"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise FileError(f"{source} cannot be loaded as a causal language model: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        lost = sorted(info["missing_keys"])
+        raise FileError(f"{source} cannot be loaded as {kind}: {_first_line(error)}") from error
+    new = _new_modules(model, info) if task in HEADED else {}
+    lost = sorted(name for name in info["missing_keys"] if name.rpartition(".")[0] not in new)
+    if lost:
         raise FileError(
             listing(f"{source} lacks {len(lost)} weights of a {type(model).__name__}, which would be random:", lost)
             + "\nIs it another kind of model (an encoder?), or is a file of it missing?"
         )
-    _check_causal(model, source)
+    if task == "causal":
+        _check_causal(model, source)
+    elif task != "image" and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_id(tokenizer)  # by which a decoder's head finds the end of a text
     if "gguf_file" in arguments:
         _forget_gguf(model)
-    return Pretrained(model, tokenizer, source)
+    return Pretrained(model, tokenizer, source, head_of(model, new) if task in HEADED else (), tuple(new))
+
+
+def read_config(source: str) -> Any:
+    """The model's own config. Raises FileError."""
+    try:
+        return AutoConfig.from_pretrained(**locate(source))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FileError(f"{source} has no config that transformers knows: {_first_line(error)}") from error
+
+
+def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a config says of a head. One of another number of classes is replaced."""
+    if task not in HEADED or (labels is None and task != "regression"):
+        return {}
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
+    names = list(labels or ())
+    return {
+        "num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)},
+        "problem_type": "single_label_classification", "ignore_mismatched_sizes": True,
+    }  # fmt: skip
+
+
+def _new_modules(model: Any, info: dict[str, Any]) -> dict[str, None]:
+    """The modules of its head (what is outside the base model, and a pooler) that the checkpoint lacks, or has in another
+    shape."""
+    keys = [*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])]
+    body = f"{model.base_model_prefix}."
+    heads = [key for key in keys if not key.startswith(body) or "pooler" in key.split(".")]
+    owners = {key.rpartition(".")[0] for key in heads}
+    return dict.fromkeys(name for name, _ in model.named_modules() if name in owners)
+
+
+def head_of(model: Any, new: Iterable[str] = ()) -> tuple[str, ...]:
+    """The modules with parameters outside the base model, and `new` ones inside it."""
+    body = model.base_model_prefix
+    outside = [
+        n for n, m in model.named_modules() if m._parameters and n and n != body and not n.startswith(f"{body}.")
+    ]
+    return tuple(dict.fromkeys([*outside, *new]))
+
+
+def pad_id(tokenizer: Any) -> int:
+    """A token to fill rows with; it is masked everywhere, so the end token serves where there is none of its own."""
+    if getattr(tokenizer, "pad_token_id", None) is not None:
+        return int(tokenizer.pad_token_id)
+    return int(getattr(tokenizer, "eos_token_id", None) or 0)
 
 
 @torch.no_grad()
@@ -76,7 +166,7 @@ def _check_causal(model: Any, source: str) -> None:
         )
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_pretrained(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """An ordinary Hugging Face folder: config, safetensors, tokenizer. Not atomic: the caller gives a fresh folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -11,8 +11,8 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,19 @@ from torch import nn
 
 from deltaw import attached, store, summaries
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
-from deltaw.data import Encoded, Record, encode, encode_prompt, held_out_split, read, template_of
+from deltaw.data import Encoded, Record, held_out_split, read
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
-from deltaw.generation import generate, pad_id, too_long
 from deltaw.merge_report import MergeReport
 from deltaw.merged import preview
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import name_of
-from deltaw.positions import within
-from deltaw.pretrained import Pretrained, load_pretrained
+from deltaw.pretrained import HEADED, Pretrained, head_of, read_config
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
 from deltaw.summaries import Summary
 from deltaw.switching import using
+from deltaw.tasks import TASKS, opened, prepared, recognised, task_of
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
@@ -50,6 +49,8 @@ class RunResult:
     report: Path
     model: Any
     tokenizer: Any
+    settings: dict[str, Any]
+    """Those of config.yaml."""
     state: LoopState
     summary: Summary
     merge: MergeReport
@@ -70,6 +71,7 @@ class RunResult:
             "trainable_share": adapter.share,
             "adapter_bytes": sum(f.stat().st_size for f in self.adapter.iterdir()),
             "base_bytes": self.summary.base_bytes,
+            "unit": TASKS[self.settings["task"]].unit,
             "relative_norm": self.merge.relative,
             "merge": {
                 "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
@@ -102,11 +104,15 @@ def train(
     source = data
     records = read(data, config.data, split=config.data.split)
     valid_records = _held_out(source, records, config)
+    config = replace(config, data=recognised(config.data, records, _config_of(model)))
+    task = task_of(config.data)
+    torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
     loaded = _loaded(model, tokenizer, config)
     config = _resolved(config, records.form, loaded)
     train_records, valid_records = _split(records, valid_records, config)
-    encoded = encode(train_records, loaded.tokenizer, config.data)
-    valid = encode(valid_records, loaded.tokenizer, config.data) if valid_records is not None else None
+    encoded = task.encode(train_records, loaded, config.data)
+    valid = task.encode(valid_records, loaded, config.data) if valid_records is not None else None
+    method = _with_head(method, loaded.head)
     torch.manual_seed(config.seed)
     attached.attach(loaded.model, method)
     return _Run(folder, loaded, source, config, method, encoded, valid, valid_records, on_event).go()
@@ -126,6 +132,9 @@ class _Run:
     valid_records: Any
     on_event: Callable[[Event], None]
 
+    def __post_init__(self) -> None:
+        self.task = task_of(self.config.data)
+
     def go(self) -> RunResult:
         self._claim_folder()
         with (self.folder / LOG).open("w", encoding="utf-8") as self.log_file:
@@ -134,10 +143,9 @@ class _Run:
             before = self._sample(chosen, None)
             state = self._train()
         after = self._sample(chosen, "default")
-        return self._finish(
-            state,
-            [Sampled(r.question, r.completion, b, a) for r, b, a in zip(chosen, before, after, strict=True)],
-        )
+        wanted = [self.task.wanted(r, self.config.data) for r in chosen]
+        together = zip(chosen, wanted, before, after, strict=True)
+        return self._finish(state, [Sampled(r.question, w, b, a) for r, w, b, a in together])
 
     def _claim_folder(self) -> None:
         """Write this run's config.yaml; what another run left here goes, so that nothing of it is taken for this one's."""
@@ -154,11 +162,10 @@ class _Run:
         """The loop, and the adapter saved, however the loop ends. Raises Interrupted after Ctrl-C."""
         with _ctrl_c() as stopping:
             loop = Loop(
-                self.loaded.model,
+                self.task.loss(self.loaded),
                 self.encoded.examples,
                 self.valid.examples if self.valid else (),
                 self.config,
-                pad_id(self.loaded.tokenizer),
                 on_event=self._hear,
                 should_stop=stopping,
             )
@@ -194,8 +201,9 @@ class _Run:
         summary = summaries.summary(self.loaded.model)
         adapter = summary.adapters["default"]
         self._hear(Event("start", 0, {
-            "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share,
-            "left_out": adapter.left_out, "data": dataclasses.asdict(self.encoded.counts), "base_bytes": summary.base_bytes,
+            "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
+            "task": self.task.name, "labels": self.config.data.labels, "data": dataclasses.asdict(self.encoded.counts),
+            "base_bytes": summary.base_bytes,
         }))  # fmt: skip
 
     def _hear(self, event: Event) -> None:
@@ -210,21 +218,21 @@ class _Run:
     def _chosen_samples(self) -> list[Record]:
         seen: dict[Any, Record] = {}
         for record in self.valid_records.items if self.valid_records is not None else ():
-            if record.completion is not None and len(seen) < self.config.samples and self._fits(record):
+            known = self.task.wanted(record, self.config.data) is not None and record.form != "text"
+            if known and len(seen) < self.config.samples and self._fits(record):
                 seen.setdefault(record.context, record)
         return list(seen.values())
 
     def _fits(self, record: Record) -> bool:
-        """Whether the model has positions for its prompt and an answer."""
-        prompt = encode_prompt(record, self.loaded.tokenizer, self.config.data)
-        return too_long([prompt], _SAMPLE, self.loaded.model) is None
+        return self.task.fits(self.loaded, record, self.config.data, _SAMPLE)
 
-    def _sample(self, records: list[Record], adapter: str | None) -> list[str]:
-        if not records:
-            return []
-        prompts = [encode_prompt(r, self.loaded.tokenizer, self.config.data) for r in records]
+    def _sample(self, records: list[Record], adapter: str | None) -> list[str | None]:
+        """What is said to each record; a head that nothing has trained says nothing."""
+        if not records or (adapter is None and self.loaded.untrained):
+            return [None] * len(records)
         with using(self.loaded.model, adapter):
-            return generate(self.loaded.model, self.loaded.tokenizer, prompts, _SAMPLE)
+            said = self.task.answer(self.loaded, records, self.config.data, _SAMPLE, lambda done: None)
+        return [self.task.said(answer, self.config.data) for answer in said]
 
     def _save(self) -> None:
         store.save(self.loaded.model, self.folder / ADAPTER, training=self.settings)
@@ -240,6 +248,7 @@ class _Run:
             report=self.folder / REPORT,
             model=self.loaded.model,
             tokenizer=self.loaded.tokenizer,
+            settings=self.settings,
             state=state,
             summary=summaries.summary(self.loaded.model),
             merge=preview(self.loaded.model),
@@ -266,23 +275,44 @@ def _claim(config: TrainConfig) -> Path:
     return folder
 
 
+def _config_of(model: Any) -> Any:
+    """transformers' config of a model by its name, or of an object (None where that has none)."""
+    return read_config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", None)
+
+
+def _with_head(method: Any, head: Sequence[str]) -> Any:
+    """The method with these modules trained whole beside it."""
+    if not head or not hasattr(method, "whole"):
+        return method
+    given = [w.strip() for w in method.whole.split(",")] if isinstance(method.whole, str) else method.whole
+    return replace(method, whole=",".join(dict.fromkeys([*filter(None, given), *head])))
+
+
 def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
+    task, labels = config.data.task, config.data.labels
     if isinstance(model, (str, Path)):
-        return load_pretrained(str(model), dtype=config.dtype, device=config.device, to_train=True)
+        return opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
     if tokenizer is None:
         raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
     if "default" in attached.adapters(model):
         raise AdapterError("The model has an adapter 'default' already: detach it first.")
-    return Pretrained(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    outputs = getattr(model.config, "num_labels", None)
+    if labels is not None and outputs != len(labels):
+        few = ", ".join(labels[:5]) + (" …" if len(labels) > 5 else "")
+        raise ConfigError(
+            f"The records have {len(labels)} classes ({few}), and the model's head has {outputs} outputs: open it with "
+            f"num_labels={len(labels)}."
+        )
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
 
 
 def _resolved(config: TrainConfig, form: str, loaded: Pretrained) -> TrainConfig:
     """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
     to the adapter later is wrapped as the records were."""
-    template = template_of(form, loaded.tokenizer, config.data)
-    data = dataclasses.replace(within(config.data, loaded.model), template=template)  # type: ignore[arg-type]
+    data = prepared(config.data, form, loaded)
     dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
-    return dataclasses.replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
+    return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
@@ -303,15 +333,15 @@ def _split(records: Any, valid: Any, config: TrainConfig) -> tuple[Any, Any]:
     if valid is None and config.valid_share > 0 and len(items) >= 20:
         count = max(1, min(round(len(items) * config.valid_share), config.valid_most))
         order, held = order[count:], order[:count]
-        valid = dataclasses.replace(records, items=[items[i] for i in held])
+        valid = replace(records, items=[items[i] for i in held])
     elif valid is not None and len(valid.items) > config.valid_most:
         picks = torch.randperm(len(valid.items), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        valid = dataclasses.replace(valid, items=[valid.items[i] for i in picks[: config.valid_most]])
+        valid = replace(valid, items=[valid.items[i] for i in picks[: config.valid_most]])
     if config.data.max_records is not None:
         order = order[: config.data.max_records]
     if not order:
         raise DataError("No training records are left after holding some out.")
-    return dataclasses.replace(records, items=[items[i] for i in sorted(order)]), valid
+    return replace(records, items=[items[i] for i in sorted(order)]), valid
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,12 @@ class Selection:
     """Those that are meant."""
 
 
-def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
+def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection[str] = ()) -> Selection:
     """The layers of `model` that `targets` means, each with its rank (`rank` where targets names none).
 
-    A preset, role or glob leaves out the layers whose min(d, k) is below the rank (a router of one expert, say), if it means
-    others as well. Raises TargetError with every problem: an entry that matches nothing (with the nearest names), a layer
-    that is not dense, a rank below 1 or above min(d, k).
-    """
+    A preset, role or glob leaves out the layers `without` (which are trained otherwise), and those whose min(d, k) is below the
+    rank (a router of one expert, say), if it means others as well. Raises TargetError with every problem: an entry that matches
+    nothing (with the nearest names), a layer that is not dense, a rank below 1 or above min(d, k)."""
     layers = dict(model.named_modules())
     dense = _dense(layers)
     head = _head_names(model, dense)
@@ -102,6 +101,7 @@ def select(model: nn.Module, targets: Targets, rank: int) -> Selection:
                 for n, own in found.items()
                 if r > _min(dense[n], own)
             }
+            too_small |= {n: "trained otherwise" for n in found if n in without}
             if len(too_small) < len(found):
                 small |= too_small
                 found = {n: own for n, own in found.items() if n not in too_small}

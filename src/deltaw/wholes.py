@@ -37,7 +37,7 @@ def with_wholes(
     problems: list[str] = []
     chosen: list[str] = []
     for name in _split(whole):
-        found = [n for n in modules if n and (n == name or n.endswith(f".{name}") or fnmatch.fnmatchcase(n, name))]
+        found = _named(modules, name)
         if not found:
             problems.append(f"whole: {name!r} matches no module{nearest(name, modules)}")
         chosen += found
@@ -52,6 +52,19 @@ def with_wholes(
     if problems:
         raise TargetError(listing("These settings do not fit the model:", problems))
     return made
+
+
+def inside(modules: Modules, whole: str | Sequence[str]) -> set[str]:
+    """The modules that `whole` names, and all inside them."""
+    return set(_inside(modules, [found for name in _split(whole) for found in _named(modules, name)]))
+
+
+def _named(modules: Modules, name: str) -> list[str]:
+    return [n for n in modules if n and (n == name or n.endswith(f".{name}") or fnmatch.fnmatchcase(n, name))]
+
+
+def _inside(modules: Modules, chosen: Sequence[str]) -> list[str]:
+    return [n for n in modules if any(n == c or n.startswith(f"{c}.") for c in chosen)]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -87,9 +100,8 @@ def _split(names: Any) -> list[Any]:
 def _replaced(
     modules: Modules, chosen: Sequence[str], updates: Mapping[str, Update], problems: list[str]
 ) -> dict[str, Update]:
-    inside = [n for n in modules if any(n == c or n.startswith(f"{c}.") for c in chosen)]
     wanted: dict[str, list[str]] = {}
-    for name in inside:
+    for name in _inside(modules, chosen):
         own = [k for k, p in modules[name]._parameters.items() if p is not None]
         if name in updates:
             problems.append(f"whole: {name!r} is among the targets too: train it whole or by an update")

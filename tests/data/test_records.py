@@ -20,7 +20,10 @@ def failure(records, **config):
         ({"messages": [USER, ANSWER]}, "chat", "u", "a"),
         ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, "chat", "u", "a"),
         ({"instruction": "i", "input": None, "output": "o"}, "instruction", "i", "o"),
-        ({"text": "t", "label": 1}, "text", "", "t"),
+        ({"text": "t", "id": 1}, "text", "", "t"),
+        ({"text": "t", "label": 1}, "labelled", "t", None),
+        ({"sentence1": "a", "sentence2": "b", "label": "yes"}, "labelled", "a", None),
+        ({"image": [[0, 1]], "label": "cat"}, "image", "an image", None),
     ],
 )
 def test_forms(fields, form, prompt, completion):

@@ -202,7 +202,7 @@ def test_an_adapted_head_is_used_as_adapted(kind: str) -> None:
 
 def test_per_token_losses_know_their_rows(tiny: Any) -> None:
     with torch.no_grad():
-        losses, rows = CompletionLoss(tiny).per_token(collate(EXAMPLES, 0))
+        losses, rows = CompletionLoss(tiny).each(collate(EXAMPLES, 0))
     assert rows.tolist() == [0, 0, 0, 1, 1, 2, 2]
     with torch.no_grad():
         expected, _ = by_hand(tiny, EXAMPLES[1:2])

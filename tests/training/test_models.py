@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltaw import LoRA, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
 from deltaw.training.loop import Loop
+from deltaw.training.loss import CompletionLoss
 from tests.conftest import tiny_llama
 from tests.test_updates import METHODS
 
@@ -105,11 +106,10 @@ def steps_agree(model: Any) -> None:
     config = TrainConfig(batch=4, steps=3, lr=5e-3, warmup=0, schedule="constant", clip=0.0, log_every=1)
     losses: list[float] = []
     Loop(
-        model,
+        CompletionLoss(model),
         examples(),
         (),
         config,
-        0,
         lambda event: losses.append(event.values["loss"]) if event.kind == "step" else None,
     ).run()
     torch.testing.assert_close(losses, plain_steps(twin, examples(), config), rtol=1e-4, atol=1e-4)

@@ -15,6 +15,9 @@ _HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
 
 def run(command: Chat) -> None:
     show.quiet_libraries()
+    task = as_trained(DataConfig(), command.opening.adapter, command.model).task
+    if task != "causal":
+        raise DataError(f"A chat is with causal language models, and here the task is {task}. Use deltaw generate.")
     loaded = open_model(command.model, command.opening)
     if not loaded.tokenizer.chat_template:
         raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")

@@ -122,8 +122,8 @@ class Eval:
     base: bool = True
     """Score the base as well."""
     metrics: str | None = None
-    """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l. Default: all; of text records, which have no
-    prompt, loss and perplexity."""
+    """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l; of classes loss, accuracy, f1, matthews; of
+    quantities loss, pearson, spearman. Default: all; of text records, which have no prompt, loss and perplexity."""
     most: int | None = None
     """Score at most this many records, the first ones."""
     out: str | None = None

@@ -21,13 +21,14 @@ def run(command: Generate) -> None:
     if command.out is not None:
         check_place(Path(command.out))
     records = _records(command)
-    from deltaw.data import encode_prompt
-    from deltaw.generation import generate
+    from deltaw.positions import within
+    from deltaw.tasks import task_of
 
-    loaded = open_model(command.model, command.opening)
-    data = as_trained(command.data, command.opening.adapter)
-    prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
-    completions = generate(loaded.model, loaded.tokenizer, prompts, command.generation)
+    data = as_trained(command.data, command.opening.adapter, command.model)
+    loaded = open_model(command.model, command.opening, data)
+    task, data = task_of(data), within(data, loaded.model)
+    answers = task.answer(loaded, records, data, command.generation, lambda done: None)
+    completions = [task.said(answer, data) for answer in answers]
     pairs = [{"prompt": r.question, "completion": c} for r, c in zip(records, completions, strict=True)]
     if command.out is not None:
         write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))

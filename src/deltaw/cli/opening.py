@@ -1,4 +1,4 @@
-"""MODEL and --adapter → a model ready to use, and the prompt settings that the adapter was trained with."""
+"""MODEL and --adapter → a model ready to use, and the settings that the adapter was trained with."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from typing import Any
 from deltaw.cli.flags import Opening
 from deltaw.config import DataConfig
 
-# Settings that decide what a prompt looks like in tokens: an adapter expects what it was trained on
-_PROMPT_KEYS = ("template", "separator", "system")
 
+def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Any:
+    """A `Pretrained` with the adapter attached and active, where one is named, for the task of `data`, which is by default the
+    adapter's."""
+    from deltaw import store, tasks
 
-def open_model(source: str, opening: Opening) -> Any:
-    """A `Pretrained` with the adapter attached and active, where one is named."""
-    from deltaw import store
-    from deltaw.pretrained import load_pretrained
-
-    loaded = load_pretrained(source, dtype=opening.dtype, device=opening.device)
+    data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
+    loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
     if opening.adapter is not None:
         store.load(loaded.model, opening.adapter, check_base=not opening.any_base)
     return loaded
 
 
-def as_trained(data: DataConfig, adapter: str | None) -> DataConfig:
-    """`data` with the adapter's own prompt settings where the user gave none."""
-    if adapter is None:
-        return data
-    from deltaw import store
+def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) -> DataConfig:
+    """`data` with the adapter's own task and prompt settings where the user gave none, and the task of `model` where that has
+    only one: a completion, of one with an encoder and a decoder."""
+    from deltaw import tasks
 
-    training, default = store.training_of(adapter), DataConfig()
+    default, own = DataConfig(), tasks.of_adapter(adapter)
     mine = {
-        key: training[key] for key in _PROMPT_KEYS if key in training and getattr(data, key) == getattr(default, key)
+        field.name: getattr(own, field.name)
+        for field in dataclasses.fields(data)
+        if getattr(data, field.name) == getattr(default, field.name)
     }
-    return dataclasses.replace(data, **mine)
+    data = dataclasses.replace(data, **mine)
+    if data.task == "auto" and model is not None:
+        from deltaw.pretrained import read_config
+
+        encodes = getattr(read_config(model), "is_encoder_decoder", False)
+        data = dataclasses.replace(data, task="seq2seq" if encodes else "causal")
+    return data

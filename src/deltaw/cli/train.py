@@ -95,8 +95,12 @@ def _coverage(values: dict[str, Any]) -> None:
     for why, names in reasons.items():
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         show.out.print(f"  left out: {some} ({why})", style="dim", soft_wrap=True)
+    what = f"{data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
+    if values["task"] not in ("causal", "seq2seq"):
+        what = "numbers to predict" if values["labels"] is None else f"{len(values['labels'])} classes"
+        what += "" if values["task"] == "image" else f", {data['tokens']:,} tokens"
     show.out.print(
-        f"[bold]{data['kept']:,}[/] records, {data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
+        f"[bold]{data['kept']:,}[/] records, {what}"
         f" (truncated {data['truncated']}, dropped {data['dropped']}, longest {data['longest']}).",
         soft_wrap=True,
         markup=True,
@@ -104,6 +108,8 @@ def _coverage(values: dict[str, Any]) -> None:
 
 
 def _summary(result: Any, command: Train) -> None:
+    from deltaw.study.run_report import next_commands
+
     state, figures = result.state, result.figures()
     show.out.print()
     if state.stopped in ("early", "minutes"):
@@ -125,9 +131,5 @@ def _summary(result: Any, command: Train) -> None:
     }
     show.out.print(show.facts(facts))
     show.out.print("\nNext:", style="bold")
-    for line in (
-        f"deltaw chat {command.model} --adapter {result.adapter}",
-        f"deltaw eval {command.model} HELD_OUT_DATA --adapter {result.adapter}",
-        f"deltaw merge {command.model} {result.adapter} -o MERGED",
-    ):
+    for line in next_commands(command.model, str(result.adapter), result.settings):
         show.out.print(f"  {line}", soft_wrap=True)

@@ -5,6 +5,9 @@ forms.py     rows → records: prompt/completion, chat, instruction, text
 records.py   the two together: read, and references for scoring
 chat.py      conversations → tokens and exactly the assistant's
 encode.py    records → examples; prompts to generate from
+labels.py    classes and quantities
+items.py     records of tasks other than the next token → a model's inputs and targets; their batches
+images.py    pictures → pixels
 batches.py   examples → length-bucketed batches, as tensors
 """
 

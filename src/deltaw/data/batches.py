@@ -38,6 +38,11 @@ class Batch:
     supervised: torch.Tensor
     """bool [n, t]; True where the loss is taken on predicting this token from those before it"""
 
+    @property
+    def targets(self) -> int:
+        """How many predictions the loss is taken over."""
+        return int(self.supervised.sum())
+
 
 def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int | None = None) -> list[list[int]]:
     """All batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
@@ -72,14 +77,15 @@ def _by_tokens(window: list[int], lengths: Sequence[int], tokens: int) -> list[l
     """The window's indices, which rise in length, in order; each batch as large as its padded size allows."""
     cut: list[list[int]] = []
     for index in window:
-        if cut and (len(cut[-1]) + 1) * _padded(lengths[index]) <= tokens:
+        if cut and (len(cut[-1]) + 1) * padded(lengths[index]) <= tokens:
             cut[-1].append(index)
         else:
             cut.append([index])
     return cut
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """Tokens of a row of this length with its padding."""
     return -(-length // MULTIPLE) * MULTIPLE
 
 
@@ -125,7 +131,7 @@ def collate(examples: Sequence[Example], pad_id: int, most: int | None = None) -
     if not examples:
         raise DataError("A batch needs at least one example.")
     longest = max(len(e.input_ids) for e in examples)
-    width = _padded(longest)
+    width = padded(longest)
     shape = (len(examples), width if most is None else max(longest, min(width, most)))
     ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention = torch.zeros(shape, dtype=torch.int64)

@@ -35,6 +35,11 @@ class Example:
     supervised: list[bool]
     place: str
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -54,12 +59,13 @@ class Counts:
 class Encoded:
     """Examples in the records' order, and the counts."""
 
-    examples: list[Example]
+    examples: list[Any]
+    """Each an Example, or an Item of another task."""
     counts: Counts
 
     @property
     def lengths(self) -> list[int]:
-        return [len(e.input_ids) for e in self.examples]
+        return [e.length for e in self.examples]
 
 
 def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:

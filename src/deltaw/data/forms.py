@@ -4,12 +4,17 @@
     chat         {"messages": [{"role", "content"}, …]}, or {"conversations": [{"from", "value"}, …]}
     instruction  {"instruction": str, "input": str (may be missing or empty), "output": str}
     text         {"text": str}
+    labelled     {"text": str, "text_pair": str (may be missing), "label": a class's name or number, or a quantity}; and GLUE's
+                 names for the texts
+    image        {"image": a path, an array [h, w] or [h, w, channels], or a PIL image, "label": as above}
 
 Other fields are ignored. Each `make` returns a Record or the lines that say why there is none.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +30,14 @@ FIELDS: dict[str, str] = {
     "chat": "messages (or conversations)",
     "instruction": "instruction, output, and if need be input",
     "text": "text",
+    "labelled": "text, label, and of pairs text_pair",
+    "image": "image, label",
 }
+PAIRS = (
+    ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
+    ("question", "sentence"), ("sentence", None), ("text", None),
+)  # fmt: skip
+"""Names that a labelled record's texts have; the first two that are both there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +54,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record; `form` is prompt, chat, instruction or text.
+    """One record; `form` is one of FIELDS.
 
     prompt form: `prompt`, `completion`. instruction: the instruction is `prompt`, with its `input`.
     text: `prompt` is empty and `completion` is the text. chat: `messages` is the whole conversation, `completion` the
     last assistant message, `prompt` the last message before it (for people to read; the model sees `context`).
-    `completion` is None only where prompts alone were asked for.
+    labelled: `prompt` is the text, `input` the second one of a pair. image: `image`. Both have a `label`.
+    `completion` and `label` are None only where prompts alone were asked for.
     """
 
     form: str
@@ -56,6 +69,8 @@ class Record:
     place: str
     messages: tuple[Message, ...] | None = None
     input: str = ""
+    label: str | int | float | None = None
+    image: Any = None
 
     @property
     def question(self) -> str:
@@ -83,10 +98,11 @@ def last_assistant(messages: Sequence[Message]) -> int:
     return max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
 
 
-def recognise(found: Sequence[Row], source: str, *, completions: bool) -> str:
-    """The form that the first records have. DataError if they have none or more than one, with the fields found."""
+def recognise(found: Sequence[Row], source: str, *, completions: bool, labels: bool = True) -> str:
+    """The form that the first records have; without `labels`, a label is a field like any other. DataError if they have none or
+    more than one, with the fields found."""
     first = [fields for _, fields in found[:20]]
-    counts = Counter(form for fields in first for form in _fits(fields, completions))
+    counts = Counter(form for fields in first for form in _fits(fields, completions, labels))
     there = list(dict.fromkeys(str(field) for fields in first for field in fields))
     most = max(counts.values(), default=0)
     forms = [form for form in FIELDS if counts[form] == most and most]
@@ -104,15 +120,24 @@ def recognise(found: Sequence[Row], source: str, *, completions: bool) -> str:
     raise DataError(f"{source}: no known form has the fields {names}. Rename them to those of one form:\n{known}{tail}")
 
 
-def _fits(fields: Mapping[str, Any], completions: bool) -> list[str]:
+def _fits(fields: Mapping[str, Any], completions: bool, labels: bool) -> list[str]:
     need = {
         "prompt": ("prompt", "completion") if completions else ("prompt",),
         "instruction": ("instruction", "output") if completions else ("instruction",),
         "text": ("text",),
     }
     forms = [form for form, names in need.items() if all(fields.get(n) is not None for n in names)]
+    if labels and fields.get("label") is not None:
+        forms = [f for f in forms if f != "text"]
+        forms += ["labelled"] * (texts_of(fields) is not None) + ["image"] * (fields.get("image") is not None)
     chat = fields.get("messages") is not None or fields.get("conversations") is not None
     return forms + ["chat"] * chat
+
+
+def texts_of(fields: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """The names of a labelled record's text, and of the second one of a pair."""
+    there = [pair for pair in PAIRS if all(fields.get(name) is not None for name in pair if name is not None)]
+    return there[0] if there else None
 
 
 def make(form: str, place: str, fields: Mapping[str, Any], *, completions: bool) -> Record | list[str]:
@@ -138,6 +163,33 @@ def _plain_text(place: str, fields: Mapping[str, Any], completions: bool) -> Rec
     if not completions:
         return ["a text record has no prompt to complete; give it as {'prompt': …}"]
     return _text(fields, "text") or Record("text", "", fields["text"], place)
+
+
+def _labelled(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+    names = texts_of(fields) or ("text", None)
+    lines = [line for name in names if name is not None for line in _text(fields, name)] + _label(fields, completions)
+    second = fields[names[1]] if names[1] is not None and not lines else ""
+    return lines or Record("labelled", fields[names[0]], None, place, input=second, label=fields.get("label"))
+
+
+def _image(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+    lines = [_missing(fields, "image")] if fields.get("image") is None else []
+    lines += _label(fields, completions)
+    named = isinstance(fields.get("image"), str)
+    prompt = fields["image"] if named else "an image"
+    return lines or Record("image", prompt, None, place, label=fields.get("label"), image=fields["image"])
+
+
+def _label(fields: Mapping[str, Any], wanted: bool) -> list[str]:
+    """What is wrong with a label: a class's name or number, or a quantity."""
+    value = fields.get("label")
+    if value is None:
+        return [_missing(fields, "label")] if wanted else []
+    if isinstance(value, str) and value.strip():
+        return _text(fields, "label")
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return []
+    return [f"field 'label' must be the name or number of a class, or a quantity, found {show(value)}"]
 
 
 def _chat(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
@@ -210,11 +262,25 @@ def _missing(fields: Mapping[str, Any], name: str) -> str:
     return f"field {name!r} is missing{nearest(name, spare)}; the record has {', '.join(there) or 'no fields'}"
 
 
-_KNOWN = ("prompt", "completion", "messages", "conversations", "instruction", "input", "output", "text")
+_KNOWN = (
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "text_pair",
+    "label",
+    "image",
+)
 
 _MAKERS: dict[str, Callable[[str, Mapping[str, Any], bool], Record | list[str]]] = {
     "prompt": _prompt,
     "chat": _chat,
     "instruction": _instruction,
     "text": _plain_text,
+    "labelled": _labelled,
+    "image": _image,
 }

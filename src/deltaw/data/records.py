@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Records:
-    """Checked records of one form: prompt, chat, instruction or text."""
+    """Checked records of one form, one of forms.FIELDS."""
 
     items: list[Record]
     form: str
@@ -52,7 +52,9 @@ def read(
     if not rows:
         raise DataError(listing(f"{name}: none of its {total} records can be read:", problems))
     form = config.form
-    resolved = forms.recognise(rows, name, completions=completions) if form == "auto" else form
+    resolved: str = form
+    if form == "auto":
+        resolved = forms.recognise(rows, name, completions=completions, labels=config.task != "causal")
     items: list[Record] = []
     for place, fields in rows:
         made = forms.make(resolved, place, fields, completions=completions)

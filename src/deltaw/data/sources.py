@@ -126,6 +126,14 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
 
 
 def _file(path: Path) -> Read:
+    found, problems = _parsed(path)
+    for _, fields in found:  # a picture stands beside the file that names it
+        if isinstance(fields.get("image"), str) and (path.parent / fields["image"]).is_file():
+            fields["image"] = str((path.parent / fields["image"]).absolute())
+    return found, problems
+
+
+def _parsed(path: Path) -> Read:
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":

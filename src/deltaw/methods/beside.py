@@ -26,6 +26,13 @@ class Beside:
     """Tokens (their ids, several with commas) whose rows of the embedding are trained, and of a head that is tied to it; the
     file then holds these rows alone."""
 
+    def trained_whole(self, model: nn.Module) -> set[str]:
+        """The modules that `whole` names, and all inside them."""
+        from deltaw.attached import base_modules
+        from deltaw.wholes import inside
+
+        return inside(dict(base_modules(model)), self.whole)
+
     def beside(self, model: nn.Module, updates: Mapping[str, Update]) -> dict[str, Update]:
         """The updates that these settings mean, on modules other than those of `updates`. Raises TargetError."""
         from deltaw.attached import base_modules

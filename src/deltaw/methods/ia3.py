@@ -41,7 +41,7 @@ class IA3(Beside):
         for targets, inputs in ((self.targets, False), (self.inputs, True)):
             if not targets:
                 continue
-            selection = select(model, targets, 1)
+            selection = select(model, targets, 1, without=self.trained_whole(model))
             left_out = selection.left_out
             for name, layer in selection.layers.items():
                 if name in updates:

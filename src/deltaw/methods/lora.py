@@ -57,7 +57,7 @@ class LoRA(Beside):
         from deltaw.targets import select
         from deltaw.weights import OnWeights
 
-        selection = select(model, self.targets, self.rank)
+        selection = select(model, self.targets, self.rank, without=self.trained_whole(model))
         updates: dict[str, Update] = {}
         for name, rank in selection.ranks.items():
             layer, slices = selection.layers[name], selection.slices.get(name, {})

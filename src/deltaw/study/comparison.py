@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaw import units
+from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import Chart, Report, Series, Table
 from deltaw.version import __version__
 
-# Metrics of which more is better, best first as a comparison's own
-_MORE_IS_BETTER = {"accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "bleu", "rouge_l"}
 # GPT-2 M on a GPU (arXiv 2106.09685, Table 1): batch × length → ms, and what adapter layers add
 PAPER = (
     ("1×128", "19.8 ms", "+20.7%", "+30.3%"),
@@ -30,7 +29,7 @@ def metric_of(results: Mapping[str, Any]) -> str:
 def ranked(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The methods' rows, the best first; those that failed last."""
     metric = metric_of(results)
-    sign = -1.0 if metric in _MORE_IS_BETTER else 1.0
+    sign = -1.0 if metric in MORE_IS_BETTER else 1.0
 
     def key(row: Mapping[str, Any]) -> float:
         return sign * mean(row["scores"][metric]["seeds"]) if row.get("scores") else math.inf

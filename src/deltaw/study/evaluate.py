@@ -1,4 +1,4 @@
-"""How good is this model on these records? Loss of the references and scores of what it generates. Prints nothing."""
+"""How good is this model on these records? Loss of the references and scores of what it answers. Prints nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ from typing import Any
 import torch
 
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.data import Record, collate, encode, encode_prompt, references
-from deltaw.generation import generate, pad_id
+from deltaw.data import Record, Records, references
+from deltaw.data.labels import class_indices, quantities
 from deltaw.modes import evaluating
-from deltaw.positions import most_positions, within
-from deltaw.study.metrics import METRICS, TEXT_METRICS, Score, check_metrics, perplexity, ratio
-from deltaw.training.loss import CompletionLoss
+from deltaw.positions import within
+from deltaw.pretrained import Pretrained
+from deltaw.study.metrics import (
+    CLASS_METRICS,
+    METRICS,
+    NUMBER_METRICS,
+    TEXT_METRICS,
+    Score,
+    check_metrics,
+    perplexity,
+    ratio,
+)
+from deltaw.tasks import Task, task_of
+
+_OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Evaluation:
     """Scores of one model, as it stood (base, adapter or merged), on one set of records."""
 
     items: int
-    """Distinct prompts."""
+    """Distinct prompts, or records with a label."""
     scores: dict[str, Score]
     predictions: list[str]
     """One for each item; empty when only the loss was asked for."""
@@ -45,46 +57,85 @@ class Items:
         return cls([record for record, _ in pairs], [list(refs) for _, refs in pairs])
 
 
+def metrics_of(data: DataConfig, form: str = "") -> tuple[str, ...]:
+    """All metrics of the task that the settings say; records of form text have no prompt to answer."""
+    names = _OF_ANSWERS[task_of(data).answers]
+    return tuple(m for m in names if form != "text" or m not in TEXT_METRICS)
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
-    records: Any,
+    records: Records,
     data: DataConfig,
     generation: GenerateConfig,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Score the model with whatever adapter is active. Loss is per supervised token over all records; exact match, BLEU and
-    ROUGE-L are of one generated completion for each distinct prompt. Raises ConfigError for an unknown metric."""
-    check_metrics(metrics)
-    data = within(data, model)
+    """Score the model with whatever adapter is active, by `data.task`. Loss is of each prediction over all records. Exact
+    match, BLEU and ROUGE-L are of one generated completion for each distinct prompt; accuracy and its like of each record's
+    likeliest class. Default: all metrics of the task. Raises ConfigError for an unknown one."""
+    known = metrics_of(data, records.form)
+    metrics = known if metrics is None else metrics
+    check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
+    data, task = within(data, model), task_of(data)
+    loaded = Pretrained(model, tokenizer, "")
     began = time.monotonic()
-    items = Items.of(records)
     scores: dict[str, Score] = {}
     if "loss" in metrics or "perplexity" in metrics:
-        loss = _loss(model, tokenizer, records, data, generation.batch)
+        loss = _loss(task, loaded, records, data, generation.batch)
         scores["loss"], scores["perplexity"] = loss, perplexity(loss)
-    texts = [m for m in metrics if m in TEXT_METRICS]
-    predictions: list[str] = []
-    if texts:
-        prompts = [encode_prompt(record, tokenizer, data) for record in items.records]
-        predictions = generate(model, tokenizer, prompts, generation, on_done=on_done)
-        scores |= {name: TEXT_METRICS[name](predictions, items.references) for name in texts}
-    return Evaluation(len(items.records), {m: scores[m] for m in metrics}, predictions, time.monotonic() - began)
+    answered = [m for m in metrics if m not in scores and m not in ("loss", "perplexity")]
+    items, predictions = len(records), list[str]()
+    if answered or task.answers == "text":
+        of = _text_scores if task.answers == "text" else _label_scores
+        items, predictions, more = of(task, loaded, records, data, generation, answered, on_done)
+        scores |= more
+    return Evaluation(items, {m: scores[m] for m in metrics}, predictions, time.monotonic() - began)
+
+
+_Scored = tuple[int, list[str], dict[str, Score]]
+
+
+def _text_scores(
+    task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+    metrics: Sequence[str], on_done: Callable[[int], None],
+) -> _Scored:  # fmt: skip
+    """Of a completion for each distinct prompt."""
+    items = Items.of(records)
+    if not metrics:
+        return len(items.records), [], {}
+    said = task.answer(loaded, items.records, data, generation, on_done)
+    return len(items.records), said, {m: TEXT_METRICS[m](said, items.references) for m in metrics}
+
+
+def _label_scores(
+    task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+    metrics: Sequence[str], on_done: Callable[[int], None],
+) -> _Scored:  # fmt: skip
+    """Of each record's class or quantity."""
+    said = task.answer(loaded, records.items, data, generation, on_done)
+    if task.answers == "number":
+        numbers = quantities(records.items, records.source)
+        return len(records), [task.said(v, data) for v in said], {m: NUMBER_METRICS[m](said, numbers) for m in metrics}
+    names = data.labels or []
+    wanted = class_indices(records.items, names, records.source)
+    scores = {m: CLASS_METRICS[m](said, wanted, len(names)) for m in metrics}
+    return len(records), [task.said(i, data) for i in said], scores
 
 
 @torch.no_grad()
-def _loss(model: Any, tokenizer: Any, records: Any, data: DataConfig, batch: int) -> Score:
-    """−log p per supervised token, resampled by record."""
-    examples = sorted(encode(records, tokenizer, data).examples, key=lambda e: len(e.input_ids))
-    loss = CompletionLoss(model)
+def _loss(task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, batch: int) -> Score:
+    """Of each prediction, resampled by record."""
+    examples = sorted(task.encode(records, loaded, data).examples, key=lambda e: e.length)
+    loss = task.loss(loaded)
     sums: list[float] = []
     counts: list[float] = []
-    with evaluating(model):
+    with evaluating(loaded.model):
         for start in range(0, len(examples), batch):
             rows = examples[start : start + batch]
-            losses, of_row = loss.per_token(collate(rows, pad_id(tokenizer), most_positions(model)))
+            losses, of_row = loss.each(loss.collate(rows))
             sums += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, of_row, losses.double().cpu()).tolist()
             counts += torch.bincount(of_row, minlength=len(rows)).tolist()
     return ratio(sums, counts)

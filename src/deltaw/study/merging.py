@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaw import merged, store
-from deltaw.config import DType
+from deltaw import merged, store, tasks
+from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.peft import LoRAFile
 from deltaw.fitted import vocabulary
 from deltaw.merge_report import MergeReport
-from deltaw.positions import most_positions
-from deltaw.pretrained import Pretrained, load_pretrained, save_pretrained
+from deltaw.pretrained import Pretrained, save_pretrained
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -30,7 +28,7 @@ class Compared:
     drift: float
     """Largest difference."""
     agreement: float
-    """Share of positions whose likeliest token is the same."""
+    """Share of positions whose likeliest token, or class, is the same."""
     positions: int
 
 
@@ -49,12 +47,13 @@ def merge_to_folder(
     """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
     safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
-    ids, expected = _logits(loaded)
+    data = tasks.of_adapter(adapter)
+    inputs, expected = _logits(loaded, data)
     report = merged.merge(loaded.model)
     with replacing_folder(out) as folder:
         merged.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
-        compared = _compared(folder, ids, expected, loaded.model.dtype)
+        compared = _compared(folder, data, inputs, expected, loaded.model.dtype)
         size = sum(f.stat().st_size for f in folder.iterdir())
     return MergedFolder(report, size, compared)
 
@@ -62,34 +61,38 @@ def merge_to_folder(
 def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True) -> Compared:
     """The merged model in `folder` beside the unmerged one. Raises MergeError when they differ by more than rounding."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source), check_base)
-    ids, expected = _logits(loaded)
+    data = tasks.of_adapter(adapter)
+    inputs, expected = _logits(loaded, data)
     dtype = loaded.model.dtype
     del loaded  # the two models are not in memory together
-    return _compared(folder, ids, expected, dtype)
+    return _compared(folder, data, inputs, expected, dtype)
 
 
 def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
     """The base with the adapter on it, and with as many tokens as the adapter has."""
-    loaded = load_pretrained(source, dtype=dtype, device="cpu")
+    loaded = tasks.opened(source, tasks.of_adapter(adapter), dtype=dtype, device="cpu")
     file = store.read(adapter)
     tokens = vocabulary(loaded.model, file) if isinstance(file, LoRAFile) else 0
-    if tokens > loaded.model.get_input_embeddings().weight.shape[0]:
+    own = getattr(loaded.model.get_input_embeddings(), "weight", None)
+    if own is not None and tokens > len(own):
         loaded.model.resize_token_embeddings(tokens, mean_resizing=False)
     store.load(loaded.model, adapter, check_base=check_base)
     return loaded
 
 
 @torch.no_grad()
-def _logits(loaded: Pretrained) -> tuple[Tensor, Tensor]:
-    """Of the model as it is, on the tokens that models are compared on."""
-    ids = probe(loaded.tokenizer, loaded.model)
-    return ids, loaded.model(ids).logits.float()
+def _logits(loaded: Pretrained, data: DataConfig) -> tuple[dict[str, Tensor], Tensor]:
+    """Of the model as it is, on what models are compared on."""
+    inputs = tasks.probe(loaded, data)
+    return inputs, loaded.model(**inputs).logits.float()
 
 
 @torch.no_grad()
-def _compared(folder: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype) -> Compared:
-    again = load_pretrained(str(folder), dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
-    found = again.model(ids).logits.float()
+def _compared(
+    folder: Path, data: DataConfig, inputs: dict[str, Tensor], expected: Tensor, dtype: torch.dtype
+) -> Compared:
+    again = tasks.opened(str(folder), data, dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
+    found = again.model(**inputs).logits.float()
     drift = float((found - expected).abs().max())
     limit = _TOLERANCE.get(dtype, 1e-3) * max(1.0, float(expected.abs().max()))
     if not drift <= limit:
@@ -98,14 +101,7 @@ def _compared(folder: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype) -
             "nothing was written."
         )
     agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
-    return Compared(drift, agreement, ids.numel())
-
-
-def probe(tokenizer: Any, model: Any) -> Tensor:
-    """Token ids [1, t] to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go."""
-    text = tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
-    walk = torch.randint(0, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.tensor([[*text, *walk][: most_positions(model)]], device=model.device)
+    return Compared(drift, agreement, found[..., 0].numel())
 
 
 def _checkpoint_dtype(source: str) -> DType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,25 +70,87 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return ratio(best, [1.0] * len(best))
 
 
+def resampled(
+    predicted: Sequence[Any], wanted: Sequence[Any], of: Callable[[Any, Any], float], *, seed: int = 0
+) -> Score:
+    """A figure of predictions and references that is no sum over items. Resamples that it is undefined for are left out."""
+    y, t = np.asarray(predicted), np.asarray(wanted)
+    picks = np.random.default_rng(seed).integers(0, len(y), (_RESAMPLES, len(y)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a resample of one class alone
+        value, draws = of(y, t), np.array([of(y[p], t[p]) for p in picks])
+    draws = draws[np.isfinite(draws)]
+    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (float("nan"), float("nan"))
+    return Score(float(value), float(low), float(high))
+
+
+def accuracy(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> Score:
+    """Share of classes that are right."""
+    return ratio([float(p == w) for p, w in zip(predicted, wanted, strict=True)], [1.0] * len(wanted))
+
+
+def f1(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> Score:
+    """scikit-learn's F1: of two classes the second one's (GLUE's), of more the mean over the classes."""
+    from sklearn.metrics import f1_score
+
+    average = "binary" if classes == 2 else "macro"
+    return resampled(predicted, wanted, lambda y, t: f1_score(t, y, average=average, zero_division=0.0))
+
+
+def matthews(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> Score:
+    """scikit-learn's Matthews correlation, −1 to 1."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return resampled(predicted, wanted, lambda y, t: matthews_corrcoef(t, y))
+
+
+def pearson(predicted: Sequence[float], wanted: Sequence[float]) -> Score:
+    """scipy's Pearson correlation, −1 to 1."""
+    from scipy.stats import pearsonr
+
+    return resampled(predicted, wanted, lambda y, t: pearsonr(y, t).statistic)
+
+
+def spearman(predicted: Sequence[float], wanted: Sequence[float]) -> Score:
+    """scipy's Spearman rank correlation, −1 to 1."""
+    from scipy.stats import spearmanr
+
+    return resampled(predicted, wanted, lambda y, t: spearmanr(y, t).statistic)
+
+
 TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Score]] = {
     "exact_match": exact_match,
     "bleu": bleu,
     "rouge_l": rouge_l,
 }
 METRICS = ("loss", "perplexity", *TEXT_METRICS)
+CLASS_METRICS: dict[str, Callable[[Sequence[int], Sequence[int], int], Score]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+}
+NUMBER_METRICS: dict[str, Callable[[Sequence[float], Sequence[float]], Score]] = {
+    "pearson": pearson,
+    "spearman": spearman,
+}
+MORE_IS_BETTER = {*TEXT_METRICS, *CLASS_METRICS, *NUMBER_METRICS}
+"""Metrics of which more is better."""
+_PACKAGES = {
+    "bleu": "sacrebleu", "rouge_l": "rouge_score", "f1": "sklearn", "matthews": "sklearn", "pearson": "scipy", 
+    "spearman": "scipy",
+}  # fmt: skip
 
 
-def check_metrics(names: Sequence[str]) -> None:
+def check_metrics(names: Sequence[str], known: Sequence[str] = METRICS) -> None:
     """Raise ConfigError for a metric that is not known or whose package is not installed."""
-    unknown = [n for n in names if n not in METRICS]
+    unknown = [n for n in names if n not in known]
     if unknown:
-        named = "; ".join(f"{n!r}{nearest(n, METRICS)}" for n in unknown)
-        raise ConfigError(f"Unknown metric {named}. There are: {', '.join(METRICS)}.")
-    packages = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
+        named = "; ".join(f"{n!r}{nearest(n, known)}" for n in unknown)
+        raise ConfigError(f"Unknown metric {named}. There are: {', '.join(known)}.")
     for name in names:
-        if name in packages:
+        if name in _PACKAGES:
             try:
-                __import__(packages[name])
+                __import__(_PACKAGES[name])
             except ImportError as error:
                 raise ConfigError(
                     f"{name} needs a package that is not installed: pip install 'deltaw[eval]'"

@@ -11,6 +11,12 @@ from deltaw.study.report import Chart, Report, Sample, Series, Table
 from deltaw.version import __version__
 
 _SMOOTH = 0.9
+# What a loss in this unit is
+_LOSSES = {
+    "nats per supervised token": "−log p(y_t | x, y_<t), averaged over supervised tokens",
+    "nats per record": "−log p(class | x), averaged over records",
+    "squared error per record": "(ŷ − y)², averaged over records",
+}
 
 
 @dataclass(frozen=True)
@@ -19,8 +25,8 @@ class Sampled:
 
     prompt: str
     reference: str | None
-    before: str
-    after: str
+    before: str | None
+    after: str | None
 
 
 def run_report(
@@ -42,17 +48,23 @@ def run_report(
         title=title or f"{settings['model']} on {settings['data']}",
         headline=headline or _headline(figures, log),
         facts=_facts(figures),
-        curves=[*_curves(log), *charts],
+        curves=[*_curves(log, figures), *charts],
         examples=[Sample(s.prompt, s.reference, s.before, s.after) for s in samples],
         tables=[*tables, _merge(figures), _counts(figures), _settings(settings)],
         warnings=list(figures["warnings"]),
-        commands=list(commands) if commands is not None else [
-            f"deltaw chat {settings['model']} --adapter {adapter}",
-            f"deltaw eval {settings['model']} HELD_OUT_DATA --adapter {adapter}",
-            f"deltaw merge {settings['model']} {adapter} -o MERGED",
-        ],
+        commands=list(commands) if commands is not None else next_commands(settings["model"], adapter, settings),
         footer=f"deltaw {__version__}",
     )  # fmt: skip
+
+
+def next_commands(model: str, adapter: Any, settings: Mapping[str, Any]) -> list[str]:
+    """What to try with an adapter that these settings made."""
+    speaks = {"causal": "chat", "seq2seq": "generate"}.get(settings.get("task", "causal"))
+    return [
+        *([f"deltaw {speaks} {model} --adapter {adapter}"] if speaks else []),
+        f"deltaw eval {model} HELD_OUT_DATA --adapter {adapter}",
+        f"deltaw merge {model} {adapter} -o MERGED",
+    ]
 
 
 def _headline(figures: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
@@ -89,7 +101,7 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _curves(log: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _curves(log: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> list[Chart]:
     steps = [line for line in log if line["event"] == "step"]
     evals = [line for line in log if line["event"] == "eval"]
     raw = [(line["step"], line["loss"]) for line in steps]
@@ -99,7 +111,7 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> list[Chart]:
     norms = [(line["step"], line["grad_norm"]) for line in steps if line["grad_norm"] is not None]
     speed = [(line["step"], line["tokens_per_second"]) for line in steps]
     return [
-        Chart("Loss", "step", "nats per supervised token", loss, note="−log p(y_t | x, y_<t), averaged over supervised tokens"),
+        Chart("Loss", "step", figures["unit"], loss, note=_LOSSES.get(figures["unit"], "")),
         Chart("Learning rate", "step", "", [Series("learning rate", [(x["step"], x["lr"]) for x in steps], "line")]),
         Chart("Gradient norm", "step", "", [Series("before clipping", norms, "line")]),
         Chart("Speed", "step", "tokens per second", [Series("since the last line", speed, "line")]),

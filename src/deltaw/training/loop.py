@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from deltaw.attached import owner_of, updates
 from deltaw.config import TrainConfig
-from deltaw.data import Batch, Example, Order, collate
+from deltaw.data import Order
 from deltaw.errors import TrainError
 from deltaw.modes import evaluating
-from deltaw.positions import most_positions
 from deltaw.training import optimizers
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat
-from deltaw.training.loss import CompletionLoss
+from deltaw.training.loss import Loss
 from deltaw.training.schedule import lr_factor, progress
 from deltaw.training.together import same_input
 from deltaw.updates import LowRank
@@ -70,26 +69,24 @@ class LoopState:
 
 @dataclass
 class Loop:
-    """One adapter trained on encoded examples. The model carries the adapter, attached and active."""
+    """One adapter trained on encoded examples. The loss's model carries the adapter, attached and active."""
 
-    model: nn.Module
-    examples: Sequence[Example]
-    valid: Sequence[Example]
+    loss: Loss
+    examples: Sequence[Any]
+    """What `loss.collate` takes; each has a `length`."""
+    valid: Sequence[Any]
     config: TrainConfig
-    pad_id: int
     on_event: Callable[[Event], None] = lambda event: None
     should_stop: Callable[[], bool] = lambda: False
     state: LoopState = field(default_factory=LoopState)
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.loss = CompletionLoss(self.model)
+        config, self.model = self.config, self.loss.model
         base = next(self.model.parameters())
         self.on_cuda = base.device.type == "cuda"
         # float16 alone has too few exponents for gradients; elsewhere the scaler does nothing
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-        self.most = most_positions(self.model)
-        lengths = [len(e.input_ids) for e in self.examples]
+        lengths = [e.length for e in self.examples]
         self.order = Order(lengths, batch=config.batch, seed=config.seed, tokens=config.batch_tokens)
         self.total_steps = config.steps or self.order.steps(config.epochs)
         self.best: list[Tensor] | None = None
@@ -99,7 +96,7 @@ class Loop:
 
     def run(self) -> LoopState:
         """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
-        longest = max(len(e.input_ids) for e in (*self.examples, *self.valid))
+        longest = max(e.length for e in (*self.examples, *self.valid))
         with short_row_attention(self.model, longest), self._flat() as self.flat:
             self.optimizer = optimizers.make(self.flat, self.config)
             self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
@@ -109,7 +106,7 @@ class Loop:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
         every = updates(self.model)
         plain = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
-        one = collate(self.examples[:1], self.pad_id, self.most)
+        one = self.loss.collate(self.examples[:1])
         with evaluating(self.model), torch.no_grad():
             self.loss(one)  # its first call, which tries the ways to the loss
             groups = same_input(plain, lambda: self.loss(one))
@@ -154,8 +151,8 @@ class Loop:
         optimizers.set_lr(self.optimizer, lr)
         rows = [self.examples[i] for i in self.order.at(self.state.step)]
         size = self.config.micro_batch or len(rows)
-        micro = [collate(rows[i : i + size], self.pad_id, self.most) for i in range(0, len(rows), size)]
-        supervised = sum(int(batch.supervised.sum()) for batch in micro)
+        micro = [self.loss.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        supervised = sum(batch.targets for batch in micro)
         loss = sum((self._backward(batch, supervised) for batch in micro), start=torch.zeros_like(self.losses))
         if self.state.step == 0:
             self._check_reached()
@@ -170,11 +167,11 @@ class Loop:
         state = self.state
         state.step += 1
         state.records += len(rows)
-        state.tokens += sum(len(e.input_ids) for e in rows)
+        state.tokens += sum(e.length for e in rows)
         state.supervised += supervised
         return {"lr": lr, "grad_norm": norm}
 
-    def _backward(self, batch: Batch, supervised: int) -> Tensor:
+    def _backward(self, batch: Any, supervised: int) -> Tensor:
         total, _ = self.loss(batch)
         mean = total / supervised
         self.scaler.scale(mean).backward()
@@ -215,7 +212,7 @@ class Loop:
     def _evaluate(self) -> None:
         """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned."""
         state = self.state
-        loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8), pad_id=self.pad_id)
+        loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8))
         if loss < state.best_loss:
             state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
             if self.config.patience:
@@ -298,12 +295,11 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(loss: CompletionLoss, examples: Sequence[Example], *, batch: int, pad_id: int) -> float:
-    """Mean −log p per supervised token over `examples`."""
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
-    most = most_positions(loss.model)
+def held_out_loss(loss: Loss, examples: Sequence[Any], *, batch: int) -> float:
+    """Mean loss of a prediction (of a causal model −log p per supervised token) over `examples`."""
+    ordered = sorted(examples, key=lambda e: e.length)
     with evaluating(loss.model):
-        pairs = [loss(collate(ordered[i : i + batch], pad_id, most)) for i in range(0, len(ordered), batch)]
+        pairs = [loss(loss.collate(ordered[i : i + batch])) for i in range(0, len(ordered), batch)]
     return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)
 
 

