@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import ViTConfig, ViTForImageClassification
 
 from deltaw.cli import main
 from deltaw.comparing import compare
 from deltaw.config import CompareConfig, TrainConfig
 from deltaw.contestants import DEFAULT, QUICK, contestants, rates
-from deltaw.errors import ConfigError
+from deltaw.errors import ConfigError, DataError
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.lora import LoRA
 from deltaw.study.comparison import comparison_report, headline, ranked
 from deltaw.study.report import render
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
 
 WORDS = ["red", "blue", "green", "white", "black", "brown"]
 RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
@@ -151,3 +153,43 @@ def test_the_references_of_an_item_stay_together() -> None:
     some = _some(records, 20)
     assert len(some) == 20 and len({r["prompt"] for r in some}) == 4
     assert len(_some(records, 2)) == 5 and _some(records, 99) == records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "image"])
+def test_methods_are_compared_by_what_classifiers_are_for(task: str, tmp_path: Path) -> None:
+    if task == "image":
+        model = folder_of(lambda _: ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZE)), tmp_path, image_processor())  # fmt: skip
+        records = [
+            {"image": [[[9 + 200 * (i % 2)] * 3] * 16] * 16, "label": ["dark", "light"][i % 2]} for i in range(60)
+        ]
+    else:
+        model, records = folder_of(TEXTS["bert"], tmp_path), about(60)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    done = compare(
+        model, tmp_path / "data.jsonl", TrainConfig(out=str(tmp_path / "out"), steps=6, batch=8),
+        CompareConfig(methods="lora(rank=2)", lrs=2, seeds=2),
+    )  # fmt: skip
+    (row,) = done.results["rows"]
+    assert (
+        list(row["scores"]) == ["loss", "matthews", "f1", "accuracy"] and len(row["scores"]["accuracy"]["seeds"]) == 2
+    )
+    assert 0 <= row["scores"]["accuracy"]["value"] <= 1
+    best = max(row["tried"], key=lambda t: (t["valid_score"], -t["valid_loss"]))
+    assert row["lr"] == best["lr"], row["tried"]
+    assert [t["what"] for t in done.results["latency"]] == ["forward", "forward"]
+    assert "accuracy" in done.report.read_text()
+
+
+def test_what_cannot_be_compared_is_said_before_any_training(tmp_path: Path) -> None:
+    model = folder_of(TEXTS["bert"], tmp_path)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in about(30)))
+    (tmp_path / "test.jsonl").write_text('{"text": "red", "label": "lukewarm"}\n')
+    with pytest.raises(ConfigError, match=r"lora\(lr=2e-4\)"):
+        compare(model, tmp_path / "data.jsonl", TrainConfig(out=str(tmp_path / "a"), lr=1e-3))
+    out = TrainConfig(out=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"there is no class 'lukewarm'"):
+        compare(model, tmp_path / "data.jsonl", out, CompareConfig(test=str(tmp_path / "test.jsonl")))
+    with pytest.raises(ConfigError, match="Unknown metric 'bleu'"):  # nothing was begun, so nothing is in the way
+        compare(model, tmp_path / "data.jsonl", out, CompareConfig(metrics="bleu"))
+    assert not list(tmp_path.glob("*/runs"))

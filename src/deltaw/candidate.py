@@ -79,21 +79,25 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         "step_seconds": result.state.step_seconds / result.state.step,
         "valid_loss": result.state.best_loss if config.patience else _last_valid(result.log),
         "valid": [[line["step"], line["valid_loss"]] for line in result.log if line["event"] == "eval"],
-        "scores": scores(result, task, config),
+        "valid_scores": {
+            k: score["value"] for k, score in scores(result, task["valid_metrics"], config.valid, config).items()
+        },
+        "scores": scores(result, task["metrics"], task["test"], config),
     }
 
 
-def scores(result: Any, task: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Metric → value and its 95% interval, on the test records."""
+def scores(result: Any, metrics: list[str], records: Any, config: Any) -> dict[str, Any]:
+    """Metric → value and its 95% interval, on the records of a file."""
     from deltaw.config import GenerateConfig
     from deltaw.data import read
     from deltaw.study.evaluate import evaluate
 
-    records = read(task["test"], config.data)
+    if not metrics:
+        return {}
+    generation = GenerateConfig(batch=max(16, config.batch))
     found = evaluate(
-        result.model, result.tokenizer, records, config.data, GenerateConfig(batch=max(16, config.batch)),
-        metrics=task["metrics"],
-    )  # fmt: skip
+        result.model, result.tokenizer, read(records, config.data), config.data, generation, metrics=metrics
+    )
     return {name: dataclasses.asdict(score) for name, score in found.scores.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,17 +24,29 @@ import torch
 from deltaw import candidate, timing
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.contestants import DEFAULT, QUICK, Contestant, contestants, described, rates
+from deltaw.data import read
 from deltaw.data.sources import HELD_OUT, rows, splits
 from deltaw.errors import ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
+from deltaw.pretrained import read_config
 from deltaw.study.comparison import comparison_report
+from deltaw.study.evaluate import metrics_of
+from deltaw.study.metrics import MORE_IS_BETTER, check_metrics, installed
 from deltaw.study.report import write as write_report
+from deltaw.tasks import check_labels, recognised, task_of
 
 SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 _QUICK_MINUTES = 1.0
 # Of the records, where there are no splits: held out, and to score at the end
 _SHARE = 0.1
 _ANSWERS = ("completion", "output", "label")
+_SCORED = ("valid", "test")
+# By default the last one that is installed ranks the methods
+_USUAL = {
+    "text": ("loss",),
+    "class": ("loss", "matthews", "f1", "accuracy"),
+    "number": ("loss", "spearman", "pearson"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,8 @@ def compare(
     """Train and score each method of `options` with `config`'s budget, and write the report into `config.out`.
 
     model: a hub id or a folder. data: a file, folder or hub data set, with records as `train` takes them. The learning rate is
-    each method's own; `config.lr` is not looked at. A folder with a comparison of the same settings is gone on with. A candidate
-    that fails (its loss is not finite, say) is reported as failed.
+    each method's own, not `config.lr`. A folder with a comparison of the same settings is gone on with. A candidate that fails
+    (its loss is not finite, say) is reported as failed.
 
     Raises ConfigError or DataError before any training, and Interrupted after Ctrl-C: what was finished is kept.
     """
@@ -87,6 +100,10 @@ class _Comparison:
         if options.quick:
             minutes = None if config.steps else config.minutes or _QUICK_MINUTES
             self.config = dataclasses.replace(self.config, minutes=minutes, valid_most=min(config.valid_most, 64))
+        if config.lr != TrainConfig().lr:
+            raise ConfigError(
+                "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
+            )
         self.options = options
         self.test_most = min(options.test_most, 100) if options.quick else options.test_most
         self.contestants = contestants(options.methods or (QUICK if options.quick else DEFAULT))
@@ -95,10 +112,11 @@ class _Comparison:
     def go(self) -> Comparison:
         self._claim()
         self._write_data()
+        self._recognise()
         chosen = []
         for contestant in self.contestants:
             tried = [self._run(contestant, lr, self.config.seed) for lr in rates(contestant.lr, self.options.lrs)]
-            best = min((t for t in tried if "error" not in t), key=_held_out, default=None)
+            best = min((t for t in tried if "error" not in t), key=self._held_out, default=None)
             seeds = [self.config.seed + i for i in range(1, self.options.seeds)] if best else []
             more = [self._run(contestant, best["task"]["run"]["lr"], seed) for seed in seeds] if best else []
             chosen.append((contestant, tried, best, more))
@@ -129,7 +147,8 @@ class _Comparison:
             raise ConfigError(f"out is {self.folder}, which is a file; name a folder.")
         if self.folder.is_dir() and any(self.folder.iterdir()):
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            if known != own and not self.config.overwrite:
+            begun = known is None or (self.folder / "runs").exists()
+            if known != own and begun and not self.config.overwrite:
                 other = sorted(k for k in own["run"] if known and known["run"].get(k) != own["run"][k])
                 other += sorted(k for k in own if k != "run" and known and known.get(k) != own[k])
                 raise ConfigError(
@@ -167,7 +186,11 @@ class _Comparison:
             test, order = [train[i] for i in order[:count]], order[count:]
         if valid is None:
             valid, order = [train[i] for i in order[:count]], order[count:]
-        return {"train": [train[i] for i in sorted(order)], "valid": valid, "test": _some(test, self.test_most)}
+        return {
+            "train": [train[i] for i in sorted(order)],
+            "valid": _some(valid, self.config.valid_most),
+            "test": _some(test, self.test_most),
+        }
 
     def _given(self, name: str | None) -> list[dict[str, Any]] | None:
         """The records of a file or a split that was named."""
@@ -181,6 +204,26 @@ class _Comparison:
             raise DataError(f"{name}: {len(problems)} records cannot be read, the first: {problems[0]}")
         return [fields for _, fields in found]
 
+    def _recognise(self) -> None:
+        """Once for all candidates: the task, its classes, what is scored and what learning rates are chosen by."""
+        records = read(self.folder / "data" / "train.jsonl", self.config.data)
+        self.data_config = recognised(self.config.data, records, read_config(self.model))
+        task = task_of(self.data_config)
+        check_labels(
+            self.data_config, [records, *(read(self.folder / "data" / f"{n}.jsonl", self.config.data) for n in _SCORED)]
+        )
+        given = [m.strip() for m in self.options.metrics.split(",") if m.strip()]
+        self.metrics = given or [m for m in _USUAL[task.answers] if installed(m)]
+        check_metrics(self.metrics, metrics_of(self.data_config, records.form))
+        # Of text it would take generating; and a loss is less than a classifier is for
+        self.chosen_by = self.metrics[-1] if task.answers != "text" else "loss"
+
+    def _held_out(self, run: dict[str, Any]) -> tuple[float, float]:
+        """What a learning rate is chosen by, the least first: the score on held-out records, the loss where scores are equal."""
+        score = run["valid_scores"].get(self.chosen_by, run["valid_loss"])
+        sign = -1.0 if self.chosen_by in MORE_IS_BETTER else 1.0
+        return _least_last(sign, score), _least_last(1.0, run["valid_loss"])
+
     # --- candidates ---------------------------------------------------------------------------------------------
 
     def _run(self, contestant: Contestant, lr: float, seed: int) -> dict[str, Any]:
@@ -190,11 +233,13 @@ class _Comparison:
         )
         folder = self.folder / "runs" / label
         data = self.folder / "data"
-        run = to_mapping(self.config) | {"lr": lr, "seed": seed, "valid": str(data / "valid.jsonl"), "split": None}
+        run = to_mapping(dataclasses.replace(self.config, data=self.data_config))
+        run |= {"lr": lr, "seed": seed, "valid": str(data / "valid.jsonl"), "split": None}
         del run["out"], run["overwrite"]
         task = {
             "name": contestant.name, "method": contestant.kind, "settings": to_mapping(contestant.method), "model": self.model,
-            "train": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "metrics": self._metrics(), "run": run,
+            "train": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "metrics": self.metrics, "run": run,
+            "valid_metrics": [] if self.chosen_by == "loss" else [self.chosen_by],
         }  # fmt: skip
         done = _read_json(folder / candidate.SCORE)
         fresh = done is None or done["task"] != json.loads(json.dumps(task))
@@ -207,9 +252,6 @@ class _Comparison:
         assert done is not None
         self._tell("finished", contestant, lr, seed, {**done, "fresh": fresh})
         return done | {"folder": str(folder)}
-
-    def _metrics(self) -> list[str]:
-        return [m.strip() for m in self.options.metrics.split(",") if m.strip()] or ["loss"]
 
     def _tell(
         self, kind: Literal["started", "finished"], contestant: Contestant, lr: float, seed: int, more: dict[str, Any]
@@ -247,11 +289,15 @@ class _Comparison:
         settings = dict(described(contestant.method))
         row: dict[str, Any] = {"name": contestant.name, "method": contestant.kind, "settings": settings}
         row["tried"] = [
-            {"lr": t["task"]["run"]["lr"], "valid_loss": t.get("valid_loss"), "error": t.get("error")} for t in tried
-        ]
+            {
+                "lr": t["task"]["run"]["lr"], "valid_loss": t.get("valid_loss"),
+                "valid_score": t.get("valid_scores", {}).get(self.chosen_by), "error": t.get("error"),
+            }
+            for t in tried
+        ]  # fmt: skip
         if best is None:
             return row | {"error": tried[0]["error"]}
-        figures = {k: v for k, v in best.items() if k not in ("task", "folder", "scores", "valid")}
+        figures = {k: v for k, v in best.items() if k not in ("task", "folder", "scores", "valid", "valid_scores")}
         runs = [best, *(run for run in more if "error" not in run)]
         scores = {
             metric: {"seeds": [run["scores"][metric]["value"] for run in runs], **best["scores"][metric]}
@@ -260,10 +306,9 @@ class _Comparison:
         return row | {"lr": best["task"]["run"]["lr"], **figures, "scores": scores, "valid": best["valid"]}
 
 
-def _held_out(run: dict[str, Any]) -> float:
-    """What the learning rate is chosen by."""
-    loss = run["valid_loss"]
-    return float("inf") if loss is None or loss != loss else loss
+def _least_last(sign: float, value: float | None) -> float:
+    """To sort by; what is not there, or not a number, comes last."""
+    return math.inf if value is None or math.isnan(value) else sign * value
 
 
 def _some(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:

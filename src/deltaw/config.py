@@ -176,12 +176,13 @@ class CompareConfig:
     """Methods, with commas: full, bitfit, houlsby, pfeiffer, lin, adapterdrop, prefix, prompt, ia3, lora-qv, lora, dora; with
     settings of their own in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of these."""
     lrs: int = 1
-    """Learning rates to try for each method, a factor of three apart around its usual one; the best one by held-out loss
-    counts."""
+    """Learning rates to try for each method, a factor of three apart around its usual one; the best one counts: by held-out
+    loss, of classes and numbers by the last of the metrics."""
     seeds: int = 1
     """Runs with the best learning rate, each with a seed of its own."""
     metrics: str = ""
-    """Which scores on the test records, with commas. Default: the loss, and for classes and numbers their usual metric."""
+    """Which scores on the test records, with commas; the last one ranks. Default: the loss, and for classes and numbers their
+    usual ones."""
     test: str | None = None
     """Records to score at the end: a file, or a split of DATA. Default: its test split, else its valid or dev split, else a part
     of DATA."""

@@ -1,4 +1,4 @@
-"""How many positions a model has: what a row of tokens must fit in. Knows a model's config and nothing else."""
+"""How much a model takes: the positions that a row of tokens must fit in, the size of an image. Knows a model's config alone."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def _taken_by_padding(model: Any, most: int) -> int:
 def within(data: DataConfig, model: Any) -> DataConfig:
     """`data` with a max_length that the model has positions for."""
     return dataclasses.replace(data, max_length=min(data.max_length, most_positions(model) or data.max_length))
+
+
+def image_shape(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a vision model takes."""
+    size = model.config.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return getattr(model.config, "num_channels", 3), height, width

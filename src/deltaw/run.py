@@ -72,6 +72,7 @@ class RunResult:
             "adapter_bytes": sum(f.stat().st_size for f in self.adapter.iterdir()),
             "base_bytes": self.summary.base_bytes,
             "unit": TASKS[self.settings["task"]].unit,
+            "counted": TASKS[self.settings["task"]].counted,
             "relative_norm": self.merge.relative,
             "merge": {
                 "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
@@ -202,8 +203,8 @@ class _Run:
         adapter = summary.adapters["default"]
         self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
-            "task": self.task.name, "labels": self.config.data.labels, "data": dataclasses.asdict(self.encoded.counts),
-            "base_bytes": summary.base_bytes,
+            "task": self.task.name, "counted": self.task.counted, "labels": self.config.data.labels,
+            "data": dataclasses.asdict(self.encoded.counts), "base_bytes": summary.base_bytes,
         }))  # fmt: skip
 
     def _hear(self, event: Event) -> None:

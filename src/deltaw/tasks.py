@@ -17,11 +17,11 @@ from deltaw.config import DataConfig, DType, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, template_of
 from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
-from deltaw.data.labels import are_quantities, class_name, class_names
+from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
-from deltaw.positions import most_positions, within
+from deltaw.positions import image_shape, most_positions, within
 from deltaw.pretrained import Pretrained, load_pretrained, pad_id
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, ItemLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
@@ -41,6 +41,8 @@ class Task:
     """Forms of the records that it learns from."""
     unit: ClassVar[str] = "nats per supervised token"
     """What its loss is in."""
+    counted: ClassVar[str] = "tokens"
+    """What its speed is of."""
     answers: ClassVar[Literal["text", "class", "number"]] = "text"
 
     @classmethod
@@ -202,6 +204,7 @@ class Image(Classification):
 
     name = "image"
     forms = ("image",)
+    counted = "images"
 
     @classmethod
     def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
@@ -244,6 +247,22 @@ def recognised(data: DataConfig, records: Records, config: Any) -> DataConfig:
     elif len(set(labels)) != len(labels) or len(labels) < 2:
         raise DataError(f"labels is {labels}; it must name at least two classes, each once.")
     return dataclasses.replace(data, task=name, labels=labels)  # type: ignore[arg-type]
+
+
+def check_labels(data: DataConfig, sets: Sequence[Records]) -> None:
+    """Raise one DataError with every record, in any of the sets, whose label is none of the classes, or no number."""
+    answers = task_of(data).answers
+    problems = []
+    for records in sets if answers != "text" else ():
+        try:
+            if answers == "class":
+                class_indices(records.items, data.labels or [], records.source)
+            else:
+                quantities(records.items, records.source)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _recognised(records: Records, config: Any, data: DataConfig) -> str:
@@ -305,9 +324,7 @@ def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
     noise in place of an image."""
     model, chance = loaded.model, torch.Generator().manual_seed(0)
     if task_of(data) is Image:
-        config = model.config
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
-        noise = torch.randn(1, getattr(config, "num_channels", 3), *size, generator=chance)
+        noise = torch.randn(1, *image_shape(model), generator=chance)
         return {"pixel_values": noise.to(model.device, model.dtype)}
     text = loaded.tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
     walk = torch.randint(0, model.config.get_text_config().vocab_size, (64,), generator=chance).tolist()

@@ -29,10 +29,11 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each task: its name, batch, the base's seconds and the others' ratios to it."""
     from deltaw import store
     from deltaw.attached import updates
-    from deltaw.pretrained import load_pretrained
     from deltaw.study import latency
+    from deltaw.tasks import Causal, of_adapter, opened, task_of
 
-    model = load_pretrained(task["model"], dtype=task["dtype"], device=task["device"]).model.eval()
+    data = of_adapter(next(iter(task["adapters"].values())))  # of one comparison, so all alike
+    model = opened(task["model"], data, dtype=task["dtype"], device=task["device"]).model.eval()
     names: dict[str, str] = {}
     for i, (name, adapter) in enumerate(task["adapters"].items()):  # a name may hold dots
         names[f"m{i}"] = name
@@ -40,7 +41,7 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     mergeable = [n for n in names if all(type(u).__name__ in ("LowRank", "Sliced") for u in updates(model, n).values())]
     ways = latency.ways(model, list(names), merged=mergeable[:1])
     tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in _SIZES}
-    if getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder:
+    if task_of(data) is Causal:
         tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b, _ in _SIZES}
     rows = []
     for (what, batch, length), each in tasks.items():

@@ -16,7 +16,7 @@ def run(command: Compare) -> None:
 
     with show.err.status("getting ready …") as status:
         done = compare(
-            command.model, command.data, command.run, command.options, on_event=lambda event: _hear(event, status)
+            command.model, command.data, command.run, command.compare, on_event=lambda event: _hear(event, status)
         )
     results = done.results
     rows = comparison.ranked(results)

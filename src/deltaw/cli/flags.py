@@ -63,7 +63,7 @@ class Compare:
     """Hub id or model folder."""
     data: Data
     """Records as train reads them."""
-    options: CompareConfig = field(default_factory=CompareConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/compare"))
 
 

@@ -24,6 +24,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # torchao, which transformers imports where it finds it, tells of kernels that it cannot load, and torch of its classes
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Where it is imported its environment comes too late; here it is not, since not every command needs it
     if "transformers" in sys.modules:

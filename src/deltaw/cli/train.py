@@ -26,6 +26,8 @@ def progress() -> _Lines:
 class _Lines:
     """One plain line for each logged step and evaluation."""
 
+    counted = "tokens"
+
     def __enter__(self) -> _Lines:
         return self
 
@@ -35,17 +37,23 @@ class _Lines:
     def hear(self, event: Any) -> None:
         values = event.values
         if event.kind == "start":
+            self.counted = values["counted"]
             _coverage(values)
         elif event.kind == "step":
             show.out.print(
                 f"step {event.step}/{values['total_steps']}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{_pace(values)}",
+                f"{self._pace(values)}",
                 soft_wrap=True,
             )
         elif event.kind == "eval":
             show.out.print(f"step {event.step}  held-out loss {values['valid_loss']:.4f}")
         else:
             show.err.print(f"warning: {values['text']}", style="yellow", soft_wrap=True)
+
+    def _pace(self, values: dict[str, Any]) -> str:
+        """Speed, memory and time left, alike in the bar and in plain lines."""
+        left = units.duration(values["seconds_left"])
+        return f"{values['tokens_per_second']:.0f} {self.counted}/s  {units.size(values['memory'])}  {left} left"
 
 
 class _Live(_Lines):
@@ -71,13 +79,9 @@ class _Live(_Lines):
         if self.task is None:
             self.progress.start()
             self.task = self.progress.add_task("", total=values["total_steps"])
-        self.progress.update(self.task, completed=event.step, description=f"loss {values['loss']:.4f}  {_pace(values)}")
-
-
-def _pace(values: dict[str, Any]) -> str:
-    """Speed, memory and time left, alike in the bar and in plain lines."""
-    left = units.duration(values["seconds_left"])
-    return f"{values['tokens_per_second']:.0f} tokens/s  {units.size(values['memory'])}  {left} left"
+        self.progress.update(
+            self.task, completed=event.step, description=f"loss {values['loss']:.4f}  {self._pace(values)}"
+        )
 
 
 def _coverage(values: dict[str, Any]) -> None:
@@ -123,7 +127,7 @@ def _summary(result: Any, command: Train) -> None:
         facts["held-out loss"] = f"{first:.4f} → {last:.4f} ({best})"
     sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
     facts |= {
-        "time": f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} tokens/s",
+        "time": f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} {figures['counted']}/s",
         "peak memory": units.size(figures["peak_memory"]),
         "‖ΔW‖ / ‖W0‖": f"{figures['relative_norm']:.4f}",
         "adapter": f"{result.adapter}  {sizes[0]} (base {sizes[1]})",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from deltaw.merged import merge, unmerge
+from deltaw.positions import image_shape, most_positions
 from deltaw.switching import using
 
 BASE = "base"
@@ -94,7 +95,12 @@ def _wait() -> None:
 
 
 def forward(model: Any, batch: int, length: int) -> Task:
-    """A pass over random tokens [batch, length], of which a language model's head sees the last."""
+    """A pass over random tokens [batch, length], as far as the model has positions, of which a language model's head sees the
+    last; over random images where it takes these."""
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        pictures = images(model, batch)
+        return lambda: lambda: model(pixel_values=pictures)
+    length = min(length, most_positions(model) or length)
     inputs: dict[str, Any] = {"input_ids": tokens(model, batch, length)}
     given = inspect.signature(model.forward).parameters
     inputs |= {"logits_to_keep": 1} if "logits_to_keep" in given else {}
@@ -122,3 +128,10 @@ def tokens(model: Any, batch: int, length: int) -> Tensor:
     drawn = torch.randint(min(100, count // 2), count, (batch, length), generator=torch.Generator().manual_seed(batch))
     device: torch.device = next(model.parameters()).device
     return drawn.to(device)
+
+
+def images(model: Any, batch: int) -> Tensor:
+    """Noise [batch, channels, height, width], the same each time."""
+    drawn = torch.randn(batch, *image_shape(model), generator=torch.Generator().manual_seed(batch))
+    first = next(model.parameters())
+    return drawn.to(first.device, first.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,11 +148,11 @@ def check_metrics(names: Sequence[str], known: Sequence[str] = METRICS) -> None:
     if unknown:
         named = "; ".join(f"{n!r}{nearest(n, known)}" for n in unknown)
         raise ConfigError(f"Unknown metric {named}. There are: {', '.join(known)}.")
-    for name in names:
-        if name in _PACKAGES:
-            try:
-                __import__(_PACKAGES[name])
-            except ImportError as error:
-                raise ConfigError(
-                    f"{name} needs a package that is not installed: pip install 'deltaw[eval]'"
-                ) from error
+    missing = [name for name in names if not installed(name)]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} needs a package that is not installed: pip install 'deltaw[eval]'")
+
+
+def installed(name: str) -> bool:
+    """Whether the package that computes this metric is there."""
+    return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None

@@ -90,8 +90,8 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Time", units.duration(loop["seconds"]), f"{loop['step']} steps, {loop['records']:,} records"),
         (
             "Speed",
-            f"{loop['tokens'] / max(loop['step_seconds'], 1e-9):.0f} tokens/s",
-            f"{loop['tokens']:,} tokens, padding not counted",
+            f"{loop['tokens'] / max(loop['step_seconds'], 1e-9):.0f} {figures['counted']}/s",
+            f"{loop['tokens']:,} {figures['counted']}, padding not counted",
         ),
         ("Peak memory", units.size(figures["peak_memory"]), "of the process, base included"),
         ("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}", "over all adapted layers"),
@@ -114,7 +114,7 @@ def _curves(log: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> lis
         Chart("Loss", "step", figures["unit"], loss, note=_LOSSES.get(figures["unit"], "")),
         Chart("Learning rate", "step", "", [Series("learning rate", [(x["step"], x["lr"]) for x in steps], "line")]),
         Chart("Gradient norm", "step", "", [Series("before clipping", norms, "line")]),
-        Chart("Speed", "step", "tokens per second", [Series("since the last line", speed, "line")]),
+        Chart("Speed", "step", f"{figures['counted']} per second", [Series("since the last line", speed, "line")]),
     ]  # fmt: skip
 
 
