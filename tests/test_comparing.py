@@ -119,7 +119,10 @@ def test_the_report_says_what_is_best_and_what_is_near() -> None:
     results = made([("full", 1_000_000, 1.00), ("lora", 10_000, 1.02), ("prefix", 2_000, 1.04), ("ia3", 500, 2.0)])
     assert [row["name"] for row in ranked(results)] == ["full", "lora", "prefix", "ia3"]
     said = headline(results)
-    assert said.startswith("full is best by loss") and "Within its interval: lora, prefix, of which prefix" in said
+    assert (
+        said.startswith("full is best by loss")
+        and "Within its interval: lora, prefix; the smallest of them, prefix, has 2k." in said
+    )
     page = render(comparison_report(results))
     for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
         assert part in page
@@ -132,8 +135,8 @@ def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
 
     def row(name: str, parameters: int, loss: float) -> dict[str, Any]:
         return {
-            "name": name, "method": "lora", "settings": {}, "tried": [{"lr": 1e-3, "valid_loss": loss, "error": None}], "lr": 1e-3,
-            "parameters": parameters, "share": 0.01, "bytes": 1, "bytes_with_optimizer": 2, "memory": None, "step_seconds": 0.1,
+            "name": name, "method": "lora", "settings": {}, "lr": 1e-3,
+            "tried": [{"lr": 1e-3, "valid_loss": loss, "valid_score": None, "error": None}], "parameters": parameters, "share": 0.01, "bytes": 1, "bytes_with_optimizer": 2, "memory": None, "step_seconds": 0.1,
             "valid_loss": loss, "valid": [[0, 3.0], [4, loss]], "notes": [],
             "scores": {"loss": {"seeds": [loss], "value": loss, "low": loss - 0.05, "high": loss + 0.05}},
         }  # fmt: skip

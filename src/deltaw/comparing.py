@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -300,7 +301,8 @@ class _Comparison:
         figures = {k: v for k, v in best.items() if k not in ("task", "folder", "scores", "valid", "valid_scores")}
         runs = [best, *(run for run in more if "error" not in run)]
         scores = {
-            metric: {"seeds": [run["scores"][metric]["value"] for run in runs], **best["scores"][metric]}
+            metric: {"seeds": [run["scores"][metric]["value"] for run in runs]}
+            | {part: statistics.fmean(run["scores"][metric][part] for run in runs) for part in ("value", "low", "high")}
             for metric in best["scores"]
         }
         return row | {"lr": best["task"]["run"]["lr"], **figures, "scores": scores, "valid": best["valid"]}

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from deltaw.errors import ConfigError
 from deltaw.study.charts import describe
 from deltaw.study.examples import marked
+from deltaw.study.point_names import _box, placed
 from deltaw.study.report import Chart, Report, Sample, Series, Table, render, write
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -151,10 +153,15 @@ def test_one_point_of_any_size(value: float, log: bool) -> None:
 number = st.one_of(st.floats(), st.integers(-(10**400), 10**400), st.floats(0, 1e-3), st.none())
 
 
-@given(st.lists(st.tuples(number, number), max_size=30), st.booleans(), st.sampled_from(["line", "dots", "bars"]))
+@given(
+    st.lists(st.tuples(number, number), max_size=30),
+    st.sampled_from(["", "x", "y", "xy"]),
+    st.sampled_from(["line", "dots", "points", "bars"]),
+)
 @settings(max_examples=150, deadline=None)
-def test_any_numbers_are_drawn_inside_the_plot(points: list[tuple[float, float]], log: bool, style: str) -> None:
-    page = Page(render(Report("t", "h", curves=[Chart("c", "x", "y", [Series("s", points, style)], log_y=log)])))  # type: ignore[arg-type]
+def test_any_numbers_are_drawn_inside_the_plot(points: list[tuple[float, float]], log: str, style: str) -> None:
+    chart = Chart("c", "x", "y", [Series("s", points, style)], log_y="y" in log, log_x="x" in log)  # type: ignore[arg-type]
+    page = Page(render(Report("t", "h", curves=[chart])))
     for tag, attrs in page.tags:
         if tag == "path":
             for found in re.findall(r"[ML](-?[\d.]+) (-?\d+)", attrs["d"] or ""):
@@ -184,6 +191,34 @@ def test_raw_dots_share_the_color_of_their_line() -> None:
     found = Page(render(Report("t", "h", curves=[chart])))
     colors = {a["class"] for a in found.of("swatch")}
     assert colors == {"swatch dots c2", "swatch line c1", "swatch line c2"}
+
+
+def test_points_and_bars_have_their_names_beside_them() -> None:
+    methods = {"full": (2e7, 0.8), "lora": (3e5, 0.79), "dora": (3.1e5, 0.79), "ia3": (1e4, 0.7)}
+    chart = Chart("c", "x", "y", [Series(n, [p], "points") for n, p in methods.items()], log_x=True)
+    page = Page(render(Report("t", "h", curves=[chart])))
+    names = {a["x"]: a for t, a in page.tags if t == "text" and a.get("class") == "name"}
+    assert len(names) == 4 and not page.of("swatch points c1")
+    assert json.loads(page.of("plot")[0]["data-chart"] or "")["log"] is True
+    bars = render(
+        Report("t", "h", curves=[Chart("c", "", "y", [Series("s", [(0, 1), (1, 2)], "bars", ["left", "right"])])])
+    )
+    assert (
+        ">left</text>" in bars
+        and ">right</text>" in bars
+        and ">0.5</text>" not in bars.split('text-anchor="middle"')[1]
+    )
+
+
+def test_names_of_points_keep_out_of_each_others_way() -> None:
+    points = {
+        name: (0.5 + i / 400, 0.5 + i / 200)
+        for i, name in enumerate(("full", "houlsby", "pfeiffer", "lora-qv", "dora"))
+    }
+    boxes = [_box(name) for name in placed(points | {"edge": (1.0, 0.0)})]
+    assert len(boxes) == 6 and all(left >= 0 and right <= 980 for left, _, right, _ in boxes)
+    for a, b in combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
 
 
 def test_a_chart_says_in_words_what_it_shows() -> None:

@@ -11,21 +11,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from deltaw.errors import ConfigError
+from deltaw.study import point_names
 from deltaw.study.axes import Axis, Point, decimate, finite, linear_axis, log_axis, short
 from deltaw.study.markup import tag, text
 
 _UNITS = 10_000
-_COLORS = 6
+_COLORS = 10
 _MANY = 400
-Style = Literal["line", "dots", "bars"]
+Style = Literal["line", "dots", "points", "bars"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. A point that is not finite is a gap. `labels` names the points (of bars, say), for the tooltip."""
+    """One curve, or a cloud of faint dots, or points with the series' name beside them, or bars. A point that is not finite is a
+    gap. `labels` names the points, for the tooltip; those of bars stand below them too."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -33,8 +35,10 @@ class Series:
     labels: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.style not in ("line", "dots", "bars"):
-            raise ConfigError(f"Series {self.name!r}: style is 'line', 'dots' or 'bars', not {self.style!r}.")
+        if self.style not in get_args(Style):
+            raise ConfigError(
+                f"Series {self.name!r}: style is one of {', '.join(get_args(Style))}, not {self.style!r}."
+            )
         if self.labels and len(self.labels) != len(self.points):
             raise ConfigError(f"Series {self.name!r}: {len(self.labels)} labels for {len(self.points)} points.")
 
@@ -48,6 +52,7 @@ class Chart:
     y_label: str
     series: Sequence[Series]
     log_y: bool = False
+    log_x: bool = False
     note: str = ""
 
 
@@ -101,26 +106,29 @@ def _curves(chart: Chart) -> list[_Curve]:
         colors[series.name] = colors[owner] if owner else len(set(colors.values())) % _COLORS + 1
     found = []
     for series in chart.series:
-        points = [_plottable(p, chart.log_y) for p in decimate(series.points)]
+        points = [_plottable(p, chart) for p in decimate(series.points)]
         names = {(x, y): str(n) for (x, y), n in zip(series.points, series.labels, strict=False)}
         found.append(_Curve(series.name, series.style, colors[series.name], points, names))
     return found
 
 
-def _plottable(point: tuple[float, float], log: bool) -> Point | None:
+def _plottable(point: tuple[float, float], chart: Chart) -> Point | None:
     x, y = finite(point[0]), finite(point[1])
-    return None if x is None or y is None or (log and y <= 0) else (x, y)
+    if x is None or y is None or (chart.log_y and y <= 0) or (chart.log_x and x <= 0):
+        return None
+    return x, y
 
 
 def _legend(curves: Sequence[_Curve]) -> str:
-    """Name and last value of each curve; a lone curve of bars says nothing more than the title."""
+    """Name and last value of each curve; a lone curve of bars says nothing more than the title, and points have their names."""
     items = []
     for curve in curves:
         last = tag("b", text(short(curve.drawn[-1][1]))) if curve.drawn and curve.style == "line" else ""
         swatch = tag("span", cls=f"swatch {curve.style} c{curve.color}", aria_hidden="true")
         items.append(tag("li", f"{swatch}{text(curve.name)}{last}"))
     lone = len(curves) == 1 and curves[0].style != "line"
-    return tag("ul", "".join(items), cls="legend") if items and not lone else ""
+    named = all(c.style == "points" for c in curves)
+    return tag("ul", "".join(items), cls="legend") if items and not lone and not named else ""
 
 
 def _axes(chart: Chart, curves: Sequence[_Curve], wide: bool) -> tuple[Axis, Axis]:
@@ -130,6 +138,8 @@ def _axes(chart: Chart, curves: Sequence[_Curve], wide: bool) -> tuple[Axis, Axi
         half = _slot(curves) / 2
         xs = [min(xs) - half, max(xs) + half]
     y = log_axis(ys) if chart.log_y else linear_axis(ys, zero=bars, count=4)
+    if chart.log_x and not bars:
+        return log_axis([min(xs) / 1.2, max(xs) * 1.2]), y  # so that no point is on the edge
     return linear_axis(xs, snug=True, count=8 if wide else 4), y
 
 
@@ -145,8 +155,15 @@ def _plot(chart: Chart, curves: Sequence[_Curve], wide: bool) -> str:
     room = next((name for most, name in ((3, "s"), (5, "m"), (7, "l")) if max(map(len, labels)) <= most), "xl")
     shapes = "".join(_shape(c, i, curves, x, y) for i, c in enumerate(curves))
     inner = f'<svg viewBox="0 0 {_UNITS} {_UNITS}" preserveAspectRatio="none" width="100%" height="100%">{shapes}</svg>'
-    grid = _grid_y(y, labels) + _grid_x(x, wide)
-    svg = tag("svg", grid + inner, role="img", aria_label=describe(chart), width="100%", height="100%")
+    grid = _grid_y(y, labels) + (_bar_names(curves, x) or _grid_x(x, wide))
+    svg = tag(
+        "svg",
+        grid + inner + _point_names(curves, x, y),
+        role="img",
+        aria_label=describe(chart),
+        width="100%",
+        height="100%",
+    )
     plot = tag("div", svg, cls="plot", data_chart=_data(curves, x, y))
     y_label = tag("p", text(chart.y_label), cls="y-label", aria_hidden="true") if chart.y_label else ""
     x_label = tag("p", text(chart.x_label), cls="x-label", aria_hidden="true") if chart.x_label else ""
@@ -174,14 +191,37 @@ def _grid_x(axis: Axis, wide: bool) -> str:
     return "".join(parts)
 
 
+def _bar_names(curves: Sequence[_Curve], axis: Axis) -> str:
+    """The names of bars, below them."""
+    named = {x: name for c in curves if c.style == "bars" for (x, _), name in c.names.items()}
+    return "".join(
+        f'<text x="{100 * axis.place(x):.4g}%" y="100%" dy="1.6em" text-anchor="middle">{text(name)}</text>'
+        for x, name in named.items()
+    )
+
+
+def _point_names(curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
+    """The names of series of points, each beside the one in its middle."""
+    middles = {}
+    for curve in curves:
+        if curve.style == "points" and curve.drawn:
+            px, py = sorted(curve.drawn, key=lambda p: p[1])[len(curve.drawn) // 2]
+            middles[curve.name] = x.place(px), 1 - y.place(py)
+    return "".join(
+        f'<text class="name" x="{100 * n.x:.4g}%" y="{100 * n.y:.4g}%" dx="{n.dx:g}" dy="{n.dy:g}" '
+        f'text-anchor="{n.anchor}">{text(n.text)}</text>'
+        for n in point_names.placed(middles)
+    )
+
+
 def _shape(curve: _Curve, index: int, curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
     if curve.style == "bars":
         return _bars(curve, index, curves, x, y)
     placed = [p and (round(_UNITS * x.place(p[0])), round(_UNITS * (1 - y.place(p[1])))) for p in curve.points]
-    if curve.style == "dots":
+    if curve.style in ("dots", "points"):
         path = "".join(f"M{p[0]} {p[1]}h0" for p in placed if p)
         many = " many" if len(curve.drawn) > _MANY else ""
-        return f'<path class="dots c{curve.color}{many}" d="{path}"></path>' if path else ""
+        return f'<path class="{curve.style} c{curve.color}{many}" d="{path}"></path>' if path else ""
     return _line(placed, curve.color)
 
 
@@ -230,7 +270,7 @@ def _data(curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
         if c.names:
             item["labels"] = [c.names.get(p, "") for p in c.drawn]
         series.append(item)
-    return json.dumps({"x": [x.low, x.high], "series": series}, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps({"x": [x.low, x.high], "log": x.log, "series": series}, ensure_ascii=False, separators=(",", ":"))
 
 
 def _digits(value: float) -> float | int:

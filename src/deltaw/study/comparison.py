@@ -27,12 +27,13 @@ def metric_of(results: Mapping[str, Any]) -> str:
 
 
 def ranked(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The methods' rows, the best first; those that failed last."""
+    """The methods' rows, the best first, of equals the smaller; those that failed last."""
     metric = metric_of(results)
     sign = -1.0 if metric in MORE_IS_BETTER else 1.0
 
-    def key(row: Mapping[str, Any]) -> float:
-        return sign * mean(row["scores"][metric]["seeds"]) if row.get("scores") else math.inf
+    def key(row: Mapping[str, Any]) -> tuple[float, int]:
+        scored = row.get("scores")
+        return (sign * mean(scored[metric]["seeds"]), row["parameters"]) if scored else (math.inf, 0)
 
     return sorted(results["rows"], key=key)
 
@@ -87,17 +88,23 @@ def headline(results: Mapping[str, Any]) -> str:
         return "Every method failed."
     best = rows[0]
     found = best["scores"][metric]
-    text = (
-        f"{best['name']} is best by {metric} on the test records: {score(found)} with {best['parameters']:,} parameters"
-    )
+    text = f"{best['name']} is best by {metric} on the test records: {score(found)}, with {_many(best['parameters'])} parameters."
     near = [r for r in rows[1:] if found["low"] <= mean(r["scores"][metric]["seeds"]) <= found["high"]]
-    smaller = [r for r in near if r["parameters"] < best["parameters"]]
-    if near:
-        text += f". Within its interval: {', '.join(r['name'] for r in near)}"
-    if smaller:
-        least = min(smaller, key=lambda r: r["parameters"])
-        text += f", of which {least['name']} needs the fewest parameters, {least['parameters']:,}"
+    if not near:
+        return text
+    least = min(near, key=lambda r: r["parameters"])
+    text += f" Within its interval: {', '.join(r['name'] for r in near)}"
+    if least["parameters"] < best["parameters"]:
+        text += f"; the smallest of them, {least['name']}, has {_many(least['parameters'])}"
     return text + "."
+
+
+def _many(count: int) -> str:
+    """A number of parameters in words: 4.9M, 338k, 512."""
+    for unit, mark in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{mark}"
+    return str(count)
 
 
 def comparison_report(results: Mapping[str, Any]) -> Report:
@@ -115,12 +122,12 @@ def comparison_report(results: Mapping[str, Any]) -> Report:
             Table("Methods", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE),
             *_latency_tables(results),
             Table(
-                "Learning rates", ["method", "lr", "held-out loss"], [cells for row in rows for cells in _rates(row)],
-                note="The best one by held-out loss counts; the test records are looked at for that one alone.",
+                "Learning rates", ["method", "lr", "held-out loss", f"held-out {metric}"],
+                [cells for row in rows for cells in _rates(row)], note=_RATES,
             ),
             Table(
                 "Settings of each method", ["name", "method", "settings"],
-                [[row["name"], row["method"], str(row["settings"])] for row in rows],
+                [[row["name"], row["method"], _settings(row)] for row in rows],
             ),
             Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings["run"].items()]),
         ],
@@ -132,12 +139,23 @@ def comparison_report(results: Mapping[str, Any]) -> Report:
 _NOTE = (
     "Memory is what training held over the loaded model and its adapter. Of full fine-tuning the base's own weights, which stay "
     "beside the trained ones, are in the loaded model, and so not counted. Intervals are 95%, by bootstrap over the test "
-    "records; ± is the standard deviation over seeds."
+    "records, of several seeds the mean of theirs; ± is the standard deviation over seeds."
+)
+_RATES = (
+    "Of each method the best one counts: by held-out loss, of classes and numbers by the held-out score, and by the loss where "
+    "scores are equal. The test records do not decide."
 )
 
 
 def _rates(row: Mapping[str, Any]) -> list[list[object]]:
-    return [[row["name"], f"{t['lr']:.2g}", "failed" if t["error"] else t["valid_loss"]] for t in row["tried"]]
+    return [
+        [row["name"], f"{t['lr']:.2g}", "failed" if t["error"] else t["valid_loss"], t["valid_score"]]
+        for t in row["tried"]
+    ]
+
+
+def _settings(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in row["settings"].items()) or "its defaults"
 
 
 def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -160,13 +178,8 @@ def _facts(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     ]
     if rows:
         smallest, largest = (f(rows, key=lambda r: r["parameters"]) for f in (min, max))
-        facts.append(
-            (
-                "Parameters",
-                f"{smallest['parameters']:,}",
-                f"{smallest['name']}; {largest['name']} {largest['parameters']:,}",
-            )
-        )
+        span = f"{_many(smallest['parameters'])} – {_many(largest['parameters'])}"
+        facts.append(("Parameters", span, f"{smallest['name']} to {largest['name']}"))
     return facts
 
 
@@ -175,9 +188,9 @@ def _curves(rows: Sequence[Mapping[str, Any]], metric: str, timed: Sequence[Mapp
         return []
     charts = [
         Chart(
-            "Quality against parameters", "trainable parameters, logarithm to base 10", metric,
-            [Series(r["name"], [(math.log10(r["parameters"]), s) for s in r["scores"][metric]["seeds"]], "dots") for r in rows],
-            note="The paper's Figure 2: a point for each seed.",
+            "Quality against parameters", "trainable parameters", f"{metric} on the test records",
+            [Series(r["name"], [(r["parameters"], s) for s in r["scores"][metric]["seeds"]], "points") for r in rows],
+            log_x=True, note="As in the paper's Figure 2; a point for each seed.",
         ),
         Chart(
             "Held-out loss in training", "step", "nats",
@@ -187,7 +200,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], metric: str, timed: Sequence[Mapp
     if timed:
         names = list(timed[0]["ratios"])
         charts.append(Chart(
-            f"Inference over the base's time: {timed[0]['what']}, batch {timed[0]['batch']}", "method", "times the base",
+            f"Inference over the base's time: {timed[0]['what']}, batch {timed[0]['batch']}", "", "times the base",
             [Series("ratio", [(i, timed[0]["ratios"][n]) for i, n in enumerate(names)], "bars", labels=names)],
         ))  # fmt: skip
     return charts

@@ -11,25 +11,26 @@
     if (text !== undefined) node.textContent = text;
     return node;
   };
-  const nearest = (points, x) => {
+  const nearest = (points, x, scale) => {
     let best = -1, gap = Infinity;
-    points.forEach((p, i) => { const d = Math.abs(p[0] - x); if (d < gap) { gap = d; best = i; } });
+    points.forEach((p, i) => { const d = Math.abs(scale(p[0]) - x); if (d < gap) { gap = d; best = i; } });
     return best;
   };
 
   for (const plot of document.querySelectorAll(".plot")) {
     const data = JSON.parse(plot.dataset.chart);
+    const scale = data.log ? Math.log10 : (v) => v;
     const rule = make("div", "rule"), tip = make("div", "tip");
     rule.hidden = tip.hidden = true;
     plot.append(rule, tip);
     const hide = () => { rule.hidden = tip.hidden = true; };
     const show = (event) => {
       const box = plot.getBoundingClientRect();
-      const [low, high] = data.x;
+      const [low, high] = data.x.map(scale);
       const at = low + (event.clientX - box.left) / box.width * (high - low);
-      const hits = data.series.map((s) => [s, nearest(s.points, at)]).filter(([, i]) => i >= 0);
+      const hits = data.series.map((s) => [s, nearest(s.points, at, scale)]).filter(([, i]) => i >= 0);
       if (!hits.length) return hide();
-      const x = hits.map(([s, i]) => s.points[i][0]).reduce((a, b) => Math.abs(b - at) < Math.abs(a - at) ? b : a);
+      const x = hits.map(([s, i]) => s.points[i][0]).reduce((a, b) => Math.abs(scale(b) - at) < Math.abs(scale(a) - at) ? b : a);
       tip.replaceChildren(make("p", "", number(x)));
       for (const [s, i] of hits) {
         const row = make("p", ""), label = s.labels ? s.labels[i] : "";
@@ -38,7 +39,7 @@
         tip.append(row);
       }
       rule.hidden = tip.hidden = false;
-      const left = (x - low) / (high - low) * box.width;
+      const left = (scale(x) - low) / (high - low) * box.width;
       rule.style.left = left + "px";
       const most = box.width - tip.offsetWidth;
       tip.style.left = Math.max(0, Math.min(most, left < box.width / 2 ? left + 14 : left - tip.offsetWidth - 14)) + "px";
