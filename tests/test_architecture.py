@@ -29,7 +29,7 @@ ORDER = [
     ["attached"],
     ["merged"],
     ["methods"],
-    ["files", "data", "positions", "modes"],
+    ["files", "data", "positions", "modes", "environment"],
     ["base_identity", "summaries", "switching", "combined", "extracted", "converted"],
     ["filed", "fitted", "renames", "method_filed"],
     ["store", "pretrained"],

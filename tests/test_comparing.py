@@ -13,6 +13,7 @@ from deltaw.cli import main
 from deltaw.comparing import compare
 from deltaw.config import CompareConfig, TrainConfig
 from deltaw.contestants import DEFAULT, QUICK, contestants, rates
+from deltaw.environment import describe
 from deltaw.errors import ConfigError, DataError
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.lora import LoRA
@@ -143,6 +144,7 @@ def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
 
     run = {"minutes": None, "steps": 4, "epochs": 1.0, "batch": 8}
     return {
+        "environment": describe(),
         "settings": {"model": "m", "data": "d", "test_most": 9, "run": run},
         "rows": [row(*each) for each in rows],
         "latency": [{"what": "forward", "batch": 1, "length": 128, "base": 0.1, "ratios": {name: 1.1 for name, *_ in rows}}],

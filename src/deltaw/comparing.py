@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from deltaw import candidate, timing
+from deltaw import candidate, environment, timing
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.contestants import DEFAULT, QUICK, Contestant, contestants, described, rates
 from deltaw.data import read
@@ -124,6 +124,8 @@ class _Comparison:
         latencies = self._latencies({c.name: best for c, _, best, _ in chosen if best})
         results = {
             "settings": self._settings(),
+            "environment": environment.describe(),
+            "chosen_by": self.chosen_by,
             "rows": [self._row(*each) for each in chosen],
             "latency": latencies,
         }

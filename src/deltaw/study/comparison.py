@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaw import units
+from deltaw.environment import in_words
 from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import Chart, Report, Series, Table
-from deltaw.version import __version__
 
 # GPT-2 M on a GPU (arXiv 2106.09685, Table 1): batch × length → ms, and what adapter layers add
 PAPER = (
@@ -132,7 +132,7 @@ def comparison_report(results: Mapping[str, Any]) -> Report:
             Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings["run"].items()]),
         ],
         warnings=_warnings(rows),
-        footer=f"deltaw {__version__}",
+        footer=in_words(results["environment"]),
     )  # fmt: skip
 
 

@@ -1,0 +1,185 @@
+"""Write docs/evidence.md from results/: methods compared on real data, what their steps cost, what inference with them costs.
+
+    python -m scripts.evidence_page                                  # the page, of what is in results/
+    python -m scripts.evidence_page take NAME FOLDER MODEL DATA      # first keep FOLDER/results.json as results/compare_NAME.json
+
+`take` puts the names of the model and the data in place of their paths.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaw import units
+from deltaw.environment import in_words
+from deltaw.study.comparison import headline, mean, metric_of, ranked, score
+from deltaw.study.metrics import MORE_IS_BETTER
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "evidence.md"
+GLUE = ("sst2", "mrpc", "rte", "cola")
+LORA = "lora"
+INTRODUCTION = """# Evidence
+
+This page is written by [scripts/evidence_page.py](../scripts/evidence_page.py) from the files in [results](../results). Every
+table is of runs on a CPU with two cores, so training is short: the tables say how the methods rank for a small budget, not what
+each can come to. All methods get the same records in the same order, the same number of steps, and the learning rate that
+`deltaw compare` gives them by default. Nothing here was tuned for one of them. Intervals are 95%, by bootstrap over the test
+records; ± is the standard deviation over seeds. [design.md](design.md) says what each method is.
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    if words[:1] == ["take"]:
+        take(*words[1:])
+    parts = [INTRODUCTION, *e2e(), *glue(), *steps(), *latency()]
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def take(name: str, folder: str, model: str, data: str) -> None:
+    """Keep a comparison's results under names that mean something to others."""
+    results = read(Path(folder) / "results.json")
+    results["settings"] |= {"model": model, "data": data}
+    (RESULTS / f"compare_{name}.json").write_text(
+        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------
+
+
+def e2e() -> list[str]:
+    """SmolLM2 on E2E."""
+    results = read(RESULTS / "compare_e2e.json")
+    if results is None:
+        return []
+    metrics = list(results["rows"][0]["scores"])
+    rows = [
+        [*sizes(row), f"{row['valid_loss']:.4f}", *(score(row["scores"][m]) for m in metrics)]
+        for row in ranked(results)
+    ]
+    columns = [*SIZES, "held-out loss", *(f"test {m}" for m in metrics)]
+    return [
+        f"## {results['settings']['model']} on {results['settings']['data']}\n",
+        budget(results),
+        table(columns, rows),
+        said(results),
+    ]
+
+
+def glue() -> list[str]:
+    """MiniLM on four tasks of GLUE."""
+    found = {name: results for name in GLUE if (results := read(RESULTS / f"compare_{name}.json"))}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    by_name = {task: {row["name"]: row for row in results["rows"]} for task, results in found.items()}
+    columns = ["method", "parameters", *(f"{r['settings']['data']}, {metric_of(r)}" for r in found.values())]
+    rows = []
+    for row in first["rows"]:
+        own = [by_name[task].get(row["name"]) for task in found]
+        rows.append([row["name"], f"{row['parameters']:,}", *map(of_task, own, found.values())])
+    notes = [f"- {r['settings']['data']}: {budget(r, end='')} {said(r, end='')}" for r in found.values()]
+    return [f"## {first['settings']['model']} on tasks of GLUE\n", table(columns, rows), "\n".join(notes) + "\n"]
+
+
+def of_task(row: Any, results: Any) -> str:
+    return score(row["scores"][metric_of(results)]) if row and row.get("scores") else "failed"
+
+
+SIZES = ("method", "lr", "parameters", "share", "adapter", "with optimizer", "memory")
+
+
+def sizes(row: Any) -> list[str]:
+    memory = "–" if row["memory"] is None else units.size(row["memory"])
+    return [
+        row["name"], f"{row['lr']:.2g}", f"{row['parameters']:,}", f"{row['share']:.2%}", units.size(row["bytes"]),
+        units.size(row["bytes_with_optimizer"]), memory,
+    ]  # fmt: skip
+
+
+def budget(results: Any, end: str = "\n") -> str:
+    run, seeds = results["settings"]["run"], len(results["rows"][0]["scores"][metric_of(results)]["seeds"])
+    of_seeds = f", {seeds} seeds" if seeds > 1 else ""
+    return f"{run['steps']} steps of {run['batch']} records{of_seeds} ({in_words(results['environment'])}).{end}"
+
+
+def said(results: Any, end: str = "\n") -> str:
+    """The comparison in words, and where LoRA stands in it."""
+    metric = metric_of(results)
+    sign = 1 if metric in MORE_IS_BETTER else -1
+    values = {row["name"]: mean(row["scores"][metric]["seeds"]) for row in results["rows"] if row.get("scores")}
+    if len(set(values.values())) == 1 or LORA not in values:
+        return headline(results) + end
+    better = [name for name, value in values.items() if sign * (value - values[LORA]) > 0]
+    place = f"{', '.join(better)} did better than {LORA}." if better else f"None did better than {LORA}."
+    return f"{headline(results)} {place}{end}"
+
+
+# --- costs ------------------------------------------------------------------------------------------------------
+
+
+def steps() -> list[str]:
+    """Time and memory of training steps, taken in turn."""
+    results = read(RESULTS / "methods_step.json")
+    if results is None:
+        return []
+    rows = [
+        [
+            name,
+            f"{row['seconds_per_step']:.2f} s",
+            f"{row['times_the_time_of_lora']:.2f}×",
+            f"{row['peak_over_loaded_gb']:.2f} GB",
+        ]
+        for name, row in results["rows"].items()
+    ]
+    text = (
+        f"{results['model']}, {results['data']}, batches of {results['batch']} records, with the steps of all methods in turn "
+        f"({in_words(results['machine'])}). Memory is the peak over the loaded model.\n"
+    )
+    return ["## What a training step costs\n", text, table(["method", "step", "over LoRA's", "memory"], rows)]
+
+
+def latency() -> list[str]:
+    """Inference over the base's time, beside the paper's Table 1."""
+    results = read(RESULTS / "latency.json")
+    if results is None:
+        return []
+    names = list(results["rows"][0]["ratios"])
+    columns = ["", "base", *names, "paper's base", "paper's Houlsby", "paper's Lin"]
+    rows = []
+    for row in results["rows"]:
+        paper = row.get("paper")
+        theirs = [f"{paper['base_ms']} ms", f"{paper['Houlsby']}×", f"{paper['Lin']}×"] if paper else ["–"] * 3
+        size = row.get("rows×tokens") or f"{row['rows']} rows"
+        rows.append(
+            [
+                f"{row['what']}, {size}",
+                f"{row['base_ms']:.0f} ms",
+                *(f"{row['ratios'][n]:.3f}×" for n in names),
+                *theirs,
+            ]
+        )
+    counts = ", ".join(f"{name} {count:,}" for name, count in results["parameters"].items())
+    text = (
+        f"{results['model']} ({in_words(results['machine'])}). Ratios are over the base's time in the same round, medians. "
+        f"Parameters: {counts}. The paper's are of {results['paper']}.\n"
+    )
+    return ["## What inference costs\n", text, table(columns, rows)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
