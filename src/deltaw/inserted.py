@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import kind_of, plain_class, shape, why_bypassed
+from deltaw.layers import kind_of, own_forward, shape, why_bypassed
 from deltaw.lowrank import Change, delta_norm
 from deltaw.updates import Update
 
@@ -37,7 +37,7 @@ class Inserted(Update):
         self.norm_bias = nn.Parameter(down.new_zeros(d)) if norm else None
 
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
-        out = plain_class(layer).forward(layer, *inputs, **named)
+        out = own_forward(layer)(layer, *inputs, **named)
         return (self.added(out[0]), *out[1:]) if isinstance(out, tuple) else self.added(out)
 
     def added(self, h: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, SupportsIndex
 
 import torch
@@ -33,6 +35,8 @@ class Kind:
     """`W0` is a view of the layer's weight. Else it is made anew each time, and nothing can be written to it."""
     alike: ClassVar[tuple[str, ...]] = ()
     """Full names of subclasses whose own forward computes the same in another way."""
+    wrapped: ClassVar[bool] = False
+    """Subclasses whose forward goes through this one's (Gemma's scaled embeddings) are adapted within it."""
 
     @classmethod
     def W0(cls, layer: Any) -> Tensor:
@@ -103,11 +107,12 @@ class EmbeddingKind(Kind):
     layer_class = nn.Embedding
     transposed = True
     multiplies = False
+    wrapped = True
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
         """x: token ids [...] → [..., d]."""
-        out = plain_class(layer).forward(layer, x)
+        out = own_forward(layer)(layer, x)
         return out + (F.embedding(x, update.A.t()) @ update.B.t() * update.scale).to(out.dtype)
 
 
@@ -201,8 +206,31 @@ def _why_not_class(cls: Any) -> str | None:
     if kind is None:
         return f"{cls.__name__} is not a dense layer that deltaw adapts"
     own = quantised.package_class(cls) or kind.layer_class
-    same = cls.forward is own.forward or f"{cls.__module__}.{cls.__qualname__}" in kind.alike
+    same = cls.forward is own.forward or f"{cls.__module__}.{cls.__qualname__}" in kind.alike or inner_class(cls)
     return None if same else f"{cls.__name__} has a forward of its own"
+
+
+@cache
+def inner_class(cls: Any) -> Any:
+    """The class of a kind through whose forward alone the forward of `cls`, another one, gets at the weight; None where there is
+    no such."""
+    kind = _kind_of_class(cls)
+    if kind is None or not kind.wrapped:
+        return None
+    between = cls.__mro__[: cls.__mro__.index(kind.layer_class)]
+    forwards = [vars(c)["forward"] for c in between if "forward" in vars(c)]
+    return kind.layer_class if forwards and all(map(_goes_through, forwards)) else None
+
+
+def _goes_through(forward: Any) -> bool:
+    """Whether this forward calls that of its super class, and of the weight asks for no more than dtype, device and shape."""
+    code = getattr(forward, "__code__", None)
+    if code is None or "__class__" not in code.co_freevars or "forward" not in code.co_names:
+        return False
+    steps = [step for step in dis.get_instructions(code) if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))]
+    asked = {after.argval for step, after in pairwise(steps) if step.argval == "weight"}
+    last = bool(steps) and steps[-1].argval == "weight"
+    return not last and asked <= {"dtype", "device", "shape"} and not {"parameters", "_parameters"} & set(code.co_names)
 
 
 def why_bypassed(layer: nn.Module) -> str | None:
@@ -332,13 +360,15 @@ SLOT = "deltaw"
 
 _adapted: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 _plain: dict[type[nn.Module], type[nn.Module]] = {}
+_inner: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
     """The subclass of `cls` whose forward adds the active update, and whose parameters `read` are read with it. Cached, so that
     copies share it."""
     if (cls, read) not in _adapted:
-        plain: Any = cls.forward if quantised.package_class(cls) is None else partial(quantised.output, cls)
+        inner = inner_class(cls)
+        plain: Any = (inner or cls).forward if quantised.package_class(cls) is None else partial(quantised.output, cls)
 
         def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
             slot = self._modules[SLOT]
@@ -356,8 +386,13 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
         def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
             return _unpickled, (cls, read), vars(self)
 
-        own = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
-        made = type(cls.__name__, (cls,), own | {name: property(partial(_read, name)) for name in read})
+        own = {"__reduce_ex__": reduce, "__module__": cls.__module__}
+        own |= {name: property(partial(_read, name)) for name in read}
+        if inner is None:
+            made = type(cls.__name__, (cls,), own | {"forward": forward})
+        else:  # it comes between them, where the forward of `cls` calls it
+            made = type(cls.__name__, (cls, type(inner.__name__, (inner,), {"forward": forward})), own)
+            _inner[made] = inner
         _adapted[cls, read], _plain[made] = made, cls
     return _adapted[cls, read]
 
@@ -386,6 +421,11 @@ def _unpickled(cls: type[nn.Module], read: tuple[str, ...] = ()) -> nn.Module:
 def plain_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the layer had before it was adapted."""
     return _plain.get(type(layer), type(layer))
+
+
+def own_forward(layer: nn.Module) -> Any:
+    """The forward in whose place the layer's updates are: its plain class's, or what that goes through."""
+    return _inner.get(type(layer), plain_class(layer)).forward
 
 
 def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.layers import as_stored, kind_of, only_input, plain_class, shape, why_not
+from deltaw.layers import as_stored, kind_of, only_input, own_forward, shape, why_not
 from deltaw.lowrank import Change, Times, Value
 from deltaw.updates import Update, square
 
@@ -34,7 +34,7 @@ class Scaled(Update):
 
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
         """x [..., k] → [..., d]."""
-        x, forward = only_input(layer, inputs, named), plain_class(layer).forward
+        x, forward = only_input(layer, inputs, named), own_forward(layer)
         l = self.whole(layer).to(x.dtype)  # noqa: E741
         return forward(layer, x * l) if self.inputs else forward(layer, x) * l
 
@@ -83,7 +83,7 @@ class AddedBias(Update):
         self.bias = nn.Parameter(bias)
 
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
-        out = plain_class(layer).forward(layer, *inputs, **named)
+        out = own_forward(layer)(layer, *inputs, **named)
         return out + self.bias.to(out.dtype)
 
     def changes(self, layer: Any) -> dict[str, Change]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import Kind, as_matrix, as_stored, only_input, plain_class, shell, why_bypassed, why_not
+from deltaw.layers import Kind, as_matrix, as_stored, only_input, own_forward, shell, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
 from deltaw.slices import Runs
 from deltaw.versions import version_of
@@ -311,7 +311,7 @@ class Replaced(Update):
         for own_name, value in self._parameters.items():
             assert value is not None
             values[own_name] = value.to(layer._parameters[own_name].dtype)
-        return plain_class(layer).forward(shell(layer, values), *inputs, **named)
+        return own_forward(layer)(shell(layer, values), *inputs, **named)
 
     def parameter(self, layer: Any, own_name: str) -> Tensor | None:
         own, value = layer._parameters[own_name], self._parameters.get(own_name)
@@ -354,7 +354,7 @@ class ReplacedRows(Update):
         return self._embedded(layer, x) if isinstance(layer, nn.Embedding) else self._logits(layer, x)
 
     def _embedded(self, layer: Any, ids: Tensor) -> Tensor:
-        forward = plain_class(layer).forward
+        forward = own_forward(layer)
         out = forward(layer, ids.clamp(max=layer.weight.shape[0] - 1))
         place = torch.searchsorted(self.indices, ids).clamp_(max=len(self.indices) - 1)
         own = shell(layer, {"weight": self.rows.to(out.dtype)})
@@ -362,7 +362,7 @@ class ReplacedRows(Update):
         return torch.where((self.indices[place] == ids)[..., None], forward(own, place), out)
 
     def _logits(self, layer: Any, x: Tensor) -> Tensor:
-        out = plain_class(layer).forward(layer, x)
+        out = own_forward(layer)(layer, x)
         known = self.indices < out.shape[-1]
         own = F.linear(x, self.rows.to(x.dtype))
         if layer.bias is not None:
