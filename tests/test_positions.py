@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig, T5
 import deltaw
 from deltaw import DataConfig, GenerateConfig, LoRA, TrainConfig
 from deltaw.data import read
-from deltaw.errors import DataError
+from deltaw.errors import ConfigError, DataError
 from deltaw.generation import generate
+from deltaw.methods.prefix import Prefix
 from deltaw.positions import most_positions, within
 from deltaw.study.evaluate import evaluate
 from tests.data.conftest import CHATML, tiny_tokenizer
@@ -75,3 +78,25 @@ def test_rows_just_under_it_are_not_padded_over_it(short_model: Any, tmp_path: P
     records = [{"prompt": "x" * 50, "completion": "y" * (2 + i % 8)} for i in range(24)]
     config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch=4, valid_share=0.2)
     assert deltaw.train(model, records, config, method=LoRA(rank=2), tokenizer=tokenizer).state.step == 2
+
+
+@pytest.mark.parametrize("where", ["embedding", "layers"])
+def test_a_prefix_takes_positions(short_model: Any, tmp_path: Path, where: Any) -> None:
+    tokenizer = short_model[1]
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=61, vocab_size=len(tokenizer))).eval()
+    base = copy.deepcopy(model)
+    config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch=4, samples=0)
+    result = deltaw.train(model, LONG, config, method=Prefix(length=9, where=where), tokenizer=tokenizer)
+    assert result.data["longest"] == 52 and result.settings["max_length"] == 52
+    deltaw.load(base, result.adapter)
+    assert most_positions(base) == 52
+    found = evaluate(base, tokenizer, read(LONG, DataConfig()), DataConfig(), GenerateConfig(), metrics=("loss",))
+    assert found.scores["loss"].value > 0
+    with pytest.raises(DataError, match="52 positions"):
+        generate(base, tokenizer, [[5] * 45], GenerateConfig(max_new_tokens=8))
+    generate(base, tokenizer, [[5] * 44], GenerateConfig(max_new_tokens=8))
+    deltaw.detach(base)
+    with pytest.raises(ConfigError, match="takes 61 positions, and the model has 61"):
+        deltaw.train(
+            base, LONG, dataclasses.replace(config, overwrite=True), method=Prefix(length=61), tokenizer=tokenizer
+        )

@@ -1,18 +1,23 @@
-"""How much a model takes: the positions that a row of tokens must fit in, the size of an image. Knows a model's config alone."""
+"""How much a model takes: the positions that a row of tokens must fit in, the size of an image. Knows a model's config, and
+that prefixes take positions."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from torch import nn
+
+from deltaw.attached import find_record
 from deltaw.config import DataConfig
+from deltaw.errors import ConfigError
 
 # Beside transformers' standard name, the names that configs give it
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
 
 
 def most_positions(model: Any) -> int | None:
-    """The most tokens that a row may have; None where the model's config sets no bound.
+    """The most tokens that a row may have; None where the model's config sets no bound. An adapter's prefix takes some of them.
 
     Learned positions end there, with an index error; rotary ones lose their sense.
     """
@@ -21,7 +26,7 @@ def most_positions(model: Any) -> int | None:
         config = config.get_text_config()
     found = (getattr(config, name, None) for name in _NAMES)
     most = next((int(n) for n in found if isinstance(n, int) and n > 0), None)
-    return most if most is None else most - _taken_by_padding(model, most)
+    return most if most is None else most - _taken_by_padding(model, most) - _taken_by_prefix(model)
 
 
 def _taken_by_padding(model: Any, most: int) -> int:
@@ -33,9 +38,18 @@ def _taken_by_padding(model: Any, most: int) -> int:
     return 0
 
 
-def within(data: DataConfig, model: Any) -> DataConfig:
-    """`data` with a max_length that the model has positions for."""
-    return dataclasses.replace(data, max_length=min(data.max_length, most_positions(model) or data.max_length))
+def _taken_by_prefix(model: Any) -> int:
+    """By the longest one that is attached: which adapter a row will go through is not known here."""
+    record = find_record(model) if isinstance(model, nn.Module) else None
+    return max((getattr(a.method, "positions", 0) for a in record.attached.values()), default=0) if record else 0
+
+
+def within(data: DataConfig, model: Any, taken: int = 0) -> DataConfig:
+    """`data` with a max_length that the model has positions for, besides `taken` ones. Raises ConfigError where these are all."""
+    most = most_positions(model)
+    if most is not None and most <= taken:
+        raise ConfigError(f"The prefix takes {taken} positions, and the model has {most}: make it shorter.")
+    return data if most is None else dataclasses.replace(data, max_length=min(data.max_length, most - taken))
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:

@@ -109,7 +109,7 @@ def train(
     task = task_of(config.data)
     torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
     loaded = _loaded(model, tokenizer, config)
-    config = _resolved(config, records.form, loaded)
+    config = _resolved(config, records.form, loaded, getattr(method, "positions", 0))
     train_records, valid_records = _split(records, valid_records, config)
     encoded = task.encode(train_records, loaded, config.data)
     valid = task.encode(valid_records, loaded, config.data) if valid_records is not None else None
@@ -308,10 +308,10 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
     return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
 
 
-def _resolved(config: TrainConfig, form: str, loaded: Pretrained) -> TrainConfig:
+def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
     """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
     to the adapter later is wrapped as the records were."""
-    data = prepared(config.data, form, loaded)
+    data = prepared(config.data, form, loaded, taken)
     dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
     return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 

@@ -332,8 +332,8 @@ def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if task_of(data) is Seq2Seq else {})
 
 
-def prepared(data: DataConfig, form: str, loaded: Pretrained) -> DataConfig:
-    """`data` with what `auto` comes to for records of this form, within the model's positions."""
+def prepared(data: DataConfig, form: str, loaded: Pretrained, taken: int = 0) -> DataConfig:
+    """`data` with what `auto` comes to for records of this form, within the model's positions, but for `taken` ones."""
     if data.task == "causal":
         data = dataclasses.replace(data, template=template_of(form, loaded.tokenizer, data))  # type: ignore[arg-type]
-    return within(data, loaded.model)
+    return within(data, loaded.model, taken)

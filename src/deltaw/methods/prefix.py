@@ -29,6 +29,11 @@ class Prefix(Beside):
     def __post_init__(self) -> None:
         check(self, length=(1, None))
 
+    @property
+    def positions(self) -> int:
+        """Of the model's positions, those that rows of tokens cannot have."""
+        return self.length
+
     def plan(self, model: nn.Module) -> Plan:
         """Embeddings that start as those of random tokens, and activations drawn with these embeddings' standard deviation, from
         torch's global generator; fp32 (float64 on a float64 base). Unlike other methods' it changes the output from the start.
