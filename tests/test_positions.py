@@ -83,7 +83,9 @@ def test_rows_just_under_it_are_not_padded_over_it(short_model: Any, tmp_path: P
 @pytest.mark.parametrize("where", ["embedding", "layers"])
 def test_a_prefix_takes_positions(short_model: Any, tmp_path: Path, where: Any) -> None:
     tokenizer = short_model[1]
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=61, vocab_size=len(tokenizer))).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=61, vocab_size=len(tokenizer))
+    ).eval()
     base = copy.deepcopy(model)
     config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch=4, samples=0)
     result = deltaw.train(model, LONG, config, method=Prefix(length=9, where=where), tokenizer=tokenizer)

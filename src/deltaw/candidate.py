@@ -56,7 +56,7 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         result = train(task["model"], task["train"], config, method=method, on_event=hear)
     except TargetError as error:
-        if task["name"] != "bitfit":
+        if task["method"] != "bitfit" or method.add:
             raise
         notes.append(f"{str(error).split(' (')[0]}: its dense layers were given biases.")
         result = train(
