@@ -124,6 +124,8 @@ def test_the_report_says_what_is_best_and_what_is_near() -> None:
         said.startswith("full is best by loss")
         and "Within its interval: lora, prefix; the smallest of them, prefix, has 2k." in said
     )
+    same = made([("full", 1_000_000, 0.5), ("lora", 10_000, 0.5)])
+    assert headline(same).startswith("The methods do not differ by loss") and ranked(same)[0]["name"] == "lora"
     page = render(comparison_report(results))
     for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
         assert part in page

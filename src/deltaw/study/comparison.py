@@ -88,6 +88,8 @@ def headline(results: Mapping[str, Any]) -> str:
         return "Every method failed."
     best = rows[0]
     found = best["scores"][metric]
+    if len(rows) > 1 and len({mean(r["scores"][metric]["seeds"]) for r in rows}) == 1:
+        return f"The methods do not differ by {metric} on the test records: each scores {score(found)}."
     text = f"{best['name']} is best by {metric} on the test records: {score(found)}, with {_many(best['parameters'])} parameters."
     near = [r for r in rows[1:] if found["low"] <= mean(r["scores"][metric]["seeds"]) <= found["high"]]
     if not near:
