@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from deltaw.errors import ConfigError
-from deltaw.study.metrics import Score, bleu, check_metrics, exact_match, perplexity, ratio, rouge_l
+from deltaw.study.metrics import (
+    Score,
+    _Counts,
+    _picks,
+    bleu,
+    check_metrics,
+    exact_match,
+    f1,
+    matthews,
+    pearson,
+    perplexity,
+    ratio,
+    resampled,
+    rouge_l,
+    spearman,
+)
 
 LONG = "the tavern is a cheap pub near the river"
 
@@ -73,3 +91,44 @@ def test_rouge_l_takes_the_best_reference() -> None:
 def test_an_unknown_metric_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'exactmatch'.*did you mean 'exact_match'"):
         check_metrics(["loss", "exactmatch"])
+
+
+@given(st.integers(2, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=25))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_resamples_of_class_scores_are_what_scikit_learn_says(classes: int, items: list[tuple[int, int]]) -> None:
+    y, t = (np.array([pair[i] % classes for pair in items]) for i in (0, 1))
+    picks = np.random.default_rng(3).integers(0, len(y), (6, len(y)))
+    counts, average = _Counts(y, t, classes), "binary" if classes == 2 else "macro"
+    with np.errstate(all="ignore"):
+        ours = [counts.f1(picks), counts.matthews(picks)]
+    theirs = [f1_score(t[p], y[p], average=average, zero_division=0.0) for p in picks]
+    assert ours[0] == pytest.approx(theirs) and ours[1] == pytest.approx([matthews_corrcoef(t[p], y[p]) for p in picks])
+    assert f1(y, t, classes).value == pytest.approx(f1_score(t, y, average=average, zero_division=0.0))
+    assert matthews(y, t, classes).value == pytest.approx(matthews_corrcoef(t, y))
+
+
+def test_resamples_of_correlations_are_what_scipy_says() -> None:
+    chance = np.random.default_rng(0)
+    y, t = chance.normal(size=40), chance.normal(size=40).round(1)  # with ties
+    for ours, theirs in ((pearson, pearsonr), (spearman, spearmanr)):
+        draws = [theirs(y[p], t[p]).statistic for picks in _picks(40, 0) for p in picks]
+        found = ours(y, t)
+        assert found.value == pytest.approx(theirs(y, t).statistic)
+        assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
+
+
+def test_resamples_of_many_items_come_in_parts() -> None:
+    sizes = []
+
+    def of(picks: np.ndarray) -> np.ndarray:
+        sizes.append(picks.shape)
+        return picks.mean(1)
+
+    resampled(0.0, of, 300_000)
+    assert sum(count for count, _ in sizes) == 1000 and max(count for count, _ in sizes) == 3
+
+
+def test_of_constant_predictions_there_is_no_correlation() -> None:
+    assert math.isnan(pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).value)
+    assert matthews([0, 0, 0], [0, 1, 1], 2) == Score(0.0, 0.0, 0.0)

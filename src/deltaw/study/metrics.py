@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from deltaw.errors import ConfigError, nearest
 
 _RESAMPLES = 1000
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,30 @@ class Score:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def resampled(value: float, of: Callable[[Array], Array], n: int, *, seed: int = 0) -> Score:
+    """A figure of n items: its value, and `of` many resamples at once, given as item numbers [resamples, n]. Those that it is
+    undefined for are left out."""
+    with np.errstate(all="ignore"):  # of a resample of one class alone
+        draws = np.concatenate([of(picks) for picks in _picks(n, seed)])
+    draws = draws[np.isfinite(draws)]
+    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (float("nan"), float("nan"))
+    return Score(float(value), float(low), float(high))
+
+
+def _picks(n: int, seed: int) -> Iterator[Array]:
+    """The resamples, as many at a time as take some megabytes."""
+    chance, left = np.random.default_rng(seed), _RESAMPLES
+    while left:
+        count = min(left, max(1, 1_000_000 // n))
+        yield chance.integers(0, n, (count, n))
+        left -= count
+
+
 def ratio(numerators: Sequence[float], denominators: Sequence[float], *, seed: int = 0) -> Score:
     """Σ numerators / Σ denominators over items, such as loss per token; denominators of 1 give a mean."""
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
-    picks = np.random.default_rng(seed).integers(0, len(top), (_RESAMPLES, len(top)))
-    draws = top[picks].sum(1) / bottom[picks].sum(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Score(float(top.sum() / bottom.sum()), float(low), float(high))
+    value = float(top.sum() / bottom.sum())
+    return resampled(value, lambda picks: top[picks].sum(1) / bottom[picks].sum(1), len(top), seed=seed)
 
 
 def perplexity(loss: Score) -> Score:
@@ -71,18 +89,34 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return ratio(best, [1.0] * len(best))
 
 
-def resampled(
-    predicted: Sequence[Any], wanted: Sequence[Any], of: Callable[[Any, Any], float], *, seed: int = 0
-) -> Score:
-    """A figure of predictions and references that is no sum over items. Resamples that it is undefined for are left out."""
-    y, t = np.asarray(predicted), np.asarray(wanted)
-    picks = np.random.default_rng(seed).integers(0, len(y), (_RESAMPLES, len(y)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a resample of one class alone
-        value, draws = of(y, t), np.array([of(y[p], t[p]) for p in picks])
-    draws = draws[np.isfinite(draws)]
-    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (float("nan"), float("nan"))
-    return Score(float(value), float(low), float(high))
+class _Counts:
+    """How often each class is said, is wanted and is both, in each resample: [resamples, classes]. All that F1 and Matthews'
+    correlation are made of."""
+
+    def __init__(self, predicted: Sequence[int], wanted: Sequence[int], classes: int) -> None:
+        self.y, self.t, self.classes = np.asarray(predicted), np.asarray(wanted), classes
+
+    def of(self, picks: Array) -> tuple[Array, Array, Array]:
+        y, t = self.y[picks], self.t[picks]
+        return self._each(y), self._each(t), self._each(np.where(y == t, y, self.classes))
+
+    def _each(self, classes: Array) -> Array:
+        """Of each row, where a number past the last class counts for none."""
+        width = self.classes + 1
+        flat = (classes + width * np.arange(len(classes))[:, None]).ravel()
+        return np.bincount(flat, minlength=width * len(classes)).reshape(-1, width)[:, :-1].astype(float)
+
+    def f1(self, picks: Array) -> Array:
+        said, wanted, both = self.of(picks)
+        own = np.where(said + wanted > 0, 2 * both / (said + wanted), np.nan)
+        return np.nan_to_num(own[:, 1]) if self.classes == 2 else np.nanmean(own, axis=1)
+
+    def matthews(self, picks: Array) -> Array:
+        said, wanted, both = self.of(picks)
+        n = picks.shape[1]
+        shared = both.sum(1) * n - (said * wanted).sum(1)
+        spread = np.sqrt((n**2 - (said**2).sum(1)) * (n**2 - (wanted**2).sum(1)))
+        return np.where(spread > 0, shared / spread, 0.0)
 
 
 def accuracy(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> Score:
@@ -95,28 +129,44 @@ def f1(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> Score:
     from sklearn.metrics import f1_score
 
     average = "binary" if classes == 2 else "macro"
-    return resampled(predicted, wanted, lambda y, t: f1_score(t, y, average=average, zero_division=0.0))
+    value = f1_score(wanted, predicted, average=average, zero_division=0.0)
+    return resampled(value, _Counts(predicted, wanted, classes).f1, len(wanted))
 
 
 def matthews(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> Score:
     """scikit-learn's Matthews correlation, −1 to 1."""
     from sklearn.metrics import matthews_corrcoef
 
-    return resampled(predicted, wanted, lambda y, t: matthews_corrcoef(t, y))
+    value = matthews_corrcoef(wanted, predicted)
+    return resampled(value, _Counts(predicted, wanted, classes).matthews, len(wanted))
 
 
 def pearson(predicted: Sequence[float], wanted: Sequence[float]) -> Score:
     """scipy's Pearson correlation, −1 to 1."""
     from scipy.stats import pearsonr
 
-    return resampled(predicted, wanted, lambda y, t: pearsonr(y, t).statistic)
+    y, t = np.asarray(predicted, float), np.asarray(wanted, float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constant predictions
+        value = pearsonr(y, t).statistic
+    return resampled(value, lambda picks: _correlations(y[picks], t[picks]), len(t))
 
 
 def spearman(predicted: Sequence[float], wanted: Sequence[float]) -> Score:
     """scipy's Spearman rank correlation, −1 to 1."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata, spearmanr
 
-    return resampled(predicted, wanted, lambda y, t: spearmanr(y, t).statistic)
+    y, t = np.asarray(predicted, float), np.asarray(wanted, float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = spearmanr(y, t).statistic
+    return resampled(value, lambda picks: _correlations(rankdata(y[picks], axis=1), rankdata(t[picks], axis=1)), len(t))
+
+
+def _correlations(y: Array, t: Array) -> Array:
+    """Pearson's, of each row."""
+    y, t = y - y.mean(1, keepdims=True), t - t.mean(1, keepdims=True)
+    return (y * t).sum(1) / np.sqrt((y * y).sum(1) * (t * t).sum(1))
 
 
 TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Score]] = {
