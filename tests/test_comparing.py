@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -186,6 +187,9 @@ def test_methods_are_compared_by_what_classifiers_are_for(task: str, tmp_path: P
     assert row["lr"] == best["lr"], row["tried"]
     assert [t["what"] for t in done.results["latency"]] == ["forward", "forward"]
     assert "accuracy" in done.report.read_text()
+    if task == "image":  # pixels in a record become a file that each candidate reads
+        kept = json.loads((tmp_path / "out/data/train.jsonl").read_text().splitlines()[0])["image"]
+        assert np.load(kept).shape == (16, 16, 3)
 
 
 def test_what_cannot_be_compared_is_said_before_any_training(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from deltaw import candidate, environment, timing
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.contestants import DEFAULT, QUICK, Contestant, contestants, described, rates
 from deltaw.data import read
+from deltaw.data.images import opened
 from deltaw.data.sources import HELD_OUT, rows, splits
 from deltaw.errors import ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
@@ -171,7 +174,8 @@ class _Comparison:
         for name, records in self._three_sets().items():
             if not records:
                 raise DataError(f"There are no records left for the {name} set of the comparison: give more of them.")
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            kept = [_kept(record, place / "images" / f"{name}-{i}.npy") for i, record in enumerate(records)]
+            text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept)
             write_text(place / f"{name}.jsonl", text)
 
     def _three_sets(self) -> dict[str, list[dict[str, Any]]]:
@@ -231,10 +235,8 @@ class _Comparison:
 
     def _run(self, contestant: Contestant, lr: float, seed: int) -> dict[str, Any]:
         """A candidate's score: the one that is there, or of a new process. A failed one's is its error."""
-        label = (
-            f"{contestant.name}-{lr:.2g}-{seed}".replace("(", "-").replace(")", "").replace(",", "-").replace(";", "-")
-        )
-        folder = self.folder / "runs" / label
+        words = re.sub(r"[^\w.=+]+", "-", contestant.name).strip("-")
+        folder = self.folder / "runs" / f"{words}-{lr:.2g}-{seed}"
         data = self.folder / "data"
         run = to_mapping(dataclasses.replace(self.config, data=self.data_config))
         run |= {"lr": lr, "seed": seed, "valid": str(data / "valid.jsonl"), "split": None}
@@ -328,6 +330,15 @@ def _some(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
         if not picks or len(picks) + len(groups[place]) <= most:
             picks += groups[place]
     return [records[i] for i in sorted(picks)]
+
+
+def _kept(record: dict[str, Any], place: Path) -> dict[str, Any]:
+    """A record as a line of JSON has it: a picture that is no file (a parquet file's bytes, an array) becomes one."""
+    if record.get("image") is None or isinstance(record["image"], str):
+        return record
+    place.parent.mkdir(parents=True, exist_ok=True)
+    np.save(place, opened(record["image"]))
+    return record | {"image": str(place.resolve())}
 
 
 def _read_json(path: Path) -> Any:
