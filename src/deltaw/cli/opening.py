@@ -12,12 +12,12 @@ from deltaw.config import DataConfig
 def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Any:
     """A `Pretrained` with the adapter attached and active, where one is named, for the task of `data`, which is by default the
     adapter's."""
-    from deltaw import store, tasks
+    from deltaw import tasks
 
     data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
     loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
     if opening.adapter is not None:
-        store.load(loaded.model, opening.adapter, check_base=not opening.any_base)
+        tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
     return loaded
 
 

@@ -76,7 +76,7 @@ def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretr
     own = getattr(loaded.model.get_input_embeddings(), "weight", None)
     if own is not None and tokens > len(own):
         loaded.model.resize_token_embeddings(tokens, mean_resizing=False)
-    store.load(loaded.model, adapter, check_base=check_base)
+    tasks.equip(loaded, adapter, check_base=check_base)
     return loaded
 
 
