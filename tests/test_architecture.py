@@ -37,7 +37,7 @@ ORDER = [
     ["training"],
     ["tasks"],
     ["study"],
-    ["contestants"],
+    ["contestants", "three_sets"],
     ["run"],
     ["candidate", "timing"],
     ["comparing"],

@@ -20,6 +20,7 @@ from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.lora import LoRA
 from deltaw.study.comparison import comparison_report, headline, ranked
 from deltaw.study.report import render
+from deltaw.three_sets import parted
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
@@ -155,12 +156,15 @@ def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
 
 
 def test_the_references_of_an_item_stay_together() -> None:
-    from deltaw.comparing import _some
-
     records = [{"prompt": f"p{i % 7}", "completion": f"c{i}"} for i in range(35)]
-    some = _some(records, 20)
+    some, others = parted(records, 20, seed=1)
     assert len(some) == 20 and len({r["prompt"] for r in some}) == 4
-    assert len(_some(records, 2)) == 5 and _some(records, 99) == records
+    assert not {r["prompt"] for r in some} & {r["prompt"] for r in others} and len(others) == 15
+    assert len(parted(records, 2, seed=1)[0]) == 5 and parted(records, 99, seed=1) == (records, [])
+
+
+def distinct(count: int) -> list[dict[str, Any]]:
+    return [r | {"text": f"{r['text']} {i}"} for i, r in enumerate(about(count))]
 
 
 @pytest.mark.slow
@@ -169,10 +173,10 @@ def test_methods_are_compared_by_what_classifiers_are_for(task: str, tmp_path: P
     if task == "image":
         model = folder_of(lambda _: ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZE)), tmp_path, image_processor())  # fmt: skip
         records = [
-            {"image": [[[9 + 200 * (i % 2)] * 3] * 16] * 16, "label": ["dark", "light"][i % 2]} for i in range(60)
+            {"image": [[[i + 190 * (i % 2)] * 3] * 16] * 16, "label": ["dark", "light"][i % 2]} for i in range(60)
         ]
     else:
-        model, records = folder_of(TEXTS["bert"], tmp_path), about(60)
+        model, records = folder_of(TEXTS["bert"], tmp_path), distinct(60)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     done = compare(
         model, tmp_path / "data.jsonl", TrainConfig(out=str(tmp_path / "out"), steps=6, batch=8),
@@ -194,7 +198,7 @@ def test_methods_are_compared_by_what_classifiers_are_for(task: str, tmp_path: P
 
 def test_what_cannot_be_compared_is_said_before_any_training(tmp_path: Path) -> None:
     model = folder_of(TEXTS["bert"], tmp_path)
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in about(30)))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in distinct(30)))
     (tmp_path / "test.jsonl").write_text('{"text": "red", "label": "lukewarm"}\n')
     with pytest.raises(ConfigError, match=r"lora\(lr=2e-4\)"):
         compare(model, tmp_path / "data.jsonl", TrainConfig(out=str(tmp_path / "a"), lr=1e-3))

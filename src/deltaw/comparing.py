@@ -21,16 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
-from deltaw import candidate, environment, timing
+from deltaw import candidate, environment, three_sets, timing
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.contestants import DEFAULT, QUICK, Contestant, contestants, described, rates
 from deltaw.data import read
-from deltaw.data.images import opened
-from deltaw.data.sources import HELD_OUT, rows, splits
-from deltaw.errors import ConfigError, DataError, Interrupted, TrainError
+from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.pretrained import read_config
 from deltaw.study.comparison import comparison_report
@@ -41,10 +36,6 @@ from deltaw.tasks import check_labels, recognised, task_of
 
 SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 _QUICK_MINUTES = 1.0
-# Of the records, where there are no splits: held out, and to score at the end
-_SHARE = 0.1
-_ANSWERS = ("completion", "output", "label")
-_SCORED = ("valid", "test")
 # By default the last one that is installed ranks the methods
 _USUAL = {
     "text": ("loss",),
@@ -112,10 +103,12 @@ class _Comparison:
         self.test_most = min(options.test_most, 100) if options.quick else options.test_most
         self.contestants = contestants(options.methods or (QUICK if options.quick else DEFAULT))
         self.folder = Path(config.out)
+        self.sets = self.folder / "data"
 
     def go(self) -> Comparison:
         self._claim()
-        self._write_data()
+        source = three_sets.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
+        three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.test_most)
         self._recognise()
         chosen = []
         for contestant in self.contestants:
@@ -166,62 +159,15 @@ class _Comparison:
                 shutil.rmtree(self.folder)
         write_text(path, json.dumps(own, indent=1, ensure_ascii=False) + "\n")
 
-    def _write_data(self) -> None:
-        """The records in three files: to train on, held out, and to score at the end."""
-        place = self.folder / "data"
-        if all((place / f"{name}.jsonl").is_file() for name in ("train", "valid", "test")):
-            return
-        for name, records in self._three_sets().items():
-            if not records:
-                raise DataError(f"There are no records left for the {name} set of the comparison: give more of them.")
-            kept = [_kept(record, place / "images" / f"{name}-{i}.npy") for i, record in enumerate(records)]
-            text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept)
-            write_text(place / f"{name}.jsonl", text)
-
-    def _three_sets(self) -> dict[str, list[dict[str, Any]]]:
-        there = [name for name in splits(self.data) if name in HELD_OUT]
-        held_out = sorted(there, key=HELD_OUT.index)  # test comes last
-        test, valid = self._given(self.options.test), self._given(self.config.valid)
-        if test is None and held_out:
-            test = self._read(self.data, held_out[-1])
-        if valid is None and len(held_out) > 1:
-            valid = self._read(self.data, held_out[0])
-        train = self._read(self.data, self.config.data.split)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        count = max(1, min(round(len(train) * _SHARE), 1000))
-        if test is None:
-            test, order = [train[i] for i in order[:count]], order[count:]
-        if valid is None:
-            valid, order = [train[i] for i in order[:count]], order[count:]
-        return {
-            "train": [train[i] for i in sorted(order)],
-            "valid": _some(valid, self.config.valid_most),
-            "test": _some(test, self.test_most),
-        }
-
-    def _given(self, name: str | None) -> list[dict[str, Any]] | None:
-        """The records of a file or a split that was named."""
-        if name is None:
-            return None
-        return self._read(name, None) if Path(name).exists() or Path(name).suffix else self._read(self.data, name)
-
-    def _read(self, source: str | Path, split: str | None) -> list[dict[str, Any]]:
-        found, problems, name = rows(source, split, None)
-        if problems:
-            raise DataError(f"{name}: {len(problems)} records cannot be read, the first: {problems[0]}")
-        return [fields for _, fields in found]
-
     def _recognise(self) -> None:
         """Once for all candidates: the task, its classes, what is scored and what learning rates are chosen by."""
-        records = read(self.folder / "data" / "train.jsonl", self.config.data)
-        self.data_config = recognised(self.config.data, records, read_config(self.model))
+        sets = [read(three_sets.file_of(self.sets, name), self.config.data) for name in three_sets.NAMES]
+        self.data_config = recognised(self.config.data, sets[0], read_config(self.model))
+        check_labels(self.data_config, sets)
         task = task_of(self.data_config)
-        check_labels(
-            self.data_config, [records, *(read(self.folder / "data" / f"{n}.jsonl", self.config.data) for n in _SCORED)]
-        )
         given = [m.strip() for m in self.options.metrics.split(",") if m.strip()]
         self.metrics = given or [m for m in _USUAL[task.answers] if installed(m)]
-        check_metrics(self.metrics, metrics_of(self.data_config, records.form))
+        check_metrics(self.metrics, metrics_of(self.data_config, sets[0].form))
         # Of text it would take generating; and a loss is less than a classifier is for
         self.chosen_by = self.metrics[-1] if task.answers != "text" else "loss"
 
@@ -237,13 +183,13 @@ class _Comparison:
         """A candidate's score: the one that is there, or of a new process. A failed one's is its error."""
         words = re.sub(r"[^\w.=+]+", "-", contestant.name).strip("-")
         folder = self.folder / "runs" / f"{words}-{lr:.2g}-{seed}"
-        data = self.folder / "data"
+        train, valid, test = (str(three_sets.file_of(self.sets, name)) for name in three_sets.NAMES)
         run = to_mapping(dataclasses.replace(self.config, data=self.data_config))
-        run |= {"lr": lr, "seed": seed, "valid": str(data / "valid.jsonl"), "split": None}
+        run |= {"lr": lr, "seed": seed, "valid": valid, "split": None}
         del run["out"], run["overwrite"]
         task = {
             "name": contestant.name, "method": contestant.kind, "settings": to_mapping(contestant.method), "model": self.model,
-            "train": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "metrics": self.metrics, "run": run,
+            "train": train, "test": test, "metrics": self.metrics, "run": run,
             "valid_metrics": [] if self.chosen_by == "loss" else [self.chosen_by],
         }  # fmt: skip
         done = _read_json(folder / candidate.SCORE)
@@ -315,30 +261,6 @@ class _Comparison:
 def _least_last(sign: float, value: float | None) -> float:
     """To sort by; what is not there, or not a number, comes last."""
     return math.inf if value is None or math.isnan(value) else sign * value
-
-
-def _some(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most so many (but one item's at least), drawn once for all; those that differ in their answers alone stay together, as
-    the references of one item."""
-    items: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        asked = {k: v for k, v in record.items() if k not in _ANSWERS}
-        items.setdefault(json.dumps(asked, sort_keys=True, default=str), []).append(i)
-    groups = list(items.values())
-    picks: list[int] = []
-    for place in torch.randperm(len(groups), generator=torch.Generator().manual_seed(1)).tolist():
-        if not picks or len(picks) + len(groups[place]) <= most:
-            picks += groups[place]
-    return [records[i] for i in sorted(picks)]
-
-
-def _kept(record: dict[str, Any], place: Path) -> dict[str, Any]:
-    """A record as a line of JSON has it: a picture that is no file (a parquet file's bytes, an array) becomes one."""
-    if record.get("image") is None or isinstance(record["image"], str):
-        return record
-    place.parent.mkdir(parents=True, exist_ok=True)
-    np.save(place, opened(record["image"]))
-    return record | {"image": str(place.resolve())}
 
 
 def _read_json(path: Path) -> Any:

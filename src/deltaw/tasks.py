@@ -328,7 +328,10 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True) -
     lacking = [n for n in loaded.untrained if not isinstance(own.get(n), Replaced)]
     if lacking:
         raise FileError(
-            listing(f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:", lacking)
+            listing(
+                f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:",
+                lacking,
+            )
             + "\nTheir values would be random. Was the adapter trained on another checkpoint, one with these layers?"
         )
 

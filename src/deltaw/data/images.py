@@ -67,5 +67,7 @@ def _pil() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise FileError("Reading picture files needs a package that is not installed: pip install 'deltaw[vision]'") from error
+        raise FileError(
+            "Reading picture files needs a package that is not installed: pip install 'deltaw[vision]'"
+        ) from error
     return Image
