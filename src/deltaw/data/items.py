@@ -8,7 +8,7 @@ seq2seq    the prompt as the tokenizer encodes it for an encoder; target: the co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,3 @@ def _filled(rows: Sequence[Any], value: int, most: int | None) -> Tensor:
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row)
     return out
-
-
-Collate = Callable[[Sequence[Item]], ItemBatch]
