@@ -3,8 +3,8 @@
     python benchmarks/latency.py --model .cache/smollm2
 
 The base, LoRA merged and not (r = 8, all-linear), and Houlsby's, Pfeiffer's and Lin's adapter layers of as many parameters, all
-on one model with random values, in turn, medians: passes over batches of 1×128, 16×256 and 32×512 tokens as in the paper, and
-decoding with 1, 16 and 32 rows. Writes results/latency.json.
+on one model with random values, in turn, medians: passes over batches of 1×128, 16×256 and 32×512 tokens as in the paper (on a
+slow machine --lengths 128,128,128), and decoding with 1, 16 and 32 rows. Writes results/latency.json.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ METHODS = {
     "Pfeiffer": Bottleneck(size=69, kind="pfeiffer"),
     "Lin": Bottleneck(size=69, kind="lin"),
 }
-# GPT-2 M on a Quadro RTX 8000 (arXiv 2106.09685, Table 1): batch and length → milliseconds of the base, ratios of the others
+# GPT-2 M on a Quadro RTX 8000 (arXiv 2106.09685, Table 1): batch → its length, milliseconds of the base, ratios of the others
 PAPER = {
-    "1×128": {"base_ms": 19.8, "Lin": 1.207, "Houlsby": 1.303},
-    "16×256": {"base_ms": 338.0, "Lin": 1.050, "Houlsby": 1.084},
-    "32×512": {"base_ms": 1449.4, "Lin": 1.022, "Houlsby": 1.030},
+    1: {"rows×tokens": "1×128", "base_ms": 19.8, "Lin": 1.207, "Houlsby": 1.303},
+    16: {"rows×tokens": "16×256", "base_ms": 338.0, "Lin": 1.050, "Houlsby": 1.084},
+    32: {"rows×tokens": "32×512", "base_ms": 1449.4, "Lin": 1.022, "Houlsby": 1.030},
 }
 
 
@@ -41,15 +41,19 @@ def main() -> None:
     parser.add_argument(
         "--large", action=argparse.BooleanOptionalAction, default=True, help="batches of 16 and 32 rows"
     )
+    parser.add_argument(
+        "--lengths", default="128,256,512", help="tokens of a row for 1, 16 and 32 rows; default: the paper's"
+    )
     chosen = parser.parse_args()
+    sizes = list(zip(PAPER, map(int, chosen.lengths.split(",")), strict=True))
     model: Any = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
     counts = {name: attach_random(model, name, method) for name, method in METHODS.items()}
     ways = latency.ways(model, list(METHODS), merged=["LoRA"])
     rows = []
-    for batch, length in ((1, 128), (16, 256), (32, 512)) if chosen.large else ((1, 128),):
+    for batch, length in sizes if chosen.large else sizes[:1]:
         rounds = chosen.rounds if batch == 1 else 3
         found = latency.measure(ways, latency.forward(model, batch, length), rounds=rounds)
-        rows.append(row("forward", f"{batch}×{length}", found, PAPER[f"{batch}×{length}"]))
+        rows.append(row("forward", f"{batch}×{length}", found, PAPER[batch]))
     for batch in (1, 16, 32) if chosen.large else (1,):
         found = latency.measure(ways, latency.decoding(model, batch), rounds=chosen.rounds)
         rows.append(row("8 decode steps", str(batch), found, None))
@@ -70,7 +74,7 @@ def attach_random(model: Any, name: str, method: Any) -> int:
     return sum(p.numel() for p in own)
 
 
-def row(what: str, size: str, found: latency.Latency, paper: dict[str, float] | None) -> dict[str, Any]:
+def row(what: str, size: str, found: latency.Latency, paper: dict[str, Any] | None) -> dict[str, Any]:
     made = {
         "what": what, "rows×tokens" if "×" in size else "rows": size, "base_ms": round(found.seconds[latency.BASE] * 1e3, 2),
         "ratios": {name: round(r, 3) for name, r in found.ratios.items() if name != latency.BASE},

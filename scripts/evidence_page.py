@@ -163,7 +163,11 @@ def latency() -> list[str]:
     rows = []
     for row in results["rows"]:
         paper = row.get("paper")
-        theirs = [f"{paper['base_ms']} ms", f"{paper['Houlsby']}×", f"{paper['Lin']}×"] if paper else ["–"] * 3
+        theirs = (
+            [f"{paper['rows×tokens']}: {paper['base_ms']} ms", f"{paper['Houlsby']}×", f"{paper['Lin']}×"]
+            if paper
+            else ["–"] * 3
+        )
         size = row.get("rows×tokens") or f"{row['rows']} rows"
         rows.append(
             [
