@@ -98,7 +98,9 @@ def parted(records: Sequence[dict[str, Any]], most: int, *, seed: int) -> tuple[
     for place in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
         if len(picks) + len(groups[place]) <= most:
             picks.update(groups[place])
-    picks = picks or set(min(groups, key=len, default=[]))
+    if groups and not picks:
+        smallest: list[int] = min(groups, key=len)
+        picks.update(smallest)
     drawn = [record for i, record in enumerate(records) if i in picks]
     return drawn, [record for i, record in enumerate(records) if i not in picks]
 
