@@ -126,7 +126,8 @@ def said(results: Any, end: str = "\n") -> str:
         return headline(results) + end
     better = [name for name, value in values.items() if sign * (value - values[LORA]) > 0]
     place = f"{', '.join(better)} did better than {LORA}." if better else f"None did better than {LORA}."
-    return f"{headline(results)} {place}{end}"
+    notes = [f"{row['name']}: {note}" for row in results["rows"] for note in row.get("notes", ())]
+    return " ".join([headline(results), place, *notes]) + end
 
 
 # --- costs ------------------------------------------------------------------------------------------------------
