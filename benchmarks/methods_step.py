@@ -76,22 +76,12 @@ def row(job: Job, clock: race.Clock) -> None:
     method = contestant.method
     if contestant.name == "bitfit":
         method = dataclasses.replace(method, add=True)  # the model has no biases
-    counted = [0, 0]
-
-    def hear(event: Any) -> None:
-        if event.kind == "start":
-            clock.start()
-        elif event.kind == "step":
-            tokens, supervised = event.values["tokens"], event.values["supervised"]
-            clock.step(tokens - counted[0], supervised - counted[1], event.values["loss"])
-            counted[:] = tokens, supervised
-
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(
             out=folder, batch=job.batch, steps=job.steps, valid_share=0.0, samples=0, log_every=1, lr=contestant.lr,
             dtype="bfloat16", overwrite=True, data=deltaw.DataConfig(max_records=4000),
         )  # fmt: skip
-        deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=hear)
+        deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=clock.follow())
 
 
 if __name__ == "__main__":

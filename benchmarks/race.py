@@ -46,6 +46,20 @@ class Clock:
             self._tell(seconds=seconds, tokens=self.tokens, supervised=self.supervised, loss=float(loss), peak=_peak())
             self._wait()
 
+    def follow(self) -> Callable[[Any], None]:
+        """What `deltaw.train` is to tell its events to, with a line logged for each step."""
+        counted = [0, 0]
+
+        def hear(event: Any) -> None:
+            if event.kind == "start":
+                self.start()
+            elif event.kind == "step":
+                tokens, supervised = event.values["tokens"], event.values["supervised"]
+                self.step(tokens - counted[0], supervised - counted[1], event.values["loss"])
+                counted[:] = tokens, supervised
+
+        return hear
+
     def _tell(self, **values: float) -> None:
         self.told.write(json.dumps(values) + "\n")
         self.told.flush()

@@ -170,23 +170,13 @@ def deltaw_row(job: Job, clock: Clock, **settings: Any) -> None:
     """`deltaw.train` as a user calls it."""
     import deltaw
 
-    counted = [0, 0]
-
-    def hear(event: Any) -> None:
-        if event.kind == "start":
-            clock.start()
-        elif event.kind == "step":
-            tokens, supervised = event.values["tokens"], event.values["supervised"]
-            clock.step(tokens - counted[0], supervised - counted[1], event.values["loss"])
-            counted[:] = tokens, supervised
-
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(
             out=folder, batch=job.case.batch, steps=job.steps, valid_share=0.0, samples=0, log_every=1,
             seed=SEED, dtype=job.case.dtype, overwrite=True, **settings,
         )  # fmt: skip
         method = deltaw.LoRA(rank=job.case.rank, alpha=16, targets=job.case.targets)
-        deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=hear)
+        deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=clock.follow())
 
 
 def floor_row(job: Job, clock: Clock) -> None:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from deltaw import units
 from deltaw.environment import in_words
-from deltaw.study.comparison import headline, mean, metric_of, ranked, score
-from deltaw.study.metrics import MORE_IS_BETTER
+from deltaw.study.comparison import COLUMNS, cells, headline, mean, metric_of, ranked, score
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "evidence.md"
@@ -67,15 +66,13 @@ def e2e() -> list[str]:
     if results is None:
         return []
     metrics = list(results["rows"][0]["scores"])
-    rows = [
-        [*sizes(row), f"{row['valid_loss']:.4f}", *(score(row["scores"][m]) for m in metrics)]
-        for row in ranked(results)
-    ]
-    columns = [*SIZES, "held-out loss", *(f"test {m}" for m in metrics)]
+    columns = [*COLUMNS, *(f"test {m}" for m in metrics)]
+    shown = [i for i, column in enumerate(columns) if column != "step"]  # the runs shared the machine; see steps()
+    rows = [[found[i] for i in shown] for found in (cells(row, metrics) for row in ranked(results))]
     return [
         f"## {results['settings']['model']} on {results['settings']['data']}\n",
         budget(results),
-        table(columns, rows),
+        table([columns[i] for i in shown], rows),
         said(results),
     ]
 
@@ -100,17 +97,6 @@ def of_task(row: Any, results: Any) -> str:
     return score(row["scores"][metric_of(results)]) if row and row.get("scores") else "failed"
 
 
-SIZES = ("method", "lr", "parameters", "share", "adapter", "with optimizer", "memory")
-
-
-def sizes(row: Any) -> list[str]:
-    memory = "–" if row["memory"] is None else units.size(row["memory"])
-    return [
-        row["name"], f"{row['lr']:.2g}", f"{row['parameters']:,}", f"{row['share']:.2%}", units.size(row["bytes"]),
-        units.size(row["bytes_with_optimizer"]), memory,
-    ]  # fmt: skip
-
-
 def budget(results: Any, end: str = "\n") -> str:
     run, seeds = results["settings"]["run"], len(results["rows"][0]["scores"][metric_of(results)]["seeds"])
     of_seeds = f", {seeds} seeds" if seeds > 1 else ""
@@ -120,11 +106,10 @@ def budget(results: Any, end: str = "\n") -> str:
 def said(results: Any, end: str = "\n") -> str:
     """The comparison in words, and where LoRA stands in it."""
     metric = metric_of(results)
-    sign = 1 if metric in MORE_IS_BETTER else -1
-    values = {row["name"]: mean(row["scores"][metric]["seeds"]) for row in results["rows"] if row.get("scores")}
+    values = {row["name"]: mean(row["scores"][metric]["seeds"]) for row in ranked(results) if row.get("scores")}
     if len(set(values.values())) == 1 or LORA not in values:
         return headline(results) + end
-    better = [name for name, value in values.items() if sign * (value - values[LORA]) > 0]
+    better = list(takewhile(lambda name: values[name] != values[LORA], values))
     place = f"{', '.join(better)} did better than {LORA}." if better else f"None did better than {LORA}."
     notes = [f"{row['name']}: {note}" for row in results["rows"] for note in row.get("notes", ())]
     return " ".join([headline(results), place, *notes]) + end
