@@ -22,6 +22,7 @@ from torch import nn
 from deltaw import attached, store, summaries
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Encoded, Record, held_out_split, read
+from deltaw.data.sources import is_path
 from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.merge_report import MergeReport
@@ -319,8 +320,7 @@ def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) ->
 def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
     """The held-out records where there is a split or file for them, else None."""
     if config.valid is not None:
-        path = Path(config.valid)
-        if path.exists() or path.suffix or len(path.parts) > 1:  # what looks like a path is none of the data's splits
+        if is_path(config.valid):
             return read(config.valid, config.data)
         return read(source, config.data, split=config.valid)
     split = held_out_split(source) if isinstance(source, (str, Path)) else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from deltaw.data.images import opened
-from deltaw.data.sources import HELD_OUT, rows, splits
+from deltaw.data.sources import HELD_OUT, is_path, rows, splits
 from deltaw.errors import DataError
 from deltaw.files.atomic import write_text
 
@@ -76,7 +76,7 @@ def _given(name: str | None, data: str | Path) -> _Records | None:
     """The records of a file or a split that was named."""
     if name is None:
         return None
-    return _records(name, None) if Path(name).exists() or Path(name).suffix else _records(data, name)
+    return _records(name, None) if is_path(name) else _records(data, name)
 
 
 def _records(source: str | Path, split: str | None) -> _Records:

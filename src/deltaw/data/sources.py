@@ -49,6 +49,13 @@ def rows(source: Any, split: str | None, default_split: str | None) -> tuple[lis
     return [row for part in parts for row in part[0]], [line for part in parts for line in part[1]], label
 
 
+def is_path(name: str) -> bool:
+    """Whether held-out records are named by a file or folder, and not by a split of the data: what looks like a path is none of
+    its splits."""
+    path = Path(name)
+    return path.exists() or bool(path.suffix) or len(path.parts) > 1
+
+
 def splits(source: Any) -> dict[str, list[Path] | None]:
     """Split names of a source → its files (None where they are not local). A single file or list is one `train`."""
     if isinstance(source, Mapping):
