@@ -131,6 +131,8 @@ def test_the_report_says_what_is_best_and_what_is_near() -> None:
     page = render(comparison_report(results))
     for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
         assert part in page
+    assert "held-out accuracy" not in page
+    assert "held-out accuracy" in render(comparison_report(results | {"chosen_by": "accuracy"}))
     results["rows"][0] = {"name": "full", "method": "full", "settings": {}, "tried": [], "error": "boom"}
     assert ranked(results)[-1]["name"] == "full" and "boom" in render(comparison_report(results))
 
@@ -149,6 +151,7 @@ def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
     run = {"minutes": None, "steps": 4, "epochs": 1.0, "batch": 8}
     return {
         "environment": describe(),
+        "chosen_by": "loss",
         "settings": {"model": "m", "data": "d", "test_most": 9, "run": run},
         "rows": [row(*each) for each in rows],
         "latency": [{"what": "forward", "batch": 1, "length": 128, "base": 0.1, "ratios": {name: 1.1 for name, *_ in rows}}],

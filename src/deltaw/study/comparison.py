@@ -111,7 +111,7 @@ def _many(count: int) -> str:
 
 def comparison_report(results: Mapping[str, Any]) -> Report:
     """The page."""
-    settings, rows = results["settings"], ranked(results)
+    settings, rows, by = results["settings"], ranked(results), results["chosen_by"]
     metric = metric_of(results)
     good = [row for row in rows if row.get("scores")]
     metrics = list(good[0]["scores"]) if good else []
@@ -124,8 +124,8 @@ def comparison_report(results: Mapping[str, Any]) -> Report:
             Table("Methods", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE),
             *_latency_tables(results),
             Table(
-                "Learning rates", ["method", "lr", "held-out loss", f"held-out {metric}"],
-                [cells for row in rows for cells in _rates(row)], note=_RATES,
+                "Learning rates", ["method", "lr", "held-out loss", *(["held-out " + by] if by != "loss" else [])],
+                [cells for row in rows for cells in _rates(row, by)], note=_RATES,
             ),
             Table(
                 "Settings of each method", ["name", "method", "settings"],
@@ -149,11 +149,13 @@ _RATES = (
 )
 
 
-def _rates(row: Mapping[str, Any]) -> list[list[object]]:
-    return [
-        [row["name"], f"{t['lr']:.2g}", "failed" if t["error"] else t["valid_loss"], t["valid_score"]]
-        for t in row["tried"]
-    ]
+def _rates(row: Mapping[str, Any], by: str) -> list[list[object]]:
+    """What was tried, with the score that decided where that was not the loss."""
+    tried: list[list[object]] = []
+    for t in row["tried"]:
+        loss = "failed" if t["error"] else t["valid_loss"]
+        tried.append([row["name"], f"{t['lr']:.2g}", loss, *([t["valid_score"]] if by != "loss" else [])])
+    return tried
 
 
 def _settings(row: Mapping[str, Any]) -> str:
