@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("deltaw", "torch", "transformers", "peft", "trl", "safetensors", "datasets", "numpy")
+from deltaw.version import __version__
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "safetensors", "datasets", "numpy")
 
 
 def describe() -> dict[str, Any]:
@@ -22,7 +24,8 @@ def describe() -> dict[str, Any]:
         "memory_gib": _memory(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "versions": {"deltaw": __version__}
+        | {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
 
 

@@ -1,0 +1,109 @@
+"""Methods compared on real data, for docs/evidence.md: SmolLM2 on E2E, MiniLM on four tasks of GLUE.
+
+    python benchmarks/methods_compared.py e2e --model .cache/smollm2 --data E2E
+    python benchmarks/methods_compared.py cola --model MINILM --data COLA --at-once 8      # that many methods side by side
+
+MODEL and DATA are folders. Every method gets the same records in the same order and the same number of steps, at several learning
+rates a factor of three apart; the best one on held-out records is scored on the test records. What is finished in .cache/compared
+is not done again. Writes results/compare_NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import deltaw
+import machine
+from deltaw.comparing import Progress, compare
+from deltaw.contestants import DEFAULT
+
+OUT = Path(".cache/compared")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a comparison is of."""
+
+    model: str
+    data: str
+    """Their names, for readers."""
+    config: deltaw.TrainConfig
+    options: deltaw.CompareConfig
+
+
+def of_glue(data: str, steps: int, test: int, metrics: str) -> Setup:
+    reading = deltaw.DataConfig(max_length=128)
+    config = deltaw.TrainConfig(data=reading, steps=steps, batch=16, eval_every=steps, dtype="float32")
+    return Setup("all-MiniLM-L6-v2", data, config, chosen(lrs=3, seeds=3, test_most=test, metrics=metrics))
+
+
+def chosen(**options: object) -> deltaw.CompareConfig:
+    return deltaw.CompareConfig(methods=DEFAULT, latency=False, **options)  # type: ignore[arg-type]
+
+
+SETUPS = {
+    "e2e": Setup(
+        "SmolLM2-135M-Instruct", "E2E", deltaw.TrainConfig(steps=500, batch=8, eval_every=250, dtype="float32"),
+        chosen(lrs=4, test_most=800, metrics="loss,bleu"),
+    ),
+    "cola": of_glue("CoLA", 800, 1043, "loss,accuracy,matthews"),
+    "mrpc": of_glue("MRPC", 500, 1725, "loss,accuracy,f1"),
+    "rte": of_glue("RTE", 500, 277, "loss,f1,accuracy"),
+    "sst2": of_glue("SST-2", 400, 1821, "loss,f1,accuracy"),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SETUPS)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="so many methods side by side, each in a process of its own"
+    )
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    setup, folder = SETUPS[given.name], OUT / given.name
+    if given.at_once > 1 and given.only is None:
+        side_by_side(given.at_once, setup, folder)
+    methods = given.only or setup.options.methods
+    config = replace(setup.config, out=folder)
+    options = replace(setup.options, methods=methods)
+    done = compare(given.model, given.data, config, options, on_event=lambda event: print(said(event), flush=True))
+    if given.only is None:
+        results = done.results
+        results["settings"] |= {"model": setup.model, "data": setup.data}
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        (machine.RESULTS / f"compare_{given.name}.json").write_text(text, encoding="utf-8")
+
+
+def side_by_side(count: int, setup: Setup, folder: Path) -> None:
+    """Each method by a process with this command; the first one writes the sets of records that the others find."""
+
+    def one(method: str) -> None:
+        subprocess.run([sys.executable, *sys.argv, "--only", method], check=True)
+
+    with ThreadPoolExecutor(count) as pool:
+        waiting = []
+        for method in setup.options.methods.split(","):
+            waiting.append(pool.submit(one, method))
+            while not (folder / "data" / "test.jsonl").is_file() and not waiting[0].done():
+                time.sleep(0.1)
+        for each in waiting:
+            each.result()
+
+
+def said(event: Progress) -> str:
+    values = event.values
+    return f"{event.kind} {values['name']} lr {values['lr']:.2g} seed {values['seed']} {values.get('valid_loss', '')}"
+
+
+if __name__ == "__main__":
+    main()
