@@ -17,7 +17,7 @@ SRC = ROOT / "src" / "deltaw"
 ORDER = [
     ["version", "errors", "units", "names", "versions"],
     ["config"],
-    ["residual", "residency"],
+    ["residual", "residency", "differences"],
     ["lowrank", "svd", "slices", "quantised"],
     ["merge_report", "originals", "fused", "mixed"],
     ["rows"],

@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from deltaw import attached as live
 from deltaw.attached import dotted, owner_of, readers
 from deltaw.base_identity import base_fingerprint
 from deltaw.config import from_mapping, to_mapping
+from deltaw.differences import as_difference, from_difference, is_beside, problems_with
 from deltaw.errors import AdapterError, DeltaWError, FileError, listing, nearest
-from deltaw.files.method_file import PROMPT, REPLACED, MethodFile
+from deltaw.files.method_file import DIFFERENCES, PROMPT, REPLACED, MethodFile
 from deltaw.files.peft import BASE, FORMAT
 from deltaw.files.peft_config import METHOD
 from deltaw.layers import Conv1DKind, kind_of
+from deltaw.methods.full import Full
 from deltaw.methods.registry import method_class, name_of
 from deltaw.prefixes import Prepended
 from deltaw.scaled import Scaled
 from deltaw.updates import Replaced, ReplacedRows, Update
 from deltaw.version import __version__
+from deltaw.wholes import inside
 
 
 def as_method_file(model: nn.Module, name: str) -> MethodFile:
@@ -35,14 +38,17 @@ def as_method_file(model: nn.Module, name: str) -> MethodFile:
     if known is None:
         raise AdapterError(f"{type(method).__name__} has no file format: it is none of deltaw's methods.")
     updates = live.updates(model, name)
-    replaced = _replaced(updates)
+    tensors = _tensors(updates)
+    differences = _as_differences(model, tensors, method) if isinstance(method, Full) else set()
+    replaced = _replaced(updates) - _all_names(model, differences)
     metadata = {
         "deltaw_format": FORMAT,
         "deltaw_version": __version__,
         BASE: str(base_fingerprint(model, without=replaced)),
         REPLACED: json.dumps(sorted(replaced)),
+        DIFFERENCES: json.dumps(sorted(differences)),
     }
-    file = MethodFile(known, to_mapping(method), _tensors(updates), {}, metadata)
+    file = MethodFile(known, to_mapping(method), tensors, {}, metadata)
     base = getattr(getattr(owner_of(model), "config", None), "_name_or_path", None) or None
     made = _as_ia3(model, file, updates, base) or _as_prompt(model, file, updates, base)
     return made or _with(file, {METHOD: known, "settings": file.settings, "base_model_name_or_path": base})
@@ -67,6 +73,30 @@ def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
             if seen.setdefault(id(parameter), dotted(name, own)) == dotted(name, own):
                 found[dotted(name, own)] = parameter
     return found
+
+
+def _as_differences(model: nn.Module, tensors: dict[str, Tensor], method: Full) -> set[str]:
+    """Puts differences from the base into the place of tensors, except of the modules that are kept whole; their names."""
+    if method.kept != "difference":
+        return set()
+    whole = inside(dict(live.base_modules(model)), method.whole)
+    pairs = [pair for pair in _with_base(model, tensors) if pair[0].rpartition(".")[0] not in whole]
+    for name, W, W0 in pairs:
+        tensors |= as_difference(name, W.detach(), W0)
+    return {name for name, _, _ in pairs}
+
+
+def _with_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, tensor, the base's under any of whose names it is)."""
+    names = readers(model)
+    base = {n: tensor.detach() for _, parameter, tensor in live.base_tensors(model) for n in names[parameter]}
+    return ((name, tensor, base[name]) for name, tensor in tensors.items() if name in base)
+
+
+def _all_names(model: nn.Module, some: Iterable[str]) -> set[str]:
+    """The names of the base's parameters of which these are one each."""
+    wanted = set(some)
+    return {n for names in readers(model).values() if wanted.intersection(names) for n in names}
 
 
 # --- PEFT's forms -----------------------------------------------------------------------------------------------
@@ -140,16 +170,21 @@ def restored(
     except DeltaWError as error:
         raise FileError(f"The adapter in {path} does not fit this model; nothing was changed:\n{error}") from error
     planned = _tensors(updates)
-    given = _named(file, updates)
+    given, differences = _named(file, updates), file.differences()
+    beside = {n for n in given if is_beside(n) and n.rpartition(":")[0] in differences}
     problems = [f"{n} is missing" for n in planned if n not in given]
-    problems += [f"{n} is unexpected{nearest(n, planned, count=1)}" for n in given if n not in planned]
+    problems += [
+        f"{n} is unexpected{nearest(n, planned, count=1)}" for n in given if n not in planned and n not in beside
+    ]
     problems += [
         f"{n} is {list(given[n].shape)}, the model needs {list(t.shape)}"
         for n, t in planned.items()
         if n in given and given[n].shape != t.shape
     ]
+    problems += problems_with({n: t for n, t in given.items() if n in differences | beside})
     if problems:
         raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
+    given |= {n: from_difference(n, given, W0) for n, _, W0 in _with_base(model, given) if n in differences}
     whole = {id(p) for u in updates.values() if isinstance(u, (Replaced, ReplacedRows)) for p in u.parameters()}
     named = {n: p for p, names in readers(model).items() for n in names}
     for name, parameter in planned.items():

@@ -23,8 +23,8 @@ from deltaw.files.peft import FORMAT, tensors_of
 from deltaw.files.peft_config import CONFIG, METHOD, WEIGHTS, read_config, saved_module
 from deltaw.files.peft_keys import PREFIX
 
-# Metadata: JSON, the method's settings; and the base's parameters that the file has values for
-SETTINGS, REPLACED = "deltaw_settings", "deltaw_replaced"
+# Metadata: JSON, the method's settings; the base's parameters that the file has values for, and those that it has as differences
+SETTINGS, REPLACED, DIFFERENCES = "deltaw_settings", "deltaw_replaced", "deltaw_differences"
 PROMPT = "prompt_embeddings"
 _IA3_KEY = re.compile(r"(?P<layer>.+)\.ia3_l(?:\.[^.]+)?")
 
@@ -48,6 +48,10 @@ class MethodFile:
     def replaced(self) -> set[str]:
         """Names of the base's parameters that the adapter has values for."""
         return set(json.loads(self.metadata.get(REPLACED, "[]")))
+
+    def differences(self) -> set[str]:
+        """Names of the tensors that are W − W0."""
+        return set(json.loads(self.metadata.get(DIFFERENCES, "[]")))
 
 
 def read(folder: Path) -> MethodFile:
