@@ -37,7 +37,7 @@ ORDER = [
     ["training"],
     ["tasks"],
     ["study"],
-    ["contestants", "three_sets"],
+    ["contestants", "three_sets", "preparing"],
     ["run"],
     ["candidate", "timing"],
     ["comparing"],

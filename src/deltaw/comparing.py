@@ -215,7 +215,8 @@ class _Comparison:
         runs = {name: run for name, run in best.items() if run["task"]["method"] != "full"}
         task: dict[str, Any] = {
             "model": self.model, "dtype": "float32" if self.config.dtype == "auto" else self.config.dtype,
-            "device": self.config.device, "rounds": 5 if self.options.quick else 9,
+            "device": self.config.device, "rounds": 3 if self.options.quick else 9,
+            "decoding": [1] if self.options.quick else [1, 32],
             "adapters": {name: str(Path(run["folder"]) / "run" / "adapter") for name, run in runs.items()},
         }  # fmt: skip
         done = _read_json(self.folder / timing.RESULT)

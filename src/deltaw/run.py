@@ -11,8 +11,8 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,19 @@ from torch import nn
 
 from deltaw import attached, store, summaries
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
-from deltaw.data import Encoded, Record, held_out_split, read
-from deltaw.data.sources import is_path
-from deltaw.errors import AdapterError, ConfigError, DataError, Interrupted, TrainError
+from deltaw.data import Record
+from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.merge_report import MergeReport
 from deltaw.merged import preview
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import name_of
-from deltaw.pretrained import HEADED, Pretrained, head_of, read_config
+from deltaw.preparing import Prepared, prepare
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
 from deltaw.summaries import Summary
 from deltaw.switching import using
-from deltaw.tasks import TASKS, opened, prepared, recognised, task_of
+from deltaw.tasks import TASKS, task_of
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
@@ -102,22 +101,11 @@ def train(
     Raises ConfigError, FileError, TargetError or DataError before any training; TrainError when the loss is not finite and
     Interrupted after Ctrl-C, both with what was learned so far saved in the run folder.
     """
-    folder = _claim(config)
-    source = data
-    records = read(data, config.data, split=config.data.split)
-    valid_records = _held_out(source, records, config)
-    config = replace(config, data=recognised(config.data, records, _config_of(model)))
-    task = task_of(config.data)
-    torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
-    loaded = _loaded(model, tokenizer, config)
-    config = _resolved(config, records.form, loaded, getattr(method, "positions", 0))
-    train_records, valid_records = _split(records, valid_records, config)
-    encoded = task.encode(train_records, loaded, config.data)
-    valid = task.encode(valid_records, loaded, config.data) if valid_records is not None else None
-    method = _with_head(method, loaded.head)
-    torch.manual_seed(config.seed)
-    attached.attach(loaded.model, method)
-    return _Run(folder, loaded, source, config, method, encoded, valid, valid_records, on_event).go()
+    folder = claimed(config)
+    prepared = prepare(model, data, config, method, tokenizer=tokenizer)
+    torch.manual_seed(prepared.config.seed)
+    attached.attach(prepared.loaded.model, prepared.method)
+    return _Run(folder, prepared, on_event).go()
 
 
 @dataclass
@@ -125,16 +113,11 @@ class _Run:
     """What the steps of one run share."""
 
     folder: Path
-    loaded: Pretrained
-    source: Any
-    config: TrainConfig
-    method: Any
-    encoded: Encoded
-    valid: Encoded | None
-    valid_records: Any
+    prepared: Prepared
     on_event: Callable[[Event], None]
 
     def __post_init__(self) -> None:
+        self.loaded, self.config = self.prepared.loaded, self.prepared.config
         self.task = task_of(self.config.data)
 
     def go(self) -> RunResult:
@@ -165,8 +148,8 @@ class _Run:
         with _ctrl_c() as stopping:
             loop = Loop(
                 self.task.loss(self.loaded),
-                self.encoded.examples,
-                self.valid.examples if self.valid else (),
+                self.prepared.encoded.examples,
+                self.prepared.valid.examples if self.prepared.valid else (),
                 self.config,
                 on_event=self._hear,
                 should_stop=stopping,
@@ -193,11 +176,10 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """What config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is."""
-        data = (
-            self.source if isinstance(self.source, (str, Path)) else f"<{len(self.encoded.examples)} records in memory>"
-        )
-        named = {"model": self.loaded.name, "data": str(data), "method": name_of(self.method)}
-        return {**named, **to_mapping(self.method), **to_mapping(self.config)}
+        source, count = self.prepared.source, len(self.prepared.encoded.examples)
+        data = source if isinstance(source, (str, Path)) else f"<{count} records in memory>"
+        named = {"model": self.loaded.name, "data": str(data), "method": name_of(self.prepared.method)}
+        return {**named, **to_mapping(self.prepared.method), **to_mapping(self.config)}
 
     def _report_coverage(self) -> None:
         summary = summaries.summary(self.loaded.model)
@@ -205,7 +187,7 @@ class _Run:
         self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
             "task": self.task.name, "counted": self.task.counted, "labels": self.config.data.labels,
-            "data": dataclasses.asdict(self.encoded.counts), "base_bytes": summary.base_bytes,
+            "data": dataclasses.asdict(self.prepared.encoded.counts), "base_bytes": summary.base_bytes,
         }))  # fmt: skip
 
     def _hear(self, event: Event) -> None:
@@ -219,7 +201,7 @@ class _Run:
 
     def _chosen_samples(self) -> list[Record]:
         seen: dict[Any, Record] = {}
-        for record in self.valid_records.items if self.valid_records is not None else ():
+        for record in self.prepared.valid_records.items if self.prepared.valid_records is not None else ():
             known = self.task.wanted(record, self.config.data) is not None and record.form != "text"
             if known and len(seen) < self.config.samples and self._fits(record):
                 seen.setdefault(record.context, record)
@@ -254,7 +236,7 @@ class _Run:
             state=state,
             summary=summaries.summary(self.loaded.model),
             merge=preview(self.loaded.model),
-            data=dataclasses.asdict(self.encoded.counts),
+            data=dataclasses.asdict(self.prepared.encoded.counts),
             samples=samples,
             log=self.log,
             warnings=self.warnings,
@@ -266,7 +248,8 @@ class _Run:
         return result
 
 
-def _claim(config: TrainConfig) -> Path:
+def claimed(config: TrainConfig) -> Path:
+    """The run folder. Raises ConfigError where something is in the way."""
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out is {folder}, which is a file; name a folder.")
@@ -275,74 +258,6 @@ def _claim(config: TrainConfig) -> Path:
             f"The run folder {folder} is not empty. Choose another --out, or pass --overwrite to replace it."
         )
     return folder
-
-
-def _config_of(model: Any) -> Any:
-    """transformers' config of a model by its name, or of an object (None where that has none)."""
-    return read_config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", None)
-
-
-def _with_head(method: Any, head: Sequence[str]) -> Any:
-    """The method with these modules trained whole beside it."""
-    if not head or not hasattr(method, "whole"):
-        return method
-    given = [w.strip() for w in method.whole.split(",")] if isinstance(method.whole, str) else method.whole
-    return replace(method, whole=",".join(dict.fromkeys([*filter(None, given), *head])))
-
-
-def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
-    task, labels = config.data.task, config.data.labels
-    if isinstance(model, (str, Path)):
-        return opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
-    if tokenizer is None:
-        raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
-    if "default" in attached.adapters(model):
-        raise AdapterError("The model has an adapter 'default' already: detach it first.")
-    outputs = getattr(model.config, "num_labels", None)
-    if labels is not None and outputs != len(labels):
-        few = ", ".join(labels[:5]) + (" …" if len(labels) > 5 else "")
-        raise ConfigError(
-            f"The records have {len(labels)} classes ({few}), and the model's head has {outputs} outputs: open it with "
-            f"num_labels={len(labels)}."
-        )
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
-
-
-def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
-    """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
-    to the adapter later is wrapped as the records were."""
-    data = prepared(config.data, form, loaded, taken)
-    dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
-    return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
-
-
-def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
-    """The held-out records where there is a split or file for them, else None."""
-    if config.valid is not None:
-        if is_path(config.valid):
-            return read(config.valid, config.data)
-        return read(source, config.data, split=config.valid)
-    split = held_out_split(source) if isinstance(source, (str, Path)) else None
-    return read(source, config.data, split=split) if split else None
-
-
-def _split(records: Any, valid: Any, config: TrainConfig) -> tuple[Any, Any]:
-    """Seeded: a part held out where there was none, then at most max_records to train on and valid_most to evaluate on."""
-    items = list(records.items)
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    if valid is None and config.valid_share > 0 and len(items) >= 20:
-        count = max(1, min(round(len(items) * config.valid_share), config.valid_most))
-        order, held = order[count:], order[:count]
-        valid = replace(records, items=[items[i] for i in held])
-    elif valid is not None and len(valid.items) > config.valid_most:
-        picks = torch.randperm(len(valid.items), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        valid = replace(valid, items=[valid.items[i] for i in picks[: config.valid_most]])
-    if config.data.max_records is not None:
-        order = order[: config.data.max_records]
-    if not order:
-        raise DataError("No training records are left after holding some out.")
-    return replace(records, items=[items[i] for i in sorted(order)]), valid
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -42,7 +42,7 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     ways = latency.ways(model, list(names), merged=mergeable[:1])
     tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in _SIZES}
     if task_of(data) is Causal:
-        tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b, _ in _SIZES}
+        tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b in task["decoding"]}
     rows = []
     for (what, batch, length), each in tasks.items():
         found = latency.measure(ways, each, rounds=task["rounds"])

@@ -5,10 +5,11 @@ All that changes while it runs is in one place, `LoopState`, beside the optimize
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class LoopState:
 
 @dataclass
 class Loop:
-    """One adapter trained on encoded examples. The loss's model carries the adapter, attached and active."""
+    """One adapter trained on encoded examples. The loss's model carries it, attached and active."""
 
     loss: Loss
     examples: Sequence[Any]
@@ -79,6 +80,7 @@ class Loop:
     on_event: Callable[[Event], None] = lambda event: None
     should_stop: Callable[[], bool] = lambda: False
     state: LoopState = field(default_factory=LoopState)
+    adapter: str = "default"
 
     def __post_init__(self) -> None:
         config, self.model = self.config, self.loss.model
@@ -96,15 +98,33 @@ class Loop:
 
     def run(self) -> LoopState:
         """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
+        with self.opened():
+            while self.goes_on:
+                self.step()
+        return self.state
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """While open, steps may be taken; on leaving, the adapter is what was learned."""
         longest = max(e.length for e in (*self.examples, *self.valid))
         with short_row_attention(self.model, longest), self._flat() as self.flat:
             self.optimizer = optimizers.make(self.flat, self.config)
             self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
-            return self._run()
+            self.began = time.monotonic() - self.state.seconds
+            self.model.train()
+            if self.config.gradient_checkpointing:
+                _checkpoint_activations(self.model)
+            if self.valid and self.state.step == 0:
+                self._evaluate()
+            yield
+            if self.last is not None:
+                self.last.check(self.scaler)
+            self._keep_best()
+            self.model.eval()
 
     def _flat(self) -> Flat:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
-        every = updates(self.model)
+        every = updates(self.model, self.adapter)
         plain = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
         one = self.loss.collate(self.examples[:1])
         with evaluating(self.model), torch.no_grad():
@@ -113,47 +133,48 @@ class Loop:
         layers = {name: owner_of(self.model).get_submodule(name) for name in plain}
         return Flat(layers, plain, groups, {n: u for n, u in every.items() if n not in plain})
 
-    def _run(self) -> LoopState:
-        began = time.monotonic() - self.state.seconds
-        self.model.train()
-        if self.config.gradient_checkpointing:
-            _checkpoint_activations(self.model)
-        if self.valid and self.state.step == 0:
+    @property
+    def goes_on(self) -> bool:
+        return self.state.step < self.total_steps and not self.state.stopped
+
+    def step(self) -> None:
+        """One optimizer step, and what is due after it: a line of the log, an evaluation, a stop."""
+        step_began = time.monotonic()
+        values = self._step()
+        now = time.monotonic()
+        self.state.seconds = now - self.began
+        self.state.step_seconds += now - step_began
+        if self.state.step % self.config.log_every == 0 or self.state.step in (1, self.total_steps):
+            self._log(values)
+        if self.config.minutes and self.state.seconds >= self.config.minutes * 60:
+            self.state.stopped = "minutes"
+        if self.should_stop():
+            self.state.stopped = "interrupted"
+        if self.valid and self._is_time_to_evaluate() and self.state.stopped != "interrupted":
             self._evaluate()
-        while self.state.step < self.total_steps and not self.state.stopped:
-            step_began = time.monotonic()
-            values = self._step()
-            now = time.monotonic()
-            self.state.seconds = now - began
-            self.state.step_seconds += now - step_began
-            if self.state.step % self.config.log_every == 0 or self.state.step in (1, self.total_steps):
-                self._log(values)
-            if self.config.minutes and self.state.seconds >= self.config.minutes * 60:
-                self.state.stopped = "minutes"
-            if self.should_stop():
-                self.state.stopped = "interrupted"
-            if self.valid and self._is_time_to_evaluate() and self.state.stopped != "interrupted":
-                self._evaluate()
-            if self.state.stopped and self._logged.step < self.state.step:
-                self._log(values)
-        if self.last is not None:
-            self.last.check(self.scaler)
-        self._keep_best()
-        self.model.eval()
-        return self.state
+        if self.state.stopped and self._logged.step < self.state.step:
+            self._log(values)
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step over a batch of records, its loss divided by all its supervised tokens.
+        """A batch of records, its loss divided by all its supervised tokens.
 
         On a GPU nothing here waits for it: losses are added up there, and whether they are finite is read a step late.
         """
-        lr = self.config.lr * lr_factor(self.config, self.state.step, self.total_steps, self.state.seconds)
-        optimizers.set_lr(self.optimizer, lr)
-        rows = [self.examples[i] for i in self.order.at(self.state.step)]
+        rows = self.drawn()
         size = self.config.micro_batch or len(rows)
         micro = [self.loss.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
         supervised = sum(batch.targets for batch in micro)
         loss = sum((self._backward(batch, supervised) for batch in micro), start=torch.zeros_like(self.losses))
+        return self.learn(rows, loss, supervised)
+
+    def drawn(self) -> list[Any]:
+        """The examples of the step to come."""
+        return [self.examples[i] for i in self.order.at(self.state.step)]
+
+    def learn(self, rows: Sequence[Any], loss: Tensor, supervised: int) -> dict[str, Any]:
+        """The optimizer's step, with the gradients that are there: of the mean loss of that many predictions over `rows`."""
+        lr = self.config.lr * lr_factor(self.config, self.state.step, self.total_steps, self.state.seconds)
+        optimizers.set_lr(self.optimizer, lr)
         if self.state.step == 0:
             self._check_reached()
         self.scaler.unscale_(self.optimizer)
@@ -222,7 +243,7 @@ class Loop:
             if self.config.patience and state.without_gain >= self.config.patience:
                 state.stopped = "early"
         self.on_event(Event("eval", state.step, {"valid_loss": loss, "best_loss": state.best_loss}))
-        if state.step >= _AFTER_STEPS and relative_norm(self.model) < _NOTHING_LEARNED:
+        if state.step >= _AFTER_STEPS and relative_norm(self.model, self.adapter) < _NOTHING_LEARNED:
             self._warn(
                 f"‖ΔW‖/‖W0‖ is still below {_NOTHING_LEARNED:g} after {state.step} steps: nothing is learned. "
                 f"Is lr = {self.config.lr:g} ten times too small?"

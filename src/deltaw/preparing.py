@@ -1,0 +1,124 @@
+"""From MODEL, DATA and settings to what training begins with: the model, encoded records, held-out ones, settings without
+`auto`. Trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw import attached
+from deltaw.config import TrainConfig
+from deltaw.data import Encoded, held_out_split, read
+from deltaw.data.sources import is_path
+from deltaw.errors import AdapterError, ConfigError, DataError
+from deltaw.pretrained import HEADED, Pretrained, head_of, read_config
+from deltaw.tasks import opened, prepared, recognised, task_of
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run begins with."""
+
+    loaded: Pretrained
+    source: Any
+    """The data, as it was given."""
+    config: TrainConfig
+    """With what `auto` came to."""
+    method: Any
+    """With the head that the model lacked."""
+    encoded: Encoded
+    valid: Encoded | None
+    valid_records: Any
+
+
+def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenizer: Any = None) -> Prepared:
+    """Raises ConfigError, FileError or DataError, each with everything wrong of its kind."""
+    records = read(data, config.data, split=config.data.split)
+    valid_records = _held_out(data, records, config)
+    config = replace(config, data=recognised(config.data, records, _config_of(model)))
+    task = task_of(config.data)
+    torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
+    loaded = _loaded(model, tokenizer, config)
+    config = _resolved(config, records.form, loaded, getattr(method, "positions", 0))
+    train_records, valid_records = _split(records, valid_records, config)
+    return Prepared(
+        loaded,
+        data,
+        config,
+        with_head(method, loaded.head),
+        task.encode(train_records, loaded, config.data),
+        task.encode(valid_records, loaded, config.data) if valid_records is not None else None,
+        valid_records,
+    )
+
+
+def _config_of(model: Any) -> Any:
+    """transformers' config of a model by its name, or of an object (None where that has none)."""
+    return read_config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", None)
+
+
+def with_head(method: Any, head: Sequence[str]) -> Any:
+    """The method with these modules trained whole beside it."""
+    if not head or not hasattr(method, "whole"):
+        return method
+    given = [w.strip() for w in method.whole.split(",")] if isinstance(method.whole, str) else method.whole
+    return replace(method, whole=",".join(dict.fromkeys([*filter(None, given), *head])))
+
+
+def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
+    task, labels = config.data.task, config.data.labels
+    if isinstance(model, (str, Path)):
+        return opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
+    if tokenizer is None:
+        raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
+    if "default" in attached.adapters(model):
+        raise AdapterError("The model has an adapter 'default' already: detach it first.")
+    outputs = getattr(model.config, "num_labels", None)
+    if labels is not None and outputs != len(labels):
+        few = ", ".join(labels[:5]) + (" …" if len(labels) > 5 else "")
+        raise ConfigError(
+            f"The records have {len(labels)} classes ({few}), and the model's head has {outputs} outputs: open it with "
+            f"num_labels={len(labels)}."
+        )
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
+
+
+def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
+    """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
+    to the adapter later is wrapped as the records were."""
+    data = prepared(config.data, form, loaded, taken)
+    dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
+    return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
+    """The held-out records where there is a split or file for them, else None."""
+    if config.valid is not None:
+        if is_path(config.valid):
+            return read(config.valid, config.data)
+        return read(source, config.data, split=config.valid)
+    split = held_out_split(source) if isinstance(source, (str, Path)) else None
+    return read(source, config.data, split=split) if split else None
+
+
+def _split(records: Any, valid: Any, config: TrainConfig) -> tuple[Any, Any]:
+    """Seeded: a part held out where there was none, then at most max_records to train on and valid_most to evaluate on."""
+    items = list(records.items)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    if valid is None and config.valid_share > 0 and len(items) >= 20:
+        count = max(1, min(round(len(items) * config.valid_share), config.valid_most))
+        order, held = order[count:], order[:count]
+        valid = replace(records, items=[items[i] for i in held])
+    elif valid is not None and len(valid.items) > config.valid_most:
+        picks = torch.randperm(len(valid.items), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        valid = replace(valid, items=[valid.items[i] for i in picks[: config.valid_most]])
+    if config.data.max_records is not None:
+        order = order[: config.data.max_records]
+    if not order:
+        raise DataError("No training records are left after holding some out.")
+    return replace(records, items=[items[i] for i in sorted(order)]), valid
