@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from deltaw.combined import combine
     from deltaw.comparing import Comparison, compare
-    from deltaw.config import CompareConfig, DataConfig, GenerateConfig, TrainConfig
+    from deltaw.config import CompareConfig, DataConfig, GenerateConfig, PlanConfig, SweepConfig, TrainConfig
     from deltaw.converted import convert
     from deltaw.errors import DeltaWError
     from deltaw.extracted import extract
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from deltaw.methods.ia3 import IA3
     from deltaw.methods.lora import LoRA
     from deltaw.methods.prefix import Prefix
+    from deltaw.planning import Planned, plan
     from deltaw.run import RunResult, train
     from deltaw.store import load, save
     from deltaw.summaries import Summary, summary
+    from deltaw.sweeping import Sweep, sweep
     from deltaw.switching import keep_on_device, route, use, using
 
 _HOME = {
@@ -45,6 +47,8 @@ _HOME = {
     "Comparison": "comparing",
     "DataConfig": "config",
     "GenerateConfig": "config",
+    "PlanConfig": "config",
+    "SweepConfig": "config",
     "TrainConfig": "config",
     "BitFit": "methods.bitfit",
     "Bottleneck": "methods.bottleneck",
@@ -54,8 +58,10 @@ _HOME = {
     "LoRA": "methods.lora",
     "Prefix": "methods.prefix",
     "MergeReport": "merge_report",
+    "Planned": "planning",
     "RunResult": "run",
     "Summary": "summaries",
+    "Sweep": "sweeping",
     "adapters": "attached",
     "attach": "attached",
     "combine": "combined",
@@ -69,9 +75,11 @@ _HOME = {
     "merge": "merged",
     "merge_files": "files.streamed",
     "parameters": "attached",
+    "plan": "planning",
     "route": "switching",
     "save": "store",
     "summary": "summaries",
+    "sweep": "sweeping",
     "train": "run",
     "unmerge": "merged",
     "unmerge_files": "files.streamed",
@@ -92,9 +100,13 @@ __all__ = [
     "GenerateConfig",
     "LoRA",
     "MergeReport",
+    "PlanConfig",
+    "Planned",
     "Prefix",
     "RunResult",
     "Summary",
+    "Sweep",
+    "SweepConfig",
     "TrainConfig",
     "__version__",
     "adapters",
@@ -110,9 +122,11 @@ __all__ = [
     "merge",
     "merge_files",
     "parameters",
+    "plan",
     "route",
     "save",
     "summary",
+    "sweep",
     "train",
     "unmerge",
     "unmerge_files",

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,24 +23,16 @@ from typing import Any, Literal
 from deltaw import candidate, environment, three_sets, timing
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.contestants import DEFAULT, QUICK, Contestant, contestants, described, rates
-from deltaw.data import read
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
-from deltaw.pretrained import read_config
+from deltaw.resuming import claim, read_json, run_settings
+from deltaw.scoring import scoring_of
 from deltaw.study.comparison import comparison_report
-from deltaw.study.evaluate import metrics_of
-from deltaw.study.metrics import MORE_IS_BETTER, check_metrics, installed
+from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import write as write_report
-from deltaw.tasks import check_labels, recognised, task_of
 
 SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 _QUICK_MINUTES = 1.0
-# By default the last one that is installed ranks the methods
-_USUAL = {
-    "text": ("loss",),
-    "class": ("loss", "matthews", "f1", "accuracy"),
-    "number": ("loss", "spearman", "pearson"),
-}
 
 
 @dataclass(frozen=True)
@@ -106,10 +97,11 @@ class _Comparison:
         self.sets = self.folder / "data"
 
     def go(self) -> Comparison:
-        self._claim()
+        claim(self.folder, SETTINGS, self._settings(), overwrite=self.config.overwrite)
         source = three_sets.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
         three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.test_most)
-        self._recognise()
+        scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
+        self.data_config, self.metrics, self.chosen_by = scoring.data, list(scoring.metrics), scoring.chosen_by
         chosen = []
         for contestant in self.contestants:
             tried = [self._run(contestant, lr, self.config.seed) for lr in rates(contestant.lr, self.options.lrs)]
@@ -133,43 +125,10 @@ class _Comparison:
 
     def _settings(self) -> dict[str, Any]:
         """What decides about the candidates' results; not which candidates there are."""
-        run = {k: v for k, v in to_mapping(self.config).items() if k not in ("out", "overwrite", "lr", "valid")}
         return {
             "model": self.model, "data": str(self.data), "test": self.options.test, "test_most": self.test_most,
-            "valid": self.config.valid, "run": run,
+            "valid": self.config.valid, "run": run_settings(self.config),
         }  # fmt: skip
-
-    def _claim(self) -> None:
-        """Go on with a comparison of the same settings, or begin one."""
-        path, own = self.folder / SETTINGS, self._settings()
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"out is {self.folder}, which is a file; name a folder.")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            begun = known is None or (self.folder / "runs").exists()
-            if known != own and begun and not self.config.overwrite:
-                other = sorted(k for k in own["run"] if known and known["run"].get(k) != own["run"][k])
-                other += sorted(k for k in own if k != "run" and known and known.get(k) != own[k])
-                raise ConfigError(
-                    f"The folder {self.folder} holds "
-                    + (f"a comparison with other settings ({', '.join(other)})" if known else "something else")
-                    + ". Choose another --out, or pass --overwrite to replace it."
-                )
-            if known != own:
-                shutil.rmtree(self.folder)
-        write_text(path, json.dumps(own, indent=1, ensure_ascii=False) + "\n")
-
-    def _recognise(self) -> None:
-        """Once for all candidates: the task, its classes, what is scored and what learning rates are chosen by."""
-        sets = [read(three_sets.file_of(self.sets, name), self.config.data) for name in three_sets.NAMES]
-        self.data_config = recognised(self.config.data, sets[0], read_config(self.model))
-        check_labels(self.data_config, sets)
-        task = task_of(self.data_config)
-        given = [m.strip() for m in self.options.metrics.split(",") if m.strip()]
-        self.metrics = given or [m for m in _USUAL[task.answers] if installed(m)]
-        check_metrics(self.metrics, metrics_of(self.data_config, sets[0].form))
-        # Of text it would take generating; and a loss is less than a classifier is for
-        self.chosen_by = self.metrics[-1] if task.answers != "text" else "loss"
 
     def _held_out(self, run: dict[str, Any]) -> tuple[float, float]:
         """What a learning rate is chosen by, the least first: the score on held-out records, the loss where scores are equal."""
@@ -192,14 +151,14 @@ class _Comparison:
             "train": train, "test": test, "metrics": self.metrics, "run": run,
             "valid_metrics": [] if self.chosen_by == "loss" else [self.chosen_by],
         }  # fmt: skip
-        done = _read_json(folder / candidate.SCORE)
+        done = read_json(folder / candidate.SCORE)
         fresh = done is None or done["task"] != json.loads(json.dumps(task))
         if fresh:
             self._tell("started", contestant, lr, seed, {})
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / candidate.TASK, json.dumps(task, indent=1, ensure_ascii=False) + "\n")
             _in_a_process("deltaw.candidate", folder)
-            done = _read_json(folder / candidate.SCORE)
+            done = read_json(folder / candidate.SCORE)
         assert done is not None
         self._tell("finished", contestant, lr, seed, {**done, "fresh": fresh})
         return done | {"folder": str(folder)}
@@ -219,12 +178,12 @@ class _Comparison:
             "decoding": [1] if self.options.quick else [1, 32],
             "adapters": {name: str(Path(run["folder"]) / "run" / "adapter") for name, run in runs.items()},
         }  # fmt: skip
-        done = _read_json(self.folder / timing.RESULT)
+        done = read_json(self.folder / timing.RESULT)
         if done is None or done["task"] != task:
             self.on_event(Progress("timing", {"names": list(task["adapters"])}))
             write_text(self.folder / timing.TASK, json.dumps(task, indent=1, ensure_ascii=False) + "\n")
             _in_a_process("deltaw.timing", self.folder)
-            done = _read_json(self.folder / timing.RESULT)
+            done = read_json(self.folder / timing.RESULT)
         if done is None:
             raise TrainError(f"Timing inference failed; what it said is in {self.folder / 'output.txt'}.")
         found: list[dict[str, Any]] = done["rows"]
@@ -262,10 +221,6 @@ class _Comparison:
 def _least_last(sign: float, value: float | None) -> float:
     """To sort by; what is not there, or not a number, comes last."""
     return math.inf if value is None or math.isnan(value) else sign * value
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _in_a_process(module: str, folder: Path) -> None:

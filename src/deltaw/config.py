@@ -197,6 +197,81 @@ class CompareConfig:
         check(self, lrs=(1, None), seeds=(1, None), test_most=(1, None))
 
 
+@dataclass(frozen=True)
+class SweepConfig:
+    """Which ranks are tried, and with what else. The budget of each run (steps, minutes, batch …) is TrainConfig's, the same for
+    all; α is the first rank's for all, as in the paper, so that the learning rate need not follow the rank."""
+
+    ranks: str = "8,1,2,4,16,64"
+    """Ranks to try, with commas; α is the first one, unless --alpha says otherwise."""
+    lrs: str = ""
+    """Learning rates to try for each rank, with commas; the best on held-out records counts. Default: the run's --lr alone."""
+    targets: str = ""
+    """Which layers, as in training; several choices to compare with a semicolon between them: qv;attention;all-linear. Default:
+    all-linear."""
+    budget: str | None = None
+    """Instead of ranks: so many trainable parameters for each choice of targets, 0.5M or 300k say, as nearly as whole ranks
+    allow; --targets is then by default q;v;q,v;q,k,v,o;mlp;all-linear."""
+    seeds: int = 1
+    """Runs of each rank with its best learning rate, each with a seed of its own."""
+    method: Literal["lora", "dora"] = "lora"
+    """What is trained."""
+    alpha: float | None = None
+    """α of every rank. Default: the first of --ranks."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
+    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian"
+    """Start of A, as in training."""
+    dropout: float = 0.0
+    """Probability of zeroing an entry of the branch's input in training."""
+    margin: float = 0.01
+    """How much worse than the largest rank's the loss of a recommended rank may be, as a share of it."""
+    metrics: str = ""
+    """Which scores on the test records, with commas. Default: the loss, and for classes and numbers their usual ones."""
+    test: str | None = None
+    """Records to score at the end: a file, or a split of DATA. Default: its test split, else its valid or dev split, else a part
+    of DATA."""
+    test_most: int = 500
+    """Most test records to score."""
+
+    def __post_init__(self) -> None:
+        check(
+            self, seeds=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, BELOW_ONE), margin=(0.0, None),
+            test_most=(1, None),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is planned. Shapes alone decide: no weights are read, nothing is trained."""
+
+    methods: str = ""
+    """Methods, with commas, as compare takes them: full, bitfit, houlsby, pfeiffer, lin, adapterdrop, prefix, prompt, ia3,
+    lora-qv, lora, dora; with settings of their own in brackets: lora(rank=64). Default: nine of these."""
+    task: Task = "auto"
+    """causal, classification or seq2seq. auto: what the model's head is for."""
+    labels: int = 2
+    """Classes of a classification."""
+    batch: int = 8
+    """Records per forward pass."""
+    length: int = 512
+    """Tokens of the longest record, prompt and completion together."""
+    dtype: DType = "auto"
+    """Precision of the base weights: auto is bfloat16, but float32 on a CPU that is no faster in it. What is trained is
+    float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What it is to be trained on; auto is the GPU if there is one here. A GPU keeps other things for the backward pass."""
+    optimizer: Optimizer = "AdamW"
+    """One of torch.optim's, as in training."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    memory: str | None = None
+    """Find the largest batch that trains within this much: 16GB, 40GiB."""
+
+    def __post_init__(self) -> None:
+        check(self, labels=(1, None), batch=(1, None), length=(2, None))
+
+
 def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
     """Raise one ConfigError with every field of `config` that is of a wrong type, not one of its literals, not finite, or
     outside its [low, high]. What is of the right type in another guise (a Path for text, numpy's numbers) is made plain."""

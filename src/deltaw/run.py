@@ -23,6 +23,7 @@ from deltaw import attached, store, summaries
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record
 from deltaw.errors import ConfigError, Interrupted, TrainError
+from deltaw.expected_memory import expected
 from deltaw.files.atomic import write_text
 from deltaw.merge_report import MergeReport
 from deltaw.merged import preview
@@ -101,11 +102,15 @@ def train(
     Raises ConfigError, FileError, TargetError or DataError before any training; TrainError when the loss is not finite and
     Interrupted after Ctrl-C, both with what was learned so far saved in the run folder.
     """
-    folder = claimed(config)
-    prepared = prepare(model, data, config, method, tokenizer=tokenizer)
+    _check_place(config)
+    return run(prepare(model, data, config, method, tokenizer=tokenizer), on_event)
+
+
+def run(prepared: Prepared, on_event: Callable[[Event], None] = lambda event: None) -> RunResult:
+    """Train what was prepared, into its run folder; what is there goes. The adapter stays attached as "default"."""
     torch.manual_seed(prepared.config.seed)
     attached.attach(prepared.loaded.model, prepared.method)
-    return _Run(folder, prepared, on_event).go()
+    return _Run(Path(prepared.config.out), prepared, on_event).go()
 
 
 @dataclass
@@ -184,11 +189,15 @@ class _Run:
     def _report_coverage(self) -> None:
         summary = summaries.summary(self.loaded.model)
         adapter = summary.adapters["default"]
+        self.expected = expected(self.prepared)
         self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
             "task": self.task.name, "counted": self.task.counted, "labels": self.config.data.labels,
             "data": dataclasses.asdict(self.prepared.encoded.counts), "base_bytes": summary.base_bytes,
+            "expected_memory": None if self.expected is None else self.expected.figures(),
         }))  # fmt: skip
+        if self.expected is not None and self.expected.missing:
+            self._hear(Event("warning", 0, {"text": self.expected.warning()}))
 
     def _hear(self, event: Event) -> None:
         line = {"event": event.kind, "step": event.step, **event.values}
@@ -248,8 +257,7 @@ class _Run:
         return result
 
 
-def claimed(config: TrainConfig) -> Path:
-    """The run folder. Raises ConfigError where something is in the way."""
+def _check_place(config: TrainConfig) -> None:
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out is {folder}, which is a file; name a folder.")
@@ -257,7 +265,6 @@ def claimed(config: TrainConfig) -> Path:
         raise ConfigError(
             f"The run folder {folder} is not empty. Choose another --out, or pass --overwrite to replace it."
         )
-    return folder
 
 
 def _out_of_memory(error: BaseException) -> bool:

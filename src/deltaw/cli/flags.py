@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deltaw.config import CompareConfig, DataConfig, DType, GenerateConfig, TrainConfig, keys
+from deltaw.config import CompareConfig, DataConfig, DType, GenerateConfig, PlanConfig, SweepConfig, TrainConfig, keys
 from deltaw.errors import ConfigError, listing, nearest
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import METHODS, method_class
@@ -65,6 +65,21 @@ class Compare:
     """Records as train reads them."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/compare"))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Try ranks on MODEL and DATA, over one base in memory: quality, parameters and bytes of each, and the smallest rank that is
+    enough, with 95% intervals. Goes on where a sweep of the same settings stopped."""
+
+    model: Model
+    """Hub id, model folder or GGUF file."""
+    data: Data
+    """Records as train reads them."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/sweep"))
+    json: bool = False
+    """Print the results as JSON."""
 
 
 @dataclass(frozen=True)
@@ -239,9 +254,22 @@ class Inspect:
     """Print JSON."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What training MODEL would take, from its config alone, for several methods side by side: parameters, checkpoints, memory by
+    part, FLOPs, the largest batch."""
+
+    model: Model
+    """Model folder, GGUF file or hub id, of which the config is read and no weights; or, without any network: roberta-base,
+    roberta-large, deberta-xxl, gpt2-medium, gpt2-large, gpt3-175b, llama-1b, llama-3b, llama-8b, llama-70b, llama-405b."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    json: bool = False
+    """Print all numbers as JSON, in bytes."""
+
+
 COMMANDS = {
-    "train": Train, "compare": Compare, "generate": Generate, "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge,
-    "verify": Verify, "convert": Convert, "extract": Extract, "inspect": Inspect,
+    "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "generate": Generate, "chat": Chat, "eval": Eval,
+    "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract, "inspect": Inspect,
 }  # fmt: skip
 
 

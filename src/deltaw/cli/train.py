@@ -109,6 +109,15 @@ def _coverage(values: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=True,
     )
+    if values.get("expected_memory"):
+        show.out.print(_memory(values["expected_memory"]), soft_wrap=True, markup=True)
+
+
+def _memory(parts: dict[str, int]) -> str:
+    """The expected peak and its parts, the process aside where it is none of ours (on a GPU)."""
+    names = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working")
+    listed = ", ".join(f"{name} {units.size(parts[name])}" for name in names if parts[name])
+    return f"About [bold]{units.size(parts['total'])}[/] of memory at the peak: {listed}."
 
 
 def _summary(result: Any, command: Train) -> None:

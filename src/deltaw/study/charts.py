@@ -33,6 +33,8 @@ class Series:
     points: Sequence[tuple[float, float]]
     style: Style = "line"
     labels: Sequence[str] = ()
+    spans: Sequence[tuple[float, float, float]] = ()
+    """x, low, high: intervals about the points."""
 
     def __post_init__(self) -> None:
         if self.style not in get_args(Style):
@@ -65,6 +67,8 @@ class _Curve:
     color: int
     points: list[Point | None]
     names: dict[Point, str]
+    spans: list[tuple[Point, Point]]
+    """The two ends of each."""
 
     @property
     def drawn(self) -> list[Point]:
@@ -108,7 +112,9 @@ def _curves(chart: Chart) -> list[_Curve]:
     for series in chart.series:
         points = [_plottable(p, chart) for p in decimate(series.points)]
         names = {(x, y): str(n) for (x, y), n in zip(series.points, series.labels, strict=False)}
-        found.append(_Curve(series.name, series.style, colors[series.name], points, names))
+        ends = [(_plottable((x, low), chart), _plottable((x, high), chart)) for x, low, high in series.spans]
+        spans = [(low, high) for low, high in ends if low and high]
+        found.append(_Curve(series.name, series.style, colors[series.name], points, names, spans))
     return found
 
 
@@ -132,7 +138,8 @@ def _legend(curves: Sequence[_Curve]) -> str:
 
 
 def _axes(chart: Chart, curves: Sequence[_Curve], wide: bool) -> tuple[Axis, Axis]:
-    xs, ys = ([p[i] for c in curves for p in c.drawn] for i in (0, 1))
+    ends = [end for c in curves for span in c.spans for end in span]
+    xs, ys = ([p[i] for p in (*(p for c in curves for p in c.drawn), *ends)] for i in (0, 1))
     bars = any(c.style == "bars" for c in curves)
     if bars:
         half = _slot(curves) / 2
@@ -153,7 +160,7 @@ def _plot(chart: Chart, curves: Sequence[_Curve], wide: bool) -> str:
     x, y = _axes(chart, curves, wide)
     labels = y.labels()
     room = next((name for most, name in ((3, "s"), (5, "m"), (7, "l")) if max(map(len, labels)) <= most), "xl")
-    shapes = "".join(_shape(c, i, curves, x, y) for i, c in enumerate(curves))
+    shapes = "".join(_spans(c, x, y) + _shape(c, i, curves, x, y) for i, c in enumerate(curves))
     inner = f'<svg viewBox="0 0 {_UNITS} {_UNITS}" preserveAspectRatio="none" width="100%" height="100%">{shapes}</svg>'
     grid = _grid_y(y, labels) + (_bar_names(curves, x) or _grid_x(x, wide))
     svg = tag(
@@ -223,6 +230,15 @@ def _shape(curve: _Curve, index: int, curves: Sequence[_Curve], x: Axis, y: Axis
         many = " many" if len(curve.drawn) > _MANY else ""
         return f'<path class="{curve.style} c{curve.color}{many}" d="{path}"></path>' if path else ""
     return _line(placed, curve.color)
+
+
+def _spans(curve: _Curve, x: Axis, y: Axis) -> str:
+    places = [
+        (round(_UNITS * x.place(low[0])), *(round(_UNITS * (1 - y.place(p[1]))) for p in (low, high)))
+        for low, high in curve.spans
+    ]
+    path = "".join(f"M{at} {low}V{high}" for at, low, high in places)
+    return f'<path class="span c{curve.color}" d="{path}"></path>' if path else ""
 
 
 def _line(placed: Sequence[tuple[int, int] | None], color: int) -> str:

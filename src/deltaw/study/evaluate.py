@@ -26,6 +26,7 @@ from deltaw.study.metrics import (
     ratio,
 )
 from deltaw.tasks import Task, task_of
+from deltaw.training.loss import Loss
 
 _OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
 
@@ -125,17 +126,20 @@ def _label_scores(
     return len(records), [task.said(i, data) for i in said], scores
 
 
-@torch.no_grad()
 def _loss(task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, batch: int) -> Score:
     """Of each prediction, resampled by record."""
-    examples = sorted(task.encode(records, loaded, data).examples, key=lambda e: e.length)
-    loss = task.loss(loaded)
-    sums: list[float] = []
-    counts: list[float] = []
-    with evaluating(loaded.model):
-        for start in range(0, len(examples), batch):
-            rows = examples[start : start + batch]
-            losses, of_row = loss.each(loss.collate(rows))
-            sums += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, of_row, losses.double().cpu()).tolist()
-            counts += torch.bincount(of_row, minlength=len(rows)).tolist()
-    return ratio(sums, counts)
+    return ratio(*record_losses(task.loss(loaded), task.encode(records, loaded, data).examples, batch))
+
+
+@torch.no_grad()
+def record_losses(loss: Loss, examples: Sequence[Any], batch: int) -> tuple[list[float], list[float]]:
+    """Of each example the sum of its predictions' losses, and their number."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
+    with evaluating(loss.model):
+        for start in range(0, len(order), batch):
+            own = torch.tensor(order[start : start + batch])
+            losses, of_row = loss.each(loss.collate([examples[i] for i in own]))
+            sums.index_add_(0, own[of_row], losses.double().cpu())
+            counts[own] += torch.bincount(of_row, minlength=len(own))
+    return sums.tolist(), counts.tolist()

@@ -1,0 +1,55 @@
+"""`deltaw sweep`: a line for each candidate as it is done, then the table and what it comes to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deltaw import units
+from deltaw.cli import show
+from deltaw.cli.flags import Sweep
+
+
+def run(command: Sweep) -> None:
+    show.quiet_libraries()
+    from deltaw.study import sweep_report
+    from deltaw.sweeping import sweep
+
+    with show.err.status("getting ready …") as status:
+        done = sweep(
+            command.model, command.data, command.run, command.sweep,
+            on_event=lambda event: _hear(event, status, quiet=command.json),
+        )  # fmt: skip
+    if command.json:
+        print(json.dumps(done.results, indent=1, ensure_ascii=False))
+        return
+    metrics = sweep_report.metrics_of(done.results)
+    made = show.table(*sweep_report.COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
+    for row in sweep_report.ordered(done.results):
+        made.add_row(*sweep_report.cells(row, metrics))
+    show.out.print(made)
+    for sentence in sweep_report.sentences(done.results):
+        show.out.print(f"\n{sentence}", soft_wrap=True)
+    show.out.print(show.facts({"report": str(done.report), "results": str(done.folder / "results.json")}))
+
+
+def _hear(event: Any, status: Any, *, quiet: bool) -> None:
+    values = event.values
+    if event.kind == "started":
+        status.update(_named(values))
+    elif event.kind == "step":
+        left = units.duration(values["seconds_left"])
+        status.update(f"{_named(values)}: step {values['step']} of {values['total_steps']}, {left} left …")
+    elif not quiet:
+        again = "" if values["fresh"] else "  (done before)"
+        show.out.print(f"{_named(values):<40} {_outcome(values)}{again}", soft_wrap=True)
+
+
+def _named(values: dict[str, Any]) -> str:
+    return f"{values['name']}, lr {values['lr']:.2g}, seed {values['seed']}"
+
+
+def _outcome(values: dict[str, Any]) -> str:
+    if "error" in values:
+        return f"failed: {values['error'].splitlines()[0]}"
+    return f"held-out loss {values['valid_loss']:.4f} in {units.duration(values['seconds'])}"

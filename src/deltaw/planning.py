@@ -1,0 +1,246 @@
+"""What training would take, from shapes alone: parameters, checkpoints, memory by part, FLOPs, the largest batch, for several
+methods side by side. Reads a config and no weights; prints nothing.
+
+Parameters are counted on the updates that a method really makes, memory on a training step that is really run, both on the meta
+device, where tensors have shapes and no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from deltaw import available_memory
+from deltaw.config import PlanConfig, Task, TrainConfig
+from deltaw.contestants import DEFAULT, contestants
+from deltaw.data.batches import padded
+from deltaw.data.encode import Example
+from deltaw.data.items import Item
+from deltaw.errors import ConfigError, FileError, TargetError, nearest
+from deltaw.methods.bitfit import BitFit
+from deltaw.positions import most_positions
+from deltaw.preparing import with_head
+from deltaw.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
+from deltaw.study.planned_memory import Memory, Taken, counts, largest, memory_of, parse_size, taken
+from deltaw.study.presets import PRESETS
+from deltaw.tasks import TASKS
+
+_OPENERS: dict[str, Any] = {
+    "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """What one method would take."""
+
+    name: str
+    parameters: int
+    """Trained ones."""
+    share: float
+    """Of the base's parameters."""
+    adapter_bytes: int
+    """Of its file, tensors alone."""
+    bytes_with_optimizer: int
+    """Of a checkpoint that training can go on from."""
+    memory: Memory
+    """With checkpointing if the settings have it."""
+    kept: int
+    """Bytes of activations without checkpointing."""
+    kept_checkpointed: int | None
+    """With it; None where the model has none."""
+    flops_per_token: float | None
+    """Forward and backward, the recomputation of checkpointing too; a multiplication and an addition are two. Counted over
+    all products of the step, attention's among them."""
+    largest_batch: int | None
+    """Rows of a forward pass that fit in the memory that was given; None where none was, 0 where not one fits."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `plan` returns."""
+
+    model: str
+    task: str
+    dtype: str
+    device: str
+    base_parameters: int
+    base_bytes: int
+    """Of a checkpoint of the whole model, in its precision."""
+    rows: tuple[PlannedMethod, ...]
+    failed: dict[str, str]
+    """Methods that do not fit this model, and why."""
+
+
+def plan(model: Any, config: PlanConfig = PlanConfig()) -> Planned:  # noqa: B008  (frozen)
+    """What training `model` with each of `config.methods` would take.
+
+    model: a preset's name, a folder, a GGUF file or a hub id, of which the config is read and nothing else, or a transformers
+    config. Raises ConfigError for settings that do not fit it, and FileError where there is no such model.
+    """
+    chosen = contestants(config.methods or DEFAULT)
+    room = None if config.memory is None else parse_size(config.memory)
+    planner = _planner(model, config)
+    rows, failed = [], {}
+    for contestant in chosen:
+        try:
+            rows.append(planner.row(contestant.name, contestant.method, room))
+        except TargetError as error:
+            failed[contestant.name] = str(error)
+    return Planned(
+        planner.name, planner.task, str(planner.dtype).removeprefix("torch."), planner.device, planner.base_parameters,
+        planner.base_bytes, tuple(rows), failed,
+    )  # fmt: skip
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+
+def _planner(model: Any, config: PlanConfig) -> _Planner:
+    name = model if isinstance(model, str) else getattr(model, "_name_or_path", "") or type(model).__name__
+    preset = PRESETS.get(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
+    if preset is not None:
+        settings, task = preset.config(), preset.task
+    else:
+        settings = _config_of(model) if isinstance(model, str) else copy.deepcopy(model)
+        task = _usual_task(settings)
+    task = task if config.task == "auto" else config.task
+    if task in HEADED:
+        settings.num_labels = config.labels
+        if getattr(settings, "pad_token_id", None) is None:
+            settings.pad_token_id = 0
+    device = pick_device("auto").type if config.device == "auto" else config.device
+    return _Planner(name, settings, task, _dtype(config.dtype, device), device, config)
+
+
+def _config_of(model: str) -> Any:
+    try:
+        return read_config(model)
+    except FileError as error:
+        raise FileError(
+            f"{error}\nModels that need no network: {', '.join(PRESETS)}{nearest(model, PRESETS)}."
+        ) from error
+
+
+def _usual_task(settings: Any) -> Task:
+    """By the head that the checkpoint has; of an encoder alone, which has none of its own, classification."""
+    names = getattr(settings, "architectures", None) or [""]
+    if getattr(settings, "is_encoder_decoder", False):
+        return "seq2seq"
+    causal = not names[0] or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return "causal" if causal else "classification"
+
+
+def _dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype != "auto":
+        found: torch.dtype = getattr(torch, dtype)
+        return found
+    if device == "cpu":
+        return torch.bfloat16 if bfloat16_pays(torch.device("cpu")) else torch.float32
+    return torch.bfloat16
+
+
+@dataclass
+class _Planner:
+    """One model, and what its settings come to."""
+
+    name: str
+    settings: Any
+    task: Task
+    dtype: torch.dtype
+    device: str
+    config: PlanConfig
+
+    def __post_init__(self) -> None:
+        self.process = available_memory.held() if self.device == "cpu" else 0
+        self.models = {False: self._built()}
+        model = self.models[False]
+        self.base_parameters = sum(p.numel() for p in model.parameters())
+        self.base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in model.buffers()}
+        self.weights = self.base_bytes + sum(buffers.values())
+        most = most_positions(model)
+        if most is not None and self.config.length > most:
+            raise ConfigError(f"length is {self.config.length}, and {self.name} has {most} positions.")
+
+    def _built(self) -> Any:
+        if self.task not in _OPENERS:
+            raise ConfigError(f"No plan can be made for task {self.task}; there are {', '.join(_OPENERS)}.")
+        try:
+            with torch.device("meta"):
+                return _OPENERS[self.task].from_config(copy.deepcopy(self.settings), dtype=self.dtype).eval()
+        except (ValueError, KeyError, ImportError) as error:
+            raise FileError(
+                f"{self.name} cannot be opened for task {self.task}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def row(self, name: str, method: Any, room: int | None) -> PlannedMethod:
+        """Raises TargetError where the method does not fit the model."""
+        model = self.models[False]
+        if self.task in HEADED:
+            method = with_head(method, head_of(model))
+        note = ""
+        try:
+            parameters, size = counts(model, method)
+        except TargetError:
+            if not isinstance(method, BitFit) or method.add:
+                raise
+            method, note = dataclasses.replace(method, add=True), "The model has no biases: its dense layers get some."
+            parameters, size = counts(model, method)
+        rows, length = self.config.batch, self.config.length
+        plain, again = (self._passes(method, rows, length, checkpointed=on) for on in (False, True))
+        chosen = again if self.config.gradient_checkpointing else plain
+        if plain is None or chosen is None:
+            raise ConfigError(f"{self.name} has no checkpointing of activations.")
+        tokens = rows * padded(length)
+        return PlannedMethod(
+            name=name, parameters=parameters, share=parameters / self.base_parameters, adapter_bytes=size,
+            bytes_with_optimizer=size + chosen.step.optimizer, memory=self._memory(chosen),
+            kept=plain.step.activations, kept_checkpointed=None if again is None else again.step.activations,
+            flops_per_token=None if chosen.estimated else chosen.step.flops / tokens,
+            largest_batch=None if room is None else self._largest(method, room), note=note,
+        )  # fmt: skip
+
+    def _memory(self, passes: Taken) -> Memory:
+        return memory_of(passes, self.process, self.weights)
+
+    def _largest(self, method: Any, room: int) -> int:
+        @functools.cache
+        def needed(rows: int) -> int:
+            passes = self._passes(method, rows, self.config.length, checkpointed=self.config.gradient_checkpointing)
+            assert passes is not None
+            return self._memory(passes).total
+
+        return largest(needed, room)
+
+    def _passes(self, method: Any, rows: int, length: int, *, checkpointed: bool) -> Taken | None:
+        """A step's bytes; None where the model has no checkpointing."""
+        if checkpointed and not getattr(self.models[False], "supports_gradient_checkpointing", False):
+            return None
+        if checkpointed not in self.models:
+            self.models[checkpointed] = self._built()
+        model = self.models[checkpointed]
+        config = TrainConfig(
+            batch=rows, optimizer=self.config.optimizer, gradient_checkpointing=checkpointed, steps=1, valid_share=0.0
+        )
+        loaded = Pretrained(model, None, self.name)
+        examples = [_example(self.task, length)] * rows
+        return taken(
+            model, method, examples, config, self.device, lambda m: TASKS[self.task].loss(loaded), rows * padded(length)
+        )
+
+
+def _example(task: Task, length: int) -> Any:
+    """A record of so many tokens. All but the first are predicted, and of a completion all; class 0 of a text."""
+    ids = [1] * length
+    if task == "causal":
+        return Example(ids, [False] + [True] * (length - 1), "")
+    return Item({"input_ids": ids}, ids if task == "seq2seq" else 0, "")

@@ -1,0 +1,46 @@
+"""What the candidates of a study are scored by: the task of its records, the metrics, and which of them chooses. Knows records
+and configs; no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltaw import three_sets
+from deltaw.config import DataConfig
+from deltaw.data import read
+from deltaw.pretrained import read_config
+from deltaw.study.evaluate import metrics_of
+from deltaw.study.metrics import check_metrics, installed
+from deltaw.tasks import check_labels, recognised, task_of
+
+# By default the last one that is installed ranks
+_USUAL = {
+    "text": ("loss",),
+    "class": ("loss", "matthews", "f1", "accuracy"),
+    "number": ("loss", "spearman", "pearson"),
+}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The same for all candidates."""
+
+    data: DataConfig
+    """With the task, and its classes."""
+    metrics: tuple[str, ...]
+    chosen_by: str
+    """What learning rates are chosen by on held-out records. Of text the loss: a score would take generating; and of classes the
+    score: a loss is less than a classifier is for."""
+
+
+def scoring_of(sets: Path, data: DataConfig, model: str, metrics: str) -> Scoring:
+    """By the three sets' files. `metrics`: names with commas, or nothing for the usual ones. Raises ConfigError or DataError."""
+    records = [read(three_sets.file_of(sets, name), data) for name in three_sets.NAMES]
+    data = recognised(data, records[0], read_config(model))
+    check_labels(data, records)
+    task = task_of(data)
+    given = [m.strip() for m in metrics.split(",") if m.strip()]
+    chosen = given or [m for m in _USUAL[task.answers] if installed(m)]
+    check_metrics(chosen, metrics_of(data, records[0].form))
+    return Scoring(data, tuple(chosen), chosen[-1] if task.answers != "text" else "loss")

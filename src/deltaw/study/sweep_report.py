@@ -1,0 +1,140 @@
+"""A sweep's results as a Report, and as the rows of a table. Knows results.json; nothing of models or HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltaw import units
+from deltaw.environment import in_words
+from deltaw.study.comparison import score
+from deltaw.study.report import Chart, Report, Series, Table
+
+COLUMNS = ("targets", "r", "α", "lr", "parameters", "adapter", "with optimizer", "step")
+
+
+def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """A candidate's row as text, under COLUMNS and the metrics."""
+    first = [row["targets"], str(row["rank"]), f"{row['alpha']:g}"]
+    if "error" in row:
+        return [*first, "failed", *["–"] * (len(COLUMNS) - 4 + len(metrics))]
+    own = [
+        f"{row['lr']:.2g}", f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]),
+        f"{row['step_seconds']:.2f} s",
+    ]  # fmt: skip
+    return [*first, *own, *(score(row["scores"][m]) for m in metrics)]
+
+
+def metrics_of(results: Mapping[str, Any]) -> list[str]:
+    """Those that the candidates are scored by."""
+    return list(next((row["scores"] for row in results["rows"] if "scores" in row), {}))
+
+
+def ordered(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """By targets, in the order given, then by rank."""
+    places = {targets: i for i, targets in enumerate(dict.fromkeys(row["targets"] for row in results["rows"]))}
+    return sorted(results["rows"], key=lambda row: (places[row["targets"]], row["rank"]))
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """What each choice of targets came to, or without ranks to choose from which targets are best."""
+    found = [_sentence(results, targets, choice) for targets, choice in results["choices"].items()]
+    return found or [_best_targets(results)]
+
+
+def _sentence(results: Mapping[str, Any], targets: str, choice: Mapping[str, Any]) -> str:
+    rows = {row["rank"]: row for row in results["rows"] if row["targets"] == targets and "error" not in row}
+    tested = {each["rank"]: each for each in choice["tested"]}
+    own, largest = tested[choice["rank"]], choice["tested"][-1]
+    loss = f"loss {own['loss']['value']:.3f} [{own['loss']['low']:.3f}, {own['loss']['high']:.3f}]"
+    text = f"r = {choice['rank']}: {units.size(rows[choice['rank']]['bytes'])}, {loss}"
+    if choice["rank"] != largest["rank"]:
+        text += f" against {largest['loss']['value']:.3f} at r = {largest['rank']}"
+    else:
+        text += "; every smaller rank may be worse by more than the margin, and a larger one was not tried"
+    return text + (f" ({targets})." if len(results["choices"]) > 1 else ".")
+
+
+def _best_targets(results: Mapping[str, Any]) -> str:
+    metrics = metrics_of(results)
+    rows = [row for row in results["rows"] if "scores" in row]
+    if not rows:
+        return "Every candidate failed."
+    best = min(rows, key=lambda row: row["scores"]["loss"]["value"] if "loss" in metrics else row["valid_loss"])
+    by = score(best["scores"]["loss"]) if "loss" in metrics else f"{best['valid_loss']:.3f} held out"
+    return f"{best['name']} has the least loss of {len(rows)}: {by}, with {best['parameters']:,} parameters."
+
+
+def sweep_report(results: Mapping[str, Any]) -> Report:
+    """The page."""
+    settings, metrics = results["settings"], metrics_of(results)
+    rows = ordered(results)
+    tables = [Table("Candidates", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE)]
+    tables += [choice_table(targets, choice) for targets, choice in results["choices"].items()]
+    tables += [_rates(rows), Table("Settings", ["setting", "value"], _settings(settings))]
+    return Report(
+        title=f"Ranks tried: {settings['model']} on {settings['data']}",
+        headline=" ".join(sentences(results)),
+        curves=_curves(results, rows),
+        tables=tables,
+        warnings=[f"{row['name']} failed: {row['error']}" for row in rows if "error" in row],
+        footer=in_words(results["environment"]),
+    )
+
+
+_NOTE = (
+    "Intervals are 95%, by bootstrap over the test records, of several seeds the mean of theirs; ± is the standard deviation "
+    "over seeds. α is the same for all ranks, so the scale is α/r."
+)
+
+
+def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
+    """Each rank against the largest."""
+    largest = choice["tested"][-1]["rank"]
+    rows = [
+        [str(each["rank"]), _interval(each["loss"]), _interval(each["difference"]), "yes" if each["enough"] else "no"]
+        for each in choice["tested"]
+    ]
+    note = (
+        f"A rank is enough if the interval of the difference ends below the margin of {choice['margin']:.4f}. The tests go down "
+        f"from r = {largest} and end at the first that fails; so {len(rows) - 1} comparisons err together no more often than one "
+        "(5%). The records are resampled in pairs: each resample is the same one for every rank."
+    )
+    return Table(
+        f"Which rank is enough: {targets}", ["r", "test loss", f"less that of r = {largest}", "enough"], rows, note
+    )
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+
+
+def _curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    good = [row for row in rows if "scores" in row]
+    charts = []
+    for metric in metrics_of(results):
+        series = []
+        for targets in dict.fromkeys(row["targets"] for row in good):
+            own = [row for row in good if row["targets"] == targets]
+            found = [(row["rank"], row["scores"][metric]) for row in own]
+            spans = [(rank, s["low"], s["high"]) for rank, s in found]
+            series.append(Series(targets, [(rank, s["value"]) for rank, s in found], "line", spans=spans))
+        charts.append(Chart(f"{metric} against rank", "r", f"test {metric}", series, log_x=True, note=_CURVE))
+    held = [Series(row["name"], [tuple(point) for point in row["valid"]], "line") for row in good]
+    return [*charts, Chart("Held-out loss in training", "step", "nats", held)]
+
+
+_CURVE = "Bars are 95% intervals over the test records; ranks that share the records are compared better in pairs, in the table."
+
+
+def _rates(rows: Sequence[Mapping[str, Any]]) -> Table:
+    tried = [
+        [row["name"], f"{t['lr']:.2g}", "failed" if t["error"] else t["valid_loss"]]
+        for row in rows
+        for t in row["tried"]
+    ]
+    return Table("Learning rates", ["candidate", "lr", "held-out loss"], tried, note="The test records do not decide.")
+
+
+def _settings(settings: Mapping[str, Any]) -> list[list[object]]:
+    return [[k, str(v)] for part in ("options", "run") for k, v in settings[part].items()]

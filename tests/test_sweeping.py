@@ -1,0 +1,139 @@
+"""Sweeps: which candidates there are, that each comes out as training it alone, and how a sweep goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.cli import main
+from deltaw.config import SweepConfig, TrainConfig
+from deltaw.errors import ConfigError, TargetError
+from deltaw.files.peft import tensors_of
+from deltaw.sweeping import sweep
+from deltaw.tried_ranks import candidates, choices, learning_rates
+from tests.conftest import byte_llama, tiny_llama
+from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.test_comparing import RECORDS
+from tests.test_tasks import TEXTS, about, folder_of, write
+
+BUDGET = {"steps": 5, "batch": 4, "valid_most": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    tokenizer = tiny_tokenizer(CHATML)
+    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    return folder
+
+
+def test_the_ranks_share_the_first_ones_alpha() -> None:
+    found = candidates(SweepConfig(ranks="8, 1,16", targets="qv; mlp"), tiny_llama())
+    assert [(c.targets, c.rank) for c in found] == [(t, r) for t in ("qv", "mlp") for r in (8, 1, 16)]
+    assert {c.method.alpha for c in found} == {8.0}
+    assert [c.method.scale(c.rank) for c in found[:3]] == [1.0, 8.0, 0.5]
+    assert candidates(SweepConfig(ranks="4", alpha=2.0, method="dora"), tiny_llama())[0].method == deltaw.DoRA(
+        rank=4, alpha=2.0
+    )
+
+
+def test_a_budget_sets_the_ranks() -> None:
+    model = tiny_llama()
+    options = SweepConfig(budget="1k")
+    found = candidates(options, model)
+    assert [c.targets for c in found] == choices(options) == ["q", "v", "q,v", "q,k,v,o", "mlp", "all-linear"]
+    for each in found:
+        own, less, more = (_size(each, max(1, each.rank + i)) for i in (0, -1, 1))
+        assert abs(own - 1000) <= min(abs(less - 1000), abs(more - 1000)) or each.rank == 1
+
+
+def _size(candidate: Any, rank: int) -> int:
+    model = tiny_llama()
+    deltaw.attach(model, deltaw.LoRA(rank=rank, targets=candidate.targets))
+    return sum(p.numel() for p in deltaw.parameters(model))
+
+
+def test_all_that_is_wrong_is_said() -> None:
+    with pytest.raises(ConfigError) as error:
+        candidates(SweepConfig(ranks="8,x,0,8", lrs="1e-3,-1", budget="much"), tiny_llama())
+    for part in ("ranks: 'x' is not a whole number", "'0' is not", "8 is there twice", "lrs: '-1'", "budget: 'much'"):
+        assert part in str(error.value)
+    with pytest.raises(TargetError):
+        candidates(SweepConfig(targets="qv;nothing"), tiny_llama())
+    with pytest.raises(TargetError, match="is larger than min"):
+        candidates(SweepConfig(budget="1M"), tiny_llama())
+    assert learning_rates(SweepConfig(), 3e-4) == [3e-4]
+
+
+def test_a_sweep_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "out"
+    words = [
+        "sweep",
+        str(place / "model"),
+        str(place / "data.jsonl"),
+        "--out",
+        str(out),
+        "--steps",
+        "5",
+        "--batch",
+        "4",
+    ]
+    words += ["--valid-most", "4", "--lrs", "1e-3,5e-3", "--seeds", "2", "--test-most", "4", "--ranks"]
+    assert main([*words, "4,2"]) == 0
+    assert "against" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [(r["rank"], r["alpha"], len(r["tried"]), len(r["scores"]["loss"]["seeds"])) for r in results["rows"]] == [
+        (4, 4.0, 2, 2), (2, 4.0, 2, 2)
+    ]  # fmt: skip
+    assert results["choices"]["all-linear"]["rank"] in (2, 4)
+    assert all(r["lr"] == min(r["tried"], key=lambda t: t["valid_loss"])["lr"] for r in results["rows"])
+    page = (out / "report.html").read_text()
+    assert "Which rank is enough: all-linear" in page and 'class="span' in page
+
+    # Gone on with: a rank more, of which alone there is something to do
+    assert main([*words, "4,2,1"]) == 0
+    assert capsys.readouterr().out.count("(done before)") == 6
+    assert main([*words, "4", "--clip", "2", "--json"]) == 2
+    assert "a sweep with other settings (clip)" in capsys.readouterr().err
+
+
+def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path) -> None:
+    model = str(place / "model")
+    done = sweep(
+        model, place / "data.jsonl", TrainConfig(out=str(tmp_path / "s"), **BUDGET), SweepConfig(ranks="4,2", seeds=2)
+    )
+    assert set(done.choices) == {"all-linear"}
+    for rank, seed in ((4, 0), (2, 0), (2, 1)):
+        config = TrainConfig(
+            out=str(tmp_path / f"{rank}-{seed}"), seed=seed, valid=str(tmp_path / "s/data/valid.jsonl"), samples=0, **BUDGET
+        )  # fmt: skip
+        alone = deltaw.train(model, tmp_path / "s/data/train.jsonl", config, method=deltaw.LoRA(rank=rank, alpha=4.0))
+        one, _ = tensors_of(alone.adapter)
+        other, _ = tensors_of(tmp_path / f"s/runs/all-linear-r{rank}-0.0005-{seed}/adapter")
+        assert one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+def test_a_classifiers_head_is_each_seeds_own(tmp_path: Path) -> None:
+    model, data = folder_of(TEXTS["bert"], tmp_path), write(tmp_path / "data.jsonl", about(40))
+    done = sweep(model, data, TrainConfig(out=str(tmp_path / "s"), **BUDGET), SweepConfig(ranks="2,1", seeds=2))
+    assert {"loss", "accuracy"} <= set(done.results["rows"][0]["scores"])
+    heads = []
+    for seed in (0, 1):
+        tensors, _ = tensors_of(tmp_path / f"s/runs/all-linear-r2-0.0005-{seed}/adapter")
+        heads.append(next(t for n, t in tensors.items() if "classifier" in n and n.endswith("weight")))
+    assert not torch.equal(*heads)
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_reported(place: Path, tmp_path: Path) -> None:
+    config = TrainConfig(out=str(tmp_path / "s"), **BUDGET)
+    done = sweep(str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2,1", lrs="1e30,1e-3"))
+    tried = done.results["rows"][0]["tried"]
+    assert "not finite" in tried[0]["error"] or "cannot go on" in tried[0]["error"]
+    assert done.results["rows"][0]["lr"] == 1e-3
