@@ -15,7 +15,8 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own line and the lines above it. A package stands for all its modules.
 ORDER = [
-    ["version", "errors", "units", "names", "versions"],
+    ["version", "errors", "names", "versions"],
+    ["units"],
     ["config"],
     ["residual", "residency", "differences"],
     ["lowrank", "svd", "slices", "quantised"],
@@ -30,7 +31,8 @@ ORDER = [
     ["merged"],
     ["methods"],
     ["files", "data", "positions", "modes", "environment", "available_memory"],
-    ["base_identity", "summaries", "switching", "combined", "extracted", "converted"],
+    ["base_identity", "summaries", "switching", "combined", "extracted", "converted", "spectra"],
+    ["compressed"],
     ["filed", "fitted", "renames", "method_filed"],
     ["store", "pretrained"],
     ["generation"],
@@ -39,6 +41,7 @@ ORDER = [
     ["study"],
     ["contestants", "tried_ranks", "three_sets", "preparing", "resuming"],
     ["scoring", "planning", "expected_memory"],
+    ["widths"],
     ["run"],
     ["candidate", "timing"],
     ["comparing", "sweeping"],

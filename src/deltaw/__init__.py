@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from deltaw.combined import combine
     from deltaw.comparing import Comparison, compare
+    from deltaw.compressed import Compressed, compress
     from deltaw.config import CompareConfig, DataConfig, GenerateConfig, PlanConfig, SweepConfig, TrainConfig
     from deltaw.converted import convert
     from deltaw.errors import DeltaWError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from deltaw.methods.prefix import Prefix
     from deltaw.planning import Planned, plan
     from deltaw.run import RunResult, train
+    from deltaw.spectra import Spectrum, spectrum
     from deltaw.store import load, save
     from deltaw.summaries import Summary, summary
     from deltaw.sweeping import Sweep, sweep
@@ -45,6 +47,7 @@ _HOME = {
     "DeltaWError": "errors",
     "CompareConfig": "config",
     "Comparison": "comparing",
+    "Compressed": "compressed",
     "DataConfig": "config",
     "GenerateConfig": "config",
     "PlanConfig": "config",
@@ -60,12 +63,14 @@ _HOME = {
     "MergeReport": "merge_report",
     "Planned": "planning",
     "RunResult": "run",
+    "Spectrum": "spectra",
     "Summary": "summaries",
     "Sweep": "sweeping",
     "adapters": "attached",
     "attach": "attached",
     "combine": "combined",
     "compare": "comparing",
+    "compress": "compressed",
     "convert": "converted",
     "delta": "attached",
     "detach": "attached",
@@ -78,6 +83,7 @@ _HOME = {
     "plan": "planning",
     "route": "switching",
     "save": "store",
+    "spectrum": "spectra",
     "summary": "summaries",
     "sweep": "sweeping",
     "train": "run",
@@ -93,6 +99,7 @@ __all__ = [
     "Bottleneck",
     "CompareConfig",
     "Comparison",
+    "Compressed",
     "DataConfig",
     "DeltaWError",
     "DoRA",
@@ -104,6 +111,7 @@ __all__ = [
     "Planned",
     "Prefix",
     "RunResult",
+    "Spectrum",
     "Summary",
     "Sweep",
     "SweepConfig",
@@ -113,6 +121,7 @@ __all__ = [
     "attach",
     "combine",
     "compare",
+    "compress",
     "convert",
     "delta",
     "detach",
@@ -125,6 +134,7 @@ __all__ = [
     "plan",
     "route",
     "save",
+    "spectrum",
     "summary",
     "sweep",
     "train",

@@ -224,6 +224,11 @@ class SweepConfig:
     """Start of A, as in training."""
     dropout: float = 0.0
     """Probability of zeroing an entry of the branch's input in training."""
+    abreast: int | None = None
+    """Candidates in one pass over the base. Default: on a GPU as many as its memory holds; on a CPU, which is bound by
+    arithmetic, one after the other."""
+    halving: bool = False
+    """End the worse half of the candidates, by their held-out loss, after a quarter of the steps, and again after a half."""
     margin: float = 0.01
     """How much worse than the largest rank's the loss of a recommended rank may be, as a share of it."""
     metrics: str = ""
@@ -237,7 +242,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         check(
             self, seeds=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, BELOW_ONE), margin=(0.0, None),
-            test_most=(1, None),
+            abreast=(1, None), test_most=(1, None),
         )  # fmt: skip
 
 

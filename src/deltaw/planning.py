@@ -28,9 +28,10 @@ from deltaw.methods.bitfit import BitFit
 from deltaw.positions import most_positions
 from deltaw.preparing import with_head
 from deltaw.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
-from deltaw.study.planned_memory import Memory, Taken, counts, largest, memory_of, parse_size, taken
+from deltaw.study.planned_memory import Memory, Taken, counts, largest, memory_of, taken
 from deltaw.study.presets import PRESETS
 from deltaw.tasks import TASKS
+from deltaw.units import parse_size
 
 _OPENERS: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM,
@@ -87,7 +88,7 @@ def plan(model: Any, config: PlanConfig = PlanConfig()) -> Planned:  # noqa: B00
     config. Raises ConfigError for settings that do not fit it, and FileError where there is no such model.
     """
     chosen = contestants(config.methods or DEFAULT)
-    room = None if config.memory is None else parse_size(config.memory)
+    room = None if config.memory is None else parse_size(config.memory, "memory")
     planner = _planner(model, config)
     rows, failed = [], {}
     for contestant in chosen:

@@ -11,8 +11,9 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from deltaw.preparing import Prepared, prepare
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
 from deltaw.summaries import Summary
-from deltaw.switching import using
+from deltaw.switching import use, using
 from deltaw.tasks import TASKS, task_of
+from deltaw.training.abreast import Abreast
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
@@ -113,6 +115,35 @@ def run(prepared: Prepared, on_event: Callable[[Event], None] = lambda event: No
     return _Run(Path(prepared.config.out), prepared, on_event).go()
 
 
+def run_abreast(
+    prepared: Sequence[Prepared],
+    width: int,
+    *,
+    rungs: Sequence[float] = (),
+    on_event: Callable[[int, Event], None] = lambda number, event: None,
+) -> list[RunResult | TrainError]:
+    """Train several that were prepared over one model, in one pass as many as `width`, each into its run folder; a loss that is
+    not finite ends its own run alone. `rungs`: where the worse half ends (see `Abreast`); `on_event` hears which one an event
+    is of. The adapters stay attached, as "0", "1" …, and the last one is active. Raises Interrupted after Ctrl-C."""
+    runs = []
+    for number, each in enumerate(prepared):
+        torch.manual_seed(each.config.seed)
+        attached.attach(each.loaded.model, each.method, name=str(number))
+        runs.append(_Run(Path(each.config.out), each, partial(on_event, number), str(number)))
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_ctrl_c())
+        for each_run in runs:
+            stack.enter_context(each_run.begun())
+        together = Abreast([each_run.loop(stopping) for each_run in runs], width, rungs)
+        together.run()
+    if any(loop.state.stopped == "interrupted" for loop in together.loops):
+        raise Interrupted("Stopped; what was finished is kept.")
+    return [
+        together.failed.get(each_run.name) or each_run.ended(loop.state)
+        for each_run, loop in zip(runs, together.loops, strict=True)
+    ]
+
+
 @dataclass
 class _Run:
     """What the steps of one run share."""
@@ -120,19 +151,34 @@ class _Run:
     folder: Path
     prepared: Prepared
     on_event: Callable[[Event], None]
+    name: str = "default"
+    """Of the adapter."""
 
     def __post_init__(self) -> None:
         self.loaded, self.config = self.prepared.loaded, self.prepared.config
         self.task = task_of(self.config.data)
 
-    def go(self) -> RunResult:
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """While open, the run's folder is its own and its log is written."""
+        use(self.loaded.model, self.name)
         self._claim_folder()
         with (self.folder / LOG).open("w", encoding="utf-8") as self.log_file:
             self._report_coverage()
+            yield
+
+    def ended(self, state: LoopState) -> RunResult:
+        """What was trained, saved."""
+        use(self.loaded.model, self.name)
+        self._save()
+        return self._finish(state, [])
+
+    def go(self) -> RunResult:
+        with self.begun():
             chosen = self._chosen_samples()
             before = self._sample(chosen, None)
             state = self._train()
-        after = self._sample(chosen, "default")
+        after = self._sample(chosen, self.name)
         wanted = [self.task.wanted(r, self.config.data) for r in chosen]
         together = zip(chosen, wanted, before, after, strict=True)
         return self._finish(state, [Sampled(r.question, w, b, a) for r, w, b, a in together])
@@ -151,14 +197,7 @@ class _Run:
     def _train(self) -> LoopState:
         """The loop, and the adapter saved, however the loop ends. Raises Interrupted after Ctrl-C."""
         with _ctrl_c() as stopping:
-            loop = Loop(
-                self.task.loss(self.loaded),
-                self.prepared.encoded.examples,
-                self.prepared.valid.examples if self.prepared.valid else (),
-                self.config,
-                on_event=self._hear,
-                should_stop=stopping,
-            )
+            loop = self.loop(stopping)
             try:
                 state = loop.run()
             except BaseException as error:
@@ -179,6 +218,18 @@ class _Run:
             )
         return state
 
+    def loop(self, stopping: Callable[[], bool]) -> Loop:
+        """Of this run; `stopping` says whether it was asked to stop."""
+        return Loop(
+            self.task.loss(self.loaded),
+            self.prepared.encoded.examples,
+            self.prepared.valid.examples if self.prepared.valid else (),
+            self.config,
+            on_event=self._hear,
+            should_stop=stopping,
+            adapter=self.name,
+        )
+
     def _settings(self) -> dict[str, Any]:
         """What config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is."""
         source, count = self.prepared.source, len(self.prepared.encoded.examples)
@@ -188,7 +239,7 @@ class _Run:
 
     def _report_coverage(self) -> None:
         summary = summaries.summary(self.loaded.model)
-        adapter = summary.adapters["default"]
+        adapter = summary.adapters[self.name]
         self.expected = expected(self.prepared)
         self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
@@ -228,10 +279,10 @@ class _Run:
         return [self.task.said(answer, self.config.data) for answer in said]
 
     def _save(self) -> None:
-        store.save(self.loaded.model, self.folder / ADAPTER, training=self.settings)
+        store.save(self.loaded.model, self.folder / ADAPTER, name=self.name, training=self.settings)
 
     def _save_if_sound(self) -> None:
-        if all(bool(torch.isfinite(p).all()) for p in attached.parameters(self.loaded.model, "default")):
+        if all(bool(torch.isfinite(p).all()) for p in attached.parameters(self.loaded.model, self.name)):
             self._save()
 
     def _finish(self, state: LoopState, samples: list[Sampled]) -> RunResult:

@@ -23,28 +23,43 @@ class Truncated(NamedTuple):
     """‖ΔW − BA‖ / ‖ΔW‖ in Frobenius norms."""
 
 
-def of_factors(A: Tensor, B: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """Of ΔW = BA, A [R, k] and B [d, R], without forming it: O((d + k)·R²). Give the rank, or the share of ‖ΔW‖² to keep."""
+class Triples(NamedTuple):
+    """ΔW = U·diag(S)·Vh in fp64, singular values falling."""
+
+    U: Tensor
+    """[d, n]"""
+    S: Tensor
+    """[n]"""
+    Vh: Tensor
+    """[n, k]"""
+
+    def cut(self, *, rank: int | None = None, energy: float | None = None) -> Truncated:
+        """The first `rank` of them, or as many as hold the share `energy` of ‖ΔW‖²; at least one, and no more than there are."""
+        kept = self.S.square().cumsum(0)
+        total = float(kept[-1])
+        if rank is None:
+            assert energy is not None
+            rank = int(torch.searchsorted(kept, energy * total * (1 - 1e-12))) + 1
+        rank = max(1, min(rank, len(self.S)))
+        root = self.S[:rank].sqrt()
+        A, B = root[:, None] * self.Vh[:rank], self.U[:, :rank] * root
+        missing = max(0.0, total - float(kept[rank - 1]))
+        return Truncated(A.float(), B.float(), (missing / total) ** 0.5 if total else 0.0)
+
+
+def triples(A: Tensor, B: Tensor) -> Triples:
+    """Of ΔW = BA, A [R, k] and B [d, R], without forming it: O((d + k)·R²)."""
     Qb, Rb = torch.linalg.qr(B.detach().double())
     Qa, Ra = torch.linalg.qr(A.detach().double().t())
     U, S, Vh = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False)
-    return _cut(Qb @ U, S, Vh @ Qa.t(), rank, energy, float(S.square().sum()))
+    return Triples(Qb @ U, S, Vh @ Qa.t())
+
+
+def of_factors(A: Tensor, B: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
+    """Of ΔW = BA, A [R, k] and B [d, R], without forming it. Give the rank, or the share of ‖ΔW‖² to keep."""
+    return triples(A, B).cut(rank=rank, energy=energy)
 
 
 def of_matrix(dW: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """Of any ΔW [d, k]. Give the rank, or the share of ‖ΔW‖² to keep."""
-    dW = dW.detach().double()
-    U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
-    return _cut(U, S, Vh, rank, energy, float(S.square().sum()))
-
-
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int | None, energy: float | None, total: float) -> Truncated:
-    kept = S.square().cumsum(0)
-    if rank is None:
-        assert energy is not None
-        rank = int(torch.searchsorted(kept, energy * total * (1 - 1e-12))) + 1
-    rank = max(1, min(rank, len(S)))
-    root = S[:rank].sqrt()
-    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
-    missing = max(0.0, total - float(kept[rank - 1]))
-    return Truncated(A.float(), B.float(), (missing / total) ** 0.5 if total else 0.0)
+    return Triples(*torch.linalg.svd(dW.detach().double(), full_matrices=False)).cut(rank=rank, energy=energy)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,24 +27,43 @@ from deltaw.errors import TrainError
 from deltaw.files.atomic import write_text
 from deltaw.preparing import Prepared, prepare, with_head
 from deltaw.resuming import claim, read_json, run_settings
-from deltaw.run import RunResult, run
+from deltaw.run import RunResult, run_abreast
 from deltaw.scoring import scoring_of
 from deltaw.study.choice import Choice, Losses, chosen
 from deltaw.study.evaluate import evaluate, record_losses
 from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import write as write_report
 from deltaw.study.sweep_report import sweep_report
+from deltaw.switching import use
 from deltaw.tasks import task_of
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
+from deltaw.widths import width_of
 
 SETTINGS, RESULTS, REPORT, SCORE = "sweep.json", "results.json", "report.html", "score.json"
+# Where the worse half ends, if it is to: shares of the run
+_RUNGS = (0.25, 0.5)
+_KEPT = (
+    "parameters", "share", "bytes", "bytes_with_optimizer", "step_seconds", "seconds", "valid", "valid_loss",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run."""
+
+    candidate: Candidate
+    lr: float
+    seed: int
+
+    def named(self) -> dict[str, Any]:
+        return {"name": self.candidate.name, "lr": self.lr, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class Progress:
     """Something that happened, for whoever shows it."""
 
-    kind: Literal["started", "step", "finished"]
+    kind: Literal["width", "started", "step", "finished"]
     values: dict[str, Any]
 
 
@@ -93,6 +112,7 @@ class _Sweep:
         self.folder = Path(config.out)
         self.sets = self.folder / "data"
         self.base: Prepared | None = None
+        self.width: int | None = None
 
     def go(self) -> Sweep:
         learning_rates(self.options, self.config.lr)
@@ -101,7 +121,7 @@ class _Sweep:
         three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.options.test_most)
         self.scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
         every = candidates(self.options, self._base(self.config.seed).loaded.model)
-        found = [self._tried(candidate) for candidate in every]
+        found = self._rows(every)
         choices = self._choices(found)
         results = {
             "settings": self._settings() | {"options": to_mapping(self.options)},
@@ -121,6 +141,7 @@ class _Sweep:
             "data": str(self.data),
             "test": self.options.test,
             "test_most": self.options.test_most,
+            "halving": self.options.halving,
         }
         return own | {"valid": self.config.valid, "run": run_settings(self.config)}
 
@@ -135,37 +156,27 @@ class _Sweep:
 
     # --- candidates ---------------------------------------------------------------------------------------------
 
-    def _tried(self, candidate: Candidate) -> tuple[dict[str, Any], Losses | None]:
-        """Its learning rates, then the other seeds with the best one: its row of the results, and its test losses."""
-        tried = [self._run(candidate, lr, self.config.seed) for lr in learning_rates(self.options, self.config.lr)]
-        best = min((t for t in tried if "error" not in t), key=self._held_out, default=None)
-        row: dict[str, Any] = {"name": candidate.name, "targets": candidate.targets, "rank": candidate.rank}
-        row["alpha"] = candidate.method.alpha
-        row["tried"] = [
-            {"lr": t["task"]["lr"], "valid_loss": t.get("valid_loss"), "error": t.get("error")} for t in tried
+    def _rows(self, every: Sequence[Candidate]) -> list[tuple[dict[str, Any], Losses | None]]:
+        """Of each candidate all learning rates, then the other seeds with the best one: its row of the results, and its losses
+        on the test records."""
+        rates, seed = learning_rates(self.options, self.config.lr), self.config.seed
+        rungs = _RUNGS if self.options.halving else ()
+        first = self._done([Task(c, lr, seed) for c in every for lr in rates], rungs)
+        tried = {c: [first[Task(c, lr, seed)] for lr in rates] for c in every}
+        best = {c: min((r for r in own if "scores" in r), key=self._held_out, default=None) for c, own in tried.items()}
+        others = [
+            Task(c, run["task"]["lr"], seed + i) for i in range(1, self.options.seeds) for c, run in best.items() if run
         ]
-        if best is None:
-            return row | {"error": tried[0]["error"]}, None
-        lr = best["task"]["lr"]
-        more = [self._run(candidate, lr, self.config.seed + i) for i in range(1, self.options.seeds)]
-        runs = [best, *(r for r in more if "error" not in r)]
-        kept = (
-            "parameters",
-            "share",
-            "bytes",
-            "bytes_with_optimizer",
-            "step_seconds",
-            "seconds",
-            "valid",
-            "valid_loss",
-        )
-        scores = {
-            metric: {"seeds": [r["scores"][metric]["value"] for r in runs]}
-            | {part: statistics.fmean(r["scores"][metric][part] for r in runs) for part in ("value", "low", "high")}
-            for metric in best["scores"]
-        }
-        losses = Losses(np.array([r["losses"]["sums"] for r in runs]), np.array(best["losses"]["counts"]))
-        return row | {"lr": lr, **{k: best[k] for k in kept}, "folder": best["folder"], "scores": scores}, losses
+        more = self._done(others)
+        found = []
+        for candidate, own in best.items():
+            runs = (
+                []
+                if own is None
+                else [own, *(run for task, run in more.items() if task.candidate == candidate and "scores" in run)]
+            )
+            found.append(_row(candidate, tried[candidate], runs))
+        return found
 
     def _held_out(self, run: dict[str, Any]) -> tuple[float, float]:
         """What a learning rate is chosen by, the least first."""
@@ -173,34 +184,82 @@ class _Sweep:
         sign = -1.0 if self.scoring.chosen_by in MORE_IS_BETTER else 1.0
         return (math.inf if math.isnan(score) else sign * score), run["valid_loss"]
 
-    def _run(self, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
-        """A candidate's score: the one that is there, or of training it now. A failed one's is its error."""
-        words = re.sub(r"[^\w.,*]+", "-", candidate.targets).strip("-")
-        folder = self.folder / "runs" / f"{words}-r{candidate.rank}-{lr:.2g}-{seed}"
-        task = {"lr": lr, "seed": seed, "method": to_mapping(candidate.method), "kind": self.options.method}
-        task["metrics"] = list(self.scoring.metrics)
-        done = read_json(folder / SCORE)
-        fresh = done is None or done["task"] != json.loads(json.dumps(task))
-        values = {"name": candidate.name, "lr": lr, "seed": seed}
-        if fresh:
-            self.on_event(Progress("started", values))
-            done = {"task": task, **self._trained(candidate, values, folder)}
-            write_text(folder / SCORE, json.dumps(done, ensure_ascii=False) + "\n")
-        self.on_event(Progress("finished", {**values, **done, "fresh": fresh}))
-        return done | {"folder": str(folder)}
+    def _done(self, tasks: Sequence[Task], rungs: Sequence[float] = ()) -> dict[Task, dict[str, Any]]:
+        """Task → what its run came to: what is there already, or of training it now; of a failed one its error."""
+        found = {task: self._known(task) for task in tasks}
+        for seed in dict.fromkeys(task.seed for task in tasks):
+            left = [task for task in tasks if task.seed == seed and found[task] is None]
+            for part in self._portions(left, all_at_once=bool(rungs)):
+                found |= self._trained(part, rungs)
+        return {task: (done or {}) | {"folder": str(self._folder(task))} for task, done in found.items()}
 
-    def _trained(self, candidate: Candidate, values: dict[str, Any], folder: Path) -> dict[str, Any]:
-        lr, seed = values["lr"], values["seed"]
-        base = self._base(seed)
-        config = dataclasses.replace(base.config, lr=lr, seed=seed, out=str(folder), overwrite=True)
-        method = with_head(candidate.method, base.loaded.head)
+    def _folder(self, task: Task) -> Path:
+        words = re.sub(r"[^\w.,*]+", "-", task.candidate.targets).strip("-")
+        return self.folder / "runs" / f"{words}-r{task.candidate.rank}-{task.lr:.2g}-{task.seed}"
+
+    def _key(self, task: Task) -> dict[str, Any]:
+        """What decides about a run's result."""
+        method = to_mapping(task.candidate.method)
+        key = {"lr": task.lr, "seed": task.seed, "method": method, "kind": self.options.method}
+        plain: dict[str, Any] = json.loads(json.dumps(key | {"metrics": list(self.scoring.metrics)}))
+        return plain
+
+    def _known(self, task: Task) -> dict[str, Any] | None:
+        done: dict[str, Any] | None = read_json(self._folder(task) / SCORE)
+        if done is None or done["task"] != self._key(task):
+            return None
+        self.on_event(Progress("finished", task.named() | done | {"fresh": False}))
+        return done
+
+    def _portions(self, tasks: Sequence[Task], *, all_at_once: bool) -> Iterator[Sequence[Task]]:
+        """The tasks in groups that are in memory together; what was chosen is said once."""
+        if not tasks:
+            return
+        base = self._base(tasks[0].seed)
+        if self.width is None:
+            largest = max((task.candidate for task in tasks), key=lambda c: c.rank)
+            self.width, why = width_of(self.options.abreast, dataclasses.replace(base, method=largest.method))
+            self.on_event(Progress("width", {"width": self.width, "why": why}))
+        size = len(tasks) if all_at_once else self.width
+        for i in range(0, len(tasks), size):
+            yield tasks[i : i + size]
+
+    def _trained(self, tasks: Sequence[Task], rungs: Sequence[float]) -> dict[Task, dict[str, Any]]:
+        """All of one seed, in one model."""
+        base = self._base(tasks[0].seed)
+        assert self.width is not None
+        ready = []
+        for task in tasks:
+            config = dataclasses.replace(
+                base.config, lr=task.lr, seed=task.seed, out=str(self._folder(task)), overwrite=True
+            )
+            method = with_head(task.candidate.method, base.loaded.head)
+            ready.append(dataclasses.replace(base, config=config, method=method))
+            self.on_event(Progress("started", task.named()))
         try:
-            result = run(dataclasses.replace(base, config=config, method=method), lambda e: self._hear(e, values))
-            return self._scored(base, result)
-        except TrainError as error:
-            return {"error": str(error)}
+            results = run_abreast(
+                ready, self.width, rungs=rungs, on_event=lambda i, event: self._hear(event, tasks[i].named())
+            )
+            return {
+                task: self._kept(base, task, i, result)
+                for i, (task, result) in enumerate(zip(tasks, results, strict=True))
+            }
         finally:
             attached.detach(base.loaded.model)
+
+    def _kept(self, base: Prepared, task: Task, number: int, result: RunResult | TrainError) -> dict[str, Any]:
+        """A run's score, written beside it."""
+        use(base.loaded.model, str(number))
+        if isinstance(result, TrainError):
+            done: dict[str, Any] = {"error": str(result)}
+        elif result.state.stopped == "behind":
+            done = {"behind": result.state.step, "valid_loss": result.state.valid_loss}
+        else:
+            done = self._scored(base, result)
+        done = {"task": self._key(task), **done}
+        write_text(self._folder(task) / SCORE, json.dumps(done, ensure_ascii=False) + "\n")
+        self.on_event(Progress("finished", task.named() | done | {"fresh": True}))
+        return done
 
     def _hear(self, event: Any, values: dict[str, Any]) -> None:
         if event.kind == "step":
@@ -248,3 +307,28 @@ class _Sweep:
             if losses is not None:
                 by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
         return {t: chosen(own, self.options.margin) for t, own in by_targets.items() if len(own) > 1}
+
+
+def _row(
+    candidate: Candidate, tried: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], Losses | None]:
+    """Of results.json; `runs` are those with the best learning rate, one a seed."""
+    row: dict[str, Any] = {"name": candidate.name, "targets": candidate.targets, "rank": candidate.rank}
+    row["alpha"] = candidate.method.alpha
+    row["tried"] = [
+        {"lr": t["task"]["lr"], "valid_loss": t.get("valid_loss"), "error": t.get("error"), "behind": t.get("behind")}
+        for t in tried
+    ]
+    if not runs:
+        steps = [t["behind"] for t in tried if "behind" in t]
+        behind = f"was among the worse half of the candidates at step {max(steps, default=0)}, and ended there"
+        return row | {"error": next((t["error"] for t in tried if "error" in t), behind)}, None
+    best = runs[0]
+    scores = {
+        metric: {"seeds": [r["scores"][metric]["value"] for r in runs]}
+        | {part: statistics.fmean(r["scores"][metric][part] for r in runs) for part in ("value", "low", "high")}
+        for metric in best["scores"]
+    }
+    losses = Losses(np.array([r["losses"]["sums"] for r in runs]), np.array(best["losses"]["counts"]))
+    own = {"lr": best["task"]["lr"], **{k: best[k] for k in _KEPT}, "folder": best["folder"], "scores": scores}
+    return row | own, losses

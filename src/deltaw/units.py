@@ -1,6 +1,13 @@
-"""Amounts as people read them. Knows nothing else."""
+"""Amounts as people read and write them. Knows nothing else."""
 
 from __future__ import annotations
+
+import re
+
+from deltaw.errors import ConfigError
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?\s*")
 
 
 def size(count: float) -> str:
@@ -18,3 +25,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def parse_size(text: str, what: str) -> int:
+    """Bytes of "16GB", "16 GiB", "512M". Raises ConfigError, which names `what` was to be this size."""
+    found = _SIZE.fullmatch(text.upper())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"{what} is {text!r}; write an amount such as 16GB, 40GiB or 900MB.")
+    return int(float(found[1]) * _UNITS[found[2]])

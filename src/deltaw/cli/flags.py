@@ -243,6 +243,29 @@ class Extract:
 
 
 @dataclass(frozen=True)
+class Compress:
+    """Cut an adapter to fewer directions, in each layer the first of its ΔW, and say what is lost. The result is an ordinary
+    adapter. `deltaw rank` says what the loss of these directions costs on held-out records."""
+
+    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
+    """Adapter folder."""
+    out: Annotated[str, arg(aliases=["-o"])]
+    """Folder to write."""
+    rank: int | None = None
+    """The most that any layer keeps."""
+    energy: float | None = None
+    """Instead: the share of each layer's ‖ΔW‖² to keep, 0.99 say."""
+    bytes: str | None = None
+    """Instead: what the folder may take, 1MB say, spent where a byte keeps the most of ‖ΔW‖²."""
+    all_layers: bool = False
+    """Show every layer instead of one line for each kind."""
+    overwrite: bool = False
+    """Replace a folder that is already there."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Show what is in an adapter folder: layers, ranks, parameters, bytes, norms."""
 
@@ -269,7 +292,8 @@ class Plan:
 
 COMMANDS = {
     "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "generate": Generate, "chat": Chat, "eval": Eval,
-    "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract, "inspect": Inspect,
+    "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract, "compress": Compress,
+    "inspect": Inspect,
 }  # fmt: skip
 
 

@@ -35,7 +35,11 @@ def run(command: Sweep) -> None:
 
 def _hear(event: Any, status: Any, *, quiet: bool) -> None:
     values = event.values
-    if event.kind == "started":
+    if event.kind == "width":
+        each = "one after the other" if values["width"] == 1 else f"{values['width']} in one pass over the base"
+        if not quiet:
+            show.out.print(f"Candidates are trained {each}: {values['why']}.", style="dim", soft_wrap=True)
+    elif event.kind == "started":
         status.update(_named(values))
     elif event.kind == "step":
         left = units.duration(values["seconds_left"])
@@ -52,4 +56,6 @@ def _named(values: dict[str, Any]) -> str:
 def _outcome(values: dict[str, Any]) -> str:
     if "error" in values:
         return f"failed: {values['error'].splitlines()[0]}"
+    if "behind" in values:
+        return f"held-out loss {values['valid_loss']:.4f} at step {values['behind']}, in the worse half: ended"
     return f"held-out loss {values['valid_loss']:.4f} in {units.duration(values['seconds'])}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -150,13 +151,12 @@ def _in_order(ids: list[int] | None, rows: Tensor) -> _Pair:
 
 def write(folder: Path, adapter: LoRAFile) -> Path:
     """Write the folder atomically, then read it back and compare. Raises FileError when what was read differs."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _keys(adapter).items()}
+    tensors = _stored(adapter)
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise FileError(listing("Not saved: values are not finite (NaN or infinity) in", bad))
     with replacing_folder(folder) as temporary:
-        text = json.dumps(adapter.config, indent=2, sort_keys=True, ensure_ascii=False)
-        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (temporary / CONFIG).write_text(_config_text(adapter), encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", **adapter.metadata})
         back = read(temporary)
         again = _keys(back)
@@ -164,6 +164,20 @@ def write(folder: Path, adapter: LoRAFile) -> Path:
         if not same or back.scales != adapter.scales or not _same_tokens(back, adapter):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
     return folder
+
+
+def size(adapter: LoRAFile) -> int:
+    """Bytes of the folder's two files, if it were written."""
+    header = {"format": "pt", **adapter.metadata}
+    return len(save_bytes(_stored(adapter), metadata=header)) + len(_config_text(adapter).encode())
+
+
+def _stored(adapter: LoRAFile) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in _keys(adapter).items()}
+
+
+def _config_text(adapter: LoRAFile) -> str:
+    return json.dumps(adapter.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _same_tokens(one: LoRAFile, other: LoRAFile) -> bool:

@@ -5,7 +5,6 @@ where the model does not run there.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,15 +14,13 @@ from torch import nn
 
 from deltaw.attached import attach, detach
 from deltaw.config import TrainConfig
-from deltaw.errors import ConfigError, DeltaWError
+from deltaw.errors import DeltaWError
 from deltaw.study.dry_step import Step, step
 from deltaw.summaries import summary
 from deltaw.targets import blocks_of
 
 log = logging.getLogger("deltaw")
 
-_UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*")
 _MOST_ROWS = 1 << 20
 
 
@@ -125,11 +122,3 @@ def largest(needed: Callable[[int], int], room: int) -> int:
         middle = min(high - 1, max(low + 1, low + int((room - needed(low)) / slope)))
         low, high = (middle, high) if needed(middle) <= room else (low, middle)
     return low
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "16GB", "16 GiB", "512M". Raises ConfigError."""
-    found = _SIZE.fullmatch(text.upper())
-    if found is None or not float(found[1]):
-        raise ConfigError(f"memory is {text!r}; write an amount such as 16GB, 40GiB or 900MB.")
-    return int(float(found[1]) * _UNITS[found[2]])

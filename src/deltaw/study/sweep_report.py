@@ -128,12 +128,18 @@ _CURVE = "Bars are 95% intervals over the test records; ranks that share the rec
 
 
 def _rates(rows: Sequence[Mapping[str, Any]]) -> Table:
-    tried = [
-        [row["name"], f"{t['lr']:.2g}", "failed" if t["error"] else t["valid_loss"]]
-        for row in rows
-        for t in row["tried"]
-    ]
+    tried = [[row["name"], f"{t['lr']:.2g}", _came_to(t)] for row in rows for t in row["tried"]]
     return Table("Learning rates", ["candidate", "lr", "held-out loss"], tried, note="The test records do not decide.")
+
+
+def _came_to(tried: Mapping[str, Any]) -> object:
+    if tried["error"]:
+        return "failed"
+    return (
+        tried["valid_loss"]
+        if tried["behind"] is None
+        else f"{tried['valid_loss']:.4f}, ended at step {tried['behind']}"
+    )
 
 
 def _settings(settings: Mapping[str, Any]) -> list[list[object]]:

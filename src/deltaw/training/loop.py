@@ -54,6 +54,8 @@ class LoopState:
     tokens: int = 0
     supervised: int = 0
     records: int = 0
+    valid_loss: float | None = None
+    """The last held-out loss."""
     best_loss: float = math.inf
     best_step: int = 0
     without_gain: int = 0
@@ -65,7 +67,7 @@ class LoopState:
     """Per supervised token, of the first step."""
     last_loss: float | None = None
     """Per supervised token, of the steps between the last two lines of the log: one step's alone says little."""
-    stopped: Literal["", "early", "minutes", "interrupted"] = ""
+    stopped: Literal["", "early", "minutes", "interrupted", "behind", "failed"] = ""
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Loop:
             if self.config.gradient_checkpointing:
                 _checkpoint_activations(self.model)
             if self.valid and self.state.step == 0:
-                self._evaluate()
+                self.evaluate()
             yield
             if self.last is not None:
                 self.last.check(self.scaler)
@@ -139,11 +141,14 @@ class Loop:
 
     def step(self) -> None:
         """One optimizer step, and what is due after it: a line of the log, an evaluation, a stop."""
-        step_began = time.monotonic()
+        began = time.monotonic()
         values = self._step()
-        now = time.monotonic()
-        self.state.seconds = now - self.began
-        self.state.step_seconds += now - step_began
+        self.ended(values, time.monotonic() - began)
+
+    def ended(self, values: dict[str, Any], seconds: float) -> None:
+        """What is due after a step, which took so long and came to `values`."""
+        self.state.seconds = time.monotonic() - self.began
+        self.state.step_seconds += seconds
         if self.state.step % self.config.log_every == 0 or self.state.step in (1, self.total_steps):
             self._log(values)
         if self.config.minutes and self.state.seconds >= self.config.minutes * 60:
@@ -151,7 +156,7 @@ class Loop:
         if self.should_stop():
             self.state.stopped = "interrupted"
         if self.valid and self._is_time_to_evaluate() and self.state.stopped != "interrupted":
-            self._evaluate()
+            self.evaluate()
         if self.state.stopped and self._logged.step < self.state.step:
             self._log(values)
 
@@ -161,8 +166,7 @@ class Loop:
         On a GPU nothing here waits for it: losses are added up there, and whether they are finite is read a step late.
         """
         rows = self.drawn()
-        size = self.config.micro_batch or len(rows)
-        micro = [self.loss.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        micro = [self.loss.collate(part) for part in self.parts(rows)]
         supervised = sum(batch.targets for batch in micro)
         loss = sum((self._backward(batch, supervised) for batch in micro), start=torch.zeros_like(self.losses))
         return self.learn(rows, loss, supervised)
@@ -170,6 +174,11 @@ class Loop:
     def drawn(self) -> list[Any]:
         """The examples of the step to come."""
         return [self.examples[i] for i in self.order.at(self.state.step)]
+
+    def parts(self, rows: Sequence[Any]) -> list[Sequence[Any]]:
+        """Those of one step, of one forward pass each."""
+        size = self.config.micro_batch or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def learn(self, rows: Sequence[Any], loss: Tensor, supervised: int) -> dict[str, Any]:
         """The optimizer's step, with the gradients that are there: of the mean loss of that many predictions over `rows`."""
@@ -230,10 +239,10 @@ class Loop:
         before, state.tenths = state.tenths, int(10 * done + 1e-9)  # 1e-9: a tenth by rounding is a tenth
         return state.tenths > before
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
         """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned."""
         state = self.state
-        loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8))
+        loss = state.valid_loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8))
         if loss < state.best_loss:
             state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
             if self.config.patience:

@@ -1,0 +1,172 @@
+"""Many adapters trained together = each trained alone, to the rounding of the batch's shape (invariant 9)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from deltaw import DoRA, LoRA, TrainConfig, attach, detach
+from deltaw.attached import updates
+from deltaw.data.encode import Example
+from deltaw.data.items import Item
+from deltaw.training.abreast import Abreast
+from deltaw.training.item_loss import ClassLoss, DecoderLoss
+from deltaw.training.loop import Event, Loop
+from deltaw.training.loss import CompletionLoss
+from tests.conftest import assert_same, snapshot, tiny_gpt2, tiny_llama
+
+CONFIG = TrainConfig(steps=6, batch=3, lr=1e-2, dtype="float32", log_every=1, eval_every=3)
+CANDIDATES = [
+    (LoRA(rank=1, alpha=4, targets="qv"), CONFIG),
+    (LoRA(rank=4, alpha=4), dataclasses.replace(CONFIG, lr=3e-3)),
+    (LoRA(rank=4, alpha=4, targets="mlp"), dataclasses.replace(CONFIG, optimizer="SGD", lr=1.0)),
+    (LoRA(rank=2, alpha=4), dataclasses.replace(CONFIG, clip=0.01, lr_ratio=4.0)),
+]
+
+
+def bert() -> Any:
+    return BertForSequenceClassification(BertConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, num_labels=3,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ))  # fmt: skip
+
+
+def t5() -> Any:
+    return T5ForConditionalGeneration(T5Config(
+        d_model=32, d_kv=8, d_ff=56, num_layers=2, num_heads=4, vocab_size=96, dropout_rate=0.0, decoder_start_token_id=0,
+    ))  # fmt: skip
+
+
+def texts() -> list[Any]:
+    """Of lengths that differ, some tokens of them supervised."""
+    draw = torch.Generator().manual_seed(5)
+    found = []
+    for i in range(14):
+        ids = torch.randint(3, 96, (5 + i,), generator=draw).tolist()
+        found.append(Example(ids, [j > i // 2 for j in range(len(ids))], ""))
+    return found
+
+
+def items(target: Any) -> list[Any]:
+    return [Item({"input_ids": e.input_ids}, target(e.input_ids), "") for e in texts()]
+
+
+TASKS: dict[str, tuple[Any, Any, Any]] = {
+    "llama": (tiny_llama, CompletionLoss, texts),
+    "gpt2": (tiny_gpt2, CompletionLoss, texts),
+    "classes": (bert, ClassLoss, lambda: items(lambda ids: ids[0] % 3)),
+    "decoder": (t5, DecoderLoss, lambda: items(lambda ids: ids[:3])),
+}
+
+
+def made(task: str) -> Any:
+    torch.manual_seed(1)
+    return TASKS[task][0]().eval()
+
+
+def loop_of(task: str, model: Any, number: int, method: Any, config: TrainConfig, heard: list[Event]) -> Loop:
+    _, loss, records = TASKS[task]
+    torch.manual_seed(config.seed)
+    attach(model, method, name=str(number))
+    examples = records()
+    return Loop(loss(model), examples[:10], examples[10:], config, on_event=heard.append, adapter=str(number))
+
+
+def learned(model: Any, name: str) -> dict[str, torch.Tensor]:
+    found = updates(model, name).items()
+    return {f"{layer}.{n}": p.detach().clone() for layer, u in found for n, p in u.named_parameters()}
+
+
+def alone(task: str, candidates: Any) -> list[tuple[dict[str, torch.Tensor], list[Event]]]:
+    found = []
+    for number, (method, config) in enumerate(candidates):
+        model, heard = made(task), []
+        loop_of(task, model, number, method, config, heard).run()
+        found.append((learned(model, str(number)), heard))
+    return found
+
+
+def check(task: str, candidates: Any, width: int) -> None:
+    model = made(task)
+    before = None if candidates[0][1].gradient_checkpointing else snapshot(model)  # that stays on
+    heard: list[list[Event]] = [[] for _ in candidates]
+    loops = [loop_of(task, model, i, *each, heard[i]) for i, each in enumerate(candidates)]
+    together = Abreast(loops, width)
+    together.run()
+    assert not together.failed
+    for number, (parameters, events) in enumerate(alone(task, candidates)):
+        ours = learned(model, str(number))
+        for name, expected in parameters.items():
+            torch.testing.assert_close(ours[name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert [(e.kind, e.step) for e in heard[number]] == [(e.kind, e.step) for e in events]
+        for key in ("loss", "grad_norm", "supervised", "valid_loss"):
+            for mine, theirs in zip(heard[number], events, strict=True):
+                if key in theirs.values:
+                    assert mine.values[key] == pytest.approx(theirs.values[key], rel=1e-3)
+    detach(model)
+    if before is not None:
+        assert_same(model, before)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_each_comes_out_as_it_does_alone(task: str, width: int) -> None:
+    check(task, CANDIDATES, width)
+
+
+def test_micro_batches_and_batches_by_tokens() -> None:
+    check("llama", [(m, dataclasses.replace(c, micro_batch=2)) for m, c in CANDIDATES], 4)
+    check("llama", [(m, dataclasses.replace(c, batch_tokens=40)) for m, c in CANDIDATES], 4)
+
+
+def test_seeds_that_draw_other_records() -> None:
+    check("llama", [(m, dataclasses.replace(c, seed=i)) for i, (m, c) in enumerate(CANDIDATES)], 4)
+
+
+def test_updates_that_cannot_be_stacked_and_heads() -> None:
+    check("llama", [(DoRA(rank=2), CONFIG), (LoRA(rank=2), CONFIG), (DoRA(rank=4), CONFIG)], 3)
+    check("classes", [(LoRA(rank=r, whole="classifier"), CONFIG) for r in (1, 2)], 2)
+
+
+def test_runs_that_end_at_other_steps() -> None:
+    check("llama", [(m, dataclasses.replace(c, steps=3 + 2 * i)) for i, (m, c) in enumerate(CANDIDATES)], 4)
+
+
+def test_checkpointing_computes_again_what_each_row_goes_through() -> None:
+    check("llama", [(m, dataclasses.replace(c, gradient_checkpointing=True)) for m, c in CANDIDATES], 4)
+
+
+def test_a_loss_that_is_not_finite_ends_its_own_run_alone() -> None:
+    model = made("llama")
+    wild = dataclasses.replace(CONFIG, optimizer="SGD", lr=1e30, clip=0.0)
+    heard: list[Event] = []
+    candidates = [CANDIDATES[1], (LoRA(rank=4), wild), CANDIDATES[3]]
+    loops = [loop_of("llama", model, i, *each, heard) for i, each in enumerate(candidates)]
+    together = Abreast(loops, 3)
+    together.run()
+    assert list(together.failed) == ["1"] and "lr" in str(together.failed["1"])
+    assert [loop.state.stopped for loop in loops] == ["", "failed", ""]
+    for number in (0, 2):
+        (expected, _), *_ = alone("llama", [candidates[number]])
+        for name, value in learned(model, str(number)).items():
+            torch.testing.assert_close(value, expected[name], rtol=2e-4, atol=2e-5)
+
+
+def test_the_worse_half_ends_at_each_rung() -> None:
+    model = made("llama")
+    rates = (1e-6, 1e-2, 1e-5, 3e-3)
+    config = dataclasses.replace(CONFIG, steps=8, eval_every=8)
+    candidates = [(LoRA(rank=2), dataclasses.replace(config, lr=lr)) for lr in rates]
+    heard: list[list[Event]] = [[] for _ in candidates]
+    loops = [loop_of("llama", model, i, *each, heard[i]) for i, each in enumerate(candidates)]
+    Abreast(loops, 2, rungs=(0.25, 0.5)).run()
+    at = [{e.step: e.values["valid_loss"] for e in own if e.kind == "eval"} for own in heard]
+    order = sorted(range(4), key=lambda i: at[i][2])
+    assert [loops[i].state.step for i in order[2:]] == [2, 2]
+    better, worse = sorted(order[:2], key=lambda i: at[i][4])
+    assert (loops[better].state.step, loops[worse].state.step) == (8, 4)
+    assert [loop.state.stopped for loop in loops].count("behind") == 3 and not loops[better].state.stopped
