@@ -84,8 +84,8 @@ def rates() -> list[str]:
     table_of = table(columns, [[*row, *[""] * (width - len(row))] for row in rows])
     gpu = results["machine"]["gpu"]
     text = (
-        f"{results['what']} ({gpu}). The best one of each, in bold, is the one of the table above (DoRA took LoRA's); where it is "
-        "the last tried, a larger one may be better.\n"
+        f"{results['what']} ({gpu}). The best one of each, in bold, is the one of the table above (DoRA took LoRA's); where it "
+        "is the last tried, a larger one may be better.\n"
     )
     return ["### Learning rates on E2E\n", text, table_of]
 
