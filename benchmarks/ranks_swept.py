@@ -1,0 +1,85 @@
+"""Ranks tried on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA; r = 1, 2,
+4, 8, 16, 64, three seeds each.
+
+    python benchmarks/ranks_swept.py e2e --model SMOLLM2 --data E2E
+    python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS     # examples/quickstart/toolcalls.py --out REQUESTS
+    python benchmarks/ranks_swept.py cola --model MINILM --data COLA
+
+MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. What is finished in .cache/swept is not done again;
+the runs with r = 64 that `deltaw rank` looks at are there too. Writes results/sweep_NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import deltaw
+import machine
+from deltaw.sweeping import Progress, sweep
+
+OUT = Path(".cache/swept")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a sweep is of."""
+
+    model: str
+    data: str
+    """Their names, for readers."""
+    config: deltaw.TrainConfig
+    options: deltaw.SweepConfig
+
+
+def of_glue(data: str, steps: int, lr: float, test: int, metrics: str) -> Setup:
+    reading = deltaw.DataConfig(max_length=128)
+    config = deltaw.TrainConfig(data=reading, steps=steps, batch=16, lr=lr, eval_every=steps, dtype="float32")
+    return Setup("all-MiniLM-L6-v2", data, config, deltaw.SweepConfig(seeds=3, test_most=test, metrics=metrics))
+
+
+SETUPS = {
+    "e2e": Setup(
+        "SmolLM2-135M-Instruct", "E2E", deltaw.TrainConfig(steps=150, batch=8, lr=3e-3, eval_every=150, dtype="bfloat16"),
+        deltaw.SweepConfig(seeds=3, test_most=400, metrics="loss"),
+    ),
+    "requests": Setup(
+        "SmolLM2-135M-Instruct", "the quickstart's requests",
+        deltaw.TrainConfig(
+            data=deltaw.DataConfig(template="chat", system="Answer in JSON."), steps=150, batch=8, lr=3e-3, eval_every=150,
+            dtype="bfloat16",
+        ),
+        deltaw.SweepConfig(seeds=3, metrics="loss"),
+    ),
+    "sst2": of_glue("SST-2", 200, 1e-3, 1821, "loss,accuracy"),
+    "cola": of_glue("CoLA", 800, 3.3e-4, 1043, "loss,matthews"),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SETUPS)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    setup = SETUPS[given.name]
+    config = replace(setup.config, out=str(OUT / given.name))
+    options = replace(setup.options, seeds=given.seeds)
+    done = sweep(given.model, given.data, config, options, on_event=said)
+    results = done.results
+    results["settings"] |= {"model": setup.model, "data": setup.data}
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (machine.RESULTS / f"sweep_{given.name}.json").write_text(text, encoding="utf-8")
+
+
+def said(event: Progress) -> None:
+    if event.kind == "finished":
+        values = event.values
+        print(values["name"], values["lr"], values["seed"], values.get("valid_loss", values.get("error")), flush=True)
+
+
+if __name__ == "__main__":
+    main()
