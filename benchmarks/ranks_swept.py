@@ -1,8 +1,8 @@
-"""Ranks tried on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA; r = 1, 2,
-4, 8, 16, 64, three seeds each.
+"""Ranks tried on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA; r = 1,
+2, 4, 8, 16, 64, three seeds each.
 
     python benchmarks/ranks_swept.py e2e --model SMOLLM2 --data E2E
-    python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS     # examples/quickstart/toolcalls.py --out REQUESTS
+    python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
     python benchmarks/ranks_swept.py cola --model MINILM --data COLA
 
 MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. What is finished in .cache/swept is not done again;
