@@ -78,6 +78,17 @@ def test_the_parts_are_those_of_the_model(make: Any) -> None:
         assert row.flops_per_token is not None and row.flops_per_token > 0.5 * times * weights
 
 
+def test_flops_are_counted_one_by_one() -> None:
+    """4 a frozen weight and token (forward, and the gradient of the input), 6 a parameter of A and B, none besides: a rank more
+    costs what its parameters do."""
+    config = tiny_llama().config
+    methods = "lora(rank=2),lora(rank=4)"
+    small, large = deltaw.plan(config, dataclasses.replace(SMALL, methods=methods)).rows
+    assert small.flops_per_token is not None and large.flops_per_token is not None
+    more = large.parameters - small.parameters
+    assert large.flops_per_token - small.flops_per_token == pytest.approx(6 * more, rel=0.1)
+
+
 def test_activations_grow_with_rows_and_memory_says_how_many_fit() -> None:
     config = tiny_llama().config
     one, two = (deltaw.plan(config, dataclasses.replace(SMALL, batch=n)).rows[0] for n in (2, 4))
@@ -137,7 +148,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "Training memory" in said and "rows in 4GB" in said
+    assert "Training memory" in said and "rows in 4GB" in said and "peak" in said
     assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0]["parameters"] > 294_912 and rows[0]["memory"]["total"] > 0  # with the classifier's head

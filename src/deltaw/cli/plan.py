@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from deltaw import units
@@ -11,7 +12,7 @@ from deltaw.cli import show
 from deltaw.cli.flags import Plan
 
 SIZES = ("method", "trained", "share", "adapter", "with optimizer", "FLOPs/token")
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "working")
+PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working")
 
 
 def run(command: Plan) -> None:
@@ -30,10 +31,9 @@ def run(command: Plan) -> None:
         soft_wrap=True,
     )
     show.out.print(_sizes(found))
-    show.out.print(_memory(found, settings))
-    if found.device == "cpu" and found.rows:
-        process = units.size(found.rows[0].memory.process)
-        show.out.print(f"Peaks include the process by itself, {process}.", style="dim", soft_wrap=True)
+    show.out.print("\nTraining memory", style="bold")
+    for group in show.fitting(found.rows, lambda row: str(row.name), taken=27):
+        show.out.print(_memory(group, settings))
     for row in found.rows:
         for note in _notes(row):
             show.out.print(f"{row.name}: {note}", style="dim", soft_wrap=True)
@@ -52,17 +52,21 @@ def _sizes(found: Any) -> Any:
     return made
 
 
-def _memory(found: Any, settings: Any) -> Any:
-    """Parts, then what activations are without and with checkpointing, the peak, and the largest batch."""
-    largest = [] if settings.memory is None else [f"rows in {settings.memory}"]
-    made = show.table("method", *PARTS, "kept", "checkpointed", "logits", "peak", *largest, title="\nTraining memory")
-    for row in found.rows:
-        m, again = row.memory, row.kept_checkpointed
-        more = [str(row.largest_batch)] if largest else []
-        made.add_row(
-            row.name, *(units.size(getattr(m, part)) for part in PARTS), units.size(row.kept),
-            "–" if again is None else units.size(again), units.size(m.logits), units.size(m.total), *more,
-        )  # fmt: skip
+def _memory(rows: Sequence[Any], settings: Any) -> Any:
+    """A column for each method: the parts, the peak that they add up to, and what else there is to know of it."""
+    made = show.table("", *(row.name for row in rows))
+    for part in PARTS:
+        if part != "process" or any(row.memory.process for row in rows):
+            made.add_row(part, *(units.size(getattr(row.memory, part)) for row in rows))
+    made.add_row("peak", *(units.size(row.memory.total) for row in rows), style="bold")
+    if settings.gradient_checkpointing:
+        made.add_row("activations, otherwise", *(units.size(row.kept) for row in rows), style="dim")
+    else:
+        again = ("–" if row.kept_checkpointed is None else units.size(row.kept_checkpointed) for row in rows)
+        made.add_row("activations, checkpointed", *again, style="dim")
+    made.add_row("logits, when at work", *(units.size(row.memory.logits) for row in rows), style="dim")
+    if settings.memory is not None:
+        made.add_row(f"rows in {settings.memory}", *(str(row.largest_batch) for row in rows))
     return made
 
 

@@ -6,10 +6,14 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+T = TypeVar("T")
 
 # Into a file or a pipe there is no edge to keep within, so no name is broken over two lines
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
@@ -48,6 +52,21 @@ def facts(rows: dict[str, str]) -> Table:
     for label, value in rows.items():
         made.add_row(label, value)
     return made
+
+
+def fitting(columns: Sequence[T], name: Callable[[T], str], taken: int) -> Iterator[Sequence[T]]:
+    """The columns of one table in groups that fit beside its first one, which takes so many characters; amounts take nine."""
+    group: list[T] = []
+    room = out.width - taken
+    for column in columns:
+        wanted = max(9, len(name(column))) + 2
+        if group and wanted > room:
+            yield group
+            group, room = [], out.width - taken
+        group.append(column)
+        room -= wanted
+    if group:
+        yield group
 
 
 def is_terminal() -> bool:

@@ -29,8 +29,11 @@ def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *
 
 
 _ATEN = torch.ops.aten
-_REGISTRY: dict[Any, Callable[..., int]] = dict(flop_registry)
-# torch's own table is of the GPU's kernels
+# torch's own table is of the GPU's kernels, and without those that work in place
+_REGISTRY: dict[Any, Callable[..., int]] = dict(flop_registry) | {
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
+    _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],
+}
 _CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
