@@ -5,8 +5,8 @@
     python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
     python benchmarks/ranks_swept.py cola --model MINILM --data COLA
 
-MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. What is finished in .cache/swept is not done again;
-the runs with r = 64 that `deltaw rank` looks at are there too. Writes results/sweep_NAME.json.
+MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run came
+to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ class Setup:
 def of_glue(data: str, steps: int, lr: float, test: int, metrics: str) -> Setup:
     reading = deltaw.DataConfig(max_length=128)
     config = deltaw.TrainConfig(data=reading, steps=steps, batch=16, lr=lr, eval_every=steps, dtype="float32")
-    return Setup("all-MiniLM-L6-v2", data, config, deltaw.SweepConfig(seeds=3, test_most=test, metrics=metrics))
+    return Setup("all-MiniLM-L6-v2", data, config, deltaw.SweepConfig(test_most=test, metrics=metrics))
 
 
 SETUPS = {
     "e2e": Setup(
-        "SmolLM2-135M-Instruct", "E2E", deltaw.TrainConfig(steps=150, batch=8, lr=3e-3, eval_every=150, dtype="bfloat16"),
-        deltaw.SweepConfig(seeds=3, test_most=400, metrics="loss"),
+        "SmolLM2-135M-Instruct", "E2E",
+        deltaw.TrainConfig(steps=100, batch=8, lr=3e-3, eval_every=100, valid_most=64, dtype="float32"),
+        deltaw.SweepConfig(test_most=300, metrics="loss"),
     ),
     "requests": Setup(
         "SmolLM2-135M-Instruct", "the quickstart's requests",
         deltaw.TrainConfig(
-            data=deltaw.DataConfig(template="chat", system="Answer in JSON."), steps=150, batch=8, lr=3e-3, eval_every=150,
-            dtype="bfloat16",
+            data=deltaw.DataConfig(template="chat", system="Answer in JSON."), steps=100, batch=8, lr=3e-3, eval_every=100,
+            valid_most=64, dtype="float32",
         ),
-        deltaw.SweepConfig(seeds=3, metrics="loss"),
+        deltaw.SweepConfig(test_most=300, metrics="loss"),
     ),
     "sst2": of_glue("SST-2", 200, 1e-3, 1821, "loss,accuracy"),
     "cola": of_glue("CoLA", 800, 3.3e-4, 1043, "loss,matthews"),
@@ -66,19 +67,39 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     setup = SETUPS[given.name]
-    config = replace(setup.config, out=str(OUT / given.name))
+    folder, kept = OUT / given.name, machine.RESULTS / "swept" / f"{given.name}.json"
+    if not folder.exists() and kept.exists():
+        put_back(kept, folder)
+    config = replace(setup.config, out=str(folder))
     options = replace(setup.options, seeds=given.seeds)
-    done = sweep(given.model, given.data, config, options, on_event=said)
-    results = done.results
+
+    def hear(event: Progress) -> None:
+        if event.kind == "finished":
+            values = event.values
+            print(
+                values["name"], values["lr"], values["seed"], values.get("valid_loss", values.get("error")), flush=True
+            )
+            keep(folder, kept)
+
+    results = sweep(given.model, given.data, config, options, on_event=hear).results
     results["settings"] |= {"model": setup.model, "data": setup.data}
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     (machine.RESULTS / f"sweep_{given.name}.json").write_text(text, encoding="utf-8")
 
 
-def said(event: Progress) -> None:
-    if event.kind == "finished":
-        values = event.values
-        print(values["name"], values["lr"], values["seed"], values.get("valid_loss", values.get("error")), flush=True)
+def keep(folder: Path, kept: Path) -> None:
+    """What says how far the sweep is, in one file."""
+    found = {str(p.relative_to(folder)): json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/score.json"))}
+    for run in found.values():
+        run["losses"] = {k: [round(v, 4) for v in values] for k, values in run.get("losses", {}).items()}
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps({"sweep.json": json.loads((folder / "sweep.json").read_text())} | found) + "\n")
+
+
+def put_back(kept: Path, folder: Path) -> None:
+    for name, values in json.loads(kept.read_text()).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":
