@@ -5,8 +5,8 @@
     python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
     python benchmarks/ranks_swept.py cola --model MINILM --data COLA
 
-MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run came
-to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
+MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run
+came to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
 """
 
 from __future__ import annotations

@@ -247,6 +247,37 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class RankConfig:
+    """What a finished run is asked about its rank."""
+
+    ranks: str = ""
+    """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its own."""
+    margin: float = 0.01
+    """How much worse than the whole adapter's the loss of a recommended rank may be, as a share of it."""
+    records: str | None = None
+    """Held-out records to score: a file, or a split of the run's data. Default: those that the run itself held out."""
+    most: int = 256
+    """Most records to score."""
+    metrics: str = ""
+    """Which scores beside the loss, with commas, as eval takes them. Default: for classes and numbers their usual ones."""
+    against: str = ""
+    """Other runs or adapters on the same base, with commas, of another rank or seed: how far their directions are the same."""
+    confirm: bool = False
+    """Train at the recommended rank and at the adapter's own, as the run was, and compare on records that chose nothing."""
+    seeds: int = 1
+    """Of --confirm: runs of each rank."""
+    model: str | None = None
+    """Base model. Default: the one that the run names."""
+    data: str | None = None
+    """Training data, of which --records may be a split. Default: what the run names."""
+    out: str | None = None
+    """Folder of rank.json and rank.html. Default: the run's."""
+
+    def __post_init__(self) -> None:
+        check(self, margin=(0.0, None), most=(1, None), seeds=(1, None))
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """What is planned. Shapes alone decide: no weights are read, nothing is trained."""
 

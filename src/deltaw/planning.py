@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,21 +82,26 @@ class Planned:
     """Methods that do not fit this model, and why."""
 
 
-def plan(model: Any, config: PlanConfig = PlanConfig()) -> Planned:  # noqa: B008  (frozen)
-    """What training `model` with each of `config.methods` would take.
+def plan(
+    model: Any,
+    config: PlanConfig = PlanConfig(),  # noqa: B008  (frozen)
+    methods: Mapping[str, Any] | None = None,
+) -> Planned:
+    """What training `model` with each of `config.methods` would take, or with `methods`, by any names.
 
     model: a preset's name, a folder, a GGUF file or a hub id, of which the config is read and nothing else, or a transformers
     config. Raises ConfigError for settings that do not fit it, and FileError where there is no such model.
     """
-    chosen = contestants(config.methods or DEFAULT)
+    if methods is None:
+        methods = {c.name: c.method for c in contestants(config.methods or DEFAULT)}
     room = None if config.memory is None else parse_size(config.memory, "memory")
     planner = _planner(model, config)
     rows, failed = [], {}
-    for contestant in chosen:
+    for name, method in methods.items():
         try:
-            rows.append(planner.row(contestant.name, contestant.method, room))
+            rows.append(planner.row(name, method, room))
         except TargetError as error:
-            failed[contestant.name] = str(error)
+            failed[name] = str(error)
     return Planned(
         planner.name, planner.task, str(planner.dtype).removeprefix("torch."), planner.device, planner.base_parameters,
         planner.base_bytes, tuple(rows), failed,

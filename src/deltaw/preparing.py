@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,25 +35,59 @@ class Prepared:
     valid_records: Any
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run is scored on."""
+
+    loaded: Pretrained
+    config: TrainConfig
+    """With what `auto` came to."""
+    records: Any
+
+
 def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenizer: Any = None) -> Prepared:
     """Raises ConfigError, FileError or DataError, each with everything wrong of its kind."""
-    records = read(data, config.data, split=config.data.split)
-    valid_records = _held_out(data, records, config)
-    config = replace(config, data=recognised(config.data, records, _config_of(model)))
+    begun = _begin(model, data, config, getattr(method, "positions", 0), tokenizer)
+    loaded, config = begun.loaded, begun.config
     task = task_of(config.data)
-    torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
-    loaded = _loaded(model, tokenizer, config)
-    config = _resolved(config, records.form, loaded, getattr(method, "positions", 0))
-    train_records, valid_records = _split(records, valid_records, config)
     return Prepared(
         loaded,
         data,
         config,
         with_head(method, loaded.head),
-        task.encode(train_records, loaded, config.data),
-        task.encode(valid_records, loaded, config.data) if valid_records is not None else None,
-        valid_records,
+        task.encode(begun.train, loaded, config.data),
+        task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None,
+        begun.valid,
     )
+
+
+def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
+    """The model, and the records that a run of these settings does not train on: exactly those that it cut from its training
+    records, or at most so many of others. Raises as `prepare` does, and DataError where it holds out none."""
+    if config.valid is not None or held_out_split(data):
+        config = replace(config, valid_most=most)
+    begun = _begin(model, data, config, 0, None)
+    if begun.valid is None:
+        raise DataError(f"The run held out none of the records of {data}: give others with --records.")
+    return HeldOut(begun.loaded, begun.config, begun.valid)
+
+
+class _Begun(NamedTuple):
+    loaded: Pretrained
+    config: TrainConfig
+    train: Any
+    valid: Any
+
+
+def _begin(model: Any, data: Any, config: TrainConfig, positions: int, tokenizer: Any) -> _Begun:
+    """The model, and the records that a run trains on and holds out. `positions`: that the method takes for itself."""
+    records = read(data, config.data, split=config.data.split)
+    valid = _held_out(data, records, config)
+    config = replace(config, data=recognised(config.data, records, _config_of(model)))
+    torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
+    loaded = _loaded(model, tokenizer, config)
+    config = _resolved(config, records.form, loaded, positions)
+    return _Begun(loaded, config, *_split(records, valid, config))
 
 
 def _config_of(model: Any) -> Any:

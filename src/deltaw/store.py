@@ -98,8 +98,17 @@ def load(
     adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
     """
     path = Path(path)
+    return place(
+        model, read(path), path, name=name, activate=activate, check_base=check_base, dtype=dtype, host=host
+    )
+
+
+def place(
+    model: nn.Module, file: peft.LoRAFile | MethodFile, path: Path, *, name: str | None = None, activate: bool = True,
+    check_base: bool = True, dtype: torch.dtype | None = None, host: bool = False,
+) -> str:  # fmt: skip
+    """`load`, of what was read from `path` before."""
     layers = dict(live.base_modules(model))
-    file = read(path)
     if isinstance(file, peft.LoRAFile):
         file = renamed(file, layers)
     taken = live.adapters(model)

@@ -35,7 +35,7 @@ def candidates(options: SweepConfig, model: Any) -> list[Candidate]:
     """In the order in which they are given. `model`: any with the base's shapes. Raises ConfigError with everything wrong, and
     TargetError for targets that there are not."""
     problems: list[str] = []
-    ranks = _numbers(options.ranks, int, "ranks", problems)
+    ranks = numbers(options.ranks, int, "ranks", problems)
     learning_rates(options, 1.0, problems)
     count = None if options.budget is None else _count(options.budget, problems)
     if problems:
@@ -58,7 +58,7 @@ def choices(options: SweepConfig) -> list[str]:
 
 def learning_rates(options: SweepConfig, lr: float, problems: list[str] | None = None) -> list[float]:
     """Those to try; `lr` where none are given."""
-    found = _numbers(options.lrs, float, "lrs", [] if problems is None else problems) if options.lrs else []
+    found = numbers(options.lrs, float, "lrs", [] if problems is None else problems) if options.lrs else []
     return found or [lr]
 
 
@@ -69,7 +69,8 @@ def _made(options: SweepConfig, targets: str, rank: int, first: int) -> Candidat
     return Candidate(targets, rank, kind(rank=rank, alpha=alpha, targets=targets, **settings))  # type: ignore[arg-type]
 
 
-def _numbers(text: str, kind: type, what: str, problems: list[str]) -> list[Any]:
+def numbers(text: str, kind: type, what: str, problems: list[str]) -> list[Any]:
+    """Those of a list with commas, each once and above 0; what is wrong with it goes to `problems`."""
     found: list[Any] = []
     for word in filter(None, (w.strip() for w in text.split(","))):
         try:
