@@ -18,10 +18,19 @@ if TYPE_CHECKING:
         detach,
         parameters,
     )
+    from deltaw.choosing import RankChoice, choose_rank
     from deltaw.combined import combine
     from deltaw.comparing import Comparison, compare
     from deltaw.compressed import Compressed, compress
-    from deltaw.config import CompareConfig, DataConfig, GenerateConfig, PlanConfig, SweepConfig, TrainConfig
+    from deltaw.config import (
+        CompareConfig,
+        DataConfig,
+        GenerateConfig,
+        PlanConfig,
+        RankConfig,
+        SweepConfig,
+        TrainConfig,
+    )
     from deltaw.converted import convert
     from deltaw.errors import DeltaWError
     from deltaw.extracted import extract
@@ -51,6 +60,7 @@ _HOME = {
     "DataConfig": "config",
     "GenerateConfig": "config",
     "PlanConfig": "config",
+    "RankConfig": "config",
     "SweepConfig": "config",
     "TrainConfig": "config",
     "BitFit": "methods.bitfit",
@@ -62,12 +72,14 @@ _HOME = {
     "Prefix": "methods.prefix",
     "MergeReport": "merge_report",
     "Planned": "planning",
+    "RankChoice": "choosing",
     "RunResult": "run",
     "Spectrum": "spectra",
     "Summary": "summaries",
     "Sweep": "sweeping",
     "adapters": "attached",
     "attach": "attached",
+    "choose_rank": "choosing",
     "combine": "combined",
     "compare": "comparing",
     "compress": "compressed",
@@ -110,6 +122,8 @@ __all__ = [
     "PlanConfig",
     "Planned",
     "Prefix",
+    "RankChoice",
+    "RankConfig",
     "RunResult",
     "Spectrum",
     "Summary",
@@ -119,6 +133,7 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "choose_rank",
     "combine",
     "compare",
     "compress",

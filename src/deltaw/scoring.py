@@ -39,8 +39,14 @@ def scoring_of(sets: Path, data: DataConfig, model: str, metrics: str) -> Scorin
     records = [read(three_sets.file_of(sets, name), data) for name in three_sets.NAMES]
     data = recognised(data, records[0], read_config(model))
     check_labels(data, records)
-    task = task_of(data)
-    given = [m.strip() for m in metrics.split(",") if m.strip()]
-    chosen = given or [m for m in _USUAL[task.answers] if installed(m)]
-    check_metrics(chosen, metrics_of(data, records[0].form))
-    return Scoring(data, tuple(chosen), chosen[-1] if task.answers != "text" else "loss")
+    chosen = metrics_for(metrics, data, records[0].form)
+    return Scoring(data, tuple(chosen), chosen[-1] if task_of(data).answers != "text" else "loss")
+
+
+def metrics_for(text: str, data: DataConfig, form: str) -> list[str]:
+    """Those with commas in `text`, or the usual ones of records of this task and form. Raises ConfigError for one that there is
+    not."""
+    given = [m.strip() for m in text.split(",") if m.strip()]
+    chosen = given or [m for m in _USUAL[task_of(data).answers] if installed(m)]
+    check_metrics(chosen, metrics_of(data, form))
+    return chosen

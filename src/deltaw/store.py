@@ -98,9 +98,7 @@ def load(
     adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
     """
     path = Path(path)
-    return place(
-        model, read(path), path, name=name, activate=activate, check_base=check_base, dtype=dtype, host=host
-    )
+    return place(model, read(path), path, name=name, activate=activate, check_base=check_base, dtype=dtype, host=host)
 
 
 def place(

@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deltaw.config import CompareConfig, DataConfig, DType, GenerateConfig, PlanConfig, SweepConfig, TrainConfig, keys
+from deltaw.config import (
+    CompareConfig,
+    DataConfig,
+    DType,
+    GenerateConfig,
+    PlanConfig,
+    RankConfig,
+    SweepConfig,
+    TrainConfig,
+    keys,
+)
 from deltaw.errors import ConfigError, listing, nearest
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import METHODS, method_class
@@ -78,6 +88,18 @@ class Sweep:
     """Records as train reads them."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/sweep"))
+    json: bool = False
+    """Print the results as JSON."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Say which rank a finished run needed: its adapter cut to each smaller rank, scored on held-out records, and the smallest
+    rank that is enough, with 95% intervals."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder, or adapter folder."""
+    rank: RankConfig = field(default_factory=RankConfig)
     json: bool = False
     """Print the results as JSON."""
 
@@ -291,9 +313,9 @@ class Plan:
 
 
 COMMANDS = {
-    "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "generate": Generate, "chat": Chat, "eval": Eval,
-    "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract, "compress": Compress,
-    "inspect": Inspect,
+    "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate, "chat": Chat,
+    "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
+    "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
 

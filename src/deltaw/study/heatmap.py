@@ -30,9 +30,14 @@ def render_map(shown: HeatMap) -> str:
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" width="100%" height="100%" '
         f'shape-rendering="crispEdges">{squares}</svg>'
     )
-    picture = tag("svg", _numbers(width, height) + inner, role="img", aria_label=describe(shown), width="100%", height="100%")
+    picture = tag(
+        "svg", _numbers(width, height) + inner, role="img", aria_label=describe(shown), width="100%", height="100%"
+    )
     plot = tag("div", picture, cls="plot map")
-    labels = [tag("p", text(t), cls=c, aria_hidden="true") for t, c in ((shown.y_label, "y-label"), (shown.x_label, "x-label"))]
+    labels = [
+        tag("p", text(t), cls=c, aria_hidden="true")
+        for t, c in ((shown.y_label, "y-label"), (shown.x_label, "x-label"))
+    ]
     head = tag("figcaption", tag("h3", text(shown.title)) + _scale())
     note = tag("p", text(shown.note), cls="note") if shown.note else ""
     return tag("figure", head + tag("div", labels[0] + plot + labels[1], cls="axes s") + note, cls="chart")
@@ -67,10 +72,12 @@ def _shade(value: float) -> int:
 def _numbers(width: int, height: int) -> str:
     """Row and column numbers, a few of them, the first and the last among these."""
     parts = [
-        f'<text x="-8" y="{100 * (n - 0.5) / height:.4g}%" dy="0.32em" text-anchor="end">{n}</text>' for n in _few(height)
+        f'<text x="-8" y="{100 * (n - 0.5) / height:.4g}%" dy="0.32em" text-anchor="end">{n}</text>'
+        for n in _few(height)
     ]
     parts += [
-        f'<text x="{100 * (n - 0.5) / width:.4g}%" y="100%" dy="1.4em" text-anchor="middle">{n}</text>' for n in _few(width)
+        f'<text x="{100 * (n - 0.5) / width:.4g}%" y="100%" dy="1.4em" text-anchor="middle">{n}</text>'
+        for n in _few(width)
     ]
     return "".join(parts)
 
@@ -82,8 +89,6 @@ def _few(most: int) -> list[int]:
 
 
 def _scale() -> str:
-    steps = "".join(
-        f'<rect x="{i}" y="0" width="1" height="1" fill-opacity="{i / 4:.3g}"></rect>' for i in range(5)
-    )
+    steps = "".join(f'<rect x="{i}" y="0" width="1" height="1" fill-opacity="{i / 4:.3g}"></rect>' for i in range(5))
     shades = f'<svg class="shades" viewBox="0 0 5 1" width="60" height="12" shape-rendering="crispEdges">{steps}</svg>'
     return tag("p", f"0 {shades} 1", cls="legend", aria_hidden="true")

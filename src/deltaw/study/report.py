@@ -17,9 +17,10 @@ from pathlib import Path
 from deltaw.files.atomic import write_text
 from deltaw.study.charts import Chart, Series, render_chart
 from deltaw.study.examples import Sample, render_examples
+from deltaw.study.heatmap import HeatMap, render_map
 from deltaw.study.markup import tag, text
 
-__all__ = ["Chart", "Report", "Sample", "Series", "Table", "render", "write"]
+__all__ = ["Chart", "HeatMap", "Report", "Sample", "Series", "Table", "render", "write"]
 
 _FOLD_ROWS = 24
 _LONG_WORD, _BRIEF = 30, 24
@@ -49,6 +50,7 @@ class Report:
     facts: Sequence[tuple[str, str, str]] = ()
     """Label, value, note."""
     curves: Sequence[Chart] = ()
+    maps: Sequence[HeatMap] = ()
     examples: Sequence[Sample] = ()
     tables: Sequence[Table] = ()
     warnings: Sequence[str] = ()
@@ -71,7 +73,12 @@ def render(report: Report) -> str:
         f"<style>{css}</style>",
     ]
     sections = [_header(report), _warnings(report.warnings), _facts(report.facts), _charts(report.curves)]
-    sections += [render_examples(report.examples), _tables(report.tables), _commands(report.commands)]
+    sections += [
+        _maps(report.maps),
+        render_examples(report.examples),
+        _tables(report.tables),
+        _commands(report.commands),
+    ]
     foot = tag("footer", tag("p", text(report.footer))) if report.footer else ""
     body = tag("main", "\n".join(s for s in sections if s)) + foot + f"<script>{script}</script>"
     return f'<!doctype html>\n<html lang="en">\n<head>\n{"".join(head)}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
@@ -133,6 +140,13 @@ def _charts(charts: Sequence[Chart]) -> str:
     order = sorted(range(len(charts)), key=lambda i: i > 0 and wide[i])
     figures = "".join(render_chart(charts[i], wide=wide[i]) for i in order)
     return _section("Curves", tag("div", figures, cls=f"charts across-{across}"), "curves")
+
+
+def _maps(maps: Sequence[HeatMap]) -> str:
+    if not maps:
+        return ""
+    figures = "".join(map(render_map, maps))
+    return _section("Directions", tag("div", figures, cls=f"charts across-{min(3, len(maps))}"), "maps")
 
 
 def _tables(tables: Sequence[Table]) -> str:

@@ -15,8 +15,8 @@ _SEED = 0
 
 
 def similarity(one: Tensor, other: Tensor) -> Tensor:
-    """φ(i, j) = ‖V_i·V'_jᵀ‖² / min(i, j) for the first i rows of `one` [n, k] and the first j of `other` [m, k], both orthonormal:
-    1 where one subspace holds the other, 0 where they are at right angles. fp64 [n, m] (section 7.2, equation 4)."""
+    """φ(i, j) = ‖V_i·V'_jᵀ‖² / min(i, j) for the first i rows of `one` [n, k] and the first j of `other` [m, k], both
+    orthonormal: 1 where one subspace holds the other, 0 where they are at right angles. fp64 [n, m] (section 7.2, equation 4)."""
     shared = (one.double() @ other.double().t()).square().cumsum(0).cumsum(1)
     return shared / _smaller(*shared.shape)
 
@@ -66,9 +66,7 @@ def amplified(W: Tensor, found: Triples, rank: int) -> Amplified:
     rank = min(rank, len(found.S))
     U, V = found.U[:, :rank], found.Vh[:rank]
     chance = torch.Generator().manual_seed(_SEED)
-    left, right = (
-        torch.linalg.qr(torch.randn(n, rank, generator=chance, dtype=torch.float64)).Q for n in W.shape
-    )
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=chance, dtype=torch.float64)).Q for n in W.shape)
     # Its first values alone: all of them would take minutes on a large layer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)

@@ -1,0 +1,312 @@
+"""What a run says about its rank, as a Report, as sentences and as rows of a table. Knows rank.json; nothing of models or HTML."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltaw import units
+from deltaw.environment import in_words
+from deltaw.names import family
+from deltaw.study.comparison import score
+from deltaw.study.hints import hints
+from deltaw.study.report import Chart, HeatMap, Report, Series, Table
+
+Values = Mapping[str, Any]
+
+COLUMNS = ("r", "parameters", "adapter", "with optimizer", "training", "FLOPs/token", "‖ΔW‖² kept", "loss")
+# Table 7 of the paper: GPT-3's 48th layer, W_q
+_PAPER = (
+    "The paper's figures (Table 7, W_q of GPT-3's 48th layer): at r = 4 0.32 with the directions of ΔW, 21.67 with W's own, 0.02 "
+    "with random ones, ‖W‖ 61.95, ‖ΔW‖ 6.91, a factor of 21.5; at r = 64 1.90, 37.71, 0.33 and ‖ΔW‖ 3.57, a factor of 1.9."
+)
+_PHI = (
+    "φ(i, j) is 1 where the first i directions of one hold the first j of the other or the other way round, 0 where they have "
+    "nothing in common (section 7.2 of the paper, which looks at A: there the first directions of r = 8 and of r = 64 have more "
+    "than 0.5 in common). Directions of ΔW are its right singular vectors."
+)
+
+
+def sentence(results: Values) -> str:
+    """The recommendation, its evidence and its cost."""
+    rows = {row["rank"]: row for row in results["ranks"]}
+    own, largest, count = rows[results["rank"]], results["ranks"][-1], results["records"]["count"]
+    loss = f"loss {own['loss']['value']:.3f} [{own['loss']['low']:.3f}, {own['loss']['high']:.3f}]"
+    text = f"r = {own['rank']}: {units.size(own['bytes'])}, {loss}"
+    if own["rank"] != largest["rank"]:
+        return text + f" against {largest['loss']['value']:.3f} at r = {largest['rank']}, on {count} held-out records."
+    return text + f" on {count} held-out records; every smaller rank may be worse by more than the margin."
+
+
+def remarks(results: Values) -> list[str]:
+    """What else there is to know about it."""
+    found = []
+    if results["rank"] == results["ranks"][-1]["rank"] > 1:
+        found.append(
+            "No smaller rank is shown to be enough: train at a larger one to see whether it would be better, or score more "
+            "records (--records, --most), which makes intervals narrower."
+        )
+    base = results["base"]
+    whole = results["ranks"][-1]["loss"]
+    if base is not None and base["loss"] <= whole["high"]:
+        found.append(
+            f"The adapter is hardly better than the base, whose loss is {base['loss']:.3f}: what rank it needs says little."
+        )
+    if results["records"]["stopped_by"]:
+        found.append("The run was stopped by these records (--patience), so their losses are a little too good.")
+    found += [_better(each) for each in results["allocated"] if each["better"]]
+    return found + confirmation(results)
+
+
+def _better(each: Values) -> str:
+    return (
+        f"With the parameters of r = {each['rank']}, ranks by layer do better than one rank everywhere: loss "
+        f"{each['loss']['value']:.4f}, a difference of {_interval(each['difference'])}. "
+        f"`deltaw compress --bytes {each['bytes']}` makes that."
+    )
+
+
+def confirmation(results: Values) -> list[str]:
+    """Of --confirm."""
+    found = results["confirmed"]
+    if found is None:
+        return []
+    if "failed" in found:
+        return [f"Training again failed: {found['failed']}"]
+    verdict = "It held" if found["held"] else "It did not hold"
+    seeds = "one run" if found["seeds"] == 1 else f"{found['seeds']} runs"
+    return [
+        f"{verdict} when trained again ({seeds} each): at r = {found['rank']} loss {_interval(found['loss'])}, at "
+        f"r = {found['full']} {found['full_loss']['value']:.4f}; the difference is {_interval(found['difference'])}, the margin "
+        f"{found['margin']:.4f}."
+    ]
+
+
+def cells(row: Values, largest: int, metrics: Sequence[str]) -> list[str]:
+    """Of one rank as text, under COLUMNS, the difference from the largest rank, whether it is enough, and the metrics."""
+    memory = units.size(row["memory"]) if "memory" in row else "–"
+    flops = row.get("flops_per_token")
+    difference = "–" if row["rank"] == largest else _interval(row["difference"])
+    return [
+        str(row["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]), memory,
+        "–" if flops is None else f"{flops:.3g}", f"{row['energy']:.1%}", _interval(row["loss"]), difference,
+        "yes" if row["enough"] else "no", *(score(row["scores"][m]) for m in metrics),
+    ]  # fmt: skip
+
+
+def metrics_of(results: Values) -> list[str]:
+    """Besides the loss."""
+    return list(results["ranks"][0]["scores"])
+
+
+def rank_report(results: Values) -> Report:
+    """The page."""
+    tables = [_ranks(results), *_allocated(results), *_alike(results), *_amplified(results)]
+    tables += [Table("Rules of thumb", ["rule", "here", "source"], hints(results), note=_HINTS)]
+    tables += [_layers(results["layers"]), Table("Settings", ["setting", "value"], _settings(results))]
+    return Report(
+        title=f"Which rank? {results['run']}",
+        headline=sentence(results),
+        curves=_curves(results),
+        maps=_maps(results),
+        tables=tables,
+        warnings=remarks(results),
+        commands=_commands(results),
+        footer=in_words(results["environment"]),
+    )
+
+
+_HINTS = (
+    "What others found on other data, to begin with where nothing was measured. No result of this page rests on it."
+)
+
+
+def _ranks(results: Values) -> Table:
+    metrics, largest = metrics_of(results), results["ranks"][-1]["rank"]
+    count = len(results["ranks"]) - 1
+    note = (
+        f"The adapter that was trained at r = {largest}, cut to its first r directions in each layer, as `deltaw compress` does. "
+        f"Intervals are 95%, by bootstrap over the {results['records']['count']} records, the same resamples for every rank. A "
+        f"rank is enough if the interval of the difference ends below the margin of {results['margin']:.4f}. The tests go down "
+        f"from r = {largest} and end at the first that fails; so {count} comparisons err together no more often than one (5%). "
+        "Training is the peak of memory of a run at that rank."
+    )
+    columns = [*COLUMNS, f"less that of r = {largest}", "enough", *metrics]
+    return Table(
+        "What each rank costs, and what it loses",
+        columns,
+        [cells(row, largest, metrics) for row in results["ranks"]],
+        note,
+    )
+
+
+def _allocated(results: Values) -> list[Table]:
+    if not results["allocated"]:
+        return []
+    rows = [
+        [each["rank"], f"{each['parameters']:,}", _range(each["ranks"]), _interval(each["loss"]), _interval(each["difference"]),
+         "yes" if each["better"] else "no"]
+        for each in results["allocated"]
+    ]  # fmt: skip
+    note = (
+        "As many parameters as one rank everywhere takes, spent one direction after the other where a parameter keeps the most "
+        f"of ‖ΔW‖². Better: the 95% interval of the difference is below 0; {len(rows)} comparisons, nothing taken off for their "
+        "number."
+    )
+    columns = ["parameters of r", "parameters", "ranks", "loss", "less that of one rank everywhere", "better"]
+    return [Table("Ranks by layer", columns, rows, note)]
+
+
+def _range(ranks: Mapping[str, int]) -> str:
+    return f"{min(ranks.values())} to {max(ranks.values())}"
+
+
+def _alike(results: Values) -> list[Table]:
+    tables = []
+    for each in results["alike"]:
+        least = min(each["rank"], each["other_rank"])
+        columns = [
+            "layers",
+            "count",
+            "φ(1, 1)",
+            f"φ({least}, {least})",
+            "by chance",
+            "of A: φ(1, 1)",
+            f"of A: φ({least}, {least})",
+        ]
+        rows = [
+            [row["layers"], row["count"], f"{row['first']:.3f}", f"{row['all']:.3f}",
+             f"{row['first_by_chance']:.3f}, {row['all_by_chance']:.3f}", f"{row['first_of_A']:.3f}", f"{row['all_of_A']:.3f}"]
+            for row in each["rows"]
+        ]  # fmt: skip
+        title = f"Directions in common with {each['other']} (r = {each['other_rank']})"
+        tables.append(Table(title, columns, rows, note=_PHI))
+    return tables
+
+
+def maps_of(alike: Values) -> list[HeatMap]:
+    """Of two adapters' directions."""
+    x, y = f"j, of r = {alike['other_rank']}", f"i, of r = {alike['rank']}"
+    return [HeatMap(f"φ(i, j) of ΔW, {_short(m['layer'])}", x, y, m["values"]) for m in alike["maps"]]
+
+
+def _maps(results: Values) -> list[HeatMap]:
+    return [each for alike in results["alike"] for each in maps_of(alike)]
+
+
+def _amplified(results: Values) -> list[Table]:
+    found = results["amplified"]
+    if not found:
+        return []
+    rows = [
+        [each["layer"], *(f"{each[key]:.3g}" for key in ("by_update", "by_weight", "by_chance", "weight", "update", "factor"))]
+        for each in found
+    ]  # fmt: skip
+    title = f"How ΔW lies to W, r = {found[0]['rank']}"
+    columns = ["layer", "‖UᵀWVᵀ‖, U, V of ΔW", "of W", "random", "‖W‖", "‖ΔW‖", "factor"]
+    note = (
+        "The factor is ‖ΔW‖ / ‖UᵀWVᵀ‖: by how much training amplifies directions that W has already, but does not stress. Of "
+        f"each kind of layer the one in the middle of the model. {_PAPER}"
+    )
+    return [Table(title, columns, rows, note)]
+
+
+def _layers(layers: Sequence[Values]) -> Table:
+    rows = [
+        [each["layer"], " × ".join(map(str, each["shape"])), f"{each['norm']:.3g}", f"{each['effective_rank']:.1f}",
+         each["rank_90"], each["rank_99"], len(each["values"])]
+        for each in layers
+    ]  # fmt: skip
+    note = (
+        "Effective rank is exp of the entropy of σ/Σσ (Roy and Vetterli 2007): n equal directions count n. What holds 90% of "
+        "‖ΔW‖² need not hold 90% of what was learned; that the losses say."
+    )
+    return Table("Spectra", ["layer", "d × k", "‖ΔW‖", "effective rank", "r of 90%", "r of 99%", "rank"], rows, note)
+
+
+def _settings(results: Values) -> list[list[object]]:
+    return [[key, str(value)] for part in ("options", "settings") for key, value in results[part].items()]
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+def _curves(results: Values) -> list[Chart]:
+    rows = results["ranks"]
+    cut = Series(
+        "cut to r", [(row["rank"], row["loss"]["value"]) for row in rows],
+        spans=[(row["rank"], row["loss"]["low"], row["loss"]["high"]) for row in rows],
+    )  # fmt: skip
+    series = [cut]
+    better = [(each["rank"], each["loss"]["value"]) for each in results["allocated"]]
+    if better:
+        series.append(Series("as many parameters, ranks by layer", better))
+    charts = [Chart("Held-out loss against rank", "r", "loss", series, log_x=True, note=_CURVE)]
+    for metric in metrics_of(results):
+        own = [(row["rank"], row["scores"][metric]) for row in rows]
+        spans = [(rank, s["low"], s["high"]) for rank, s in own]
+        charts.append(
+            Chart(
+                f"{metric} against rank",
+                "r",
+                metric,
+                [Series(metric, [(r, s["value"]) for r, s in own], spans=spans)],
+                log_x=True,
+            )
+        )
+    return [*charts, _spectrum_chart(results["layers"]), _depth_chart(results["layers"])]
+
+
+_CURVE = "Bars are 95% intervals over the records; the table, which compares in pairs, sees smaller differences."
+
+
+def _spectrum_chart(layers: Sequence[Values]) -> Chart:
+    """Of each kind of layer the mean over its layers."""
+    series = []
+    for name, alike in _families(layers).items():
+        shares = [[v / each["values"][0] for v in each["values"]] for each in alike if each["values"][0] > 0]
+        length = min((len(s) for s in shares), default=0)
+        means = [math.fsum(s[i] for s in shares) / len(shares) for i in range(length)]
+        series.append(Series(_short(name), [(i + 1, v) for i, v in enumerate(means) if v > 1e-6]))
+    return Chart("Singular values of ΔW", "i", "σᵢ / σ₁", series, log_y=True)
+
+
+def _depth_chart(layers: Sequence[Values]) -> Chart:
+    series = []
+    for name, alike in _families(layers).items():
+        points = [
+            (int(found[0]), each["effective_rank"])
+            for each in alike
+            if (found := re.findall(r"\b\d+\b", each["layer"]))
+        ]
+        if len(points) > 1:
+            series.append(Series(_short(name), points))
+    return Chart("Effective rank by depth", "block", "effective rank", series)
+
+
+def _families(layers: Sequence[Values]) -> dict[str, list[Values]]:
+    found: dict[str, list[Values]] = {}
+    for each in layers:
+        found.setdefault(family(each["layer"]), []).append(each)
+    return found
+
+
+def _short(name: str) -> str:
+    """The last two parts of a layer's name, with the block's number where it has one."""
+    number = re.findall(r"\b\d+\b", name)
+    return ".".join(name.split(".")[-2:]) + (f", block {number[0]}" if number else "")
+
+
+def _commands(results: Values) -> list[str]:
+    run, rank, largest = results["run"], results["rank"], results["ranks"][-1]["rank"]
+    if rank == largest:
+        return []
+    adapter = f"{run}/adapter" if results["settings"] else run
+    found = [f"deltaw compress {adapter} --rank {rank} -o {run}-r{rank}"]
+    return found if results["confirmed"] else [*found, f"deltaw rank {run} --confirm"]
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
