@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+
+def brief(names: Sequence[str]) -> dict[str, str]:
+    """Name → its last parts, as many as tell all of these apart, but no fewer than two."""
+    for count in range(2, 1 + max((name.count(".") for name in names), default=0)):
+        found = {name: ".".join(name.split(".")[-count:]) for name in names}
+        if len(set(found.values())) == len(set(names)):
+            return found
+    return {name: name for name in names}
 
 
 def family(name: str) -> str:

@@ -55,6 +55,8 @@ class Chart:
     series: Sequence[Series]
     log_y: bool = False
     log_x: bool = False
+    x_ticks: Sequence[float] = ()
+    """Where a logarithmic axis has its numbers, if they are to be certain ones."""
     note: str = ""
 
 
@@ -146,7 +148,8 @@ def _axes(chart: Chart, curves: Sequence[_Curve], wide: bool) -> tuple[Axis, Axi
         xs = [min(xs) - half, max(xs) + half]
     y = log_axis(ys) if chart.log_y else linear_axis(ys, zero=bars, count=4)
     if chart.log_x and not bars:
-        return log_axis([min(xs) / 1.2, max(xs) * 1.2]), y  # so that no point is on the edge
+        low, high = min(xs) / 1.2, max(xs) * 1.2  # so that no point is on the edge
+        return Axis(low, high, tuple(chart.x_ticks), log=True) if chart.x_ticks else log_axis([low, high]), y
     return linear_axis(xs, snug=True, count=8 if wide else 4), y
 
 

@@ -1,4 +1,4 @@
-"""What a run says about its rank, as a Report, as sentences and as rows of a table. Knows rank.json; nothing of models or HTML."""
+"""What a run says about its rank, as a Report, as sentences and as table rows. Knows rank.json; nothing of models or HTML."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from deltaw import units
 from deltaw.environment import in_words
-from deltaw.names import family
+from deltaw.names import brief, family
 from deltaw.study.comparison import score
 from deltaw.study.hints import hints
 from deltaw.study.report import Chart, HeatMap, Report, Series, Table
 
 Values = Mapping[str, Any]
 
-COLUMNS = ("r", "parameters", "adapter", "with optimizer", "training", "FLOPs/token", "‖ΔW‖² kept", "loss")
+FIRST = ("r", "parameters", "adapter", "with optimizer", "loss")
+LAST = ("‖ΔW‖² kept", "training", "FLOPs/token")
 # Table 7 of the paper: GPT-3's 48th layer, W_q
 _PAPER = (
     "The paper's figures (Table 7, W_q of GPT-3's 48th layer): at r = 4 0.32 with the directions of ΔW, 21.67 with W's own, 0.02 "
@@ -85,14 +86,14 @@ def confirmation(results: Values) -> list[str]:
 
 
 def cells(row: Values, largest: int, metrics: Sequence[str]) -> list[str]:
-    """Of one rank as text, under COLUMNS, the difference from the largest rank, whether it is enough, and the metrics."""
+    """Of one rank as text, under FIRST, the difference from the largest rank, whether it is enough, the metrics, and LAST."""
     memory = units.size(row["memory"]) if "memory" in row else "–"
     flops = row.get("flops_per_token")
     difference = "–" if row["rank"] == largest else _interval(row["difference"])
     return [
-        str(row["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]), memory,
-        "–" if flops is None else f"{flops:.3g}", f"{row['energy']:.1%}", _interval(row["loss"]), difference,
-        "yes" if row["enough"] else "no", *(score(row["scores"][m]) for m in metrics),
+        str(row["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]),
+        _interval(row["loss"]), difference, "yes" if row["enough"] else "no", *(score(row["scores"][m]) for m in metrics),
+        f"{row['energy']:.1%}", memory, "–" if flops is None else f"{flops:.3g}",
     ]  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def _ranks(results: Values) -> Table:
         f"from r = {largest} and end at the first that fails; so {count} comparisons err together no more often than one (5%). "
         "Training is the peak of memory of a run at that rank."
     )
-    columns = [*COLUMNS, f"less that of r = {largest}", "enough", *metrics]
+    columns = [*FIRST, f"less that of r = {largest}", "enough", *metrics, *LAST]
     return Table(
         "What each rank costs, and what it loses",
         columns,
@@ -189,7 +190,7 @@ def _alike(results: Values) -> list[Table]:
 def maps_of(alike: Values) -> list[HeatMap]:
     """Of two adapters' directions."""
     x, y = f"j, of r = {alike['other_rank']}", f"i, of r = {alike['rank']}"
-    return [HeatMap(f"φ(i, j) of ΔW, {_short(m['layer'])}", x, y, m["values"]) for m in alike["maps"]]
+    return [HeatMap(f"φ(i, j) of ΔW, {_placed(m['layer'])}", x, y, m["values"]) for m in alike["maps"]]
 
 
 def _maps(results: Values) -> list[HeatMap]:
@@ -235,31 +236,33 @@ def _settings(results: Values) -> list[list[object]]:
 
 def _curves(results: Values) -> list[Chart]:
     rows = results["ranks"]
-    cut = Series(
-        "cut to r", [(row["rank"], row["loss"]["value"]) for row in rows],
-        spans=[(row["rank"], row["loss"]["low"], row["loss"]["high"]) for row in rows],
-    )  # fmt: skip
-    series = [cut]
-    better = [(each["rank"], each["loss"]["value"]) for each in results["allocated"]]
-    if better:
-        series.append(Series("as many parameters, ranks by layer", better))
-    charts = [Chart("Held-out loss against rank", "r", "loss", series, log_x=True, note=_CURVE)]
-    for metric in metrics_of(results):
-        own = [(row["rank"], row["scores"][metric]) for row in rows]
-        spans = [(rank, s["low"], s["high"]) for rank, s in own]
-        charts.append(
-            Chart(
-                f"{metric} against rank",
-                "r",
-                metric,
-                [Series(metric, [(r, s["value"]) for r, s in own], spans=spans)],
-                log_x=True,
-            )
-        )
+    ranks = [row["rank"] for row in rows]
+    charts = [_differences(results), _against("loss", [row["loss"] for row in rows], ranks, note=_CURVE)]
+    charts += [_against(m, [row["scores"][m] for row in rows], ranks) for m in metrics_of(results)]
     return [*charts, _spectrum_chart(results["layers"]), _depth_chart(results["layers"])]
 
 
-_CURVE = "Bars are 95% intervals over the records; the table, which compares in pairs, sees smaller differences."
+_CURVE = "Bars are 95% intervals over the records, most of which is how records differ from each other, not ranks."
+
+
+def _differences(results: Values) -> Chart:
+    """In pairs, with the margin that decides."""
+    rows, largest = results["ranks"][:-1], results["ranks"][-1]["rank"]
+    found = [(row["rank"], row["difference"]) for row in rows]
+    spans = [(rank, d["low"], d["high"]) for rank, d in found]
+    margin = [(row["rank"], results["margin"]) for row in results["ranks"]]
+    series = [Series("difference", [(rank, d["value"]) for rank, d in found], spans=spans), Series("margin", margin)]
+    note = "Bars are 95% intervals, by record in pairs. A rank is enough if its bar and those of all larger ones end below it."
+    ticks = [row["rank"] for row in results["ranks"]]
+    title = f"What cutting loses: held-out loss at r, less that at r = {largest}"
+    return Chart(title, "r", "loss", series, log_x=True, x_ticks=ticks, note=note)
+
+
+def _against(what: str, scores: Sequence[Values], ranks: Sequence[int], note: str = "") -> Chart:
+    points = [(rank, s["value"]) for rank, s in zip(ranks, scores, strict=True)]
+    spans = [(rank, s["low"], s["high"]) for rank, s in zip(ranks, scores, strict=True)]
+    series = [Series(what, points, spans=spans)]
+    return Chart(f"{what} against rank", "r", what, series, log_x=True, x_ticks=ranks, note=note)
 
 
 def _spectrum_chart(layers: Sequence[Values]) -> Chart:
@@ -269,31 +272,30 @@ def _spectrum_chart(layers: Sequence[Values]) -> Chart:
         shares = [[v / each["values"][0] for v in each["values"]] for each in alike if each["values"][0] > 0]
         length = min((len(s) for s in shares), default=0)
         means = [math.fsum(s[i] for s in shares) / len(shares) for i in range(length)]
-        series.append(Series(_short(name), [(i + 1, v) for i, v in enumerate(means) if v > 1e-6]))
+        series.append(Series(name, [(i + 1, v) for i, v in enumerate(means) if v > 1e-6]))
     return Chart("Singular values of ΔW", "i", "σᵢ / σ₁", series, log_y=True)
 
 
 def _depth_chart(layers: Sequence[Values]) -> Chart:
     series = []
     for name, alike in _families(layers).items():
-        points = [
-            (int(found[0]), each["effective_rank"])
-            for each in alike
-            if (found := re.findall(r"\b\d+\b", each["layer"]))
-        ]
+        numbered = [(re.findall(r"\b\d+\b", each["layer"]), each["effective_rank"]) for each in alike]
+        points = [(int(numbers[0]), value) for numbers, value in numbered if numbers]
         if len(points) > 1:
-            series.append(Series(_short(name), points))
+            series.append(Series(name, points))
     return Chart("Effective rank by depth", "block", "effective rank", series)
 
 
 def _families(layers: Sequence[Values]) -> dict[str, list[Values]]:
+    """Brief name → layers that differ in their number alone."""
     found: dict[str, list[Values]] = {}
     for each in layers:
         found.setdefault(family(each["layer"]), []).append(each)
-    return found
+    names = brief(list(found))
+    return {names[name]: alike for name, alike in found.items()}
 
 
-def _short(name: str) -> str:
+def _placed(name: str) -> str:
     """The last two parts of a layer's name, with the block's number where it has one."""
     number = re.findall(r"\b\d+\b", name)
     return ".".join(name.split(".")[-2:]) + (f", block {number[0]}" if number else "")

@@ -111,7 +111,7 @@ def _interval(found: Mapping[str, float]) -> str:
 
 def _curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     good = [row for row in rows if "scores" in row]
-    charts = []
+    charts, ranks = [], sorted({row["rank"] for row in good})
     for metric in metrics_of(results):
         series = []
         for targets in dict.fromkeys(row["targets"] for row in good):
@@ -119,7 +119,9 @@ def _curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
             found = [(row["rank"], row["scores"][metric]) for row in own]
             spans = [(rank, s["low"], s["high"]) for rank, s in found]
             series.append(Series(targets, [(rank, s["value"]) for rank, s in found], "line", spans=spans))
-        charts.append(Chart(f"{metric} against rank", "r", f"test {metric}", series, log_x=True, note=_CURVE))
+        charts.append(
+            Chart(f"{metric} against rank", "r", f"test {metric}", series, log_x=True, x_ticks=ranks, note=_CURVE)
+        )
     held = [Series(row["name"], [tuple(point) for point in row["valid"]], "line") for row in good]
     return [*charts, Chart("Held-out loss in training", "step", "nats", held)]
 
