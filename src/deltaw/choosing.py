@@ -95,7 +95,7 @@ class _Choosing:
         self.spectra = {layer: spectrum_of(own) for layer, own in run.triples.items()}
 
     def go(self) -> RankChoice:
-        alike_to = [alike(self.run, other) for other in self.others]
+        alike_to = [alike(self.run, other) | {"with": f"{other.path} (r = {other.rank})"} for other in self.others]
         if self.config.confirm:
             self._check_confirmable()
         self.held = self._opened()

@@ -52,7 +52,7 @@ def alike(one: Finished, other: Finished) -> dict[str, Any]:
     for layer in [n for n in shown(one) if n in shared]:
         phi = similarity(one.triples[layer].Vh, other.triples[layer].Vh)[:_MOST, :_MOST]
         maps.append({"layer": layer, "values": [[round(v, 3) for v in row] for row in phi.tolist()]})
-    return {"other": str(other.path), "rank": one.rank, "other_rank": other.rank, "rows": rows, "maps": maps}
+    return {"rank": one.rank, "other_rank": other.rank, "rows": rows, "maps": maps}
 
 
 def _of_layer(one: Finished, other: Finished, layer: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,10 @@ import torch
 from deltaw import attached, environment, three_sets
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import Records, read
+from deltaw.directions import alike
 from deltaw.errors import TrainError
 from deltaw.files.atomic import write_text
+from deltaw.finished import finished
 from deltaw.preparing import Prepared, prepare, with_head
 from deltaw.resuming import claim, read_json, run_settings
 from deltaw.run import RunResult, run_abreast
@@ -129,6 +131,7 @@ class _Sweep:
             "chosen_by": self.scoring.chosen_by,
             "rows": [row for row, _ in found],
             "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
+            "alike": self._alike([row for row, losses in found if losses is not None], choices),
         }
         write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_report(sweep_report(results), self.folder / REPORT)
@@ -307,6 +310,23 @@ class _Sweep:
             if losses is not None:
                 by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
         return {t: chosen(own, self.options.margin) for t, own in by_targets.items() if len(own) > 1}
+
+    def _alike(self, rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) -> list[dict[str, Any]]:
+        """The directions of the largest rank of each choice of targets against those of the chosen one, or else of the next
+        smaller one, and against its own from another seed."""
+        found = []
+        for targets, choice in choices.items():
+            own = {row["rank"]: Path(row["folder"]) for row in rows if row["targets"] == targets}
+            *smaller, largest = sorted(own)
+            other = choice.rank if choice.rank != largest else smaller[-1]
+            pairs = [(f"r = {other}", own[other])]
+            first = own[largest]
+            again = first.with_name(f"{first.name.rpartition('-')[0]}-{self.config.seed + 1}")
+            if self.options.seeds > 1 and (again / SCORE).is_file():
+                pairs.append((f"r = {largest} of another seed", again))
+            one = finished(first)
+            found += [alike(one, finished(path)) | {"targets": targets, "with": name} for name, path in pairs]
+        return found
 
 
 def _row(

@@ -10,9 +10,10 @@ from typing import Any
 from deltaw import units
 from deltaw.environment import in_words
 from deltaw.names import brief, family
+from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import score
 from deltaw.study.hints import hints
-from deltaw.study.report import Chart, HeatMap, Report, Series, Table
+from deltaw.study.report import Chart, Report, Series, Table
 
 Values = Mapping[str, Any]
 
@@ -22,11 +23,6 @@ LAST = ("‖ΔW‖² kept", "training", "FLOPs/token")
 _PAPER = (
     "The paper's figures (Table 7, W_q of GPT-3's 48th layer): at r = 4 0.32 with the directions of ΔW, 21.67 with W's own, 0.02 "
     "with random ones, ‖W‖ 61.95, ‖ΔW‖ 6.91, a factor of 21.5; at r = 64 1.90, 37.71, 0.33 and ‖ΔW‖ 3.57, a factor of 1.9."
-)
-_PHI = (
-    "φ(i, j) is 1 where the first i directions of one hold the first j of the other or the other way round, 0 where they have "
-    "nothing in common (section 7.2 of the paper, which looks at A: there the first directions of r = 8 and of r = 64 have more "
-    "than 0.5 in common). Directions of ΔW are its right singular vectors."
 )
 
 
@@ -104,14 +100,14 @@ def metrics_of(results: Values) -> list[str]:
 
 def rank_report(results: Values) -> Report:
     """The page."""
-    tables = [_ranks(results), *_allocated(results), *_alike(results), *_amplified(results)]
+    tables = [_ranks(results), *_allocated(results), *alike_tables(results["alike"]), *_amplified(results)]
     tables += [Table("Rules of thumb", ["rule", "here", "source"], hints(results), note=_HINTS)]
     tables += [_layers(results["layers"]), Table("Settings", ["setting", "value"], _settings(results))]
     return Report(
         title=f"Which rank? {results['run']}",
         headline=sentence(results),
         curves=_curves(results),
-        maps=_maps(results),
+        maps=alike_maps(results["alike"]),
         tables=tables,
         warnings=remarks(results),
         commands=_commands(results),
@@ -162,39 +158,6 @@ def _allocated(results: Values) -> list[Table]:
 
 def _range(ranks: Mapping[str, int]) -> str:
     return f"{min(ranks.values())} to {max(ranks.values())}"
-
-
-def _alike(results: Values) -> list[Table]:
-    tables = []
-    for each in results["alike"]:
-        least = min(each["rank"], each["other_rank"])
-        columns = [
-            "layers",
-            "count",
-            "φ(1, 1)",
-            f"φ({least}, {least})",
-            "by chance",
-            "of A: φ(1, 1)",
-            f"of A: φ({least}, {least})",
-        ]
-        rows = [
-            [row["layers"], row["count"], f"{row['first']:.3f}", f"{row['all']:.3f}",
-             f"{row['first_by_chance']:.3f}, {row['all_by_chance']:.3f}", f"{row['first_of_A']:.3f}", f"{row['all_of_A']:.3f}"]
-            for row in each["rows"]
-        ]  # fmt: skip
-        title = f"Directions in common with {each['other']} (r = {each['other_rank']})"
-        tables.append(Table(title, columns, rows, note=_PHI))
-    return tables
-
-
-def maps_of(alike: Values) -> list[HeatMap]:
-    """Of two adapters' directions."""
-    x, y = f"j, of r = {alike['other_rank']}", f"i, of r = {alike['rank']}"
-    return [HeatMap(f"φ(i, j) of ΔW, {_placed(m['layer'])}", x, y, m["values"]) for m in alike["maps"]]
-
-
-def _maps(results: Values) -> list[HeatMap]:
-    return [each for alike in results["alike"] for each in maps_of(alike)]
 
 
 def _amplified(results: Values) -> list[Table]:
@@ -293,12 +256,6 @@ def _families(layers: Sequence[Values]) -> dict[str, list[Values]]:
         found.setdefault(family(each["layer"]), []).append(each)
     names = brief(list(found))
     return {names[name]: alike for name, alike in found.items()}
-
-
-def _placed(name: str) -> str:
-    """The last two parts of a layer's name, with the block's number where it has one."""
-    number = re.findall(r"\b\d+\b", name)
-    return ".".join(name.split(".")[-2:]) + (f", block {number[0]}" if number else "")
 
 
 def _commands(results: Values) -> list[str]:

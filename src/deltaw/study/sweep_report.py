@@ -7,6 +7,7 @@ from typing import Any
 
 from deltaw import units
 from deltaw.environment import in_words
+from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import score
 from deltaw.study.report import Chart, Report, Series, Table
 
@@ -71,11 +72,16 @@ def sweep_report(results: Mapping[str, Any]) -> Report:
     rows = ordered(results)
     tables = [Table("Candidates", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE)]
     tables += [choice_table(targets, choice) for targets, choice in results["choices"].items()]
-    tables += [_rates(rows), Table("Settings", ["setting", "value"], _settings(settings))]
+    tables += [
+        *alike_tables(results["alike"]),
+        _rates(rows),
+        Table("Settings", ["setting", "value"], _settings(settings)),
+    ]
     return Report(
         title=f"Ranks tried: {settings['model']} on {settings['data']}",
         headline=" ".join(sentences(results)),
         curves=_curves(results, rows),
+        maps=alike_maps(results["alike"]),
         tables=tables,
         warnings=[f"{row['name']} failed: {row['error']}" for row in rows if "error" in row],
         footer=in_words(results["environment"]),
