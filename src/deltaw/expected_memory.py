@@ -60,14 +60,21 @@ def _expected(prepared: Prepared) -> Expected | None:
     first = next(loaded.model.parameters())
     device, dtype = first.device, first.dtype
     held = available_memory.held() if device.type == "cpu" else 0
-    model = _on_meta(loaded.model, dtype)
     rows = sorted(prepared.encoded.examples, key=lambda e: e.length)[-_rows(prepared) :]
     task = task_of(config.data)
-    shadow = dataclasses.replace(loaded, model=model)
     one = dataclasses.replace(config, batch=len(rows), batch_tokens=None, micro_batch=None, valid_share=0.0)
-    passes = step(model, prepared.method, rows, one, device.type, lambda m: task.loss(shadow))
+
+    def taken(checkpointed: bool) -> Taken:
+        model = _on_meta(loaded.model, dtype)
+        shadow = dataclasses.replace(loaded, model=model)
+        settings = dataclasses.replace(one, gradient_checkpointing=checkpointed)
+        found = step(model, prepared.method, rows, settings, device.type, lambda m: task.loss(shadow))
+        return Taken(found, estimated=False)
+
+    plain = taken(checkpointed=False)
+    passes = taken(checkpointed=True) if config.gradient_checkpointing else plain
     base = summary(loaded.model).base_bytes
-    memory = memory_of(Taken(passes, estimated=False), max(0, held - base), base)
+    memory = memory_of(passes, max(0, held - base), base, plain)
     room = available_memory.free(device)
     wanted = memory.total - memory.process - base
     return Expected(memory, None if room is None or wanted <= room else wanted - room)

@@ -210,21 +210,23 @@ class _Planner:
         tokens = rows * padded(length)
         return PlannedMethod(
             name=name, parameters=parameters, share=parameters / self.base_parameters, adapter_bytes=size,
-            bytes_with_optimizer=size + chosen.step.optimizer, memory=self._memory(chosen),
+            bytes_with_optimizer=size + chosen.step.optimizer, memory=self._memory(chosen, plain),
             kept=plain.step.activations, kept_checkpointed=None if again is None else again.step.activations,
             flops_per_token=None if chosen.estimated else chosen.step.flops / tokens,
             largest_batch=None if room is None else self._largest(method, room), note=note,
         )  # fmt: skip
 
-    def _memory(self, passes: Taken) -> Memory:
-        return memory_of(passes, self.process, self.weights)
+    def _memory(self, passes: Taken, plain: Taken) -> Memory:
+        return memory_of(passes, self.process, self.weights, plain)
 
     def _largest(self, method: Any, room: int) -> int:
         @functools.cache
         def needed(rows: int) -> int:
-            passes = self._passes(method, rows, self.config.length, checkpointed=self.config.gradient_checkpointing)
-            assert passes is not None
-            return self._memory(passes).total
+            plain = self._passes(method, rows, self.config.length, checkpointed=False)
+            again = self.config.gradient_checkpointing
+            passes = self._passes(method, rows, self.config.length, checkpointed=True) if again else plain
+            assert passes is not None and plain is not None
+            return self._memory(passes, plain).total
 
         return largest(needed, room)
 

@@ -12,7 +12,7 @@ from deltaw.cli import show
 from deltaw.cli.flags import Plan
 
 SIZES = ("method", "trained", "share", "adapter", "with optimizer", "FLOPs/token")
-PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working")
+PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working", "heap")
 
 
 def run(command: Plan) -> None:
@@ -56,7 +56,7 @@ def _memory(rows: Sequence[Any], settings: Any) -> Any:
     """A column for each method: the parts, the peak that they add up to, and what else there is to know of it."""
     made = show.table("", *(row.name for row in rows))
     for part in PARTS:
-        if part != "process" or any(row.memory.process for row in rows):
+        if part not in ("process", "heap") or any(row.memory.process for row in rows):
             made.add_row(part, *(units.size(getattr(row.memory, part)) for row in rows))
     made.add_row("peak", *(units.size(row.memory.total) for row in rows), style="bold")
     if settings.gradient_checkpointing:

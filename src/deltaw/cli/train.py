@@ -115,7 +115,7 @@ def _coverage(values: dict[str, Any]) -> None:
 
 def _memory(parts: dict[str, int]) -> str:
     """The expected peak and its parts, the process aside where it is none of ours (on a GPU)."""
-    names = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working")
+    names = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working", "heap")
     listed = ", ".join(f"{name} {units.size(parts[name])}" for name in names if parts[name])
     return f"About [bold]{units.size(parts['total'])}[/] of memory at the peak: {listed}."
 

@@ -7,6 +7,7 @@ what a real one holds, for the price of its bookkeeping.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -92,23 +92,33 @@ def _answer(dtype: torch.dtype) -> bool | int | float:
     return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-class StandIns(TorchFunctionMode):
-    """While open, operations on meta tensors save what they do on a device of this type, whose kernels of attention and dropout
-    torch would not choose for meta tensors."""
+# Of functions that stand in for torch's, one set at a time
+_ONE = threading.RLock()
+
+
+class StandIns:
+    """While open, attention and dropout of meta tensors save what they do on a device of this type, whose kernels torch would not
+    choose for meta tensors. (They take the functions' places: a mode of torch's does not reach what checkpointing recomputes.)"""
 
     def __init__(self, device: str) -> None:
-        super().__init__()
         self.on_gpu = device != "cpu"
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        named = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return self._attention(*args, **named)
-        if func is F.dropout and args[0].is_meta and self.on_gpu:
-            return _gpu_dropout(*args, **named)
-        return func(*args, **named)
+    def __enter__(self) -> None:
+        _ONE.acquire()
+        self.own = F.scaled_dot_product_attention, F.dropout
+        F.scaled_dot_product_attention, F.dropout = self._attention_of_any, self._dropout_of_any  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        F.scaled_dot_product_attention, F.dropout = self.own
+        _ONE.release()
+
+    def _attention_of_any(self, query: Tensor, *others: Any, **named: Any) -> Tensor:
+        attention = self._attention if query.is_meta else self.own[0]
+        return attention(query, *others, **named)
+
+    def _dropout_of_any(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
+        dropout = _gpu_dropout if input.is_meta and self.on_gpu else self.own[1]
+        return dropout(input, *others, **named)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -116,9 +126,7 @@ class StandIns(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         """The fused kernels save query, key, value, mask, output and a number for each row; a CPU's knows no dropout."""
         if dropout_p and not self.on_gpu:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return self.own[0](query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # as the function itself does, in each call
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
         fused: Any = _ATEN._scaled_dot_product_flash_attention_for_cpu

@@ -23,6 +23,10 @@ log = logging.getLogger("deltaw")
 
 _MOST_ROWS = 1 << 20
 
+# Of what comes and goes in a step, what malloc holds besides in holes that nothing fits, and the same of what checkpointing
+# recomputes block by block. Measured, with glibc's: results/plan.json
+_HOLES, _HOLES_CHECKPOINTED = 0.25, 0.4
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -42,6 +46,8 @@ class Memory:
     """The most that is held beyond that: a chunk of the logits, or what the backward pass is at."""
     logits: int
     """What the head and the loss hold: `working`, or less than it."""
+    heap: int = 0
+    """What malloc holds besides, on a CPU."""
     estimated: bool = False
     """The model's forward does not run without weights: activations are 34 bytes a token, dimension and block in 16 bits
     (Korthikanti et al. 2022, arXiv 2205.05198, without its attention scores), and the rest of the passes is not known."""
@@ -56,6 +62,7 @@ class Memory:
             self.optimizer,
             self.activations,
             self.working,
+            self.heap,
         )
         return sum(parts)
 
@@ -67,11 +74,22 @@ class Taken(NamedTuple):
     estimated: bool
 
 
-def memory_of(passes: Taken, process: int, weights: int) -> Memory:
-    """A step's bytes beside those of the process and the frozen base."""
-    s = passes.step
+def memory_of(passes: Taken, process: int, weights: int, plain: Taken) -> Memory:
+    """A step's bytes beside those of the process, which are 0 on a GPU, and the frozen base. `plain`: the same step without
+    checkpointing."""
+    s, share = passes.step, _HOLES if passes is plain else _HOLES_CHECKPOINTED
+    heap = round(share * (plain.step.activations + plain.step.working)) if process else 0
     return Memory(
-        process, weights, s.adapter, s.gradients, s.optimizer, s.activations, s.working, s.logits, passes.estimated
+        process,
+        weights,
+        s.adapter,
+        s.gradients,
+        s.optimizer,
+        s.activations,
+        s.working,
+        s.logits,
+        heap,
+        passes.estimated,
     )
 
 
