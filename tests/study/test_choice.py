@@ -68,3 +68,12 @@ def test_the_seeds_spread_widens_the_interval() -> None:
 def test_a_wider_margin_never_asks_for_more_rank(more: float, margin: float) -> None:
     losses = made({1: more, 2: more / 2, 4: 0.0}, n=60)
     assert chosen(losses, 2 * margin).rank <= chosen(losses, margin).rank
+
+
+def test_a_rank_that_was_passed_over_is_named() -> None:
+    from deltaw.study.sweep_report import passed_over
+
+    tested = [{"rank": r, "enough": e} for r, e in ((1, False), (8, True), (16, False), (64, True))]
+    (said,) = passed_over(tested, 64)
+    assert "r = 8 " in said and "r = 16 " in said
+    assert not passed_over([*tested[:2], {"rank": 16, "enough": True}], 8)

@@ -14,6 +14,7 @@ from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import score
 from deltaw.study.hints import hints
 from deltaw.study.report import Chart, Report, Series, Table
+from deltaw.study.sweep_report import passed_over
 
 Values = Mapping[str, Any]
 
@@ -45,6 +46,7 @@ def remarks(results: Values) -> list[str]:
             "No smaller rank is shown to be enough: train at a larger one to see whether it would be better, or score more "
             "records (--records, --most), which makes intervals narrower."
         )
+    found += [f"{said}." for said in passed_over(results["ranks"], results["rank"])]
     base = results["base"]
     whole = results["ranks"][-1]["loss"]
     if base is not None and base["loss"] <= whole["high"]:

@@ -52,8 +52,19 @@ def _sentence(results: Mapping[str, Any], targets: str, choice: Mapping[str, Any
     if choice["rank"] != largest["rank"]:
         text += f" against {largest['loss']['value']:.3f} at r = {largest['rank']}"
     else:
-        text += "; every smaller rank may be worse by more than the margin, and a larger one was not tried"
+        text += "; a larger one was not tried"
+    text += "".join(f"; {said}" for said in passed_over(choice["tested"], choice["rank"]))
     return text + (f" ({targets})." if len(results["choices"]) > 1 else ".")
+
+
+def passed_over(tested: Sequence[Mapping[str, Any]], rank: int) -> list[str]:
+    """Of a smaller rank that is enough by itself, where a larger one that is not ended the tests before it: one sentence, or
+    none."""
+    passing = [each["rank"] for each in tested if each["rank"] < rank and each["enough"]]
+    ended = max((each["rank"] for each in tested if each["rank"] < rank), default=0)
+    if not passing:
+        return []
+    return [f"r = {passing[0]} would be enough by itself, but r = {ended} is not shown to be, where the tests end"]
 
 
 def _best_targets(results: Mapping[str, Any]) -> str:
