@@ -66,6 +66,11 @@ def score(found: Mapping[str, Any]) -> str:
     )
 
 
+def interval(found: Mapping[str, float]) -> str:
+    """A value with its 95% interval, to four decimals."""
+    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+
+
 def latency_columns(results: Mapping[str, Any]) -> list[str]:
     """Names of the timed tasks."""
     return [f"{row['what']}, batch {row['batch']}" for row in results["latency"]]

@@ -11,7 +11,7 @@ from deltaw import units
 from deltaw.environment import in_words
 from deltaw.names import brief, family
 from deltaw.study.alike_report import alike_maps, alike_tables
-from deltaw.study.comparison import score
+from deltaw.study.comparison import interval, score
 from deltaw.study.hints import hints
 from deltaw.study.report import Chart, Report, Series, Table
 from deltaw.study.sweep_report import passed_over
@@ -62,7 +62,7 @@ def remarks(results: Values) -> list[str]:
 def _better(each: Values) -> str:
     return (
         f"With the parameters of r = {each['rank']}, ranks by layer do better than one rank everywhere: loss "
-        f"{each['loss']['value']:.4f}, a difference of {_interval(each['difference'])}. "
+        f"{each['loss']['value']:.4f}, a difference of {interval(each['difference'])}. "
         f"`deltaw compress --bytes {each['bytes']}` makes that."
     )
 
@@ -77,8 +77,8 @@ def confirmation(results: Values) -> list[str]:
     verdict = "It held" if found["held"] else "It did not hold"
     seeds = "one run" if found["seeds"] == 1 else f"{found['seeds']} runs"
     return [
-        f"{verdict} when trained again ({seeds} each): at r = {found['rank']} loss {_interval(found['loss'])}, at "
-        f"r = {found['full']} {found['full_loss']['value']:.4f}; the difference is {_interval(found['difference'])}, the margin "
+        f"{verdict} when trained again ({seeds} each): at r = {found['rank']} loss {interval(found['loss'])}, at "
+        f"r = {found['full']} {found['full_loss']['value']:.4f}; the difference is {interval(found['difference'])}, the margin "
         f"{found['margin']:.4f}."
     ]
 
@@ -87,10 +87,10 @@ def cells(row: Values, largest: int, metrics: Sequence[str]) -> list[str]:
     """Of one rank as text, under FIRST, the difference from the largest rank, whether it is enough, the metrics, and LAST."""
     memory = units.size(row["memory"]) if "memory" in row else "–"
     flops = row.get("flops_per_token")
-    difference = "–" if row["rank"] == largest else _interval(row["difference"])
+    difference = "–" if row["rank"] == largest else interval(row["difference"])
     return [
         str(row["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]),
-        _interval(row["loss"]), difference, "yes" if row["enough"] else "no", *(score(row["scores"][m]) for m in metrics),
+        interval(row["loss"]), difference, "yes" if row["enough"] else "no", *(score(row["scores"][m]) for m in metrics),
         f"{row['energy']:.1%}", memory, "–" if flops is None else f"{flops:.3g}",
     ]  # fmt: skip
 
@@ -145,7 +145,7 @@ def _allocated(results: Values) -> list[Table]:
     if not results["allocated"]:
         return []
     rows = [
-        [each["rank"], f"{each['parameters']:,}", _range(each["ranks"]), _interval(each["loss"]), _interval(each["difference"]),
+        [each["rank"], f"{each['parameters']:,}", _range(each["ranks"]), interval(each["loss"]), interval(each["difference"]),
          "yes" if each["better"] else "no"]
         for each in results["allocated"]
     ]  # fmt: skip
@@ -267,7 +267,3 @@ def _commands(results: Values) -> list[str]:
     adapter = f"{run}/adapter" if results["settings"] else run
     found = [f"deltaw compress {adapter} --rank {rank} -o {run}-r{rank}"]
     return found if results["confirmed"] else [*found, f"deltaw rank {run} --confirm"]
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"

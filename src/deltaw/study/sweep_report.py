@@ -8,7 +8,7 @@ from typing import Any
 from deltaw import units
 from deltaw.environment import in_words
 from deltaw.study.alike_report import alike_maps, alike_tables
-from deltaw.study.comparison import score
+from deltaw.study.comparison import interval, score
 from deltaw.study.report import Chart, Report, Series, Table
 
 COLUMNS = ("targets", "r", "α", "lr", "parameters", "adapter", "with optimizer", "step")
@@ -109,7 +109,7 @@ def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
     """Each rank against the largest."""
     largest = choice["tested"][-1]["rank"]
     rows = [
-        [str(each["rank"]), _interval(each["loss"]), _interval(each["difference"]), "yes" if each["enough"] else "no"]
+        [str(each["rank"]), interval(each["loss"]), interval(each["difference"]), "yes" if each["enough"] else "no"]
         for each in choice["tested"]
     ]
     note = (
@@ -120,10 +120,6 @@ def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
     return Table(
         f"Which rank is enough: {targets}", ["r", "test loss", f"less that of r = {largest}", "enough"], rows, note
     )
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
 
 
 def _curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
