@@ -4,7 +4,6 @@ paper). Knows adapters' files and their models."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,20 +12,12 @@ from torch import nn
 from deltaw import attached
 from deltaw.errors import FileError
 from deltaw.finished import Finished
-from deltaw.names import family
+from deltaw.names import by_family
 from deltaw.study.subspaces import amplified, by_chance, right_directions, similarity
 from deltaw.targets import role
 
 # Of a map's rows and columns
 _MOST = 32
-
-
-def by_family(layers: Sequence[str]) -> dict[str, list[str]]:
-    """Layers that differ in their number alone, together."""
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        found.setdefault(family(layer), []).append(layer)
-    return found
 
 
 def shown(one: Finished) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def brief(names: Sequence[str]) -> dict[str, str]:
@@ -18,3 +18,11 @@ def brief(names: Sequence[str]) -> dict[str, str]:
 def family(name: str) -> str:
     """The name with its numbers as *: layers that differ only in their place in a stack share it."""
     return re.sub(r"\b\d+\b", "*", name)
+
+
+def by_family(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers that differ in their number alone, together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(family(name), []).append(name)
+    return found

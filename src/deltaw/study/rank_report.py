@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaw import units
 from deltaw.environment import in_words
-from deltaw.names import brief, family
+from deltaw.names import brief, by_family
 from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import interval, score
 from deltaw.study.hints import hints
@@ -253,11 +253,10 @@ def _depth_chart(layers: Sequence[Values]) -> Chart:
 
 def _families(layers: Sequence[Values]) -> dict[str, list[Values]]:
     """Brief name → layers that differ in their number alone."""
-    found: dict[str, list[Values]] = {}
-    for each in layers:
-        found.setdefault(family(each["layer"]), []).append(each)
+    by_name = {each["layer"]: each for each in layers}
+    found = by_family(by_name)
     names = brief(list(found))
-    return {names[name]: alike for name, alike in found.items()}
+    return {names[name]: [by_name[n] for n in alike] for name, alike in found.items()}
 
 
 def _commands(results: Values) -> list[str]:
