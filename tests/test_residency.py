@@ -25,7 +25,7 @@ from deltaw import (
 )
 from deltaw.attached import record_of
 from deltaw.errors import ConfigError
-from deltaw.layers import slot_of
+from deltaw.slots import slot_of
 from tests.conftest import fill, tiny_llama
 
 

@@ -15,22 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, listing, nearest
-from deltaw.layers import (
-    Slot,
-    as_matrix,
-    as_stored,
-    close_slot,
-    in_few_bits,
-    open_slot,
-    read_outside,
-    slot_of,
-    weights_of,
-)
+from deltaw.layers import as_matrix, as_stored, in_few_bits, read_outside, weights_of
 from deltaw.lowrank import dense
 from deltaw.originals import Original
 from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
+from deltaw.slots import Slot, close_slot, open_slot, slot_of
 from deltaw.updates import LowRank, Update
 
 log = logging.getLogger("deltaw")

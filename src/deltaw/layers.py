@@ -1,4 +1,4 @@
-"""Kinds of dense layers, and the slot in which an adapted layer keeps its updates. Knows one layer, never a model.
+"""Kinds of dense layers. Knows one layer, never a model.
 
 A kind says how a layer's weight reads as W0 [d, k] (d out, k in) and how h = W0x + scale·BAx is computed on it. To add one:
 subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
@@ -7,10 +7,10 @@ subclass `Kind`, list it in `KINDS`, test it in tests/test_layers.py.
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, SupportsIndex
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw import fused, quantised
-from deltaw.errors import AdapterError
-from deltaw.routes import Route
-from deltaw.rows import Rows
+from deltaw.plain import own_forward, plain_class, shell
 
 
 class Kind:
@@ -319,138 +317,3 @@ def as_stored(layer: nn.Module, own_name: str, matrix: Tensor) -> Tensor:
 def _is_transposed(layer: nn.Module, own_name: str) -> bool:
     """Whether this matrix is one that a kind stores [k, d]."""
     return own_name == "weight" and any(k.transposed and isinstance(layer, k.layer_class) for k in KINDS)
-
-
-class Slot(nn.Module):
-    """The one child that an adapted layer gets: its updates by adapter name, and the model's route."""
-
-    def __init__(self, route: Route) -> None:
-        super().__init__()
-        self.route = route
-
-    # Straight into _modules: add_module would refuse adapter names such as "route" or "training"
-    def put(self, name: str, update: nn.Module) -> None:
-        self._modules[name] = update
-
-    def drop(self, name: str) -> None:
-        self._modules.pop(name, None)
-
-    def names(self) -> list[str]:
-        return list(self._modules)
-
-    def get(self, name: str | None) -> Any:
-        return self._modules.get(name) if name is not None else None
-
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        """What a module around the layer reads as this parameter of it: with the active update, if that changes it."""
-        chosen = self.route.chosen()
-        if type(chosen) is not Rows:
-            update: Any = self._modules.get(chosen)
-            return layer._parameters[own_name] if update is None else update.parameter(layer, own_name)
-        if any(name in chosen.rows for name in self._modules):
-            raise AdapterError(
-                f"The weight of a {plain_class(layer).__name__} is read by the module around it, for all rows at once: they "
-                "cannot have adapters of their own there. Use one adapter at a time."
-            )
-        return layer._parameters[own_name]
-
-
-SLOT = "deltaw"
-"""Name of the child module that holds a layer's updates."""
-
-_adapted: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
-_plain: dict[type[nn.Module], type[nn.Module]] = {}
-_inner: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
-    """The subclass of `cls` whose forward adds the active update, and whose parameters `read` are read with it. Cached, so that
-    copies share it."""
-    if (cls, read) not in _adapted:
-        inner = inner_class(cls)
-        plain: Any = (inner or cls).forward if quantised.package_class(cls) is None else partial(quantised.output, cls)
-
-        def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
-            slot = self._modules[SLOT]
-            chosen = slot.route.chosen()
-            if type(chosen) is Rows:
-                if not any(name in slot._modules for name in chosen.rows):
-                    return plain(self, *inputs, **named)
-                x = only_input(self, inputs, named)
-                return chosen.through(self, slot._modules, x, plain(self, x))
-            update = slot._modules.get(chosen)
-            if update is None:
-                return plain(self, *inputs, **named)
-            return update.branch(self, *inputs, **named)
-
-        def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
-            return _unpickled, (cls, read), vars(self)
-
-        own = {"__reduce_ex__": reduce, "__module__": cls.__module__}
-        own |= {name: property(partial(_read, name)) for name in read}
-        if inner is None:
-            made = type(cls.__name__, (cls,), own | {"forward": forward})
-        else:  # it comes between them, where the forward of `cls` calls it
-            made = type(cls.__name__, (cls, type(inner.__name__, (inner,), {"forward": forward})), own)
-            _inner[made] = inner
-        _adapted[cls, read], _plain[made] = made, cls
-    return _adapted[cls, read]
-
-
-def _read(own_name: str, layer: Any) -> Tensor | None:
-    value: Tensor | None = layer._modules[SLOT].parameter(layer, own_name)
-    return value
-
-
-def only_input(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
-    """A layer's one input, under whatever name its own forward gives it. Raises AdapterError where there are several."""
-    if len(inputs) + len(named) != 1:
-        raise AdapterError(
-            f"A {type(layer).__name__} takes several inputs: its rows cannot have adapters of their own. Adapters that leave it "
-            "out (targets='attention', say) can be mixed in a batch."
-        )
-    return inputs[0] if inputs else next(iter(named.values()))
-
-
-def _unpickled(cls: type[nn.Module], read: tuple[str, ...] = ()) -> nn.Module:
-    """An empty layer of `cls`'s adapted class, for pickle to fill: the class itself has no name to be found by."""
-    adapted = adapted_class(cls, read)
-    return adapted.__new__(adapted)
-
-
-def plain_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that the layer had before it was adapted."""
-    return _plain.get(type(layer), type(layer))
-
-
-def own_forward(layer: nn.Module) -> Any:
-    """The forward in whose place the layer's updates are: its plain class's, or what that goes through."""
-    return _inner.get(type(layer), plain_class(layer)).forward
-
-
-def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:
-    """An object with the layer's class and attributes, but for these parameters: the layer itself may be in use by others."""
-    shell = object.__new__(plain_class(layer))
-    shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}
-    return shell
-
-
-def slot_of(layer: nn.Module) -> Slot | None:
-    found = layer._modules.get(SLOT)
-    return found if isinstance(found, Slot) else None
-
-
-def open_slot(layer: nn.Module, route: Route, *, read: bool = False) -> Slot:
-    """Give the layer its slot and its dynamic class; nothing changes while the route is off it. `read`: the module around it uses
-    its parameters without calling it."""
-    slot = Slot(route)
-    slot.train(layer.training)
-    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters) if read else ())
-    layer._modules[SLOT] = slot
-    return slot
-
-
-def close_slot(layer: nn.Module) -> None:
-    """Undo `open_slot`: the layer has its own class and children again."""
-    layer.__class__ = plain_class(layer)
-    del layer._modules[SLOT]

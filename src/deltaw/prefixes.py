@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from deltaw.errors import AdapterError
-from deltaw.layers import plain_class, why_bypassed
+from deltaw.layers import why_bypassed
 from deltaw.lowrank import Change
+from deltaw.plain import plain_class
 from deltaw.updates import Update, square
 
 _UNMERGEABLE = "a prefix is part of the input, which no weight can hold"

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.layers import as_stored, kind_of, only_input, own_forward, shape, why_not
+from deltaw.layers import as_stored, kind_of, shape, why_not
 from deltaw.lowrank import Change, Times, Value
+from deltaw.plain import own_forward
+from deltaw.slots import only_input
 from deltaw.updates import Update, square
 
 

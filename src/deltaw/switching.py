@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from deltaw.attached import Adapters, base_modules, bring, known, merged_names, owner_of, record_of
 from deltaw.errors import AdapterError, ConfigError, listing, nearest
-from deltaw.layers import slot_of
 from deltaw.modes import evaluating
+from deltaw.slots import slot_of
 
 
 def use(model: nn.Module, name: str | None) -> None:

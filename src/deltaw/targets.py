@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import KINDS, Weight, kind_of, plain_class, shape, weights_of, why_not
+from deltaw.layers import KINDS, Weight, kind_of, shape, weights_of, why_not
+from deltaw.plain import plain_class
 from deltaw.slices import Runs, overlapping, parts_of, runs_of
 
 Targets = str | Sequence[str] | Mapping[str, int]

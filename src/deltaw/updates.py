@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import Kind, as_matrix, as_stored, only_input, own_forward, shell, why_bypassed, why_not
+from deltaw.layers import Kind, as_matrix, as_stored, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
+from deltaw.plain import own_forward, shell
 from deltaw.slices import Runs
+from deltaw.slots import only_input
 from deltaw.versions import version_of
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.layers import Kind, plain_class, shell, weights_of, why_bypassed
+from deltaw.layers import Kind, weights_of, why_bypassed
 from deltaw.lowrank import Change, Product, Stacked, delta_norm
+from deltaw.plain import plain_class, shell
 from deltaw.updates import LowRank, Update, square
 
 
