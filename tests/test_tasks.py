@@ -122,6 +122,8 @@ def test_classes_of_texts_from_records_to_a_merged_model(name: str, tmp_path: Pa
     found = evaluate(loaded.model, loaded.tokenizer, records, data, GenerateConfig())
     assert found.scores["accuracy"].value > 0.9 and len(found.predictions) == 40
     assert set(found.scores) == {"loss", "accuracy", "f1", "matthews"}
+    assert found.losses is not None and found.losses.counts == [1.0] * 40
+    assert sum(found.losses.sums) / 40 == pytest.approx(found.scores["loss"].value)
     assert main(["merge", base, str(result.adapter), "-o", str(tmp_path / "merged")]) == 0
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert whole.config.id2label == {0: "cold", 1: "warm"}

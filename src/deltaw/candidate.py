@@ -70,7 +70,7 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         "parameters": figures["trainable_parameters"],
         "share": figures["trainable_share"],
         "bytes": figures["adapter_bytes"],
-        "bytes_with_optimizer": figures["adapter_bytes"] + 8 * figures["trainable_parameters"],
+        "bytes_with_optimizer": figures["bytes_with_optimizer"],
         "base_bytes": figures["base_bytes"],
         "memory": memory.over_the_loaded_model(),
         "seconds": result.state.seconds,

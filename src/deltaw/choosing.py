@@ -34,13 +34,14 @@ from deltaw.renames import renamed
 from deltaw.scoring import metrics_for
 from deltaw.spectra import Spectrum, spectrum_of, triples_of
 from deltaw.study.choice import Choice, Losses, chosen
-from deltaw.study.evaluate import evaluate, record_losses
+from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
 from deltaw.sweeping import Progress as SweepProgress
 from deltaw.sweeping import sweep
 from deltaw.switching import using
 from deltaw.tasks import equip, task_of
+from deltaw.training.optimizers import ADAM_STATE
 from deltaw.tried_ranks import numbers
 
 log = logging.getLogger("deltaw")
@@ -157,7 +158,6 @@ class _Choosing:
     def _encode(self) -> None:
         data, loaded = self.held.config.data, self.held.loaded
         self.metrics = [m for m in metrics_for(self.config.metrics, data, self.held.records.form) if m != "loss"]
-        self.loss = task_of(data).loss(loaded)
         self.examples = task_of(data).encode(self.held.records, loaded, data).examples
 
     def _records_used(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class _Choosing:
         """Scores without any adapter; None where the model has no head of its own."""
         if self.held.loaded.untrained:
             return None
-        losses, scores = self._losses(), self._scores()
+        losses, scores = self._scores()
         self.on_event(Progress("scored", {"name": "base", "loss": losses.value}))
         return {"loss": losses.value, "scores": scores}
 
@@ -188,29 +188,23 @@ class _Choosing:
         placed = store.place(self.model, cut, self.run.adapter, name="cut", check_base=False)
         try:
             with using(self.model, placed):
-                found = _Cut(cut, self._losses(), self._scores())
+                found = _Cut(cut, *self._scores())
         finally:
             attached.detach(self.model, placed)
         self.on_event(Progress("scored", {"name": name, "loss": found.losses.value}))
         return found
 
-    def _losses(self) -> Losses:
-        sums, counts = record_losses(self.loss, self.examples, self._batch)
-        return Losses(np.array([sums]), np.array(counts))
-
-    def _scores(self) -> dict[str, Any]:
-        if not self.metrics:
-            return {}
-        loaded, generation = self.held.loaded, GenerateConfig(batch=self._batch)
+    def _scores(self) -> tuple[Losses, dict[str, Any]]:
+        """Of the model as it stands: each record's loss, and the metrics."""
+        held, generation = self.held, GenerateConfig(batch=max(16, self.held.config.batch))
         with torch.no_grad():
             found = evaluate(
-                self.model, loaded.tokenizer, self.held.records, self.held.config.data, generation, metrics=self.metrics
-            )
-        return {name: {**dataclasses.asdict(score), "seeds": [score.value]} for name, score in found.scores.items()}
-
-    @property
-    def _batch(self) -> int:
-        return max(16, self.held.config.batch)
+                self.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *self.metrics]
+            )  # fmt: skip
+        assert found.losses is not None
+        losses = Losses(np.array([found.losses.sums]), np.array(found.losses.counts))
+        scores = {name: dataclasses.asdict(found.scores[name]) for name in self.metrics}
+        return losses, {name: {**score, "seeds": [score["value"]]} for name, score in scores.items()}
 
     # --- what they come to --------------------------------------------------------------------------------------
 
@@ -223,7 +217,7 @@ class _Choosing:
             parameters, size = parameters_of(cut.file), peft.size(cut.file)
             found.append({
                 **dataclasses.asdict(tested), "energy": kept / total if total else 1.0, "parameters": parameters, "bytes": size,
-                "bytes_with_optimizer": size + 8 * parameters, "scores": cut.scores, **costs.get(tested.rank, {}),
+                "bytes_with_optimizer": size + ADAM_STATE * parameters, "scores": cut.scores, **costs.get(tested.rank, {}),
             })  # fmt: skip
         return found
 
@@ -303,7 +297,7 @@ class _Choosing:
         model, data = self.config.model or self.run.named("model"), self.config.data or self.run.named("data")
         assert model is not None and data is not None
         self.model = None
-        del self.held, self.loss  # one model in memory
+        del self.held  # one model in memory
 
         def hear(event: SweepProgress) -> None:
             self.on_event(Progress("confirming", {"kind": event.kind, **event.values}))

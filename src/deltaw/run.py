@@ -38,6 +38,7 @@ from deltaw.switching import use, using
 from deltaw.tasks import TASKS, task_of
 from deltaw.training.abreast import Abreast
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
+from deltaw.training.optimizers import ADAM_STATE
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
 _SAMPLE = GenerateConfig(max_new_tokens=96)
@@ -68,11 +69,13 @@ class RunResult:
     def figures(self) -> dict[str, Any]:
         """The plain values of result.json."""
         adapter = self.summary.adapters[self.summary.active or "default"]
+        size = sum(f.stat().st_size for f in self.adapter.iterdir())
         return {
             "loop": dataclasses.asdict(self.state),
             "trainable_parameters": adapter.parameters,
             "trainable_share": adapter.share,
-            "adapter_bytes": sum(f.stat().st_size for f in self.adapter.iterdir()),
+            "adapter_bytes": size,
+            "bytes_with_optimizer": size + ADAM_STATE * adapter.parameters,
             "base_bytes": self.summary.base_bytes,
             "unit": TASKS[self.settings["task"]].unit,
             "counted": TASKS[self.settings["task"]].counted,

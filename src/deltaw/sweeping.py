@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ import torch
 
 from deltaw import attached, environment, three_sets
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
-from deltaw.data import Records, read
+from deltaw.data import read
 from deltaw.directions import alike
 from deltaw.errors import TrainError
 from deltaw.files.atomic import write_text
@@ -32,12 +32,11 @@ from deltaw.resuming import claim, read_json, run_settings
 from deltaw.run import RunResult, run_abreast
 from deltaw.scoring import scoring_of
 from deltaw.study.choice import Choice, Losses, chosen
-from deltaw.study.evaluate import evaluate, record_losses
+from deltaw.study.evaluate import Evaluation, evaluate
 from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import write as write_report
 from deltaw.study.sweep_report import sweep_report
 from deltaw.switching import use
-from deltaw.tasks import task_of
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
 from deltaw.widths import width_of
 
@@ -272,36 +271,28 @@ class _Sweep:
         figures, state = result.figures(), result.state
         valid = [[line["step"], line["valid_loss"]] for line in result.log if line["event"] == "eval"]
         by = [self.scoring.chosen_by] if self.scoring.chosen_by != "loss" else []
-        task, data = task_of(base.config.data), base.config.data
-        examples = task.encode(self._records(base, "test"), base.loaded, data).examples
-        sums, counts = record_losses(task.loss(base.loaded), examples, max(16, self.config.batch))
+        on_test = self._evaluated(base, "test", {"loss", *self.scoring.metrics})
+        assert on_test.losses is not None
+        scores = {name: dataclasses.asdict(on_test.scores[name]) for name in self.scoring.metrics}
         return {
             "parameters": figures["trainable_parameters"],
             "share": figures["trainable_share"],
             "bytes": figures["adapter_bytes"],
-            "bytes_with_optimizer": figures["adapter_bytes"] + 8 * figures["trainable_parameters"],
+            "bytes_with_optimizer": figures["bytes_with_optimizer"],
             "seconds": state.seconds,
             "step_seconds": state.step_seconds / state.step,
             "valid": valid,
             "valid_loss": state.best_loss if self.config.patience else valid[-1][1],
-            "valid_scores": {name: score["value"] for name, score in self._scores(base, by, "valid").items()},
-            "scores": self._scores(base, self.scoring.metrics, "test"),
-            "losses": {"sums": sums, "counts": counts},
+            "valid_scores": {n: s.value for n, s in self._evaluated(base, "valid", by).scores.items()} if by else {},
+            "scores": scores,
+            "losses": on_test.losses._asdict(),
         }
 
-    def _records(self, base: Prepared, part: str) -> Records:
-        return read(str(three_sets.file_of(self.sets, part)), base.config.data)
-
-    def _scores(self, base: Prepared, metrics: Sequence[str], part: str) -> dict[str, Any]:
-        if not metrics:
-            return {}
-        generation = GenerateConfig(batch=max(16, self.config.batch))
-        loaded, data = base.loaded, base.config.data
+    def _evaluated(self, base: Prepared, part: str, metrics: Collection[str]) -> Evaluation:
+        loaded, data, generation = base.loaded, base.config.data, GenerateConfig(batch=max(16, self.config.batch))
+        records = read(str(three_sets.file_of(self.sets, part)), data)
         with torch.no_grad():
-            found = evaluate(
-                loaded.model, loaded.tokenizer, self._records(base, part), data, generation, metrics=metrics
-            )
-        return {name: dataclasses.asdict(score) for name, score in found.scores.items()}
+            return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
 
     def _choices(self, found: Sequence[tuple[dict[str, Any], Losses | None]]) -> dict[str, Choice]:
         """Of each choice of targets, where several ranks were trained."""

@@ -24,7 +24,7 @@ from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
 from deltaw.positions import image_shape, most_positions, within
 from deltaw.pretrained import Pretrained, load_pretrained, pad_id
-from deltaw.training.item_loss import ClassLoss, DecoderLoss, ItemLoss, SquaredLoss
+from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
 from deltaw.updates import Replaced
 
@@ -149,21 +149,25 @@ class Classification(Task):
         return encode_labelled(records, loaded.tokenizer, data)
 
     @classmethod
-    def loss(cls, loaded: Pretrained) -> ItemLoss:
+    def loss(cls, loaded: Pretrained) -> RecordLoss:
         return ClassLoss(loaded.model, pad_id(loaded.tokenizer))
 
     @classmethod
     def answer(
         cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
     ) -> list[Any]:
-        logits = cls._logits(loaded, records, data, generation.batch, told)
+        items = [Item(each, 0, "") for each in cls._inputs(loaded, records, data)]
+        return cls.answers_of(cls.logits(loaded, items, generation.batch, told))
+
+    @classmethod
+    def answers_of(cls, logits: Tensor) -> list[Any]:
+        """What logits [n, outputs] say."""
         return [int(i) for i in logits.argmax(-1)]
 
     @classmethod
     @torch.no_grad()
-    def _logits(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, batch: int, told: Told) -> Tensor:
-        """Of each record, fp32 [n, outputs]."""
-        items = [Item(each, 0, "") for each in cls._inputs(loaded, records, data)]
+    def logits(cls, loaded: Pretrained, items: Sequence[Item], batch: int, told: Told) -> Tensor:
+        """Of each item, fp32 [n, outputs] on the CPU."""
         order = sorted(range(len(items)), key=lambda i: items[i].length)
         loss = cls.loss(loaded)
         parts = []
@@ -191,14 +195,12 @@ class Regression(Classification):
     answers = "number"
 
     @classmethod
-    def loss(cls, loaded: Pretrained) -> ItemLoss:
+    def loss(cls, loaded: Pretrained) -> RecordLoss:
         return SquaredLoss(loaded.model, pad_id(loaded.tokenizer))
 
     @classmethod
-    def answer(
-        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
-    ) -> list[Any]:
-        return [float(v) for v in cls._logits(loaded, records, data, generation.batch, told)[:, 0]]
+    def answers_of(cls, logits: Tensor) -> list[Any]:
+        return [float(v) for v in logits[:, 0]]
 
 
 class Image(Classification):
@@ -213,7 +215,7 @@ class Image(Classification):
         return encode_images(records, loaded.tokenizer, data)
 
     @classmethod
-    def loss(cls, loaded: Pretrained) -> ItemLoss:
+    def loss(cls, loaded: Pretrained) -> RecordLoss:
         return ClassLoss(loaded.model)
 
     @classmethod

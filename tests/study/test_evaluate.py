@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 import deltaw
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import encode, encode_prompt, read
+from deltaw.data.items import encode_labelled
 from deltaw.generation import generate, settings
 from deltaw.study.evaluate import evaluate
 from deltaw.switching import using
+from deltaw.tasks import opened
+from deltaw.training.item_loss import ClassLoss
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.test_tasks import TEXTS, about, folder_of
 
 DATA = DataConfig(template="plain")
 RECORDS = [
@@ -53,7 +58,25 @@ def test_loss_is_the_sum_by_hand(small: Any, adapter: str | None, batch: int) ->
     with using(model, adapter):
         found = evaluate(model, tokenizer, read(RECORDS, DATA), DATA, GenerateConfig(batch=batch), metrics=("loss",))
         assert found.scores["loss"].value == pytest.approx(by_hand(model, tokenizer), rel=1e-5)
-    assert found.predictions == []
+    assert found.predictions == [] and found.losses is not None and len(found.losses.sums) == len(RECORDS)
+    assert sum(found.losses.sums) / sum(found.losses.counts) == pytest.approx(found.scores["loss"].value)
+
+
+def test_classes_and_their_losses_take_one_pass_over_the_records_that_are_kept(tmp_path: Path) -> None:
+    data = DataConfig(task="classification", labels=["cold", "warm"], max_length=6, too_long="drop")
+    loaded = opened(folder_of(TEXTS["bert"], tmp_path), data)
+    long = {"text": "red green blue " * 4, "label": "warm"}
+    records = read([*about(7), long], data)
+    kept = encode_labelled(records, loaded.tokenizer, data).examples
+    assert len(kept) < len(records)
+    passes: list[int] = []
+    loaded.model.register_forward_hook(lambda _, inputs, out: passes.append(len(out.logits)))
+    found = evaluate(loaded.model, loaded.tokenizer, records, data, GenerateConfig(batch=4))
+    assert sum(passes) == found.items == len(found.predictions) == len(kept)
+    loss = ClassLoss(loaded.model, loaded.tokenizer.pad_token_id)
+    with torch.no_grad():
+        expected = [float(loss(loss.collate([one]))[0]) for one in kept]
+    assert found.losses is not None and found.losses.sums == pytest.approx(expected, rel=1e-4)
 
 
 def test_base_and_adapter_differ_and_the_metrics_come_in_the_order_asked(small: Any) -> None:

@@ -41,8 +41,13 @@ def run(command: Eval) -> None:
     found = _evaluate(loaded, records, data, command, metrics)
     show.out.print(_table(found, metrics, command))
     if command.out is not None:
-        values = {name: dataclasses.asdict(evaluation) for name, evaluation in found.items()}
+        values = {name: _as_told(evaluation) for name, evaluation in found.items()}
         write_text(Path(command.out), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def _as_told(evaluation: Any) -> dict[str, Any]:
+    """Without the loss of each record."""
+    return {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "losses"}
 
 
 def _metrics(command: Eval, data: Any, form: str) -> list[str]:

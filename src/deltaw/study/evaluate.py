@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, Records, references
-from deltaw.data.labels import class_indices, quantities
 from deltaw.modes import evaluating
 from deltaw.positions import within
 from deltaw.pretrained import Pretrained
@@ -25,10 +24,17 @@ from deltaw.study.metrics import (
     perplexity,
     ratio,
 )
-from deltaw.tasks import Task, task_of
+from deltaw.tasks import Classification, Task, task_of
 from deltaw.training.loss import Loss
 
 _OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
+
+
+class RecordLosses(NamedTuple):
+    """Of each record the sum of its predictions' losses, and their number."""
+
+    sums: list[float]
+    counts: list[float]
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Evaluation:
     """Distinct prompts, or records with a label."""
     scores: dict[str, Score]
     predictions: list[str]
-    """One for each item; empty when only the loss was asked for."""
+    """One for each item; empty where only the loss of texts was asked for."""
+    losses: RecordLosses | None
+    """None where it was not asked for."""
     seconds: float
 
 
@@ -76,64 +84,58 @@ def evaluate(
 ) -> Evaluation:
     """Score the model with whatever adapter is active, by `data.task`. Loss is of each prediction over all records. Exact
     match, BLEU and ROUGE-L are of one generated completion for each distinct prompt; accuracy and its like of each record's
-    likeliest class. Default: all metrics of the task. Raises ConfigError for an unknown one."""
+    likeliest class, by the same pass as the loss. Default: all metrics of the task. Raises ConfigError for an unknown one."""
     known = metrics_of(data, records.form)
     metrics = known if metrics is None else metrics
     check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
     data, task = within(data, model), task_of(data)
     loaded = Pretrained(model, tokenizer, "")
     began = time.monotonic()
-    scores: dict[str, Score] = {}
-    if "loss" in metrics or "perplexity" in metrics:
-        loss = _loss(task, loaded, records, data, generation.batch)
-        scores["loss"], scores["perplexity"] = loss, perplexity(loss)
-    answered = [m for m in metrics if m not in scores and m not in ("loss", "perplexity")]
-    items, predictions = len(records), list[str]()
-    if answered or task.answers == "text":
-        of = _text_scores if task.answers == "text" else _label_scores
-        items, predictions, more = of(task, loaded, records, data, generation, answered, on_done)
-        scores |= more
-    return Evaluation(items, {m: scores[m] for m in metrics}, predictions, time.monotonic() - began)
+    given = (loaded, records, data, generation, metrics, on_done)
+    judged = _of_labels(task, *given) if issubclass(task, Classification) else _of_texts(task, *given)
+    items, predictions, scores, losses = judged
+    if losses is not None:
+        scores["loss"] = ratio(*losses)
+        scores["perplexity"] = perplexity(scores["loss"])
+    return Evaluation(items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
 
 
-_Scored = tuple[int, list[str], dict[str, Score]]
+_Judged = tuple[int, list[str], dict[str, Score], RecordLosses | None]
 
 
-def _text_scores(
+def _of_texts(
     task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
     metrics: Sequence[str], on_done: Callable[[int], None],
-) -> _Scored:  # fmt: skip
-    """Of a completion for each distinct prompt."""
-    items = Items.of(records)
-    if not metrics:
-        return len(items.records), [], {}
-    said = task.answer(loaded, items.records, data, generation, on_done)
-    return len(items.records), said, {m: TEXT_METRICS[m](said, items.references) for m in metrics}
+) -> _Judged:  # fmt: skip
+    """Of a completion for each distinct prompt, and the loss of all completions that there are."""
+    losses, said, items = None, list[str](), Items.of(records)
+    if {"loss", "perplexity"} & set(metrics):
+        losses = record_losses(task.loss(loaded), task.encode(records, loaded, data).examples, generation.batch)
+    answered = [m for m in metrics if m in TEXT_METRICS]
+    if answered:
+        said = task.answer(loaded, items.records, data, generation, on_done)
+    return len(items.records), said, {m: TEXT_METRICS[m](said, items.references) for m in answered}, losses
 
 
-def _label_scores(
-    task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+def _of_labels(
+    task: type[Classification], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
     metrics: Sequence[str], on_done: Callable[[int], None],
-) -> _Scored:  # fmt: skip
+) -> _Judged:  # fmt: skip
     """Of each record's class or quantity."""
-    said = task.answer(loaded, records.items, data, generation, on_done)
+    examples = task.encode(records, loaded, data).examples
+    logits, wanted = task.logits(loaded, examples, generation.batch, on_done), [e.target for e in examples]
+    said, labels = task.answers_of(logits), len(data.labels or [])
     if task.answers == "number":
-        numbers = quantities(records.items, records.source)
-        return len(records), [task.said(v, data) for v in said], {m: NUMBER_METRICS[m](said, numbers) for m in metrics}
-    names = data.labels or []
-    wanted = class_indices(records.items, names, records.source)
-    scores = {m: CLASS_METRICS[m](said, wanted, len(names)) for m in metrics}
-    return len(records), [task.said(i, data) for i in said], scores
-
-
-def _loss(task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, batch: int) -> Score:
-    """Of each prediction, resampled by record."""
-    return ratio(*record_losses(task.loss(loaded), task.encode(records, loaded, data).examples, batch))
+        scores = {m: NUMBER_METRICS[m](said, wanted) for m in metrics if m in NUMBER_METRICS}
+    else:
+        scores = {m: CLASS_METRICS[m](said, wanted, labels) for m in metrics if m in CLASS_METRICS}
+    losses = task.loss(loaded).of(logits, torch.tensor(wanted)).tolist()
+    return len(examples), [task.said(a, data) for a in said], scores, RecordLosses(losses, [1.0] * len(losses))
 
 
 @torch.no_grad()
-def record_losses(loss: Loss, examples: Sequence[Any], batch: int) -> tuple[list[float], list[float]]:
-    """Of each example the sum of its predictions' losses, and their number."""
+def record_losses(loss: Loss, examples: Sequence[Any], batch: int) -> RecordLosses:
+    """Of each example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss.model):
@@ -142,4 +144,4 @@ def record_losses(loss: Loss, examples: Sequence[Any], batch: int) -> tuple[list
             losses, of_row = loss.each(loss.collate([examples[i] for i in own]))
             sums.index_add_(0, own[of_row], losses.double().cpu())
             counts[own] += torch.bincount(of_row, minlength=len(own))
-    return sums.tolist(), counts.tolist()
+    return RecordLosses(sums.tolist(), counts.tolist())

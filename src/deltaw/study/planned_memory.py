@@ -18,6 +18,7 @@ from deltaw.errors import DeltaWError
 from deltaw.study.dry_step import Step, step
 from deltaw.summaries import summary
 from deltaw.targets import blocks_of
+from deltaw.training.optimizers import ADAM_STATE
 
 log = logging.getLogger("deltaw")
 
@@ -123,7 +124,7 @@ def _estimate(model: Any, method: Any, tokens: int) -> Step:
     parameters, size = counts(model, method)
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     width = getattr(text, "hidden_size", 0) * next(model.parameters()).element_size() // 2
-    return Step(size, size, 8 * parameters, 34 * tokens * width * len(blocks_of(model)), 0, 0, 0)
+    return Step(size, size, ADAM_STATE * parameters, 34 * tokens * width * len(blocks_of(model)), 0, 0, 0)
 
 
 def largest(needed: Callable[[int], int], room: int) -> int:

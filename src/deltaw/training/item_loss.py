@@ -46,22 +46,30 @@ class ItemLoss:
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
-class ClassLoss(ItemLoss):
+class RecordLoss(ItemLoss):
+    """One prediction for each record."""
+
+    def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
+        logits = self.logits(batch)
+        return self.of(logits, to_device(logits.device, batch.target)), torch.arange(len(batch.target))
+
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of each record [n], of the model's logits [n, outputs] and what they should say [n]."""
+        raise NotImplementedError
+
+
+class ClassLoss(RecordLoss):
     """−log p(class | x) for each record."""
 
-    def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
-        logits = self.logits(batch)
-        losses = F.cross_entropy(logits, to_device(logits.device, batch.target), reduction="none")
-        return losses, torch.arange(len(batch.target))
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="none")
 
 
-class SquaredLoss(ItemLoss):
+class SquaredLoss(RecordLoss):
     """(ŷ − y)² for each record."""
 
-    def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
-        logits = self.logits(batch)
-        errors = logits[:, 0] - to_device(logits.device, batch.target)
-        return errors.square(), torch.arange(len(batch.target))
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        return (logits[:, 0] - target).square()
 
 
 class DecoderLoss(ItemLoss):

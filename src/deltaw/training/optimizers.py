@@ -10,6 +10,9 @@ from deltaw.config import TrainConfig
 from deltaw.errors import TrainError
 from deltaw.training.flat import Flat
 
+ADAM_STATE = 8
+"""Bytes of Adam's state for a parameter: two moments in fp32."""
+
 # What these do to an entry depends on the others of its matrix, so they get A's and B's one by one
 _BY_MATRIX = ("Adafactor", "Muon")
 _MATRICES_ONLY = ("Muon",)
