@@ -1,7 +1,7 @@
 """How long inference takes with each way of adapting a model, in turn with the base. Knows models and adapters; nothing of data.
 
 The ways are timed in rounds, one after the other in each, so that what a machine does besides meets all of them; of a way the
-median over rounds counts, and its ratio to the base's time is the median of the rounds' ratios.
+median over rounds counts, and its ratio to the base's time is the median of the rounds' ratios. The heap is the same for all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from deltaw.merged import merge, unmerge
 from deltaw.positions import image_shape, most_positions
+from deltaw.study.heap import freed_memory_kept
 from deltaw.switching import using
 
 BASE = "base"
@@ -61,16 +62,18 @@ def _merged(model: nn.Module, name: str) -> Iterator[None]:
 @torch.no_grad()
 def measure(ways: Mapping[str, Way], task: Task, *, rounds: int = 7) -> Latency:
     """Each way's time for the task. Another way is the first in each round, and before a way is timed it has been through the
-    task once, unless that is long: what came before it (a merge, say) has filled the caches with something else."""
+    task once, in the first round only where that is long: what came before it (a merge, say) has filled the caches with something
+    else."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
-    long = _timed(task()) > _LONG
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            with ways[name]():
-                if not long:
-                    task()()
-                times[name].append(_timed(task()))
+    with freed_memory_kept():
+        long = _timed(task()) > _LONG
+        for i in range(rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                with ways[name]():
+                    if i == 0 or not long:
+                        task()()
+                    times[name].append(_timed(task()))
     medians = {name: statistics.median(own) for name, own in times.items()}
     ratios = {
         name: statistics.median(t / b for t, b in zip(own, times[BASE], strict=True)) for name, own in times.items()
