@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.study.choice import Losses, chosen
+from deltaw.study.sweep_report import why_no_smaller
 
 RANKS = (1, 2, 4, 8, 16)
 
@@ -70,10 +73,14 @@ def test_a_wider_margin_never_asks_for_more_rank(more: float, margin: float) -> 
     assert chosen(losses, 2 * margin).rank <= chosen(losses, margin).rank
 
 
-def test_a_rank_that_was_passed_over_is_named() -> None:
-    from deltaw.study.sweep_report import passed_over
+def test_what_ended_the_tests_is_said() -> None:
+    def tested(rank: int, low: float, high: float, enough: bool) -> dict[str, Any]:
+        return {"rank": rank, "difference": {"value": (low + high) / 2, "low": low, "high": high}, "enough": enough}
 
-    tested = [{"rank": r, "enough": e} for r, e in ((1, False), (8, True), (16, False), (64, True))]
-    (said,) = passed_over(tested, 64)
-    assert "r = 8 " in said and "r = 16 " in said
-    assert not passed_over([*tested[:2], {"rank": 16, "enough": True}], 8)
+    worse, unclear, largest = tested(1, 0.1, 0.2, False), tested(16, -0.02, 0.03, False), tested(64, 0.0, 0.0, True)
+    assert why_no_smaller([largest], 64, 0.01) == []
+    (said,) = why_no_smaller([worse, tested(8, -0.1, 0.0, True), largest], 8, 0.01)
+    assert said == "r = 1 is worse: its loss less the largest rank's is 0.1500 [0.1000, 0.2000]"
+    first, second = why_no_smaller([worse, tested(8, -0.1, 0.0, True), unclear, largest], 64, 0.01)
+    assert first.startswith("r = 16 is not shown to be enough, nor to be worse: ") and "the margin 0.0100" in first
+    assert second == "r = 8 would be enough by itself"

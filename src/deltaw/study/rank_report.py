@@ -14,7 +14,7 @@ from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import interval, score
 from deltaw.study.hints import hints
 from deltaw.study.report import Chart, Report, Series, Table
-from deltaw.study.sweep_report import passed_over
+from deltaw.study.sweep_report import why_no_smaller
 
 Values = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def sentence(results: Values) -> str:
     text = f"r = {own['rank']}: {units.size(own['bytes'])}, {loss}"
     if own["rank"] != largest["rank"]:
         return text + f" against {largest['loss']['value']:.3f} at r = {largest['rank']}, on {count} held-out records."
-    return text + f" on {count} held-out records; every smaller rank may be worse by more than the margin."
+    return text + f" on {count} held-out records."
 
 
 def remarks(results: Values) -> list[str]:
@@ -46,7 +46,7 @@ def remarks(results: Values) -> list[str]:
             "No smaller rank is shown to be enough: train at a larger one to see whether it would be better, or score more "
             "records (--records, --most), which makes intervals narrower."
         )
-    found += [f"{said}." for said in passed_over(results["ranks"], results["rank"])]
+    found += [f"{said}." for said in why_no_smaller(results["ranks"], results["rank"], results["margin"])]
     base = results["base"]
     whole = results["ranks"][-1]["loss"]
     if base is not None and base["loss"] <= whole["high"]:

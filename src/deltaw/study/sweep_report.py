@@ -53,18 +53,27 @@ def _sentence(results: Mapping[str, Any], targets: str, choice: Mapping[str, Any
         text += f" against {largest['loss']['value']:.3f} at r = {largest['rank']}"
     else:
         text += "; a larger one was not tried"
-    text += "".join(f"; {said}" for said in passed_over(choice["tested"], choice["rank"]))
+    text += "".join(f"; {said}" for said in why_no_smaller(choice["tested"], choice["rank"], choice["margin"]))
     return text + (f" ({targets})." if len(results["choices"]) > 1 else ".")
 
 
-def passed_over(tested: Sequence[Mapping[str, Any]], rank: int) -> list[str]:
-    """Of a smaller rank that is enough by itself, where a larger one that is not ended the tests before it: one sentence, or
-    none."""
-    passing = [each["rank"] for each in tested if each["rank"] < rank and each["enough"]]
-    ended = max((each["rank"] for each in tested if each["rank"] < rank), default=0)
-    if not passing:
+def why_no_smaller(tested: Sequence[Mapping[str, Any]], rank: int, margin: float) -> list[str]:
+    """What ended the tests below the recommended rank: a rank that is worse, or one of which these records cannot tell. And the
+    smallest rank that is enough by itself, but was not come to."""
+    smaller = [each for each in tested if each["rank"] < rank]
+    if not smaller:
         return []
-    return [f"r = {passing[0]} would be enough by itself, but r = {ended} is not shown to be, where the tests end"]
+    ended = max(smaller, key=lambda each: each["rank"])
+    difference = f"its loss less the largest rank's is {interval(ended['difference'])}"
+    if ended["difference"]["low"] > 0:
+        found = [f"r = {ended['rank']} is worse: {difference}"]
+    else:
+        found = [
+            f"r = {ended['rank']} is not shown to be enough, nor to be worse: {difference}, the margin {margin:.4f}; more "
+            "records would tell"
+        ]  # fmt: skip
+    passing = min((each["rank"] for each in smaller if each["enough"]), default=None)
+    return found + ([f"r = {passing} would be enough by itself"] if passing is not None else [])
 
 
 def _best_targets(results: Mapping[str, Any]) -> str:
