@@ -1,9 +1,9 @@
 """Ranks tried on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA; r = 1,
-2, 4, 8, 16, 64, three seeds each.
+2, 4, 8, 16, 64, three seeds each. And which weights to train: q,v alone over the same ranks, and six choices of equal parameters.
 
     python benchmarks/ranks_swept.py e2e --model SMOLLM2 --data E2E
     python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
-    python benchmarks/ranks_swept.py cola --model MINILM --data COLA
+    python benchmarks/ranks_swept.py cola --model MINILM --data COLA                # cola_budget, cola_qv; of all four
 
 MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run
 came to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
@@ -40,7 +40,7 @@ def of_glue(data: str, steps: int, lr: float, test: int, metrics: str) -> Setup:
     return Setup("all-MiniLM-L6-v2", data, config, deltaw.SweepConfig(test_most=test, metrics=metrics))
 
 
-SETUPS = {
+RANKS = {
     "e2e": Setup(
         "SmolLM2-135M-Instruct", "E2E",
         deltaw.TrainConfig(steps=100, batch=8, lr=3e-3, eval_every=100, valid_most=64, dtype="float32"),
@@ -57,6 +57,13 @@ SETUPS = {
     "sst2": of_glue("SST-2", 200, 1e-3, 1821, "loss,accuracy"),
     "cola": of_glue("CoLA", 800, 3.3e-4, 1043, "loss,matthews"),
 }  # fmt: skip
+# As many parameters as r = 4 on all layers has
+BUDGETS = {"e2e": "1.22M", "requests": "1.22M", "sst2": "172k", "cola": "172k"}
+SETUPS = (
+    RANKS
+    | {f"{name}_budget": replace(of, options=replace(of.options, budget=BUDGETS[name])) for name, of in RANKS.items()}
+    | {f"{name}_qv": replace(of, options=replace(of.options, targets="qv")) for name, of in RANKS.items()}
+)
 
 
 def main() -> None:
