@@ -168,7 +168,7 @@ def latency() -> list[str]:
             if paper
             else ["–"] * 3
         )
-        size = row.get("rows×tokens") or f"{row['rows']} rows"
+        size = row.get("rows×tokens") or f"{row['rows']} row{'s' * (row['rows'] != '1')}"
         rows.append(
             [
                 f"{row['what']}, {size}",
@@ -180,6 +180,7 @@ def latency() -> list[str]:
     counts = ", ".join(f"{name} {count:,}" for name, count in results["parameters"].items())
     text = (
         f"{results['model']} ({in_words(results['machine'])}). Ratios are over the base's time in the same round, medians. "
+        "A merged model does what the base does: how far its ratios are from 1 is what this measurement's noise comes to. "
         f"Parameters: {counts}. The paper's are of {results['paper']}.\n"
     )
     return ["## What inference costs\n", text, table(columns, rows)]

@@ -46,6 +46,7 @@ ORDER = [
     ["run"],
     ["candidate", "timing"],
     ["comparing", "sweeping"],
+    ["confirming"],
     ["choosing"],
     ["cli"],
     ["__init__", "__main__"],

@@ -146,7 +146,7 @@ def test_the_worse_half_is_ended_and_said_to_be(
     assert sorted(ended.values(), key=str) == [2, 2, 4, None] and row["lr"] == next(
         r for r, at in ended.items() if at is None
     )
-    assert "behind" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("in the worse half: ended") == 3
     # What was ended stays so when the sweep is gone on with
     assert main(words) == 0
     assert json.loads((out / "results.json").read_text())["rows"][0]["tried"] == row["tried"]

@@ -19,7 +19,8 @@ import torch
 
 from deltaw import attached, environment, store
 from deltaw.compressed import allocated, truncated
-from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig, to_mapping
+from deltaw.config import GenerateConfig, PlanConfig, RankConfig, to_mapping
+from deltaw.confirming import check_confirmable, confirmed
 from deltaw.data.batches import padded
 from deltaw.data.sources import is_path
 from deltaw.directions import alike, amplifications
@@ -38,7 +39,6 @@ from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
 from deltaw.sweeping import Progress as SweepProgress
-from deltaw.sweeping import sweep
 from deltaw.switching import using
 from deltaw.tasks import equip, task_of
 from deltaw.training.optimizers import ADAM_STATE
@@ -98,7 +98,7 @@ class _Choosing:
     def go(self) -> RankChoice:
         alike_to = [alike(self.run, other) | {"with": f"{other.path} (r = {other.rank})"} for other in self.others]
         if self.config.confirm:
-            self._check_confirmable()
+            check_confirmable(self.run)
         self.held = self._opened()
         self.model = self.held.loaded.model
         self._name_layers()
@@ -121,11 +121,24 @@ class _Choosing:
             "layers": [_layer(name, own) for name, own in self.spectra.items()],
             "amplified": amplifications(self.model, self.run, choice.rank),
             "alike": alike_to,
-            "confirmed": self._confirmed(choice.rank) if self.config.confirm else None,
+            "confirmed": None,
         }
+        self._write(results)
+        if self.config.confirm and choice.rank != self.run.rank:
+            self.model = None
+            del self.held  # one model in memory
+            results["confirmed"] = confirmed(
+                self.run, self.config, choice.rank, self.folder / CONFIRMED, self._confirming
+            )
+            self._write(results)
+        return RankChoice(choice.rank, choice, self.folder / REPORT, results)
+
+    def _write(self, results: dict[str, Any]) -> None:
         write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_report(rank_report(results), self.folder / REPORT)
-        return RankChoice(choice.rank, choice, self.folder / REPORT, results)
+
+    def _confirming(self, event: SweepProgress) -> None:
+        self.on_event(Progress("confirming", {"kind": event.kind, **event.values}))
 
     # --- the model and its records ------------------------------------------------------------------------------
 
@@ -267,51 +280,6 @@ class _Choosing:
                 "bytes": peft.size(cut.file),
             })  # fmt: skip
         return found
-
-    # --- trained again ------------------------------------------------------------------------------------------
-
-    def _check_confirmable(self) -> None:
-        """Raises ConfigError for a run that a sweep cannot repeat."""
-        method, problems = self.run.method(), []
-        if not isinstance(method.targets, str) or "=" in method.targets:
-            problems.append(f"targets is {method.targets!r}; a sweep has one rank for all layers")
-        if method.tokens or method.norms:
-            problems.append("tokens or norms were trained too")
-        problems += [
-            f"its {key} is not a file, folder or hub name" for key in ("model", "data") if self.run.named(key) is None
-        ]
-        if problems:
-            raise ConfigError(listing(f"{self.run.path} cannot be confirmed by training again:", problems))
-
-    def _confirmed(self, rank: int) -> dict[str, Any] | None:
-        """The recommended rank and the adapter's own, trained as the run was, scored on other records than those that chose."""
-        if rank == self.run.rank:
-            return None
-        method = self.run.method()
-        options = SweepConfig(
-            ranks=f"{self.run.rank},{rank}", targets=str(method.targets), seeds=self.config.seeds, scaling=method.scaling,
-            alpha=method.alpha, init=method.init, dropout=method.dropout, margin=self.config.margin,
-            method="dora" if self.run.settings.get("method") == "dora" else "lora", metrics=self.config.metrics,
-        )  # fmt: skip
-        config: TrainConfig = dataclasses.replace(self.run.config(), out=str(self.folder / CONFIRMED), overwrite=False)
-        model, data = self.config.model or self.run.named("model"), self.config.data or self.run.named("data")
-        assert model is not None and data is not None
-        self.model = None
-        del self.held  # one model in memory
-
-        def hear(event: SweepProgress) -> None:
-            self.on_event(Progress("confirming", {"kind": event.kind, **event.values}))
-
-        done = sweep(model, data, config, options, on_event=hear)
-        choice = next(iter(done.choices.values()), None)
-        if choice is None:
-            return {"failed": "; ".join(row["error"] for row in done.results["rows"] if "error" in row)}
-        small, large = choice.tested
-        return {
-            "held": small.enough, "rank": rank, "full": self.run.rank, "loss": dataclasses.asdict(small.loss),
-            "full_loss": dataclasses.asdict(large.loss), "difference": dataclasses.asdict(small.difference),
-            "margin": choice.margin, "seeds": self.config.seeds, "report": str(done.report),
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
