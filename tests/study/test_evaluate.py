@@ -13,6 +13,7 @@ from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import encode, encode_prompt, read
 from deltaw.data.items import encode_labelled
 from deltaw.generation import generate, settings
+from deltaw.pretrained import pad_id
 from deltaw.study.evaluate import evaluate
 from deltaw.switching import using
 from deltaw.tasks import opened
@@ -63,7 +64,7 @@ def test_loss_is_the_sum_by_hand(small: Any, adapter: str | None, batch: int) ->
 
 
 def test_classes_and_their_losses_take_one_pass_over_the_records_that_are_kept(tmp_path: Path) -> None:
-    data = DataConfig(task="classification", labels=["cold", "warm"], max_length=6, too_long="drop")
+    data = DataConfig(task="classification", labels=["cold", "warm"], max_length=20, too_long="drop")
     loaded = opened(folder_of(TEXTS["bert"], tmp_path), data)
     long = {"text": "red green blue " * 4, "label": "warm"}
     records = read([*about(7), long], data)
@@ -73,7 +74,7 @@ def test_classes_and_their_losses_take_one_pass_over_the_records_that_are_kept(t
     loaded.model.register_forward_hook(lambda _, inputs, out: passes.append(len(out.logits)))
     found = evaluate(loaded.model, loaded.tokenizer, records, data, GenerateConfig(batch=4))
     assert sum(passes) == found.items == len(found.predictions) == len(kept)
-    loss = ClassLoss(loaded.model, loaded.tokenizer.pad_token_id)
+    loss = ClassLoss(loaded.model, pad_id(loaded.tokenizer))
     with torch.no_grad():
         expected = [float(loss(loss.collate([one]))[0]) for one in kept]
     assert found.losses is not None and found.losses.sums == pytest.approx(expected, rel=1e-4)
