@@ -132,6 +132,7 @@ def test_accumulation_is_the_whole_batch(small: Any, tmp_path: Path) -> None:
         )
         result = deltaw.train(model, uneven, config, method=METHOD, tokenizer=tokenizer)
         found.append((result.state.last_loss, [p.detach().clone() for p in deltaw.parameters(model)]))
+        assert "Infinity" not in (result.folder / "result.json").read_text()  # no held-out loss, and no best one
         deltaw.detach(model)
     for loss, parameters in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)

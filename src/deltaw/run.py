@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import threading
@@ -71,7 +72,7 @@ class RunResult:
         adapter = self.summary.adapters[self.summary.active or "default"]
         size = sum(f.stat().st_size for f in self.adapter.iterdir())
         return {
-            "loop": dataclasses.asdict(self.state),
+            "loop": {name: None if value == math.inf else value for name, value in dataclasses.asdict(self.state).items()},
             "trainable_parameters": adapter.parameters,
             "trainable_share": adapter.share,
             "adapter_bytes": size,

@@ -96,7 +96,7 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Peak memory", units.size(figures["peak_memory"]), "of the process, base included"),
         ("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}", "over all adapted layers"),
     ]
-    if loop["best_loss"] < float("inf"):
+    if loop["best_loss"] is not None:
         facts.append(("Best held-out loss", f"{loop['best_loss']:.4f}", f"at step {loop['best_step']}"))
     return facts
 
