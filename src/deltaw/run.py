@@ -72,7 +72,9 @@ class RunResult:
         adapter = self.summary.adapters[self.summary.active or "default"]
         size = sum(f.stat().st_size for f in self.adapter.iterdir())
         return {
-            "loop": {name: None if value == math.inf else value for name, value in dataclasses.asdict(self.state).items()},
+            "loop": {
+                name: None if value == math.inf else value for name, value in dataclasses.asdict(self.state).items()
+            },
             "trainable_parameters": adapter.parameters,
             "trainable_share": adapter.share,
             "adapter_bytes": size,
