@@ -187,6 +187,23 @@ def test_minutes_end_a_run(small: Any, tmp_path: Path) -> None:
     assert result.state.stopped == "minutes" and 0 < result.state.step < 6000
 
 
+def test_minutes_are_for_training(small: Any, tmp_path: Path) -> None:
+    """Held-out records that take long are not scored ten times in a short run."""
+    model, tokenizer = small
+    counts = {}
+    for name, valid in (("few", RECORDS[:2]), ("many", [{"prompt": "p" * 60, "completion": "c" * 60}] * 1500)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in valid))
+        config = quick(
+            tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=1500, epochs=100_000,
+            minutes=0.05, samples=0,
+        )  # fmt: skip
+        result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+        counts[name] = [line["step"] for line in result.log if line["event"] == "eval"]
+        assert counts[name][0] == 0 and counts[name][-1] == result.state.step
+        deltaw.detach(model)
+    assert len(counts["many"]) < 5 < len(counts["few"])
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
 

@@ -33,6 +33,8 @@ from deltaw.study.report import write as write_report
 
 SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 _QUICK_MINUTES = 1.0
+# For each task that inference is timed on, all methods together
+_SECONDS, _QUICK_SECONDS = 600.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class _Comparison:
         runs = {name: run for name, run in best.items() if run["task"]["method"] != "full"}
         task: dict[str, Any] = {
             "model": self.model, "dtype": "float32" if self.config.dtype == "auto" else self.config.dtype,
-            "device": self.config.device, "rounds": 3 if self.options.quick else 9,
+            "device": self.config.device, "seconds": _QUICK_SECONDS if self.options.quick else _SECONDS,
             "decoding": [1] if self.options.quick else [1, 32],
             "adapters": {name: str(Path(run["folder"]) / "run" / "adapter") for name, run in runs.items()},
         }  # fmt: skip

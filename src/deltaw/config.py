@@ -91,7 +91,7 @@ class TrainConfig:
     """Number of optimizer steps; overrides epochs."""
     minutes: float | None = None
     """Stop training after this many minutes at the latest; the schedule follows the clock, so that the learning rate
-    still ends at zero."""
+    still ends at zero. Held-out records that take long are scored less often."""
     batch: int = 8
     """Records per optimizer step."""
     batch_tokens: int | None = None

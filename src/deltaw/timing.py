@@ -14,6 +14,7 @@ from typing import Any
 
 TASK, RESULT = "timing.json", "latency.json"
 _SIZES = ((1, 128), (32, 128))
+_ROUNDS = 9
 
 
 def main(folder: Path) -> int:
@@ -45,11 +46,12 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
         tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b in task["decoding"]}
     rows = []
     for (what, batch, length), each in tasks.items():
-        found = latency.measure(ways, each, rounds=task["rounds"])
+        found = latency.measure(ways, each, rounds=_ROUNDS, seconds=task["seconds"])
         ratios = {_named(way, names): ratio for way, ratio in found.ratios.items() if way != latency.BASE}
-        rows.append(
-            {"what": what, "batch": batch, "length": length, "base": found.seconds[latency.BASE], "ratios": ratios}
-        )
+        rows.append({
+            "what": what, "batch": batch, "length": length, "base": found.seconds[latency.BASE], "ratios": ratios,
+            "rounds": found.rounds,
+        })  # fmt: skip
     return rows
 
 

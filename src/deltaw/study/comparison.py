@@ -17,6 +17,8 @@ PAPER = (
     ("16×256", "338.0 ms", "+5.0%", "+8.4%"),
     ("32×512", "1449.4 ms", "+2.2%", "+3.0%"),
 )
+# Rounds of timing below which a median is hardly one
+_FEW = 3
 COLUMNS = ("method", "lr", "parameters", "share", "adapter", "with optimizer", "memory", "step", "held-out loss")
 
 
@@ -72,8 +74,13 @@ def interval(found: Mapping[str, float]) -> str:
 
 
 def latency_columns(results: Mapping[str, Any]) -> list[str]:
-    """Names of the timed tasks."""
-    return [f"{row['what']}, batch {row['batch']}" for row in results["latency"]]
+    """Names of the timed tasks, and in how many rounds where these were few."""
+
+    def rounds(row: Mapping[str, Any]) -> str:
+        count = row.get("rounds", _FEW)
+        return f" ({count} round{'s' * (count > 1)})" if count < _FEW else ""
+
+    return [f"{row['what']}, batch {row['batch']}{rounds(row)}" for row in results["latency"]]
 
 
 def latency_rows(results: Mapping[str, Any]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class Latency:
     """Way → median."""
     ratios: dict[str, float]
     """Way → median of its time over the base's in the same round."""
+    rounds: int
 
 
 def ways(model: nn.Module, adapters: Sequence[str], merged: Sequence[str] = ()) -> dict[str, Way]:
@@ -60,25 +62,28 @@ def _merged(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure(ways: Mapping[str, Way], task: Task, *, rounds: int = 7) -> Latency:
-    """Each way's time for the task. Another way is the first in each round, and before a way is timed it has been through the
-    task once, in the first round only where that is long: what came before it (a merge, say) has filled the caches with something
-    else."""
+def measure(ways: Mapping[str, Way], task: Task, *, rounds: int = 7, seconds: float = math.inf) -> Latency:
+    """Each way's time for the task, in so many rounds, fewer where these would take more than about `seconds`, but one at least.
+    Another way is the first in each round, and before a way is timed it has been through the task once, in the first round only
+    where that is long: what came before it (a merge, say) has filled the caches with something else."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     with freed_memory_kept():
-        long = _timed(task()) > _LONG
+        first = _timed(task())
+        long = first > _LONG
+        fitting = seconds / (first * len(ways) * (1 if long else 2))
+        rounds = max(1, int(min(rounds, fitting)))
         for i in range(rounds):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 with ways[name]():
-                    if i == 0 or not long:
+                    if not long or (i == 0 and rounds > 1):
                         task()()
                     times[name].append(_timed(task()))
     medians = {name: statistics.median(own) for name, own in times.items()}
     ratios = {
         name: statistics.median(t / b for t, b in zip(own, times[BASE], strict=True)) for name, own in times.items()
     }
-    return Latency(medians, ratios)
+    return Latency(medians, ratios, rounds)
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -31,6 +31,8 @@ from deltaw.updates import LowRank
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
+# Where the time is set, the share of it so far that evaluations may come to for one more to be made before the end
+_EVALUATING = 0.2
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class LoopState:
     """Since the start, evaluation included."""
     step_seconds: float = 0.0
     """In optimizer steps alone."""
+    eval_seconds: float = 0.0
+    """In evaluations."""
     tokens: int = 0
     supervised: int = 0
     records: int = 0
@@ -96,6 +100,7 @@ class Loop:
         self.best: list[Tensor] | None = None
         self.losses = torch.zeros((), device=base.device)  # since they were last read
         self.last: _Watched | None = None
+        self.last_evaluation = 0.0  # its seconds
         self._logged = replace(self.state)
 
     def run(self) -> LoopState:
@@ -229,7 +234,8 @@ class Loop:
             )
 
     def _is_time_to_evaluate(self) -> bool:
-        """Every `eval_every` steps, or at each tenth of the run; and at its end."""
+        """Every `eval_every` steps, or at each tenth of the run; and at its end. A tenth goes by where the time is set and too
+        much of it would go into evaluations."""
         state = self.state
         if state.step == self.total_steps or state.stopped:
             return True
@@ -237,12 +243,16 @@ class Loop:
             return state.step % self.config.eval_every == 0
         done = progress(self.config, state.step, self.total_steps, state.seconds)
         before, state.tenths = state.tenths, int(10 * done + 1e-9)  # 1e-9: a tenth by rounding is a tenth
-        return state.tenths > before
+        if state.tenths == before:
+            return False
+        return not self.config.minutes or state.eval_seconds + self.last_evaluation <= _EVALUATING * state.seconds
 
     def evaluate(self) -> None:
         """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned."""
-        state = self.state
+        state, began = self.state, time.monotonic()
         loss = state.valid_loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8))
+        self.last_evaluation = time.monotonic() - began
+        state.eval_seconds += self.last_evaluation
         if loss < state.best_loss:
             state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
             if self.config.patience:
