@@ -3,45 +3,27 @@
     python benchmarks/methods_compared.py e2e --model .cache/smollm2 --data E2E
     python benchmarks/methods_compared.py cola --model MINILM --data COLA --at-once 8      # that many methods side by side
 
-MODEL and DATA are folders. Every method gets the same records in the same order and the same number of steps, on CoLA and SST-2
-at three learning rates a factor of three apart; the best one on held-out records is scored on the test records. What is finished
-in .cache/compared is not done again. Writes results/compare_NAME.json.
+MODEL and DATA are folders. Every method gets the same records in the same order and the same number of steps, on CoLA at
+three learning rates a factor of three apart; the best one on held-out records is scored on the test records. What is finished in
+.cache/compared is not done again. Writes results/compare_NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import deltaw
-import machine
 from deltaw.comparing import Progress, compare
 from deltaw.contestants import DEFAULT
+from setups import Setup, glue, write
 
 OUT = Path(".cache/compared")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a comparison is of."""
-
-    model: str
-    data: str
-    """Their names, for readers."""
-    config: deltaw.TrainConfig
-    options: deltaw.CompareConfig
-
-
-def of_glue(data: str, steps: int, test: int, metrics: str, lrs: int = 3) -> Setup:
-    reading = deltaw.DataConfig(max_length=128)
-    config = deltaw.TrainConfig(data=reading, steps=steps, batch=16, eval_every=steps, dtype="float32")
-    return Setup("all-MiniLM-L6-v2", data, config, chosen(lrs=lrs, seeds=3, test_most=test, metrics=metrics))
 
 
 def chosen(methods: str = DEFAULT, **options: object) -> deltaw.CompareConfig:
@@ -61,10 +43,10 @@ SETUPS = {
         "SmolLM2-135M-Instruct", "E2E", deltaw.TrainConfig(steps=250, batch=8, eval_every=250, dtype="float32"),
         chosen(BEST, test_most=400, metrics="loss,bleu"),
     ),
-    "cola": of_glue("CoLA", 800, 1043, "loss,accuracy,matthews"),
-    "mrpc": of_glue("MRPC", 150, 1725, "loss,accuracy,f1", lrs=1),
-    "rte": of_glue("RTE", 120, 277, "loss,f1,accuracy", lrs=1),
-    "sst2": of_glue("SST-2", 400, 1821, "loss,f1,accuracy"),
+    "cola": glue("CoLA", chosen(lrs=3, seeds=3, test_most=1043, metrics="loss,accuracy,matthews"), steps=800),
+    "mrpc": glue("MRPC", chosen(lrs=1, seeds=3, test_most=1725, metrics="loss,accuracy,f1"), steps=150),
+    "rte": glue("RTE", chosen(lrs=1, seeds=3, test_most=277, metrics="loss,f1,accuracy"), steps=120),
+    "sst2": glue("SST-2", chosen(lrs=1, seeds=3, test_most=1821, metrics="loss,f1,accuracy"), steps=200),
 }  # fmt: skip
 
 
@@ -87,11 +69,9 @@ def main() -> None:
     done = compare(given.model, given.data, config, options, on_event=lambda event: print(said(event), flush=True))
     if given.only is None:
         results = done.results
-        results["settings"] |= {"model": setup.model, "data": setup.data}
         for row in results["rows"]:
             row["name"] = row["name"].partition("(")[0]
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        (machine.RESULTS / f"compare_{given.name}.json").write_text(text, encoding="utf-8")
+        write(f"compare_{given.name}", results, setup)
 
 
 def side_by_side(count: int, setup: Setup, folder: Path) -> None:

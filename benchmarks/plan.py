@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import own_process
+
 HERE = Path(__file__).resolve().parent
 STEPS = 3
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def main() -> None:
     rows = []
     for setting in SETTINGS:
         folder = getattr(chosen, setting.model)
-        rows.append(dataclasses.asdict(setting) | compared(planned(folder, setting), run(folder, setting)))
+        found = own_process.run(__file__, {"folder": folder, "setting": dataclasses.asdict(setting)})
+        rows.append(dataclasses.asdict(setting) | compared(planned(folder, setting), found))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     worst = max(abs(row["error"]) for row in rows)
     machine.write("plan", {"steps": STEPS, "worst_error": worst, "rows": rows})
@@ -83,16 +83,6 @@ def planned(folder: str, setting: Setting) -> dict[str, Any]:
     )  # fmt: skip
     (row,) = deltaw.plan(folder, config).rows
     return dataclasses.asdict(row.memory) | {"total": row.memory.total}
-
-
-def run(folder: str, setting: Setting) -> dict[str, int]:
-    """What `measured` says in a process of its own."""
-    told = json.dumps({"folder": folder, "setting": dataclasses.asdict(setting)})
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", told], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | QUIET
-    )  # fmt: skip
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def compared(plan: dict[str, Any], found: dict[str, int]) -> dict[str, Any]:
@@ -112,14 +102,14 @@ def measured(folder: str, setting: Setting) -> dict[str, int]:
     import deltaw.run
     from deltaw.contestants import contestants
 
-    found = {"process": _held("VmRSS")}
+    found = {"process": own_process.held("VmRSS")}
 
     def hear(event: Any) -> None:
         if event.kind == "start":
             Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-            found["loaded"] = _held("VmRSS")
+            found["loaded"] = own_process.held("VmRSS")
         elif event.kind == "step":
-            found["peak"] = _held("VmHWM")
+            found["peak"] = own_process.held("VmHWM")
 
     (contestant,) = contestants(setting.method)
     records = [_record(i, setting) for i in range(setting.batch * 4)]
@@ -139,11 +129,6 @@ def _record(number: int, setting: Setting) -> dict[str, Any]:
     return (
         {"text": text, "label": "odd" if number % 2 else "even"} if setting.task == "classification" else {"text": text}
     )
-
-
-def _held(which: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
 if __name__ == "__main__":

@@ -13,31 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import deltaw
 import machine
 from deltaw.sweeping import Progress, sweep
+from setups import Setup, glue, write
 
 OUT = Path(".cache/swept")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a sweep is of."""
-
-    model: str
-    data: str
-    """Their names, for readers."""
-    config: deltaw.TrainConfig
-    options: deltaw.SweepConfig
-
-
-def of_glue(data: str, steps: int, lr: float, test: int, metrics: str) -> Setup:
-    reading = deltaw.DataConfig(max_length=128)
-    config = deltaw.TrainConfig(data=reading, steps=steps, batch=16, lr=lr, eval_every=steps, dtype="float32")
-    return Setup("all-MiniLM-L6-v2", data, config, deltaw.SweepConfig(test_most=test, metrics=metrics))
 
 
 RANKS = {
@@ -54,8 +38,8 @@ RANKS = {
         ),
         deltaw.SweepConfig(test_most=300, metrics="loss"),
     ),
-    "sst2": of_glue("SST-2", 200, 1e-3, 1821, "loss,accuracy"),
-    "cola": of_glue("CoLA", 800, 3.3e-4, 1043, "loss,matthews"),
+    "sst2": glue("SST-2", deltaw.SweepConfig(test_most=1821, metrics="loss,accuracy"), steps=200, lr=1e-3),
+    "cola": glue("CoLA", deltaw.SweepConfig(test_most=1043, metrics="loss,matthews"), steps=800, lr=3.3e-4),
 }  # fmt: skip
 # As many parameters as r = 4 on all layers has
 BUDGETS = {"e2e": "1.22M", "requests": "1.22M", "sst2": "172k", "cola": "172k"}
@@ -89,9 +73,7 @@ def main() -> None:
             keep(folder, kept)
 
     results = sweep(given.model, given.data, config, options, on_event=hear).results
-    results["settings"] |= {"model": setup.model, "data": setup.data}
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    (machine.RESULTS / f"sweep_{given.name}.json").write_text(text, encoding="utf-8")
+    write(f"sweep_{given.name}", results, setup)
 
 
 def keep(folder: Path, kept: Path) -> None:

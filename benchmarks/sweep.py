@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import own_process
+
 HERE = Path(__file__).resolve().parent
 RANKS = (8, 1, 2, 3, 4, 16, 32, 64)
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
 def main() -> None:
@@ -86,11 +85,7 @@ def measured(chosen: argparse.Namespace, place: Path, number: int) -> dict[str, 
 def run(told: dict[str, Any]) -> dict[str, float]:
     """What `worked` says in a process of its own, and how long all of that took."""
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(told)], check=True, stdout=subprocess.PIPE, text=True,
-        env=os.environ | QUIET,
-    )  # fmt: skip
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found = own_process.run(__file__, told)
     return {"steps": found["steps"], "whole": time.monotonic() - began, "peak": found["peak"]}
 
 
@@ -111,12 +106,10 @@ def worked(told: dict[str, Any]) -> dict[str, float]:
         options = deltaw.SweepConfig(ranks=",".join(map(str, RANKS)), abreast=told["width"], metrics="loss")
         rows = deltaw.sweep(told["model"], told["data"], config, options).results["rows"]
         steps = sum(row["step_seconds"] * told["steps"] for row in rows)
-    return {"steps": steps, "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak()}
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return {
+        "steps": steps,
+        "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_process.held("VmHWM"),
+    }
 
 
 if __name__ == "__main__":
