@@ -34,6 +34,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def command(place: Path, out: Path, *, steps: int) -> list[str]:
+    words = ["sweep", str(place / "model"), str(place / "data.jsonl"), "--out", str(out)]
+    return [*words, "--steps", str(steps), "--batch", "4", "--valid-most", "4", "--test-most", "4"]
+
+
 def test_the_ranks_share_the_first_ones_alpha() -> None:
     found = candidates(SweepConfig(ranks="8, 1,16", targets="qv; mlp"), tiny_llama())
     assert [(c.targets, c.rank) for c in found] == [(t, r) for t in ("qv", "mlp") for r in (8, 1, 16)]
@@ -74,18 +79,8 @@ def test_all_that_is_wrong_is_said() -> None:
 
 def test_a_sweep_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "out"
-    words = [
-        "sweep",
-        str(place / "model"),
-        str(place / "data.jsonl"),
-        "--out",
-        str(out),
-        "--steps",
-        "5",
-        "--batch",
-        "4",
-    ]
-    words += ["--valid-most", "4", "--lrs", "1e-3,5e-3", "--seeds", "2", "--test-most", "4", "--ranks"]
+    words = command(place, out, steps=5)
+    words += ["--lrs", "1e-3,5e-3", "--seeds", "2", "--ranks"]
     assert main([*words, "4,2"]) == 0
     assert "against" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
@@ -128,18 +123,8 @@ def test_the_worse_half_is_ended_and_said_to_be(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "s"
-    words = [
-        "sweep",
-        str(place / "model"),
-        str(place / "data.jsonl"),
-        "--out",
-        str(out),
-        "--steps",
-        "8",
-        "--batch",
-        "4",
-    ]
-    words += ["--ranks", "2", "--lrs", "1e-7,1e-3,1e-2,1e-6", "--valid-most", "4", "--test-most", "4", "--halving"]
+    words = command(place, out, steps=8)
+    words += ["--ranks", "2", "--lrs", "1e-7,1e-3,1e-2,1e-6", "--halving"]
     assert main(words) == 0
     (row,) = json.loads((out / "results.json").read_text())["rows"]
     ended = {t["lr"]: t["behind"] for t in row["tried"]}

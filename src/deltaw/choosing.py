@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from deltaw import attached, environment, store
 from deltaw.compressed import allocated, truncated
@@ -210,10 +209,9 @@ class _Choosing:
     def _scores(self) -> tuple[Losses, dict[str, Any]]:
         """Of the model as it stands: each record's loss, and the metrics."""
         held, generation = self.held, GenerateConfig(batch=max(16, self.held.config.batch))
-        with torch.no_grad():
-            found = evaluate(
-                self.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *self.metrics]
-            )  # fmt: skip
+        found = evaluate(
+            self.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *self.metrics]
+        )  # fmt: skip
         assert found.losses is not None
         losses = Losses(np.array([found.losses.sums]), np.array(found.losses.counts))
         scores = {name: dataclasses.asdict(found.scores[name]) for name in self.metrics}

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from deltaw import attached, environment, three_sets
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
@@ -291,8 +290,7 @@ class _Sweep:
     def _evaluated(self, base: Prepared, part: str, metrics: Collection[str]) -> Evaluation:
         loaded, data, generation = base.loaded, base.config.data, GenerateConfig(batch=max(16, self.config.batch))
         records = read(str(three_sets.file_of(self.sets, part)), data)
-        with torch.no_grad():
-            return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
+        return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
 
     def _choices(self, found: Sequence[tuple[dict[str, Any], Losses | None]]) -> dict[str, Choice]:
         """Of each choice of targets, where several ranks were trained."""

@@ -28,6 +28,7 @@ from deltaw.tasks import Classification, Task, task_of
 from deltaw.training.loss import Loss
 
 _OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
+_OF_LOSSES = {"loss", "perplexity"}
 
 
 class RecordLosses(NamedTuple):
@@ -47,7 +48,7 @@ class Evaluation:
     predictions: list[str]
     """One for each item; empty where only the loss of texts was asked for."""
     losses: RecordLosses | None
-    """None where it was not asked for."""
+    """None where that of texts was not asked for."""
     seconds: float
 
 
@@ -94,7 +95,7 @@ def evaluate(
     given = (loaded, records, data, generation, metrics, on_done)
     judged = _of_labels(task, *given) if issubclass(task, Classification) else _of_texts(task, *given)
     items, predictions, scores, losses = judged
-    if losses is not None:
+    if losses is not None and _OF_LOSSES & set(metrics):
         scores["loss"] = ratio(*losses)
         scores["perplexity"] = perplexity(scores["loss"])
     return Evaluation(items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
@@ -109,7 +110,7 @@ def _of_texts(
 ) -> _Judged:  # fmt: skip
     """Of a completion for each distinct prompt, and the loss of all completions that there are."""
     losses, said, items = None, list[str](), Items.of(records)
-    if {"loss", "perplexity"} & set(metrics):
+    if _OF_LOSSES & set(metrics):
         losses = record_losses(task.loss(loaded), task.encode(records, loaded, data).examples, generation.batch)
     answered = [m for m in metrics if m in TEXT_METRICS]
     if answered:
