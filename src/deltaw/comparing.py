@@ -32,9 +32,11 @@ from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import write as write_report
 
 SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
-_QUICK_MINUTES = 1.0
-# For each task that inference is timed on, all methods together
-_SECONDS, _QUICK_SECONDS = 600.0, 30.0
+# --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
+_QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
+# What inference is timed on: rows and tokens of passes, rows that are decoded; and for how long each, all methods together
+_TIMED: dict[str, Any] = {"passes": [[1, 128], [32, 128]], "decoding": [1, 32], "seconds": 600.0}
+_QUICK_TIMED: dict[str, Any] = {"passes": [[1, 128], [32, 16]], "decoding": [1], "seconds": 20.0}
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,15 @@ class _Comparison:
         self.config = dataclasses.replace(config, samples=0)
         if options.quick:
             minutes = None if config.steps else config.minutes or _QUICK_MINUTES
-            self.config = dataclasses.replace(self.config, minutes=minutes, valid_most=min(config.valid_most, 64))
+            self.config = dataclasses.replace(
+                self.config, minutes=minutes, valid_most=min(config.valid_most, _QUICK_VALID)
+            )
         if config.lr != TrainConfig().lr:
             raise ConfigError(
                 "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
             )
         self.options = options
-        self.test_most = min(options.test_most, 100) if options.quick else options.test_most
+        self.test_most = min(options.test_most, _QUICK_TEST) if options.quick else options.test_most
         self.contestants = contestants(options.methods or (QUICK if options.quick else DEFAULT))
         self.folder = Path(config.out)
         self.sets = self.folder / "data"
@@ -176,9 +180,9 @@ class _Comparison:
         runs = {name: run for name, run in best.items() if run["task"]["method"] != "full"}
         task: dict[str, Any] = {
             "model": self.model, "dtype": "float32" if self.config.dtype == "auto" else self.config.dtype,
-            "device": self.config.device, "seconds": _QUICK_SECONDS if self.options.quick else _SECONDS,
-            "decoding": [1] if self.options.quick else [1, 32],
+            "device": self.config.device,
             "adapters": {name: str(Path(run["folder"]) / "run" / "adapter") for name, run in runs.items()},
+            **(_QUICK_TIMED if self.options.quick else _TIMED),
         }  # fmt: skip
         done = read_json(self.folder / timing.RESULT)
         if done is None or done["task"] != task:

@@ -191,7 +191,7 @@ class CompareConfig:
     latency: bool = True
     """Time inference with each method beside the base at the end."""
     quick: bool = False
-    """A first answer in about ten minutes on two cores: five methods, a minute of training each, at most 100 test records."""
+    """A first answer in about ten minutes on two cores: five methods, 45 seconds of training each, at most 64 test records."""
 
     def __post_init__(self) -> None:
         check(self, lrs=(1, None), seeds=(1, None), test_most=(1, None))

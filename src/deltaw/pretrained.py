@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import timeit
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -228,17 +229,29 @@ def bfloat16_pays(device: torch.device) -> bool:
     """Whether the device's products of the size of a training step are clearly faster in bfloat16 than in float32.
 
     CUDA says so itself. Of CPUs only those with bfloat16 instructions are faster, and the others many times slower, so a
-    few milliseconds of trial tell them apart.
+    trial tells them apart, one product of half a second where it is that slow.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, W0 = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        times[dtype] = min(timeit.repeat(lambda x=x, W0=W0: x @ W0, number=1, repeat=5))  # type: ignore[misc]
-    return times[torch.bfloat16] < 0.7 * times[torch.float32]
+    single = _seconds_of_product(torch.float32)
+    return _seconds_of_product(torch.bfloat16, hopeless=_HOPELESS * single) < 0.7 * single
+
+
+# Times as slow: no first product that only gets ready takes as long
+_HOPELESS = 30
+
+
+def _seconds_of_product(dtype: torch.dtype, hopeless: float = math.inf) -> float:
+    """The least of five, fewer where one takes more than `hopeless`."""
+    x, W0, least = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype), math.inf
+    for _ in range(5):
+        took = timeit.timeit(lambda: x @ W0, number=1)
+        least = min(least, took)
+        if took > hopeless:
+            break
+    return least
 
 
 def _forget_gguf(model: Any) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 TASK, RESULT = "timing.json", "latency.json"
-_SIZES = ((1, 128), (32, 128))
 _ROUNDS = 9
 
 
@@ -41,7 +40,7 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
         store.load(model, adapter, name=f"m{i}", activate=False)
     mergeable = [n for n in names if all(type(u).__name__ in ("LowRank", "Sliced") for u in updates(model, n).values())]
     ways = latency.ways(model, list(names), merged=mergeable[:1])
-    tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in _SIZES}
+    tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in task["passes"]}
     if task_of(data) is Causal:
         tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b in task["decoding"]}
     rows = []

@@ -27,7 +27,7 @@ from deltaw.switching import using
 
 BASE = "base"
 # Seconds from which a task warms itself up
-_LONG = 2.0
+_LONG = 1.0
 Way = Callable[[], AbstractContextManager[Any]]
 """Opens a block in which the model is used in this way."""
 Task = Callable[[], Callable[[], object]]
