@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,46 @@ def test_few_noisy_records_prove_nothing() -> None:
     assert chosen(made({1: 0.0, 16: 0.0}, noise=3.0, n=20), 0.01).rank == 16
 
 
-def test_the_seeds_spread_widens_the_interval() -> None:
+SPREAD = np.array([[-0.1], [0.0], [0.1]])
+
+
+def spread(own: Losses) -> Losses:
+    """The three runs are further apart."""
+    return Losses(own.sums + SPREAD * own.counts, own.counts)
+
+
+def width(found: Any) -> float:
+    return float(found.high - found.low)
+
+
+def test_what_a_seed_does_to_one_rank_alone_widens_the_interval() -> None:
     one = made({1: 0.0, 16: 0.0}, seeds=3)
-    shifted = {
-        r: Losses(own.sums + np.array([[-0.1], [0.0], [0.1]]) * own.counts, own.counts) for r, own in one.items()
-    }
-    narrow, wide = (chosen(each, 0.01).tested[0].difference for each in (one, shifted))
-    assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
-    assert shifted[1].seeds[0] < shifted[1].value < shifted[1].seeds[2]
+    narrow, wide = (chosen(each, 0.01).tested[0].difference for each in (one, one | {1: spread(one[1])}))
+    assert width(wide) > 5 * width(narrow)
+    assert spread(one[1]).seeds[0] < spread(one[1]).value < spread(one[1]).seeds[2]
+
+
+def test_what_a_seed_does_to_all_ranks_alike_says_nothing_of_their_difference() -> None:
+    one = made({1: 0.0, 16: 0.0}, seeds=3)
+    before, after = (chosen(each, 0.01).tested[0] for each in (one, {r: spread(own) for r, own in one.items()}))
+    assert width(after.loss) > width(before.loss)
+    assert after.difference.high == pytest.approx(before.difference.high)
+
+
+def test_few_seeds_spread_as_much_as_they_do() -> None:
+    counts = np.ones(4)
+    only_seeds = Losses(np.array([[1.0], [2.0], [3.0]]) * counts, counts)
+    flat = Losses(np.full((3, 4), 2.0), counts)
+    found = chosen({1: only_seeds, 2: flat}, 0.01).tested[0].difference
+    assert found.high - found.value == pytest.approx(math.sqrt(3 / 2) * 1.0)  # all three the largest: 1/27 of the draws
+    assert found.low - found.value == pytest.approx(-math.sqrt(3 / 2) * 1.0)
+
+
+def test_a_run_that_failed_leaves_the_others() -> None:
+    losses = made({1: 0.0, 16: 0.0}, seeds=3)
+    lacking = losses | {1: Losses(losses[1].sums[:2], losses[1].counts)}
+    found = chosen(lacking, 0.01)
+    assert found.rank == 1 and found.tested[0].loss.low < found.tested[0].loss.high
 
 
 @given(st.floats(0.0, 0.2), st.floats(0.001, 0.2))

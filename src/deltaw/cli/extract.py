@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from deltaw.cli import show
 from deltaw.cli.flags import Extract
 from deltaw.cli.merge import new_folder
@@ -20,7 +18,9 @@ def run(command: Extract) -> None:
     tuned = load_pretrained(command.tuned, device="cpu").model
     found = extract(base, tuned, rank=command.rank, energy=command.energy, targets=command.targets)
     save(base, out)
-    show.out.print(_table(found, command.all_layers))
+    show.out.print(
+        show.errors_of_layers(found.ranks, found.errors, "‖(W − W0) − BA‖ / ‖W − W0‖", every=command.all_layers)
+    )
     show.out.print(f"\nAdapter: {out}  ({len(found.ranks)} layers)", soft_wrap=True)
     if found.unchanged:
         show.out.print(f"{len(found.unchanged)} targeted layers are equal in both models and have no update.")
@@ -31,18 +31,3 @@ def run(command: Extract) -> None:
             style="yellow",
             soft_wrap=True,
         )
-
-
-def _table(found: Any, all_layers: bool) -> Any:
-    from deltaw.names import family
-
-    groups: dict[str, list[str]] = {}
-    for layer in found.ranks:
-        groups.setdefault(layer if all_layers else family(layer), []).append(layer)
-    made = show.table("layers", "count", "rank", "error", "largest error", title="‖(W − W0) − BA‖ / ‖W − W0‖")
-    for name, layers in groups.items():
-        errors = [found.errors[layer] for layer in layers]
-        ranks = sorted({found.ranks[layer] for layer in layers})
-        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        made.add_row(name, str(len(layers)), shown, f"{sum(errors) / len(errors):.3f}", f"{max(errors):.3f}")
-    return made

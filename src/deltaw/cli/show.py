@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+from deltaw.names import by_family
 
 T = TypeVar("T")
 
@@ -81,4 +83,14 @@ def table(*columns: str, title: str | None = None) -> Table:
             made.add_column(name, header_style="dim", no_wrap=True, overflow="fold")
         else:
             made.add_column(name, justify="right", header_style="dim", overflow="fold")
+    return made
+
+
+def errors_of_layers(ranks: Mapping[str, int], errors: Mapping[str, float], what: str, *, every: bool) -> Table:
+    """How far each layer's ΔW is from the one wanted; unless `every`, a line for layers that differ in their number alone."""
+    made = table("layers", "count", "rank", "error", "largest error", title=what)
+    for name, layers in ({layer: [layer] for layer in ranks} if every else by_family(ranks)).items():
+        own, found = sorted({ranks[layer] for layer in layers}), [errors[layer] for layer in layers]
+        shown = str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}"
+        made.add_row(name, str(len(layers)), shown, f"{sum(found) / len(found):.3f}", f"{max(found):.3f}")
     return made

@@ -124,7 +124,7 @@ def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
     note = (
         f"A rank is enough if the interval of the difference ends below the margin of {choice['margin']:.4f}. The tests go down "
         f"from r = {largest} and end at the first that fails; so {len(rows) - 1} comparisons err together no more often than one "
-        "(5%). The records are resampled in pairs: each resample is the same one for every rank."
+        "(5%). Records, and of several seeds these, are resampled in pairs: each resample is the same one for every rank."
     )
     return Table(
         f"Which rank is enough: {targets}", ["r", "test loss", f"less that of r = {largest}", "enough"], rows, note
