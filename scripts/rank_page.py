@@ -1,0 +1,133 @@
+"""Write docs/rank.md from results/: ranks trained, and ranks cut from one run, on the same test records; which weights to train.
+
+    python -m scripts.rank_page
+
+benchmarks/ranks_swept.py and benchmarks/ranks_cut.py make the results. scripts/rank_page.md is the text around the tables.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scripts.evidence_page import RESULTS, ROOT, read, table
+
+from deltaw import units
+from deltaw.environment import in_words
+from deltaw.study.comparison import interval, score
+
+TEXT, PAGE = ROOT / "scripts" / "rank_page.md", ROOT / "docs" / "rank.md"
+NAMES = ("e2e", "requests", "sst2", "cola")
+
+
+def main() -> None:
+    swept = {name: found for name in NAMES if (found := result(f"sweep_{name}"))}
+    cut = {name: result(f"rank_{name}") or {"seeds": {}} for name in swept}
+    tables = {
+        "agreement": agreement(swept, cut),
+        "swept": "\n".join(titled(found, of_ranks(found, cut[name])) for name, found in swept.items()),
+        "allocated": allocated(swept, cut),
+        "qv": of_each("qv", of_ranks),
+        "budgets": of_each("budget", of_weights),
+    }
+    PAGE.write_text(string.Template(TEXT.read_text(encoding="utf-8")).substitute(tables), encoding="utf-8")
+
+
+def result(name: str) -> Any:
+    return read(RESULTS / f"{name}.json")
+
+
+def titled(found: Any, shown: str) -> str:
+    """A table under what it is of."""
+    settings, rows = found["settings"], found["rows"]
+    run, seeds = settings["run"], len(rows[0]["scores"]["loss"]["seeds"])
+    return (
+        f"**{settings['model']} on {settings['data']}**: {run['steps']} steps of {run['batch']} records, lr {run['lr']:g}, "
+        f"{seeds} seed{'s' * (seeds > 1)}, at most {settings['test_most']:,} test records ({in_words(found['environment'])}).\n\n{shown}"
+    )
+
+
+def of_each(kind: str, shown: Any) -> str:
+    """The sweeps of a kind, each data set's table."""
+    found = [result(f"sweep_{name}_{kind}") for name in NAMES]
+    return "\n".join(titled(each, shown(each)) for each in found if each)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def agreement(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
+    """What each way recommends."""
+    rows = []
+    for name, found in swept.items():
+        cuts = cut[name]["seeds"].values()
+        rows.append([
+            f"{found['settings']['model']}, {found['settings']['data']}",
+            str(choice_of(found)["rank"]),
+            str(min(found["rows"], key=lambda row: row["scores"]["loss"]["value"])["rank"]),
+            ", ".join(str(each["rank"]) for each in cuts) or "–",
+            ", ".join(f"{each['effective_rank']['mean']:.0f}" for each in cuts) or "–",
+        ])  # fmt: skip
+    columns = ["", "sweep: enough", "sweep: least loss", "one run at r = 64, cut: enough", "effective rank of its ΔW"]
+    return table(columns, rows)
+
+
+def of_ranks(found: Any, cuts: Any = None) -> str:
+    """A row for each rank: trained at it, and cut to it from a run at the largest; enough in bold."""
+    choice, other, seeds = choice_of(found), beside_the_loss(found), (cuts or {"seeds": {}})["seeds"]
+    tested = {each["rank"]: each for each in choice["tested"]}
+    rows = []
+    for row in sorted(found["rows"], key=lambda row: row["rank"]):
+        rank = row["rank"]
+        rows.append([
+            bold(str(rank), rank == choice["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]),
+            interval(tested[rank]["loss"]), interval(tested[rank]["difference"]), *(score(row["scores"][m]) for m in other),
+            *(of_cut(each, rank) for each in seeds.values()),
+        ])  # fmt: skip
+    columns = ["r", "parameters", "adapter", "loss", f"less that of r = {choice['tested'][-1]['rank']}", *other]
+    return table([*columns, *(f"cut, seed {seed}" for seed in seeds)], rows)
+
+
+def of_cut(cut: Any, rank: int) -> str:
+    loss = next(row["loss"]["value"] for row in cut["ranks"] if row["rank"] == rank)
+    return bold(f"{loss:.4f}", rank == cut["rank"])
+
+
+def allocated(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
+    """Ranks by layer against the same for all, at equal parameters."""
+    rows = [
+        [f"{swept[name]['settings']['data']}, seed {seed}", str(each["rank"]), f"{each['parameters']:,}", interval(each["difference"])]
+        for name, found in cut.items()
+        for seed, cuts in found["seeds"].items()
+        for each in cuts["allocated"]
+    ]  # fmt: skip
+    return table(["", "r, on average", "parameters", "loss less that of the same r everywhere"], rows)
+
+
+def of_weights(found: Any) -> str:
+    """A row for each choice of weights, of equal parameters; the least loss first."""
+    other = beside_the_loss(found)
+    rows = [
+        [row["targets"], str(row["rank"]), f"{row['parameters']:,}", *(score(row["scores"][m]) for m in ("loss", *other))]
+        for row in sorted(found["rows"], key=lambda row: row["scores"]["loss"]["value"])
+    ]  # fmt: skip
+    return table(["weights", "r", "parameters", "loss", *other], rows)
+
+
+def choice_of(found: Any) -> Any:
+    """Of a sweep of one choice of targets."""
+    (choice,) = found["choices"].values()
+    return choice
+
+
+def beside_the_loss(found: Any) -> Sequence[str]:
+    return [metric for metric in found["rows"][0]["scores"] if metric != "loss"]
+
+
+def bold(text: str, wanted: bool) -> str:
+    return f"**{text}**" if wanted else text
+
+
+if __name__ == "__main__":
+    main()
