@@ -44,7 +44,8 @@ def titled(found: Any, shown: str) -> str:
     run, seeds = settings["run"], len(rows[0]["scores"]["loss"]["seeds"])
     return (
         f"**{settings['model']} on {settings['data']}**: {run['steps']} steps of {run['batch']} records, lr {run['lr']:g}, "
-        f"{seeds} seed{'s' * (seeds > 1)}, at most {settings['test_most']:,} test records ({in_words(found['environment'])}).\n\n{shown}"
+        f"{seeds} seed{'s' * (seeds > 1)}, at most {settings['test_most']:,} test records "
+        f"({in_words(found['environment'])}).\n\n{shown}"
     )
 
 
@@ -97,7 +98,10 @@ def of_cut(cut: Any, rank: int) -> str:
 def allocated(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
     """Ranks by layer against the same for all, at equal parameters."""
     rows = [
-        [f"{swept[name]['settings']['data']}, seed {seed}", str(each["rank"]), f"{each['parameters']:,}", interval(each["difference"])]
+        [
+            f"{swept[name]['settings']['data']}, seed {seed}", str(each["rank"]), f"{each['parameters']:,}",
+            interval(each["difference"]),
+        ]
         for name, found in cut.items()
         for seed, cuts in found["seeds"].items()
         for each in cuts["allocated"]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, listing, nearest
-from deltaw.layers import as_matrix, as_stored, in_few_bits, read_outside, weights_of
+from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
 from deltaw.lowrank import dense
 from deltaw.originals import Original
+from deltaw.outside import read_outside
 from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
@@ -151,8 +152,8 @@ def apply_plan(
         layer = layers[layer_name]
         slot = slot_of(layer)
         if slot is None:
-            parent = model.get_submodule(layer_name.rpartition(".")[0])
-            slot = open_slot(layer, record.route, read=read_outside(parent))
+            place, _, own_name = layer_name.rpartition(".")
+            slot = open_slot(layer, record.route, read=read_outside(model.get_submodule(place), own_name))
             record.rows_mixed = None
         for parameter in update.parameters():
             parameter.requires_grad_(False)

@@ -170,7 +170,7 @@ class _Layer:
     def _rows(self) -> ReplacedRows:
         every = [u for u in self.updates if isinstance(u, ReplacedRows)]
         indices = torch.cat([u.indices for u in every]).unique()
-        base = with_room(self.layer.weight.detach().float(), indices)[indices]
+        base = with_room(self.layer._parameters["weight"].detach().float(), indices)[indices]
         rows = base.clone()
         for update, (_, factor) in zip(every, self.terms, strict=True):
             place = torch.searchsorted(indices, update.indices)

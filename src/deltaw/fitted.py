@@ -160,7 +160,7 @@ class _Fitting:
         """The bias that the layer has with the adapter, where that is another one."""
         file, given = self.file, self.file.whole.get(f"{name}.bias")
         if given is None and name in file.biases:
-            own, given = getattr(layer, "bias", None), file.biases[name] * file.scales[name]
+            own, given = layer._parameters.get("bias"), file.biases[name] * file.scales[name]
             given = given if own is None else own.detach().to(given) + given
         return None if given is None else given.to(self._place(layer._parameters["weight"]))
 
@@ -213,7 +213,8 @@ class _Fitting:
 
     @torch.no_grad()
     def _sum(self, layer: Any, update: LowRank, values: dict[str, nn.Parameter]) -> Update:
-        weight, changes = values.get("weight", layer.weight).float(), update.changes(layer)
+        own: Tensor = layer._parameters["weight"]
+        weight, changes = values.get("weight", own).float(), update.changes(layer)
         W = as_matrix(layer, "weight", weight.clone())
         if W.shape != (update.B.shape[0], update.A.shape[1]):
             self.problems.append(
@@ -221,7 +222,7 @@ class _Fitting:
             )
             return update
         merge_(W, changes["weight"])
-        values = values | {"weight": nn.Parameter(as_matrix(layer, "weight", W).to(layer.weight.dtype))}
+        values = values | {"weight": nn.Parameter(as_matrix(layer, "weight", W).to(own.dtype))}
         return Replaced(values if update.bias is None else values | {"bias": update.bias})
 
     def rows(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaw import fused, quantised
-from deltaw.plain import own_forward, plain_class, shell
+from deltaw.plain import itself, own_forward, plain_class, shell
 
 
 class Kind:
@@ -86,7 +86,7 @@ class QuantisedKind(Kind):
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
-        own = layer if bias is layer.bias else shell(layer, {"bias": bias})
+        own = itself(layer) if bias is layer._parameters.get("bias") else shell(layer, {"bias": bias})
         out = quantised.output(plain_class(layer), own, x)
         Ax = F.linear(F.dropout(x, update.dropout, update.training), update.A.to(x.dtype))
         return torch.add(out, F.linear(Ax, update.B.to(x.dtype)), alpha=update.scale).to(out.dtype)
@@ -110,7 +110,7 @@ class EmbeddingKind(Kind):
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
         """x: token ids [...] → [..., d]."""
-        out = own_forward(layer)(layer, x)
+        out = own_forward(layer)(itself(layer), x)
         return out + (F.embedding(x, update.A.t()) @ update.B.t() * update.scale).to(out.dtype)
 
 
@@ -129,12 +129,13 @@ class ConvKind(Kind):
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
         """x [n, c, …] → [n, d, …], also without n."""
-        (d, *kernel), r = layer.weight.shape, update.A.shape[0]
-        A = update.A.to(layer.weight.dtype).view(r, *kernel).repeat(layer.groups, *[1] * len(kernel))
-        B = update.B.to(layer.weight.dtype).view(d, r, *[1] * (len(kernel) - 1))
+        W = layer._parameters["weight"]
+        (d, *kernel), r = W.shape, update.A.shape[0]
+        A = update.A.to(W.dtype).view(r, *kernel).repeat(layer.groups, *[1] * len(kernel))
+        B = update.B.to(W.dtype).view(d, r, *[1] * (len(kernel) - 1))
         Ax = layer._conv_forward(F.dropout(x, update.dropout, update.training), A, None)
         BAx = cls.along(Ax, B, groups=layer.groups)
-        return layer._conv_forward(x, layer.weight, bias) + BAx * update.scale
+        return layer._conv_forward(x, W, bias) + BAx * update.scale
 
     @classmethod
     def per_output(cls, layer: Any, vector: Tensor) -> Tensor:
@@ -282,12 +283,6 @@ def weights_of(module: nn.Module) -> list[str]:
     if "Experts" not in plain_class(module).__name__ or kind_of(module) is not None:
         return []
     return [own for own, p in module._parameters.items() if p is not None and p.ndim == 3 and p.is_floating_point()]
-
-
-def read_outside(parent: nn.Module) -> bool:
-    """Whether this module uses the parameters of modules inside it without calling these: attention its output projection's, and
-    PyTorch's encoder layer, in evaluation, those of all."""
-    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
 def in_few_bits(layer: nn.Module, own_name: str) -> type[quantised.Form] | None:

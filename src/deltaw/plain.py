@@ -9,13 +9,19 @@ from torch import Tensor, nn
 
 _plain: dict[type[nn.Module], type[nn.Module]] = {}
 _inner: dict[type[nn.Module], type[nn.Module]] = {}
+_read: set[type[nn.Module]] = set()
 
 
-def remember(adapted: type[nn.Module], plain: type[nn.Module], inner: type[nn.Module] | None) -> None:
-    """`adapted` was made of `plain`, and stands in for the forward of `inner` where it comes between the two."""
+def remember(
+    adapted: type[nn.Module], plain: type[nn.Module], inner: type[nn.Module] | None, *, read: bool = False
+) -> None:
+    """`adapted` was made of `plain`, and stands in for the forward of `inner` where it comes between the two. `read`: its
+    parameters read as others, with the active update."""
     _plain[adapted] = plain
     if inner is not None:
         _inner[adapted] = inner
+    if read:
+        _read.add(adapted)
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:
@@ -26,6 +32,11 @@ def plain_class(layer: nn.Module) -> type[nn.Module]:
 def own_forward(layer: nn.Module) -> Any:
     """The forward in whose place the layer's updates are: its plain class's, or what that goes through."""
     return _inner.get(type(layer), plain_class(layer)).forward
+
+
+def itself(layer: Any) -> Any:
+    """What the layer's own forward is to be called with: it has its own parameters, whatever they read as."""
+    return shell(layer, {}) if type(layer) in _read else layer
 
 
 def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltaw.layers import as_stored, kind_of, shape, why_not
 from deltaw.lowrank import Change, Times, Value
-from deltaw.plain import own_forward
+from deltaw.plain import itself, own_forward
 from deltaw.slots import only_input
 from deltaw.updates import Update, square
 
@@ -38,7 +38,8 @@ class Scaled(Update):
         """x [..., k] → [..., d]."""
         x, forward = only_input(layer, inputs, named), own_forward(layer)
         l = self.whole(layer).to(x.dtype)  # noqa: E741
-        return forward(layer, x * l) if self.inputs else forward(layer, x) * l
+        own = itself(layer)
+        return forward(own, x * l) if self.inputs else forward(own, x) * l
 
     def changes(self, layer: Any) -> dict[str, Change]:
         l = self.whole(layer).detach()  # noqa: E741
@@ -85,11 +86,15 @@ class AddedBias(Update):
         self.bias = nn.Parameter(bias)
 
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
-        out = own_forward(layer)(layer, *inputs, **named)
+        out = own_forward(layer)(itself(layer), *inputs, **named)
         return out + self.bias.to(out.dtype)
 
     def changes(self, layer: Any) -> dict[str, Change]:
         return {"bias": Value(self.bias.detach().reshape(1, -1))}
+
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        own = super().parameter(layer, own_name)
+        return self.bias.to(layer._parameters["weight"].dtype) if own_name == "bias" else own
 
     def misfit(self, layer: Any) -> str | None:
         if why := why_not(layer):
@@ -98,7 +103,7 @@ class AddedBias(Update):
         return None if len(self.bias) == d else f"the bias is [{len(self.bias)}], the layer has {d} outputs"
 
     def moved(self, layer: Any) -> tuple[float, float]:
-        return square(self.bias), square(layer.weight)
+        return square(self.bias), square(layer._parameters["weight"])
 
 
 def ones(n: int, like: Tensor) -> Tensor:

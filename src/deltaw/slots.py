@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltaw import quantised
 from deltaw.errors import AdapterError
 from deltaw.layers import inner_class
-from deltaw.plain import plain_class, remember
+from deltaw.plain import itself, plain_class, remember
 from deltaw.routes import Route
 from deltaw.rows import Rows
 
@@ -37,16 +37,18 @@ class Slot(nn.Module):
 
     def parameter(self, layer: Any, own_name: str) -> Tensor | None:
         """What a module around the layer reads as this parameter of it: with the active update, if that changes it."""
+        own: Tensor | None = layer._parameters[own_name]
         chosen = self.route.chosen()
         if type(chosen) is not Rows:
             update: Any = self._modules.get(chosen)
-            return layer._parameters[own_name] if update is None else update.parameter(layer, own_name)
-        if any(name in chosen.rows for name in self._modules):
+            return own if update is None else update.parameter(layer, own_name)
+        updates: list[Any] = [update for name, update in self._modules.items() if name in chosen.rows]
+        if any(update.parameter(layer, own_name) is not own for update in updates):
             raise AdapterError(
-                f"The weight of a {plain_class(layer).__name__} is read by the module around it, for all rows at once: they "
+                f"The {own_name} of a {plain_class(layer).__name__} is read by the module around it, for all rows at once: they "
                 "cannot have adapters of their own there. Use one adapter at a time."
             )
-        return layer._parameters[own_name]
+        return own
 
 
 SLOT = "deltaw"
@@ -69,7 +71,7 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
                 if not any(name in slot._modules for name in chosen.rows):
                     return plain(self, *inputs, **named)
                 x = only_input(self, inputs, named)
-                return chosen.through(self, slot._modules, x, plain(self, x))
+                return chosen.through(self, slot._modules, x, plain(itself(self), x))
             update = slot._modules.get(chosen)
             if update is None:
                 return plain(self, *inputs, **named)
@@ -84,7 +86,7 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             made = type(cls.__name__, (cls,), own | {"forward": forward})
         else:  # it comes between them, where the forward of `cls` calls it
             made = type(cls.__name__, (cls, type(inner.__name__, (inner,), {"forward": forward})), own)
-        remember(made, cls, inner)
+        remember(made, cls, inner, read=bool(read))
         _adapted[cls, read] = made
     return _adapted[cls, read]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.layers import Kind, as_matrix, as_stored, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
-from deltaw.plain import own_forward, shell
+from deltaw.plain import itself, own_forward, shell
 from deltaw.slices import Runs
 from deltaw.slots import only_input
 from deltaw.versions import version_of
@@ -107,7 +107,7 @@ class LowRank(Update):
 
     def alone(self, layer: Any, x: Tensor) -> Tensor:
         """The branch by this update's own tensors."""
-        own = getattr(layer, "bias", None)
+        own = layer._parameters.get("bias")
         if self.bias is None:
             return self._sum(layer, x, own)
         return _plus(self._sum(layer, x, None), self.kind.per_output(layer, self.bias))
@@ -256,7 +256,7 @@ class LowRankRescaled(LowRank):
     def alone(self, layer: Any, x: Tensor) -> Tensor:
         out = self._sum(layer, x, None)
         out = (out * self.kind.per_output(layer, self.magnitude / self.norm(layer))).to(out.dtype)
-        bias = getattr(layer, "bias", None) if self.bias is None else self.bias
+        bias = layer._parameters.get("bias") if self.bias is None else self.bias
         return out if bias is None else _plus(out, self.kind.per_output(layer, bias))
 
     def parameter(self, layer: Any, own_name: str) -> Tensor | None:
@@ -357,42 +357,49 @@ class ReplacedRows(Update):
 
     def _embedded(self, layer: Any, ids: Tensor) -> Tensor:
         forward = own_forward(layer)
-        out = forward(layer, ids.clamp(max=layer.weight.shape[0] - 1))
+        out = forward(itself(layer), ids.clamp(max=layer._parameters["weight"].shape[0] - 1))
         place = torch.searchsorted(self.indices, ids).clamp_(max=len(self.indices) - 1)
         own = shell(layer, {"weight": self.rows.to(out.dtype)})
         own.padding_idx = None
         return torch.where((self.indices[place] == ids)[..., None], forward(own, place), out)
 
     def _logits(self, layer: Any, x: Tensor) -> Tensor:
-        out = own_forward(layer)(layer, x)
+        out = own_forward(layer)(itself(layer), x)
         known = self.indices < out.shape[-1]
         own = F.linear(x, self.rows.to(x.dtype))
-        if layer.bias is not None:
-            own = own + F.pad(layer.bias, (0, len(known)))[self.indices]
+        bias = layer._parameters.get("bias")
+        if bias is not None:
+            own = own + F.pad(bias, (0, len(known)))[self.indices]
         out = out.index_copy(-1, self.indices[known], own[..., known])
         return torch.cat([out, own[..., ~known]], dim=-1)
 
     def changes(self, layer: Any) -> dict[str, Change]:
-        value = with_room(layer.weight.detach(), self.indices).index_copy(
-            0, self.indices, self.rows.detach().to(layer.weight)
-        )
-        return {"weight": Value(as_matrix(layer, "weight", value))}
+        return {"weight": Value(as_matrix(layer, "weight", self._weight(layer).detach()))}
+
+    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+        return self._weight(layer) if own_name == "weight" else super().parameter(layer, own_name)
+
+    def _weight(self, layer: Any) -> Tensor:
+        W = layer._parameters["weight"]
+        return with_room(W, self.indices).index_copy(0, self.indices, self.rows.to(W))
 
     def misfit(self, layer: Any) -> str | None:
         if why := why_bypassed(layer):
             return why
         if not isinstance(layer, (nn.Embedding, nn.Linear)):
             return f"a {type(layer).__name__} has no rows of tokens"
-        if self.rows.ndim != 2 or self.rows.shape != (len(self.indices), layer.weight.shape[1]):
-            return f"its rows have {layer.weight.shape[1]} entries, the adapter's are {list(self.rows.shape)}"
-        more = added(layer.weight, self.indices)
-        if int((self.indices >= layer.weight.shape[0]).sum()) != more:
-            return f"the adapter adds tokens up to {int(self.indices[-1])}, but not all from {layer.weight.shape[0]} on"
+        W: Any = layer._parameters["weight"]
+        if self.rows.ndim != 2 or self.rows.shape != (len(self.indices), W.shape[1]):
+            return f"its rows have {W.shape[1]} entries, the adapter's are {list(self.rows.shape)}"
+        more = added(W, self.indices)
+        if int((self.indices >= W.shape[0]).sum()) != more:
+            return f"the adapter adds tokens up to {int(self.indices[-1])}, but not all from {W.shape[0]} on"
         return None
 
     def moved(self, layer: Any) -> tuple[float, float]:
-        known = self.indices < layer.weight.shape[0]
-        own = layer.weight[self.indices[known]]
+        W = layer._parameters["weight"]
+        known = self.indices < W.shape[0]
+        own = W[self.indices[known]]
         return square(self.rows[known] - own), square(own)
 
 
