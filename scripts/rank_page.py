@@ -1,4 +1,4 @@
-"""Write docs/rank.md from results/: ranks trained, and ranks cut from one run, on the same test records; which weights to train.
+"""Write docs/rank.md from results/: ranks trained, and ranks cut from one run, on the same test records.
 
     python -m scripts.rank_page
 
@@ -28,8 +28,6 @@ def main() -> None:
         "agreement": agreement(swept, cut),
         "swept": "\n".join(titled(found, of_ranks(found, cut[name])) for name, found in swept.items()),
         "allocated": allocated(swept, cut),
-        "qv": of_each("qv", of_ranks),
-        "budgets": of_each("budget", of_weights),
     }
     PAGE.write_text(string.Template(TEXT.read_text(encoding="utf-8")).substitute(tables), encoding="utf-8")
 
@@ -40,19 +38,13 @@ def result(name: str) -> Any:
 
 def titled(found: Any, shown: str) -> str:
     """A table under what it is of."""
-    settings, rows = found["settings"], found["rows"]
-    run, seeds = settings["run"], len(rows[0]["scores"]["loss"]["seeds"])
+    settings, first = found["settings"], found["rows"][0]
+    run, seeds = settings["run"], len(first["scores"]["loss"]["seeds"])
     return (
-        f"**{settings['model']} on {settings['data']}**: {run['steps']} steps of {run['batch']} records, lr {run['lr']:g}, "
+        f"**{settings['model']} on {settings['data']}**: {run['steps']} steps of {run['batch']} records, lr {first['lr']:g}, "
         f"{seeds} seed{'s' * (seeds > 1)}, at most {settings['test_most']:,} test records "
         f"({in_words(found['environment'])}).\n\n{shown}"
     )
-
-
-def of_each(kind: str, shown: Any) -> str:
-    """The sweeps of a kind, each data set's table."""
-    found = [result(f"sweep_{name}_{kind}") for name in NAMES]
-    return "\n".join(titled(each, shown(each)) for each in found if each)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -107,16 +99,6 @@ def allocated(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
         for each in cuts["allocated"]
     ]  # fmt: skip
     return table(["", "r, on average", "parameters", "loss less that of the same r everywhere"], rows)
-
-
-def of_weights(found: Any) -> str:
-    """A row for each choice of weights, of equal parameters; the least loss first."""
-    other = beside_the_loss(found)
-    rows = [
-        [row["targets"], str(row["rank"]), f"{row['parameters']:,}", *(score(row["scores"][m]) for m in ("loss", *other))]
-        for row in sorted(found["rows"], key=lambda row: row["scores"]["loss"]["value"])
-    ]  # fmt: skip
-    return table(["weights", "r", "parameters", "loss", *other], rows)
 
 
 def choice_of(found: Any) -> Any:
