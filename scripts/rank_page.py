@@ -66,9 +66,9 @@ def agreement(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
     return table(columns, rows)
 
 
-def of_ranks(found: Any, cuts: Any = None) -> str:
+def of_ranks(found: Any, cuts: Any) -> str:
     """A row for each rank: trained at it, and cut to it from a run at the largest; enough in bold."""
-    choice, other, seeds = choice_of(found), beside_the_loss(found), (cuts or {"seeds": {}})["seeds"]
+    choice, other, seeds = choice_of(found), beside_the_loss(found), cuts["seeds"]
     tested = {each["rank"]: each for each in choice["tested"]}
     rows = []
     for row in sorted(found["rows"], key=lambda row: row["rank"]):

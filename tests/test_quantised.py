@@ -370,3 +370,23 @@ def test_no_package_is_imported_for_a_model_without_such_layers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Reads(nn.Module):
+    """Falcon-Mamba does so with its dt_proj."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inside = layer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inside(x) - self.inside.bias
+
+
+def test_a_module_that_reads_beside_calling(form: str) -> None:
+    model, x = nn.Sequential(Reads(packed(nn.Linear(64, 64), form))), torch.randn(2, 64)
+    base = model(x)
+    fill(attach(model, DoRA(rank=2, alpha=3, targets="inside")))
+    assert not torch.allclose(model(x), base, atol=1e-2)
+    detach(model)
+    assert torch.equal(model(x), base)

@@ -86,7 +86,7 @@ class QuantisedKind(Kind):
 
     @classmethod
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
-        own = itself(layer) if bias is layer._parameters.get("bias") else shell(layer, {"bias": bias})
+        own = layer if bias is layer.bias else shell(layer, {"bias": bias})
         out = quantised.output(plain_class(layer), own, x)
         Ax = F.linear(F.dropout(x, update.dropout, update.training), update.A.to(x.dtype))
         return torch.add(out, F.linear(Ax, update.B.to(x.dtype)), alpha=update.scale).to(out.dtype)

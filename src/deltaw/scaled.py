@@ -93,8 +93,9 @@ class AddedBias(Update):
         return {"bias": Value(self.bias.detach().reshape(1, -1))}
 
     def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        own = super().parameter(layer, own_name)
-        return self.bias.to(layer._parameters["weight"].dtype) if own_name == "bias" else own
+        if own_name != "bias":
+            return super().parameter(layer, own_name)
+        return self.bias.to(layer._parameters["weight"].dtype)
 
     def misfit(self, layer: Any) -> str | None:
         if why := why_not(layer):

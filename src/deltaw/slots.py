@@ -119,10 +119,11 @@ def slot_of(layer: nn.Module) -> Slot | None:
 
 def open_slot(layer: nn.Module, route: Route, *, read: bool = False) -> Slot:
     """Give the layer its slot and its dynamic class; nothing changes while the route is off it. `read`: the module around it uses
-    its parameters without calling it."""
+    its parameters without calling it. Packed bits stay what they are: nothing can be added to these."""
     slot = Slot(route)
     slot.train(layer.training)
-    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters) if read else ())
+    names = tuple(layer._parameters) if read and quantised.form_of(layer) is None else ()
+    layer.__class__ = adapted_class(type(layer), names)
     layer._modules[SLOT] = slot
     return slot
 
