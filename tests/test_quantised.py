@@ -383,6 +383,7 @@ class Reads(nn.Module):
         return self.inside(x) - self.inside.bias
 
 
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
 def test_a_module_that_reads_beside_calling(form: str) -> None:
     model, x = nn.Sequential(Reads(packed(nn.Linear(64, 64), form))), torch.randn(2, 64)
     base = model(x)
