@@ -39,7 +39,7 @@ RANKS = {
         deltaw.SweepConfig(test_most=300, metrics="loss"),
     ),
     "sst2": glue("SST-2", deltaw.SweepConfig(test_most=1821, metrics="loss,accuracy"), steps=200, lr=1e-3),
-    "cola": glue("CoLA", deltaw.SweepConfig(test_most=1043, metrics="loss,matthews"), steps=800, lr=3.3e-4),
+    "cola": glue("CoLA", deltaw.SweepConfig(test_most=1043, metrics="loss,matthews"), steps=1600, lr=3.3e-4),
 }  # fmt: skip
 # As many parameters as r = 4 on all layers has
 BUDGETS = {"e2e": "1.22M", "requests": "1.22M", "sst2": "172k", "cola": "172k"}
