@@ -99,6 +99,24 @@ def test_a_sweep_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]
     assert "a sweep with other settings (clip)" in capsys.readouterr().err
 
 
+def test_which_weights_at_equal_parameters(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(place, tmp_path / "s", steps=3)
+    assert main([*words, "--budget", "1k", "--targets", "q;v;mlp"]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "s/results.json").read_text())
+    best, *others = results["compared"]
+    assert not results["choices"] and {e["name"] for e in results["compared"]} == {r["name"] for r in results["rows"]}
+    assert best["loss"]["value"] == min(r["scores"]["loss"]["value"] for r in results["rows"])
+    assert f"{best['name']} has the least loss of 3" in " ".join(printed.split())
+    assert all((e["difference"]["low"] > 0) is e["worse"] for e in others)
+    assert "for all 3 pairs together" in (tmp_path / "s/report.html").read_text()
+
+
+def test_one_candidate_has_nothing_beside_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command(place, tmp_path / "s", steps=2), "--ranks", "2"]) == 0
+    assert "no other to compare it with" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("abreast", [1, 2])
 def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path, abreast: int) -> None:
     """In turn to the bit; in one pass the same sums are taken in another order."""

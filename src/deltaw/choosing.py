@@ -33,10 +33,11 @@ from deltaw.preparing import HeldOut, held_out
 from deltaw.renames import renamed
 from deltaw.scoring import metrics_for
 from deltaw.spectra import Spectrum, spectrum_of, triples_of
-from deltaw.study.choice import Choice, Losses, chosen
+from deltaw.study.choice import Choice, chosen
 from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
+from deltaw.study.resampling import Losses
 from deltaw.sweeping import Progress as SweepProgress
 from deltaw.switching import using
 from deltaw.tasks import equip, task_of

@@ -30,10 +30,12 @@ from deltaw.preparing import Prepared, prepare, with_head
 from deltaw.resuming import claim, read_json, run_settings
 from deltaw.run import RunResult, run_abreast
 from deltaw.scoring import scoring_of
-from deltaw.study.choice import Choice, Losses, chosen
+from deltaw.study.choice import Choice, chosen
+from deltaw.study.compared import compared
 from deltaw.study.evaluate import Evaluation, evaluate
 from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import write as write_report
+from deltaw.study.resampling import Losses
 from deltaw.study.sweep_report import sweep_report
 from deltaw.switching import use
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
@@ -74,7 +76,8 @@ class Sweep:
     folder: Path
     report: Path
     results: dict[str, Any]
-    """What results.json holds: a row for each rank and choice of targets, and for each choice of targets the rank chosen."""
+    """What results.json holds: a row for each rank and choice of targets, for each choice of targets the rank chosen, and where
+    there are several choices of targets, all candidates compared."""
     choices: dict[str, Choice]
     """Targets → the smallest rank that is enough. Where one rank was tried alone there is nothing to choose."""
 
@@ -129,6 +132,7 @@ class _Sweep:
             "chosen_by": self.scoring.chosen_by,
             "rows": [row for row, _ in found],
             "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
+            "compared": _compared(found),
             "alike": self._alike([row for row, losses in found if losses is not None], choices),
         }
         write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -316,6 +320,14 @@ class _Sweep:
             one = finished(first)
             found += [alike(one, finished(path)) | {"targets": targets, "with": name} for name, path in pairs]
         return found
+
+
+def _compared(found: Sequence[tuple[dict[str, Any], Losses | None]]) -> list[dict[str, Any]]:
+    """The candidates beside the best one, where it is more than a matter of rank."""
+    losses = {row["name"]: own for row, own in found if own is not None}
+    if len({row["targets"] for row, own in found if own is not None}) < 2:
+        return []
+    return [dataclasses.asdict(each) for each in compared(losses)]
 
 
 def _row(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.study.choice import Losses, chosen
+from deltaw.study.choice import chosen
+from deltaw.study.resampling import Losses
 from deltaw.study.sweep_report import why_no_smaller
 
 RANKS = (1, 2, 4, 8, 16)
@@ -73,7 +74,6 @@ def test_what_a_seed_does_to_one_rank_alone_widens_the_interval() -> None:
     one = made({1: 0.0, 16: 0.0}, seeds=3)
     narrow, wide = (chosen(each, 0.01).tested[0].difference for each in (one, one | {1: spread(one[1])}))
     assert width(wide) > 5 * width(narrow)
-    assert spread(one[1]).seeds[0] < spread(one[1]).value < spread(one[1]).seeds[2]
 
 
 def test_what_a_seed_does_to_all_ranks_alike_says_nothing_of_their_difference() -> None:

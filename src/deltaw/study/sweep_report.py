@@ -40,7 +40,7 @@ def ordered(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def sentences(results: Mapping[str, Any]) -> list[str]:
     """What each choice of targets came to, or without ranks to choose from which targets are best."""
     found = [_sentence(results, targets, choice) for targets, choice in results["choices"].items()]
-    return found or [_best_targets(results)]
+    return found if found and not results["compared"] else [*found, _of_targets(results)]
 
 
 def _sentence(results: Mapping[str, Any], targets: str, choice: Mapping[str, Any]) -> str:
@@ -76,14 +76,23 @@ def why_no_smaller(tested: Sequence[Mapping[str, Any]], rank: int, margin: float
     return found + ([f"r = {passing} would be enough by itself"] if passing is not None else [])
 
 
-def _best_targets(results: Mapping[str, Any]) -> str:
-    metrics = metrics_of(results)
-    rows = [row for row in results["rows"] if "scores" in row]
+def _of_targets(results: Mapping[str, Any]) -> str:
+    """Which candidate is best, where there are several choices of targets, and which are not shown to be worse."""
+    rows = {row["name"]: row for row in results["rows"] if "scores" in row}
     if not rows:
         return "Every candidate failed."
-    best = min(rows, key=lambda row: row["scores"]["loss"]["value"] if "loss" in metrics else row["valid_loss"])
-    by = score(best["scores"]["loss"]) if "loss" in metrics else f"{best['valid_loss']:.3f} held out"
-    return f"{best['name']} has the least loss of {len(rows)}: {by}, with {best['parameters']:,} parameters."
+    beside = results["compared"]
+    if not beside:
+        (row,) = rows.values()
+        own = f"held-out loss {row['valid_loss']:.4f}, with {row['parameters']:,} parameters"
+        return f"{row['name']}: {own}; there is no other to compare it with."
+    best, *others = beside
+    near = [each["name"] for each in others if not each["worse"]]
+    parameters = rows[best["name"]]["parameters"]
+    text = f"{best['name']} has the least loss of {len(beside)}: {interval(best['loss'])}, {parameters:,} parameters"
+    if not near:
+        return f"{text}; the others are shown to be worse."
+    return f"{text}; not shown to be worse: {'; '.join(near)}."
 
 
 def sweep_report(results: Mapping[str, Any]) -> Report:
@@ -92,6 +101,7 @@ def sweep_report(results: Mapping[str, Any]) -> Report:
     rows = ordered(results)
     tables = [Table("Candidates", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE)]
     tables += [choice_table(targets, choice) for targets, choice in results["choices"].items()]
+    tables += [_compared_table(results["compared"])] if results["compared"] else []
     tables += [
         *alike_tables(results["alike"]),
         _rates(rows),
@@ -129,6 +139,22 @@ def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
     return Table(
         f"Which rank is enough: {targets}", ["r", "test loss", f"less that of r = {largest}", "enough"], rows, note
     )
+
+
+def _compared_table(beside: Sequence[Mapping[str, Any]]) -> Table:
+    """Each candidate against the best."""
+    best, *others = beside
+    rows = [[best["name"], interval(best["loss"]), "–", "–"]]
+    rows += [
+        [e["name"], interval(e["loss"]), interval(e["difference"]), "yes" if e["worse"] else "not shown"]
+        for e in others
+    ]
+    count = len(beside)
+    note = (
+        f"Which one is best is known by these losses alone, so the intervals of the differences are made to hold for all "
+        f"{count * (count - 1) // 2} pairs together (95%). Records, and of several seeds these, are resampled in pairs."
+    )
+    return Table("Candidates beside the best", ["candidate", "test loss", "less the best one's", "worse"], rows, note)
 
 
 def _curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
