@@ -19,6 +19,8 @@ from deltaw.study.comparison import interval, score
 
 TEXT, PAGE = ROOT / "scripts" / "rank_page.md", ROOT / "docs" / "rank.md"
 NAMES = ("e2e", "requests", "sst2", "cola")
+# Hu et al. 2021, GPT-3 with r on q and v: accuracy on WikiSQL
+TABLE_6 = {1: "73.4%", 2: "73.3%", 4: "73.7%", 8: "73.8%", 64: "73.5%"}
 
 
 def main() -> None:
@@ -28,8 +30,16 @@ def main() -> None:
         "agreement": agreement(swept, cut),
         "swept": "\n".join(titled(found, of_ranks(found, cut[name])) for name, found in swept.items()),
         "allocated": allocated(swept, cut),
+        "few_weights": of_few_weights(swept, of_kind("qv")),
+        "weights": "\n".join(titled(found, of_weights(found)) for found in of_kind("budget").values()),
+        "directions": directions(swept),
     }
     PAGE.write_text(string.Template(TEXT.read_text(encoding="utf-8")).substitute(tables), encoding="utf-8")
+
+
+def of_kind(kind: str) -> dict[str, Any]:
+    """The sweeps of a kind beside those over ranks on all layers: data set → results."""
+    return {name: found for name in NAMES if (found := result(f"sweep_{name}_{kind}"))}
 
 
 def result(name: str) -> Any:
@@ -99,6 +109,50 @@ def allocated(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
         for each in cuts["allocated"]
     ]  # fmt: skip
     return table(["", "r, on average", "parameters", "loss less that of the same r everywhere"], rows)
+
+
+def of_few_weights(swept: Mapping[str, Any], few: Mapping[str, Any]) -> str:
+    """The loss of each rank on q and v alone, beside that on all dense layers, with the paper's accuracies (Table 6)."""
+    ranks = sorted({row["rank"] for found in few.values() for row in found["rows"]})
+    rows = [["GPT-3 on WikiSQL (the paper)", "q,v", "–", *(TABLE_6.get(rank, "–") for rank in ranks)]]
+    for name, found in few.items():
+        for where, each in (("q,v", found), ("all", swept[name])):
+            losses = {row["rank"]: f"{row['scores']['loss']['value']:.4f}" for row in each["rows"]}
+            enough = choice_of(each)["rank"]
+            title = f"{each['settings']['model']} on {each['settings']['data']}"
+            rows.append([title, where, str(enough), *(losses.get(rank, "–") for rank in ranks)])
+    return table(["", "weights", "enough", *(f"r = {rank}" for rank in ranks)], rows)
+
+
+def of_weights(found: Any) -> str:
+    """A row for each choice of weights, of equal parameters; the least loss first."""
+    other, rows = beside_the_loss(found), {row["name"]: row for row in found["rows"]}
+    made = []
+    for each in found["compared"]:
+        row = rows[each["name"]]
+        made.append([
+            row["targets"], str(row["rank"]), f"{row['parameters']:,}", interval(each["loss"]),
+            bold(interval(each["difference"]), each["worse"]), *(score(row["scores"][m]) for m in other),
+        ])  # fmt: skip
+    return table(["weights", "r", "parameters", "loss", "less the least one", *other], made)
+
+
+def directions(swept: Mapping[str, Any]) -> str:
+    """What the largest rank's ΔW has in common with another run's: means over layers."""
+    rows = []
+    for found in swept.values():
+        for pair in found["alike"]:
+            count = sum(row["count"] for row in pair["rows"])
+            means = [
+                f"{sum(row[key] * row['count'] for row in pair['rows']) / count:.2f}"
+                for key in ("first", "first_of_A", "first_by_chance", "all", "all_of_A", "all_by_chance")
+            ]
+            least = min(pair["rank"], pair["other_rank"])
+            rows.append(
+                [found["settings"]["data"], f"r = {pair['rank']}", pair["with"], *means[:3], str(least), *means[3:]]
+            )
+    of = ["of ΔW", "of A", "by chance"]
+    return table(["", "of", "and", *(f"φ(1, 1) {x}" for x in of), "n", *(f"φ(n, n) {x}" for x in of)], rows)
 
 
 def choice_of(found: Any) -> Any:

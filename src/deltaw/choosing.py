@@ -28,6 +28,7 @@ from deltaw.files import peft
 from deltaw.files.atomic import write_text
 from deltaw.files.peft import LoRAFile
 from deltaw.finished import Finished, finished, parameters_of
+from deltaw.names import in_order
 from deltaw.planning import plan
 from deltaw.preparing import HeldOut, held_out
 from deltaw.renames import renamed
@@ -93,7 +94,7 @@ class _Choosing:
         self.ranks = _ranks(config.ranks, run)
         self.others = [finished(path.strip()) for path in config.against.split(",") if path.strip()]
         self.folder = Path(config.out) if config.out is not None else run.folder
-        self.spectra = {layer: spectrum_of(own) for layer, own in run.triples.items()}
+        self.spectra = _spectra(run)
 
     def go(self) -> RankChoice:
         alike_to = [alike(self.run, other) | {"with": f"{other.path} (r = {other.rank})"} for other in self.others]
@@ -166,7 +167,7 @@ class _Choosing:
         file = renamed(self.run.file, dict(attached.base_modules(self.model)))
         if file.factors.keys() != self.run.file.factors.keys():
             self.run = dataclasses.replace(self.run, file=file, triples=triples_of(file, self.run.adapter))
-            self.spectra = {layer: spectrum_of(own) for layer, own in self.run.triples.items()}
+            self.spectra = _spectra(self.run)
 
     def _encode(self) -> None:
         data, loaded = self.held.config.data, self.held.loaded
@@ -301,6 +302,10 @@ def _ranks(text: str, run: Finished) -> list[int]:
     if problems:
         raise ConfigError(listing("The adapter cannot be cut to these ranks:", problems))
     return sorted({*found, own})
+
+
+def _spectra(run: Finished) -> dict[str, Spectrum]:
+    return {layer: spectrum_of(run.triples[layer]) for layer in in_order(run.triples)}
 
 
 def _layer(name: str, own: Spectrum) -> dict[str, Any]:

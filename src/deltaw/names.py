@@ -21,8 +21,13 @@ def family(name: str) -> str:
 
 
 def by_family(names: Iterable[str]) -> dict[str, list[str]]:
-    """Layers that differ in their number alone, together."""
+    """Layers that differ in their number alone, together, in the order of their numbers."""
     found: dict[str, list[str]] = {}
-    for name in names:
+    for name in in_order(names):
         found.setdefault(family(name), []).append(name)
     return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted with numbers by their value: layer 2 before layer 10, which files have the other way round."""
+    return sorted(names, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")])

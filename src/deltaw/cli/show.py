@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from deltaw.names import by_family
+from deltaw.names import by_family, in_order
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 def errors_of_layers(ranks: Mapping[str, int], errors: Mapping[str, float], what: str, *, every: bool) -> Table:
     """How far each layer's ΔW is from the one wanted; unless `every`, a line for layers that differ in their number alone."""
     made = table("layers", "count", "rank", "error", "largest error", title=what)
-    for name, layers in ({layer: [layer] for layer in ranks} if every else by_family(ranks)).items():
+    for name, layers in ({layer: [layer] for layer in in_order(ranks)} if every else by_family(ranks)).items():
         own, found = sorted({ranks[layer] for layer in layers}), [errors[layer] for layer in layers]
         shown = str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}"
         made.add_row(name, str(len(layers)), shown, f"{sum(found) / len(found):.3f}", f"{max(found):.3f}")

@@ -1,0 +1,50 @@
+"""How ΔW lies to W, as in the paper's Table 7: of the first seed's runs at r = 4 and r = 64 that benchmarks/ranks_swept.py has
+made, for q and v in the middle of the model (section 7.3).
+
+    python benchmarks/ranks_amplified.py e2e --model SMOLLM2
+
+Writes results/amplified_NAME.json. Adapters are not committed: this goes after ranks_swept.py on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import machine
+from deltaw import environment
+from deltaw.directions import amplifications
+from deltaw.finished import finished
+from deltaw.pretrained import load_pretrained
+from deltaw.targets import role
+from ranks_swept import OUT, RANKS
+
+OF_RANKS = (4, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RANKS)
+    parser.add_argument("--model", required=True)
+    given = parser.parse_args()
+    setup = RANKS[given.name]
+    runs = {rank: finished(next((OUT / given.name / "runs").glob(f"*-r{rank}-*-0"))) for rank in OF_RANKS}
+    task = next(iter(runs.values())).config().data.task
+    model = load_pretrained(given.model, task="causal" if task == "auto" else task, dtype="float32").model
+    rows = []
+    for rank, run in runs.items():
+        found = amplifications(model, run, rank)
+        rows += [{"trained": rank, **each} for each in found if role(each["layer"]) in ("q", "v")]
+    made = {"model": setup.model, "data": setup.data, "environment": environment.describe(), "rows": rows}
+    path = machine.RESULTS / f"amplified_{given.name}.json"
+    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for row in rows:
+        print(
+            row["trained"],
+            row["layer"],
+            {key: round(row[key], 3) for key in ("by_update", "by_chance", "update", "factor")},
+        )
+
+
+if __name__ == "__main__":
+    main()
