@@ -19,7 +19,9 @@ from deltaw.study.comparison import interval, score
 
 TEXT, PAGE = ROOT / "scripts" / "rank_page.md", ROOT / "docs" / "rank.md"
 NAMES = ("e2e", "requests", "sst2", "cola")
-# Hu et al. 2021, GPT-3 with r on q and v: accuracy on WikiSQL
+# Hu et al. 2021, Table 7: W_q in GPT-3's 48th layer. Trained at r, ‖UᵀWVᵀ‖ with U, V of ΔW, of W, random; ‖ΔW‖, factor
+TABLE_7 = (("4", "0.32", "21.67", "0.02", "6.91", "21.5"), ("64", "1.90", "37.71", "0.33", "3.57", "1.9"))
+# Table 6: GPT-3 with r on q and v: accuracy on WikiSQL
 TABLE_6 = {1: "73.4%", 2: "73.3%", 4: "73.7%", 8: "73.8%", 64: "73.5%"}
 
 
@@ -33,6 +35,7 @@ def main() -> None:
         "few_weights": of_few_weights(swept, of_kind("qv")),
         "weights": "\n".join(titled(found, of_weights(found)) for found in of_kind("budget").values()),
         "directions": directions(swept),
+        "amplified": amplified([found for name in NAMES if (found := result(f"amplified_{name}"))]),
     }
     PAGE.write_text(string.Template(TEXT.read_text(encoding="utf-8")).substitute(tables), encoding="utf-8")
 
@@ -153,6 +156,18 @@ def directions(swept: Mapping[str, Any]) -> str:
             )
     of = ["of ΔW", "of A", "by chance"]
     return table(["", "of", "and", *(f"φ(1, 1) {x}" for x in of), "n", *(f"φ(n, n) {x}" for x in of)], rows)
+
+
+def amplified(found: Sequence[Any]) -> str:
+    """How ΔW lies to W, the paper's figures first."""
+    rows = [["GPT-3 (the paper), W_q, layer 48", *row] for row in TABLE_7]
+    for each in found:
+        for row in each["rows"]:
+            values = (row[key] for key in ("by_update", "by_weight", "by_chance", "update", "factor"))
+            title = f"{each['data']}, {row['layer'].removeprefix('model.').removeprefix('bert.encoder.')}"
+            rows.append([title, str(row["trained"]), *(f"{value:.2f}" for value in values)])
+    columns = ["", "r", "‖UᵀWVᵀ‖, U, V of ΔW", "of W", "random", "‖ΔW‖", "factor"]
+    return table(columns, rows)
 
 
 def choice_of(found: Any) -> Any:
