@@ -2,7 +2,9 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export VENV
-FAST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow and not gpu"
+# A thread for each of two workers: with two each on two cores they wait for one another, and steps took ten times as long
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+FAST := $(PYTEST) -m "not slow and not gpu"
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test fast lint clean bootstrap
@@ -15,7 +17,7 @@ quickstart: bootstrap  ## fine-tune a real model, use it, merge it, take it back
 
 test: lint  ## lint, types and all tests that need no GPU
 	$(FAST)
-	$(PYTHON) -m pytest -n 2 -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 fast: lint  ## lint, types and the default tests
 	$(FAST)
