@@ -9,10 +9,8 @@ Writes results/amplified_NAME.json. Adapters are not committed: this goes after 
 from __future__ import annotations
 
 import argparse
-import json
 
 import machine
-from deltaw import environment
 from deltaw.directions import amplifications
 from deltaw.finished import finished
 from deltaw.pretrained import load_pretrained
@@ -35,15 +33,7 @@ def main() -> None:
     for rank, run in runs.items():
         found = amplifications(model, run, rank)
         rows += [{"trained": rank, **each} for each in found if role(each["layer"]) in ("q", "v")]
-    made = {"model": setup.model, "data": setup.data, "environment": environment.describe(), "rows": rows}
-    path = machine.RESULTS / f"amplified_{given.name}.json"
-    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for row in rows:
-        print(
-            row["trained"],
-            row["layer"],
-            {key: round(row[key], 3) for key in ("by_update", "by_chance", "update", "factor")},
-        )
+    machine.write(f"amplified_{given.name}", {"model": setup.model, "data": setup.data, "rows": rows})
 
 
 if __name__ == "__main__":

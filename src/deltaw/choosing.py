@@ -28,12 +28,11 @@ from deltaw.files import peft
 from deltaw.files.atomic import write_text
 from deltaw.files.peft import LoRAFile
 from deltaw.finished import Finished, finished, parameters_of
-from deltaw.names import in_order
 from deltaw.planning import plan
 from deltaw.preparing import HeldOut, held_out
 from deltaw.renames import renamed
 from deltaw.scoring import metrics_for
-from deltaw.spectra import Spectrum, spectrum_of, triples_of
+from deltaw.spectra import Spectrum, spectra_of, triples_of
 from deltaw.study.choice import Choice, chosen
 from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report
@@ -94,7 +93,7 @@ class _Choosing:
         self.ranks = _ranks(config.ranks, run)
         self.others = [finished(path.strip()) for path in config.against.split(",") if path.strip()]
         self.folder = Path(config.out) if config.out is not None else run.folder
-        self.spectra = _spectra(run)
+        self.spectra = spectra_of(run.triples)
 
     def go(self) -> RankChoice:
         alike_to = [alike(self.run, other) | {"with": f"{other.path} (r = {other.rank})"} for other in self.others]
@@ -167,7 +166,7 @@ class _Choosing:
         file = renamed(self.run.file, dict(attached.base_modules(self.model)))
         if file.factors.keys() != self.run.file.factors.keys():
             self.run = dataclasses.replace(self.run, file=file, triples=triples_of(file, self.run.adapter))
-            self.spectra = _spectra(self.run)
+            self.spectra = spectra_of(self.run.triples)
 
     def _encode(self) -> None:
         data, loaded = self.held.config.data, self.held.loaded
@@ -302,10 +301,6 @@ def _ranks(text: str, run: Finished) -> list[int]:
     if problems:
         raise ConfigError(listing("The adapter cannot be cut to these ranks:", problems))
     return sorted({*found, own})
-
-
-def _spectra(run: Finished) -> dict[str, Spectrum]:
-    return {layer: spectrum_of(run.triples[layer]) for layer in in_order(run.triples)}
 
 
 def _layer(name: str, own: Spectrum) -> dict[str, Any]:

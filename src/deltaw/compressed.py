@@ -15,7 +15,7 @@ from deltaw.errors import ConfigError, FileError
 from deltaw.files import peft
 from deltaw.files.peft import SLICES, LoRAFile
 from deltaw.files.peft_config import config_for
-from deltaw.spectra import Spectrum, spectrum_of, triples_of
+from deltaw.spectra import Spectrum, spectra_of, triples_of
 from deltaw.svd import Triples
 from deltaw.units import parse_size
 
@@ -63,7 +63,7 @@ def compress(
         raise ConfigError(f"rank must be at least 1 and energy above 0 and at most 1 (they are {rank} and {energy}).")
     file = peft.read(folder)
     found = triples_of(file, folder)
-    spectra = {layer: spectrum_of(own) for layer, own in found.items()}
+    spectra = spectra_of(found)
     if size is not None:
         limit = parse_size(size, "size") if isinstance(size, str) else size
         ranks = _within(file, found, spectra, limit, folder)

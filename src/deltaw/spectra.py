@@ -7,6 +7,7 @@ seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from deltaw.errors import FileError, listing
 from deltaw.files import peft
 from deltaw.files.peft import LoRAFile
+from deltaw.names import in_order
 from deltaw.svd import Triples, triples
 
 
@@ -55,15 +57,17 @@ class Spectrum:
 def spectrum(path: str | Path) -> dict[str, Spectrum]:
     """Layer name → the spectrum of its ΔW, of an adapter folder. Raises FileError for one that cannot be
     read, or has no A and B."""
-    return {layer: spectrum_of(found) for layer, found in triples_of(peft.read(Path(path)), Path(path)).items()}
+    return spectra_of(triples_of(peft.read(Path(path)), Path(path)))
 
 
-def spectrum_of(found: Triples) -> Spectrum:
-    return Spectrum(tuple(found.S.tolist()), (found.U.shape[0], found.Vh.shape[1]))
+def spectra_of(found: Mapping[str, Triples]) -> dict[str, Spectrum]:
+    """Layer name → its spectrum, of what `triples_of` gives."""
+    return {layer: Spectrum(tuple(own.S.tolist()), (own.U.shape[0], own.Vh.shape[1])) for layer, own in found.items()}
 
 
 def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
-    """Layer name → the singular triples of scale·BA. Raises FileError for experts' stacks, which have many ΔW's each."""
+    """Layer name → the singular triples of scale·BA, in the order of the layers' numbers. Raises FileError for experts' stacks,
+    which have many ΔW's each."""
     if stacks := file.config.get("target_parameters"):
         raise FileError(
             listing(
@@ -73,4 +77,8 @@ def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
         )
     if not file.factors:
         raise FileError(f"{folder} has no A and B: it trains modules whole, which have no rank.")
-    return {layer: triples(A, B * file.scales[layer]) for layer, (A, B) in file.factors.items()}
+    found = {}
+    for layer in in_order(file.factors):
+        A, B = file.factors[layer]
+        found[layer] = triples(A, B * file.scales[layer])
+    return found

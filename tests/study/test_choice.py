@@ -74,6 +74,9 @@ def test_what_a_seed_does_to_one_rank_alone_widens_the_interval() -> None:
     one = made({1: 0.0, 16: 0.0}, seeds=3)
     narrow, wide = (chosen(each, 0.01).tested[0].difference for each in (one, one | {1: spread(one[1])}))
     assert width(wide) > 5 * width(narrow)
+    own = spread(one[1])
+    seeds = own.sums.sum(1) / own.counts.sum()
+    assert seeds[0] < own.value < seeds[2]
 
 
 def test_what_a_seed_does_to_all_ranks_alike_says_nothing_of_their_difference() -> None:

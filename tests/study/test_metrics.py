@@ -13,11 +13,12 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from deltaw.errors import ConfigError
 from deltaw.study.metrics import (
+    _RESAMPLES,
     Score,
     _Counts,
-    _picks,
     bleu,
     check_metrics,
+    drawn,
     exact_match,
     f1,
     matthews,
@@ -112,7 +113,7 @@ def test_resamples_of_correlations_are_what_scipy_says() -> None:
     chance = np.random.default_rng(0)
     y, t = chance.normal(size=40), chance.normal(size=40).round(1)  # with ties
     for ours, theirs in ((pearson, pearsonr), (spearman, spearmanr)):
-        draws = [theirs(y[p], t[p]).statistic for picks in _picks(40, 0) for p in picks]
+        draws = [theirs(y[p], t[p]).statistic for picks in drawn(40, 0, _RESAMPLES) for p in picks]
         found = ours(y, t)
         assert found.value == pytest.approx(theirs(y, t).statistic)
         assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))

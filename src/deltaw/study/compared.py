@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltaw.study.metrics import Score
-from deltaw.study.resampling import Array, Losses, draws, score_of
+from deltaw.study.metrics import Array, Score
+from deltaw.study.resampling import Losses, draws, score_of
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,15 @@ def resampled(value: float, of: Callable[[Array], Array], n: int, *, seed: int =
     """A figure of n items: its value, and `of` many resamples at once, given as item numbers [resamples, n]. Those that it is
     undefined for are left out."""
     with np.errstate(all="ignore"):  # of a resample of one class alone
-        draws = np.concatenate([of(picks) for picks in _picks(n, seed)])
+        draws = np.concatenate([of(picks) for picks in drawn(n, seed, _RESAMPLES)])
     draws = draws[np.isfinite(draws)]
     low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (float("nan"), float("nan"))
     return Score(float(value), float(low), float(high))
 
 
-def _picks(n: int, seed: int) -> Iterator[Array]:
-    """The resamples, as many at a time as take some megabytes."""
-    chance, left = np.random.default_rng(seed), _RESAMPLES
+def drawn(n: int, seed: int, resamples: int) -> Iterator[Array]:
+    """Numbers of n items drawn with replacement, [resamples, n], as many resamples at a time as take some megabytes."""
+    chance, left = np.random.default_rng(seed), resamples
     while left:
         count = min(left, max(1, 1_000_000 // n))
         yield chance.integers(0, n, (count, n))

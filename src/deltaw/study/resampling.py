@@ -6,16 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from deltaw.study.metrics import Score
+from deltaw.study.metrics import Array, Score, drawn
 
 _RESAMPLES = 2000
-# Of them at a time: each is a number for every record
-_TOGETHER = 50
-Array = np.ndarray[Any, Any]
 Key = TypeVar("Key")
 
 
@@ -37,24 +34,25 @@ class Losses:
 def draws(losses: Mapping[Key, Losses], seed: int) -> dict[Key, Array]:
     """Candidate → its loss in each resample. A resample draws records, and of the seeds as many as there are, with replacement:
     the same ones for every candidate, so that differences are paired. One that lacks the run of a seed draws its own seeds."""
-    chance = np.random.default_rng(seed)
     counts = next(iter(losses.values())).counts
+    of_seeds = np.random.default_rng([seed, 1])
     numbers = sorted({len(own.sums) for own in losses.values()})
     made: dict[Key, list[Array]] = {key: [] for key in losses}
-    for _ in range(_RESAMPLES // _TOGETHER):
-        weights = _weights(chance, len(counts))
+    for picks in drawn(len(counts), seed, _RESAMPLES):
+        weights = _weights(picks)
         whole = weights @ counts
-        picked = {k: chance.integers(0, k, (_TOGETHER, k)) for k in numbers}
+        picked = {k: of_seeds.integers(0, k, (len(picks), k)) for k in numbers}
         for key, own in losses.items():
             seeds = weights @ own.sums.T / whole[:, None]
             made[key].append(_mean_of(seeds, picked[len(own.sums)]))
     return {key: np.concatenate(values) for key, values in made.items()}
 
 
-def _weights(chance: np.random.Generator, n: int) -> Array:
-    """[resamples, n]: how often each record is drawn."""
-    drawn = chance.integers(0, n, (_TOGETHER, n)) + n * np.arange(_TOGETHER)[:, None]
-    return np.bincount(drawn.ravel(), minlength=_TOGETHER * n).reshape(_TOGETHER, n).astype(float)
+def _weights(picks: Array) -> Array:
+    """[resamples, n]: how often each of n records was drawn. picks: [resamples, n], their numbers."""
+    count, n = picks.shape
+    places = picks + n * np.arange(count)[:, None]
+    return np.bincount(places.ravel(), minlength=count * n).reshape(count, n).astype(float)
 
 
 def _mean_of(seeds: Array, picked: Array) -> Array:
@@ -66,7 +64,7 @@ def _mean_of(seeds: Array, picked: Array) -> Array:
     return np.asarray(middle + math.sqrt(k / (k - 1)) * (np.take_along_axis(seeds, picked, 1).mean(1) - middle))
 
 
-def score_of(value: float, drawn: Array) -> Score:
+def score_of(value: float, resampled: Array) -> Score:
     """A value with the 95% interval of its resamples."""
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return Score(value, float(low), float(high))
