@@ -250,6 +250,22 @@ def test_trouble_in_a_step_stops_and_keeps_what_was_learned(
     assert all(torch.equal(a, b) for a, b in zip(trained, deltaw.parameters(model, "kept"), strict=True))
 
 
+@pytest.mark.parametrize("patience", [None, 9])
+def test_a_held_out_loss_that_is_not_finite_is_an_error_unless_there_is_a_better_adapter(
+    small: Any, tmp_path: Path, patience: int | None
+) -> None:
+    """The weights of a last step that went too far: no training loss is computed with them."""
+    model, tokenizer = small
+    config = quick(tmp_path, lr=1e30, steps=1, epochs=1, schedule="constant", warmup=0, patience=patience, samples=0)
+    if patience is None:
+        with pytest.raises(TrainError, match=r"held-out records is nan after step 1(.|\n)*smaller --lr"):
+            deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+    else:
+        result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+        assert result.state.best_step == 0
+        assert max(float(p.detach().abs().max()) for p in deltaw.parameters(model)) < 10
+
+
 def test_on_a_gpu_a_step_that_is_not_finite_is_noticed_a_step_later_and_teaches_nothing(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

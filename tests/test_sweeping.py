@@ -172,3 +172,11 @@ def test_a_candidate_whose_loss_is_not_finite_is_reported(place: Path, tmp_path:
     tried = done.results["rows"][0]["tried"]
     assert "not finite" in tried[0]["error"] or "cannot go on" in tried[0]["error"]
     assert done.results["rows"][0]["lr"] == 1e-3
+
+
+def test_candidates_that_fail_in_their_last_step_are_reported(place: Path, tmp_path: Path) -> None:
+    config = TrainConfig(out=str(tmp_path / "s"), **BUDGET | {"steps": 1}, lr=1e30, warmup=0)
+    done = sweep(str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2,1", abreast=2))
+    assert all("held-out records is nan" in row["error"] for row in done.results["rows"])
+    assert not done.choices
+    assert "NaN" not in (tmp_path / "s" / "results.json").read_text()

@@ -23,7 +23,7 @@ from deltaw import attached, environment, three_sets
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.directions import alike
-from deltaw.errors import TrainError
+from deltaw.errors import DataError, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.finished import finished
 from deltaw.preparing import Prepared, prepare, with_head
@@ -260,7 +260,10 @@ class _Sweep:
         elif result.state.stopped == "behind":
             done = {"behind": result.state.step, "valid_loss": result.state.valid_loss}
         else:
-            done = self._scored(base, result)
+            try:
+                done = self._scored(base, result)
+            except DataError as error:  # its losses are not finite
+                done = {"error": str(error)}
         done = {"task": self._key(task), **done}
         write_text(self._folder(task) / SCORE, json.dumps(done, ensure_ascii=False) + "\n")
         self.on_event(Progress("finished", task.named() | done | {"fresh": True}))

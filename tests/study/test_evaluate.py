@@ -12,6 +12,7 @@ import deltaw
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import encode, encode_prompt, read
 from deltaw.data.items import encode_labelled
+from deltaw.errors import DataError
 from deltaw.generation import generate, settings
 from deltaw.pretrained import pad_id
 from deltaw.study.evaluate import evaluate
@@ -90,6 +91,14 @@ def test_base_and_adapter_differ_and_the_metrics_come_in_the_order_asked(small: 
     assert list(base.scores) == ["rouge_l", "loss"]
     assert base.scores["loss"] != adapted.scores["loss"]
     assert base.predictions != adapted.predictions
+
+
+def test_losses_that_are_not_finite_are_an_error(small: Any) -> None:
+    model, tokenizer = small
+    with torch.no_grad():
+        deltaw.parameters(model)[0].fill_(1e38)
+    with pytest.raises(DataError, match="of 4 of 4 records is not finite"):
+        evaluate(model, tokenizer, read(RECORDS, DATA), DATA, GenerateConfig(), metrics=("loss",))
 
 
 def test_equal_prompts_are_one_item_with_several_references(small: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, Records, references
+from deltaw.errors import DataError
 from deltaw.modes import evaluating
 from deltaw.positions import within
 from deltaw.pretrained import Pretrained
@@ -85,7 +87,8 @@ def evaluate(
 ) -> Evaluation:
     """Score the model with whatever adapter is active, by `data.task`. Loss is of each prediction over all records. Exact
     match, BLEU and ROUGE-L are of one generated completion for each distinct prompt; accuracy and its like of each record's
-    likeliest class, by the same pass as the loss. Default: all metrics of the task. Raises ConfigError for an unknown one."""
+    likeliest class, by the same pass as the loss. Default: all metrics of the task. Raises ConfigError for an unknown one, and
+    DataError where a loss is not finite: no score would say anything then."""
     known = metrics_of(data, records.form)
     metrics = known if metrics is None else metrics
     check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
@@ -95,10 +98,21 @@ def evaluate(
     given = (loaded, records, data, generation, metrics, on_done)
     judged = _of_labels(task, *given) if issubclass(task, Classification) else _of_texts(task, *given)
     items, predictions, scores, losses = judged
+    _check_finite(losses)
     if losses is not None and _OF_LOSSES & set(metrics):
         scores["loss"] = ratio(*losses)
         scores["perplexity"] = perplexity(scores["loss"])
     return Evaluation(items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
+
+
+def _check_finite(losses: RecordLosses | None) -> None:
+    bad = 0 if losses is None else sum(not math.isfinite(each) for each in losses.sums)
+    if losses is not None and bad:
+        raise DataError(
+            f"The loss of {bad} of {len(losses.sums)} records is not finite under this model: it has weights that are too "
+            "large or not numbers, or its dtype is too narrow for them.\nTry --dtype float32; if that changes nothing, its "
+            "training went wrong."
+        )
 
 
 _Judged = tuple[int, list[str], dict[str, Score], RecordLosses | None]

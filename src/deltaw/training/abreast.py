@@ -75,9 +75,9 @@ class Abreast:
         """Of those that are left, the better half goes on."""
         going = [loop for loop in self.loops if loop.goes_on]
         for loop in going:
-            with using(loop.model, loop.adapter):
+            with using(loop.model, loop.adapter), self._caught(loop):
                 loop.evaluate()
-        going.sort(key=_held_out)
+        going = sorted((loop for loop in going if loop.goes_on), key=_held_out)
         for loop in going[-(-len(going) // 2) :]:
             loop.state.stopped = "behind"
 
@@ -93,7 +93,7 @@ def _done(loop: Loop) -> float:
 
 def _held_out(loop: Loop) -> float:
     found = loop.state.valid_loss
-    return math.inf if found is None or math.isnan(found) else found
+    return found if found is not None and math.isfinite(found) else math.inf
 
 
 def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple[list[torch.Tensor], list[int]]:

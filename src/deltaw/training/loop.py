@@ -104,7 +104,7 @@ class Loop:
         self._logged = replace(self.state)
 
     def run(self) -> LoopState:
-        """Train to the end, the clock, an early stop or an interruption. Raises TrainError when the loss is not finite."""
+        """Train to the end, the clock, an early stop or an interruption. Raises TrainError when a loss is not finite."""
         with self.opened():
             while self.goes_on:
                 self.step()
@@ -123,11 +123,13 @@ class Loop:
                 _checkpoint_activations(self.model)
             if self.valid and self.state.step == 0:
                 self.evaluate()
-            yield
-            if self.last is not None:
-                self.last.check(self.scaler)
-            self._keep_best()
-            self.model.eval()
+            try:
+                yield
+                if self.last is not None:
+                    self.last.check(self.scaler)
+            finally:
+                self._keep_best()
+                self.model.eval()
 
     def _flat(self) -> Flat:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
@@ -248,9 +250,12 @@ class Loop:
         return not self.config.minutes or state.eval_seconds + self.last_evaluation <= _EVALUATING * state.seconds
 
     def evaluate(self) -> None:
-        """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned."""
+        """Held-out loss; remember the best adapter when early stop is on; warn when nothing was learned. Raises TrainError for a
+        loss that is not finite, unless there is a best adapter to go back to."""
         state, began = self.state, time.monotonic()
         loss = state.valid_loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8))
+        if not math.isfinite(loss) and self.best is None:
+            raise _not_finite(f"The loss on held-out records is {loss} after step {state.step}", self.config.lr)
         self.last_evaluation = time.monotonic() - began
         state.eval_seconds += self.last_evaluation
         if loss < state.best_loss:
@@ -322,10 +327,14 @@ class _Watched:
         # A gradient that only the scaler pushed out of float16 is no error: it skips that step and scales less from there on
         overflow = scaler.is_enabled() and scaler.get_scale() > 1.0
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-            raise TrainError(
-                f"The loss is {loss} and the gradient norm {norm} at step {self.step + 1}: training cannot go on.\n"
-                f"Try a smaller --lr (it was {self.lr:.3g}) or --dtype float32. What was learned before this step is kept."
-            )
+            raise _not_finite(f"The loss is {loss} and the gradient norm {norm} at step {self.step + 1}", self.lr)
+
+
+def _not_finite(what: str, lr: float) -> TrainError:
+    return TrainError(
+        f"{what}: training cannot go on.\n"
+        f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
+    )
 
 
 def _checkpoint_activations(model: Any) -> None:
