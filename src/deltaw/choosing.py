@@ -118,7 +118,7 @@ class _Choosing:
             "margin": choice.margin,
             "ranks": self._rows(cuts, choice),
             "allocated": self._allocations(cuts, choice.rank),
-            "layers": [_layer(name, own) for name, own in self.spectra.items()],
+            "layers": [_layer(self.run.file.shown(name), own) for name, own in self.spectra.items()],
             "amplified": amplifications(self.model, self.run, choice.rank),
             "alike": alike_to,
             "confirmed": None,
@@ -267,7 +267,7 @@ class _Choosing:
         found = []
         for each in (*smaller, rank):
             even = self._uniform(each)
-            ranks = allocated(self.spectra, sum(n * sum(self.spectra[layer].shape) for layer, n in even.items()))
+            ranks = allocated(self.spectra, sum(n * self.spectra[layer].cost for layer, n in even.items()))
             if ranks == even:
                 continue
             cut = self._scored(f"r = {each}, allocated", truncated(self.run.file, self.run.triples, ranks))

@@ -10,15 +10,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from deltaw.errors import ConfigError, FileError
 from deltaw.files import peft
-from deltaw.files.peft import SLICES, LoRAFile
+from deltaw.files.peft import SLICES, LoRAFile, names_in_peft
 from deltaw.files.peft_config import config_for
+from deltaw.files.stacks import in_file
 from deltaw.spectra import Spectrum, spectra_of, triples_of
 from deltaw.svd import Triples
 from deltaw.units import parse_size
 
+_Value = TypeVar("_Value")
 _CONFIGURED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
 
 
@@ -72,32 +75,40 @@ def compress(
             layer: min(rank, len(s.values)) if rank is not None else s.rank_for(energy or 1.0)
             for layer, s in spectra.items()
         }
+    ranks = _told_apart(ranks, file)
     peft.write(out, truncated(file, found, ranks))
     errors = {layer: math.sqrt(max(0.0, 1.0 - s.energy(ranks[layer]))) for layer, s in spectra.items()}
     total = sum(s.norm**2 for s in spectra.values())
     missing = sum((errors[layer] * s.norm) ** 2 for layer, s in spectra.items())
     return Compressed(
-        out, ranks, errors, math.sqrt(missing / total) if total else 0.0, folder_bytes(folder), folder_bytes(out)
-    )
+        out, _shown(ranks, file), _shown(errors, file), math.sqrt(missing / total) if total else 0.0, folder_bytes(folder),
+        folder_bytes(out),
+    )  # fmt: skip
+
+
+def _shown(values: Mapping[str, _Value], file: LoRAFile) -> dict[str, _Value]:
+    return {file.shown(layer): x for layer, x in values.items()}
 
 
 def truncated(file: LoRAFile, found: Mapping[str, Triples], ranks: Mapping[str, int]) -> LoRAFile:
     """The file with the first so many directions of each layer's ΔW, which `found` has. A layer that keeps all it has is as it
     was; of the others the scale is in A and B, which have equal norms."""
     factors, scales, biases = dict(file.factors), dict(file.scales), dict(file.biases)
-    cut = [layer for layer, (A, _) in file.factors.items() if ranks[layer] < A.shape[0]]
+    own_ranks = {layer: file.rank(layer) for layer in factors}
+    cut = [layer for layer, rank in own_ranks.items() if ranks[layer] < rank]
     for layer in cut:
         dtype = file.factors[layer][0].dtype
-        own = found[layer].cut(rank=ranks[layer])
-        factors[layer] = own.A.to(dtype), own.B.to(dtype)
+        A, B, _ = found[layer].cut(rank=ranks[layer])
+        factors[layer] = in_file(A.to(dtype), B.to(dtype)) if A.ndim == 3 else (A.to(dtype), B.to(dtype))
         scales[layer] = 1.0
         if layer in biases:
             biases[layer] = biases[layer] * file.scales[layer]
     if not cut:
         return file
+    kept = {layer: min(rank, ranks[layer]) for layer, rank in own_ranks.items()}
     config = config_for(
-        {layer: A.shape[0] for layer, (A, _) in factors.items()}, scales, target_modules=[], dropout=0.0,
-        rank_stabilised=False, transposed=False, base=None, task=None,
+        _by_names(kept, file), _by_names(scales, file), target_modules=[], dropout=0.0, rank_stabilised=False, transposed=False,
+        base=None, task=None, target_parameters=file.config.get("target_parameters"),
     )  # fmt: skip
     metadata = dict(file.metadata)
     if SLICES in metadata:  # their A's and B's are no longer apart
@@ -109,16 +120,30 @@ def truncated(file: LoRAFile, found: Mapping[str, Triples], ranks: Mapping[str, 
     )  # fmt: skip
 
 
+def _by_names(values: Mapping[str, _Value], file: LoRAFile) -> dict[str, _Value]:
+    """Values of layers by the names that these have in the file, and those that PEFT's patterns know them by."""
+    return {name: x for layer, x in values.items() for name in names_in_peft(layer, file)} | dict(values)
+
+
+def _told_apart(ranks: Mapping[str, int], file: LoRAFile) -> dict[str, int]:
+    """The same or larger ranks, as PEFT can read them: layers that it knows by the same names have one."""
+    names = {layer: tuple(names_in_peft(layer, file)) for layer in ranks}
+    most: dict[tuple[str, ...], int] = {}
+    for layer, rank in ranks.items():
+        most[names[layer]] = max(rank, most.get(names[layer], 1))
+    return {layer: most[names[layer]] for layer in ranks}
+
+
 def allocated(spectra: Mapping[str, Spectrum], parameters: int) -> dict[str, int]:
     """Layer name → rank, at least 1, within so many parameters altogether: one direction after the other where a parameter
     keeps the most of ‖ΔW‖²."""
     ranks = dict.fromkeys(spectra, 1)
-    left = parameters - sum(sum(s.shape) for s in spectra.values())
-    queue = [(-s.squares[1] / sum(s.shape), layer) for layer, s in spectra.items() if len(s.values) > 1]
+    left = parameters - sum(s.cost for s in spectra.values())
+    queue = [(-s.squares[1] / s.cost, layer) for layer, s in spectra.items() if len(s.values) > 1]
     heapq.heapify(queue)
     while queue:
         _, layer = heapq.heappop(queue)
-        own, cost = spectra[layer], sum(spectra[layer].shape)
+        own, cost = spectra[layer], spectra[layer].cost
         if cost > left:
             continue
         ranks[layer] += 1
@@ -136,9 +161,9 @@ def _within(
     least = peft.size(truncated(file, found, dict.fromkeys(spectra, 1)))
     if least > limit:
         raise FileError(f"{folder} cannot be cut to {limit:,} bytes: with rank 1 in every layer it takes {least:,}.")
-    parameters = (limit - least) // item + sum(sum(s.shape) for s in spectra.values())
+    parameters = (limit - least) // item + sum(s.cost for s in spectra.values())
     while True:
-        ranks = allocated(spectra, parameters)
+        ranks = _told_apart(allocated(spectra, parameters), file)
         over = peft.size(truncated(file, found, ranks)) - limit
         if over <= 0:
             return ranks

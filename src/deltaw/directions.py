@@ -23,7 +23,7 @@ _MOST = 32
 def shown(one: Finished) -> list[str]:
     """Two layers that stand for all in pictures: in the middle of the model, q and v as in the paper where they are there, else
     of the kinds that changed the most."""
-    middles = [layers[len(layers) // 2] for layers in by_family(list(one.triples)).values()]
+    middles = [layers[len(layers) // 2] for layers in by_family(_of_layers(one)).values()]
     chosen = [layer for layer in middles if role(layer) in ("q", "v")]
     return (chosen or sorted(middles, key=lambda layer: -float(one.triples[layer].S.norm())))[:2]
 
@@ -31,9 +31,11 @@ def shown(one: Finished) -> list[str]:
 def alike(one: Finished, other: Finished) -> dict[str, Any]:
     """φ of the two adapters' directions: of ΔW, and of A as the paper has it, for each kind of layer the mean, beside what is to
     be expected of random directions. Raises FileError where they share no layer of one width."""
-    shared = [n for n, t in one.triples.items() if n in other.triples and other.triples[n].Vh.shape[1] == t.Vh.shape[1]]
+    shared = in_common(one, other)
     if not shared:
-        raise FileError(f"{one.path} and {other.path} have no layer in common: their directions cannot be compared.")
+        raise FileError(
+            f"{one.path} and {other.path} have no layer in common (stacked experts aside): their directions cannot be compared."
+        )
     rows = []
     for name, layers in by_family(shared).items():
         found = [_of_layer(one, other, layer) for layer in layers]
@@ -44,6 +46,12 @@ def alike(one: Finished, other: Finished) -> dict[str, Any]:
         phi = similarity(one.triples[layer].Vh, other.triples[layer].Vh)[:_MOST, :_MOST]
         maps.append({"layer": layer, "values": [[round(v, 3) for v in row] for row in phi.tolist()]})
     return {"rank": one.rank, "other_rank": other.rank, "rows": rows, "maps": maps}
+
+
+def in_common(one: Finished, other: Finished) -> list[str]:
+    """Layers whose directions can be compared: of one width."""
+    widths = {layer: other.triples[layer].Vh.shape[1] for layer in _of_layers(other)}
+    return [layer for layer in _of_layers(one) if widths.get(layer) == one.triples[layer].Vh.shape[1]]
 
 
 def _of_layer(one: Finished, other: Finished, layer: str) -> dict[str, float]:
@@ -61,7 +69,7 @@ def amplifications(model: nn.Module, one: Finished, rank: int) -> list[dict[str,
     """Table 7 of the paper for the first `rank` directions: of each kind of layer the one in the middle of the model."""
     owner = attached.owner_of(model)
     found = []
-    for layers in by_family(list(one.triples)).values():
+    for layers in by_family(_of_layers(one)).values():
         layer = layers[len(layers) // 2]
         W = _weight(owner, layer)
         own = one.triples[layer]
@@ -70,6 +78,11 @@ def amplifications(model: nn.Module, one: Finished, rank: int) -> list[dict[str,
         amount = amplified(W, own, rank)
         found.append({"layer": layer, "factor": amount.factor, **dataclasses.asdict(amount)})
     return found
+
+
+def _of_layers(one: Finished) -> list[str]:
+    """Without stacks of experts, of which each has directions of its own."""
+    return [layer for layer, own in one.triples.items() if own.S.ndim == 1]
 
 
 def _weight(owner: nn.Module, layer: str) -> torch.Tensor | None:

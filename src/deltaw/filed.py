@@ -13,6 +13,7 @@ from deltaw.base_identity import base_fingerprint, weights_fingerprint
 from deltaw.errors import AdapterError, listing
 from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAFile
 from deltaw.files.peft_config import config_for
+from deltaw.files.stacks import in_file
 from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, weights_of
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
@@ -83,10 +84,8 @@ def _key(owner: nn.Module, layer: str, weights: _Weights) -> str:
 
 
 def _factors(update: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B as PEFT has them: of a stack of E matrices A [E·r, k] and B [d, r·E], E running fastest."""
-    if not isinstance(update, Stack):
-        return update.A, update.B
-    return update.A.flatten(0, 1), update.B.permute(1, 2, 0).flatten(1)
+    """A and B as PEFT has them."""
+    return in_file(update.A, update.B) if isinstance(update, Stack) else (update.A, update.B)
 
 
 def _kernel(owner: Any, layer: str) -> tuple[int, ...]:
@@ -173,15 +172,18 @@ def _config(
     every = updates | {n: u for n, (_, u) in weights.items()}
     owners = {parameter: parameter.rpartition(".")[0] for parameter, _ in weights.values()}
     attention = {p: m for p, m in owners.items() if isinstance(base.get_submodule(m), nn.MultiheadAttention)}
-    parameters = sorted(owners.keys() - attention.keys())
+    # Those of a module in its own order, by which a reader of the file tells them apart (PEFT does not mind)
+    parameters = sorted((p for p in reversed(owners) if p not in attention), key=lambda p: owners[p])
     modules = {n for n in updates if ".base_layer." not in n} | {*attention.values()}
+    # Ranks and scales by the names in the file, and by those that PEFT knows these weights by
+    named = every | {parameter: u for parameter, u in weights.values() if parameter in parameters}
     return config_for(
-        {layer: u.rank for layer, u in every.items()},
-        {layer: u.scale for layer, u in every.items()},
+        {layer: u.rank for layer, u in named.items()},
+        {layer: u.scale for layer, u in named.items()},
         target_modules=_target_modules(model, modules),
         dropout=method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
-        transposed=all(u.kind is Conv1DKind for u in updates.values()),
+        transposed=bool(updates) and all(u.kind is Conv1DKind for u in updates.values()),
         target_parameters=parameters or None,
         base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         task=_task(base),

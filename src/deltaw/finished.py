@@ -41,7 +41,7 @@ class Finished:
     @property
     def rank(self) -> int:
         """Of the layer that has the largest."""
-        return max(A.shape[0] for A, _ in self.file.factors.values())
+        return max(self.file.rank(layer) for layer in self.file.factors)
 
     def named(self, key: str) -> str | None:
         """The model or the data by name; None where they were objects in memory, or the file does not say."""

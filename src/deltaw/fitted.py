@@ -14,6 +14,7 @@ from deltaw.attached import base_modules, dotted, readers
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.peft import TWICE, LoRAFile, slices_of
 from deltaw.files.peft_config import rank_of, saved_module
+from deltaw.files.stacks import unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, weights_of, why_not
 from deltaw.lowrank import merge_
 from deltaw.slices import Runs
@@ -126,7 +127,7 @@ class _Fitting:
                     f"{dotted(module_name, own)} is {list(W0.shape)}, the file's A {list(A.shape)} and B {list(B.shape)}"
                 )
                 return
-            stacked = A.view(E, -1, k), B.view(d, -1, E).permute(2, 0, 1).contiguous()
+            stacked = unstacked(A, B, len(A) // E)
             part: LowRank = Stack(*stacked, scale, transposed=Weight(module, own).transposed)
         elif slices and rows is not None:
             part = Sliced(Kind, A, rows, scale, slices, B.shape[0])

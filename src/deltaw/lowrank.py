@@ -287,6 +287,6 @@ def _block_elements(device: torch.device) -> int:
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float) -> float:
-    """‖scale·B·A‖ in O((d+k)·r²), without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩."""
+    """‖scale·B·A‖ in O((d+k)·r²), without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩. Of a stack of them, over all its matrices."""
     A, B = A.detach().double(), B.detach().double()
-    return abs(scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+    return abs(scale) * float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError
 from deltaw.files import peft
 from deltaw.files.peft import LoRAFile
 from deltaw.names import in_order
@@ -24,9 +24,16 @@ class Spectrum:
     """Of one layer's ΔW = scale·BA. (Of DoRA: of what the magnitude then rescales.)"""
 
     values: tuple[float, ...]
-    """Singular values, falling; as many as the rank of the file."""
+    """Singular values, falling; as many as the rank of the file. Of a stack of matrices, the roots of their sums of squares."""
     shape: tuple[int, int]
     """d, k"""
+    count: int = 1
+    """Matrices of this shape: more than one in a stack (a mixture's experts), whose updates all have one rank."""
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one direction."""
+        return self.count * sum(self.shape)
 
     @cached_property
     def squares(self) -> tuple[float, ...]:
@@ -62,23 +69,19 @@ def spectrum(path: str | Path) -> dict[str, Spectrum]:
 
 def spectra_of(found: Mapping[str, Triples]) -> dict[str, Spectrum]:
     """Layer name → its spectrum, of what `triples_of` gives."""
-    return {layer: Spectrum(tuple(own.S.tolist()), (own.U.shape[0], own.Vh.shape[1])) for layer, own in found.items()}
+    return {
+        layer: Spectrum(tuple(own.squares.sqrt().tolist()), (own.U.shape[-2], own.Vh.shape[-1]), own.S[..., 0].numel())
+        for layer, own in found.items()
+    }
 
 
 def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
-    """Layer name → the singular triples of scale·BA, in the order of the layers' numbers. Raises FileError for experts' stacks,
-    which have many ΔW's each."""
-    if stacks := file.config.get("target_parameters"):
-        raise FileError(
-            listing(
-                f"{folder} has updates of stacked experts, a ΔW for each expert, which cannot be looked at by rank yet:",
-                list(stacks),
-            )
-        )
+    """Layer name → the singular triples of scale·BA, in the order of the layers' numbers; of a stack those of each matrix. Raises
+    FileError where there is no A and B."""
     if not file.factors:
         raise FileError(f"{folder} has no A and B: it trains modules whole, which have no rank.")
     found = {}
     for layer in in_order(file.factors):
-        A, B = file.factors[layer]
+        A, B = file.matrices(layer)
         found[layer] = triples(A, B * file.scales[layer])
     return found

@@ -26,6 +26,7 @@ from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.renames import renamed
 from deltaw.updates import LowRank, Update
+from deltaw.weights import OnWeights
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
@@ -167,17 +168,22 @@ def _training(file: peft.LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
 def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
     error = total = 0.0
-    for update in updates.values():
-        if not isinstance(update, LowRank):
-            continue
+    for update in _low_rank(updates):
         A, B = update.A.detach(), update.B.detach()
         for own, value in update.factors().items():
             update._parameters[own] = nn.Parameter(value.detach().to(dtype))
         stored = update.A.detach(), update.B.detach()
-        both = torch.cat([A.double(), stored[0].double()]), torch.cat([B.double(), -stored[1].double()], dim=1)
+        both = torch.cat([A.double(), stored[0].double()], dim=-2), torch.cat([B.double(), -stored[1].double()], dim=-1)
         error += delta_norm(*both, update.scale) ** 2
         total += delta_norm(A, B, update.scale) ** 2
     return (error / total) ** 0.5 if total else 0.0
+
+
+def _low_rank(updates: Mapping[str, Update]) -> Iterator[LowRank]:
+    for update in updates.values():
+        for each in update.parts.values() if isinstance(update, OnWeights) else (update,):
+            if isinstance(each, LowRank):
+                yield each
 
 
 def _method(file: peft.LoRAFile) -> LoRA:
@@ -186,7 +192,7 @@ def _method(file: peft.LoRAFile) -> LoRA:
     made = LoRA(
         rank=config["r"],
         alpha=config["lora_alpha"],
-        targets={layer: A.shape[0] for layer, (A, _) in file.factors.items()},
+        targets={layer: file.rank(layer) for layer in file.factors},
         dropout=float(config.get("lora_dropout") or 0.0),
         scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
         whole=sorted({name.rsplit(".", 1)[0] for name in file.whole}),

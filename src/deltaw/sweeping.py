@@ -22,7 +22,7 @@ import numpy as np
 from deltaw import attached, environment, three_sets
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
-from deltaw.directions import alike
+from deltaw.directions import alike, in_common
 from deltaw.errors import DataError, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.finished import finished
@@ -321,7 +321,12 @@ class _Sweep:
             if self.options.seeds > 1 and (again / SCORE).is_file():
                 pairs.append((f"r = {largest} of another seed", again))
             one = finished(first)
-            found += [alike(one, finished(path)) | {"targets": targets, "with": name} for name, path in pairs]
+            others = {name: finished(path) for name, path in pairs}
+            found += [
+                alike(one, each) | {"targets": targets, "with": name}
+                for name, each in others.items()
+                if in_common(one, each)
+            ]
         return found
 
 

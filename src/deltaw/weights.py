@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaw.layers import Kind, weights_of, why_bypassed
-from deltaw.lowrank import Change, Product, Stacked, delta_norm
+from deltaw.lowrank import Change, Product, Stacked
 from deltaw.plain import plain_class, shell
 from deltaw.updates import LowRank, Update, square
 
@@ -86,6 +86,3 @@ class Stack(LowRank):
         d, k = self.B.shape[1], self.A.shape[2]
         own = (self.A.shape[0], k, d) if self.transposed else (self.A.shape[0], d, k)
         return None if own == tuple(shape) else f"the update is {list(own)}, the weight {list(shape)}"
-
-    def squared(self) -> float:
-        return sum(delta_norm(A, B, self.scale) ** 2 for A, B in zip(self.A, self.B, strict=True))

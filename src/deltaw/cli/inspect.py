@@ -28,7 +28,7 @@ def run(command: Inspect) -> None:
         _show_method(method_file.read(folder), folder, command)
         return
     file = peft.read(folder)
-    rows = [_row(name, A, B, file.scales[name]) for name, (A, B) in file.factors.items()]
+    rows = [_row(name, file) for name in file.factors]
     besides = _besides(file)
     size = sum(f.stat().st_size for f in folder.iterdir())
     if command.json:
@@ -105,11 +105,13 @@ def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = Fa
     return made
 
 
-def _row(name: str, A: Any, B: Any, scale: float) -> dict[str, Any]:
+def _row(name: str, file: LoRAFile) -> dict[str, Any]:
     from deltaw.lowrank import delta_norm
 
+    (A, B), scale = file.matrices(name), file.scales[name]
+    shape = f"{B.shape[-2]}×{A.shape[-1]}"
     return {
-        "layer": name, "shape": f"{B.shape[0]}×{A.shape[1]}", "rank": A.shape[0], "scale": scale,
+        "layer": file.shown(name), "shape": shape if A.ndim == 2 else f"{len(A)} × {shape}", "rank": A.shape[-2], "scale": scale,
         "parameters": A.numel() + B.numel(), "dtype": str(A.dtype).removeprefix("torch."),
         "A": float(A.double().norm()), "B": float(B.double().norm()), "dW": delta_norm(A, B, scale), "count": 1,
     }  # fmt: skip

@@ -28,6 +28,8 @@ from deltaw.files.peft_config import (
     PICKLED,
     WEIGHTS,
     method_of,
+    pattern_names,
+    pattern_problem,
     rank_in,
     rank_of,
     read_config,
@@ -38,6 +40,7 @@ from deltaw.files.peft_config import (
 )
 from deltaw.files.peft_keys import PREFIX, Sorted, sort
 from deltaw.files.shards import read_tensors
+from deltaw.files.stacks import unstacked
 from deltaw.lowrank import Change, Product, Rescaled
 from deltaw.slices import Runs
 
@@ -63,7 +66,7 @@ class LoRAFile:
     """A low-rank adapter as it is on disk, its tensors on the CPU."""
 
     factors: dict[str, _Pair]
-    """Layer name → A [r, k], B [d, r]."""
+    """Layer name → A [r, k], B [d, r]; of a stack of E matrices A [E·r, k], B [d, r·E] (see stacks.py)."""
     scales: dict[str, float]
     """Layer name → the factor of BA."""
     config: dict[str, Any]
@@ -84,6 +87,20 @@ class LoRAFile:
     """Name of a parameter of the base → the value in its place."""
     copies: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter of a layer in `factors` → the base's own value, where the file has that too."""
+
+    def rank(self, layer: str) -> int:
+        """r; of a stack that of each of its matrices."""
+        return rank_in(layer, self.factors[layer][0], self.config)
+
+    def matrices(self, layer: str) -> _Pair:
+        """A [r, k] and B [d, r]; of a stack of E matrices A [E, r, k] and B [E, d, r]."""
+        (A, B), rank = self.factors[layer], self.rank(layer)
+        return (A, B) if rank == len(A) else unstacked(A, B, rank)
+
+    def shown(self, layer: str) -> str:
+        """The layer's name for people: the parameter's that a stack is, where the file says which one."""
+        names = names_in_peft(layer, self)
+        return names[0] if len(names) == 1 and self.rank(layer) != len(self.factors[layer][0]) else layer
 
     def product(self, layer: str) -> Product:
         """ΔW of a layer's low-rank update, but for DoRA's magnitude."""
@@ -279,6 +296,9 @@ def _disagreements(found: Sorted, config: Mapping[str, Any], name: str) -> list[
     """Where the tensors are others than the settings say."""
     problems = []
     for layer, parts in found.parts.items():
+        if unclear := pattern_problem(layer, config):
+            problems.append(f"{layer}: {unclear}")
+            continue
         rank, expected = rank_in(layer, parts["A"], config), rank_of(layer, config)
         if rank != expected:
             problems.append(f"{layer}: rank {rank} in {name}, {expected} in {CONFIG}")
@@ -326,6 +346,13 @@ def check_base(file: _Named, folder: Path, key: str, own: Callable[[], Fingerpri
     if verdict == "cast":
         log.debug("%s was trained on this base in another precision.", folder)
     return verdict
+
+
+def names_in_peft(layer: str, file: LoRAFile) -> list[str]:
+    """The name that PEFT's patterns know a layer of the file by; several where the file does not say which one it is. Files of
+    ours do: they have a module's parameters in its own order, of which PEFT wraps the last one outermost."""
+    names = pattern_names(layer, file.config)
+    return [names[-1 - layer.count(".base_layer")]] if len(names) > 1 and "deltaw_format" in file.metadata else names
 
 
 def transposed_layers(file: LoRAFile) -> set[str] | None:

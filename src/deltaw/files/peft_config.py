@@ -110,6 +110,9 @@ def _name_problems(config: Mapping[str, Any]) -> list[str]:
     modules = config.get("modules_to_save")
     if not (modules is None or (isinstance(modules, list) and all(isinstance(name, str) for name in modules))):
         problems.append(f"{CONFIG}: modules_to_save is {modules!r}; it must be a list of names")
+    parameters = config.get("target_parameters")
+    if not (parameters is None or (isinstance(parameters, list) and all(isinstance(name, str) for name in parameters))):
+        problems.append(f"{CONFIG}: target_parameters is {parameters!r}; it must be a list of names")
     tokens = config.get("trainable_token_indices")
     lists = [*tokens.values()] if isinstance(tokens, Mapping) else [tokens]
     if not all(each is None or _are_ids(each) for each in lists):
@@ -136,7 +139,7 @@ def _compiles(pattern: str) -> bool:
 
 def rank_of(layer: str, config: Mapping[str, Any]) -> Any:
     """The rank that the config gives a layer."""
-    return _by_pattern(layer, config.get("rank_pattern"), config["r"])
+    return _values(layer, config, "rank_pattern", config["r"])[0]
 
 
 def rank_in(layer: str, A: Tensor, config: Mapping[str, Any]) -> int:
@@ -148,14 +151,51 @@ def rank_in(layer: str, A: Tensor, config: Mapping[str, Any]) -> int:
 
 def scale_of(layer: str, rank: int, config: Mapping[str, Any]) -> float:
     """The factor of a layer's BA."""
-    alpha = _by_pattern(layer, config.get("alpha_pattern"), config["lora_alpha"])
+    alpha = _values(layer, config, "alpha_pattern", config["lora_alpha"])[0]
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(layer: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the layer's name from a dot (or its start) on."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer) or re.fullmatch(pattern, layer):
+def pattern_problem(layer: str, config: Mapping[str, Any]) -> str | None:
+    """Where the patterns tell apart what the file does not."""
+    for key, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
+        values = _values(layer, config, key, default)
+        if len(values) > 1:
+            names = " and ".join(sorted(pattern_names(layer, config)))
+            return (
+                f"{key} gives {names} different values ({values}), and the file does not say whose A and B these are; only PEFT, "
+                "on a model, can tell"
+            )
+    return None
+
+
+def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
+    """The names that PEFT compares its patterns with, for a layer of the file: its own; or of a weight that has no layer, whose
+    name in the file is that of its module, the parameter's. Which one of the module's parameters, the file does not say."""
+    module = layer.split(".base_layer")[0]
+    parameters = [target.rpartition(".") for target in config.get("target_parameters") or []]
+    inside = [f"{module}.{own}" for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
+    anywhere = [f"{module}.{own}" for outer, _, own in parameters if not outer]
+    return inside or [module, *anywhere]
+
+
+def _values(layer: str, config: Mapping[str, Any], key: str, default: Any) -> list[Any]:
+    """What patterns give a layer, once each: one value unless they tell apart what the file does not. Files of ours have a
+    pattern of its name in the file, which PEFT passes over where that is none of its names."""
+    patterns, own = config.get(key) or {}, exactly(layer)
+    if own in patterns:
+        return [patterns[own]]
+    return list(dict.fromkeys(_by_pattern(name, patterns, default) for name in pattern_names(layer, config)))
+
+
+def exactly(layer: str) -> str:
+    """The pattern of one layer."""
+    return rf"^{re.escape(layer)}"
+
+
+def _by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name from a dot (or its start) on."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) or re.fullmatch(pattern, name):
             return value
     return default
 
@@ -193,8 +233,8 @@ def config_for(
         "base_model_name_or_path": base,
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {rf"^{re.escape(layer)}": x for layer, x in ranks.items() if x != r},
-        "alpha_pattern": {rf"^{re.escape(layer)}": x for layer, x in alphas.items() if x != alpha},
+        "rank_pattern": _patterns(ranks, r, others),
+        "alpha_pattern": _patterns(alphas, alpha, others),
         "target_modules": sorted(target_modules),
         "target_parameters": None,
         "lora_dropout": dropout,
@@ -207,6 +247,12 @@ def config_for(
         "inference_mode": True,
         **others,
     }
+
+
+def _patterns(values: Mapping[str, Any], commonest: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that differ; beside parameters' all of them, for a parameter's is read wherever its module's layers have none."""
+    every = bool(others.get("target_parameters")) and len(set(values.values())) > 1
+    return {exactly(layer): x for layer, x in values.items() if every or x != commonest}
 
 
 def _commonest(values: list[Any]) -> Any:

@@ -1,0 +1,16 @@
+"""A's and B's of a stack of E matrices (a mixture's experts) as PEFT's files have them: A [E·r, k], one under the other, and
+B [d, r·E], E running fastest. Tensor shapes only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def unstacked(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [E, r, k] and B [E, d, r] of the file's, r = `rank`."""
+    return A.view(-1, rank, A.shape[1]), B.view(B.shape[0], rank, -1).permute(2, 0, 1).contiguous()
+
+
+def in_file(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The file's A and B of A [E, r, k] and B [E, d, r]."""
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)

@@ -1,0 +1,150 @@
+"""Stacks of experts in adapters' files: their ranks and scales as PEFT has them, cut, looked at, and tried by rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import deltaw
+from deltaw.cli.main import main
+from deltaw.config import RankConfig, SweepConfig, TrainConfig
+from deltaw.errors import FileError
+from deltaw.files import peft
+from deltaw.files.stacks import in_file, unstacked
+from deltaw.lowrank import delta_norm
+from tests.conftest import fill
+from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.test_comparing import RECORDS
+from tests.test_weights import SIZES, model_of, run
+
+BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def saved(folder: Path, name: str, **settings: Any) -> tuple[Path, Any]:
+    model = fill(deltaw.attach(model_of(name), deltaw.LoRA(**{"rank": 4, "alpha": 3} | settings)))
+    return Path(deltaw.save(model, folder)), model
+
+
+def in_real_peft(name: str, folder: Path) -> torch.Tensor:
+    package = pytest.importorskip("peft")
+    return run(package.PeftModel.from_pretrained(model_of(name), folder).eval()).detach()
+
+
+def in_ours(name: str, folder: Path) -> torch.Tensor:
+    model = model_of(name)
+    deltaw.load(model, folder)
+    return run(model).detach()
+
+
+def dense(model: Any, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """Parameter of a stack → ΔW of its matrices."""
+    names = [f"model.layers.{i}.{own}" for i in (0, 1) for own in BOTH]
+    return {name: deltaw.delta(model, name, adapter).double() for name in names}
+
+
+def test_the_files_shape_and_back() -> None:
+    A, B = torch.randn(3, 2, 5), torch.randn(3, 4, 2)
+    flat = in_file(A, B)
+    assert [list(t.shape) for t in flat] == [[6, 5], [4, 6]]
+    assert all(torch.equal(one, other) for one, other in zip(unstacked(*flat, 2), (A, B), strict=True))
+    assert delta_norm(A, B, 1.5) == pytest.approx(float((1.5 * B.double() @ A.double()).norm()))
+
+
+@pytest.mark.parametrize("targets", [{"q": 2, "gate_up": 3, "down": 4}, "down", "gate_up,down"], ids=str)
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
+def test_7_real_peft_reads_ranks_that_differ_and_experts_alone(name: str, targets: Any, tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / "a", name, targets=targets)
+    for read in (in_real_peft, in_ours):
+        torch.testing.assert_close(read(name, folder), run(model).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_7_peft_files_whose_patterns_name_parameters(tmp_path: Path) -> None:
+    """Ranks and alphas by a parameter's name, which the file itself does not have: PEFT keeps A and B by the module's."""
+    package = pytest.importorskip("peft")
+    shared = {"r": 3, "lora_alpha": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+    patterns = {"rank_pattern": {"experts.down_proj": 5}, "alpha_pattern": {r"layers\.1.*experts\.\w+": 7}}
+    config = package.LoraConfig(**shared, target_parameters=[BOTH[1]], **patterns)
+    theirs = package.get_peft_model(model_of("Mixtral"), config).eval()
+    theirs.save_pretrained(tmp_path / "one")
+    assert peft.read(tmp_path / "one").scales["model.layers.1.mlp.experts"] == 7 / 5
+    torch.testing.assert_close(in_ours("Mixtral", tmp_path / "one"), run(theirs).detach(), rtol=1e-4, atol=1e-4)
+
+    for key, values in (("rank_pattern", {"gate_up_proj": 2}), ("alpha_pattern", {"experts.gate_up_proj": 7})):
+        config = package.LoraConfig(**shared, target_parameters=[*BOTH], **{key: values})
+        package.get_peft_model(model_of("Mixtral"), config).save_pretrained(tmp_path / key)
+        with pytest.raises(FileError, match=rf"{key} gives .*down_proj and .*gate_up_proj different values"):
+            peft.read(tmp_path / key)
+
+
+@pytest.mark.parametrize("how", [{"rank": 2}, {"rank": 3}, {"energy": 0.8}, {"size": "14kB"}], ids=str)
+@pytest.mark.parametrize("targets", [{"q": 2, "gate_up": 3, "down": 4}, {"q": 4, "gate_up": 4, "down": 4}], ids=str)
+def test_a_cut_is_the_nearest_of_each_matrix_and_peft_reads_it(tmp_path: Path, how: Any, targets: Any) -> None:
+    folder, model = saved(tmp_path / "a", "Qwen3-MoE", targets=targets)
+    before = dense(model)
+    done = deltaw.compress(folder, tmp_path / "cut", **how)
+    assert done.bytes <= min(done.bytes_before, 14_000 if "size" in how else done.bytes_before)
+    deltaw.load(model, done.path, name="cut")
+    deltaw.use(model, "cut")
+    after = dense(model)
+    for name, dW in before.items():
+        squares = torch.linalg.svdvals(dW).square()
+        least = float((squares[:, done.ranks[name] :].sum() / squares.sum()).sqrt())
+        off = float((after[name] - dW).norm() / dW.norm())
+        assert off == pytest.approx(least, rel=1e-4, abs=1e-6) == done.errors[name]
+    torch.testing.assert_close(in_real_peft("Qwen3-MoE", done.path), run(model).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_foreign_files_stacks_of_one_module_keep_one_rank(tmp_path: Path) -> None:
+    """PEFT's patterns would tell them apart by names that the file does not have."""
+    package = pytest.importorskip("peft")
+    config = package.LoraConfig(r=4, target_modules=[], target_parameters=[*BOTH], init_lora_weights=False)
+    theirs = package.get_peft_model(model_of("Mixtral"), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    done = deltaw.compress(tmp_path / "a", tmp_path / "cut", energy=0.7)
+    ranks = {layer: A.shape[0] // 4 for layer, (A, _) in peft.read(done.path).factors.items()}
+    assert ranks == done.ranks and set(ranks.values()) != {4}
+    assert all(ranks[layer] == ranks[layer.removesuffix(".base_layer")] for layer in ranks)
+    torch.testing.assert_close(in_real_peft("Mixtral", done.path), in_ours("Mixtral", done.path), rtol=1e-4, atol=1e-4)
+
+
+def test_stored_in_fewer_bytes(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / "a", "Mixtral", targets="gate_up,down")
+    deltaw.load(model, folder, name="half", dtype=torch.bfloat16)
+    assert {p.dtype for p in deltaw.parameters(model, "half")} == {torch.bfloat16}
+    own, half = dense(model, "default"), dense(model, "half")
+    off = sum(float((half[n] - dW).square().sum()) for n, dW in own.items())
+    expected = (off / sum(float(dW.square().sum()) for dW in own.values())) ** 0.5
+    assert deltaw.summary(model).adapters["half"].rounding == pytest.approx(expected, rel=1e-3)
+
+
+def test_inspect_shows_a_stack_by_its_parameters_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, model = saved(tmp_path / "a", "Mixtral", targets={"gate_up": 3, "down": 2})
+    assert main(["inspect", str(folder), "--json"]) == 0
+    rows = {row["layer"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+    for name, dW in dense(model).items():
+        assert rows[name]["dW"] == pytest.approx(float(dW.norm()), rel=1e-5)
+        assert rows[name]["rank"] == (3 if "gate_up" in name else 2)
+        assert rows[name]["shape"] == " × ".join(["4", "×".join(str(n) for n in dW.shape[1:])])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "gate_up,down"])
+def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets: str) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    config = transformers.MixtralConfig(**SIZES | {"vocab_size": len(tokenizer)}, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    training = TrainConfig(out=str(tmp_path / "s"), steps=5, batch=4, valid_most=4, lr=1e-2)
+    options = SweepConfig(ranks="4,2", targets=targets, test_most=4)
+    done = deltaw.sweep(str(tmp_path / "model"), tmp_path / "data.jsonl", training, options)
+    assert [row["rank"] for row in done.results["rows"]] == [4, 2]
+    assert bool(done.results["alike"]) == (targets == "all-linear")
+    run = next((tmp_path / "s" / "runs").glob("*-r4-*"))
+    results = deltaw.choose_rank(run, RankConfig(most=4)).results
+    assert [row["rank"] for row in results["ranks"]] == [1, 2, 4]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in {layer["layer"] for layer in results["layers"]}
