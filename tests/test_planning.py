@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import deltaw
 from deltaw import available_memory
@@ -76,6 +77,61 @@ def test_the_parts_are_those_of_the_model(make: Any) -> None:
     weights = count - model.get_input_embeddings().weight.numel()
     for row, times in ((lora, 4), (full, 6)):
         assert row.flops_per_token is not None and row.flops_per_token > 0.5 * times * weights
+
+
+def test_models_of_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Rows are images of the model's own size: nothing is asked about tokens."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    config = transformers.ViTConfig(image_size=[16, 24], patch_size=8, num_channels=1, **settings)
+    found = deltaw.plan(
+        config, deltaw.PlanConfig(methods="lora,full", batch=2, device="cpu", dtype="float32", labels=3)
+    )
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**config.to_dict() | {"num_labels": 3}))
+    deltaw.attach(model, deltaw.LoRA(whole="classifier"))
+    lora = found.rows[0]
+    assert (found.task, found.length) == ("image", None)
+    assert lora.parameters == deltaw.summary(model).adapters["default"].parameters
+    # 7 positions: 6 patches, and the class's. At least a forward's and half of a backward's products with each weight
+    weights = sum(p.numel() for n, p in model.named_parameters() if "layer" in n and n.endswith("weight"))
+    assert lora.flops_per_token is not None and 4 * 7 * 0.8 * weights < lora.flops_per_token < 4 * 7 * 2 * weights
+    config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--methods", "lora", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "image, batches of 8 images" in said and "FLOPs/image" in said
+
+
+def test_the_task_and_the_length_where_they_are_not_given() -> None:
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    found = {
+        type(config).__name__: deltaw.plan(config, deltaw.PlanConfig(methods="lora", batch=1, device="cpu"))
+        for config in (
+            transformers.BertConfig(max_position_embeddings=40, **settings),
+            transformers.LlamaConfig(max_position_embeddings=4096, **settings),
+            transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
+            transformers.ViTConfig(image_size=16, patch_size=8, **settings),
+        )
+    }
+    assert {name: (each.task, each.length) for name, each in found.items()} == {
+        "BertConfig": ("classification", 40), "LlamaConfig": ("causal", 512), "T5Config": ("seq2seq", 512),
+        "ViTConfig": ("image", None),
+    }  # fmt: skip
+    assert not any(row.memory.estimated for each in found.values() for row in each.rows)
+    asked = deltaw.PlanConfig(methods="lora", task="regression", labels=5, length=8, device="cpu")
+    bert = transformers.BertConfig(**settings)
+    one, five = (
+        deltaw.plan(bert, dataclasses.replace(asked, task=t)).rows[0] for t in ("regression", "classification")
+    )
+    assert five.parameters - one.parameters == 4 * (32 + 1)
 
 
 def test_flops_are_counted_one_by_one() -> None:

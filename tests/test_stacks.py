@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 import deltaw
 from deltaw.cli.main import main
 from deltaw.config import RankConfig, SweepConfig, TrainConfig
-from deltaw.errors import FileError
+from deltaw.errors import AdapterError, FileError
 from deltaw.files import peft
 from deltaw.files.stacks import in_file, unstacked
 from deltaw.lowrank import delta_norm
@@ -144,6 +145,14 @@ def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets
     done = deltaw.sweep(str(tmp_path / "model"), tmp_path / "data.jsonl", training, options)
     assert [row["rank"] for row in done.results["rows"]] == [4, 2]
     assert bool(done.results["alike"]) == (targets == "all-linear")
+    together = dataclasses.replace(training, out=str(tmp_path / "t"))
+    with pytest.raises(
+        AdapterError, match=r"2 candidates cannot share a pass over this model(.|\n)*takes several inputs"
+    ):
+        deltaw.sweep(
+            str(tmp_path / "model"), tmp_path / "data.jsonl", together, dataclasses.replace(options, abreast=2)
+        )
+    assert not (tmp_path / "t" / "runs").exists()
     run = next((tmp_path / "s" / "runs").glob("*-r4-*"))
     results = deltaw.choose_rank(run, RankConfig(most=4)).results
     assert [row["rank"] for row in results["ranks"]] == [1, 2, 4]

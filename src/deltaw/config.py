@@ -285,13 +285,13 @@ class PlanConfig:
     """Methods, with commas, as compare takes them: full, bitfit, houlsby, pfeiffer, lin, adapterdrop, prefix, prompt, ia3,
     lora-qv, lora, dora; with settings of their own in brackets: lora(rank=64). Default: nine of these."""
     task: Task = "auto"
-    """causal, classification or seq2seq. auto: what the model's head is for."""
+    """What is learned: causal, classification, regression, seq2seq or image. auto: what the model's head is for."""
     labels: int = 2
     """Classes of a classification."""
     batch: int = 8
     """Records per forward pass."""
-    length: int = 512
-    """Tokens of the longest record, prompt and completion together."""
+    length: int | None = None
+    """Tokens of the longest record, prompt and completion together. Default: 512, or as many as the model has positions for."""
     dtype: DType = "auto"
     """Precision of the base weights: auto is bfloat16, but float32 on a CPU that is no faster in it. What is trained is
     float32."""

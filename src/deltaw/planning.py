@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from deltaw import available_memory
 from deltaw.config import PlanConfig, Task, TrainConfig
@@ -35,8 +41,11 @@ from deltaw.tasks import TASKS
 from deltaw.units import parse_size
 
 _OPENERS: dict[str, Any] = {
-    "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM,
+    "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM, "image": AutoModelForImageClassification,
 }  # fmt: skip
+_LENGTH = 512
+_IMAGE, _CHANNELS = 224, 3  # where the config does not say
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class PlannedMethod:
     """With it; None where the model has none."""
     flops_per_token: float | None
     """Forward and backward, the recomputation of checkpointing too; a multiplication and an addition are two. Counted over
-    all products of the step, attention's among them."""
+    all products of the step, attention's among them. Of a model of images: for each image."""
     largest_batch: int | None
     """Rows of a forward pass that fit in the memory that was given; None where none was, 0 where not one fits."""
     note: str = ""
@@ -74,6 +83,8 @@ class Planned:
     task: str
     dtype: str
     device: str
+    length: int | None
+    """Tokens of each row; None of images."""
     base_parameters: int
     base_bytes: int
     """Of a checkpoint of the whole model, in its precision."""
@@ -103,8 +114,8 @@ def plan(
         except TargetError as error:
             failed[name] = str(error)
     return Planned(
-        planner.name, planner.task, str(planner.dtype).removeprefix("torch."), planner.device, planner.base_parameters,
-        planner.base_bytes, tuple(rows), failed,
+        planner.name, planner.task, str(planner.dtype).removeprefix("torch."), planner.device, planner.length,
+        planner.base_parameters, planner.base_bytes, tuple(rows), failed,
     )  # fmt: skip
 
 
@@ -121,9 +132,10 @@ def _planner(model: Any, config: PlanConfig) -> _Planner:
         task = _usual_task(settings)
     task = task if config.task == "auto" else config.task
     if task in HEADED:
-        settings.num_labels = config.labels
-        if getattr(settings, "pad_token_id", None) is None:
-            settings.pad_token_id = 0
+        settings.num_labels = 1 if task == "regression" else config.labels
+    for key in {"seq2seq": ("pad_token_id", "decoder_start_token_id"), "causal": ()}.get(task, ("pad_token_id",)):
+        if getattr(settings, key, None) is None:
+            setattr(settings, key, 0)
     device = pick_device("auto").type if config.device == "auto" else config.device
     return _Planner(name, settings, task, _dtype(config.dtype, device), device, config)
 
@@ -138,12 +150,21 @@ def _config_of(model: str) -> Any:
 
 
 def _usual_task(settings: Any) -> Task:
-    """By the head that the checkpoint has; of an encoder alone, which has none of its own, classification."""
-    names = getattr(settings, "architectures", None) or [""]
+    """By the head that the checkpoint has; of an encoder alone, which has none of its own, classes of texts or of images."""
     if getattr(settings, "is_encoder_decoder", False):
         return "seq2seq"
-    causal = not names[0] or names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    return "causal" if causal else "classification"
+    names, kind = getattr(settings, "architectures", None), type(settings)
+    if names:
+        causal = names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    else:
+        causal = kind in AutoModelForCausalLM._model_mapping and kind not in AutoModelForMaskedLM._model_mapping
+    if causal:
+        return "causal"
+    texts, images = (
+        kind in opener._model_mapping
+        for opener in (AutoModelForSequenceClassification, AutoModelForImageClassification)
+    )
+    return "image" if images and not texts else "classification"
 
 
 def _dtype(dtype: str, device: str) -> torch.dtype:
@@ -174,9 +195,15 @@ class _Planner:
         self.base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in model.buffers()}
         self.weights = self.base_bytes + sum(buffers.values())
-        most = most_positions(model)
-        if most is not None and self.config.length > most:
-            raise ConfigError(f"length is {self.config.length}, and {self.name} has {most} positions.")
+        self.length = None if self.task == "image" else self._length(most_positions(model))
+
+    def _length(self, most: int | None) -> int:
+        asked = self.config.length
+        if asked is None:
+            return _LENGTH if most is None else min(_LENGTH, most)
+        if most is not None and asked > most:
+            raise ConfigError(f"length is {asked}, and {self.name} has {most} positions.")
+        return asked
 
     def _built(self) -> Any:
         if self.task not in _OPENERS:
@@ -202,17 +229,16 @@ class _Planner:
                 raise
             method, note = dataclasses.replace(method, add=True), "The model has no biases: its dense layers get some."
             parameters, size = counts(model, method)
-        rows, length = self.config.batch, self.config.length
-        plain, again = (self._passes(method, rows, length, checkpointed=on) for on in (False, True))
+        rows = self.config.batch
+        plain, again = (self._passes(method, rows, checkpointed=on) for on in (False, True))
         chosen = again if self.config.gradient_checkpointing else plain
         if plain is None or chosen is None:
             raise ConfigError(f"{self.name} has no checkpointing of activations.")
-        tokens = rows * padded(length)
         return PlannedMethod(
             name=name, parameters=parameters, share=parameters / self.base_parameters, adapter_bytes=size,
             bytes_with_optimizer=size + chosen.step.optimizer, memory=self._memory(chosen, plain),
             kept=plain.step.activations, kept_checkpointed=None if again is None else again.step.activations,
-            flops_per_token=None if chosen.estimated else chosen.step.flops / tokens,
+            flops_per_token=None if chosen.estimated else chosen.step.flops / self._tokens(rows),
             largest_batch=None if room is None else self._largest(method, room), note=note,
         )  # fmt: skip
 
@@ -222,15 +248,19 @@ class _Planner:
     def _largest(self, method: Any, room: int) -> int:
         @functools.cache
         def needed(rows: int) -> int:
-            plain = self._passes(method, rows, self.config.length, checkpointed=False)
+            plain = self._passes(method, rows, checkpointed=False)
             again = self.config.gradient_checkpointing
-            passes = self._passes(method, rows, self.config.length, checkpointed=True) if again else plain
+            passes = self._passes(method, rows, checkpointed=True) if again else plain
             assert passes is not None and plain is not None
             return self._memory(passes, plain).total
 
         return largest(needed, room)
 
-    def _passes(self, method: Any, rows: int, length: int, *, checkpointed: bool) -> Taken | None:
+    def _tokens(self, rows: int) -> int:
+        """With their padding; of images as many as there are."""
+        return rows if self.length is None else rows * padded(self.length)
+
+    def _passes(self, method: Any, rows: int, *, checkpointed: bool) -> Taken | None:
         """A step's bytes; None where the model has no checkpointing."""
         if checkpointed and not getattr(self.models[False], "supports_gradient_checkpointing", False):
             return None
@@ -241,14 +271,24 @@ class _Planner:
             batch=rows, optimizer=self.config.optimizer, gradient_checkpointing=checkpointed, steps=1, valid_share=0.0
         )
         loaded = Pretrained(model, None, self.name)
-        examples = [_example(self.task, length)] * rows
+        examples = [self._example()] * rows
         return taken(
-            model, method, examples, config, self.device, lambda m: TASKS[self.task].loss(loaded), rows * padded(length)
+            model, method, examples, config, self.device, lambda m: TASKS[self.task].loss(loaded), self._tokens(rows)
         )
 
+    def _example(self) -> Any:
+        """A record of the planned length, or an image of the model's size."""
+        return _image(self.settings) if self.length is None else _text(self.task, self.length)
 
-def _example(task: Task, length: int) -> Any:
-    """A record of so many tokens. All but the first are predicted, and of a completion all; class 0 of a text."""
+
+def _image(settings: Any) -> Item:
+    size = getattr(settings, "image_size", None) or _IMAGE
+    height, width = (size, size) if isinstance(size, int) else size
+    return Item({"pixel_values": torch.zeros(getattr(settings, "num_channels", _CHANNELS), height, width)}, 0, "")
+
+
+def _text(task: Task, length: int) -> Any:
+    """So many tokens. All but the first are predicted, and of a completion all; class 0 of a text."""
     ids = [1] * length
     if task == "causal":
         return Example(ids, [False] + [True] * (length - 1), "")

@@ -131,7 +131,7 @@ def _new_modules(model: Any, info: dict[str, Any]) -> dict[str, None]:
     """The modules of its head (what is outside the base model, and a pooler) that the checkpoint lacks, or has in another
     shape."""
     keys = [*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])]
-    body = f"{model.base_model_prefix}."
+    body = f"{_body(model)}."
     heads = [key for key in keys if not key.startswith(body) or "pooler" in key.split(".")]
     owners = {key.rpartition(".")[0] for key in heads}
     return dict.fromkeys(name for name, _ in model.named_modules() if name in owners)
@@ -139,11 +139,18 @@ def _new_modules(model: Any, info: dict[str, Any]) -> dict[str, None]:
 
 def head_of(model: Any, new: Iterable[str] = ()) -> tuple[str, ...]:
     """The modules with parameters outside the base model, and `new` ones inside it."""
-    body = model.base_model_prefix
+    body = _body(model)
     outside = [
         n for n, m in model.named_modules() if m._parameters and n and n != body and not n.startswith(f"{body}.")
     ]
     return tuple(dict.fromkeys([*outside, *new]))
+
+
+def _body(model: Any) -> str:
+    """The module that the head is put on: the base model, and where it is not under its usual name, the largest one."""
+    name: str = model.base_model_prefix
+    sizes = {child: sum(p.numel() for p in module.parameters()) for child, module in model.named_children()}
+    return name if name in sizes else max(sizes, key=sizes.__getitem__, default=name)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -65,7 +65,7 @@ class Task:
 class Progress:
     """Something that happened, for whoever shows it."""
 
-    kind: Literal["width", "started", "step", "finished"]
+    kind: Literal["left out", "width", "started", "step", "finished"]
     values: dict[str, Any]
 
 
@@ -123,13 +123,16 @@ class _Sweep:
         source = three_sets.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
         three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.options.test_most)
         self.scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
-        every = candidates(self.options, self._base(self.config.seed).loaded.model)
-        found = self._rows(every)
+        tried = candidates(self.options, self._base(self.config.seed).loaded.model)
+        for targets, why in tried.left_out.items():
+            self.on_event(Progress("left out", {"targets": targets, "why": why}))
+        found = self._rows(tried.candidates)
         choices = self._choices(found)
         results = {
             "settings": self._settings() | {"options": to_mapping(self.options)},
             "environment": environment.describe(),
             "chosen_by": self.scoring.chosen_by,
+            "left_out": tried.left_out,
             "rows": [row for row, _ in found],
             "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
             "compared": _compared(found),

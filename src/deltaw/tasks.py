@@ -280,7 +280,7 @@ def _recognised(records: Records, config: Any, data: DataConfig) -> str:
 
 def _classes(records: Records, config: Any) -> list[str]:
     """Those of the records; in the order of the model's head, where it has one for these."""
-    found = class_names(records.items)
+    found = class_names(records.items, records.source)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith(("ForSequenceClassification", "ForImageClassification")):
         own = [str(config.id2label[i]) for i in sorted(config.id2label)]

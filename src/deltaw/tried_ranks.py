@@ -3,13 +3,14 @@ and shapes; trains nothing."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltaw.config import SweepConfig
-from deltaw.errors import ConfigError, listing
+from deltaw.errors import ConfigError, TargetError, listing
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 
@@ -31,9 +32,19 @@ class Candidate:
         return f"r = {self.rank}, {self.targets}"
 
 
-def candidates(options: SweepConfig, model: Any) -> list[Candidate]:
-    """In the order in which they are given. `model`: any with the base's shapes. Raises ConfigError with everything wrong, and
-    TargetError for targets that there are not."""
+@dataclass(frozen=True)
+class Tried:
+    """What a sweep is made of."""
+
+    candidates: list[Candidate]
+    """In the order in which they are given."""
+    left_out: dict[str, str]
+    """Targets whose layers cannot hold the budget → why."""
+
+
+def candidates(options: SweepConfig, model: Any) -> Tried:
+    """`model`: any with the base's shapes. Raises ConfigError with everything wrong, and TargetError for targets that there are
+    not, that a rank does not fit, or of which none can hold the budget."""
     problems: list[str] = []
     ranks = numbers(options.ranks, int, "ranks", problems)
     learning_rates(options, 1.0, problems)
@@ -42,12 +53,11 @@ def candidates(options: SweepConfig, model: Any) -> list[Candidate]:
         raise ConfigError(listing("This sweep cannot be made:", problems))
     targets = choices(options)
     if count is not None:
-        found = [_made(options, each, _rank_for(count, options, each, model), ranks[0]) for each in targets]
-    else:
-        found = [_made(options, each, rank, ranks[0]) for each in targets for rank in ranks]
+        return _of_budget(count, options, targets, ranks[0], model)
+    found = [_made(options, each, rank, ranks[0]) for each in targets for rank in ranks]
     for candidate in found:
         candidate.method.plan(model)  # what does not fit is said before anything is trained
-    return found
+    return Tried(found, {})
 
 
 def choices(options: SweepConfig) -> list[str]:
@@ -96,12 +106,44 @@ def _count(text: str, problems: list[str]) -> int:
     return count
 
 
-def _rank_for(count: int, options: SweepConfig, targets: str, model: Any) -> int:
-    """The rank whose parameters are nearest to `count`, at least 1."""
-    one, two = (_parameters(_made(options, targets, rank, 1), model) for rank in (1, 2))
-    return max(1, round((count - one) / (two - one)) + 1)
+def _of_budget(count: int, options: SweepConfig, targets: Sequence[str], first: int, model: Any) -> Tried:
+    found, left_out = [], {}
+    for each in targets:
+        rank, fits = _rank_for(count, options, each, model)
+        if fits:
+            found.append(_made(options, each, rank, first))
+        else:
+            left_out[each] = f"{count:,} parameters would be r = {rank}, more than its layers have rows or columns"
+    if not found:
+        reasons = [f"{each}: {why}" for each, why in left_out.items()]
+        raise TargetError(listing("No choice of targets can hold this budget:", reasons))
+    return Tried(found, left_out)
 
 
-def _parameters(candidate: Candidate, model: Any) -> int:
-    updates: Sequence[Any] = list(candidate.method.plan(model).updates.values())
+def _rank_for(count: int, options: SweepConfig, targets: str, model: Any) -> tuple[int, bool]:
+    """The rank whose parameters are nearest to `count`, at least 1, and whether the layers have room for it."""
+
+    @functools.cache
+    def size(rank: int) -> int | None:
+        return _parameters(_made(options, targets, rank, 1), model)
+
+    rank, before = 1, set[int]()
+    while rank not in before:  # in proportion, but that a preset leaves out layers that are smaller than the rank
+        before.add(rank)
+        own = size(rank)
+        if own is None:
+            return rank, False
+        rank = max(1, round(rank * count / own))
+    near = {each: own for each in (rank - 1, rank, rank + 1) if each and (own := size(each)) is not None}
+    return min(near, key=lambda each: abs(near[each] - count)), True
+
+
+def _parameters(candidate: Candidate, model: Any) -> int | None:
+    """None where a layer is too small for the rank."""
+    try:
+        updates: Sequence[Any] = list(candidate.method.plan(model).updates.values())
+    except TargetError:
+        if candidate.rank == 1:
+            raise
+        return None
     return sum(p.numel() for p in {id(p): p for u in updates for p in u.parameters()}.values())

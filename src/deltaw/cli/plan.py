@@ -11,7 +11,7 @@ from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Plan
 
-SIZES = ("method", "trained", "share", "adapter", "with optimizer", "FLOPs/token")
+SIZES = ("method", "trained", "share", "adapter", "with optimizer")
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working", "heap")
 
 
@@ -25,9 +25,10 @@ def run(command: Plan) -> None:
         print(json.dumps(_plain(found), indent=1, ensure_ascii=False))
         return
     settings = command.plan
+    rows = "images" if found.length is None else f"× {found.length} tokens"
     show.out.print(
         f"\n{found.model}: {found.base_parameters:,} parameters, {units.size(found.base_bytes)} in {found.dtype}; "
-        f"{found.task}, batches of {settings.batch} × {settings.length} tokens, {settings.optimizer}, on {found.device}.",
+        f"{found.task}, batches of {settings.batch} {rows}, {settings.optimizer}, on {found.device}.",
         soft_wrap=True,
     )
     show.out.print(_sizes(found))
@@ -42,7 +43,7 @@ def run(command: Plan) -> None:
 
 
 def _sizes(found: Any) -> Any:
-    made = show.table(*SIZES)
+    made = show.table(*SIZES, "FLOPs/image" if found.length is None else "FLOPs/token")
     for row in found.rows:
         flops = "–" if row.flops_per_token is None else f"{row.flops_per_token:.3g}"
         made.add_row(

@@ -35,7 +35,10 @@ def run(command: Sweep) -> None:
 
 def _hear(event: Any, status: Any, *, quiet: bool) -> None:
     values = event.values
-    if event.kind == "width":
+    if event.kind == "left out":
+        if not quiet:
+            show.out.print(f"{values['targets']} is left out: {values['why']}.", style="yellow", soft_wrap=True)
+    elif event.kind == "width":
         each = "one after the other" if values["width"] == 1 else f"{values['width']} in one pass over the base"
         if not quiet:
             show.out.print(f"Candidates are trained {each}: {values['why']}.", style="dim", soft_wrap=True)

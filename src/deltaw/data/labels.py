@@ -37,9 +37,9 @@ def class_name(label: Any) -> str:
     return str(int(label)) if isinstance(label, bool) else str(label).strip()
 
 
-def class_names(records: Sequence[Record]) -> list[str]:
-    """The classes that there are: numbers by their size, names by the alphabet. Raises DataError where these cannot be
-    classes."""
+def class_names(records: Sequence[Record], source: str = "") -> list[str]:
+    """The classes that there are: numbers by their size, names by the alphabet. Raises DataError, with the records' `source`,
+    where these cannot be classes."""
     found = sorted({class_name(r.label) for r in records if r.label is not None})
     if all(number(name) is not None for name in found):
         found.sort(key=float)
@@ -50,7 +50,8 @@ def class_names(records: Sequence[Record]) -> list[str]:
             "secret. Leave these records out, or name all classes with labels."
         )
     if len(found) < 2:
-        raise DataError(f"All labels are {found[0] if found else 'missing'!r}: there is nothing to tell apart.")
+        said = f"All labels of {source}" if source else "All labels"
+        raise DataError(f"{said} are {found[0] if found else 'missing'!r}: there is nothing to tell apart.")
     if len(found) > _MOST_CLASSES:
         raise DataError(
             f"The labels are {len(found):,} different ones, {found[0]!r} and {found[1]!r} among them: more than classes could "

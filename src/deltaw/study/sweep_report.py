@@ -113,7 +113,10 @@ def sweep_report(results: Mapping[str, Any]) -> Report:
         curves=_curves(results, rows),
         maps=alike_maps(results["alike"]),
         tables=tables,
-        warnings=[f"{row['name']} failed: {row['error']}" for row in rows if "error" in row],
+        warnings=[
+            *(f"{targets} was left out: {why}." for targets, why in results["left_out"].items()),
+            *(f"{row['name']} failed: {row['error']}" for row in rows if "error" in row),
+        ],
         footer=in_words(results["environment"]),
     )
 
