@@ -42,18 +42,24 @@ def _rate(results: Mapping[str, Any]) -> list[str]:
 
 
 def _scale(results: Mapping[str, Any]) -> list[str]:
-    alpha = results["settings"].get("alpha")
-    fixed = "the same α" if alpha is None else f"α = {alpha:g}"
+    settings = results["settings"]
+    # Where none was given, α is the rank
+    alpha = settings.get("alpha") or (results["ranks"][-1]["rank"] if settings else None)
+    here = (
+        f"To train at another rank, keep {'the same α' if alpha is None else f'α = {alpha:g}'} and the learning rate."
+    )
+    if settings.get("scaling", "alpha/r") != "alpha/r":
+        here = "This run's scale is α/√r, of which this is not said."
     return [
         "With α the same for all ranks, a scale of α/r, the best learning rate hardly depends on the rank.",
-        f"To train at another rank, keep {fixed} and the learning rate.",
+        here,
         "Hu et al. 2021, section 4.1 (α is set to the first r tried, and not tuned); Schulman et al. 2025",
     ]
 
 
 def _amount(bits: float) -> str:
     for unit in ("", "k", "M", "G"):
-        if bits < 1000:
+        if bits < 999.5:  # what rounds to 1000 is 1k
             return f"{bits:.3g}{unit}"
         bits /= 1000
     return f"{bits:.3g}T"
