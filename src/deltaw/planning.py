@@ -133,7 +133,8 @@ def _planner(model: Any, config: PlanConfig) -> _Planner:
     task = task if config.task == "auto" else config.task
     if task in HEADED:
         settings.num_labels = 1 if task == "regression" else config.labels
-    for key in {"seq2seq": ("pad_token_id", "decoder_start_token_id"), "causal": ()}.get(task, ("pad_token_id",)):
+    # What the forward passes of these ask for; a bare config may lack it
+    for key in ("pad_token_id", "decoder_start_token_id") if task != "causal" else ():
         if getattr(settings, key, None) is None:
             setattr(settings, key, 0)
     device = pick_device("auto").type if config.device == "auto" else config.device
