@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,8 @@ def _sentence(results: Mapping[str, Any], targets: str, choice: Mapping[str, Any
 
 
 def why_no_smaller(tested: Sequence[Mapping[str, Any]], rank: int, margin: float) -> list[str]:
-    """What ended the tests below the recommended rank: a rank that is worse, or one of which these records cannot tell. And the
-    smallest rank that is enough by itself, but was not come to."""
+    """What ended the tests below the recommended rank: a rank that is worse, or one of which these records cannot tell, and then
+    the margin with which a smaller one would be enough. And the smallest rank that is enough by itself, but was not come to."""
     smaller = [each for each in tested if each["rank"] < rank]
     if not smaller:
         return []
@@ -70,10 +71,25 @@ def why_no_smaller(tested: Sequence[Mapping[str, Any]], rank: int, margin: float
     else:
         found = [
             f"r = {ended['rank']} is not shown to be enough, nor to be worse: {difference}, the margin {margin:.4f}; more "
-            "records would tell"
+            "records would tell",
+            *_with_more_margin(smaller, tested[-1]["loss"]["value"]),
         ]  # fmt: skip
     passing = min((each["rank"] for each in smaller if each["enough"]), default=None)
     return found + ([f"r = {passing} would be enough by itself"] if passing is not None else [])
+
+
+def _with_more_margin(smaller: Sequence[Mapping[str, Any]], loss: float) -> list[str]:
+    """The smallest of these ranks of which neither it nor a larger one is shown to be worse, and the margin that this takes."""
+    rank, most = 0, 0.0
+    for each in sorted(smaller, key=lambda each: -each["rank"]):
+        if each["difference"]["low"] > 0:
+            break
+        rank, most = each["rank"], max(most, each["difference"]["high"])
+    return (
+        [f"with a margin of {math.ceil(1000 * most / loss) / 10:g}% of the loss it would be r = {rank}"]
+        if loss > 0
+        else []
+    )
 
 
 def _of_targets(results: Mapping[str, Any]) -> str:
