@@ -122,7 +122,7 @@ def test_what_ended_the_tests_is_said() -> None:
     assert said == "r = 1 is worse: its loss less the largest rank's is 0.1500 [0.1000, 0.2000]"
     first, second, third = why_no_smaller([worse, tested(8, -0.1, 0.0, True), unclear, largest], 64, 0.01)
     assert first.startswith("r = 16 is not shown to be enough, nor to be worse: ") and "the margin 0.0100" in first
-    assert second == "with a margin of 1.5% of the loss it would be r = 8"
+    assert second == "r = 8 would be enough with a margin of 1.5% of the loss"
     assert third == "r = 8 would be enough by itself"
 
 
@@ -133,5 +133,5 @@ def test_the_margin_that_is_said_would_give_that_rank(worse: list[float]) -> Non
     choice = chosen(losses, 0.01)
     said = why_no_smaller([dataclasses.asdict(each) for each in choice.tested], choice.rank, choice.margin)
     for sentence in said:
-        if match := re.fullmatch(r"with a margin of (.*)% of the loss it would be r = (\d+)", sentence):
-            assert chosen(losses, float(match[1]) / 100).rank <= int(match[2]) < choice.rank
+        if match := re.fullmatch(r"r = (\d+) would be enough with a margin of (.*)% of the loss", sentence):
+            assert chosen(losses, float(match[2]) / 100).rank <= int(match[1]) < choice.rank

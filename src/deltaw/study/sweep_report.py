@@ -85,11 +85,9 @@ def _with_more_margin(smaller: Sequence[Mapping[str, Any]], loss: float) -> list
         if each["difference"]["low"] > 0:
             break
         rank, most = each["rank"], max(most, each["difference"]["high"])
-    return (
-        [f"with a margin of {math.ceil(1000 * most / loss) / 10:g}% of the loss it would be r = {rank}"]
-        if loss > 0
-        else []
-    )
+    if loss <= 0:
+        return []
+    return [f"r = {rank} would be enough with a margin of {math.ceil(1000 * most / loss) / 10:g}% of the loss"]
 
 
 def _of_targets(results: Mapping[str, Any]) -> str:
