@@ -344,7 +344,7 @@ def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
         return str(caught.value)
 
     same = [{"text": "t", "label": 1}] * 3
-    assert "All labels of records are '1': there is nothing to tell apart" in message(same)
+    assert "All labels of records in memory are '1': there is nothing to tell apart" in message(same)
     hidden = [{"text": "t", "label": i} for i in (0, 1, -1)]
     assert "records[2], say" in message(hidden) and "-1" in message(hidden)
     assert "task classification learns from labelled records, and these are prompt records" in message(
