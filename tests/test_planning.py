@@ -23,6 +23,7 @@ from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_comparing import RECORDS
 
 SMALL = deltaw.PlanConfig(methods="lora,full", batch=2, length=32, dtype="float32", device="cpu")
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 # Table 4 (GPT-3 r = 1 on q, v), Table 2 (RoBERTa base r = 8), Table 3 (GPT-2 M and L r = 4) of the paper
@@ -81,13 +82,7 @@ def test_the_parts_are_those_of_the_model(make: Any) -> None:
 
 def test_models_of_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Rows are images of the model's own size: nothing is asked about tokens."""
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-    }
-    config = transformers.ViTConfig(image_size=[16, 24], patch_size=8, num_channels=1, **settings)
+    config = transformers.ViTConfig(image_size=[16, 24], patch_size=8, num_channels=1, **SIZES)
     found = deltaw.plan(
         config, deltaw.PlanConfig(methods="lora,full", batch=2, device="cpu", dtype="float32", labels=3)
     )
@@ -106,19 +101,13 @@ def test_models_of_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 
 def test_the_task_and_the_length_where_they_are_not_given() -> None:
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-    }
     found = {
         type(config).__name__: deltaw.plan(config, deltaw.PlanConfig(methods="lora", batch=1, device="cpu"))
         for config in (
-            transformers.BertConfig(max_position_embeddings=40, **settings),
-            transformers.LlamaConfig(max_position_embeddings=4096, **settings),
+            transformers.BertConfig(max_position_embeddings=40, **SIZES),
+            transformers.LlamaConfig(max_position_embeddings=4096, **SIZES),
             transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
-            transformers.ViTConfig(image_size=16, patch_size=8, **settings),
+            transformers.ViTConfig(image_size=16, patch_size=8, **SIZES),
         )
     }
     assert {name: (each.task, each.length) for name, each in found.items()} == {
@@ -127,7 +116,7 @@ def test_the_task_and_the_length_where_they_are_not_given() -> None:
     }  # fmt: skip
     assert not any(row.memory.estimated for each in found.values() for row in each.rows)
     asked = deltaw.PlanConfig(methods="lora", task="regression", labels=5, length=8, device="cpu")
-    bert = transformers.BertConfig(**settings)
+    bert = transformers.BertConfig(**SIZES)
     one, five = (
         deltaw.plan(bert, dataclasses.replace(asked, task=t)).rows[0] for t in ("regression", "classification")
     )

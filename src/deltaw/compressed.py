@@ -75,7 +75,7 @@ def compress(
             layer: min(rank, len(s.values)) if rank is not None else s.rank_for(energy or 1.0)
             for layer, s in spectra.items()
         }
-    ranks = _told_apart(ranks, file)
+        ranks = _told_apart(ranks, file)
     peft.write(out, truncated(file, found, ranks))
     errors = {layer: math.sqrt(max(0.0, 1.0 - s.energy(ranks[layer]))) for layer, s in spectra.items()}
     total = sum(s.norm**2 for s in spectra.values())
@@ -99,7 +99,7 @@ def truncated(file: LoRAFile, found: Mapping[str, Triples], ranks: Mapping[str, 
     for layer in cut:
         dtype = file.factors[layer][0].dtype
         A, B, _ = found[layer].cut(rank=ranks[layer])
-        factors[layer] = in_file(A.to(dtype), B.to(dtype)) if A.ndim == 3 else (A.to(dtype), B.to(dtype))
+        factors[layer] = in_file(A.to(dtype), B.to(dtype))
         scales[layer] = 1.0
         if layer in biases:
             biases[layer] = biases[layer] * file.scales[layer]

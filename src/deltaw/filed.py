@@ -18,7 +18,7 @@ from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, weights_of
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
-from deltaw.weights import OnWeights, Stack
+from deltaw.weights import OnWeights
 
 
 def as_file(model: nn.Module, name: str) -> LoRAFile:
@@ -42,7 +42,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
     }
     made = LoRAFile(
         factors={keys[n]: (u.A, u.B if keys[n] == n else u.B / TWICE) for n, u in low_rank.items()}
-        | {n: _factors(u) for n, (_, u) in weights.items()},
+        | {n: in_file(u.A, u.B) for n, (_, u) in weights.items()},
         scales={keys[n]: u.scale for n, u in low_rank.items()} | {n: u.scale for n, (_, u) in weights.items()},
         config=_config(model, method, {keys[n]: u for n, u in low_rank.items()}, weights, others),
         embeddings=frozenset(n for n, u in low_rank.items() if u.kind is EmbeddingKind),
@@ -81,11 +81,6 @@ def _key(owner: nn.Module, layer: str, weights: _Weights) -> str:
     outer, _, own = layer.rpartition(".")
     wrapped = outer in weights and isinstance(owner.get_submodule(outer), nn.MultiheadAttention)
     return f"{outer}.base_layer.{own}" if wrapped else layer
-
-
-def _factors(update: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B as PEFT has them."""
-    return in_file(update.A, update.B) if isinstance(update, Stack) else (update.A, update.B)
 
 
 def _kernel(owner: Any, layer: str) -> tuple[int, ...]:

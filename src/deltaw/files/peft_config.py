@@ -144,9 +144,11 @@ def rank_of(layer: str, config: Mapping[str, Any]) -> Any:
 
 def rank_in(layer: str, A: Tensor, config: Mapping[str, Any]) -> int:
     """The r of a layer with this A: its rows, and of a stack of matrices, whose A's stand one under the other, those of one."""
-    rows, expected = A.shape[0], rank_of(layer, config)
-    stacked = config.get("target_parameters") and isinstance(expected, int) and expected > 0 and rows % expected == 0
-    return int(expected) if stacked else rows
+    rows = A.shape[0]
+    if not config.get("target_parameters"):
+        return rows
+    expected = rank_of(layer, config)
+    return expected if isinstance(expected, int) and expected > 0 and rows % expected == 0 else rows
 
 
 def scale_of(layer: str, rank: int, config: Mapping[str, Any]) -> float:

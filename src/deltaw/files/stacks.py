@@ -12,5 +12,7 @@ def unstacked(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def in_file(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The file's A and B of A [E, r, k] and B [E, d, r]."""
+    """The file's A and B of A [E, r, k] and B [E, d, r]; those of one matrix, A [r, k] and B [d, r], as they are."""
+    if A.ndim == 2:
+        return A, B
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)

@@ -106,8 +106,10 @@ def evaluate(
 
 
 def _check_finite(losses: RecordLosses | None) -> None:
-    bad = 0 if losses is None else sum(not math.isfinite(each) for each in losses.sums)
-    if losses is not None and bad:
+    if losses is None:
+        return
+    bad = sum(not math.isfinite(each) for each in losses.sums)
+    if bad:
         raise DataError(
             f"The loss of {bad} of {len(losses.sums)} records is not finite under this model: it has weights that are too "
             "large or not numbers, or its dtype is too narrow for them.\nTry --dtype float32; if that changes nothing, its "
