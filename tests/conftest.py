@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,25 @@ def tiny(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(2))
+
+
+def covering(*axes: Sequence[Any], cases: Iterable[tuple[Any, ...]] | None = None) -> list[Any]:
+    """Parameters of a test: all combinations, or these `cases` of them. So many that each value is in one are of the default
+    part, the rest are slow."""
+    every = list(itertools.product(*axes) if cases is None else cases)
+    used: Counter[tuple[int, Any]] = Counter()
+    first = set()
+    for place, axis in enumerate(axes):
+        for value in axis:
+            own = [case for case in every if case[place] == value]
+            if own and not used[place, value]:
+                case = min(own, key=lambda c: sum(used[part] for part in enumerate(c)))
+                first.add(case)
+                used.update(enumerate(case))
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=() if case in first else pytest.mark.slow)
+        for case in every
+    ]
 
 
 def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.2) -> Any:

@@ -161,6 +161,7 @@ def test_deepcopy_has_a_life_of_its_own(tiny: Any, ids: torch.Tensor) -> None:
     assert torch.equal(twin(ids).logits, base) and deltaw.adapters(tiny) == ("default",)
 
 
+@pytest.mark.slow
 def test_compile_gives_the_same_values_and_gradients_and_sees_switches(ids: torch.Tensor) -> None:
     torch._dynamo.reset()
     model = fill(attach(tiny_llama(layers=1).eval(), METHOD))

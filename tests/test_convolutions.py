@@ -75,6 +75,7 @@ def test_a_convolutions_life(name: str, method: type[LoRA], tmp_path: Path) -> N
     assert torch.equal(model(x), branch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_right(name: str) -> None:
     model, x = net(name)

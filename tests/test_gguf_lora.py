@@ -63,6 +63,7 @@ def test_what_llama_cpp_is_given(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.weight.lora_b"].data.copy()), update.B.detach())
 
 
+@pytest.mark.slow
 def test_rows_of_q_and_k_are_in_llama_cpps_order(smollm2_gguf: Path, smollm2: Path) -> None:
     """The real GGUF file was made by llama.cpp: its weights are transformers' own, in that order."""
     from gguf.quants import dequantize

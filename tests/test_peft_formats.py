@@ -21,7 +21,7 @@ from transformers import (
 
 from deltaw import LoRA, attach, combine, detach, load, merge, save, unmerge, using
 from deltaw.errors import FileError, MergeError
-from tests.conftest import assert_same, bits, snapshot, tiny_gpt2, tiny_llama
+from tests.conftest import assert_same, bits, covering, snapshot, tiny_gpt2, tiny_llama
 
 
 def tiny_bert() -> Any:
@@ -150,7 +150,7 @@ def merged_and_back(model: Any, expected: torch.Tensor, ids: torch.Tensor, *, po
     assert all(torch.equal(bits(model)[n], value) for n, value in before.items())
 
 
-@pytest.mark.parametrize(("config", "model"), CASES, ids=[f"{c}-{m}" for c, m in CASES])
+@pytest.mark.parametrize(("config", "model"), covering(list(CONFIGS), list(MODELS), cases=CASES))
 @pytest.mark.filterwarnings("ignore")
 def test_7_real_peft_and_we_agree(config: str, model: str, ids: torch.Tensor, tmp_path: Path) -> None:
     plain = model_of(model)

@@ -16,7 +16,7 @@ from deltaw import DataConfig, LoRA, TrainConfig
 from deltaw.errors import AdapterError, BaseMismatch, ConfigError, DataError, Interrupted, TargetError, TrainError
 from deltaw.methods.dora import DoRA
 from deltaw.training import loop as loop_module
-from tests.conftest import byte_llama, fill
+from tests.conftest import byte_llama, covering, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 WORDS = ["red", "blue", "green", "white", "black", "pink"]
@@ -31,7 +31,7 @@ def quick(tmp_path: Path, **changes: Any) -> TrainConfig:
         "epochs": 3,
         "batch": 5,
         "log_every": 2,
-        "samples": 2,
+        "samples": 0,
         "seed": 4,
     }
     return TrainConfig(**(settings | changes))
@@ -51,14 +51,9 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     before = weights(model)
-    result = deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
-    assert {p.name for p in result.folder.iterdir()} == {
-        "adapter",
-        "config.yaml",
-        "log.jsonl",
-        "result.json",
-        "report.html",
-    }
+    result = deltaw.train(model, RECORDS, quick(tmp_path, samples=2), method=METHOD, tokenizer=tokenizer)
+    names = {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html"}
+    assert {p.name for p in result.folder.iterdir()} == names and len(result.samples) == 2
     lines = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
     evals = [line["valid_loss"] for line in lines if line["event"] == "eval"]
     assert evals[-1] < evals[0] - 0.1 and result.state.step == 18 and result.state.records == 87
@@ -161,7 +156,7 @@ def test_a_line_of_the_log_is_the_mean_over_its_steps(small: Any, tmp_path: Path
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules(small: Any, tmp_path: Path, schedule: Any) -> None:
     model, tokenizer = small
-    config = quick(tmp_path, schedule=schedule, steps=10, warmup=2, log_every=1, samples=0)
+    config = quick(tmp_path, schedule=schedule, steps=10, warmup=2, log_every=1)
     log = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer).log
     rates = [line["lr"] / 0.02 for line in log if line["event"] == "step"]
     assert rates[0] == pytest.approx(1 / 3) and rates[2] == pytest.approx(1.0)
@@ -172,7 +167,7 @@ def test_schedules(small: Any, tmp_path: Path, schedule: Any) -> None:
 
 def test_early_stop_keeps_the_best(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
-    config = quick(tmp_path, lr=0.5, epochs=40, eval_every=4, patience=2, schedule="constant", samples=0, clip=0)
+    config = quick(tmp_path, lr=0.5, epochs=40, eval_every=4, patience=2, schedule="constant", clip=0)
     result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
     evals = [line for line in result.log if line["event"] == "eval"]
     assert result.state.stopped == "early" and result.state.step < 200
@@ -182,7 +177,7 @@ def test_early_stop_keeps_the_best(small: Any, tmp_path: Path) -> None:
 def test_minutes_end_a_run(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     result = deltaw.train(
-        model, RECORDS, quick(tmp_path, epochs=1000, minutes=0.02, samples=0), method=METHOD, tokenizer=tokenizer
+        model, RECORDS, quick(tmp_path, epochs=1000, minutes=0.02), method=METHOD, tokenizer=tokenizer
     )
     assert result.state.stopped == "minutes" and 0 < result.state.step < 6000
 
@@ -191,11 +186,11 @@ def test_minutes_are_for_training(small: Any, tmp_path: Path) -> None:
     """Held-out records that take long are not scored ten times in a short run."""
     model, tokenizer = small
     counts = {}
-    for name, valid in (("few", RECORDS[:2]), ("many", [{"prompt": "p" * 60, "completion": "c" * 60}] * 1500)):
+    for name, valid in (("few", RECORDS[:2]), ("many", [{"prompt": "p" * 60, "completion": "c" * 60}] * 600)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in valid))
         config = quick(
-            tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=1500, epochs=100_000,
-            minutes=0.05, samples=0,
+            tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=600, epochs=100_000,
+            minutes=0.025,
         )  # fmt: skip
         result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
         counts[name] = [line["step"] for line in result.log if line["event"] == "eval"]
@@ -256,7 +251,7 @@ def test_a_held_out_loss_that_is_not_finite_is_an_error_unless_there_is_a_better
 ) -> None:
     """The weights of a last step that went too far: no training loss is computed with them."""
     model, tokenizer = small
-    config = quick(tmp_path, lr=1e30, steps=1, epochs=1, schedule="constant", warmup=0, patience=patience, samples=0)
+    config = quick(tmp_path, lr=1e30, steps=1, epochs=1, schedule="constant", warmup=0, patience=patience)
     if patience is None:
         with pytest.raises(TrainError, match=r"held-out records is nan after step 1(.|\n)*smaller --lr"):
             deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
@@ -310,9 +305,7 @@ def test_on_a_gpu_training_is_the_same(small: Any, tmp_path: Path, monkeypatch: 
 
 def test_a_learning_rate_too_small_is_a_warning(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
-    result = deltaw.train(
-        model, RECORDS, quick(tmp_path, lr=1e-9, epochs=5, samples=0), method=METHOD, tokenizer=tokenizer
-    )
+    result = deltaw.train(model, RECORDS, quick(tmp_path, lr=1e-9, epochs=5), method=METHOD, tokenizer=tokenizer)
     assert any("ten times too small" in w for w in result.warnings)
 
 
@@ -322,7 +315,7 @@ def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> Non
     result = deltaw.train(
         model,
         RECORDS,
-        quick(tmp_path, samples=0, epochs=1),
+        quick(tmp_path, epochs=1),
         method=LoRA(rank=2, targets="spare,q"),
         tokenizer=tokenizer,
     )
@@ -334,11 +327,11 @@ def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> Non
     [
         {"gradient_checkpointing": True},
         {"dtype": "bfloat16"},
-        {"dtype": "float16"},
-        {"batch_tokens": 90},
+        pytest.param({"dtype": "float16"}, marks=pytest.mark.slow),
+        pytest.param({"batch_tokens": 90}, marks=pytest.mark.slow),
         {"lr_ratio": 4.0, "lr": 0.01},
         {"optimizer": "Muon"},
-        {"optimizer": "NAdam"},
+        pytest.param({"optimizer": "NAdam"}, marks=pytest.mark.slow),
     ],
 )
 def test_other_ways_to_train(small: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -353,22 +346,20 @@ def test_other_ways_to_train(small: Any, tmp_path: Path, changes: dict[str, Any]
     assert all(p.dtype == torch.float32 for p in deltaw.parameters(model))
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        DoRA(rank=4, alpha=6, targets="all-linear"),
-        LoRA(rank=4, alpha=6, targets="qv,embed_tokens"),
-        LoRA(rank=4, alpha=6, targets="qv", whole="lm_head,*norm"),
-        LoRA(rank=4, alpha=6, targets="qv", tokens="5,70,80"),
-    ],
-    ids=["dora", "embedding", "whole", "tokens"],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_more_than_A_and_B_trains_and_comes_back(small: Any, tmp_path: Path, method: LoRA, dtype: str) -> None:
+MORE = {
+    "dora": DoRA(rank=4, alpha=6, targets="all-linear"),
+    "embedding": LoRA(rank=4, alpha=6, targets="qv,embed_tokens"),
+    "whole": LoRA(rank=4, alpha=6, targets="qv", whole="lm_head,*norm"),
+    "tokens": LoRA(rank=4, alpha=6, targets="qv", tokens="5,70,80"),
+}
+
+
+@pytest.mark.parametrize(("more", "dtype"), covering(list(MORE), ["float32", "bfloat16"]))
+def test_what_is_more_than_A_and_B_trains_and_comes_back(small: Any, tmp_path: Path, more: str, dtype: str) -> None:
     model, tokenizer = small
     model.to(getattr(torch, dtype))
     plain = copy.deepcopy(model)
-    result = deltaw.train(model, RECORDS, quick(tmp_path), method=method, tokenizer=tokenizer)
+    result = deltaw.train(model, RECORDS, quick(tmp_path), method=MORE[more], tokenizer=tokenizer)
     assert result.state.last_loss is not None and result.state.first_loss is not None
     assert result.state.last_loss < result.state.first_loss - 0.1
     assert not result.warnings
@@ -436,7 +427,7 @@ def test_chat_records_train_too(small: Any, tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
         for r in RECORDS
     ]
-    config = quick(tmp_path, data=DataConfig(system="Be brief."))
+    config = quick(tmp_path, data=DataConfig(system="Be brief."), samples=2)
     result = deltaw.train(model, chats, config, method=METHOD, tokenizer=tokenizer)
     assert result.samples and result.data["supervised"] > 0
     assert deltaw.load(model, result.adapter, name="again") == "again"

@@ -128,7 +128,7 @@ def test_one_candidate_has_nothing_beside_it(place: Path, tmp_path: Path, capsys
     assert "no other to compare it with" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("abreast", [1, 2])
+@pytest.mark.parametrize("abreast", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path, abreast: int) -> None:
     """In turn to the bit; in one pass the same sums are taken in another order."""
     model = str(place / "model")

@@ -108,7 +108,9 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", list(TEXTS))
+@pytest.mark.parametrize(
+    "name", ["bert", "llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("roberta", "deberta", "gpt2"))]
+)
 def test_classes_of_texts_from_records_to_a_merged_model(name: str, tmp_path: Path, capsys: Any) -> None:
     base = folder_of(TEXTS[name], tmp_path)
     result = train(base, about(96), deltaw_config(CONFIG, tmp_path), method=LoRA(rank=4))
@@ -183,7 +185,7 @@ def test_quantities(tmp_path: Path) -> None:
     assert loaded.model.config.num_labels == 1
 
 
-@pytest.mark.parametrize("name", list(PAIRS))
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_completions_by_an_encoder_and_a_decoder(name: str, tmp_path: Path, capsys: Any) -> None:
     base = folder_of(PAIRS[name], tmp_path)
     records = [{"prompt": f"say {a}", "completion": a} for a in COLOURS] * 12
@@ -191,20 +193,8 @@ def test_completions_by_an_encoder_and_a_decoder(name: str, tmp_path: Path, caps
     result = train(base, records, config, method=deltaw.Full())
     assert result.settings["task"] == "seq2seq" and result.state.last_loss < 0.1, result.state
     assert [s.after for s in result.samples] == [s.reference for s in result.samples]
-    code = main(
-        [
-            "eval",
-            base,
-            write(tmp_path / "d.jsonl", records[:4]),
-            "--adapter",
-            str(result.adapter),
-            "--out",
-            str(tmp_path / "e.json"),
-            "--max-new-tokens",
-            "20",
-        ]
-    )
-    assert code == 0
+    words = ["eval", base, write(tmp_path / "d.jsonl", records[:4]), "--adapter", str(result.adapter)]
+    assert main([*words, "--out", str(tmp_path / "e.json"), "--max-new-tokens", "20"]) == 0
     scores = json.loads((tmp_path / "e.json").read_text())["adapter"]["scores"]
     assert scores["exact_match"]["value"] == 1.0 and scores["loss"]["value"] < 0.1
     assert main(["merge", base, str(result.adapter), "-o", str(tmp_path / "merged")]) == 0
@@ -274,6 +264,7 @@ def image_processor() -> Any:
     return ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
+@pytest.mark.slow
 def test_methods_train_the_head_with_them(tmp_path: Path) -> None:
     base = folder_of(TEXTS["bert"], tmp_path)
     for method in (deltaw.BitFit(), deltaw.IA3(), deltaw.Bottleneck(size=4), deltaw.Prefix(length=3), deltaw.Full()):

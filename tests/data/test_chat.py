@@ -91,6 +91,7 @@ def test_refusals_say_what_is_not_exact():
     assert "no text for it" in failure(CHATML.replace("{{ m.content }}<|im_end|>\n", "", 1), TALK[:2])
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2):
     assert supervised(smollm2) == ["Hello<|im_end|>", "All well<|im_end|>"]
     system = [Message("system", "Be brief."), *TALK]

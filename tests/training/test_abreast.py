@@ -17,7 +17,7 @@ from deltaw.training.abreast import Abreast
 from deltaw.training.item_loss import ClassLoss, DecoderLoss
 from deltaw.training.loop import Event, Loop
 from deltaw.training.loss import CompletionLoss
-from tests.conftest import assert_same, snapshot, tiny_gpt2, tiny_llama
+from tests.conftest import assert_same, covering, snapshot, tiny_gpt2, tiny_llama
 
 CONFIG = TrainConfig(steps=6, batch=3, lr=1e-2, dtype="float32", log_every=1, eval_every=3)
 CANDIDATES = [
@@ -112,8 +112,7 @@ def check(task: str, candidates: Any, width: int) -> None:
         assert_same(model, before)
 
 
-@pytest.mark.parametrize("task", list(TASKS))
-@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize(("task", "width"), covering(list(TASKS), [1, 2, 4]))
 def test_each_comes_out_as_it_does_alone(task: str, width: int) -> None:
     check(task, CANDIDATES, width)
 
