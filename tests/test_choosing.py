@@ -98,6 +98,7 @@ def test_a_planted_rank_is_found(taught: Path) -> None:
     assert f"r = {TRUE_RANK}: " in page and "against" in page and json.loads((taught / "run" / "rank.json").read_text())
 
 
+@pytest.mark.slow
 def test_noise_needs_the_smallest(tmp_path: Path) -> None:
     base = save_base(tmp_path / "model")
     with torch.no_grad():
@@ -107,6 +108,7 @@ def test_noise_needs_the_smallest(tmp_path: Path) -> None:
     assert found.rank == 1
 
 
+@pytest.mark.slow
 def test_the_command(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deltaw.compress(taught / "run" / "adapter", tmp_path / "cut", rank=2)
     words = ["rank", str(taught / "run"), "--most", "50", "--ranks", "1,3", "--out", str(tmp_path / "out")]

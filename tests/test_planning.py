@@ -51,6 +51,7 @@ def _model(preset: str) -> Any:
     return kind.from_config(PRESETS[preset].config())
 
 
+@pytest.mark.slow
 def test_gpt3s_checkpoint_and_adams_state() -> None:
     """Section 4.2: 175B parameters, 350 GB in 16 bits. Adam's moments alone are 1.4 TB in full precision."""
     config = deltaw.PlanConfig(methods="full,lora(rank=1,targets=qv)", batch=1, length=64, dtype="float16")
@@ -134,6 +135,7 @@ def test_flops_are_counted_one_by_one() -> None:
     assert large.flops_per_token - small.flops_per_token == pytest.approx(6 * more, rel=0.1)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_rows_and_memory_says_how_many_fit() -> None:
     config = tiny_llama().config
     one, two = (deltaw.plan(config, dataclasses.replace(SMALL, batch=n)).rows[0] for n in (2, 4))
@@ -178,6 +180,7 @@ def test_what_is_wrong_is_said() -> None:
         deltaw.plan(tiny_gpt2().config, dataclasses.replace(SMALL, length=200))
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "roberta-base", "--length", "64", "--device", "cpu", "--methods"]
     assert main([*words, "lora-qv", "--memory", "4GB"]) == 0

@@ -182,6 +182,7 @@ def test_minutes_end_a_run(small: Any, tmp_path: Path) -> None:
     assert result.state.stopped == "minutes" and 0 < result.state.step < 6000
 
 
+@pytest.mark.slow
 def test_minutes_are_for_training(small: Any, tmp_path: Path) -> None:
     """Held-out records that take long are not scored ten times in a short run."""
     model, tokenizer = small

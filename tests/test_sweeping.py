@@ -148,6 +148,7 @@ def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path
             torch.testing.assert_close(tensor, other[name], **close)
 
 
+@pytest.mark.slow
 def test_the_worse_half_is_ended_and_said_to_be(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +167,7 @@ def test_the_worse_half_is_ended_and_said_to_be(
     assert json.loads((out / "results.json").read_text())["rows"][0]["tried"] == row["tried"]
 
 
+@pytest.mark.slow
 def test_a_classifiers_head_is_each_seeds_own(tmp_path: Path) -> None:
     model, data = folder_of(TEXTS["bert"], tmp_path), write(tmp_path / "data.jsonl", about(40))
     done = sweep(model, data, TrainConfig(out=str(tmp_path / "s"), **BUDGET), SweepConfig(ranks="2,1", seeds=2))

@@ -168,6 +168,7 @@ def test_the_loss_is_that_of_each_record_and_rows_do_not_change_each_other(tmp_p
         torch.testing.assert_close(alone[0], torch.nn.functional.cross_entropy(logits[0], torch.tensor([1])))
 
 
+@pytest.mark.slow
 def test_quantities(tmp_path: Path) -> None:
     base = folder_of(TEXTS["bert"], tmp_path)
     chance = np.random.default_rng(0)
@@ -185,7 +186,8 @@ def test_quantities(tmp_path: Path) -> None:
     assert loaded.model.config.num_labels == 1
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(PAIRS))
 def test_completions_by_an_encoder_and_a_decoder(name: str, tmp_path: Path, capsys: Any) -> None:
     base = folder_of(PAIRS[name], tmp_path)
     records = [{"prompt": f"say {a}", "completion": a} for a in COLOURS] * 12
@@ -450,20 +452,8 @@ def test_sst2_on_minilm(tmp_path: Path) -> None:
     if not data.is_dir():
         pytest.skip(f"the data set is not at {data}")
     base = minilm()
-    train_ = [
-        "train",
-        base,
-        str(data),
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "60",
-        "--batch",
-        "16",
-        "--lr",
-        "2e-3",
-    ]
-    assert main(train_) == 0
+    words = ["train", base, str(data), "--out", str(tmp_path / "run"), "--steps", "60", "--batch", "16", "--lr", "2e-3"]
+    assert main([*words, "--valid-most", "32", "--eval-every", "60"]) == 0
     out = tmp_path / "scores.json"
     adapter = str(tmp_path / "run" / "adapter")
     assert main(["eval", base, str(data / "dev.jsonl"), "--adapter", adapter, "--out", str(out), "--most", "300"]) == 0
