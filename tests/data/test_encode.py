@@ -105,6 +105,7 @@ def test_settings_that_do_not_fit():
     assert "prompt is empty" in failure([{"prompt": "", "completion": "c"}], plain)
 
 
+@pytest.mark.slow
 def test_smollm2_labels(smollm2):
     result = encoded([{"prompt": "name[Blue Spice]", "completion": "Blue Spice."}], smollm2, separator="\n")
     (example,) = result.examples
