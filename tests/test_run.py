@@ -187,11 +187,11 @@ def test_minutes_are_for_training(small: Any, tmp_path: Path) -> None:
     """Held-out records that take long are not scored ten times in a short run."""
     model, tokenizer = small
     counts = {}
-    for name, valid in (("few", RECORDS[:2]), ("many", [{"prompt": "p" * 60, "completion": "c" * 60}] * 600)):
+    for name, valid in (("few", RECORDS[:2]), ("many", [{"prompt": "p" * 60, "completion": "c" * 60}] * 1500)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in valid))
         config = quick(
-            tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=600, epochs=100_000,
-            minutes=0.025,
+            tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=1500, epochs=100_000,
+            minutes=0.05,
         )  # fmt: skip
         result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
         counts[name] = [line["step"] for line in result.log if line["event"] == "eval"]

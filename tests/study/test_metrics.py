@@ -95,7 +95,7 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 
 
 @given(st.integers(2, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=25))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.filterwarnings("ignore")
 def test_resamples_of_class_scores_are_what_scikit_learn_says(classes: int, items: list[tuple[int, int]]) -> None:
     y, t = (np.array([pair[i] % classes for pair in items]) for i in (0, 1))
