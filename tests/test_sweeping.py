@@ -148,6 +148,16 @@ def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path
             torch.testing.assert_close(tensor, other[name], **close)
 
 
+def test_rates_that_differ_by_little_are_not_one_run(place: Path, tmp_path: Path) -> None:
+    config = TrainConfig(out=str(tmp_path / "s"), **BUDGET | {"steps": 1}, warmup=0)
+    done = sweep(str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2", lrs="0.0101,0.0102"))
+    (row,) = done.results["rows"]
+    first, second = row["tried"]
+    assert first["valid_loss"] != second["valid_loss"]
+    runs = sorted((tmp_path / "s/runs").glob("*/score.json"))
+    assert [json.loads(p.read_text())["task"]["lr"] for p in runs] == [0.0101, 0.0102]
+
+
 @pytest.mark.slow
 def test_the_worse_half_is_ended_and_said_to_be(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

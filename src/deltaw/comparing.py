@@ -147,7 +147,7 @@ class _Comparison:
     def _run(self, contestant: Contestant, lr: float, seed: int) -> dict[str, Any]:
         """A candidate's score: the one that is there, or of a new process. A failed one's is its error."""
         words = re.sub(r"[^\w.=+]+", "-", contestant.name).strip("-")
-        folder = self.folder / "runs" / f"{words}-{lr:.2g}-{seed}"
+        folder = self.folder / "runs" / f"{words}-{lr}-{seed}"
         train, valid, test = (str(three_sets.file_of(self.sets, name)) for name in three_sets.NAMES)
         run = to_mapping(dataclasses.replace(self.config, data=self.data_config))
         run |= {"lr": lr, "seed": seed, "valid": valid, "split": None}

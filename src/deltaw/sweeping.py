@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 
@@ -202,8 +202,8 @@ class _Sweep:
         return {task: (done or {}) | {"folder": str(self._folder(task))} for task, done in found.items()}
 
     def _folder(self, task: Task) -> Path:
-        words = re.sub(r"[^\w.,*]+", "-", task.candidate.targets).strip("-")
-        return self.folder / "runs" / f"{words}-r{task.candidate.rank}-{task.lr:.2g}-{task.seed}"
+        targets = quote(task.candidate.targets, safe=",*")  # each its own folder, whatever the pattern
+        return self.folder / "runs" / f"{targets}-r{task.candidate.rank}-{task.lr}-{task.seed}"
 
     def _key(self, task: Task) -> dict[str, Any]:
         """What decides about a run's result."""

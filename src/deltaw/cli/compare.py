@@ -39,10 +39,10 @@ def _hear(event: Any, status: Any) -> None:
     if event.kind == "timing":
         status.update("timing inference with each method …")
     elif event.kind == "started":
-        status.update(f"{values['name']}: lr {values['lr']:.2g}, seed {values['seed']} …")
+        status.update(f"{values['name']}: lr {values['lr']:g}, seed {values['seed']} …")
     else:
         show.out.print(
-            f"{values['name']:<12} lr {values['lr']:.2g}  seed {values['seed']}  {_outcome(values)}", soft_wrap=True
+            f"{values['name']:<12} lr {values['lr']:g}  seed {values['seed']}  {_outcome(values)}", soft_wrap=True
         )
 
 

@@ -53,7 +53,7 @@ def _hear(event: Any, status: Any, *, quiet: bool) -> None:
 
 
 def _named(values: dict[str, Any]) -> str:
-    return f"{values['name']}, lr {values['lr']:.2g}, seed {values['seed']}"
+    return f"{values['name']}, lr {values['lr']:g}, seed {values['seed']}"
 
 
 def _outcome(values: dict[str, Any]) -> str:

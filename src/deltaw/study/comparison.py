@@ -51,7 +51,7 @@ def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     memory = "–" if row["memory"] is None else units.size(row["memory"])
     loss = "–" if row["valid_loss"] is None else f"{row['valid_loss']:.4f}"
     own = [
-        row["name"], f"{row['lr']:.2g}", f"{row['parameters']:,}", f"{row['share']:.2%}", units.size(row["bytes"]),
+        row["name"], f"{row['lr']:g}", f"{row['parameters']:,}", f"{row['share']:.2%}", units.size(row["bytes"]),
         units.size(row["bytes_with_optimizer"]), memory, f"{row['step_seconds']:.2f} s", loss,
     ]  # fmt: skip
     return [*own, *(score(row["scores"][m]) for m in metrics)]
@@ -166,7 +166,7 @@ def _rates(row: Mapping[str, Any], by: str) -> list[list[object]]:
     tried: list[list[object]] = []
     for t in row["tried"]:
         loss = "failed" if t["error"] else t["valid_loss"]
-        tried.append([row["name"], f"{t['lr']:.2g}", loss, *([t["valid_score"]] if by != "loss" else [])])
+        tried.append([row["name"], f"{t['lr']:g}", loss, *([t["valid_score"]] if by != "loss" else [])])
     return tried
 
 

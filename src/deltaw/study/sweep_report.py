@@ -21,7 +21,7 @@ def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     if "error" in row:
         return [*first, "failed", *["–"] * (len(COLUMNS) - 4 + len(metrics))]
     own = [
-        f"{row['lr']:.2g}", f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]),
+        f"{row['lr']:g}", f"{row['parameters']:,}", units.size(row["bytes"]), units.size(row["bytes_with_optimizer"]),
         f"{row['step_seconds']:.2f} s",
     ]  # fmt: skip
     return [*first, *own, *(score(row["scores"][m]) for m in metrics)]
@@ -195,7 +195,7 @@ _CURVE = "Bars are 95% intervals over the test records; ranks that share the rec
 
 
 def _rates(rows: Sequence[Mapping[str, Any]]) -> Table:
-    tried = [[row["name"], f"{t['lr']:.2g}", _came_to(t)] for row in rows for t in row["tried"]]
+    tried = [[row["name"], f"{t['lr']:g}", _came_to(t)] for row in rows for t in row["tried"]]
     return Table("Learning rates", ["candidate", "lr", "held-out loss"], tried, note="The test records do not decide.")
 
 
