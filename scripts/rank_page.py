@@ -117,14 +117,15 @@ def allocated(swept: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
 def of_few_weights(swept: Mapping[str, Any], few: Mapping[str, Any]) -> str:
     """The loss of each rank on q and v alone, beside that on all dense layers, with the paper's accuracies (Table 6)."""
     ranks = sorted({row["rank"] for found in few.values() for row in found["rows"]})
-    rows = [["GPT-3 on WikiSQL (the paper)", "q,v", "–", *(TABLE_6.get(rank, "–") for rank in ranks)]]
+    rows = [["GPT-3 on WikiSQL (the paper)", "q,v", "–", "–", *(TABLE_6.get(rank, "–") for rank in ranks)]]
     for name, found in few.items():
         for where, each in (("q,v", found), ("all", swept[name])):
             losses = {row["rank"]: f"{row['scores']['loss']['value']:.4f}" for row in each["rows"]}
             enough = choice_of(each)["rank"]
             title = f"{each['settings']['model']} on {each['settings']['data']}"
-            rows.append([title, where, str(enough), *(losses.get(rank, "–") for rank in ranks)])
-    return table(["", "weights", "enough", *(f"r = {rank}" for rank in ranks)], rows)
+            seeds = len(each["rows"][0]["scores"]["loss"]["seeds"])
+            rows.append([title, where, str(seeds), str(enough), *(losses.get(rank, "–") for rank in ranks)])
+    return table(["", "weights", "seeds", "enough", *(f"r = {rank}" for rank in ranks)], rows)
 
 
 def of_weights(found: Any) -> str:
