@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltaw
-from deltaw.cli import main
+from deltaw.cli import main, show
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
@@ -242,6 +242,15 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["layers"]) == 14 and all(
         row["rank"] == 4 and row["scale"] == 1.5 and row["dW"] > 0 for row in found["layers"]
     )
+
+
+def test_a_path_is_on_one_line_of_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "/a" * 50 + "/report.html"
+    show.facts({"report": long, "held-out loss": "1.0"})
+    assert capsys.readouterr().out == f"report         {long}\nheld-out loss  1.0\n"
 
 
 def test_chat(place: Path, run: Run) -> None:

@@ -31,7 +31,7 @@ def run(command: Compare) -> None:
             timed.add_row(*cells)
         show.out.print(timed)
     show.out.print(f"\n{comparison.headline(results)}", soft_wrap=True)
-    show.out.print(show.facts({"report": str(done.report), "results": str(done.folder / "results.json")}))
+    show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 
 def _hear(event: Any, status: Any) -> None:

@@ -44,7 +44,7 @@ def run(command: Inspect) -> None:
         "base": str(file.config.get("base_model_name_or_path") or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
     }
-    show.out.print(show.facts(facts))
+    show.facts(facts)
     table = _table(rows if command.all_layers else _by_kind(rows)) if rows else None
     for shown in (table, _tensor_table(besides, "besides A and B")):
         if shown is not None:
@@ -75,7 +75,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
         "base": str(file.config.get("base_model_name_or_path") or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
     }
-    show.out.print(show.facts(facts))
+    show.facts(facts)
     show.out.print()
     show.out.print(_tensor_table(file.tensors, "tensors", every=command.all_layers))
 

@@ -25,7 +25,7 @@ def run(command: Rank) -> None:
     show.out.print(f"\n{rank_report.sentence(results)}", soft_wrap=True)
     for remark in rank_report.remarks(results):
         show.out.print(remark, style="dim", soft_wrap=True)
-    show.out.print(show.facts({"report": str(found.report), "results": str(found.report.with_suffix(".json"))}))
+    show.facts({"report": str(found.report), "results": str(found.report.with_suffix(".json"))})
 
 
 def _table(results: dict[str, Any], metrics: list[str]) -> Any:

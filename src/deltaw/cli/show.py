@@ -12,6 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from deltaw.names import by_family, in_order
 
@@ -46,14 +47,11 @@ def quiet_libraries() -> None:
     ours.propagate = False
 
 
-def facts(rows: dict[str, str]) -> Table:
-    """A value beside each label."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    made.add_column(style="dim", no_wrap=True)
-    made.add_column(overflow="fold")
+def facts(rows: dict[str, str]) -> None:
+    """Print a value beside each label. Where a line is too long the terminal breaks it, so a path is copied whole."""
+    width = max(map(len, rows))
     for label, value in rows.items():
-        made.add_row(label, value)
-    return made
+        out.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)
 
 
 def fitting(columns: Sequence[T], name: Callable[[T], str], taken: int) -> Iterator[Sequence[T]]:

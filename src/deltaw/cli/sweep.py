@@ -30,7 +30,7 @@ def run(command: Sweep) -> None:
     show.out.print(made)
     for sentence in sweep_report.sentences(done.results):
         show.out.print(f"\n{sentence}", soft_wrap=True)
-    show.out.print(show.facts({"report": str(done.report), "results": str(done.folder / "results.json")}))
+    show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 
 def _hear(event: Any, status: Any, *, quiet: bool) -> None:

@@ -142,7 +142,7 @@ def _summary(result: Any, command: Train) -> None:
         "adapter": f"{result.adapter}  {sizes[0]} (base {sizes[1]})",
         "report": str(result.report),
     }
-    show.out.print(show.facts(facts))
+    show.facts(facts)
     show.out.print("\nNext:", style="bold")
     for line in next_commands(command.model, str(result.adapter), result.settings):
         show.out.print(f"  {line}", soft_wrap=True)

@@ -13,7 +13,7 @@ def run(command: Unmerge) -> None:
     from deltaw.files.streamed import unmerge_files
 
     done = unmerge_files(command.merged, command.adapter, out)
-    show.out.print(f"Base: {out}  ({done.layers} layers restored)")
+    show.out.print(f"Base: {out}  ({done.layers} layers restored)", soft_wrap=True)
     if done.corrected:
         show.out.print("Every file has the bytes of the base's own: its sha256 is the same.", soft_wrap=True)
     elif done.exact:
