@@ -52,9 +52,9 @@ def result(name: str) -> Any:
 def titled(found: Any, shown: str) -> str:
     """A table under what it is of."""
     settings, first = found["settings"], found["rows"][0]
-    run, seeds = settings["run"], len(first["scores"]["loss"]["seeds"])
+    run, seeds = settings["run"], seeds_of(found)
     return (
-        f"**{settings['model']} on {settings['data']}**: {run['steps']} steps of {run['batch']} records, lr {first['lr']:g}, "
+        f"**{model_and_data(found)}**: {run['steps']} steps of {run['batch']} records, lr {first['lr']:g}, "
         f"{seeds} seed{'s' * (seeds > 1)}, at most {settings['test_most']:,} test records "
         f"({in_words(found['environment'])}).\n\n{shown}"
     )
@@ -122,9 +122,15 @@ def of_few_weights(swept: Mapping[str, Any], few: Mapping[str, Any]) -> str:
         for where, each in (("q,v", found), ("all", swept[name])):
             losses = {row["rank"]: f"{row['scores']['loss']['value']:.4f}" for row in each["rows"]}
             enough = choice_of(each)["rank"]
-            title = f"{each['settings']['model']} on {each['settings']['data']}"
-            seeds = len(each["rows"][0]["scores"]["loss"]["seeds"])
-            rows.append([title, where, str(seeds), str(enough), *(losses.get(rank, "–") for rank in ranks)])
+            rows.append(
+                [
+                    model_and_data(each),
+                    where,
+                    str(seeds_of(each)),
+                    str(enough),
+                    *(losses.get(rank, "–") for rank in ranks),
+                ]
+            )
     return table(["", "weights", "seeds", "enough", *(f"r = {rank}" for rank in ranks)], rows)
 
 
@@ -175,6 +181,15 @@ def choice_of(found: Any) -> Any:
     """Of a sweep of one choice of targets."""
     (choice,) = found["choices"].values()
     return choice
+
+
+def seeds_of(found: Any) -> int:
+    """How many each candidate of a sweep was trained with."""
+    return len(found["rows"][0]["scores"]["loss"]["seeds"])
+
+
+def model_and_data(found: Any) -> str:
+    return f"{found['settings']['model']} on {found['settings']['data']}"
 
 
 def beside_the_loss(found: Any) -> Sequence[str]:
