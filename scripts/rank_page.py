@@ -121,16 +121,8 @@ def of_few_weights(swept: Mapping[str, Any], few: Mapping[str, Any]) -> str:
     for name, found in few.items():
         for where, each in (("q,v", found), ("all", swept[name])):
             losses = {row["rank"]: f"{row['scores']['loss']['value']:.4f}" for row in each["rows"]}
-            enough = choice_of(each)["rank"]
-            rows.append(
-                [
-                    model_and_data(each),
-                    where,
-                    str(seeds_of(each)),
-                    str(enough),
-                    *(losses.get(rank, "–") for rank in ranks),
-                ]
-            )
+            counts = str(seeds_of(each)), str(choice_of(each)["rank"])
+            rows.append([model_and_data(each), where, *counts, *(losses.get(rank, "–") for rank in ranks)])
     return table(["", "weights", "seeds", "enough", *(f"r = {rank}" for rank in ranks)], rows)
 
 
