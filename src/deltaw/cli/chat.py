@@ -82,5 +82,5 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
         )
     reply = loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     if command.generation.beams > 1:
-        show.out.print(reply)
+        show.out.print(reply, soft_wrap=True)
     return reply
