@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def covering(*axes: Sequence[Any], cases: Iterable[tuple[Any, ...]] | None = Non
         pytest.param(*case, id="-".join(map(str, case)), marks=() if case in first else pytest.mark.slow)
         for case in every
     ]
+
+
+def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few combinations in which each two values of two axes meet: a covering array of strength 2, built greedily."""
+    names = list(axes)
+    places = [(name, index) for name in names for index in range(len(axes[name]))]
+    unmet = {(a, b) for a, b in itertools.combinations(places, 2) if a[0] != b[0]}
+    rows: list[dict[str, Any]] = []
+
+    def newly_met(row: Mapping[str, int], name: str, index: int) -> int:
+        return sum(((name, index), other) in unmet or (other, (name, index)) in unmet for other in row.items())
+
+    while unmet:
+        row: dict[str, int] = dict(min(unmet, key=lambda pair: (names.index(pair[0][0]), pair)))
+        for name in (name for name in names if name not in row):
+            row[name] = max(range(len(axes[name])), key=functools.partial(newly_met, dict(row), name))
+        unmet -= set(itertools.combinations([(name, row[name]) for name in names], 2))
+        rows.append({name: axes[name][row[name]] for name in names})
+    return rows
 
 
 def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.2) -> Any:

@@ -112,6 +112,13 @@ def test_autocast_leaves_float64_alone() -> None:
         torch.testing.assert_close(lowrank_linear(**t, scale=SCALE), reference(**t, scale=SCALE))
 
 
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    t = tensors()
+    (gradient,) = torch.autograd.grad(lowrank_linear(**t, scale=SCALE).pow(2).sum(), t["A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_an_unfrozen_weight_gets_its_gradient() -> None:
     t = tensors()
     t["W0"] = t["W0"].clone().requires_grad_()
@@ -192,11 +199,43 @@ def test_an_output_that_nothing_is_made_of_costs_no_gradient(used: tuple[int, ..
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("live", ["xAB", "x", "A", "B"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_saves_x_and_ax_but_never_the_branchs_output_or_a_mask(dropout: float) -> None:
-    x, W0 = torch.randn(50, 16), torch.randn(24, 16)
-    A, B = torch.randn(2, 16, requires_grad=True), torch.randn(24, 2, requires_grad=True)
+def test_saves_x_and_ax_but_never_the_branchs_output_or_a_mask(dropout: float, live: str) -> None:
+    x, W0 = torch.randn(50, 16, requires_grad="x" in live), torch.randn(24, 16)
+    A, B = torch.randn(2, 16, requires_grad="A" in live), torch.randn(24, 2, requires_grad="B" in live)
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
         lowrank_linear(x, W0, None, A, B, SCALE, dropout)
     assert sorted(saved) == sorted([(50, 16), (24, 16), (2, 16), (24, 2), (50, 2)])
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
+    t = tensors()
+    saved: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), torch.no_grad():
+        assert not lowrank_linear(**t, scale=SCALE).requires_grad
+    assert not saved
+
+
+def test_outside_training_fp32_is_rounded_as_the_formula_is_written() -> None:
+    """PEFT's order, so that its logits come out the same; training rounds once, and so do narrower dtypes."""
+    t = {name: value.detach() for name, value in tensors(torch.float32).items()}
+    written = torch.nn.functional.linear(t["x"], t["W0"], t["bias"]) + (t["x"] @ t["A"].t() @ t["B"].t()) * SCALE
+    assert torch.equal(lowrank_linear(**t, scale=SCALE, training=False), written)
+    narrow = {name: value.bfloat16() for name, value in t.items()}
+    once = lowrank_linear(**narrow, scale=SCALE)
+    assert torch.equal(lowrank_linear(**narrow, scale=SCALE, training=False), once)
+    assert (once - reference(**narrow, scale=SCALE)).abs().max() > 0
+
+
+def test_a_mask_is_drawn_from_as_many_as_a_generator_has_and_none_without_dropout() -> None:
+    torch.manual_seed(3)
+    seeds = [fused._seed() for _ in range(64)]
+    assert len(set(seeds)) == 64 and max(seeds).bit_length() > 56
+    t, state = tensors(), torch.get_rng_state()
+    lowrank_linear(**t, scale=SCALE)
+    lowrank_linear(**t, scale=SCALE, dropout=0.5, training=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    lowrank_linear(**t, scale=SCALE, dropout=0.5)
+    assert not torch.equal(torch.get_rng_state(), state)

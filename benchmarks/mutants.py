@@ -1,0 +1,245 @@
+"""Do the tests notice a fault? A seeded sample of small faults, planted one at a time, each against its file's own tests.
+
+    pip install cosmic-ray
+    python benchmarks/mutants.py                     # 320 mutants, two at a time
+    python benchmarks/mutants.py --sample 40 fused   # one module
+
+Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines. The mutants are
+cosmic-ray's: another operator, comparison, number or keyword, a removed `not`, decorator or loop. Those that change annotations
+only, which are never evaluated, are left out, as are `is` for `==` and those that want a variable's name. No file is changed: a
+forked process imports the mutated source in the module's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.abc
+import importlib.machinery
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS: Mapping[str, tuple[str, ...]] = {
+    "fused": ("tests/test_fused.py",),
+    "rows": ("tests/test_rows.py", "tests/test_switching.py"),
+    "routes": ("tests/test_routes.py", "tests/test_switching.py"),
+    "merged": ("tests/test_merged.py",),
+    "originals": ("tests/test_originals.py", "tests/test_merged.py"),
+    "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/test_run.py"),
+    "data.batches": ("tests/data/test_batches.py",),
+    "study.choice": ("tests/study/test_choice.py",),
+}
+"""Modules of deltaw, and the tests that are theirs."""
+SAME = ("_Eq_Is", "_NotEq_IsNot")
+"""Operators whose mutants mean the same, for values that Python keeps once."""
+PRELOADED = ("torch", "numpy", "transformers.models.llama.modeling_llama", "pytest", "hypothesis", "safetensors.torch")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    module: str
+    operator: str
+    """cosmic-ray's name of it."""
+    occurrence: int
+    source: str
+    """The whole mutated module."""
+    change: tuple[str, ...]
+    """Lines taken out (-) and put in (+)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    module: str
+    operator: str
+    change: tuple[str, ...]
+    outcome: str
+    """ "killed", "timeout" (noticed as well) or "survived"."""
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)}; all unless named")
+    parser.add_argument("--sample", type=int, default=320, help="mutants, spread over modules by their number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    chosen = parser.parse_args()
+    modules = chosen.modules or list(TESTS)
+    if unknown := [name for name in modules if name not in TESTS]:
+        parser.error(f"no tests are listed for {', '.join(unknown)}; modules: {', '.join(TESTS)}")
+    mutants = sample([mutant for name in modules for mutant in mutants_of(name)], chosen.sample, chosen.seed)
+    preload()
+    limits = {name: 20 + 4 * clean_run(name) for name in modules}
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        verdicts = list(pool.map(lambda mutant: judged(mutant, limits[mutant.module]), mutants))
+    report(verdicts, chosen.seed, whole=not chosen.modules)
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    """All that cosmic-ray's operators make of a module, in a fixed order."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    source = path_of(module).read_text(encoding="utf-8")
+    evaluated, mutants = tree_of(source), []
+    for name in sorted(operator_names()):
+        operator = get_operator(name)
+        if operator.arguments() or name.endswith(SAME):
+            continue
+        occurrence = 0
+        while (changed := mutate_code(source, operator(), occurrence)) is not None:
+            if tree_of(changed) not in (evaluated, None):
+                mutants.append(Mutant(module, name, occurrence, changed, lines_changed(source, changed)))
+            occurrence += 1
+    return mutants
+
+
+def tree_of(source: str) -> str | None:
+    """What of a module is evaluated, as text; None where it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def lines_changed(source: str, changed: str) -> tuple[str, ...]:
+    lines = difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0, lineterm="")
+    return tuple(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
+
+
+def sample(mutants: Sequence[Mutant], size: int, seed: int) -> list[Mutant]:
+    """A seeded sample, from each module as many as its share of all mutants."""
+    chance, by_module = random.Random(seed), Counter(mutant.module for mutant in mutants)
+    picked: list[Mutant] = []
+    for module, count in by_module.items():
+        share = min(count, max(1, round(size * count / len(mutants))))
+        picked += chance.sample([mutant for mutant in mutants if mutant.module == module], share)
+    return picked
+
+
+def preload() -> None:
+    """Import what takes long and is not tested, once for all forks."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
+def clean_run(module: str) -> float:
+    """Seconds that the tests take without a mutant. Exits where they fail."""
+    mutant = Mutant(module, "", 0, path_of(module).read_text(encoding="utf-8"), ())
+    verdict = judged(mutant, 600)
+    if verdict.outcome != "survived":
+        sys.exit(f"The tests of {module} fail without a mutant: {' '.join(tests_of(module))}")
+    return verdict.seconds
+
+
+def judged(mutant: Mutant, limit: float) -> Verdict:
+    """Run the module's tests against one mutant, in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(mutant,))
+    begin = time.monotonic()
+    process.start()
+    process.join(limit)
+    outcome = "survived" if process.exitcode == 0 else "killed"
+    if process.is_alive():
+        outcome = "timeout"
+        process.kill()
+        process.join()
+    verdict = Verdict(mutant.module, mutant.operator, mutant.change, outcome, round(time.monotonic() - begin, 1))
+    if mutant.change:
+        print(f"{outcome:9}{verdict.seconds:6.1f} s  {mutant.module}  {' | '.join(mutant.change)}", flush=True)
+    return verdict
+
+
+def run_tests(mutant: Mutant) -> None:
+    """In the forked process: exit code 0 when no test noticed."""
+    import pytest
+
+    os.chdir(ROOT)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.meta_path.insert(0, Planted(mutant))
+    choice = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    os._exit(int(pytest.main([*choice, *tests_of(mutant.module)])))
+
+
+class Planted(importlib.abc.MetaPathFinder):
+    """Finds the mutated source where the module is imported."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name, self.mutant = f"deltaw.{mutant.module}", mutant
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        loader = MutatedLoader(fullname, str(path_of(self.mutant.module)), self.mutant.source)
+        return importlib.machinery.ModuleSpec(fullname, loader, origin=loader.path)
+
+
+class MutatedLoader(importlib.machinery.SourceFileLoader):
+    def __init__(self, fullname: str, path: str, source: str) -> None:
+        super().__init__(fullname, path)
+        self.source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.source, self.path, "exec", dont_inherit=True)
+
+
+def tests_of(module: str) -> Iterator[str]:
+    return (path for path in TESTS[module] if (ROOT / path).exists())
+
+
+def path_of(module: str) -> Path:
+    return ROOT / "src" / "deltaw" / f"{module.replace('.', '/')}.py"
+
+
+def report(verdicts: Sequence[Verdict], seed: int, *, whole: bool) -> None:
+    """Print the shares; write results/mutants.json when all modules were tried."""
+    noticed = [verdict for verdict in verdicts if verdict.outcome != "survived"]
+    modules = {
+        name: {
+            "mutants": sum(verdict.module == name for verdict in verdicts),
+            "noticed": sum(verdict.module == name for verdict in noticed),
+        }
+        for name in dict.fromkeys(verdict.module for verdict in verdicts)
+    }
+    result = {
+        "seed": seed,
+        "mutants": len(verdicts),
+        "noticed": len(noticed),
+        "share": round(len(noticed) / len(verdicts), 3),
+        "modules": modules,
+        "survivors": [asdict(verdict) for verdict in verdicts if verdict.outcome == "survived"],
+    }
+    if whole:
+        import machine
+
+        machine.write("mutants", result)
+    else:
+        print({key: result[key] for key in ("mutants", "noticed", "share")})
+
+
+if __name__ == "__main__":
+    main()
