@@ -63,6 +63,20 @@ def test_what_llama_cpp_is_given(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.weight.lora_b"].data.copy()), update.B.detach())
 
 
+@pytest.mark.parametrize(
+    ("heads", "theirs"),
+    [
+        (1, [0, 3, 1, 4, 2, 5]),  # three pairs in a head: none of these orders is its own inverse
+        (2, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]),
+        (3, [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]),
+    ],
+)
+def test_each_pair_of_a_head_is_together_in_llama_cpp(heads: int, theirs: list[int]) -> None:
+    B = torch.arange(len(theirs) * 2).view(len(theirs), 2)
+    assert torch.equal(_halves(B, heads, False), B[theirs])
+    assert torch.equal(_halves(B[theirs], heads, True), B)
+
+
 @pytest.mark.slow
 def test_rows_of_q_and_k_are_in_llama_cpps_order(smollm2_gguf: Path, smollm2: Path) -> None:
     """The real GGUF file was made by llama.cpp: its weights are transformers' own, in that order."""
