@@ -15,7 +15,7 @@ from deltaw.config import TrainConfig
 from deltaw.data import Encoded, held_out_split, read
 from deltaw.data.sources import is_path
 from deltaw.errors import AdapterError, ConfigError, DataError
-from deltaw.pretrained import HEADED, Pretrained, head_of, read_config
+from deltaw.pretrained import HEADED, Pretrained, check_vocabulary, head_of, read_config, settle_padding
 from deltaw.tasks import opened, prepared, recognised, task_of
 
 
@@ -106,7 +106,10 @@ def with_head(method: Any, head: Sequence[str]) -> Any:
 def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
     task, labels = config.data.task, config.data.labels
     if isinstance(model, (str, Path)):
-        return opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
+        loaded = opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
+        if task != "image":
+            check_vocabulary(loaded.model, loaded.tokenizer, loaded.name)
+        return loaded
     if tokenizer is None:
         raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
     if "default" in attached.adapters(model):
@@ -119,6 +122,10 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
             f"num_labels={len(labels)}."
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if task != "image":
+        check_vocabulary(model, tokenizer, name)
+    if task in ("classification", "regression"):
+        settle_padding(model, tokenizer, name, scored=True, own=False)
     return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
 
 

@@ -23,7 +23,7 @@ from deltaw.errors import DataError, FileError, listing
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
 from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import Pretrained, load_pretrained, pad_id
+from deltaw.pretrained import Pretrained, load_pretrained, pad_id, row_padding
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
 from deltaw.updates import Replaced
@@ -150,7 +150,7 @@ class Classification(Task):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return ClassLoss(loaded.model, pad_id(loaded.tokenizer))
+        return ClassLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
 
     @classmethod
     def answer(
@@ -196,7 +196,7 @@ class Regression(Classification):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return SquaredLoss(loaded.model, pad_id(loaded.tokenizer))
+        return SquaredLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
 
     @classmethod
     def answers_of(cls, logits: Tensor) -> list[Any]:
