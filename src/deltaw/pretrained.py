@@ -237,10 +237,18 @@ def _check_padding(model: Any, tokenizer: Any, source: str) -> None:
         )
 
 
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's embedding of tokens; None where it has no such table."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # transformers' way to say that there is none
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
 def check_vocabulary(model: Any, tokenizer: Any, source: str, rows: int = 0) -> None:
     """Raise ConfigError for a tokenizer with tokens that the model has no row of the embedding for, nor an adapter's `rows`."""
-    embedding = model.get_input_embeddings()
-    known = max(rows, int(getattr(embedding, "num_embeddings", 0)))
+    known = max(rows, vocabulary_size(model) or 0)
     if not known or not hasattr(tokenizer, "get_vocab"):
         return
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= known)
