@@ -103,9 +103,9 @@ class TrainConfig:
     optimizer: Optimizer = "AdamW"
     """One of torch.optim's, with its defaults."""
     weight_decay: float = 0.0
-    """Weight decay of A and B; AdamW's is decoupled."""
+    """Weight decay of A, B and other trained matrices; AdamW's is decoupled. Biases, norms and other vectors have none."""
     lr_ratio: float = 1.0
-    """Learning rate of B over that of A, which is lr. LoRA+ takes 2 to 16."""
+    """Learning rate of B over that of A, which is lr. LoRA+ takes 2 to 16. What is neither (a head, a magnitude) has lr."""
     seed: int = 0
     """Seed of A, of dropout and of the order of records."""
     dtype: DType = "auto"

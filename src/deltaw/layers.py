@@ -100,7 +100,8 @@ class Conv1DKind(Kind):
 
 
 class EmbeddingKind(Kind):
-    """`nn.Embedding`, a dense layer of one-hot vectors: k tokens, d dimensions, the weight stored [k, d]. It has no dropout."""
+    """`nn.Embedding`, a dense layer of one-hot vectors: k tokens, d dimensions, the weight stored [k, d]. The row of
+    `padding_idx` takes no update, as it gets no gradient in PyTorch. Dropout zeroes a token's one entry: all of its branch."""
 
     layer_class = nn.Embedding
     transposed = True
@@ -111,7 +112,10 @@ class EmbeddingKind(Kind):
     def branch(cls, layer: Any, x: Tensor, update: Any, bias: Tensor | None) -> Tensor:
         """x: token ids [...] → [..., d]."""
         out = own_forward(layer)(itself(layer), x)
-        return out + (F.embedding(x, update.A.t()) @ update.B.t() * update.scale).to(out.dtype)
+        Ax = F.embedding(x, update.A.t(), layer.padding_idx)
+        if update.training and update.dropout:
+            Ax = Ax * F.dropout(Ax.new_ones(*x.shape, 1), update.dropout)
+        return out + (Ax @ update.B.t() * update.scale).to(out.dtype)
 
 
 class ConvKind(Kind):
@@ -237,6 +241,11 @@ def why_bypassed(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return "its forward was replaced on the object (accelerate does so to offload a layer), which would bypass the update"
     return None
+
+
+def padding_token(layer: nn.Module | Weight) -> int | None:
+    """The token of an embedding whose row gets no gradient and no update (`padding_idx`); None where there is none."""
+    return layer.padding_idx if isinstance(layer, nn.Embedding) else None
 
 
 def shape(layer: nn.Module | Weight) -> tuple[int, int]:

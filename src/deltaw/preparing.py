@@ -13,9 +13,18 @@ import torch
 from deltaw import attached
 from deltaw.config import TrainConfig
 from deltaw.data import Encoded, held_out_split, read
+from deltaw.data.items import Item
 from deltaw.data.sources import is_path
-from deltaw.errors import AdapterError, ConfigError, DataError
-from deltaw.pretrained import HEADED, Pretrained, head_of, read_config
+from deltaw.errors import AdapterError, ConfigError, DataError, listing
+from deltaw.pretrained import (
+    HEADED,
+    Pretrained,
+    check_vocabulary,
+    head_of,
+    read_config,
+    settle_padding,
+    vocabulary_size,
+)
 from deltaw.tasks import opened, prepared, recognised, task_of
 
 
@@ -50,15 +59,27 @@ def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenize
     begun = _begin(model, data, config, getattr(method, "positions", 0), tokenizer)
     loaded, config = begun.loaded, begun.config
     task = task_of(config.data)
-    return Prepared(
-        loaded,
-        data,
-        config,
-        with_head(method, loaded.head),
-        task.encode(begun.train, loaded, config.data),
-        task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None,
-        begun.valid,
-    )
+    encoded = task.encode(begun.train, loaded, config.data)
+    valid = task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None
+    _check_ids(loaded, [*encoded.examples, *(valid.examples if valid is not None else ())])
+    return Prepared(loaded, data, config, with_head(method, loaded.head), encoded, valid, begun.valid)
+
+
+def _check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
+    """Raise DataError for records with ids that the model has no embedding for: its tokenizer is another model's."""
+    config: Any = getattr(loaded.model, "config", None)
+    sizes = {"input_ids": vocabulary_size(loaded.model), "token_type_ids": getattr(config, "type_vocab_size", None)}
+    problems = []
+    for example in examples if hasattr(loaded.tokenizer, "get_vocab") else ():
+        for name, size in sizes.items():
+            ids = example.inputs.get(name, ()) if isinstance(example, Item) else getattr(example, name, ())
+            if size and max(ids, default=0) >= size:
+                problems.append(f"{example.place}: its {name} go up to {max(ids)}, the model has embeddings for {size}")
+    if problems:
+        raise DataError(
+            listing(f"{len(problems)} records do not fit {loaded.name}:", problems)
+            + "\nIs the tokenizer that of another model?"
+        )
 
 
 def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
@@ -106,7 +127,10 @@ def with_head(method: Any, head: Sequence[str]) -> Any:
 def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
     task, labels = config.data.task, config.data.labels
     if isinstance(model, (str, Path)):
-        return opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
+        loaded = opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
+        if task != "image":
+            check_vocabulary(loaded.model, loaded.tokenizer, loaded.name)
+        return loaded
     if tokenizer is None:
         raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
     if "default" in attached.adapters(model):
@@ -119,6 +143,10 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
             f"num_labels={len(labels)}."
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if task != "image":
+        check_vocabulary(model, tokenizer, name)
+    if task in ("classification", "regression"):
+        settle_padding(model, tokenizer, name, scored=True, own=False)
     return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
 
 

@@ -4,6 +4,7 @@ adapters."""
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,7 +29,9 @@ from transformers import (
 )
 
 from deltaw.config import DType, Task
-from deltaw.errors import FileError, listing, nearest
+from deltaw.errors import ConfigError, FileError, listing, nearest
+from deltaw.modes import evaluating
+from deltaw.plain import plain_class
 
 log = logging.getLogger("deltaw")
 
@@ -81,7 +85,7 @@ def load_pretrained(
         tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
         opened: Any = model_class.from_pretrained(
             **arguments, **_head(task, labels), dtype=_pick_dtype(dtype, where, arguments, to_train),
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report, which is judged below
         )  # fmt: skip
         model, info = opened[0].eval().to(where), opened[1]
     except ImportError as error:
@@ -91,16 +95,11 @@ def load_pretrained(
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FileError(f"{source} cannot be loaded as {kind}: {_first_line(error)}") from error
     new = _new_modules(model, info) if task in HEADED else {}
-    lost = sorted(name for name in info["missing_keys"] if name.rpartition(".")[0] not in new)
-    if lost:
-        raise FileError(
-            listing(f"{source} lacks {len(lost)} weights of a {type(model).__name__}, which would be random:", lost)
-            + "\nIs it another kind of model (an encoder?), or is a file of it missing?"
-        )
+    _judge(model, info, new, source)
     if task == "causal":
         _check_causal(model, source)
-    elif task != "image" and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = pad_id(tokenizer)  # by which a decoder's head finds the end of a text
+    elif task != "image":
+        settle_padding(model, tokenizer, source, scored=task in HEADED)
     if "gguf_file" in arguments:
         _forget_gguf(model)
     return Pretrained(model, tokenizer, source, head_of(model, new) if task in HEADED else (), tuple(new))
@@ -119,22 +118,49 @@ def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
     if task not in HEADED or (labels is None and task != "regression"):
         return {}
     if task == "regression":
-        return {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
+        return {"num_labels": 1, "problem_type": "regression"}
     names = list(labels or ())
     return {
         "num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)},
-        "problem_type": "single_label_classification", "ignore_mismatched_sizes": True,
+        "problem_type": "single_label_classification",
     }  # fmt: skip
 
 
 def _new_modules(model: Any, info: dict[str, Any]) -> dict[str, None]:
-    """The modules of its head (what is outside the base model, and a pooler) that the checkpoint lacks, or has in another
-    shape."""
-    keys = [*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])]
+    """The modules of its head that the checkpoint lacks, or has in another shape; and a pooler that it lacks."""
     body = f"{_body(model)}."
-    heads = [key for key in keys if not key.startswith(body) or "pooler" in key.split(".")]
+    heads = [key for key in info["missing_keys"] if not key.startswith(body) or "pooler" in key.split(".")]
+    heads += [key for key, *_ in info["mismatched_keys"] if not key.startswith(body)]
     owners = {key.rpartition(".")[0] for key in heads}
     return dict.fromkeys(name for name, _ in model.named_modules() if name in owners)
+
+
+def _judge(model: Any, info: dict[str, Any], new: Iterable[str], source: str) -> None:
+    """Raise FileError for weights that would be random, but for those of `new` modules; warn of weights of the body that the
+    checkpoint has and the model does not. `info` is transformers' report on loading."""
+    new = set(new)
+    lost = [name for name in info["missing_keys"] if name.rpartition(".")[0] not in new]
+    other = [
+        f"{key}: {list(there)} in the checkpoint, {list(wanted)} by its config"
+        for key, there, wanted in info["mismatched_keys"]
+        if key.rpartition(".")[0] not in new
+    ]
+    problems = [*sorted(lost), *sorted(other), *info["error_msgs"]]
+    if problems:
+        shapes = " Was a size in its config.json changed?" if other else ""
+        raise FileError(
+            listing(
+                f"{source} lacks {len(problems)} weights of a {type(model).__name__}, which would be random:", problems
+            )
+            + f"\nIs it another kind of model (an encoder?), or is a file of it missing?{shapes}"
+        )
+    body = f"{_body(model)}."
+    unread = sorted(k for k in info["unexpected_keys"] if k.startswith(body) and "pooler" not in k.split("."))
+    if unread:
+        log.warning(
+            "%s has %d weights that a %s of this config does not read (%s …): they are left out. Was its number of layers "
+            "changed?", source, len(unread), type(model).__name__, unread[0],
+        )  # fmt: skip
 
 
 def head_of(model: Any, new: Iterable[str] = ()) -> tuple[str, ...]:
@@ -158,6 +184,82 @@ def pad_id(tokenizer: Any) -> int:
     if getattr(tokenizer, "pad_token_id", None) is not None:
         return int(tokenizer.pad_token_id)
     return int(getattr(tokenizer, "eos_token_id", None) or 0)
+
+
+def row_padding(model: Any, tokenizer: Any) -> int:
+    """The token that rows of a classifier are filled with: the one that its head skips to find a text's last token."""
+    own = _text_config(model).pad_token_id if _ends_by_padding(model) else None
+    return pad_id(tokenizer) if own is None else int(own)
+
+
+def settle_padding(model: Any, tokenizer: Any, source: str, *, scored: bool, own: bool = True) -> None:
+    """See to it that a model knows which token fills rows. A decoder's head takes a text's last token that is not
+    `config.pad_token_id`, so that has to be the tokenizer's. The config of a model that is not our `own` is changed only where it
+    names none. Raises FileError for a classifier (`scored`) whose scores depend on padding all the same."""
+    pad, configs = pad_id(tokenizer), (model.config, _text_config(model))
+    before = getattr(configs[1], "pad_token_id", None)
+    if before is None or (own and before != pad and _ends_by_padding(model)):
+        for config in configs:
+            config.pad_token_id = pad
+    elif before != pad and _ends_by_padding(model):
+        log.warning(
+            "The config of %s has pad_token_id %d, its tokenizer pads with %d: plain transformers would score rows padded by it "
+            "at the wrong token. Set model.config.pad_token_id = %d.", source, before, pad, pad,
+        )  # fmt: skip
+    if scored:
+        _check_padding(model, tokenizer, source)
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _ends_by_padding(model: Any) -> bool:
+    """Whether the model's own forward looks for the token that pads: a decoder with a head for classes."""
+    code = getattr(inspect.unwrap(plain_class(model).forward), "__code__", None)
+    return code is not None and "pad_token_id" in code.co_names
+
+
+@torch.no_grad()
+def _check_padding(model: Any, tokenizer: Any, source: str) -> None:
+    """Raise FileError when a text's scores are others once it is padded on the right."""
+    ids = torch.tensor([tokenizer("Two rows of one text.").input_ids])
+    filled = F.pad(ids, (0, 4), value=row_padding(model, tokenizer))
+    mask = F.pad(torch.ones_like(ids), (0, 4))
+    with evaluating(model):
+        alone = model(input_ids=ids.to(model.device)).logits.float()
+        beside = model(input_ids=filled.to(model.device), attention_mask=mask.to(model.device)).logits.float()
+    if (alone - beside).abs().max() > 0.1 * alone.abs().max():
+        raise FileError(
+            f"The scores of {source} depend on padding: its {type(model).__name__} takes them from a row's last place, padding "
+            "or not. Rows of several texts would be scored wrongly."
+        )
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's embedding of tokens; None where it has no such table."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # transformers' way to say that there is none
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, source: str, rows: int = 0) -> None:
+    """Raise ConfigError for a tokenizer with tokens that the model has no row of the embedding for, nor an adapter's `rows`."""
+    known = max(rows, vocabulary_size(model) or 0)
+    if not known or not hasattr(tokenizer, "get_vocab"):
+        return
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= known)
+    if beyond:
+        few = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (" …" if len(beyond) > 5 else "")
+        size = beyond[-1][0] + 1
+        raise ConfigError(
+            f"The tokenizer of {source} has {size:,} tokens, the model's embedding {known:,} rows: there are none for {few}.\n"
+            "Use the tokenizer that the model was trained with. Or, where the tokens are meant to be new, resize the model and "
+            f"save it (model.resize_token_embeddings({size})), and train their rows with tokens or whole."
+        )
 
 
 @torch.no_grad()

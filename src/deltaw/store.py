@@ -170,8 +170,8 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     error = total = 0.0
     for update in _low_rank(updates):
         A, B = update.A.detach(), update.B.detach()
-        for own, value in update.factors().items():
-            update._parameters[own] = nn.Parameter(value.detach().to(dtype))
+        for letter, value in update.factors().items():
+            update._parameters[update.made_of[letter]] = nn.Parameter(value.detach().to(dtype))
         stored = update.A.detach(), update.B.detach()
         both = torch.cat([A.double(), stored[0].double()], dim=-2), torch.cat([B.double(), -stored[1].double()], dim=-1)
         error += delta_norm(*both, update.scale) ** 2

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw import store
-from deltaw.attached import updates
+from deltaw.attached import adapters, owner_of, updates
 from deltaw.config import DataConfig, DType, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, template_of
 from deltaw.data.images import pixels
@@ -23,10 +23,10 @@ from deltaw.errors import DataError, FileError, listing
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
 from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import Pretrained, load_pretrained, pad_id
+from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, row_padding, vocabulary_size
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
-from deltaw.updates import Replaced
+from deltaw.updates import Replaced, ReplacedRows
 
 # Settings that an adapter expects as they were in its training
 _KEPT = ("template", "separator", "system", "task", "labels")
@@ -150,7 +150,7 @@ class Classification(Task):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return ClassLoss(loaded.model, pad_id(loaded.tokenizer))
+        return ClassLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
 
     @classmethod
     def answer(
@@ -196,7 +196,7 @@ class Regression(Classification):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return SquaredLoss(loaded.model, pad_id(loaded.tokenizer))
+        return SquaredLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
 
     @classmethod
     def answers_of(cls, logits: Tensor) -> list[Any]:
@@ -273,7 +273,9 @@ def _recognised(records: Records, config: Any, data: DataConfig) -> str:
     if records.form == "image":
         return "image"
     if records.form == "labelled":
-        return "regression" if data.labels is None and are_quantities(records.items) else "classification"
+        return (
+            "regression" if data.labels is None and are_quantities(records.items, records.source) else "classification"
+        )
     encodes = bool(getattr(config, "is_encoder_decoder", False)) and records.form in Seq2Seq.forms
     return "seq2seq" if encodes else "causal"
 
@@ -283,7 +285,7 @@ def _classes(records: Records, config: Any) -> list[str]:
     found = class_names(records.items, records.source)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith(("ForSequenceClassification", "ForImageClassification")):
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        own = [class_name(config.id2label[i]) for i in sorted(config.id2label)]
         if set(found) <= set(own):
             return own
     return found
@@ -339,6 +341,19 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True) -
 
 
 @torch.no_grad()
+def check_tokens(loaded: Pretrained) -> None:
+    """`check_vocabulary`, where the active adapter may bring rows of the embedding of its own. Raises ConfigError."""
+    model, rows = loaded.model, 0
+    for name, update in updates(model).items() if adapters(model).active else ():
+        layer = owner_of(model).get_submodule(name)
+        resized = isinstance(update, (Replaced, ReplacedRows)) and isinstance(layer, nn.Embedding)
+        if resized and layer.num_embeddings == vocabulary_size(model):
+            W = update.parameter(layer, "weight")
+            rows = max(rows, 0 if W is None else len(W))
+    check_vocabulary(model, loaded.tokenizer, loaded.name, rows)
+
+
+@torch.no_grad()
 def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
     """One row of inputs to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go;
     noise in place of an image."""
@@ -356,4 +371,14 @@ def prepared(data: DataConfig, form: str, loaded: Pretrained, taken: int = 0) ->
     """`data` with what `auto` comes to for records of this form, within the model's positions, but for `taken` ones."""
     if data.task == "causal":
         data = dataclasses.replace(data, template=template_of(form, loaded.tokenizer, data))  # type: ignore[arg-type]
+    else:
+        _check_prompt_settings(data)
     return within(data, loaded.model, taken)
+
+
+def _check_prompt_settings(data: DataConfig) -> None:
+    """Raise DataError for settings of prompts that a task other than causal does not use."""
+    unused = ["system"] * (data.system is not None) + ["template: chat"] * (data.template == "chat")
+    unused += ["separator"] * bool(data.separator and data.task != "seq2seq")
+    if unused:
+        raise DataError(f"Settings have no effect in task {data.task}: {', '.join(unused)}. Leave them out.")

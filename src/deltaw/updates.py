@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.errors import AdapterError
 from deltaw.layers import Kind, as_matrix, as_stored, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
 from deltaw.plain import itself, own_forward, shell
@@ -79,9 +81,12 @@ class LowRank(Update):
     def rank(self) -> int:
         return self.A.shape[0]
 
+    made_of: ClassVar[Mapping[str, str]] = {"A": "A", "B": "B"}
+    """The letters of the two factors → the names of the trained parameters that these are, or are made of."""
+
     def factors(self) -> dict[str, nn.Parameter]:
-        """The parameters that A and B are, or are made of, by their names."""
-        return {own: p for own, p in self._parameters.items() if p is not None and own in ("A", "B", "B_rows")}
+        """The trained parameters that A and B are, or are made of, by those letters."""
+        return {letter: getattr(self, own) for letter, own in self.made_of.items()}
 
     @property
     def plain(self) -> bool:
@@ -128,7 +133,13 @@ class LowRank(Update):
         return super().parameter(layer, own_name)
 
     def weight(self, W0: Tensor) -> Tensor:
-        """W0 + ΔW [d, k], in its dtype; gradients flow to A and B."""
+        """W0 + ΔW [d, k], in its dtype; gradients flow to A and B. Raises AdapterError where dropout cannot be computed so."""
+        if self.training and self.dropout:
+            raise AdapterError(
+                f"The module around this layer ({self.B.shape[0]} outputs, {self.A.shape[1]} inputs) uses its weight without "
+                f"calling it, so a dropout of {self.dropout:g} has no input to act on. Set dropout to 0, or leave the layer "
+                "out of targets."
+            )
         return torch.addmm(W0, self.B.to(W0.dtype), self.A.to(W0.dtype), alpha=self.scale)
 
     def misfit(self, layer: Any) -> str | None:
@@ -164,6 +175,7 @@ class Sliced(LowRank):
     its own. As one update of the layer: A [n·r, k] has the slices' A's one under the other, B [d, n·r] their B's, zero but for
     each slice's own rows and columns; so it is merged, and so PEFT's format has it."""
 
+    made_of = MappingProxyType({"A": "A", "B": "B_rows"})
     B_rows: nn.Parameter
     rows: Tensor
     number: Tensor
@@ -218,6 +230,7 @@ class Recentred(LowRank):
     the start B0A0 taken off again, so that W0 stays what it is. As one update of the layer: A [2r, k] has A0 under A, B [d, 2r]
     −B0 beside B; so it is merged, and so PEFT's format has it."""
 
+    made_of = MappingProxyType({"A": "own_A", "B": "own_B"})
     own_A: nn.Parameter
     own_B: nn.Parameter
     start_A: Tensor

@@ -1,10 +1,12 @@
+import itertools
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data import Example, Order, collate, plan
+from deltaw.config import DataConfig
+from deltaw.data import Example, Order, collate, encode, plan, read
 from deltaw.errors import DataError
 
 lengths = st.lists(st.integers(1, 500), max_size=300)
@@ -61,6 +63,92 @@ def test_the_records_of_a_step_follow_from_its_number(lengths, batch, tokens, da
     assert order.steps(1e-9) == 1
     for step in data.draw(st.lists(st.integers(0, len(everything) - 1), max_size=8)):
         assert order.at(step) == everything[step]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batches", "steps"),
+    [
+        (1.1, 10, 11),
+        (2.2, 10, 22),
+        (1.05, 10, 11),
+        (0.1 + 0.2, 10, 3),
+        (1 / 3, 9, 3),
+        (2 / 3, 9, 6),
+        (0.35, 10, 4),
+        (3, 7, 21),
+    ],
+)
+def test_a_part_of_an_epoch_is_as_many_steps_as_it_says(epochs, batches, steps):
+    assert Order([9] * (4 * batches - 1), batch=4, seed=0).steps(epochs) == steps
+
+
+def _pairs(planned):
+    return {pair for batch in planned for pair in itertools.combinations(sorted(batch), 2)}
+
+
+def _meet_again(lengths, batch=8, tokens=None, epochs=12):
+    """Share of the pairs of an epoch that share a batch in the next one too, and that share by chance; share of batches."""
+    planned = [plan(lengths, batch, 0, epoch, tokens) for epoch in range(epochs)]
+    pairs = [_pairs(each) for each in planned]
+    batches = [{tuple(sorted(b)) for b in each} for each in planned]
+    again = sum(len(a & b) for a, b in itertools.pairwise(pairs)) / sum(map(len, pairs[:-1]))
+    same = sum(len(a & b) for a, b in itertools.pairwise(batches)) / sum(map(len, batches[:-1]))
+    return again, len(pairs[0]) * 2 / (len(lengths) * (len(lengths) - 1)), same
+
+
+def _spread(count):
+    chance = random.Random(5)
+    return [chance.randint(10, 500) for _ in range(count)]
+
+
+@pytest.mark.parametrize("tokens", [None, 2000])
+@pytest.mark.parametrize("count", [20, 60, 100, 300])
+def test_few_records_meet_others_in_each_epoch(count, tokens):
+    """Sorted all together, 20 to 300 records came in the same batches in every epoch."""
+    again, by_chance, same = _meet_again(_spread(count), tokens=tokens)
+    assert again < 3 * by_chance + 0.04
+    assert same < (0.2 if count == 20 else 0.02)
+
+
+def test_records_of_one_length_meet_by_chance():
+    again, by_chance, _ = _meet_again([30] * 400)
+    assert again < 1.3 * by_chance
+
+
+def test_real_records_meet_others_in_each_epoch(smollm2, shared_data):
+    """The first 300 of E2E: 58% of the pairs met again, 2.3% would by chance."""
+    records = read(shared_data / "e2e" / "train.jsonl", DataConfig())
+    first = type(records)(records.items[:300], records.form, records.source)
+    lengths = encode(first, smollm2, DataConfig(separator="\n")).lengths
+    again, by_chance, same = _meet_again(lengths)
+    assert again < 3 * by_chance and same == 0
+    assert _computed(plan(lengths, 8, 0, 0), lengths) < 1.2 * sum(lengths)
+
+
+@pytest.mark.parametrize("tokens", [None, 1200])
+def test_a_batch_that_is_not_full_has_any_length_and_any_place(tokens):
+    """It was always of the longest records."""
+    lengths = list(range(10, 310))
+    random.Random(2).shuffle(lengths)
+    ranks, places = [], []
+    for epoch in range(200):
+        planned = plan(lengths, 7, 0, epoch, tokens)
+        short = min(planned, key=lambda b: len(b) if tokens is None else sum(lengths[i] for i in b))
+        ranks.append(sum(lengths[i] for i in short) / len(short))
+        places.append(planned.index(short) / (len(planned) - 1))
+    assert min(ranks) < 80 and max(ranks) > 240
+    assert 0.4 < sum(places) / len(places) < 0.6 and len(set(places)) > 20
+
+
+def _computed(planned, lengths):
+    return sum(len(b) * -(-max(lengths[i] for i in b) // 8) * 8 for b in planned)
+
+
+def test_many_records_are_padded_hardly_more_than_sorted_altogether():
+    lengths = _spread(8000)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = _computed([order[i : i + 8] for i in range(0, len(order), 8)], lengths)
+    assert _computed(plan(lengths, 8, 0, 0), lengths) < 1.02 * best
 
 
 def test_little_padding_and_other_orders():

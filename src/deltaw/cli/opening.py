@@ -18,6 +18,7 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
     loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
     if opening.adapter is not None:
         tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
+    tasks.check_tokens(loaded)
     return loaded
 
 

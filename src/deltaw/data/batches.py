@@ -1,14 +1,14 @@
 """Which examples go into which batch, and batches as tensors. Knows lengths and token ids, nothing of text.
 
-Examples of like length share a batch, so little is computed on padding; which they are is random. All of it follows
-from (seed, epoch), so a run resumes at any step without replaying the ones before.
+Examples of like length share a batch, so little is computed on padding; which they are is random, and others in each epoch.
+All of it follows from (seed, epoch), so a run resumes at any step without replaying the ones before.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW = 50
-"""Batches that are sorted together: more means less padding and less randomness."""
+"""Most batches that are sorted together: more means less padding and less randomness."""
+SHARE = 10
+"""A window is at most this part of the records. Sorting all of few records would give the same batches in every epoch."""
 
 
 MULTIPLE = 8
@@ -48,40 +50,66 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
     """All batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
 
     A batch has `batch` records; with `tokens`, as many as fit that many tokens with their padding, and at least one.
-    Everything is shuffled, cut into windows of some `WINDOW` batches, sorted by length in each window and cut into batches;
-    the batches of a window are shuffled again, so that lengths do not rise and fall in a rhythm. No record is likelier to
-    come early or late than another.
+    The records are shuffled and cut into windows of at most `WINDOW` batches and a tenth (`SHARE`) of all records. A window is
+    sorted by padded length, records of one length in random order, and cut into batches. A batch that is not full may be of
+    any length. The batches come in random order. Raises DataError for a size below 1.
     """
     for name, value in (("batch", batch), ("batch_tokens", tokens)):
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1.")
     # a string seed is hashed with SHA-512, so (0, 1) and (1, 0) do not meet
     chance = random.Random(f"deltaw batches {seed} {epoch}")
-    order = list(range(len(lengths)))
+    sizes = [padded(length) for length in lengths]
+    rows = batch if tokens is None else max(1, tokens * len(sizes) // max(1, sum(sizes)))
+
+    def fits(indices: Sequence[int]) -> bool:
+        """Whether these records, which rise or fall in length, make one batch."""
+        if tokens is None or len(indices) == 1:
+            return len(indices) <= rows
+        return len(indices) * max(sizes[indices[0]], sizes[indices[-1]]) <= tokens
+
+    order = list(range(len(sizes)))
     chance.shuffle(order)
-    rows = batch if tokens is None else max(1, tokens * len(lengths) // max(1, sum(lengths)))
     planned: list[list[int]] = []
-    for at in range(0, len(order), WINDOW * rows):
-        window = sorted(order[at : at + WINDOW * rows], key=lengths.__getitem__)
-        cut = _by_rows(window, rows) if tokens is None else _by_tokens(window, lengths, tokens)
-        chance.shuffle(cut)
-        planned += cut
+    rest: list[int] = []
+    for start, stop in _windows(len(order), rows):
+        batches, rest = _cut(sorted([*rest, *order[start:stop]], key=sizes.__getitem__), fits, chance)
+        planned += batches
+    planned += [rest] if rest else []
+    chance.shuffle(planned)
     return planned
 
 
-def _by_rows(window: list[int], rows: int) -> list[list[int]]:
-    return [window[i : i + rows] for i in range(0, len(window), rows)]
+def _windows(count: int, rows: int) -> list[tuple[int, int]]:
+    """Where windows of that many records begin and end, all of nearly the same number of batches of `rows` records."""
+    batches = count // rows
+    number = max(1, math.ceil(batches / max(1, min(WINDOW, math.ceil(batches / SHARE)))))
+    ends = [batches * (i + 1) // number * rows for i in range(number - 1)] + [count]
+    return list(zip([0, *ends], ends, strict=False)) if count else []
 
 
-def _by_tokens(window: list[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """The window's indices, which rise in length, in order; each batch as large as its padded size allows."""
-    cut: list[list[int]] = []
-    for index in window:
-        if cut and (len(cut[-1]) + 1) * padded(lengths[index]) <= tokens:
-            cut[-1].append(index)
+def _cut(
+    window: list[int], fits: Callable[[Sequence[int]], bool], chance: random.Random
+) -> tuple[list[list[int]], list[int]]:
+    """Full batches of records that rise in length, and the rest for the next window.
+
+    Filled from the shortest records up to a random batch, and from the longest down to it: the rest is of no certain length.
+    """
+    upwards = _filled(window, fits)
+    low = upwards[: chance.randrange(len(upwards))]
+    *high, rest = _filled(reversed(window[sum(map(len, low)) :]), fits)
+    return ([*low, *high], rest) if fits([*rest, rest[-1]]) else ([*low, *high, rest], [])
+
+
+def _filled(indices: Iterable[int], fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+    """The indices in order, in batches each as large as may be."""
+    batches: list[list[int]] = []
+    for index in indices:
+        if batches and fits([*batches[-1], index]):
+            batches[-1].append(index)
         else:
-            cut.append([index])
-    return cut
+            batches.append([index])
+    return batches
 
 
 def padded(length: int) -> int:
@@ -100,9 +128,10 @@ class Order:
         self._go_to(0, 0)
 
     def steps(self, epochs: float) -> int:
-        """How many steps that many passes over the records take, at least 1."""
+        """How many steps that many passes over the records take, at least 1. A step that is begun counts, but for a millionth
+        of one, which is rounding: 1.1 passes of 10 batches are 11 steps."""
         whole = int(epochs)
-        part = math.ceil((epochs - whole) * self._count(whole)) if epochs > whole else 0
+        part = math.ceil((epochs - whole) * self._count(whole) - 1e-6) if epochs > whole else 0
         return max(1, sum(self._count(epoch) for epoch in range(whole)) + part)
 
     def at(self, step: int) -> list[int]:

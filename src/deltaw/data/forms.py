@@ -106,6 +106,8 @@ def recognise(found: Sequence[Row], source: str, *, completions: bool, labels: b
     there = list(dict.fromkeys(str(field) for fields in first for field in fields))
     most = max(counts.values(), default=0)
     forms = [form for form in FIELDS if counts[form] == most and most]
+    if forms == ["text"] and labels and completions and any(fields.get("label") is not None for _, fields in found):
+        return "labelled"  # so that each one without a label is named
     if len(forms) == 1:
         return forms[0]
     known = "\n".join(f"  - {form}: {fields}" for form, fields in FIELDS.items())
@@ -127,7 +129,9 @@ def _fits(fields: Mapping[str, Any], completions: bool, labels: bool) -> list[st
         "text": ("text",),
     }
     forms = [form for form, names in need.items() if all(fields.get(n) is not None for n in names)]
-    if labels and fields.get("label") is not None:
+    if (
+        labels and "label" in fields and (completions or fields["label"] is not None)
+    ):  # a null one is named when it is read
         forms = [f for f in forms if f != "text"]
         forms += ["labelled"] * (texts_of(fields) is not None) + ["image"] * (fields.get("image") is not None)
     chat = fields.get("messages") is not None or fields.get("conversations") is not None
@@ -183,6 +187,8 @@ def _image(place: str, fields: Mapping[str, Any], completions: bool) -> Record |
 def _label(fields: Mapping[str, Any], wanted: bool) -> list[str]:
     """What is wrong with a label: a class's name or number, or a quantity."""
     value = fields.get("label")
+    if value is None and "label" in fields:
+        return ["field 'label' is null; fill it in, leave the record out, or set task: causal"] if wanted else []
     if value is None:
         return [_missing(fields, "label")] if wanted else []
     if isinstance(value, str) and value.strip():

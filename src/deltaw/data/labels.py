@@ -1,11 +1,14 @@
 """What the labels of records are: classes by name, or quantities. Knows records; nothing of models.
 
-A class's name is its label as text, so 1 in a JSON file and "1" in a CSV file are the same class.
+A class's name is its label as text, so 1 in a JSON file and "1" in a CSV file are the same class. Nothing here decides by a
+single record: labels that would make another task than the others do are refused, each by its file and line.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,33 +16,94 @@ from deltaw.data.forms import Record
 from deltaw.errors import DataError, listing, nearest
 
 _MOST_CLASSES = 1000
+_UNLABELLED = {
+    "nan",
+    "<na>",
+    "nat",
+    "null",
+    "none",
+    "na",
+    "n/a",
+    "#n/a",
+    "inf",
+    "-inf",
+    "+inf",
+    "infinity",
+    "-infinity",
+}
+"""How programs write, in text, that there is no value, or none that can be used; in lower case."""
+_NO_NAMES = {"nan", "NaN", "NAN", "<NA>", "NaT", "null", "NULL", "None"}
+"""Those that are no class either, unless the settings name it as one. (A class may well be called none.)"""
+_WITH_COMMAS = re.compile(r"[+-]?\d+(,\d+)+(\.\d+)?")
+_WHOLE = re.compile(r"[+-]?\d+\.0+")
 
 
-def are_quantities(records: Sequence[Record]) -> bool:
-    """Whether the labels are numbers to predict rather than classes: numbers all, and not whole ones all."""
-    values = [number(r.label) for r in records if r.label is not None]
-    return bool(values) and all(v is not None for v in values) and any(v != int(v) for v in values if v is not None)
+def are_quantities(records: Sequence[Record], source: str = "") -> bool:
+    """Whether the labels are numbers to predict rather than classes: numbers all, and not whole ones all.
+
+    Raises one DataError with every record whose label does not fit the others: a nan among numbers, a word among decimals, a
+    number with a comma.
+    """
+    decimals = any(v is not None and v != int(v) for v in map(_value, records))
+    _check_alike(records, source, decimals=decimals)
+    return decimals
+
+
+def _value(record: Record) -> float | None:
+    """A label as a number; true and false are none."""
+    return None if isinstance(record.label, bool) else number(record.label)
+
+
+def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> None:
+    """Raise one DataError with every record whose label stands for none, or has a comma where the others are numbers; with
+    `decimals`, every one that is no number."""
+    rest = [r for r in records if r.label is not None and _value(r) is None]
+    words = [r for r in rest if not _WITH_COMMAS.fullmatch(_text(r)) and _text(r).lower() not in _UNLABELLED]
+    problems = []
+    for record in rest:
+        text = _text(record)
+        if text in _NO_NAMES or (text.lower() in _UNLABELLED and not words):
+            problems.append(f"{record.place}: {record.label!r} stands for no label")
+        elif _WITH_COMMAS.fullmatch(text) and not words:
+            problems.append(
+                f"{record.place}: {record.label!r} has a comma; write 1.5 for one and a half, 1000 for a thousand"
+            )
+        elif decimals:
+            problems.append(f"{record.place}: {record.label!r} is no number, and others are decimals")
+    if problems:
+        raise DataError(
+            listing(f"{source}: {len(problems)} of {len(records)} labels do not fit the others:", problems)
+            + "\nFill them in or leave these records out. If they are classes, name all classes with labels."
+        )
+
+
+def _text(record: Record) -> str:
+    return str(record.label).strip()
 
 
 def number(label: Any) -> float | None:
     """A label as a finite number (also of a CSV cell's text), or None."""
+    if isinstance(label, str) and "_" in label:
+        return None  # which Python would leave out: 1_0 is a name
     try:
         value = float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return value if math.isfinite(value) else None
 
 
 def class_name(label: Any) -> str:
-    """A label as the name of a class: 1, 1.0 and "1" are "1"."""
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(int(label)) if isinstance(label, bool) else str(label).strip()
+    """A label as the name of a class: 1, 1.0, "1", "1.0" and true are "1". "007" stays what it is."""
+    if isinstance(label, numbers.Real) and float(label).is_integer():
+        return str(int(float(label)))
+    text = str(label).strip()
+    return str(int(float(text))) if _WHOLE.fullmatch(text) else text
 
 
 def class_names(records: Sequence[Record], source: str = "") -> list[str]:
     """The classes that there are: numbers by their size, names by the alphabet. Raises DataError, with the records' `source`,
-    where these cannot be classes."""
+    where these cannot be classes, or some have no label."""
+    _check_alike(records, source, decimals=False)
     found = sorted({class_name(r.label) for r in records if r.label is not None})
     if all(number(name) is not None for name in found):
         found.sort(key=float)
@@ -62,7 +126,7 @@ def class_names(records: Sequence[Record], source: str = "") -> list[str]:
 
 def class_indices(records: Sequence[Record], names: Sequence[str], source: str) -> list[int]:
     """The number of each record's class among `names`. Raises one DataError with every record of another class."""
-    known = {name: i for i, name in enumerate(names)}
+    known = {class_name(name): i for i, name in enumerate(names)}
     problems = [
         f"{r.place}: there is no class {class_name(r.label)!r}{nearest(class_name(r.label), known)}"
         for r in records
@@ -77,7 +141,12 @@ def class_indices(records: Sequence[Record], names: Sequence[str], source: str) 
 def quantities(records: Sequence[Record], source: str) -> list[float]:
     """Each record's label as a number. Raises one DataError with every record whose label is none."""
     values = [number(r.label) for r in records]
-    problems = [f"{r.place}: {r.label!r} is no number" for r, v in zip(records, values, strict=True) if v is None]
+    problems = [
+        f"{r.place}: {r.label!r} is no number"
+        + (" (write a decimal point)" if _WITH_COMMAS.fullmatch(_text(r)) else "")
+        for r, v in zip(records, values, strict=True)
+        if v is None
+    ]
     if problems:
         raise DataError(listing(f"{source}: {len(problems)} labels are no numbers:", problems))
     return [v for v in values if v is not None]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltaw.errors import TargetError
+from deltaw.errors import ConfigError, TargetError
 from deltaw.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == "pissa":
+            raise ConfigError(
+                "DoRA has no pissa start: its norms are those of W0 + BA, and pissa's BA is taken off W0. Use init gaussian or "
+                "kaiming, or LoRA."
+            )
+
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
-        from deltaw.layers import kind_of
+        from deltaw.layers import kind_of, padding_token
         from deltaw.updates import LowRankRescaled, row_norms
 
         if slices:
@@ -32,6 +40,12 @@ class DoRA(LoRA):
             )
         kind = kind_of(layer)
         assert kind is not None
+        padding = padding_token(layer)
+        if padding is not None and bool(kind.W0(layer)[:, padding].any()):
+            raise TargetError(
+                f"DoRA rescales every row of an embedding, and the row of its padding token ({padding}) is not zero: it would "
+                "change, though PyTorch trains no such row. Use LoRA for embeddings."
+            )
         magnitude = row_norms(kind.W0(layer).detach(), A, B, scale).to(A.dtype)
         return LowRankRescaled(kind, A, B, scale, magnitude, self.dropout)
 

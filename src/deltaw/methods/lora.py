@@ -3,7 +3,7 @@ become updates; reads the model only through targets.py and layers.py. Imports t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -58,6 +58,7 @@ class LoRA(Beside):
         from deltaw.weights import OnWeights
 
         selection = select(model, self.targets, self.rank, without=self.trained_whole(model))
+        self._check_dropout(model, selection.ranks)
         updates: dict[str, Update] = {}
         for name, rank in selection.ranks.items():
             layer, slices = selection.layers[name], selection.slices.get(name, {})
@@ -71,11 +72,28 @@ class LoRA(Beside):
                 updates[name] = self.update(layer, A, B, self.scale(rank), slices)
         return self.planned(model, updates, selection.left_out)
 
+    def _check_dropout(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Raise TargetError for dropout on an output projection that PyTorch's attention reads without calling it."""
+        from torch import nn
+
+        from deltaw.errors import TargetError, listing
+
+        parents = {n: model.get_submodule(n.rpartition(".")[0]) for n in names if n.endswith("out_proj")}
+        read = [n for n, parent in parents.items() if isinstance(parent, nn.MultiheadAttention)]
+        if self.dropout and read:
+            raise TargetError(
+                listing(
+                    "nn.MultiheadAttention uses the weights of these layers without calling them, so there is no input of a "
+                    "branch that dropout could act on. Set dropout to 0, or leave them out of targets:",
+                    read,
+                )
+            )
+
     def _start(self, layer: Layer, rank: int, slices: Slices) -> tuple[Tensor, Tensor]:
         """A [r, k], B [d, r]; of n slices A [n·r, k], B [Σ rows, r]; of E matrices A [E, r, k], B [E, d, r]."""
         import torch
 
-        from deltaw.layers import Weight, shape
+        from deltaw.layers import Weight, padding_token, shape
         from deltaw.updates import INITS
 
         W0 = layer.value if isinstance(layer, Weight) else layer._parameters["weight"]
@@ -89,17 +107,21 @@ class LoRA(Beside):
         if isinstance(layer, Weight) and W0.ndim == 3:
             return torch.stack([A() for _ in W0]), torch.zeros(len(W0), d, rank, device=W0.device, dtype=dtype)
         rows = sum(stop - start for runs in slices.values() for start, stop in runs) if slices else d
-        return torch.cat([A() for _ in slices or (0,)]), torch.zeros(rows, rank, device=W0.device, dtype=dtype)
+        start = torch.cat([A() for _ in slices or (0,)])
+        if (padding := padding_token(layer)) is not None:
+            start[:, padding] = 0  # no gradient reaches this column, so ΔW stays zero there
+        return start, torch.zeros(rows, rank, device=W0.device, dtype=dtype)
 
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
         """The update that these become on a layer, or on some slices of it."""
-        from deltaw.layers import kind_of, shape
+        from deltaw.layers import kind_of, padding_token, shape
         from deltaw.updates import LowRank, Recentred, Sliced
 
         kind = kind_of(layer)
         assert kind is not None
         if self.init == "pissa":
-            return Recentred(kind, *_principal(kind.W0(layer), A, scale, slices), scale, self.dropout)
+            start = _principal(kind.W0(layer), A, scale, slices, padding_token(layer))
+            return Recentred(kind, *start, scale, self.dropout)
         if slices:
             return Sliced(kind, A, B, scale, slices, shape(layer)[0], self.dropout)
         return LowRank(kind, A, B, scale, self.dropout)
@@ -125,13 +147,21 @@ class LoRA(Beside):
         return Sliced(Kind, A, B, scale, slices, weight.shape[0]) if slices else LowRank(Kind, A, B, scale)
 
 
-def _principal(W0: Tensor, A: Tensor, scale: float, slices: Slices) -> tuple[Tensor, Tensor]:
-    """A and B of which scale·BA is the part of W0 [d, k] with its r largest singular values; in the dtype and rank of `A`. Raises
-    TargetError for slices of a layer."""
+def _principal(
+    W0: Tensor, A: Tensor, scale: float, slices: Slices, padding: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A and B of which scale·BA is the part of W0 [d, k] with its r largest singular values; in the dtype and rank of `A`. The
+    column of a `padding` token counts as zero. Raises TargetError for slices of a layer."""
     from deltaw.errors import TargetError
     from deltaw.svd import of_matrix
 
     if slices:
         raise TargetError(f"A pissa start is of whole layers: it has no form for slices of one ({', '.join(slices)}).")
+    if padding is not None:
+        W0 = W0.clone()
+        W0[:, padding] = 0
     near = of_matrix(W0, rank=A.shape[0])
-    return (near.A / scale**0.5).to(A), (near.B / scale**0.5).to(A)
+    start = (near.A / scale**0.5).to(A)
+    if padding is not None:
+        start[:, padding] = 0
+    return start, (near.B / scale**0.5).to(A)

@@ -120,6 +120,10 @@ class Flat:
         """The updates' own A's or B's, views of those tensors, whose gradients are views of theirs; and the rest."""
         return [getattr(update, letter) for update in self.updates.values()] + self._loose(letter)
 
+    def vectors(self) -> list[nn.Parameter]:
+        """What is trained besides and is no matrix: biases, norms, DoRA's magnitudes, (IA)³'s factors."""
+        return [p for p in self._loose() if p.ndim < 2]
+
     def zero_gradients(self) -> None:
         for buffer in self._all():
             buffer.gradient.zero_()
@@ -130,17 +134,18 @@ class Flat:
         """After a backward pass: the layers of which nothing, or no B, got any gradient."""
         dead = [name for name, update in self.updates.items() if not _gradient(update.B).any()]
         for name, update in self.others.items():
-            own = [p for n, p in update.named_parameters() if not (isinstance(update, LowRank) and n == "A")]
+            A = update.factors()["A"] if isinstance(update, LowRank) else None
+            own = [p for p in update.parameters() if p is not A]
             if not any(bool(_gradient(p).any()) for p in own):
                 dead.append(name)
         return dead
 
     def _loose(self, letter: str = "AB") -> list[nn.Parameter]:
         """Parameters of the other updates, each once."""
-        found = {
-            p: n.rpartition(".")[2] in ("B", "B_rows") for u in self.others.values() for n, p in u.named_parameters()
-        }
-        return [p for p, is_B in found.items() if ("B" if is_B else "A") in letter]
+        parts = [part for update in self.others.values() for part in update.modules() if isinstance(part, LowRank)]
+        Bs = {part.factors()["B"] for part in parts}
+        every = dict.fromkeys(p for update in self.others.values() for p in update.parameters())
+        return [p for p in every if ("B" if p in Bs else "A") in letter]
 
     def _all(self) -> list[_Buffer]:
         return [*self.buffers["A"], *self.buffers["B"]]

@@ -119,6 +119,8 @@ class Loop:
             self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
             self.began = time.monotonic() - self.state.seconds
             self.model.train()
+            if self.state.step == 0:
+                self._warn_of_idle_settings()
             if self.config.gradient_checkpointing:
                 _checkpoint_activations(self.model)
             if self.valid and self.state.step == 0:
@@ -234,6 +236,17 @@ class Loop:
             self._warn(
                 f"{len(dead)} adapted layers took no part in the first step and will not learn from such data: {names}"
             )
+
+    def _warn_of_idle_settings(self) -> None:
+        """Say which settings can have no effect on this adapter and these records."""
+        idle = []
+        if self.config.lr_ratio != 1.0 and not self.flat.parameters("B"):
+            idle.append(f"lr_ratio is {self.config.lr_ratio:g}, and the adapter has no B")
+        for name in ("patience", "eval_every"):
+            if getattr(self.config, name) and not self.valid:
+                idle.append(f"{name} is {getattr(self.config, name)}, and there are no held-out records")
+        for line in idle:
+            self._warn(f"A setting has no effect: {line}.")
 
     def _is_time_to_evaluate(self) -> bool:
         """Every `eval_every` steps, or at each tenth of the run; and at its end. A tenth goes by where the time is set and too

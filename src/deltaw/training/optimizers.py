@@ -21,10 +21,11 @@ _FUSED = ("AdamW", "Adam", "SGD")
 
 
 def make(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
-    """`config.optimizer` in two groups of parameters, A's and B's; each has a `ratio`, of its learning rate to `config.lr`.
+    """`config.optimizer` in groups of parameters: A's, B's, and vectors, which do not decay. Each has a `ratio`, of its learning
+    rate to `config.lr`; B's is `config.lr_ratio` (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
-    B's is `config.lr_ratio` (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Raises TrainError for an optimizer that cannot train
-    all of them.
+    A vector (a bias, a norm, DoRA's magnitude, (IA)³'s factors) is no sum that grows from zero, so decay would only pull it
+    away from what it stands for. Raises TrainError for an optimizer that cannot train all of them.
     """
     kind = getattr(torch.optim, config.optimizer)
     vectors = [p for p in (*flat.matrices("A"), *flat.matrices("B")) if p.ndim != 2]
@@ -33,10 +34,14 @@ def make(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
             f"{config.optimizer} trains matrices only, and {len(vectors)} of this adapter's tensors are none."
         )
     find = flat.matrices if config.optimizer in _BY_MATRIX else flat.parameters
+    apart = flat.vectors()
+    excluded = {id(p) for p in apart}
     groups: list[dict[str, Any]] = [
-        {"params": find(letter), "lr": config.lr * ratio, "ratio": ratio}
+        {"params": [p for p in find(letter) if id(p) not in excluded], "lr": config.lr * ratio, "ratio": ratio}
         for letter, ratio in (("A", 1.0), ("B", config.lr_ratio))
     ]
+    if apart:
+        groups.append({"params": apart, "lr": config.lr, "ratio": 1.0, "weight_decay": 0.0})
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     devices = {p.device.type for group in groups for p in group["params"]}
     if config.optimizer in _FUSED and devices <= {"cpu", "cuda"}:
