@@ -11,6 +11,7 @@ from deltaw.attached import updates
 from deltaw.errors import AdapterError, FileError
 from deltaw.extracted import extract
 from tests.conftest import bits, fill, tiny_llama
+from tests.test_weights import model_of, run
 
 
 @pytest.fixture
@@ -63,3 +64,38 @@ def test_what_cannot_be_extracted_leaves_the_base(tiny: Any, tuned: Any) -> None
     with pytest.raises(FileError, match="not of one architecture"):
         extract(tiny, tiny_llama(layers=3), rank=2)
     assert deltaw.adapters(tiny) == () and all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GPT-OSS", "encoder", "attention"])
+def test_weights_without_a_layer_are_extracted(kind: str) -> None:
+    """With the defaults, on experts (also stored [k, d]) and on PyTorch's attention."""
+    from deltaw.merged import settle
+
+    base = model_of(kind)
+    model = copy.deepcopy(base)
+    fill(deltaw.attach(model, deltaw.LoRA(rank=3, alpha=4.5)), size=0.1)
+    layers = {
+        layer if own == "weight" else f"{layer}.{own}" for layer, u in updates(model).items() for own in u.low_rank()
+    }
+    expected = {layer: deltaw.delta(model, layer) for layer in layers}
+    deltaw.merge(model)
+    settle(model)
+    made = extract(base, model, rank=3)
+    assert set(made.ranks) == set(made.errors) == layers and set(made.ranks.values()) == {3} and not made.others
+    for layer, dW in expected.items():
+        torch.testing.assert_close(deltaw.delta(base, layer), dW, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(run(base), run(model), rtol=1e-3, atol=1e-4)
+
+
+def test_one_rank_for_a_stack_and_its_error() -> None:
+    base = model_of("Mixtral")
+    tuned = copy.deepcopy(base)
+    name = "model.layers.1.mlp.experts.down_proj"
+    with torch.no_grad():
+        change = torch.randn(tuned.get_parameter(name).shape, generator=torch.Generator().manual_seed(1)) * 0.1
+        tuned.get_parameter(name).add_(change)
+    made = extract(base, tuned, rank=4, targets="all-linear")
+    assert made.ranks == {name: 4} and len(made.unchanged) > 5 and made.others == ()
+    missing = float((change - deltaw.delta(base, name)).norm() / change.norm())
+    assert made.errors[name] == pytest.approx(missing, abs=1e-3) and missing > 0.1

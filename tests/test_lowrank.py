@@ -74,3 +74,18 @@ def test_an_update_below_the_precision_does_not_survive() -> None:
 def test_delta_norm_does_not_need_delta() -> None:
     A, B = torch.randn(4, 50), torch.randn(30, 4)
     assert lowrank.delta_norm(A, B, -1.5) == pytest.approx(float(delta(A, B, -1.5).double().norm()), rel=1e-6)
+
+
+def test_a_stack_is_summed_with_any_other_change() -> None:
+    """Matrices whose rows are not those of a block: an update of each, and another value of all."""
+    from deltaw.lowrank import Product, Stacked, Sum, Value, dense
+
+    E, d, k, r = 5, 37, 2048, 3
+    g = torch.Generator().manual_seed(1)
+    W0, W = torch.randn(E * d, k, generator=g), torch.randn(E * d, k, generator=g)
+    A, B = torch.randn(E, r, k, generator=g), torch.randn(E, d, r, generator=g)
+    stacked = Stacked([Product(a, b, 1.5) for a, b in zip(A, B, strict=True)])
+    alone = torch.cat([dense(product, W0[:d]) for product in stacked.products])
+    assert torch.equal(dense(stacked, W0), alone)
+    total = dense(Sum([(stacked, 0.5), (Value(W), -2.0)]), W0)
+    torch.testing.assert_close(total, 0.5 * alone - 2.0 * (W - W0))

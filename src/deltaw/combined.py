@@ -5,21 +5,46 @@ result; changes nothing else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import Plan, apply_plan, base_modules, check_free, known, matrix_of, owner_of, record_of, updates
+from deltaw.attached import (
+    Plan,
+    apply_plan,
+    base_modules,
+    check_free,
+    dotted,
+    known,
+    matrix_of,
+    owner_of,
+    record_of,
+    updates,
+)
 from deltaw.errors import AdapterError, listing
-from deltaw.lowrank import Product, Sum, dense, summed
+from deltaw.lowrank import Product, dense
+from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
+from deltaw.scaled import AddedBias, Scaled
 from deltaw.svd import Truncated, of_factors, of_matrix
 from deltaw.updates import LowRank, Replaced, ReplacedRows, Update, with_room
+from deltaw.weights import OnWeights
 
 How = Literal["sum", "ties", "dare"]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How ΔW's become one."""
+
+    how: How
+    rank: int | None
+    density: float
+    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -47,36 +72,74 @@ def combine(
     """Attach a new adapter `name` out of attached ones, not trainable: by default the sum of their ΔW's times their weights,
     which may be negative (a task is taken away).
 
-    Without a `rank` a sum is exact: A's and B's are laid end to end, and ranks add up. With one it is cut to the nearest ΔW of
+    Without a `rank` a sum is exact: A's and B's are concatenated, and ranks add up. With one it is cut to the nearest ΔW of
     that rank. "ties" (Yadav et al. 2023, arXiv 2306.01708) keeps of each ΔW the `density` largest entries, elects a sign for
     each entry, and averages those that have it; "dare" (Yu et al. 2023, arXiv 2311.03099) drops entries of each ΔW with
     probability 1 − `density`, drawn from `seed`, and scales the others up. Both need a rank, since what they make has none; so
-    does a sum of DoRA's. Biases and modules that are trained whole are summed by what they add to the base's.
+    does a sum of DoRA's. Each matrix of a stack (a mixture's experts) is cut by itself. Biases, (IA)³'s vectors and modules
+    that are trained whole are summed by what they add to the base's. One adapter of weight 1 is copied as it is.
 
-    Raises AdapterError for unknown names, a name that is taken, settings out of range, and layers that some adapters train whole
-    and others by an update.
+    Raises AdapterError for unknown names, a name that is taken, settings out of range, updates that have no sum (bottleneck
+    adapters, prefixes), and layers that some adapters train whole and others by an update.
     """
-    record_of(model)
+    record = record_of(model)
     check_free(model, name)
     problems = _problems(weights, how, rank, density)
     if problems:
         raise AdapterError("; ".join(problems) + ".")
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, Update] = {}
-    errors: dict[str, float] = {}
-    for layer, terms in _terms(model, weights).items():
-        found = _Layer(owner_of(model), layer, terms)
-        if problem := found.problem(how, rank):
-            problems.append(f"{layer}: {problem}")
-            continue
-        made[layer], errors[layer] = found.combined(how, rank, density, generator)
+    if how == "sum" and rank is None and [*weights.values()] == [1.0]:
+        return _copied(model, next(iter(weights)), name, activate=activate)
+    recipe = _Recipe(how, rank, density, torch.Generator().manual_seed(seed))
+    layers = {n: _Layer(owner_of(model), n, terms) for n, terms in _terms(model, weights).items()}
+    problems = [f"{n or 'the model'}: {problem}" for n, layer in layers.items() if (problem := layer.problem(recipe))]
     if problems:
         raise AdapterError(listing("These adapters cannot be combined so:", problems))
-    ranks = {layer: update.rank for layer, update in made.items() if isinstance(update, LowRank)}
-    order = [n for n, _ in base_modules(model) if n in made]
-    method = LoRA(rank=max(ranks.values(), default=1), targets=ranks)
-    apply_plan(model, Plan({n: made[n] for n in order}), method, name=name, activate=activate)
+    shared: _Shared = {}
+    sums = {n: layer.combined(recipe, shared) for n, layer in layers.items()}
+    combined = {n: update for n, (update, _) in sums.items()}
+    ranks = _ranks(combined)
+    errors = {own: error for _, of_layer in sums.values() for own, error in of_layer.items()}
+    method = _method([record.attached[adapter].method for adapter in weights], combined, ranks)
+    order = [n for n, _ in base_modules(model) if n in combined]
+    apply_plan(model, Plan({n: combined[n] for n in order}), method, name=name, activate=activate)
     return Combined(name, ranks, errors)
+
+
+def _copied(model: nn.Module, source: str, name: str, *, activate: bool) -> Combined:
+    """The adapter `source` once more, with its settings; parameters that its layers share are shared in the copy."""
+    adapter, combined = (
+        record_of(model).attached[known(record_of(model), source)],
+        copy.deepcopy(updates(model, source)),
+    )
+    plan = Plan(combined, dict(adapter.left_out))
+    apply_plan(model, plan, adapter.method, name=name, activate=activate, metadata=dict(adapter.metadata))
+    ranks = _ranks(combined)
+    whole = {n: 0.0 for n, update in combined.items() if not update.low_rank()}
+    return Combined(name, ranks, dict.fromkeys(ranks, 0.0) | whole)
+
+
+def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
+    """Layer name → rank, of those that have one."""
+    return {_named(n, own): part.rank for n, update in combined.items() for own, part in update.low_rank().items()}
+
+
+def _named(layer: str, own: str) -> str:
+    """A layer's weight goes by the layer's name, a weight without a layer by its own."""
+    return layer if own == "weight" else dotted(layer, own)
+
+
+def _method(methods: Sequence[Any], combined: Mapping[str, Update], ranks: Mapping[str, int]) -> Any:
+    """The settings under which the result is saved."""
+    first = methods[0]
+    if not isinstance(first, LoRA) and all(method == first for method in methods):
+        return first
+    if all(isinstance(method, IA3) for method in methods):
+        scaled = {n: update.inputs for n, update in combined.items() if isinstance(update, Scaled)}
+        sides = [[n for n, inputs in scaled.items() if inputs is side] for side in (False, True)]
+        settings = [dataclasses.replace(method, targets=sides[0], inputs=sides[1]) for method in methods]
+        if all(own == settings[0] for own in settings):
+            return settings[0]
+    return LoRA(rank=max(ranks.values(), default=1), targets=dict(ranks))
 
 
 def _problems(weights: Mapping[str, float], how: str, rank: int | None, density: float) -> list[str]:
@@ -93,6 +156,8 @@ def _problems(weights: Mapping[str, float], how: str, rank: int | None, density:
 
 
 _Terms = list[tuple[Update, float]]
+_Shared = dict[tuple[tuple[int, float], ...], nn.Parameter]
+"""What was summed, values by their identity → the sum: layers that share a parameter share it in the result too."""
 
 
 def _terms(model: nn.Module, weights: Mapping[str, float]) -> dict[str, _Terms]:
@@ -111,71 +176,145 @@ class _Layer:
         self.owner, self.name, self.terms = owner, name, terms
         self.layer: Any = owner.get_submodule(name)
         self.updates = [update for update, _ in terms]
-        self.alone = len(terms) == 1 and terms[0][1] == 1.0
+        self.parts = {own: None for update in self.updates for own in update.low_rank()}
+        """The layer's own names of parameters that have low-rank updates."""
+        self.values = {own: None for update in self.updates for own in update.values()}
+        """Those of parameters that have other values."""
 
-    def problem(self, how: str, rank: int | None) -> str | None:
+    def problem(self, recipe: _Recipe) -> str | None:
         """Why they cannot be combined like this."""
-        kinds = {LowRank if isinstance(u, LowRank) else type(u) for u in self.updates}
-        if len(kinds) > 1:
+        if whys := {update.unmergeable for update in self.updates if update.unmergeable}:
+            return "; ".join(sorted(whys)) + ", and which has no sum"
+        kinds = {type(u) if isinstance(u, (Scaled, ReplacedRows)) else Update for u in self.updates}
+        if len(kinds) > 1 or self.parts.keys() & self.values.keys():
             return "some of the adapters train it whole, others by an update; merge(model, weights=…) can add them up"
-        if kinds != {LowRank}:
-            return None if how == "sum" else f"it is trained whole, which {how} is not defined for"
-        if rank is None and not self.alone and any(type(u) is not LowRank for u in self.updates):
-            return "the ΔW of DoRA has no rank of its own: give a rank"
-        return None
+        if self.parts and self.values.keys() - ({"bias"} if self.parts.keys() == {"weight"} else set()):
+            return (
+                f"some of the adapters have an update of its {', '.join(self.parts)}, others values of its "
+                f"{', '.join(self.values)}, which no update holds both; merge(model, weights=…) can add them up"
+            )
+        if len({u.inputs for u in self.updates if isinstance(u, Scaled)}) > 1:
+            return "some of the adapters scale its inputs, others its outputs; merge(model, weights=…) can add them up"
+        if not self.parts and recipe.how != "sum":
+            scaled = isinstance(self.updates[0], Scaled)
+            return f"it is {'scaled' if scaled else 'trained whole'}, which {recipe.how} is not defined for"
+        inexact = any(part.exact_product is None for u in self.updates for part in u.low_rank().values())
+        return "the ΔW of DoRA has no rank of its own: give a rank" if recipe.rank is None and inexact else None
 
     @torch.no_grad()
-    def combined(self, how: How, rank: int | None, density: float, generator: torch.Generator) -> tuple[Update, float]:
-        """The update, and what its rank left out."""
-        first = self.updates[0]
-        if self.alone and rank is None and how == "sum":
-            return copy.deepcopy(first), 0.0
-        if isinstance(first, ReplacedRows):
-            return self._rows(), 0.0
-        if not isinstance(first, LowRank):
-            return Replaced({own_name: self._value(own_name) for own_name in self._own_names()}), 0.0
-        found = self._cut(how, rank, density, generator)
-        bias = self._value("bias") if any(u.bias is not None for u in self.updates if isinstance(u, LowRank)) else None
-        return LowRank(first.kind, found.A, found.B, 1.0, bias=bias), found.error
+    def combined(self, recipe: _Recipe, shared: _Shared) -> tuple[Update, dict[str, float]]:
+        """The update; and what its rank left out, by the name of the layer, or of each of its weights that have no layer."""
+        if isinstance(self.updates[0], ReplacedRows):
+            return self._rows(shared), {self.name: 0.0}
+        if isinstance(self.updates[0], Scaled):
+            return self._scaled(), {self.name: 0.0}
+        values = {own: self._value(own, shared) for own in self.values}
+        if not self.parts:
+            added = self.layer._parameters.get("bias") is None and "bias" in values
+            return AddedBias(values["bias"]) if added else Replaced(values), {self.name: 0.0}
+        parts: dict[str, LowRank] = {}
+        errors: dict[str, float] = {}
+        for own in self.parts:
+            parts[own], errors[_named(self.name, own)] = self._part(own, recipe, values.get("bias"))
+        return parts["weight"] if "weight" in parts else OnWeights(parts), errors
 
-    def _cut(self, how: How, rank: int | None, density: float, generator: torch.Generator) -> Truncated:
-        """A and B of the combination of their ΔW's."""
-        changes = [(update.changes(self.layer)["weight"], weight) for update, weight in self.terms]
-        if how == "sum" and all(isinstance(change, Product) for change, _ in changes):
-            product = summed(changes)
-            assert isinstance(product, Product)
-            A, B = product.A.detach().float(), product.B.detach().float() * product.scale
-            return Truncated(A, B, 0.0) if rank is None else of_factors(A, B, rank=rank)
-        W0 = matrix_of(self.owner, f"{self.name}.weight")
-        if how == "sum":
-            return of_matrix(dense(Sum(changes), W0), rank=rank)
-        dWs = [weight * dense(change, W0) for change, weight in changes]
-        return of_matrix(_ties(dWs, density) if how == "ties" else _dare(dWs, density, generator), rank=rank)
+    def _part(self, own: str, recipe: _Recipe, bias: Tensor | None) -> tuple[LowRank, float]:
+        """The low-rank update of one weight, and what its rank left out."""
+        terms = [(part, w) for update, w in self.terms if (part := update.low_rank().get(own)) is not None]
+        first = terms[0][0]
+        if recipe.how == "sum" and all(part.exact_product is not None for part, _ in terms):
+            joined = first.joined(terms, bias)
+            if recipe.rank is None:
+                return joined, 0.0
+            near = of_factors(joined.A, joined.B, rank=recipe.rank)
+        elif first.A.ndim == 3:
+            near = _stacked([self._near(terms, own, recipe, e) for e in range(len(first.A))])
+        else:
+            near = self._near(terms, own, recipe, None).truncated
+        return first.remade(near.A, near.B, bias), near.error
 
-    def _own_names(self) -> list[str]:
-        return list(dict.fromkeys(n for update in self.updates for n in update._parameters))
+    def _near(self, terms: Sequence[tuple[LowRank, float]], own: str, recipe: _Recipe, e: int | None) -> _Near:
+        """A and B of the combination of these ΔW's, or of the `e`th matrix of each in a stack."""
+        dWs = [weight * self._dense(part, own, e) for part, weight in terms]
+        if recipe.how == "sum":
+            dW = torch.stack(dWs).sum(0)
+        elif recipe.how == "ties":
+            dW = _ties(dWs, recipe.density)
+        else:
+            dW = _dare(dWs, recipe.density, recipe.generator)
+        return _Near(of_matrix(dW, rank=recipe.rank), float(dW.norm()))
 
-    def _value(self, own_name: str) -> Tensor:
+    def _dense(self, part: LowRank, own: str, e: int | None) -> Tensor:
+        """ΔW [d, k] in fp32."""
+        product = part.exact_product
+        if product is None:
+            return dense(part.changes(self.layer)[own], matrix_of(self.owner, dotted(self.name, own)))
+        A, B = (product.A, product.B) if e is None else (product.A[e], product.B[e])
+        return dense(Product(A, B, product.scale), A.new_empty(()).expand(B.shape[0], A.shape[1]))
+
+    def _value(self, own: str, shared: _Shared) -> nn.Parameter:
         """The base's value and, times their weights, what the updates add to it. A vocabulary is as large as the largest."""
-        own = self.layer._parameters.get(own_name)
-        values = [(v.detach().float(), w) for u, w in self.terms if (v := getattr(u, own_name, None)) is not None]
-        base = torch.zeros_like(values[0][0]) if own is None else own.detach().float()
-        longest = max([base, *(value for value, _ in values)], key=len)
-        base = torch.cat([base, torch.zeros_like(longest[len(base) :])])
-        total = base.clone()
-        for value, weight in values:
-            total[: len(value)] += weight * (value - base[: len(value)])
-        return total
+        terms = [(value, w) for update, w in self.terms if (value := update.values().get(own)) is not None]
+        key = tuple((id(value), w) for value, w in terms)
+        if key not in shared:
+            before = self.layer._parameters.get(own)
+            base = torch.zeros_like(terms[0][0]) if before is None else before.detach()
+            shared[key] = nn.Parameter(_summed(base, [(value.detach(), w) for value, w in terms]))
+        return shared[key]
 
-    def _rows(self) -> ReplacedRows:
-        every = [u for u in self.updates if isinstance(u, ReplacedRows)]
-        indices = torch.cat([u.indices for u in every]).unique()
-        base = with_room(self.layer._parameters["weight"].detach().float(), indices)[indices]
-        rows = base.clone()
-        for update, (_, factor) in zip(every, self.terms, strict=True):
-            place = torch.searchsorted(indices, update.indices)
-            rows[place] += factor * (update.rows.detach().float() - base[place])
-        return ReplacedRows(indices, rows)
+    def _scaled(self) -> Scaled:
+        """l = 1 + Σ weight·(l − 1), since ΔW = (l − 1) ⊙ W0."""
+        terms = [(update, weight) for update, weight in self.terms if isinstance(update, Scaled)]
+        first = terms[0][0]
+        rows = [u.rows for u, _ in terms if first.rows is not None and u.rows is not None and first.rows.equal(u.rows)]
+        alike = len(rows) == len(terms)
+        vectors = [(u.l if alike else u.whole(self.layer), weight) for u, weight in terms]
+        total = torch.ones_like(vectors[0][0])
+        for vector, weight in vectors:
+            total += weight * (vector - 1)
+        return Scaled(total, inputs=first.inputs, rows=first.rows if alike else None)
+
+    def _rows(self, shared: _Shared) -> ReplacedRows:
+        terms = [(update, weight) for update, weight in self.terms if isinstance(update, ReplacedRows)]
+        indices = torch.cat([u.indices for u, _ in terms]).unique()
+        key = tuple((id(update.rows), weight) for update, weight in terms)
+        if key not in shared:
+            base = with_room(self.layer._parameters["weight"].detach().float(), indices)[indices]
+            rows = base.clone()
+            for update, weight in terms:
+                place = torch.searchsorted(indices, update.indices)
+                rows[place] += weight * (update.rows.detach().float() - base[place])
+            shared[key] = nn.Parameter(rows)
+        return ReplacedRows(indices, shared[key])
+
+
+@dataclass(frozen=True)
+class _Near:
+    """The nearest A and B of one matrix, and ‖ΔW‖."""
+
+    truncated: Truncated
+    norm: float
+
+
+def _stacked(each: Sequence[_Near]) -> Truncated:
+    """The A's and B's of a stack's matrices as one; the error is of all of them together."""
+    A, B = (torch.stack([getattr(near.truncated, letter) for near in each]) for letter in "AB")
+    total = sum(near.norm**2 for near in each)
+    missing = sum((near.truncated.error * near.norm) ** 2 for near in each)
+    return Truncated(A, B, (missing / total) ** 0.5 if total else 0.0)
+
+
+def _summed(base: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """base + Σ weight·(value − base), fp32 at least. Where values have more rows than the base, its are zero."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    base = base.to(wide)
+    if most := max((len(value) - len(base) for value, _ in terms if value.ndim), default=0):
+        base = torch.cat([base, base.new_zeros(max(0, most), *base.shape[1:])])
+    total = base.clone()
+    for value, weight in terms:
+        rows = slice(len(value)) if value.ndim else ...
+        total[rows] += weight * (value.to(wide) - base[rows])
+    return total
 
 
 def _ties(dWs: list[Tensor], density: float) -> Tensor:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deltaw.attached import Plan, apply_plan, check_free, named_parameters, owner_of
+from deltaw.attached import Plan, apply_plan, check_free, dotted, named_parameters, owner_of
 from deltaw.errors import AdapterError, FileError, listing
-from deltaw.layers import kind_of
+from deltaw.layers import Kind, Weight, kind_of
 from deltaw.methods.lora import LoRA
-from deltaw.svd import of_matrix
-from deltaw.targets import select
-from deltaw.updates import LowRank
+from deltaw.svd import Truncated, of_matrix
+from deltaw.targets import Layer, select
+from deltaw.updates import LowRank, Update
+from deltaw.weights import OnWeights, Stack
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,59 @@ def extract(
     selection = select(owner_of(base), targets, rank or 1)
     if selection.slices:
         raise AdapterError(listing("extract takes whole layers; these targets mean slices of", [*selection.slices]))
-    chosen = selection.ranks
-    updates: dict[str, LowRank] = {}
+    updates: dict[str, Update] = {}
     errors: dict[str, float] = {}
     unchanged = []
-    for layer_name, own_rank in chosen.items():
-        layer: Any = owner_of(base).get_submodule(layer_name)
-        kind = kind_of(layer)
-        assert kind is not None
-        dW = kind.W0(owner_of(tuned).get_submodule(layer_name)).double() - kind.W0(layer).double()
+    for layer_name, layer in selection.layers.items():
+        W0, twin = _matrices(layer), _twin(owner_of(tuned), layer_name, layer)
+        dW = _matrices(twin).double() - W0.double()
         if not dW.any():
             unchanged.append(layer_name)
             continue
-        found = of_matrix(dW, rank=None if rank is None else own_rank, energy=energy)
-        updates[layer_name], errors[layer_name] = LowRank(kind, found.A, found.B, 1.0), found.error
+        near = of_matrix(dW, rank=None if rank is None else selection.ranks[layer_name], energy=energy)
+        errors[layer_name] = near.error
+        _put(updates, layer_name, layer, near)
     if not updates:
         raise FileError("The two models are equal in all targeted layers: there is no update to extract.")
-    ranks = {layer: update.rank for layer, update in updates.items()}
-    weights = {f"{layer}.weight" for layer in chosen}
+    of_parts = {dotted(n, own): part.rank for n, update in updates.items() for own, part in update.low_rank().items()}
+    ranks = {n: of_parts[_parameter(n, layer)] for n, layer in selection.layers.items() if n in errors}
+    weights = {_parameter(n, layer) for n, layer in selection.layers.items()}
     others = tuple(n for n in before if n not in weights and not torch.equal(before[n], after[n].to(before[n])))
     apply_plan(base, Plan(updates), LoRA(rank=max(ranks.values()), targets=ranks), name=name)
     return Extracted(ranks, errors, tuple(unchanged), others)
+
+
+def _matrices(layer: Layer) -> Tensor:
+    """A layer's W0 as [d, k], a stack's as [E, d, k]."""
+    if isinstance(layer, Weight):
+        return layer.value.mT if layer.transposed else layer.value
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.W0(layer)
+
+
+def _twin(tuned: nn.Module, name: str, layer: Layer) -> Layer:
+    """The layer of this name in the tuned model."""
+    if isinstance(layer, Weight):
+        return Weight(tuned.get_submodule(name.removesuffix(layer.own).removesuffix(".")), layer.own)
+    return tuned.get_submodule(name)
+
+
+def _parameter(name: str, layer: Layer) -> str:
+    """The dotted name of a layer's weight."""
+    return name if isinstance(layer, Weight) else f"{name}.weight"
+
+
+def _put(updates: dict[str, Update], name: str, layer: Layer, near: Truncated) -> None:
+    """Put A and B of a layer among the updates; those of a weight without a layer in its module's."""
+    if isinstance(layer, Weight):
+        part = Stack(near.A, near.B, 1.0, transposed=layer.transposed) if near.A.ndim == 3 else None
+        of_module = updates.setdefault(name.removesuffix(layer.own).removesuffix("."), OnWeights({}))
+        of_module._modules[layer.own] = part or LowRank(Kind, near.A, near.B, 1.0)
+        return
+    kind = kind_of(layer)
+    assert kind is not None
+    updates[name] = LowRank(kind, near.A, near.B, 1.0)
 
 
 def _check_alike(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:

@@ -120,17 +120,24 @@ class Times(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """A ΔW of each matrix of several that stand one under the other: W0 [Σ d, k]."""
+    """A ΔW of each matrix of several of one shape that stand one under the other: W0 [E·d, k]. Its blocks have the rows of any
+    other change's, so that a sum can go through both side by side."""
 
     products: Sequence[Product]
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        at = 0
-        for product in self.products:
-            d = product.B.shape[0]
-            for block in product.blocks(W0[at : at + d]):
-                yield Block(slice(at + block.rows.start, at + block.rows.stop), block.dW)
-            at += d
+        d, k = self.products[0].B.shape[0], W0.shape[1]
+        height = _height(k, W0.device)
+        for start in range(0, W0.shape[0], height):
+            stop = min(start + height, W0.shape[0])
+            parts = [self._rows(e, start - e * d, stop - e * d) for e in range(start // d, -(-stop // d))]
+            yield Block(slice(start, stop), parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _rows(self, e: int, start: int, stop: int) -> Tensor:
+        """The rows of the `e`th ΔW that lie between these two, in fp32."""
+        A, B, scale = self.products[e]
+        ((_, dW),) = _delta_blocks(A, B[max(0, start) : stop], scale)
+        return dW
 
 
 class Sum(NamedTuple):

@@ -224,7 +224,13 @@ def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
 
 def _same_value(owner: nn.Module, one: str, other: str, changes: Mapping[str, Change]) -> bool:
     """Whether both get one and the same value."""
-    first, second = changes[one], changes[other]
-    if not (isinstance(first, Value) and isinstance(second, Value)):
+    sums = [change.terms if isinstance(change, Sum) else [(change, 1.0)] for change in (changes[one], changes[other])]
+    if len(sums[0]) != len(sums[1]):
         return False
-    return torch.equal(as_stored(*place_of(owner, one), first.W), as_stored(*place_of(owner, other), second.W))
+    return all(
+        weight == other_weight
+        and isinstance(first, Value)
+        and isinstance(second, Value)
+        and torch.equal(as_stored(*place_of(owner, one), first.W), as_stored(*place_of(owner, other), second.W))
+        for (first, weight), (second, other_weight) in zip(*sums, strict=True)
+    )

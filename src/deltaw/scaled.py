@@ -89,6 +89,9 @@ class AddedBias(Update):
         out = own_forward(layer)(itself(layer), *inputs, **named)
         return out + self.bias.to(out.dtype)
 
+    def values(self) -> dict[str, nn.Parameter]:
+        return {"bias": self.bias}
+
     def changes(self, layer: Any) -> dict[str, Change]:
         return {"bias": Value(self.bias.detach().reshape(1, -1))}
 

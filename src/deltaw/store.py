@@ -26,7 +26,6 @@ from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.renames import renamed
 from deltaw.updates import LowRank, Update
-from deltaw.weights import OnWeights
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
@@ -181,9 +180,7 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
 
 def _low_rank(updates: Mapping[str, Update]) -> Iterator[LowRank]:
     for update in updates.values():
-        for each in update.parts.values() if isinstance(update, OnWeights) else (update,):
-            if isinstance(each, LowRank):
-                yield each
+        yield from update.low_rank().values()
 
 
 def _method(file: peft.LoRAFile) -> LoRA:

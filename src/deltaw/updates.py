@@ -8,7 +8,7 @@ layer's parameters (`changes`), and why it does not fit a layer (`misfit`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -45,6 +45,14 @@ class Update(nn.Module, ABC):
         """The layer's parameter with this update, for modules that read it without calling the layer."""
         own: Tensor | None = layer._parameters[own_name]
         return own
+
+    def low_rank(self) -> dict[str, LowRank]:
+        """The low-rank updates that it is made of, by the layer's own names of the parameters that they are of."""
+        return {}
+
+    def values(self) -> dict[str, nn.Parameter]:
+        """The values that it has in place of the layer's own, by the layer's own names of these parameters."""
+        return {}
 
     @abstractmethod
     def misfit(self, layer: Any) -> str | None:
@@ -100,6 +108,30 @@ class LowRank(Update):
     @property
     def product(self) -> Product:
         return Product(self.A, self.B, self.scale)
+
+    @property
+    def exact_product(self) -> Product | None:
+        """ΔW as a product of an A [r, k] and a B [d, r], those of a stack [E, r, k] and [E, d, r]; None where it is none."""
+        return Product(self.A.detach(), self.B.detach(), self.scale)
+
+    def low_rank(self) -> dict[str, LowRank]:
+        return {"weight": self}
+
+    def values(self) -> dict[str, nn.Parameter]:
+        return {} if self.bias is None else {"bias": self.bias}
+
+    def remade(self, A: Tensor, B: Tensor, bias: Tensor | None = None) -> LowRank:
+        """An update of the same weight whose ΔW is BA."""
+        return LowRank(self.kind, A, B, 1.0, bias=bias)
+
+    def joined(self, terms: Sequence[tuple[LowRank, float]], bias: Tensor | None = None) -> LowRank:
+        """Σ weight·ΔW of updates of this weight, each with an exact product: A's and B's concatenated, so that ranks add up. The
+        result has the widest of their dtypes, fp32 at least."""
+        wide = _widest(terms)
+        products = [(update.product, weight) for update, weight in terms]
+        A = torch.cat([p.A.detach().to(wide) for p, _ in products], dim=-2)
+        B = torch.cat([p.B.detach().to(wide) * (p.scale * weight) for p, weight in products], dim=-1)
+        return self.remade(A, B, bias)
 
     def W0(self, layer: Any) -> Tensor:
         """The layer's weight as a [d, k] view of its storage, where it is stored so."""
@@ -205,8 +237,26 @@ class Sliced(LowRank):
         (d, k), own = shape, (self.d, self.A.shape[1])
         return None if own == (d, k) else f"the update is {own[0]}×{own[1]}, the layer {d}×{k}"
 
+    def joined(self, terms: Sequence[tuple[LowRank, float]], bias: Tensor | None = None) -> LowRank:
+        """Slices stay slices where all terms have the same ones."""
+        alike = [(u, weight) for u, weight in terms if isinstance(u, Sliced) and u.slices == self.slices]
+        if len(alike) < len(terms):
+            return super().joined(terms, bias)
+        wide, n, k = _widest(terms), len(self.slices), self.A.shape[1]
+        A = torch.cat([u.A.detach().to(wide).view(n, -1, k) for u, _ in alike], dim=1).view(-1, k)
+        rows = torch.cat([u.B_rows.detach().to(wide) * (u.scale * weight) for u, weight in alike], dim=1)
+        return Sliced(self.kind, A, rows, 1.0, self.slices, self.d, bias=bias)
+
     def extra_repr(self) -> str:
         return f"slices={','.join(self.slices)}, {super().extra_repr()}"
+
+
+def _widest(terms: Sequence[tuple[LowRank, float]]) -> torch.dtype:
+    """The widest dtype of these updates' A's, fp32 at least."""
+    dtype = torch.float32
+    for update, _ in terms:
+        dtype = torch.promote_types(dtype, update.A.dtype)
+    return dtype
 
 
 def places_of(slices: Mapping[str, Runs]) -> tuple[Tensor, Tensor]:
@@ -288,6 +338,10 @@ class LowRankRescaled(LowRank):
             self._norm = stamp, row_norms(self.W0(layer), self.A, self.B, self.scale)
         return self._norm[1]
 
+    @property
+    def exact_product(self) -> Product | None:
+        return None
+
     def changes(self, layer: Any) -> dict[str, Change]:
         return super().changes(layer) | {"weight": Rescaled(self.product, self.magnitude)}
 
@@ -327,6 +381,9 @@ class Replaced(Update):
             assert value is not None
             values[own_name] = value.to(layer._parameters[own_name].dtype)
         return own_forward(layer)(shell(layer, values), *inputs, **named)
+
+    def values(self) -> dict[str, nn.Parameter]:
+        return {n: value for n, value in self._parameters.items() if value is not None}
 
     def parameter(self, layer: Any, own_name: str) -> Tensor | None:
         own, value = layer._parameters[own_name], self._parameters.get(own_name)

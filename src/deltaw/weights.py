@@ -29,6 +29,9 @@ class OnWeights(Update):
     def parts(self) -> dict[str, LowRank]:
         return dict(self._modules)  # type: ignore[arg-type]
 
+    def low_rank(self) -> dict[str, LowRank]:
+        return self.parts
+
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
         values = {own: self.parameter(layer, own) for own in self._modules}
         return plain_class(layer).forward(shell(layer, values), *inputs, **named)
@@ -70,6 +73,10 @@ class Stack(LowRank):
     @property
     def rank(self) -> int:
         return self.A.shape[1]
+
+    def remade(self, A: Tensor, B: Tensor, bias: Tensor | None = None) -> LowRank:
+        assert bias is None
+        return Stack(A, B, 1.0, transposed=self.transposed)
 
     def weight(self, W0: Tensor) -> Tensor:
         """W0 + ΔW in W0's shape and dtype; gradients flow to A and B."""

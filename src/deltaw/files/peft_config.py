@@ -252,8 +252,10 @@ def config_for(
 
 
 def _patterns(values: Mapping[str, Any], commonest: Any, others: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that differ; beside parameters' all of them, for a parameter's is read wherever its module's layers have none."""
-    every = bool(others.get("target_parameters")) and len(set(values.values())) > 1
+    """Those that differ; beside weights without layers all of them, for a weight's is read wherever its module's layers have
+    none."""
+    beside = bool(others.get("target_parameters")) or any(".base_layer" in layer for layer in values)
+    every = beside and len(set(values.values())) > 1
     return {exactly(layer): x for layer, x in values.items() if every or x != commonest}
 
 
