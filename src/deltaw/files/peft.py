@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.fingerprint import Fingerprint
+from deltaw.files.fingerprint import Fingerprint, Outdated
 from deltaw.files.peft_config import (
     CONFIG,
     PICKLED,
@@ -57,6 +57,12 @@ SLICES = "deltaw_slices"
 # PEFT (0.21) adds the ΔW of the output projection inside a wrapped nn.MultiheadAttention twice in each pass: what a file has for
 # it is half of what it means
 TWICE = 2.0
+
+_NO_BASE = "%s names no base (it was not written by deltaw): only its keys and shapes are checked."
+_OUTDATED = (
+    "%s names its base as an older version of deltaw did, by a sample of its entries, which tells too few bases apart: only its "
+    "keys and shapes are checked. Save the adapter again to renew it."
+)
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -328,15 +334,17 @@ class _Named(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
 
 
-def check_base(file: _Named, folder: Path, key: str, own: Callable[[], Fingerprint]) -> str:
-    """Whether the adapter was made for these weights, by the fingerprint under `key` (BASE or W0) of its metadata: "same", "cast"
-    (in another precision), or "unknown", of which is warned, where the file names none. Raises BaseMismatch, and FileError for
-    a damaged one."""
+def check_base(file: _Named, folder: Path, key: str, own: Callable[[str], str | None]) -> str:
+    """Whether the adapter was made for these weights, by the fingerprint under `key` (BASE or W0) of its metadata. `own` gives
+    each hash of the weights by its form, or None where they cannot be read. Returns "same", "cast" (in another precision), or
+    "unknown", of which is warned. Raises BaseMismatch, and FileError for a damaged fingerprint."""
     expected = fingerprint_of(file, folder, key)
     if expected is None:
-        log.warning("%s names no base (it was not written by deltaw): only its keys and shapes are checked.", folder)
+        log.warning(_NO_BASE if key not in file.metadata else _OUTDATED, folder)
         return "unknown"
-    verdict = own().compare(expected)
+    verdict = expected.compare_by(own)
+    if verdict == "unknown":
+        log.warning("Some weights of the base are not in memory: whether %s belongs to it is not checked.", folder)
     if verdict == "different":
         trained_on = file.config.get("base_model_name_or_path") or "another model"
         raise BaseMismatch(
@@ -382,9 +390,12 @@ def slices_of(file: LoRAFile) -> dict[str, dict[str, Runs]]:
 
 
 def fingerprint_of(file: _Named, folder: Path, key: str) -> Fingerprint | None:
-    """The one under `key` of its metadata. Raises FileError for a damaged one."""
+    """The one under `key` of its metadata; None where there is none, or one of the first version. Raises FileError for a damaged
+    one."""
     text = file.metadata.get(key)
     try:
         return None if text is None else Fingerprint.parse(text)
+    except Outdated:
+        return None
     except ValueError as error:
         raise FileError(f"{folder}: the base fingerprint {text!r} in its metadata is damaged.") from error
