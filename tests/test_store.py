@@ -18,7 +18,7 @@ import deltaw
 from deltaw import LoRA, attach, detach, load, save
 from deltaw.attached import named_parameters, updates
 from deltaw.base_identity import base_fingerprint
-from deltaw.errors import AdapterError, BaseMismatch, FileError
+from deltaw.errors import AdapterError, BaseMismatch, ConfigError, FileError
 from deltaw.files import peft as peft_files
 from deltaw.files.peft_config import SETTINGS as SETTINGS_READ
 from deltaw.store import training_of
@@ -236,6 +236,34 @@ def test_inside_a_wrapper_names_are_the_bases_own(wrap: Any, ids: torch.Tensor, 
     assert load(wrapped, tmp_path / "a", name="again") == "again"
     assert deltaw.summary(wrapped).adapters == deltaw.summary(model).adapters
     detach(wrapped)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize(("kind", "method"), [
+    ("gpt2", LoRA(rank=12, alpha=7, scaling="alpha/sqrt(r)", targets="qv")),
+    ("llama", LoRA(rank=6, alpha=7, scaling="alpha/sqrt(r)", init="pissa")),
+    ("llama", LoRA(rank=7, alpha=16.000000001, targets="qv")),
+], ids=["slices", "pissa", "not quite whole"])  # fmt: skip
+def test_a_scale_that_no_alpha_gives_is_saved_and_read_as_it_is(
+    kind: str, method: LoRA, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = MAKERS[kind]().eval()
+    plain, real = twin(model), twin(model)
+    fill(attach(model, method))
+    save(model, tmp_path / "a")
+    load(plain, tmp_path / "a")
+    scales = {name: update.scale for name, update in updates(model).items()}
+    assert {name: update.scale for name, update in updates(plain).items()} == scales
+    real = peft.PeftModel.from_pretrained(real, tmp_path / "a").eval()
+    torch.testing.assert_close(real(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e31, 10**400], ids=["none", "too much", "far too much"])
+def test_an_alpha_that_no_update_could_be_scaled_by_is_refused_before_training(alpha: float) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="alpha is"):
+        attach(model, LoRA(rank=8, alpha=alpha))
     assert_same(model, before)
 
 
