@@ -73,5 +73,5 @@ def test_an_alpha_that_somebody_changed_is_the_one_that_counts(tmp_path: Path) -
     edited(folder, metadata={peft.SCALES: json.dumps({"a": scale, "gone": 2.0})}, lora_alpha=48.0)
     assert peft.read(folder).scales == {"a": 48 / 24**0.5}
     edited(folder, metadata={peft.SCALES: "[1"})
-    with pytest.raises(FileError, match="scales of layers .* damaged"):
+    with pytest.raises(FileError, match=r"scales of layers .* damaged"):
         peft.read(folder)

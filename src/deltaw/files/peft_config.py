@@ -164,8 +164,8 @@ def _scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
 
 
 def alpha_for(scale: float, rank: int, *, rank_stabilised: bool) -> float:
-    """The α that gives this scale back to the last bit: a whole number, where one does. Some scales no α gives; then it is one whose
-    scale is the next number, 2^-52 of it away at the most."""
+    """The α that gives this scale back to the last bit, a whole number where one does. Some scales no α gives: then the α of the
+    next number, 2^-52 of it away at the most."""
     near = scale * (rank**0.5 if rank_stabilised else rank)
     candidates = [near, math.nextafter(near, 0.0), math.nextafter(near, math.inf)]
     whole = [round(near)] if abs(near) < 2**53 and round(near) > 0 else []
