@@ -18,7 +18,7 @@ import deltaw
 from deltaw import LoRA, attach, detach, load, save
 from deltaw.attached import named_parameters, updates
 from deltaw.base_identity import base_fingerprint
-from deltaw.errors import AdapterError, BaseMismatch, FileError
+from deltaw.errors import AdapterError, BaseMismatch, ConfigError, FileError
 from deltaw.files import peft as peft_files
 from deltaw.files.peft_config import SETTINGS as SETTINGS_READ
 from deltaw.store import training_of
@@ -239,6 +239,34 @@ def test_inside_a_wrapper_names_are_the_bases_own(wrap: Any, ids: torch.Tensor, 
     assert_same(model, before)
 
 
+@pytest.mark.parametrize(("kind", "method"), [
+    ("gpt2", LoRA(rank=12, alpha=7, scaling="alpha/sqrt(r)", targets="qv")),
+    ("llama", LoRA(rank=6, alpha=7, scaling="alpha/sqrt(r)", init="pissa")),
+    ("llama", LoRA(rank=7, alpha=16.000000001, targets="qv")),
+], ids=["slices", "pissa", "not quite whole"])  # fmt: skip
+def test_a_scale_that_no_alpha_gives_is_saved_and_read_as_it_is(
+    kind: str, method: LoRA, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = MAKERS[kind]().eval()
+    plain, real = twin(model), twin(model)
+    fill(attach(model, method))
+    save(model, tmp_path / "a")
+    load(plain, tmp_path / "a")
+    scales = {name: update.scale for name, update in updates(model).items()}
+    assert {name: update.scale for name, update in updates(plain).items()} == scales
+    real = peft.PeftModel.from_pretrained(real, tmp_path / "a").eval()
+    torch.testing.assert_close(real(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e31, 10**400], ids=["none", "too much", "far too much"])
+def test_an_alpha_that_no_update_could_be_scaled_by_is_refused_before_training(alpha: float) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="alpha is"):
+        attach(model, LoRA(rank=8, alpha=alpha))
+    assert_same(model, before)
+
+
 def test_a_base_that_changes_while_attached_gets_another_fingerprint(tmp_path: Path) -> None:
     model = fill(attach(tiny_llama(), METHODS["plain"]))
     first = base_fingerprint(model)
@@ -254,23 +282,24 @@ def test_a_base_that_changes_while_attached_gets_another_fingerprint(tmp_path: P
 def test_each_base_tensor_is_read_once(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deltaw import base_identity
 
-    genuine, read = base_identity.digest, []
+    genuine, read = base_identity.content_of, []
 
-    def counted(tensor: torch.Tensor) -> Any:
+    def counted(tensor: torch.Tensor, dtype: torch.dtype) -> Any:
         read.append(tensor)
-        return genuine(tensor)
+        return genuine(tensor, dtype)
 
-    monkeypatch.setattr(base_identity, "digest", counted)
+    monkeypatch.setattr(base_identity, "content_of", counted)
     save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
     count = len(read)
-    assert count == len(list(named_parameters(tiny)))
+    assert count == 3 * len(list(named_parameters(tiny)))  # as it is, and rounded to both
     detach(tiny)
     for name in "xy":
         load(tiny, tmp_path / "a", name=name)
     assert len(read) == count
     with torch.no_grad():
         next(tiny.parameters()).add_(1.0)
-    base_fingerprint(tiny)
+    with pytest.raises(BaseMismatch):
+        load(tiny, tmp_path / "a", name="z")
     assert len(read) == count + 1
 
 
@@ -286,6 +315,74 @@ def test_another_base_is_an_error_with_an_override(tmp_path: Path) -> None:
         load(other, tmp_path / "a")
     assert_same(other, before)
     load(other, tmp_path / "a", check_base=False)
+
+
+def _negated_off_a_sample(model: Any) -> None:
+    for p in model.parameters():
+        if p.ndim > 1:
+            flat = p.view(-1)
+            step = max(1, flat.numel() // 1024)
+            kept = flat[::step].clone()
+            flat.neg_()[::step] = kept
+
+
+def _reordered(model: Any) -> None:
+    W = next(p for n, p in model.named_parameters() if "q_proj" in n or "c_attn" in n)
+    order = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(0))
+    W.copy_(W.flatten()[order].view_as(W))
+
+
+def _two_layers_exchanged(model: Any) -> None:
+    one, other = (p for n, p in model.named_parameters() if n.endswith(("q_proj.weight", "attn.c_attn.weight")))
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
+
+
+@pytest.mark.parametrize("change", [_negated_off_a_sample, _reordered, _two_layers_exchanged])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_other_base_passes_as_this_one_in_another_precision(
+    tiny: Any, dtype: torch.dtype, change: Any, tmp_path: Path
+) -> None:
+    other = twin(tiny)
+    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
+    with torch.no_grad():
+        change(other)
+    other.to(dtype)
+    before = snapshot(other)
+    with pytest.raises(BaseMismatch):
+        load(other, tmp_path / "a")
+    assert_same(other, before)
+
+
+def test_a_fingerprint_of_an_older_version_is_a_warning(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = twin(tiny)
+    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    old = ":".join(["0123456789abcdef" * 2] * 3)
+    save_file(load_file(weights), weights, metadata={"deltaw_format": "1", "deltaw_base": old, "deltaw_w0": old})
+    load(plain, tmp_path / "a")
+    assert "older version" in caplog.text
+    save_file(load_file(weights), weights, metadata={"deltaw_format": "1", "deltaw_base": "2:damaged"})
+    with pytest.raises(FileError, match="damaged"):
+        load(plain, tmp_path / "a", name="b")
+
+
+def test_a_base_that_is_not_in_memory_is_not_checked(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some of it, as where a package keeps layers on disk."""
+    away = twin(tiny)
+    away.get_input_embeddings().to("meta")
+    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
+    load(away, tmp_path / "a")
+    assert "not in memory" in caplog.text
+    save(away, tmp_path / "b")
+    file = peft_files.read(tmp_path / "b")
+    assert peft_files.BASE not in file.metadata and "names no base" in caplog.text
+    assert all(torch.equal(A, peft_files.read(tmp_path / "a").factors[n][0]) for n, (A, _) in file.factors.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

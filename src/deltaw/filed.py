@@ -52,7 +52,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         rows=rows,
         whole=whole | whole_biases,
     )
-    made.metadata.update(_metadata(model, low_rank, weights, made))
+    made.metadata.update(_metadata(model, low_rank, keys, weights, made))
     return made
 
 
@@ -98,13 +98,19 @@ def _check(method: Any, updates: dict[str, Update]) -> None:
         raise AdapterError(listing("Not saved: PEFT's format has no such updates beside the adapter's others:", others))
 
 
-def _metadata(model: nn.Module, low_rank: dict[str, LowRank], weights: _Weights, file: LoRAFile) -> dict[str, str]:
+def _metadata(
+    model: nn.Module, low_rank: dict[str, LowRank], keys: dict[str, str], weights: _Weights, file: LoRAFile
+) -> dict[str, str]:
     made = {
         "deltaw_format": FORMAT,
         "deltaw_version": __version__,
-        BASE: str(base_fingerprint(model, without=file.replaced())),
-        W0: str(weights_fingerprint(model, [*(f"{n}.weight" for n in low_rank), *(n for n, _ in weights.values())])),
     }
+    in_file = {key: f"{n}.weight" for n, key in keys.items()} | {key: n for key, (n, _) in weights.items()}
+    fingerprints = {
+        BASE: base_fingerprint(model, without=file.replaced()),
+        W0: weights_fingerprint(model, [in_file[key] for key in sorted(in_file)]),
+    }
+    made |= {key: str(value) for key, value in fingerprints.items() if value is not None}
     transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
     every = low_rank | {n: u for n, (_, u) in weights.items()}
     slices = {n: u.slices for n, u in every.items() if isinstance(u, Sliced)}

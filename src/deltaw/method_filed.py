@@ -44,10 +44,11 @@ def as_method_file(model: nn.Module, name: str) -> MethodFile:
     metadata = {
         "deltaw_format": FORMAT,
         "deltaw_version": __version__,
-        BASE: str(base_fingerprint(model, without=replaced)),
         REPLACED: json.dumps(sorted(replaced)),
         DIFFERENCES: json.dumps(sorted(differences)),
     }
+    if (base_is := base_fingerprint(model, without=replaced)) is not None:
+        metadata[BASE] = str(base_is)
     file = MethodFile(known, to_mapping(method), tensors, {}, metadata)
     base = getattr(getattr(owner_of(model), "config", None), "_name_or_path", None) or None
     made = _as_ia3(model, file, updates, base) or _as_prompt(model, file, updates, base)

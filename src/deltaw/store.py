@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from deltaw import attached as live
 from deltaw import units
-from deltaw.base_identity import base_fingerprint
+from deltaw.base_identity import base_hash
 from deltaw.errors import FileError, listing
 from deltaw.filed import as_file
 from deltaw.files import method_file, peft
@@ -114,7 +115,7 @@ def place(
         name = "default" if "default" not in taken else path.name.replace(".", "_")
     live.check_free(model, name)
     if check_base:
-        peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model, without=file.replaced()))
+        peft.check_base(file, path, peft.BASE, partial(base_hash, model, without=file.replaced()))
     device = torch.device("cpu") if host else None
     if isinstance(file, peft.LoRAFile):
         updates, method = fitted(model, layers, file, path, device=device), _method(file)

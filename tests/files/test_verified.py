@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import deltaw
 from deltaw.cli import main
 from deltaw.errors import BaseMismatch, FileError, MergeError
+from deltaw.files import peft as peft_files
 from deltaw.files.shards import shards_of
 from deltaw.files.streamed import merge_files
 from deltaw.files.verified import verify_adapter, verify_merged
@@ -51,6 +52,27 @@ def test_an_adapter_and_other_weights(folder: Path) -> None:
     with pytest.raises(BaseMismatch, match="other base weights"):
         verify_adapter(folder / "merged", folder / "adapter")
     assert main(["verify", str(folder / "merged"), str(folder / "adapter")]) == 5
+
+
+def test_an_adapter_and_two_exchanged_entries(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = next(iter(peft_files.read(folder / "adapter").factors))
+    shard = next(s for s in shards_of(folder / "base") if f"{layer}.weight" in s.entries)
+    tensors = load_file(shard.path)
+    flat = tensors[f"{layer}.weight"].view(-1)
+    flat[5], flat[77] = flat[77].clone(), flat[5].clone()
+    save_file(tensors, shard.path)
+    with pytest.raises(BaseMismatch, match="other base weights"):
+        verify_adapter(folder / "base", folder / "adapter")
+    assert main(["verify", str(folder / "base"), str(folder / "adapter")]) == 5
+    assert "bit for bit" not in capsys.readouterr().out
+
+
+def test_an_adapter_of_an_older_version_is_no_yes(folder: Path) -> None:
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    old = ":".join(["0123456789abcdef" * 2] * 3)
+    save_file(load_file(weights), weights, metadata=peft_files.read(folder / "adapter").metadata | {peft_files.W0: old})
+    with pytest.raises(FileError, match="older version"):
+        verify_adapter(folder / "base", folder / "adapter")
 
 
 def test_an_adapter_that_names_no_base_is_no_yes(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.fingerprint import Fingerprint
+from deltaw.files.fingerprint import Fingerprint, Outdated
 from deltaw.files.peft_config import (
     CONFIG,
     PICKLED,
@@ -54,9 +55,18 @@ TRANSPOSED = "deltaw_transposed"
 # Metadata: JSON, layer → its slices that have updates of their own → their rows of its output
 SLICES = "deltaw_slices"
 
+# Metadata: JSON, layer → its scale, where no α in the config gives that to the last bit
+SCALES = "deltaw_scales"
+
 # PEFT (0.21) adds the ΔW of the output projection inside a wrapped nn.MultiheadAttention twice in each pass: what a file has for
 # it is half of what it means
 TWICE = 2.0
+
+_NO_BASE = "%s names no base (it was not written by deltaw): only its keys and shapes are checked."
+_OUTDATED = (
+    "%s names its base as an older version of deltaw did, by a sample of its entries, which tells too few bases apart: only its "
+    "keys and shapes are checked. Save the adapter again to renew it."
+)
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -141,9 +151,7 @@ def read(folder: Path) -> LoRAFile:
         raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
     return LoRAFile(
         factors={layer: (parts["A"], parts["B"]) for layer, parts in found.parts.items()},
-        scales={
-            layer: scale_of(layer, rank_in(layer, parts["A"], config), config) for layer, parts in found.parts.items()
-        },
+        scales=_scales(found, config, metadata),
         config=config,
         metadata=metadata,
         embeddings=frozenset(found.embeddings),
@@ -154,6 +162,29 @@ def read(folder: Path) -> LoRAFile:
         whole=found.whole,
         copies=found.copies,
     )
+
+
+def _scales(found: Sorted, config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, float]:
+    """Each layer's scale by the config; or the one of our metadata, where it is that to all but the last bits."""
+    scales = {
+        layer: scale_of(layer, rank_in(layer, parts["A"], config), config) for layer, parts in found.parts.items()
+    }
+    try:
+        exact = json.loads(metadata.get(SCALES, "{}"))
+        return scales | {n: x for n, x in exact.items() if n in scales and math.isclose(x, scales[n], rel_tol=1e-14)}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"The scales of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
+
+
+def _metadata(adapter: LoRAFile) -> dict[str, str]:
+    """What the safetensors header says, with the scales that no α of the config gives to the last bit."""
+    exact = {
+        layer: scale
+        for layer, scale in adapter.scales.items()
+        if scale_of(layer, adapter.rank(layer), adapter.config) != scale
+    }
+    others = {key: value for key, value in adapter.metadata.items() if key != SCALES}
+    return {"format": "pt", **others, **({SCALES: json.dumps(exact, sort_keys=True)} if exact else {})}
 
 
 def _part(found: Sorted, part: str) -> dict[str, Tensor]:
@@ -174,7 +205,7 @@ def write(folder: Path, adapter: LoRAFile) -> Path:
         raise FileError(listing("Not saved: values are not finite (NaN or infinity) in", bad))
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(_config_text(adapter), encoding="utf-8")
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", **adapter.metadata})
+        save_file(tensors, temporary / WEIGHTS, metadata=_metadata(adapter))
         back = read(temporary)
         again = _keys(back)
         same = again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
@@ -185,8 +216,7 @@ def write(folder: Path, adapter: LoRAFile) -> Path:
 
 def size(adapter: LoRAFile) -> int:
     """Bytes of the folder's two files, if it were written."""
-    header = {"format": "pt", **adapter.metadata}
-    return len(save_bytes(_stored(adapter), metadata=header)) + len(_config_text(adapter).encode())
+    return len(save_bytes(_stored(adapter), metadata=_metadata(adapter))) + len(_config_text(adapter).encode())
 
 
 def _stored(adapter: LoRAFile) -> dict[str, Tensor]:
@@ -328,15 +358,17 @@ class _Named(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
 
 
-def check_base(file: _Named, folder: Path, key: str, own: Callable[[], Fingerprint]) -> str:
-    """Whether the adapter was made for these weights, by the fingerprint under `key` (BASE or W0) of its metadata: "same", "cast"
-    (in another precision), or "unknown", of which is warned, where the file names none. Raises BaseMismatch, and FileError for
-    a damaged one."""
+def check_base(file: _Named, folder: Path, key: str, own: Callable[[str], str | None]) -> str:
+    """Whether the adapter was made for these weights, by the fingerprint under `key` (BASE or W0) of its metadata. `own` gives
+    each hash of the weights by its form, or None where they cannot be read. Returns "same", "cast" (in another precision), or
+    "unknown", of which is warned. Raises BaseMismatch, and FileError for a damaged fingerprint."""
     expected = fingerprint_of(file, folder, key)
     if expected is None:
-        log.warning("%s names no base (it was not written by deltaw): only its keys and shapes are checked.", folder)
+        log.warning(_NO_BASE if key not in file.metadata else _OUTDATED, folder)
         return "unknown"
-    verdict = own().compare(expected)
+    verdict = expected.compare_by(own)
+    if verdict == "unknown":
+        log.warning("Some weights of the base are not in memory: whether %s belongs to it is not checked.", folder)
     if verdict == "different":
         trained_on = file.config.get("base_model_name_or_path") or "another model"
         raise BaseMismatch(
@@ -382,9 +414,12 @@ def slices_of(file: LoRAFile) -> dict[str, dict[str, Runs]]:
 
 
 def fingerprint_of(file: _Named, folder: Path, key: str) -> Fingerprint | None:
-    """The one under `key` of its metadata. Raises FileError for a damaged one."""
+    """The one under `key` of its metadata; None where there is none, or one of the first version. Raises FileError for a damaged
+    one."""
     text = file.metadata.get(key)
     try:
         return None if text is None else Fingerprint.parse(text)
+    except Outdated:
+        return None
     except ValueError as error:
         raise FileError(f"{folder}: the base fingerprint {text!r} in its metadata is damaged.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,7 +155,21 @@ def rank_in(layer: str, A: Tensor, config: Mapping[str, Any]) -> int:
 def scale_of(layer: str, rank: int, config: Mapping[str, Any]) -> float:
     """The factor of a layer's BA."""
     alpha = _values(layer, config, "alpha_pattern", config["lora_alpha"])[0]
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    return _scale(alpha, rank, rank_stabilised=bool(config.get("use_rslora")))
+
+
+def _scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
+    """PEFT's arithmetic."""
+    return alpha / rank**0.5 if rank_stabilised else alpha / rank
+
+
+def alpha_for(scale: float, rank: int, *, rank_stabilised: bool) -> float:
+    """The α that gives this scale back to the last bit, a whole number where one does. Some scales no α gives: then the α of the
+    next number, 2^-52 of it away at the most."""
+    near = scale * (rank**0.5 if rank_stabilised else rank)
+    candidates = [near, math.nextafter(near, 0.0), math.nextafter(near, math.inf)]
+    whole = [round(near)] if abs(near) < 2**53 and round(near) > 0 else []
+    return min([*whole, *candidates], key=lambda a: abs(_scale(a, rank, rank_stabilised=rank_stabilised) - scale))
 
 
 def pattern_problem(layer: str, config: Mapping[str, Any]) -> str | None:
@@ -226,8 +241,7 @@ def config_for(
 ) -> dict[str, Any]:  # fmt: skip
     """adapter_config.json for these ranks and scales: the commonest rank and α as r and lora_alpha, others by pattern. `others`
     are settings in place of those for A and B alone."""
-    alphas = {layer: scales[layer] * (r**0.5 if rank_stabilised else r) for layer, r in ranks.items()}
-    alphas = {layer: round(a) if abs(a - round(a)) < 1e-9 * max(1.0, abs(a)) else a for layer, a in alphas.items()}
+    alphas = {layer: alpha_for(scales[layer], r, rank_stabilised=rank_stabilised) for layer, r in ranks.items()}
     r, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
     return {
         "peft_type": "LORA",

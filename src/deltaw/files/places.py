@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
 from deltaw.errors import FileError, listing, nearest
-from deltaw.files.fingerprint import Fingerprint, combined, digest
+from deltaw.files.fingerprint import DTYPES, Digest, combined, digest
 from deltaw.files.peft import LoRAFile, transposed_layers
+from deltaw.files.shards import DTYPES as CODES
 from deltaw.files.shards import Entry, Shard, read_tensor
 
 # transformers' models with Conv1D layers, whose weights are stored [k, d]
@@ -121,12 +124,18 @@ def _tensor_of(layer: str, entries: Mapping[str, Entry]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def fingerprint_of_layers(shards: list[Shard], places: Mapping[str, Place]) -> Fingerprint:
-    """Of the weights that an adapter's layers have in the files."""
+def hash_of_layers(shards: list[Shard], places: Mapping[str, Place], form: str) -> str:
+    """One hash of the fingerprint of the weights that an adapter's layers have in the files."""
     digests = {}
     layers = {place.tensor: layer for layer, place in places.items()}
     for shard in shards:
         with shard.path.open("rb") as stream:
             for name in shard.entries.keys() & layers.keys():
-                digests[layers[name]] = digest(read_tensor(stream, shard.entries[name])[1])
-    return combined(digests.values())
+                digests[layers[name]] = _digest(stream, shard.entries[name], form)
+    return combined(digests[layer] for layer in sorted(digests))
+
+
+def _digest(stream: BinaryIO, entry: Entry, form: str) -> Digest:
+    if form == DTYPES:  # of which the header tells enough
+        return digest(torch.empty(entry.shape, dtype=CODES[entry.dtype], device="meta"), form)
+    return digest(read_tensor(stream, entry)[1], form)

@@ -20,10 +20,10 @@ from torch import Tensor
 from deltaw.errors import MergeError
 from deltaw.files import correction, peft
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.fingerprint import Digest, bytes_of, combined, digest
+from deltaw.files.fingerprint import EXACT, Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import method_of
-from deltaw.files.places import NotByFiles, Place, check_by_files, fingerprint_of_layers, places_of
+from deltaw.files.places import NotByFiles, Place, check_by_files, hash_of_layers, places_of
 from deltaw.files.shards import Rewritten, Shard, rewrite, shards_of
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.merge_report import check_merged
@@ -80,7 +80,7 @@ def merge_files(
     check_by_files(file, undone=reversible)
     places = places_of(shards, file, base)
     if check_base:
-        peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
+        peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
     stats: dict[str, MergeStats] = {}
 
     def write(folder: Path, kept: correction.Writer | None) -> None:
@@ -145,7 +145,7 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
             largest = W.abs().max()
             restore_(W, file.product(layer))
             errors.append(restored_within(largest, W))
-            digests[layer] = digest(tensor)
+            digests[layer] = digest(tensor, EXACT)
         else:
             restore_(W, file.product(layer), kept.get(place.tensor, tuple(W.shape), integers_of(W.dtype)))
 
@@ -156,8 +156,9 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
             if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
                 raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
         _copy_the_rest(merged, folder)
-    exact = kept is not None or peft.fingerprint_of(file, adapter, peft.W0) == combined(digests.values())
-    return UnmergedFiles(len(places), kept is not None, exact, max(errors))
+    expected = peft.fingerprint_of(file, adapter, peft.W0)
+    same = expected is not None and expected.exact == combined(digests[layer] for layer in sorted(digests))
+    return UnmergedFiles(len(places), kept is not None, kept is not None or same, max(errors))
 
 
 def digest_of(file: LoRAFile) -> str:

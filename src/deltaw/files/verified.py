@@ -5,6 +5,7 @@ tensor at a time. No model code.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from deltaw.errors import FileError, MergeError, listing
 from deltaw.files import peft
 from deltaw.files.fingerprint import bits_of
-from deltaw.files.places import check_by_files, fingerprint_of_layers, places_of
+from deltaw.files.places import check_by_files, hash_of_layers, places_of
 from deltaw.files.shards import PIECE, Entry, Shard, read_tensor, shards_of
 from deltaw.lowrank import merge_
 
@@ -30,7 +31,13 @@ def verify_adapter(base: str | Path, adapter: str | Path) -> str:
             f"The adapter in {adapter} fits {base} by its layers' names and shapes, but it names no base (it was not written by "
             "deltaw): which weights it was trained on cannot be told."
         )
-    return peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
+    verdict = peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
+    if verdict == "unknown":
+        raise FileError(
+            f"The adapter in {adapter} fits {base} by its layers' names and shapes, but an older version of deltaw wrote it and "
+            "named its base by a sample of its entries: which weights it was trained on cannot be told for sure."
+        )
+    return verdict
 
 
 def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
+from deltaw.errors import ConfigError
 from deltaw.methods.beside import Beside
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from deltaw.updates import LowRank, Update
 
     Slices = Mapping[str, Runs]
+
+
+# Scales that float32 still has all bits for
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,17 @@ class LoRA(Beside):
     """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
 
     def __post_init__(self) -> None:
-        check(self, rank=(1, None), alpha=(ABOVE_ZERO, None), dropout=(0.0, BELOW_ONE))
+        check(self, rank=(1, None), alpha=(ABOVE_ZERO, _LARGEST), dropout=(0.0, BELOW_ONE))
 
     def scale(self, rank: int) -> float:
-        """The factor of BA on a layer of this rank."""
+        """The factor of BA on a layer of this rank. Raises ConfigError where float32 has no such number."""
         alpha = rank if self.alpha is None else self.alpha
-        return alpha / rank if self.scaling == "alpha/r" else alpha / rank**0.5
+        scale = alpha / rank if self.scaling == "alpha/r" else alpha / rank**0.5
+        if scale < _SMALLEST:
+            raise ConfigError(
+                f"alpha is {alpha!r}: with rank {rank} the update would be scaled by {scale:g}, by nothing."
+            )
+        return scale
 
     def plan(self, model: nn.Module) -> Plan:
         """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
