@@ -7,17 +7,17 @@ adapter put where, what was trainable before, and while an adapter is merged the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import AdapterError, listing, nearest
+from deltaw.errors import AdapterError, MergeError, listing, nearest
 from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
 from deltaw.lowrank import dense
-from deltaw.originals import Original
+from deltaw.originals import Copy, Kept, Original, difference, stamp
 from deltaw.outside import read_outside
 from deltaw.residency import Residency
 from deltaw.routes import Route
@@ -69,7 +69,7 @@ class Adapters:
     was_trainable: dict[str, bool] = field(default_factory=dict)
     merged: dict[str, float] = field(default_factory=dict)
     """The adapters that are merged into the base, and their weights."""
-    originals: dict[str, Original] = field(default_factory=dict)
+    originals: dict[str, Kept] = field(default_factory=dict)
     """While merged: name of a parameter → what gives it back."""
     before_merge: str | None = None
     residency: Residency = field(default_factory=Residency)
@@ -203,20 +203,109 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 # --- merged weights ---------------------------------------------------------------------------------------------
 
 
-def restore(model: nn.Module) -> None:
-    """Original bits for every merged weight, if there is any, and the adapter active again that was so before."""
-    record = record_of(model)
-    put_back(model, record.originals)
-    record.originals, record.merged = {}, {}
+Changed = Literal["refuse", "restore", "keep"]
+"""What becomes of merged weights that were changed since: see `unmerge`."""
+
+
+def lost(model: nn.Module, changed: Changed) -> set[str]:
+    """Names of the merged weights that cannot be given back, since they are not what the merge made of them. Raises MergeError
+    for these unless `changed` is to "keep" them."""
+    record, owner = record_of(model), owner_of(model)
+    problems = {name: why for name, kept in record.originals.items() if (why := _since_merge(owner, name, kept))}
+    if changed == "restore":
+        problems = {n: why for n, why in problems.items() if not _can_be_copied(owner, record.originals[n])}
+    if problems and changed != "keep":
+        raise MergeError(_why_not_unmerged(owner, problems, record.originals))
+    return set(problems)
+
+
+def restore(model: nn.Module, changed: Changed = "refuse") -> None:
+    """Original bits for every merged weight, if there is any, and the adapter active again that was so before. Raises
+    MergeError, before anything is written, where `changed` does not allow what was done to the weights since the merge."""
+    record, owner = record_of(model), owner_of(model)
+    for name in lost(model, changed):
+        del record.originals[name]
+    for name in list(record.originals):
+        _put_back(owner, name, record.originals[name].original, record.originals[name].names)
+        del record.originals[name]  # at once: what is interrupted here can be gone on with
+    record.merged = {}
     record.route.active, record.before_merge = record.before_merge, None
 
 
-@torch.no_grad()
 def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
     """Give these parameters the values from before a merge."""
     for name, original in originals.items():
-        W = matrix_of(owner_of(model), name)
-        W.copy_(original.restored(W))
+        _put_back(owner_of(model), name, original, (name,))
+
+
+def _put_back(owner: nn.Module, name: str, original: Original, names: Sequence[str]) -> None:
+    """Give a parameter its values from before a merge, under all of these names: it may have been tied then and not now."""
+    W = matrix_of(owner, name)
+    back = as_stored(*place_of(owner, name), original.restored(W))
+    for parameter in {id(p): p for alias in names if (p := _parameter(owner, alias)) is not None}.values():
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():  # in this order: the former sets the latter
+            parameter.copy_(back)
+
+
+def _since_merge(owner: nn.Module, name: str, kept: Kept) -> str | None:
+    """What happened to a merged weight since, where it is no longer what the merge made of it."""
+    for alias in kept.names:
+        parameter = _parameter(owner, alias)
+        if parameter is None:
+            return "the model no longer has it"
+        if in_few_bits(*place_of(owner, alias)):
+            return "it was quantised"
+        if why := difference(parameter, kept.stamp):
+            return why if alias == name else f"{why} as {alias}, which was tied to it"
+    others = _tied_since(owner, kept)
+    return f"it is tied to {', '.join(others)} now, which would change with it" if others else None
+
+
+def _tied_since(owner: nn.Module, kept: Kept) -> list[str]:
+    """Names of parameters that a merged weight was tied to after the merge."""
+    here = {id(_parameter(owner, alias)) for alias in kept.names}
+    return [n for p, names in readers(owner).items() if id(p) in here for n in names if n not in kept.names]
+
+
+def _parameter(owner: nn.Module, name: str) -> Tensor | None:
+    """A parameter by its dotted name, if it is there."""
+    try:
+        layer, own_name = place_of(owner, name)
+    except AttributeError:
+        return None
+    return layer._parameters.get(own_name)
+
+
+def _can_be_copied(owner: nn.Module, kept: Kept) -> bool:
+    """Whether the weight that is there now can take the copy of what it was before the merge."""
+    there = [(alias, _parameter(owner, alias)) for alias in kept.names]
+    same_shape = all(p is not None and tuple(p.shape) == kept.stamp.shape for _, p in there)
+    if not (isinstance(kept.original, Copy) and same_shape) or _tied_since(owner, kept):
+        return False
+    return not any(in_few_bits(*place_of(owner, alias)) for alias, _ in there)
+
+
+def _why_not_unmerged(owner: nn.Module, problems: Mapping[str, str], originals: Mapping[str, Kept]) -> str:
+    """The message: what has changed, and the ways on."""
+    stamps = {name: originals[name].stamp for name in problems}
+    ways = []
+    if len(dtypes := {was.dtype for was in stamps.values()}) == 1:
+        (dtype,) = dtypes
+        now = {name: _parameter(owner, name) for name in problems}
+        if all(p is not None and p.dtype != dtype and stamp(p.to(dtype)) == stamps[name] for name, p in now.items()):
+            ways.append(f"Call model.to({dtype}) first: that gives the merged weights as they were.")
+    if all(_can_be_copied(owner, originals[name]) for name in problems):
+        ways.append(
+            "unmerge(model, changed='restore') puts the copies from before the merge back, whatever was done since."
+        )
+    ways.append(
+        "unmerge(model, changed='keep') leaves these weights as they are now, as the base's own, and restores the others."
+    )
+    lines = [f"{name}: {why}" for name, why in problems.items()]
+    return (
+        listing("These merged weights are not what the merge made of them, so W0 cannot be had from them:", lines)
+        + "\nNothing was changed. " + "\n".join(ways)
+    )  # fmt: skip
 
 
 def matrix_of(owner: nn.Module, name: str) -> Tensor:
@@ -271,8 +360,9 @@ def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
 
 
 def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
-    """ΔW of one layer: fp32 [d, k], by the arithmetic that merges use; of a stack of matrices in its own shape. None means the
-    active adapter. Raises AdapterError where the adapter has no update on the layer's weight."""
+    """ΔW of one layer: [d, k] in fp32, in float64 of a float64 weight, by the arithmetic that merges use; of a stack of
+    matrices in its own shape. None means the active adapter. Raises AdapterError where the adapter has no update on the
+    layer's weight."""
     found = updates(model, name)
     module, _, own = (layer, "", "weight") if layer in found else layer.rpartition(".")
     if module not in found:
@@ -322,10 +412,14 @@ def dotted(module_name: str, own_name: str) -> str:
 
 
 def _before_merge(model: nn.Module, name: str) -> Tensor:
-    """A parameter as a matrix, as it was before a merge."""
-    W = matrix_of(owner_of(model), name)
-    original = record_of(model).originals.get(name)
-    return W if original is None else original.restored(W)
+    """A parameter as a matrix, as it was before a merge. Raises MergeError where that cannot be told any more."""
+    owner = owner_of(model)
+    kept = record_of(model).originals.get(name)
+    if kept is None:
+        return matrix_of(owner, name)
+    if why := _since_merge(owner, name, kept):
+        raise MergeError(_why_not_unmerged(owner, {name: why}, {name: kept}))
+    return kept.original.restored(matrix_of(owner, name))
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,7 +16,7 @@ from deltaw.files.peft import TWICE, LoRAFile, slices_of
 from deltaw.files.peft_config import rank_of, saved_module
 from deltaw.files.stacks import unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, weights_of, why_not
-from deltaw.lowrank import merge_
+from deltaw.lowrank import merge_, wide
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 from deltaw.weights import OnWeights, Stack
@@ -215,7 +215,7 @@ class _Fitting:
     @torch.no_grad()
     def _sum(self, layer: Any, update: LowRank, values: dict[str, nn.Parameter]) -> Update:
         own: Tensor = layer._parameters["weight"]
-        weight, changes = values.get("weight", own).float(), update.changes(layer)
+        weight, changes = values.get("weight", own).to(wide(own.dtype)), update.changes(layer)
         W = as_matrix(layer, "weight", weight.clone())
         if W.shape != (update.B.shape[0], update.A.shape[1]):
             self.problems.append(

@@ -4,9 +4,9 @@ Merging uses **one arithmetic**, the same bits on every machine, device and thre
 
     t_i = fl(scale · B[:, i]);   ΔW ← fl(ΔW + fl(t_i ⊗ A[i, :])),  i = 0 … r−1;   W' = round(fl(fp32(W0) + ΔW))
 
-Each product and each sum is an fp32 operation of its own: no BLAS (its order of summation varies) and no fused
-multiply-add. Rows are worked in blocks that stay in cache; that changes no bit, because no sum crosses an element. (The row
-norms of DoRA do; they are summed in float64 by halving, in one order everywhere.)
+Each product and each sum is an fp32 operation of its own, a float64 one where W0 is float64: no BLAS (its order of summation
+varies) and no fused multiply-add. Rows are worked in blocks that stay in cache; that changes no bit, because no sum crosses
+an element. (The row norms of DoRA do; they are summed in float64 by halving, in one order everywhere.)
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Block(NamedTuple):
 
     rows: slice
     dW: Tensor
-    """fp32; the next block may overwrite it."""
+    """fp32, float64 of a float64 weight; the next block may overwrite it."""
     after: Tensor | None = None
-    """fp32: the rows with the change, where they are not W0 + dW rounded once."""
+    """In dW's dtype: the rows with the change, where they are not W0 + dW rounded once."""
 
 
 class Change(Protocol):
@@ -72,7 +72,7 @@ class Product(NamedTuple):
     scale: float
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        return (Block(rows, dW) for rows, dW in _delta_blocks(*self))
+        return (Block(rows, dW) for rows, dW in _delta_blocks(self, wide(W0.dtype)))
 
 
 class Rescaled(NamedTuple):
@@ -82,9 +82,10 @@ class Rescaled(NamedTuple):
     magnitude: Tensor
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        m = self.magnitude.detach().float()
-        for rows, dW in _delta_blocks(*self.product):
-            before = W0[rows].float()
+        dtype = wide(W0.dtype)
+        m = self.magnitude.detach().to(dtype)
+        for rows, dW in _delta_blocks(self.product, dtype):
+            before = W0[rows].to(dtype)
             V = before + dW
             after = V * (m[rows] / _row_norms(V))[:, None]
             yield Block(rows, after - before, after)
@@ -96,11 +97,11 @@ class Value(NamedTuple):
     W: Tensor
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        height = _height(W0.shape[1], W0.device)
+        height, dtype = _height(W0.shape[1], W0.device), wide(W0.dtype)
         for start in range(0, W0.shape[0], height):
             rows = slice(start, min(start + height, W0.shape[0]))
-            after = self.W[rows].detach().float()
-            yield Block(rows, after - W0[rows].float(), after)
+            after = self.W[rows].detach().to(dtype)
+            yield Block(rows, after - W0[rows].to(dtype), after)
 
 
 class Times(NamedTuple):
@@ -110,12 +111,12 @@ class Times(NamedTuple):
     columns: Tensor | None = None
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        height = _height(W0.shape[1], W0.device)
+        height, dtype = _height(W0.shape[1], W0.device), wide(W0.dtype)
         for start in range(0, W0.shape[0], height):
             rows = slice(start, min(start + height, W0.shape[0]))
-            before = W0[rows].float()
-            after = before if self.rows is None else before * self.rows[rows].float()[:, None]
-            after = after if self.columns is None else after * self.columns.float()
+            before = W0[rows].to(dtype)
+            after = before if self.rows is None else before * self.rows[rows].to(dtype)[:, None]
+            after = after if self.columns is None else after * self.columns.to(dtype)
             yield Block(rows, after - before, after)
 
 
@@ -154,9 +155,14 @@ class Sum(NamedTuple):
             yield Block(blocks[0].rows, dW)
 
 
-def summed(terms: Sequence[tuple[Change, float]]) -> Change:
-    """The weighted sum as one change. Products become one product, whose ranks add up; a single change at weight 1 stays as it
-    is, and so is exact."""
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a merge into a weight of `dtype` computes in: fp32, float64 of a float64 weight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def summed(terms: Sequence[tuple[Change, float]], dtype: torch.dtype = torch.float32) -> Change:
+    """The weighted sum as one change of a weight of `dtype`. Products become one product, whose ranks add up; a single change
+    at weight 1 stays as it is, and so is exact."""
     first, weight = terms[0]
     if len(terms) == 1 and weight == 1.0:
         return first
@@ -166,21 +172,21 @@ def summed(terms: Sequence[tuple[Change, float]]) -> Change:
     if len(products) == 1:
         (A, B, scale), weight = products[0]
         return Product(A, B, scale * weight)
-    A = torch.cat([p.A.detach().float() for p, _ in products])
-    B = torch.cat([p.B.detach().float() * (p.scale * w) for p, w in products], dim=1)
+    A = torch.cat([p.A.detach().to(wide(dtype)) for p, _ in products])
+    B = torch.cat([p.B.detach().to(wide(dtype)) * (p.scale * w) for p, w in products], dim=1)
     return Product(A, B, 1.0)
 
 
 def dense(change: Change, W0: Tensor) -> Tensor:
-    """ΔW of any change of W0 [d, k]: fp32 [d, k], by the one arithmetic."""
-    dW = torch.empty(W0.shape, dtype=torch.float32, device=W0.device)
+    """ΔW of any change of W0 [d, k]: [d, k] in fp32, in float64 of a float64 W0, by the one arithmetic."""
+    dW = torch.empty(W0.shape, dtype=wide(W0.dtype), device=W0.device)
     for block in change.blocks(W0):
         dW[block.rows] = block.dW
     return dW
 
 
 def merge_(W0: Tensor, change: Change) -> MergeStats:
-    """Replace W0 [d, k] in place by round(fp32(W0) + ΔW); W0 may be any float dtype and any strides."""
+    """Replace W0 [d, k] in place by round(wide(W0) + ΔW); W0 may be any float dtype and any strides."""
     return _merge(W0, change, write=True)[0]
 
 
@@ -197,11 +203,11 @@ def merge_stats(W0: Tensor, change: Change) -> MergeStats:
 
 
 def restore_(W: Tensor, product: Product, kept: Residual | None = None) -> None:
-    """Replace a merged W [d, k] in place by round(fp32(W) − scale·B·A): W0 but for a few units in the last place; with what
+    """Replace a merged W [d, k] in place by round(wide(W) − scale·B·A): W0 but for a few units in the last place; with what
     `merge_reversibly_` kept, W0 bit for bit."""
-    taken = 0
-    for rows, dW in _delta_blocks(*product):
-        back = (W[rows].float() - dW).to(W.dtype)
+    taken, dtype = 0, wide(W.dtype)
+    for rows, dW in _delta_blocks(product, dtype):
+        back = (W[rows].to(dtype) - dW).to(W.dtype)
         if kept is not None:
             codes = kept.codes[rows]
             count = residual.escaped(codes)
@@ -213,7 +219,7 @@ def restore_(W: Tensor, product: Product, kept: Residual | None = None) -> None:
 def restored_within(W: Tensor, back: Tensor) -> float:
     """How far from W0 an entry can be that `restore_` made of W without what the merge kept: half a unit in the last place of
     each of the two, where they are largest."""
-    precision = torch.finfo(W.dtype).eps + 2 * torch.finfo(torch.float32).eps
+    precision = torch.finfo(W.dtype).eps + 2 * torch.finfo(wide(W.dtype)).eps
     return precision * float(torch.maximum(W.abs().max(), back.abs().max()))
 
 
@@ -223,11 +229,12 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
     largest = [0.0]
     codes = torch.empty(W0.shape, dtype=torch.int8, device=W0.device) if reversibly else None
     escapes: list[Tensor] = []
+    dtype = wide(W0.dtype)
     for rows, dW, whole in change.blocks(W0):
         original = W0[rows].contiguous()
-        before = original.float()
+        before = original.to(dtype)
         merged = (before + dW if whole is None else whole).to(W0.dtype)
-        after = merged.float()
+        after = merged.to(dtype)
         moved = after - before
         w0_squared += _dot(before, before)
         dw_squared += _dot(dW, dW)
@@ -238,7 +245,7 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
             codes[rows], escaped = residual.between(original, (after - dW).to(W0.dtype))
             escapes.append(escaped)
         if write:
-            W0[rows] = merged  # last: in fp32 `before` may be a view of W0
+            W0[rows] = merged  # last: in its own dtype `before` may be a view of W0
     stats = MergeStats(
         w0_norm=w0_squared**0.5,
         dw_norm=dw_squared**0.5,
@@ -250,25 +257,25 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ of two blocks, in fp32: the blocks' own are added up in float64."""
+    """⟨a, b⟩ of two blocks, in their dtype: the blocks' own are added up in float64."""
     return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
-def _delta_blocks(A: Tensor, B: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of ΔW in order, each in a buffer that the next one overwrites."""
-    A = A.detach().float().contiguous()
-    T = B.detach().float() * torch.tensor(scale, dtype=torch.float32, device=B.device)
+def _delta_blocks(product: Product, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of ΔW in order, computed in `dtype`, each in a buffer that the next one overwrites."""
+    A, B = product.A.detach().to(dtype).contiguous(), product.B.detach().to(dtype)
+    T = B * torch.tensor(product.scale, dtype=dtype, device=B.device)
     d, (r, k) = B.shape[0], A.shape
     height = _height(k, B.device)
-    total = torch.empty(min(height, d), k, dtype=torch.float32, device=B.device)
+    total = torch.empty(min(height, d), k, dtype=dtype, device=B.device)
     term = torch.empty_like(total)
     for start in range(0, d, height):
         t = T[start : start + height]
-        block, product = total[: t.shape[0]], term[: t.shape[0]]
+        block, products = total[: t.shape[0]], term[: t.shape[0]]
         block.zero_()
         for i in range(r):
-            torch.mul(t[:, i : i + 1], A[i], out=product)
-            block.add_(product)
+            torch.mul(t[:, i : i + 1], A[i], out=products)
+            block.add_(products)
         yield slice(start, start + t.shape[0]), block
 
 
@@ -278,14 +285,14 @@ def _height(k: int, device: torch.device) -> int:
 
 
 def _row_norms(V: Tensor) -> Tensor:
-    """‖V[i, :]‖, fp32 [d], with its sums in one order on every machine: in float64, the second half added to the first."""
-    squares = V.double().square_()
+    """‖V[i, :]‖, [d] in V's dtype, with sums in one order on every machine: in float64, the second half added to the first."""
+    squares = V.double().square()
     width = squares.shape[1]
     while width > 1:
         half = (width + 1) // 2
         squares[:, : width - half] += squares[:, half:width]
         width = half
-    return squares[:, 0].sqrt().float()
+    return squares[:, 0].sqrt().to(V.dtype)
 
 
 def _block_elements(device: torch.device) -> int:

@@ -5,18 +5,20 @@ a model; the arithmetic is lowrank.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from deltaw.attached import (
     Adapters,
+    Changed,
     detach,
     dotted,
     in_open_block,
     in_use,
     known,
+    lost,
     matrix_of,
     merged_names,
     owner_of,
@@ -31,7 +33,7 @@ from deltaw.errors import MergeError, listing
 from deltaw.layers import as_stored, in_few_bits
 from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
-from deltaw.originals import Copy, Correction, Original, merge_correctably_
+from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_, stamp
 
 
 def merge(
@@ -42,7 +44,8 @@ def merge(
     keep: Literal["copy", "correction"] = "copy",
     allow_unchanged: bool = False,
 ) -> MergeReport:
-    """Fold ΔW into W0 so that inference costs nothing extra; `unmerge` gives W0 back bit for bit.
+    """Fold ΔW into W0 so that inference costs nothing extra; `unmerge` gives W0 back bit for bit. Computed in fp32, in float64
+    where a weight is float64.
 
     `name` is the adapter (default: the active one); `weights` merges several instead, each ΔW times its weight, in
     the order given. While merged the branch is off.
@@ -66,9 +69,9 @@ def merge(
     stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
     try:
-        with torch.no_grad():
-            for parameter, change in changes.items():
-                W0 = matrix_of(owner, parameter)
+        for parameter, change in changes.items():
+            W0 = matrix_of(owner, parameter)
+            with torch.inference_mode(W0.is_inference()), torch.no_grad():
                 originals[parameter] = Copy(W0.clone())  # first: whatever interrupts the merge can be undone
                 if keep == "correction" and isinstance(change, Product):
                     stats[_line(parameter)], originals[parameter] = merge_correctably_(W0, change)
@@ -76,12 +79,25 @@ def merge(
                     stats[_line(parameter)] = merge_(W0, change)
         updated = [_line(n) for n, c in changes.items() if not isinstance(c, Value)]
         check_merged(stats, allow_unchanged, updated)
+        kept = _kept(owner, originals)
     except BaseException:
         put_back(model, originals)
         raise
-    record.merged, record.originals = chosen, originals
+    record.merged, record.originals = chosen, kept
     record.before_merge, record.route.active = record.route.active, None
     return MergeReport(tuple(chosen), stats, sum(original.bytes for original in originals.values()))
+
+
+def _kept(owner: nn.Module, originals: Mapping[str, Original]) -> dict[str, Kept]:
+    """What is kept until `unmerge`, with what tells whether the merged weights are changed until then."""
+    names = {name: tuple(same) for same in readers(owner).values() for name in same}
+    kept = {}
+    for name, original in originals.items():
+        layer, own_name = place_of(owner, name)
+        parameter = layer._parameters[own_name]
+        assert parameter is not None
+        kept[name] = Kept(original, stamp(parameter), names[name])
+    return kept
 
 
 def preview(model: nn.Module, name: str | None = None) -> MergeReport:
@@ -94,24 +110,47 @@ def preview(model: nn.Module, name: str | None = None) -> MergeReport:
     return MergeReport(tuple(chosen), {_line(n): merge_stats(matrix_of(owner, n), c) for n, c in changes.items()})
 
 
-def unmerge(model: nn.Module, name: str | None = None) -> None:
+def unmerge(model: nn.Module, name: str | None = None, *, changed: Changed = "refuse") -> None:
     """Give every merged weight its original bits back and make the adapter that was active before active again. With a `name`,
     take that adapter out alone: the weights are then what merging the others would have made of them.
 
-    Raises MergeError when nothing is merged, or not this adapter.
+    Merged weights that were changed since (cast, trained, loaded anew, tied to others) are an error that names them, and
+    nothing is touched; moving the model to another device changes nothing. `changed` says what else to do with them:
+    "restore" puts back the copies that `keep="copy"` made, in the dtype that the weights have now; "keep" leaves these weights
+    as they are, as the base's own from then on, and restores the others.
+
+    Raises MergeError when nothing is merged, or not this adapter; for changed weights; with a `name`, where the others cannot
+    be merged without it, the model being left as it was.
     """
     record = record_of(model)
     if not record.merged:
         raise MergeError("Nothing is merged.")
     if name is not None and name not in record.merged:
         raise MergeError(f"{name!r} is not merged; {merged_names(record)}.")
+    if changed not in get_args(Changed):
+        raise MergeError(f"changed is {changed!r}; it can be {', '.join(map(repr, get_args(Changed)))}.")
     others = {} if name is None else {n: w for n, w in record.merged.items() if n != name}
-    keep: Literal["copy", "correction"] = "copy"
-    if all(isinstance(original, Correction) for original in record.originals.values()):
-        keep = "correction"
-    restore(model)
     if others:
+        _merge_others(model, record, others, changed)
+    else:
+        restore(model, changed)
+
+
+def _merge_others(model: nn.Module, record: Adapters, others: Mapping[str, float], changed: Changed) -> None:
+    """Merge these adapters in place of what is merged."""
+    keep: Literal["copy", "correction"] = "copy"
+    if all(isinstance(kept.original, Correction) for kept in record.originals.values()):
+        keep = "correction"
+    before = record.merged, dict(record.originals), record.before_merge, record.route.active
+    there = record.originals.keys() - lost(model, changed)
+    merged = {name: Copy(matrix_of(owner_of(model), name).clone()) for name in there}
+    restore(model, changed)
+    try:
         merge(model, weights=others, keep=keep, allow_unchanged=True)
+    except BaseException:
+        put_back(model, merged)
+        record.merged, record.originals, record.before_merge, record.route.active = before
+        raise
 
 
 def settle(model: nn.Module) -> None:
@@ -147,7 +186,14 @@ def _changes(model: nn.Module, record: Adapters, weights: Mapping[str, float]) -
         for layer_name, update in updates(model, known(record, adapter)).items():
             for own_name, change in update.changes(owner.get_submodule(layer_name)).items():
                 terms.setdefault(dotted(layer_name, own_name), []).append((change, weight))
-    return {name: summed(of_one) for name, of_one in terms.items()}
+    return {name: summed(of_one, _dtype_of(owner, name)) for name, of_one in terms.items()}
+
+
+def _dtype_of(owner: nn.Module, name: str) -> torch.dtype:
+    """The dtype of a parameter; one that the base lacks is as good as fp32."""
+    layer, own_name = place_of(owner, name)
+    parameter = layer._parameters.get(own_name)
+    return torch.float32 if parameter is None else parameter.dtype
 
 
 def _check_mergeable(model: nn.Module, record: Adapters, names: Iterable[str]) -> None:
