@@ -243,7 +243,10 @@ def _put_back(owner: nn.Module, name: str, original: Original, names: Sequence[s
     W = matrix_of(owner, name)
     back = as_stored(*place_of(owner, name), original.restored(W))
     for parameter in {id(p): p for alias in names if (p := _parameter(owner, alias)) is not None}.values():
-        with torch.inference_mode(parameter.is_inference()), torch.no_grad():  # in this order: the former sets the latter
+        with (
+            torch.inference_mode(parameter.is_inference()),
+            torch.no_grad(),
+        ):  # in this order: the former sets the latter
             parameter.copy_(back)
 
 

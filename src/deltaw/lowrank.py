@@ -128,16 +128,16 @@ class Stacked(NamedTuple):
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
         d, k = self.products[0].B.shape[0], W0.shape[1]
-        height = _height(k, W0.device)
+        height, dtype = _height(k, W0.device), wide(W0.dtype)
         for start in range(0, W0.shape[0], height):
             stop = min(start + height, W0.shape[0])
-            parts = [self._rows(e, start - e * d, stop - e * d) for e in range(start // d, -(-stop // d))]
+            parts = [self._rows(e, start - e * d, stop - e * d, dtype) for e in range(start // d, -(-stop // d))]
             yield Block(slice(start, stop), parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _rows(self, e: int, start: int, stop: int) -> Tensor:
-        """The rows of the `e`th ΔW that lie between these two, in fp32."""
+    def _rows(self, e: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The rows of the `e`th ΔW that lie between these two, computed in `dtype`."""
         A, B, scale = self.products[e]
-        ((_, dW),) = _delta_blocks(A, B[max(0, start) : stop], scale)
+        ((_, dW),) = _delta_blocks(Product(A, B[max(0, start) : stop], scale), dtype)
         return dW
 
 
