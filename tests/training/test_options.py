@@ -224,3 +224,7 @@ def test_settings_of_evaluations_without_held_out_records_are_said(tmp_path: Pat
         "A setting has no effect: patience is 3, and there are no held-out records.",
         "A setting has no effect: eval_every is 1, and there are no held-out records.",
     ]
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(tmp_path: Path) -> None:
+    assert any("the warm-up takes 2 of 2 steps" in w for w in run(tmp_path, LoRA(rank=2), warmup=2))
