@@ -146,3 +146,101 @@ def test_what_reads_the_weight_by_itself_is_refused() -> None:
     deltaw.merge(model)
     torch.testing.assert_close(model(x), branch)
     torch.testing.assert_close(branch, 3 * model[0].weight)
+
+
+class Padded(nn.Module):
+    """An embedding with a padding token, whose row is zero or not."""
+
+    def __init__(self, *, zero: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 12, padding_idx=4)
+        self.out = nn.Linear(12, 7)
+        if not zero:
+            nn.init.normal_(self.embed.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h: Tensor = self.out(torch.tanh(self.embed(ids)))
+        return h
+
+
+PADDED_IDS = torch.tensor([[4, 1, 2, 4, 3], [5, 4, 6, 7, 4]])
+PADDED = {
+    "gaussian": LoRA(rank=3, alpha=7, targets="embed,out"),
+    "kaiming": LoRA(rank=3, alpha=7, targets="embed", init="kaiming"),
+    "pissa": LoRA(rank=3, alpha=7, targets="embed", init="pissa"),
+    "dropout": LoRA(rank=3, alpha=7, targets="embed", dropout=0.2),
+    "dora": DoRA(rank=3, alpha=7, targets="embed"),
+}
+
+
+def padded(kind: str) -> Any:
+    torch.manual_seed(6)
+    return Padded(zero=kind == "dora")
+
+
+def trained(model: Any, steps: int = 6) -> Any:
+    """Steps whose data has the padding token, and whose loss sees it."""
+    optimizer = torch.optim.AdamW(deltaw.parameters(model), lr=0.05, weight_decay=0.1)
+    model.train()
+    for step in range(steps):
+        (model((PADDED_IDS + step) % 30).square().sum() + model(PADDED_IDS).square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PADDED)
+def test_the_padding_row_is_left_alone(kind: str, tmp_path: Path) -> None:
+    """PyTorch gives it no gradient; the update moved it."""
+    model, twin = padded(kind), padded(kind)
+    pad, before = torch.tensor([[4]]), model.embed.weight[4].clone()
+    deltaw.attach(model, PADDED[kind])
+    with torch.enable_grad():
+        trained(model)
+    assert torch.equal(model.embed(pad)[0, 0], before)
+    assert not torch.equal(model.embed(pad + 1), twin.embed(pad + 1))
+    assert not deltaw.delta(model, "embed")[:, 4].any()
+    expected = model(PADDED_IDS)
+    deltaw.attach(model, LoRA(rank=2, targets="embed"), name="other")
+    with deltaw.route(model, ["other", "default"]):
+        rows = model.embed(PADDED_IDS)
+    assert all(torch.equal(row, before) for row in rows[PADDED_IDS == 4])
+    deltaw.use(model, "default")
+    deltaw.detach(model, "other")
+    deltaw.save(model, tmp_path / "adapter")
+    deltaw.merge(model)
+    assert torch.equal(model.embed.weight[4], before)
+    torch.testing.assert_close(model(PADDED_IDS), expected, rtol=1e-4, atol=1e-5)
+    deltaw.unmerge(model)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(PADDED_IDS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_peft_leaves_the_padding_row_alone_too(tmp_path: Path) -> None:
+    """Its A is zero at the start, and the padding token's column stays so: the same ΔW as ours, read by us."""
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["embed"])
+    theirs = trained_by_peft(peft.get_peft_model(padded("gaussian"), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = padded("gaussian")
+    deltaw.load(model, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(model(PADDED_IDS), theirs.eval()(PADDED_IDS), rtol=1e-4, atol=1e-5)
+    assert not deltaw.delta(model, "embed")[:, 4].any() and deltaw.delta(model, "embed").any()
+
+
+def trained_by_peft(model: Any) -> Any:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        model(PADDED_IDS).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_dora_refuses_an_embedding_whose_padding_row_it_would_rescale() -> None:
+    model = padded("gaussian")
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=r"row of its padding token \(4\) is not zero"):
+        deltaw.attach(model, DoRA(rank=2, targets="embed"))
+    assert_same(model, before)

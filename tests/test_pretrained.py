@@ -8,10 +8,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
-from deltaw.errors import FileError
-from deltaw.pretrained import load_pretrained, save_pretrained
+from deltaw import LoRA, TrainConfig, attach, save
+from deltaw.cli.main import main
+from deltaw.config import DataConfig
+from deltaw.data import read
+from deltaw.data.items import encode_labelled
+from deltaw.errors import ConfigError, FileError
+from deltaw.pretrained import check_vocabulary, load_pretrained, pad_id, row_padding, save_pretrained, settle_padding
+from deltaw.run import train
+from deltaw.tasks import Classification, opened
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 
@@ -96,3 +113,186 @@ def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     expected = loaded.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in again.model.state_dict().items())
+
+
+def classifier(place: Path, kind: str, *, config_pad: int | None, tokenizer_pad: str | None) -> Path:
+    """A decoder with a head for two classes, and a tokenizer that has its own padding token or none."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer_pad
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "num_labels": 2,
+        "pad_token_id": config_pad,
+        "bos_token_id": 1,
+    }
+    torch.manual_seed(2)
+    if kind == "gpt2":
+        model: Any = GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **sizes))
+    else:
+        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        model = LlamaForSequenceClassification(
+            LlamaConfig(num_key_value_heads=2, initializer_range=0.3, **small, **sizes)
+        )
+    model.config.id2label, model.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    save_pretrained(model, tokenizer, place / "classifier")
+    return place / "classifier"
+
+
+PADS = [(None, None), (0, None), (5, "<s>"), (None, "<s>"), (7, "!")]
+"""The config's padding token, and the tokenizer's. "!" is a token of texts."""
+
+
+@torch.no_grad()
+def plain_scores(model: Any, rows: list[list[int]], pad: int, *, left: bool = False) -> torch.Tensor:
+    """By transformers alone, all rows in one batch."""
+    width = max(map(len, rows))
+    gaps = [[pad] * (width - len(row)) for row in rows]
+    ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+    mask = torch.tensor(
+        [[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for r, g in zip(rows, gaps, strict=True)]
+    )
+    return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("config_pad", "tokenizer_pad"), PADS)
+def test_a_classifiers_scores_do_not_depend_on_padding(
+    tmp_path: Path, kind: str, config_pad: int | None, tokenizer_pad: str | None
+) -> None:
+    """A config with another padding token than the tokenizer's had the score taken at a token of the padding: 0.35 in logits."""
+    folder = classifier(tmp_path, kind, config_pad=config_pad, tokenizer_pad=tokenizer_pad)
+    data = DataConfig(task="classification", labels=["a", "b"])
+    loaded = opened(str(folder), data)
+    texts = [
+        "a text",
+        "one that is longer than others",
+        "b",
+        "with <|im_end|> in it",
+        "at its end !",
+        "and at its end <|im_end|>",
+    ]
+    records = read([{"text": t, "label": "a"} for t in texts], data)
+    items = encode_labelled(records, loaded.tokenizer, data).examples
+    together = Classification.logits(loaded, items, 6, lambda done: None)
+    alone = Classification.logits(loaded, items, 1, lambda done: None)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3  # other texts, other scores
+    # what is saved is scored by transformers alone as here, padded on either side
+    save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    rows, pad = [item.inputs["input_ids"] for item in items], pad_id(loaded.tokenizer)
+    torch.testing.assert_close(plain_scores(plain, rows, pad), together, rtol=1e-4, atol=1e-5)
+    if kind == "llama":  # whose positions are relative
+        torch.testing.assert_close(plain_scores(plain, rows, pad, left=True), together, rtol=1e-3, atol=1e-4)
+    for row, score in zip(rows, together, strict=True):
+        torch.testing.assert_close(plain_scores(plain, [row], pad)[0], score, rtol=1e-4, atol=1e-5)
+
+
+def test_a_users_own_classifier_keeps_its_padding_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = classifier(tmp_path, "llama", config_pad=0, tokenizer_pad=None)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = opened(str(folder), DataConfig(task="classification", labels=["a", "b"])).tokenizer
+    settle_padding(model, tokenizer, "mine", scored=True, own=False)
+    assert model.config.pad_token_id == 0 and row_padding(model, tokenizer) == 0
+    assert "pad_token_id 0, its tokenizer pads with" in caplog.text
+    model.config.pad_token_id = None  # transformers refuses several rows
+    settle_padding(model, tokenizer, "mine", scored=True, own=False)
+    assert model.config.pad_token_id == pad_id(tokenizer)
+
+
+def test_a_head_that_takes_the_last_place_of_a_row_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(1)
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=2, initializer_range=0.5,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    save_pretrained(XLNetForSequenceClassification(config), tokenizer, tmp_path / "xlnet")
+    with pytest.raises(FileError, match="depend on padding: its XLNetForSequenceClassification"):
+        opened(str(tmp_path / "xlnet"), DataConfig(task="classification", labels=["a", "b"]))
+
+
+def other_vocabulary(folder: Path) -> None:
+    change(folder, vocab_size=283)
+
+
+def other_width(folder: Path) -> None:
+    change(folder, intermediate_size=40)
+
+
+def more_layers(folder: Path) -> None:
+    change(folder, num_hidden_layers=3)
+
+
+def change(folder: Path, **sizes: int) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+
+
+OTHER_SIZES = {
+    other_vocabulary: r"embed_tokens\.weight: \[\d+, \d+\] in the checkpoint, \[283, \d+\] by its config",
+    other_width: r"lacks 6 weights(.|\n)*layers\.0\.mlp\.\w+\.weight: \[.*\] in the checkpoint(.|\n)*Was a size in its config",
+    more_layers: r"lacks 9 weights(.|\n)*layers\.2\.",
+}
+
+
+@pytest.mark.parametrize("task", ["causal", "classification", "regression"])
+@pytest.mark.parametrize("spoil", list(OTHER_SIZES))
+def test_a_body_that_would_be_random_is_refused_for_every_task(folder: Path, spoil: Any, task: Any) -> None:
+    """For classes a body of other shapes than the checkpoint's was random: training began without a word."""
+    spoil(folder)
+    labels = ["a", "b"] if task == "classification" else None
+    with pytest.raises(FileError, match=OTHER_SIZES[spoil]):
+        load_pretrained(str(folder), task=task, labels=labels)
+
+
+def test_weights_that_the_config_does_not_read_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change(folder, num_hidden_layers=1)
+    load_pretrained(str(folder))
+    assert "has 9 weights that a LlamaForCausalLM of this config does not read" in caplog.text
+    caplog.clear()
+    load_pretrained(str(folder), task="classification", labels=["a", "b", "c"])
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "deltaw"]
+    assert "lm_head" not in said and "has 9 weights" in said
+
+
+def test_a_head_of_another_number_of_classes_is_new(tmp_path: Path) -> None:
+    folder = classifier(tmp_path, "llama", config_pad=None, tokenizer_pad=None)
+    for labels, new in ((["a", "b"], ()), (["a", "b", "c"], ("score",))):
+        loaded = load_pretrained(str(folder), task="classification", labels=labels)
+        assert loaded.untrained == new and loaded.model.score.out_features == len(labels)
+
+
+def test_a_tokenizer_longer_than_the_embedding_is_refused_with_both_sizes(folder: Path, tmp_path: Path) -> None:
+    """Training ended in an IndexError of 84 lines."""
+    loaded = load_pretrained(str(folder))
+    count = len(loaded.tokenizer)
+    loaded.tokenizer.add_tokens(["<new>", "<other>"])
+    loaded.tokenizer.save_pretrained(folder)
+    records = [{"prompt": "a", "completion": "b"}] * 4
+    config = TrainConfig(out=str(tmp_path / "run"), dtype="float32")
+    said = rf"has {count + 2} tokens, the model's embedding {count} rows: there are none for '<new>' \({count}\), '<other>'"
+    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*resize_token_embeddings\({count + 2}\)"):
+        train(str(folder), records, config)
+    with pytest.raises(ConfigError, match=said):
+        train(loaded.model, records, config, tokenizer=loaded.tokenizer)
+    assert not (tmp_path / "run").exists()
+    loaded.model.resize_token_embeddings(count + 2)
+    check_vocabulary(loaded.model, loaded.tokenizer, "resized")
+    loaded.model.resize_token_embeddings(count + 40)  # more rows than tokens are no fault
+    check_vocabulary(loaded.model, loaded.tokenizer, "resized")
+
+
+def test_generate_and_eval_say_it_too(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    loaded = load_pretrained(str(folder))
+    loaded.tokenizer.add_tokens(["<new>"])
+    loaded.tokenizer.save_pretrained(folder)
+    assert main(["generate", str(folder), "a <new>"]) == ConfigError.exit_code
+    assert "tokens, the model's embedding" in capsys.readouterr().err
+    # an adapter that has the row
+    loaded.model.resize_token_embeddings(len(loaded.tokenizer))
+    attach(loaded.model, LoRA(rank=2, targets="q", whole="embed_tokens,lm_head"))
+    save(loaded.model, tmp_path / "adapter")
+    assert (
+        main(["generate", str(folder), "a <new>", "--adapter", str(tmp_path / "adapter"), "--max-new-tokens", "2"]) == 0
+    )

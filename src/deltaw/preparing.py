@@ -153,6 +153,8 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
 def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
     """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
     to the adapter later is wrapped as the records were."""
+    if config.batch_tokens is not None and config.data.task == "image":
+        raise ConfigError("batch_tokens counts tokens, and images have none: set batch.")
     data = prepared(config.data, form, loaded, taken)
     dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
     return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, listing, nearest
 from deltaw.modes import evaluating
 from deltaw.plain import plain_class
+from deltaw.positions import most_positions
 
 log = logging.getLogger("deltaw")
 
@@ -224,9 +225,10 @@ def _ends_by_padding(model: Any) -> bool:
 @torch.no_grad()
 def _check_padding(model: Any, tokenizer: Any, source: str) -> None:
     """Raise FileError when a text's scores are others once it is padded on the right."""
-    ids = torch.tensor([tokenizer("Two rows of one text.").input_ids])
-    filled = F.pad(ids, (0, 4), value=row_padding(model, tokenizer))
-    mask = F.pad(torch.ones_like(ids), (0, 4))
+    ids = torch.tensor([tokenizer("A text.").input_ids])
+    more = max(0, min(4, (most_positions(model) or 1 << 30) - ids.shape[1]))
+    filled = F.pad(ids, (0, more), value=row_padding(model, tokenizer))
+    mask = F.pad(torch.ones_like(ids), (0, more))
     with evaluating(model):
         alone = model(input_ids=ids.to(model.device)).logits.float()
         beside = model(input_ids=filled.to(model.device), attention_mask=mask.to(model.device)).logits.float()

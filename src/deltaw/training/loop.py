@@ -245,6 +245,8 @@ class Loop:
         for name in ("patience", "eval_every"):
             if getattr(self.config, name) and not self.valid:
                 idle.append(f"{name} is {getattr(self.config, name)}, and there are no held-out records")
+        if 1 < self.total_steps <= self.config.warmup and not self.config.minutes:
+            idle.append(f"lr is never reached, the warm-up takes {self.config.warmup:g} of {self.total_steps} steps")
         for line in idle:
             self._warn(f"A setting has no effect: {line}.")
 
