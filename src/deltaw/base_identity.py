@@ -1,5 +1,5 @@
-"""Which base a model has under its adapters: fingerprints of its parameters, each of which is read once, and again only when it
-has changed.
+"""Which base a model has under its adapters: fingerprints of its parameters, as they are now. A parameter's digests are kept and
+hold for as long as a checksum of all its bits stays the same: no count of changes sees all who write to a tensor.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from deltaw.attached import base_tensors, owner_of, place_of, readers
 from deltaw.files.fingerprint import Digest, Fingerprint, combined, digest
 from deltaw.layers import in_few_bits
-from deltaw.versions import version_of
+from deltaw.originals import Stamp, stamp
 
 
 class _Known(NamedTuple):
     """A parameter's digests, and what shows that they still hold."""
 
-    version: list[tuple[int, int, int]]
+    stamps: list[Stamp]
     digests: list[Digest]
 
 
@@ -31,28 +31,34 @@ _known: Any = WeakTensorKeyDictionary()
 def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint:
     """Of the base as it was before attach. Left out are those that an adapter has values of its own for
     (`without`, by any of their names): a new head is another one each time, a vocabulary may not have been resized yet."""
-    gone = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else ()
-    every = (_digests(model, name, p, tensor) for name, p, tensor in base_tensors(model) if id(p) not in gone)
-    return combined(chain.from_iterable(every))
+    return fingerprints(model, without=without)[0]
 
 
-def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint:
-    """Of these parameters alone: what a checkpoint's files tell without the model."""
-    digests = {id(p): _digests(model, name, p, tensor) for name, p, tensor in base_tensors(model)}
-    owner: Any = owner_of(model)
-    places = (place_of(owner, name) for name in names)
-    return combined(chain.from_iterable(digests[id(module._parameters[own])] for module, own in places))
+def fingerprints(
+    model: nn.Module, *, without: Collection[str] = (), alone: Iterable[str] = ()
+) -> tuple[Fingerprint, Fingerprint]:
+    """`base_fingerprint`, and that of the parameters `alone`, which a checkpoint's files tell without the model. Each is read
+    once."""
+    owner = owner_of(model)
+    gone = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else set()
+    places = [place_of(owner, name) for name in alone]
+    wanted = [id(module._parameters[own]) for module, own in places]
+    digests: dict[int, list[Digest]] = {}
+    for name, parameter, tensor in base_tensors(model):
+        if id(parameter) not in gone or id(parameter) in wanted:
+            digests[id(parameter)] = _digests(owner, name, parameter, tensor)
+    base = chain.from_iterable(own for key, own in digests.items() if key not in gone)
+    return combined(base), combined(chain.from_iterable(digests[key] for key in wanted))
 
 
-def _digests(model: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> list[Digest]:
+def _digests(owner: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> list[Digest]:
     """Of a parameter's values: one, or of a weight in few bits one for each tensor that it is kept in."""
     if tensor is not parameter:  # what it was before a merge
         return [digest(tensor)]
-    layer, own = place_of(owner_of(model), name)
+    layer, own = place_of(owner, name)
     form = in_few_bits(layer, own)
-    stored = [parameter] if form is None else form.stored(layer)
-    version, known = [version_of(t) for t in stored], _known.get(parameter)
-    if known is None or known.version != version:
-        content = [tensor] if form is None else form.content(layer)
-        known = _known[parameter] = _Known(version, [digest(t) for t in content])
+    content = [tensor.detach()] if form is None else form.content(layer)
+    stamps, known = [stamp(t) for t in content], _known.get(parameter)
+    if known is None or known.stamps != stamps:
+        known = _known[parameter] = _Known(stamps, [digest(t) for t in content])
     return known.digests

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltaw import attached as live
 from deltaw.attached import dotted, owner_of, readers
-from deltaw.base_identity import base_fingerprint, weights_fingerprint
+from deltaw.base_identity import fingerprints
 from deltaw.errors import AdapterError, listing
 from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAFile
 from deltaw.files.peft_config import config_for
@@ -99,12 +99,9 @@ def _check(method: Any, updates: dict[str, Update]) -> None:
 
 
 def _metadata(model: nn.Module, low_rank: dict[str, LowRank], weights: _Weights, file: LoRAFile) -> dict[str, str]:
-    made = {
-        "deltaw_format": FORMAT,
-        "deltaw_version": __version__,
-        BASE: str(base_fingerprint(model, without=file.replaced())),
-        W0: str(weights_fingerprint(model, [*(f"{n}.weight" for n in low_rank), *(n for n, _ in weights.values())])),
-    }
+    targeted = [*(f"{n}.weight" for n in low_rank), *(n for n, _ in weights.values())]
+    base, alone = fingerprints(model, without=file.replaced(), alone=targeted)
+    made = {"deltaw_format": FORMAT, "deltaw_version": __version__, BASE: str(base), W0: str(alone)}
     transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
     every = low_rank | {n: u for n, (_, u) in weights.items()}
     slices = {n: u.slices for n, u in every.items() if isinstance(u, Sliced)}
