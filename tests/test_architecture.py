@@ -15,8 +15,8 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own line and the lines above it. A package stands for all its modules.
 ORDER = [
-    ["version", "errors", "names", "versions"],
-    ["units"],
+    ["version", "errors", "names", "checksums"],
+    ["units", "blocks"],
     ["config"],
     ["residual", "residency", "differences"],
     ["lowrank", "svd", "slices", "quantised", "plain"],
@@ -25,6 +25,7 @@ ORDER = [
     ["routes"],
     ["layers"],
     ["slots"],
+    ["passes"],
     ["updates"],
     ["weights", "scaled", "inserted", "prefixes"],
     ["targets", "wholes"],

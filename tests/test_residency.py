@@ -87,7 +87,8 @@ def parameters_of(model: Any, name: str) -> list[Any]:
     return [p for slot in slots for p in slot.get(name).parameters()]
 
 
-def test_values_come_back_and_so_does_what_was_learned(folder: Path, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("change", ["counted", "by .data", "new memory"])
+def test_values_come_back_and_so_does_what_was_learned(change: str, folder: Path, ids: torch.Tensor) -> None:
     model = tiny_llama().eval()
     plain = copy.deepcopy(model)
     load(plain, folder, check_base=False)
@@ -99,7 +100,12 @@ def test_values_come_back_and_so_does_what_was_learned(folder: Path, ids: torch.
         assert torch.equal(model(ids).logits, plain(ids).logits)
     with torch.no_grad():
         for parameter in parameters(model, "b"):
-            parameter.add_(0.1)
+            if change == "counted":
+                parameter.add_(0.1)
+            elif change == "by .data":
+                parameter.data.add_(0.1)
+            else:
+                parameter.data = parameter.data + 0.1
     changed = model(ids).logits
     use(model, "a")
     assert torch.equal(model(ids).logits, plain(ids).logits)

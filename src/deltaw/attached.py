@@ -13,12 +13,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from deltaw.checksums import difference
 from deltaw.errors import AdapterError, MergeError, listing, nearest
 from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
 from deltaw.lowrank import dense
-from deltaw.originals import Copy, Kept, Original, difference, stamp
+from deltaw.originals import Copy, Kept, Original
 from deltaw.outside import read_outside
+from deltaw.passes import unwatch, watch
 from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
@@ -73,6 +76,8 @@ class Adapters:
     """While merged: name of a parameter → what gives it back."""
     before_merge: str | None = None
     residency: Residency = field(default_factory=Residency)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    """They say when a pass begins and ends."""
     rows_mixed: list[str] | None = None
     """Layers in which the rows of a batch cannot be told apart, once somebody asked; None: not known."""
 
@@ -160,6 +165,7 @@ def apply_plan(
         update.training = layer.training
         slot.put(name, update)
     record.attached[name] = Attached(method, tuple(plan.updates), plan.left_out, metadata or {})
+    record.hooks += watch(model, record)
     if activate:
         record.route.choose(name)
 
@@ -190,10 +196,10 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         record.residency.forget(adapter)
         if record.route.active == adapter:
             record.route.active = None
-        record.route.stacks = {}
         if record.before_merge == adapter:
             record.before_merge = None
     if not record.attached:
+        unwatch(owner, record.hooks)
         delattr(owner, RECORD)
         for parameter_name, parameter in owner.named_parameters():
             parameter.requires_grad_(record.was_trainable.get(parameter_name, parameter.requires_grad))
@@ -295,7 +301,9 @@ def _why_not_unmerged(owner: nn.Module, problems: Mapping[str, str], originals: 
     if len(dtypes := {was.dtype for was in stamps.values()}) == 1:
         (dtype,) = dtypes
         now = {name: _parameter(owner, name) for name in problems}
-        if all(p is not None and p.dtype != dtype and stamp(p.to(dtype)) == stamps[name] for name, p in now.items()):
+        if all(
+            p is not None and p.dtype != dtype and not difference(p.to(dtype), stamps[name]) for name, p in now.items()
+        ):
             ways.append(f"Call model.to({dtype}) first: that gives the merged weights as they were.")
     if all(_can_be_copied(owner, originals[name]) for name in problems):
         ways.append(
@@ -337,7 +345,9 @@ def adapters(model: nn.Module) -> Names:
     record = find_record(model)
     names = Names(record.attached if record else ())
     chosen = record.route.chosen() if record else None
-    names.active = None if isinstance(chosen, Rows) else chosen
+    if isinstance(chosen, Rows):
+        chosen = chosen.names[0] if chosen.alike else None
+    names.active = chosen
     return names
 
 
@@ -480,6 +490,8 @@ def known(record: Adapters, name: str) -> str:
 def in_use(record: Adapters) -> str:
     """The one adapter that this thread goes through. Raises AdapterError."""
     chosen = record.route.chosen()
+    if isinstance(chosen, Rows) and chosen.alike:
+        chosen = chosen.names[0]
     if isinstance(chosen, Rows):
         raise AdapterError("Rows have adapters of their own in this route block: name the adapter that is meant.")
     if chosen is None:
@@ -493,9 +505,9 @@ def bring(record: Adapters, names: Iterable[str | None]) -> None:
 
 
 def in_open_block(record: Adapters, names: Iterable[str]) -> str | None:
-    """For messages: that one of these adapters is in use by an open `using` or `route` block of any thread, if one is."""
+    """For messages: that one of these adapters is in use by an open `using` or `route` block, or by a pass, of any thread."""
     held = record.route.held().intersection(names)
-    return f"Adapter {min(held)!r} is in use by an open using or route block" if held else None
+    return f"Adapter {min(held)!r} is in use by an open using or route block, or by a pass" if held else None
 
 
 def merged_names(record: Adapters) -> str:

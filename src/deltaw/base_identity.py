@@ -1,35 +1,47 @@
-"""Which base a model has under its adapters: hashes of its parameters, each of which is read once, and again only when it has
-changed.
+"""Which base a model has under its adapters: hashes of its parameters, as they are now. Each call reads them, at memory speed,
+since no count of changes sees all who write to a tensor. What takes longer is kept, by the hash of the values behind it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deltaw.attached import base_tensors, owner_of, place_of, readers
-from deltaw.files.fingerprint import DTYPES, FORMS, Digest, Fingerprint, combined, content_of, digest
+from deltaw.checksums import Stamp, content_of, stamp
+from deltaw.files.fingerprint import DTYPES, FORMS, Digest, Fingerprint, combined, digest
 from deltaw.layers import in_few_bits
-from deltaw.versions import version_of
 
 log = logging.getLogger("deltaw")
 
 
-class _Known(NamedTuple):
-    """Hashes of a parameter's contents, and what shows that they still hold."""
-
-    version: list[tuple[int, int, int]]
-    contents: dict[tuple[int, torch.dtype], bytes]
-    """Which of the tensors that it is kept in, the dtype that it was rounded to → hash."""
+_rounded: Any = WeakTensorKeyDictionary()
+"""Parameter → for each tensor that it is kept in, its `_Contents`, for as long as the parameter lives."""
 
 
-_known: Any = WeakTensorKeyDictionary()
-"""Parameter → _Known, for as long as the parameter lives."""
+class _Contents:
+    """Hashes of one tensor's content, kept while a checksum of it stays the same."""
+
+    def __init__(self) -> None:
+        self.stamp: Stamp | None = None
+        self.hashes: dict[torch.dtype, bytes] = {}
+
+    def read(self, values: Tensor) -> None:
+        """Look whether the values are still those that the hashes are of."""
+        now = stamp(values)
+        if now != self.stamp:
+            self.stamp, self.hashes = now, {values.dtype: now.checksum} if now.by == "host" else {}
+
+    def of(self, values: Tensor, dtype: torch.dtype) -> bytes:
+        """The hash of the values that were read, rounded to `dtype`."""
+        if dtype not in self.hashes:
+            self.hashes[dtype] = content_of(values, dtype)
+        return self.hashes[dtype]
 
 
 def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint | None:
@@ -67,32 +79,26 @@ def _base(model: nn.Module, without: Collection[str]) -> _Named:
 
 def _hashes(model: nn.Module, forms: Sequence[str], tensors: _Named) -> list[str] | None:
     """The hashes of these forms; None where one needs values that are nowhere."""
-    digests: list[list[Digest]] = [[] for _ in forms]
+    digests: dict[str, list[Digest]] = {form: [] for form in forms}
+    by_values = any(form != DTYPES for form in forms)
     for name, parameter, tensor in tensors:
-        if parameter.is_meta and any(form != DTYPES for form in forms):
+        if parameter.is_meta and by_values:
             return None
-        for form, own in zip(forms, digests, strict=True):
-            own += _digests(model, name, parameter, tensor, form)
-    return [combined(own) for own in digests]
+        for part, contents in _parts(model, name, parameter, tensor):
+            if by_values:
+                contents.read(part)
+            for form in forms:
+                digests[form].append(digest(part, form, contents.of))
+    return [combined(digests[form]) for form in forms]
 
 
-def _digests(model: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor, form: str) -> Iterator[Digest]:
-    """A parameter's parts in a hash: one, or of a weight in few bits one for each tensor that it is kept in."""
+def _parts(model: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[tuple[Tensor, _Contents]]:
+    """The tensors that a parameter's values are kept in, each with its hashes: one, or of a quantised weight several."""
     if tensor is not parameter:  # what it was before a merge
-        yield digest(tensor, form)
+        yield tensor, _Contents()
         return
-    layer, own = place_of(owner_of(model), name)
-    few_bits = in_few_bits(layer, own)
-    stored = [parameter] if few_bits is None else few_bits.stored(layer)
-    version, known = [version_of(t) for t in stored], _known.get(parameter)
-    if known is None or known.version != version:
-        known = _known[parameter] = _Known(version, {})
-    contents = known.contents
-    for number, part in enumerate([tensor] if few_bits is None else few_bits.content(layer)):
-
-        def remembered(values: Tensor, dtype: torch.dtype, number: int = number) -> bytes:
-            if (number, dtype) not in contents:
-                contents[number, dtype] = content_of(values, dtype)
-            return contents[number, dtype]
-
-        yield digest(part, form, remembered)
+    quantised = in_few_bits(*place_of(owner_of(model), name))
+    parts = [tensor] if quantised is None else quantised.content(place_of(owner_of(model), name)[0])
+    kept = _rounded.setdefault(parameter, [])
+    kept += [_Contents() for _ in parts[len(kept) :]]
+    yield from zip(parts, kept, strict=False)

@@ -29,11 +29,12 @@ from deltaw.attached import (
     restore,
     updates,
 )
+from deltaw.checksums import stamp
 from deltaw.errors import MergeError, listing
 from deltaw.layers import as_stored, in_few_bits
 from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
-from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_, stamp
+from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_
 
 
 def merge(

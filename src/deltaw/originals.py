@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from deltaw.checksums import Stamp
 from deltaw.lowrank import MergeStats, Product, merge_reversibly_, restore_
 from deltaw.residual import EFFORT, Residual
 
@@ -63,14 +64,6 @@ class Correction:
         return back
 
 
-class Stamp(NamedTuple):
-    """What one tensor shares with a later one only if that has the same bits in the same places, on whatever device."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    checksum: int
-
-
 @dataclass(frozen=True)
 class Kept:
     """Of one merged weight: what it was before, and what the merge made of it."""
@@ -87,37 +80,3 @@ def merge_correctably_(W0: Tensor, product: Product) -> tuple[MergeStats, Correc
     stats, (codes, escapes) = merge_reversibly_(W0, product)
     packed = zlib.compress(codes.cpu().contiguous().numpy().data, EFFORT)
     return stats, Correction(product, packed, escapes)
-
-
-# Odd, as all factors of the checksum are: a product with one loses no bit
-_FACTOR = -7046029254386353131
-# 64-bit words that are worked on at once: the same on all devices, since the checksum goes from block to block
-_WORDS = 1 << 16
-
-
-def stamp(W: Tensor) -> Stamp:
-    """Reads a tensor of any dtype and strides once. The checksum depends on the order of the entries."""
-    W = W.detach()
-    factors = torch.arange(_WORDS, device=W.device) * _FACTOR
-    factors = (factors ^ (factors >> 29)) | 1
-    total = torch.zeros((), dtype=torch.int64, device=W.device)
-    for piece in W.reshape(-1).split(8 * _WORDS // W.element_size()):
-        data = piece.contiguous().view(torch.uint8)
-        data = torch.nn.functional.pad(data, (0, -len(data) % 8))
-        words = data.view(torch.int64) * _FACTOR
-        words = words ^ (words >> 32)  # a change of the highest bit alone must not cancel with another
-        total = total * _FACTOR + (words * factors[: len(words)]).sum()
-    return Stamp(W.dtype, tuple(W.shape), int(total))
-
-
-def difference(W: Tensor, was: Stamp) -> str | None:
-    """How W differs from the tensor that the stamp is of, for messages."""
-    if tuple(W.shape) != was.shape:
-        return f"it is {list(W.shape)} now, it was {list(was.shape)}"
-    if W.dtype != was.dtype:
-        return f"it is {_plain(W.dtype)} now, it was {_plain(was.dtype)}"
-    return None if stamp(W) == was else "its values have changed"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

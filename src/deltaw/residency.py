@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from deltaw.versions import version_of
-
 _lock = threading.Lock()
 
 
@@ -24,8 +22,6 @@ class _Kept:
     host: Tensor
     device: torch.device
     """Of its layer."""
-    version: tuple[int, int, int] = (0, 0, 0)
-    """When it came to the device."""
 
 
 @dataclass
@@ -63,21 +59,32 @@ class Residency:
 
 
 def _to_device(kept: list[_Kept]) -> None:
-    """A file's tensors are views of one piece of memory, which is copied as a whole: hundreds of copies take longer."""
-    moved: dict[tuple[int, torch.device], Tensor] = {}
-    for each in kept:
-        storage = each.host.untyped_storage()
-        key = storage.data_ptr(), each.device
-        if key not in moved:
-            moved[key] = torch.empty(0, dtype=torch.uint8).set_(storage).to(each.device, non_blocking=True)
-        there = torch.empty(0, dtype=each.host.dtype, device=each.device)
-        there.set_(moved[key].untyped_storage(), each.host.storage_offset(), each.host.shape, each.host.stride())
+    for each, there in zip(kept, _moved([(each.host, each.device) for each in kept]), strict=True):
         each.parameter.data = there
-        each.version = version_of(each.parameter)
 
 
 def _to_host(kept: list[_Kept]) -> None:
-    for each in kept:
-        if version_of(each.parameter) != each.version:  # trained, or changed in another way
-            each.host = each.parameter.detach().to("cpu", copy=True)
-        each.parameter.data = each.host
+    """As they are now: no count of changes sees all who write to a tensor."""
+    host = torch.device("cpu")
+    for each, back in zip(kept, _moved([(each.parameter.detach(), host) for each in kept]), strict=True):
+        each.parameter.data = each.host = back
+
+
+def _moved(tensors: list[tuple[Tensor, torch.device]]) -> list[Tensor]:
+    """Each tensor on its device. A file's are views of one piece of memory, which is copied as a whole: hundreds of copies take
+    longer."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors)
+    pieces: dict[tuple[int, torch.device], Tensor] = {}
+    moved = []
+    for tensor, device in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > 2 * size:  # a part of something else
+            moved.append(tensor.to(device, copy=True))
+            continue
+        key = storage.data_ptr(), device
+        if key not in pieces:
+            piece = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            pieces[key] = piece.to(device, non_blocking=device.type != "cpu")
+        view = torch.empty(0, dtype=tensor.dtype, device=device)
+        moved.append(view.set_(pieces[key].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()))
+    return moved

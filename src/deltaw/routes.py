@@ -1,111 +1,206 @@
-"""Which adapter the layers of a model go through: one for all, one for a thread, or one for each row of a batch. Knows
-adapters by their names.
+"""Which adapter the layers of a model go through: one for all, one for a block, or one for each row of a batch. Knows adapters
+by their names.
+
+The choice is taken once in a pass (passes.py): `chosen` then gives the layers what the pass began with, whatever happens in
+other threads. Activations that a backward pass computes again go through what their forward pass went through.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 
+from deltaw.blocks import Block, Blocks
 from deltaw.errors import AdapterError
-from deltaw.rows import Layer, Rows
+from deltaw.rows import Rows
 
 Choice = Any
 """The name of an adapter, None for the base, or Rows."""
 
-NONE_HERE = object()
-"""A thread that has chosen nothing for itself."""
+UNSET = object()
+"""No pass of this thread has chosen."""
+
+
+class Pass:
+    """A pass in progress; or, with UNSET, a block that was opened in one."""
+
+    __slots__ = ("choice", "frame", "kept", "of")
+
+    def __init__(self, choice: Choice, frame: FrameType | None, kept: dict[Any, Any] | None, of: Any) -> None:
+        self.of = of
+        """The module that is passed through, whole or a part; None for a block."""
+        self.choice = choice
+        self.frame = frame
+        """One that is on the stack for as long as the pass goes on."""
+        self.kept = kept
+
+    def is_over(self) -> bool:
+        """Whether it ended without saying so: an interrupt from the keyboard passes no hook."""
+        if self.frame is None:
+            return False
+        try:
+            self.frame.clear()
+        except RuntimeError:  # it is being executed
+            return False
+        return True
 
 
 class _Here(threading.local):
-    """What this thread has chosen for itself."""
+    """What goes on in this thread. (Set on the object: torch.compile's guards do not see a class's values change.)"""
 
-    choice: Choice = NONE_HERE
-    block: object = None
-    """The innermost block of this thread."""
+    def __init__(self) -> None:
+        self.choice: Choice = UNSET
+        self.kept: dict[Any, Any] | None = None
+        self.passes: list[Pass] = []
+        self.came: tuple[int, Choice] = (-1, UNSET)
+        """The last backward pass that came to a pass's outputs, and what that pass went through."""
+        self.plain: Choice = UNSET
+        """Of the innermost block, where no frame that pauses has one."""
 
 
 class Route:
     """Which adapter the adapted layers of a model go through. One object for all of them: switching is one write.
 
-    `active` holds for every thread; a `using` or `route` block holds for the thread that opened it, so that requests served by
-    several threads do not see each other's.
+    `active` holds for all code that is in no `using` or `route` block; blocks.py says which code a block holds for.
     """
 
-    __slots__ = ("active", "here", "open", "stacks")
+    __slots__ = ("active", "backward", "blocks", "here", "running")
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
         self.here = _Here()
-        self.open: dict[object, Choice] = {}
-        """The choices of all threads' open blocks."""
-        self.stacks: dict[frozenset[tuple[str, int]], dict[int, Layer]] = {}
-        """Of the last `route` block: how many rows each adapter had → its stacks by layer, which the next one may use again."""
+        self.blocks = Blocks()
+        self.running: set[Pass] = set()
+        """The passes of all threads."""
+        self.backward: dict[int, dict[int, Choice]] = {}
+        """Backward passes in progress, by autograd's number → thread → what the forward pass went through."""
 
     def __reduce__(self) -> tuple[type[Route], tuple[str | None]]:
-        return Route, (self.active,)  # a copy is in no block and has no stacks
+        return Route, (self.active,)  # a copy is in no block and no pass
 
     def chosen(self) -> Choice:
-        """What holds for this thread."""
+        """What the code that asks goes through."""
         choice = self.here.choice
-        if choice is not NONE_HERE:
+        if choice is not UNSET:
             return choice
-        if self.open and not torch.compiler.is_compiling() and _in_autograds_own_thread():
+        if torch.compiler.is_compiling():
+            return self._traced()
+        return self.taken()[0]
+
+    def kept(self) -> dict[Any, Any] | None:
+        """Where to keep what is made of adapters' tensors: for as long as nobody can have changed them, a call of `generate`.
+        None where that cannot be known."""
+        return None if torch.compiler.is_compiling() else self.here.kept
+
+    def taken(self) -> tuple[Choice, Block | None]:
+        """What a pass that begins here goes through, and the block that says so."""
+        block = self.blocks.here()
+        task = torch._C._current_graph_task_id()
+        if task != -1 and (block is None or block.task != task) and (again := self._forward_of(task)) is not UNSET:
+            return again, None
+        if block is not None:
+            return block.choice, block
+        if task != -1 and isinstance(threading.current_thread(), threading._DummyThread):
             self._check_backward()
-        return self.active
+        return self.active, None
 
     def choose(self, choice: Choice) -> None:
-        """Switch: for all threads, or within a block of this thread for that block."""
-        if self.here.choice is NONE_HERE:
+        """Switch: for all code in no block, or within a block for that block."""
+        if not self.blocks.choose(choice):
             self.active = choice
-        else:
-            self.here.choice = self.open[self.here.block] = choice
+        elif self.here.plain is not UNSET:
+            self.here.plain = choice
 
     @contextlib.contextmanager
-    def block(self, choice: Choice) -> Iterator[None]:
-        """While open, this thread goes through `choice`."""
-        before = self.here.choice, self.here.block
-        self.here.choice, self.here.block = choice, object()
-        self.open[self.here.block] = choice
+    def block(self, choice: Choice, kept: dict[Any, Any] | None = None) -> Iterator[None]:
+        """While open, the code within goes through `choice`."""
+        here, before, thread = self.here, self.here.plain, threading.get_ident()
+        block = self.blocks.enter(choice)
+        block.kept = kept
+        here.plain = choice
+        inside = self.push(None, UNSET) if here.passes else None
         try:
             yield
         finally:
-            del self.open[self.here.block]
-            self.here.choice, self.here.block = before
+            self.blocks.leave(block)
+            if threading.get_ident() == thread:
+                here.plain = before
+            if inside is not None:
+                self.pop(inside)
 
-    def rows(self, names: Sequence[str | None]) -> Rows:
-        """What a block of these names goes through."""
-        rows = Rows(names)
-        shares = frozenset(Counter(name for name in names if name is not None).items())
-        kept = self.stacks.get(shares)
-        if kept is None:
-            kept = {}
-            self.stacks = {shares: kept}  # one write: several threads may be here
-        rows.kept = kept
-        return rows
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[None]:
+        """While open, all passes go through what holds now, and what is made of the adapters' tensors is kept."""
+        with self.block(self.chosen(), {}):
+            yield
+
+    def push(self, of: Any, choice: Choice, frame: FrameType | None = None, kept: dict[Any, Any] | None = None) -> Pass:
+        """A pass of this thread begins."""
+        begun = Pass(choice, frame, kept, of)
+        self.here.passes.append(begun)
+        self.running.add(begun)
+        self.here.choice, self.here.kept = choice, kept
+        return begun
+
+    def pop(self, begun: Pass) -> None:
+        """A pass of this thread ends, and with it those within."""
+        passes = self.here.passes
+        if begun in passes:
+            ended = passes[passes.index(begun) :]
+            del passes[-len(ended) :]
+            self.running.difference_update(ended)
+            last = passes[-1] if passes else None
+            self.here.choice, self.here.kept = (UNSET, None) if last is None else (last.choice, last.kept)
+
+    def drop_stale(self) -> None:
+        """Forget passes of this thread that were interrupted."""
+        stale = next((begun for begun in self.here.passes if begun.is_over()), None)
+        if stale is not None:
+            self.pop(stale)
 
     def held(self) -> set[str]:
-        """The adapters that open blocks of any thread go through."""
-        names: set[str] = set()
-        for choice in list(self.open.values()):
-            names |= set(choice.rows) if isinstance(choice, Rows) else {choice} if choice is not None else set()
-        return names
+        """The adapters that open blocks, and passes in progress, go through."""
+        choices = self.blocks.choices() + [begun.choice for begun in list(self.running) if not begun.is_over()]
+        return {name for choice in choices for name in names_of(choice)}
+
+    def _traced(self) -> Choice:
+        """`chosen` where torch.compile reads along, and no hook of the model's ran before: it cannot read frames."""
+        if self.blocks.pausing:
+            return _eagerly(self)
+        return self.active if self.here.plain is UNSET else self.here.plain
+
+    def _forward_of(self, task: int) -> Choice:
+        """What the forward pass went through whose activations this backward pass computes again; UNSET if it did not say."""
+        threads = self.backward.get(task)
+        if threads is None:  # a backward pass within one, as reentrant checkpointing has
+            outer, choice = self.here.came
+            return choice if outer in self.backward else UNSET
+        if threading.get_ident() in threads:
+            return threads[threading.get_ident()]
+        choices = list(threads.values())
+        return choices[0] if all(c is choices[0] for c in choices) else UNSET
 
     def _check_backward(self) -> None:
-        """Checkpointing computes layers again in the backward pass, on a GPU in a thread of autograd's: it is in no block."""
-        if any(choice != self.active for choice in list(self.open.values())):
+        """Autograd's own threads are in no block."""
+        if any(choice != self.active for choice in self.blocks.choices()):
             raise AdapterError(
                 "Activations are being recomputed in a backward pass, in a thread that cannot see the using or route block "
-                "that is open in another. With gradient checkpointing on a GPU, choose the adapter by use(model, name)."
+                "that is open in another, and the forward pass went around the model. Choose the adapter by use(model, name)."
             )
 
 
-def _in_autograds_own_thread() -> bool:
-    if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-        return False
-    return isinstance(threading.current_thread(), threading._DummyThread)
+def names_of(choice: Choice) -> set[str]:
+    """The adapters that a choice is of."""
+    if isinstance(choice, Rows):
+        return set(choice.rows)
+    return {choice} if isinstance(choice, str) else set()
+
+
+@torch.compiler.disable
+def _eagerly(route: Route) -> Choice:
+    return route.taken()[0]

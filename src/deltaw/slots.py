@@ -11,7 +11,7 @@ from deltaw import quantised
 from deltaw.errors import AdapterError
 from deltaw.layers import inner_class
 from deltaw.plain import itself, plain_class, remember
-from deltaw.routes import Route
+from deltaw.routes import UNSET, Route
 from deltaw.rows import Rows
 
 
@@ -39,6 +39,8 @@ class Slot(nn.Module):
         """What a module around the layer reads as this parameter of it: with the active update, if that changes it."""
         own: Tensor | None = layer._parameters[own_name]
         chosen = self.route.chosen()
+        if type(chosen) is Rows and chosen.alike:
+            chosen = chosen.names[0]
         if type(chosen) is not Rows:
             update: Any = self._modules.get(chosen)
             return own if update is None else update.parameter(layer, own_name)
@@ -68,10 +70,14 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
-                if not any(name in slot._modules for name in chosen.rows):
-                    return plain(self, *inputs, **named)
-                x = only_input(self, inputs, named)
-                return chosen.through(self, slot._modules, x, plain(itself(self), x))
+                if slot.route.here.choice is UNSET:  # the layer is called by itself
+                    _check_rows(chosen, self, inputs, named)
+                if not chosen.alike:
+                    if not any(name in slot._modules for name in chosen.rows):
+                        return plain(self, *inputs, **named)
+                    x = only_input(self, inputs, named)
+                    return chosen.through(self, slot._modules, x, plain(itself(self), x), slot.route.kept())
+                chosen = chosen.names[0]
             update = slot._modules.get(chosen)
             if update is None:
                 return plain(self, *inputs, **named)
@@ -89,6 +95,14 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
         remember(made, cls, inner, read=bool(read))
         _adapted[cls, read] = made
     return _adapted[cls, read]
+
+
+def _check_rows(rows: Rows, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Raise AdapterError where the layer's input is not a batch of these rows."""
+    weight = layer._parameters.get("weight")
+    x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+    if x is not None:
+        rows.check(x, 2 if weight is None else max(2, weight.dim()))
 
 
 def _read(own_name: str, layer: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltaw.attached import Adapters, base_modules, bring, known, merged_names, owner_of, record_of
 from deltaw.errors import AdapterError, ConfigError, listing, nearest
 from deltaw.modes import evaluating
+from deltaw.rows import Rows
 from deltaw.slots import slot_of
 
 
@@ -67,15 +68,13 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name in dict.fromkeys(names):
         _check(record, name)
     bring(record, names)
-    if len(set(names)) == 1:
-        with record.route.block(names[0]):
-            yield
-        return
-    if record.rows_mixed is None:
-        record.rows_mixed = _mixing_layers(model)
-    if record.rows_mixed:
-        raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
-    with record.route.block(record.route.rows(names)):
+    rows = Rows(names)
+    if not rows.alike:
+        if record.rows_mixed is None:
+            record.rows_mixed = _mixing_layers(model)
+        if record.rows_mixed:
+            raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
+    with record.route.block(rows):
         yield
 
 

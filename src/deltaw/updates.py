@@ -21,8 +21,7 @@ from deltaw.layers import Kind, as_matrix, as_stored, why_bypassed, why_not
 from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
 from deltaw.plain import itself, own_forward, shell
 from deltaw.slices import Runs
-from deltaw.slots import only_input
-from deltaw.versions import version_of
+from deltaw.slots import only_input, slot_of
 
 
 class Update(nn.Module, ABC):
@@ -313,8 +312,6 @@ class LowRankRescaled(LowRank):
     ) -> None:  # fmt: skip
         super().__init__(kind, A, B, scale, dropout, bias)
         self.magnitude = nn.Parameter(magnitude)
-        self._norm: tuple[Any, Tensor] | None = None
-        """What it was computed of, and ‖W0 + ΔW‖."""
 
     def alone(self, layer: Any, x: Tensor) -> Tensor:
         out = self._sum(layer, x, None)
@@ -330,13 +327,16 @@ class LowRankRescaled(LowRank):
 
     @torch.no_grad()
     def norm(self, layer: Any) -> Tensor:
-        """‖W0 + ΔW‖ by rows, [d] in fp32 or wider; kept for as long as W0, A and B are as they are."""
-        if torch.compiler.is_compiling():
-            return row_norms(self.W0(layer), self.A, self.B, self.scale)
-        stamp = [(id(t), version_of(t)) for t in (layer._parameters["weight"], self.A, self.B)]
-        if self._norm is None or self._norm[0] != stamp:
-            self._norm = stamp, row_norms(self.W0(layer), self.A, self.B, self.scale)
-        return self._norm[1]
+        """‖W0 + ΔW‖ by rows, [d] in fp32 or wider. Computed anew in each pass: no count of changes sees all who write to a
+        tensor (`.data`, an optimizer in C). `generate` alone computes it once."""
+        slot = slot_of(layer)
+        kept = None if slot is None else slot.route.kept()
+        norm = None if kept is None else kept.get(("norm", id(self)))
+        if norm is None:
+            norm = row_norms(self.W0(layer), self.A, self.B, self.scale)
+            if kept is not None:
+                kept["norm", id(self)] = norm
+        return norm
 
     @property
     def exact_product(self) -> Product | None:
@@ -352,14 +352,23 @@ class LowRankRescaled(LowRank):
         return None if self.magnitude.shape == (d,) else f"its magnitude is {list(self.magnitude.shape)}, not [{d}]"
 
 
+# Entries of W0 that are widened at once
+_WIDENED = 1 << 22
+
+
 def row_norms(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """‖W0 + scale·BA‖ by rows, [d] in fp32 or wider, without forming the sum: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖² in O(d·k·r)."""
+    """‖W0 + scale·BA‖ by rows, [d] in fp32 or wider whatever autocast says, without forming the sum: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖²
+    in O(d·k·r)."""
     wide = torch.promote_types(W0.dtype, torch.float32)
-    cross = (W0 @ A.to(W0.dtype).t()).to(wide)
-    A, B = A.to(wide), B.to(wide) * scale
-    squares = torch.linalg.vector_norm(W0, dim=1, dtype=wide).square()
-    squares = squares + 2 * (cross * B).sum(1) + ((B @ (A @ A.t())) * B).sum(1)
-    return squares.clamp_min(0).sqrt()
+    with torch.autocast(W0.device.type, enabled=False):
+        A, B = A.to(wide), B.to(wide) * scale
+        squares = ((B @ (A @ A.t())) * B).sum(1)
+        height = W0.shape[0] if W0.dtype == wide else max(1, _WIDENED // W0.shape[1])
+        parts = []
+        for rows, own in zip(W0.split(height), B.split(height), strict=True):
+            w = rows.to(wide)
+            parts.append(torch.linalg.vector_norm(w, dim=1).square() + 2 * ((w @ A.t()) * own).sum(1))
+        return (squares + torch.cat(parts)).clamp_min(0).sqrt()
 
 
 def _plus(out: Tensor, bias: Tensor) -> Tensor:

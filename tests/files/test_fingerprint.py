@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
-from deltaw.files.fingerprint import FORMS, ROUNDED, Fingerprint, Outdated, combined, content_of, digest
+from deltaw.files.fingerprint import FORMS, Fingerprint, Outdated, combined, digest
 
 BASE = {
     "wide": torch.randn(70, 50, generator=torch.Generator().manual_seed(0)),
@@ -157,13 +157,6 @@ def test_every_dtype_has_a_fingerprint(dtype: torch.dtype) -> None:
     one = torch.tensor([[0, 1, 1], [1, 0, 0]]).to(dtype)
     other = torch.tensor([[0, 1, 1], [0, 1, 0]]).to(dtype)
     assert compared([one], [one.clone()]) == "same" and compared([one], [other]) == "different"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED.values()], ids=str)
-def test_pieces_are_no_part_of_the_hash(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = content_of(BASE["wide"], dtype)
-    monkeypatch.setattr("deltaw.files.fingerprint._PIECE", 33)
-    assert content_of(BASE["wide"], dtype) == content_of(BASE["wide"].to(dtype), dtype) == whole
 
 
 def test_no_more_is_read_than_the_answer_needs() -> None:

@@ -20,7 +20,7 @@ from deltaw.files.shards import INDEX
 from deltaw.files.verified import verify_merged
 from tests.conftest import MAKERS, fill
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def checkpoint(make: Any, dtype: torch.dtype, folder: Path, method: Any = deltaw.LoRA(rank=4, alpha=6)) -> Path:  # noqa: B008
@@ -117,7 +117,7 @@ def test_without_a_correction_the_base_comes_back_within_what_is_said(dtype: tor
     streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
     back = streamed.unmerge_files(folder / "merged", folder / "adapter", folder / "back")
     found, base = (weights(AutoModelForCausalLM.from_pretrained(folder / n, dtype=dtype)) for n in ("back", "base"))
-    largest = max(float((found[n].float() - w.float()).abs().max()) for n, w in base.items())
+    largest = max(float((found[n].double() - w.double()).abs().max()) for n, w in base.items())
     assert not back.exact and 0 < largest <= back.largest_error
 
 

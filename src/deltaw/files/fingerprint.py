@@ -11,11 +11,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
+
+from deltaw.checksums import content_of, octets
 
 EXACT, DTYPES = "exact", "dtypes"
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,8 +26,6 @@ FORMS = (EXACT, *ROUNDED, DTYPES)
 
 _VERSION = "2"
 _HASH = re.compile(r"[0-9a-f]{32}(/[\w,]+)?")
-_PIECE = 1 << 20
-"""Entries that are rounded, or copied to host memory, at once."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -105,26 +104,6 @@ def combined(digests: Iterable[Digest]) -> str:
     return hashed.hexdigest()[:32] + (f"/{','.join(sorted(names))}" if names else "")
 
 
-def content_of(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """The hash of a tensor's entries in order, rounded to `dtype`; 16 bytes. It reads the tensor once."""
-    flat = tensor.detach().reshape(-1)
-    hashed = xxhash.xxh3_128()
-    if flat.device.type == "cpu" and flat.dtype == dtype:
-        hashed.update(_octets(flat))
-        return hashed.digest()
-    size = min(flat.numel(), _PIECE)
-    host = torch.empty(size, dtype=dtype, pin_memory=flat.device.type == "cuda")
-    for piece in flat.split(_PIECE) if size else ():
-        single = piece.float() if piece.dtype == torch.float64 and dtype in ROUNDED.values() else piece
-        hashed.update(_octets(host[: len(piece)].copy_(single.to(dtype) if flat.device.type != "cpu" else single)))
-    return hashed.digest()
-
-
-def _octets(flat: Tensor) -> Any:
-    """The bytes of a flat tensor on the CPU, not copied."""
-    return flat.view(torch.uint8).numpy()
-
-
 def bits_of(flat: Tensor) -> Tensor:
     """A flat tensor's entries as integers of their width: NaN is like itself in them, and 0.0 is not −0.0."""
     return flat.view(_BITS[flat.element_size()])
@@ -132,4 +111,4 @@ def bits_of(flat: Tensor) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """Its entries in order, of a tensor on the CPU."""
-    return bytes(_octets(tensor.contiguous().reshape(-1)).tobytes())
+    return bytes(octets(tensor.contiguous().reshape(-1)).tobytes())
