@@ -163,6 +163,10 @@ class LowRank(Update):
         """W0 + ΔW [d, k], in its dtype; gradients flow to A and B."""
         return torch.addmm(W0, self.B.to(W0.dtype), self.A.to(W0.dtype), alpha=self.scale)
 
+    def stand_in(self, W0: Tensor) -> Tensor:
+        """What a module's forward is given in the place of a parameter W0 that has no layer: W0 + ΔW."""
+        return self.weight(W0)
+
     def misfit(self, layer: Any) -> str | None:
         return why_not(layer) or self.other_shape(layer)
 
