@@ -4,11 +4,12 @@
     python benchmarks/experts.py --hidden 2048 --intermediate 768 --tokens 4096 --dtype bfloat16 --name experts_gpu   # as it is
 
 One mixture block (128 experts, 8 a token), r = 8 on both stacks of its experts, forward and backward with the gradient of its
-input, by the ways in which transformers runs experts. Ways: `floor` (no adapter), `deltaw`, `formed` (deltaw with W0 + ΔW formed in
-each pass, as it was computed before), `peft` (its target_parameters). Times are of one process, in turns that begin with another
-way each time: medians, and the median ratio to `formed` of the same turn. Memory is the most that a process of its own holds in a
-step above what it held before. Before anything is timed, outputs and gradients are compared with those of `formed`. Beside them
-stands what Unsloth publishes for its experts on GPUs: 2 × over grouped_mm's speed and 35% less memory.
+input, by the ways in which transformers runs experts. Ways: `floor` (no adapter), `deltaw`, `formed` (deltaw with W0 + ΔW formed
+in each pass, as it was computed before), `peft` (its target_parameters). Times are of one process, in turns that begin with
+another way each time: medians, and the median ratio to `formed` of the same turn. Memory is the most that a process of its own
+holds in a step above what it held before. Before anything is timed, outputs and gradients are compared with those of `formed`.
+Beside them stands what Unsloth publishes for its experts on GPUs: 2 × over grouped_mm's speed and 35% less memory. Writes
+results/experts.json.
 """
 
 from __future__ import annotations

@@ -161,14 +161,8 @@ class _Grouped(torch.autograd.Function):
             if needs_x:
                 torch.mm(part, W.t(), out=own)
                 own.addmm_(back, l.t())
-        return (
-            (dx if needs_x else None),
-            None,
-            dleft.mT if needs_left else None,
-            dright if needs_right else None,
-            None,
-            None,
-        )
+        dleft = dleft.mT
+        return dx if needs_x else None, None, dleft if needs_left else None, dright if needs_right else None, None, None
 
 
 def _room(x: Tensor, width: int, sizes: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltaw import quantised
 from deltaw.errors import AdapterError
-from deltaw.layers import inner_class
+from deltaw.layers import inner_class, takes_tokens
 from deltaw.plain import itself, plain_class, remember
 from deltaw.routes import Route
 from deltaw.rows import Rows
@@ -70,6 +70,8 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             if type(chosen) is Rows:
                 if not any(name in slot._modules for name in chosen.rows):
                     return plain(self, *inputs, **named)
+                if len(inputs) + len(named) > 1 and takes_tokens(self):
+                    return chosen.by_tokens(self, slot._modules, partial(plain, self), inputs, named)
                 x = only_input(self, inputs, named)
                 return chosen.through(self, slot._modules, x, plain(itself(self), x))
             update = slot._modules.get(chosen)

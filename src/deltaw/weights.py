@@ -84,7 +84,7 @@ class Stack(LowRank):
         return self.unformed(W0).formed()
 
     def stand_in(self, W0: Tensor) -> Tensor:
-        """W0 + ΔW for the module's forward. It is not formed, except where a graph is recorded, which knows plain tensors alone."""
+        """W0 + ΔW for the module's forward: formed only where a graph is recorded, which knows plain tensors alone."""
         recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
         return self.weight(W0) if recorded else self.unformed(W0)
 
