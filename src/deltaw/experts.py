@@ -111,10 +111,10 @@ def _grouped(x: Tensor, P: Tensor, *, offs: Tensor | None = None, **others: Any)
     assert isinstance(P, Unformed)
     if offs is None or x.ndim != 2 or P.W0.ndim != 3:
         return _bmm(x, P) if offs is None and x.ndim == P.W0.ndim == 3 else NotImplemented
-    with torch.autocast(x.device.type, enabled=False):  # as the operation itself
-        if x.device.type == "cpu":
-            return _Grouped.apply(x, P.W0, P.left, P.right, offs, P.scale)
+    if x.device.type != "cpu":
         return grouped_by_kernel(x, P, offs)
+    with torch.autocast("cpu", enabled=False):  # which the operation itself knows nothing of
+        return _Grouped.apply(x, P.W0, P.left, P.right, offs, P.scale)
 
 
 def grouped_by_kernel(x: Tensor, P: Unformed, offs: Tensor) -> Tensor:
@@ -130,6 +130,7 @@ class _Grouped(torch.autograd.Function):
     are in cache. What is saved is x and x·left."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: Tensor, W0: Tensor, left: Tensor, right: Tensor, offs: Tensor, scale: float) -> Tensor:
         sizes = _sizes(offs, x.shape[0])
         out, Ax = _room(x, W0.shape[-1], sizes), _room(x, left.shape[-1], sizes)
@@ -143,7 +144,8 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, Ax, W0, left, right = ctx.saved_tensors
         sizes, scale = ctx.sizes, ctx.scale
         needs_x, _, needs_left, needs_right = ctx.needs_input_grad[:4]
