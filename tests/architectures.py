@@ -122,7 +122,6 @@ ATTENTION: Roles = {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_
 LLAMA: Roles = ATTENTION | {"gate": {"gate_proj"}, "up": {"up_proj"}, "down": {"down_proj"}}
 BART: Roles = ATTENTION | {"o": {"out_proj"}, "up": {"fc1"}, "down": {"fc2"}}
 MIXTURE: Roles = ATTENTION | {"gate_up": {"experts.gate_up_proj"}, "down": {"experts.down_proj"}}
-EXPERTS = "Experts takes several inputs: its rows cannot have adapters of their own"
 BERT: Roles = {
     "q": {"query"}, "k": {"key"}, "v": {"value"}, "o": {"attention.output.dense"}, "up": {"intermediate.dense"},
     "down": {"output.dense"},
@@ -223,12 +222,12 @@ TABLE: tuple[Architecture, ...] = (
     # The experts of a layer are two parameters [experts, d, k] of one module, and the router is a class of its own
     Architecture(
         "Mixtral", hf.MixtralForCausalLM, hf.MixtralConfig, WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2}, tokens,
-        MIXTURE, left_out=head("lm_head") | {"mlp.gate": "MixtralTopKRouter is no"}, unsliced=True, rows_refused=EXPERTS,
+        MIXTURE, left_out=head("lm_head") | {"mlp.gate": "MixtralTopKRouter is no"}, unsliced=True,
     ),
     Architecture(
         "Qwen3-MoE", hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig,
         WIDE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, tokens, MIXTURE,
-        left_out=head("lm_head") | {"mlp.gate": "Qwen3MoeTopKRouter is no"}, unsliced=True, rows_refused=EXPERTS,
+        left_out=head("lm_head") | {"mlp.gate": "Qwen3MoeTopKRouter is no"}, unsliced=True,
     ),
     Architecture(
         "T5", hf.T5ForConditionalGeneration, hf.T5Config,

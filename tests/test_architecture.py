@@ -21,7 +21,7 @@ ORDER = [
     ["residual", "residency", "differences"],
     ["lowrank", "svd", "slices", "quantised", "plain"],
     ["merge_report", "originals", "fused", "mixed", "outside"],
-    ["rows"],
+    ["rows", "experts"],
     ["routes"],
     ["layers"],
     ["slots"],

@@ -120,12 +120,13 @@ def _copied(model: nn.Module, source: str, name: str, *, activate: bool) -> Comb
 
 def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
     """Layer name → rank, of those that have one."""
-    return {_named(n, own): part.rank for n, update in combined.items() for own, part in update.low_rank().items()}
+    parts = {n: update.low_rank() for n, update in combined.items()}
+    return {_named(combined[n], n, own): part.rank for n in parts for own, part in parts[n].items()}
 
 
-def _named(layer: str, own: str) -> str:
+def _named(update: Update, layer: str, own: str) -> str:
     """A layer's weight goes by the layer's name, a weight without a layer by its own."""
-    return layer if own == "weight" else dotted(layer, own)
+    return layer if isinstance(update, LowRank) else dotted(layer, own)
 
 
 def _method(methods: Sequence[Any], combined: Mapping[str, Update], ranks: Mapping[str, int]) -> Any:
@@ -180,6 +181,8 @@ class _Layer:
         """The layer's own names of parameters that have low-rank updates."""
         self.values = {own: None for update in self.updates for own in update.values()}
         """Those of parameters that have other values."""
+        self.of_layer = not any(isinstance(update, OnWeights) for update in self.updates)
+        """It is a layer, with at most one low-rank update; not a module with weights of its own."""
 
     def problem(self, recipe: _Recipe) -> str | None:
         """Why they cannot be combined like this."""
@@ -188,7 +191,7 @@ class _Layer:
         kinds = {type(u) if isinstance(u, (Scaled, ReplacedRows)) else Update for u in self.updates}
         if len(kinds) > 1 or self.parts.keys() & self.values.keys():
             return "some of the adapters train it whole, others by an update; merge(model, weights=…) can add them up"
-        if self.parts and self.values.keys() - ({"bias"} if self.parts.keys() == {"weight"} else set()):
+        if self.parts and self.values.keys() - ({"bias"} if self.of_layer else set()):
             return (
                 f"some of the adapters have an update of its {', '.join(self.parts)}, others values of its "
                 f"{', '.join(self.values)}, which no update holds both; merge(model, weights=…) can add them up"
@@ -215,8 +218,9 @@ class _Layer:
         parts: dict[str, LowRank] = {}
         errors: dict[str, float] = {}
         for own in self.parts:
-            parts[own], errors[_named(self.name, own)] = self._part(own, recipe, values.get("bias"))
-        return parts["weight"] if "weight" in parts else OnWeights(parts), errors
+            parts[own], error = self._part(own, recipe, values.get("bias"))
+            errors[self.name if self.of_layer else dotted(self.name, own)] = error
+        return parts["weight"] if self.of_layer else OnWeights(parts), errors
 
     def _part(self, own: str, recipe: _Recipe, bias: Tensor | None) -> tuple[LowRank, float]:
         """The low-rank update of one weight, and what its rank left out."""

@@ -294,6 +294,11 @@ def weights_of(module: nn.Module) -> list[str]:
     return [own for own, p in module._parameters.items() if p is not None and p.ndim == 3 and p.is_floating_point()]
 
 
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether this is a mixture's experts: what they are called with has a row for each token, [T, …], the batch's in order."""
+    return any(Weight(module, own).value.ndim == 3 for own in weights_of(module))
+
+
 def in_few_bits(layer: nn.Module, own_name: str) -> type[quantised.Form] | None:
     """How a package keeps this parameter, where it is the weight of a layer in few bits."""
     return quantised.form_of(layer) if own_name == "weight" else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -86,6 +87,32 @@ class Rows:
         for name in layer.singly:
             out = self._placed(name, updates[name].branch(module, self._of(name, x)), out)
         return out
+
+    def by_tokens(
+        self, module: Any, updates: Mapping[str, Any], plain: Any, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> Tensor:
+        """The output of a mixture's experts, whose inputs have a row for each token, [T, …], the batch's in order: each adapter's
+        tokens, and those of the base, go through its own experts. `plain` computes the base's. Raises AdapterError for other
+        inputs."""
+        n, values = len(self.names), [*inputs, *named.values()]
+        T = {value.shape[0] if isinstance(value, Tensor) and value.dim() else None for value in values}
+        tokens = T.pop()
+        if T or tokens is None or tokens % n:
+            raise AdapterError(
+                f"A {type(module).__name__} is not given one row for each token of a batch of {n} rows: its rows cannot have "
+                "adapters of their own. Adapters that leave it out (targets='attention', say) can be mixed in a batch."
+            )
+        rows: dict[str | None, list[int]] = {}
+        for row, name in enumerate(self.names):
+            rows.setdefault(name if name in updates else None, []).append(row)
+        parts = []
+        for name, own in rows.items():
+            taken = [value.reshape(n, -1, *value.shape[1:])[own].flatten(0, 1) for value in values]
+            forward = plain if name is None else partial(updates[name].branch, module)
+            out = forward(*taken[: len(inputs)], **dict(zip(named, taken[len(inputs) :], strict=True)))
+            parts.append(out.reshape(len(own), -1, *out.shape[1:]))
+        order = torch.tensor([row for own in rows.values() for row in own]).argsort().to(parts[0].device)
+        return torch.cat(parts)[order].flatten(0, 1)
 
     def _of(self, name: str, x: Tensor) -> Tensor:
         """The rows of a batch that this adapter has."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltaw import quantised
 from deltaw.errors import AdapterError
-from deltaw.layers import inner_class
+from deltaw.layers import inner_class, takes_tokens
 from deltaw.plain import itself, plain_class, remember
 from deltaw.routes import UNSET, Route
 from deltaw.rows import Rows
@@ -70,11 +70,14 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
-                if slot.route.here.choice is UNSET:  # the layer is called by itself
+                by_tokens = len(inputs) + len(named) > 1 and takes_tokens(self)
+                if slot.route.here.choice is UNSET and not by_tokens:  # the layer is called by itself
                     _check_rows(chosen, self, inputs, named)
                 if not chosen.alike:
                     if not any(name in slot._modules for name in chosen.rows):
                         return plain(self, *inputs, **named)
+                    if by_tokens:
+                        return chosen.by_tokens(self, slot._modules, partial(plain, self), inputs, named)
                     x = only_input(self, inputs, named)
                     return chosen.through(self, slot._modules, x, plain(itself(self), x), slot.route.kept())
                 chosen = chosen.names[0]

@@ -173,6 +173,10 @@ class LowRank(Update):
             )
         return torch.addmm(W0, self.B.to(W0.dtype), self.A.to(W0.dtype), alpha=self.scale)
 
+    def stand_in(self, W0: Tensor) -> Tensor:
+        """What a module's forward is given in the place of a parameter W0 that has no layer: W0 + ΔW."""
+        return self.weight(W0)
+
     def misfit(self, layer: Any) -> str | None:
         return why_not(layer) or self.other_shape(layer)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.experts import Unformed
 from deltaw.layers import Kind, weights_of, why_bypassed
 from deltaw.lowrank import Change, Product, Stacked
 from deltaw.plain import plain_class, shell
@@ -33,7 +34,7 @@ class OnWeights(Update):
         return self.parts
 
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
-        values = {own: self.parameter(layer, own) for own in self._modules}
+        values = {own: part.stand_in(layer._parameters[own]) for own, part in self.parts.items()}
         return plain_class(layer).forward(shell(layer, values), *inputs, **named)
 
     def parameter(self, layer: Any, own_name: str) -> Tensor | None:
@@ -80,9 +81,17 @@ class Stack(LowRank):
 
     def weight(self, W0: Tensor) -> Tensor:
         """W0 + ΔW in W0's shape and dtype; gradients flow to A and B."""
+        return self.unformed(W0).formed()
+
+    def stand_in(self, W0: Tensor) -> Tensor:
+        """W0 + ΔW for the module's forward: formed only where a graph is recorded, which knows plain tensors alone."""
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return self.weight(W0) if recorded else self.unformed(W0)
+
+    def unformed(self, W0: Tensor) -> Unformed:
         A, B = self.A.to(W0.dtype), self.B.to(W0.dtype)
         left, right = (A.mT, B.mT) if self.transposed else (B, A)
-        return torch.baddbmm(W0, left, right, alpha=self.scale)
+        return Unformed(W0, left, right, self.scale, fast=self.training)
 
     def changes(self, layer: Any) -> dict[str, Change]:
         pairs = zip(self.A, self.B, strict=True)
