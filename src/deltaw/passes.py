@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaw.errors import AdapterError
-from deltaw.routes import UNSET, Choice, Pass, names_of
+from deltaw.routes import UNSET, Choice, Pass, names_of, natively
 from deltaw.rows import Rows
 from deltaw.slots import slot_of
 
@@ -32,6 +32,7 @@ class Begin:
     def __init__(self, record: Any) -> None:
         self.record = record
 
+    @natively
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():  # the layers ask for themselves
             return
@@ -56,6 +57,7 @@ class End:
     def __init__(self, record: Any) -> None:
         self.record = record
 
+    @natively
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
