@@ -279,6 +279,29 @@ def test_a_base_that_changes_while_attached_gets_another_fingerprint(tmp_path: P
     assert base_fingerprint(model) != first
 
 
+@pytest.mark.parametrize("change", ["entry", "exchanged", "step", "memory"])
+def test_a_fingerprint_is_of_what_the_base_is_now(change: str, tmp_path: Path) -> None:
+    model = attach(tiny_llama(), METHODS["plain"])
+    fill(model)
+    save(model, tmp_path / "before")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    if change == "entry":
+        weight.data[3, 4] += 1
+    if change == "exchanged":
+        weight.data[0, 0], weight.data[5, 7] = weight.data[5, 7].clone(), weight.data[0, 0].clone()
+    if change == "step":
+        weight.requires_grad_(True).grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    if change == "memory":
+        weight.data = weight.data * 2
+    save(model, tmp_path / "after")
+    now = detach(copy.deepcopy(model))
+    load(now, tmp_path / "after")
+    for one in (model, now):
+        with pytest.raises(BaseMismatch):
+            load(one, tmp_path / "before", name="again")
+
+
 def test_what_takes_longer_than_reading_is_computed_once(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -311,29 +312,105 @@ def test_unloading_frees_the_tensors(many: Any) -> None:
     assert not torch.allclose(*(alone(many, batch(1), [n]) for n in ("a", "c")))
 
 
-@pytest.mark.parametrize("change", ["fused step", "new memory", "another tensor"])
-def test_8_rows_follow_changes_that_pytorch_does_not_count(change: str, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("in_one_block", [False, True])
+@pytest.mark.parametrize("change", ["fused step", "by .data", "new memory", "another tensor", "under inference mode"])
+def test_8_rows_follow_changes_that_pytorch_does_not_count(change: str, in_one_block: bool, ids: torch.Tensor) -> None:
     torch.manual_seed(1)
     model = tiny_llama().eval()
     for seed, name in enumerate("ab"):
         fill(attach(model, LoRA(rank=2, alpha=5), name=name), name, seed=seed)
+    names, own = ["a", "b", "a"], parameters(model, "a")
 
     def rows() -> torch.Tensor:
-        with torch.no_grad(), route(model, ["a", "b", "a"]):
+        with torch.no_grad(), route(model, names) if not in_one_block else contextlib.nullcontext():
             return model(ids).logits
 
-    before = rows()
-    own = parameters(model, "a")
-    if change == "fused step":
-        for parameter in own:
-            parameter.requires_grad_(True).grad = torch.ones_like(parameter)
-        torch.optim.AdamW(own, lr=0.1, fused=True).step()
-    for update in updates(model, "a").values():
-        if change == "new memory":
-            update.B.data = update.B.detach() + 0.1
-        if change == "another tensor":
-            update.B = torch.nn.Parameter(update.B.detach() + 0.1)
-    after = rows()
+    with route(model, names) if in_one_block else contextlib.nullcontext():
+        before = rows()
+        if change == "fused step":
+            for parameter in own:
+                parameter.requires_grad_(True).grad = torch.ones_like(parameter)
+            torch.optim.AdamW(own, lr=0.1, fused=True).step()
+        for update in updates(model, "a").values():
+            if change == "by .data":
+                update.B.data += 0.1
+            if change == "new memory":
+                update.B.data = update.B.detach() + 0.1
+            if change == "another tensor":
+                update.B = torch.nn.Parameter(update.B.detach() + 0.1)
+            if change == "under inference mode":
+                with torch.inference_mode():
+                    update.B.add_(0.1)
+        after = rows()
     assert not torch.allclose(after[0], before[0]) and torch.allclose(after[1], before[1], atol=1e-5)
     with torch.no_grad(), using(model, "a"):
         torch.testing.assert_close(after[2], model(ids).logits[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [["a"], [None], ["a", "a"], [None, None], ["a", "b"], ["a", None]], ids=str)
+@torch.no_grad()
+def test_a_batch_of_another_number_of_rows_is_refused(names: list[str | None], many: Any) -> None:
+    n = len(names)
+    embedded = many.get_input_embeddings()(batch(3 * n))
+    body, layer = many.base_model, many.get_submodule(next(n for n in updates(many, "a") if "mlp" in n))
+    calls: list[Any] = [lambda rows=rows: many(batch(rows)) for rows in (n + 1, 2 * n, 3 * n)]
+    calls += [
+        lambda: many(input_ids=batch(2 * n), attention_mask=torch.ones(2 * n, 9)),
+        lambda: many(inputs_embeds=embedded),
+        lambda: body(batch(2 * n)),
+        lambda: layer(torch.ones(2 * n, 4, 32)),
+        lambda: layer(torch.ones(2 * n, 32)),
+    ]
+    with route(many, names):
+        for call in calls:
+            with pytest.raises(AdapterError, match=rf"names {n} rows?, but a layer's input is \[\d+, .*must be {n}"):
+                call()
+        with pytest.raises(AdapterError, match=rf"names {n} rows?, but a layer's input is \[32\]"):
+            layer(torch.ones(32))
+        assert many(batch(n)).logits.shape[0] == body(input_ids=batch(n))[0].shape[0] == n
+        assert layer(torch.ones(n, 32)).shape[0] == n
+    with using(many, names[0]):
+        many(batch(3))
+
+
+@torch.no_grad()
+def test_rows_of_a_layer_without_a_batch_dimension_are_refused() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 3, padding=1))
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2, alpha=5, targets="0"), name=name), name, seed=seed)
+    x = torch.randn(3, 8)  # [channels, length]
+    for names in (["a", "b", None], ["a"] * 3):
+        with route(model, names):
+            assert model(x.expand(3, 3, 8)).shape == (3, 3, 8)
+            with pytest.raises(AdapterError, match=r"names 3 rows, but a layer's input is \[3, 8\]"):
+                model[0](x)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("names", [["a", "a"], [None, None]], ids=str)
+@torch.no_grad()
+def test_generate_expands_rows_that_are_all_alike_too(settings: dict[str, Any], names: Any, many: Any) -> None:
+    config = GenerationConfig(max_new_tokens=4, pad_token_id=0, eos_token_id=95, **settings)
+    config.top_k = 1 if settings.get("do_sample") else None
+    with using(many, names[0]):
+        expected = many.generate(batch(2), generation_config=config)
+    with route(many, names):
+        assert torch.equal(many.generate(batch(2), generation_config=config), expected)
+        with pytest.raises(AdapterError, match="names 2 rows"):
+            many.generate(batch(3), generation_config=config)
+
+
+@torch.no_grad()
+def test_generate_of_a_model_around_the_adapted_one_expands_the_rows() -> None:
+    torch.manual_seed(1)
+    model = tiny_llama().eval()
+    for seed, name in enumerate("ab"):
+        fill(attach(model.model, LoRA(rank=2, alpha=5), name=name), name, seed=seed)
+    config = GenerationConfig(max_new_tokens=5, pad_token_id=0, eos_token_id=95, num_beams=3)
+    with route(model, ["b", "a"]):
+        found = model.generate(batch(2), generation_config=config)
+    for i, name in enumerate("ba"):
+        with using(model, name):
+            own = model.generate(batch(2)[i : i + 1], generation_config=config)
+        width = min(own.shape[1], found.shape[1])
+        assert torch.equal(found[i : i + 1, :width], own[:, :width])

@@ -1,11 +1,13 @@
 """Updates beyond A and B on a linear layer: DoRA, embeddings, modules and tokens that are trained whole. No scale is 1."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, using
+from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, route, save, unmerge, using
 from deltaw.attached import updates
 from deltaw.methods.dora import DoRA
 from deltaw.updates import INITS, Replaced
@@ -121,3 +123,126 @@ def test_the_scale_without_alpha_is_of_each_layers_rank(settings: dict[str, Any]
     model = attach(tiny_llama(), LoRA(rank=5, targets={"q": 4, "down": 9}, **settings))
     live = {update.rank: update.scale for update in updates(model).values()}
     assert live == pytest.approx({rank: method.scale(rank) for rank in (4, 9)})
+
+
+def changes_of_dora() -> dict[str, Any]:
+    """Ways to change an adapter or its base, of which PyTorch's count of changes sees some."""
+
+    def by_data(model: Any) -> None:
+        for parameter in parameters(model):
+            parameter.data -= 0.1 * parameter.data.sign()
+
+    def new_memory(model: Any) -> None:
+        for parameter in parameters(model):
+            parameter.data = parameter.data * 1.3
+
+    def fused(model: Any) -> None:
+        for parameter in parameters(model):
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.AdamW(parameters(model), lr=0.1, fused=True).step()
+
+    def in_inference(model: Any) -> None:
+        with torch.inference_mode():
+            for parameter in parameters(model):
+                parameter.mul_(1.2)
+
+    def base(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data *= 0.5
+
+    def loaded(model: Any) -> None:
+        model.load_state_dict({n: v + 0.1 for n, v in model.state_dict().items()}, assign=True)
+
+    return {f.__name__: f for f in (by_data, new_memory, fused, in_inference, base, loaded)}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("change", changes_of_dora())
+def test_doras_norm_is_of_what_a_and_b_and_w0_are_now(change: str, mode: Any, model: Any, ids: torch.Tensor) -> None:
+    fill(attach(model, DoRA(rank=3, alpha=5)))
+    with using(model, "default"):
+        with mode():
+            model(ids)
+        changes_of_dora()[change](model)
+        with mode():
+            found = model(ids).logits
+        merge_safe = copy.deepcopy(model)
+    merge(merge_safe)
+    torch.testing.assert_close(found.clone(), merge_safe(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_is_computed_outside_of_autocast_and_inference_mode(model: Any, ids: torch.Tensor) -> None:
+    fill(attach(model, DoRA(rank=3, alpha=5)))
+    name, update = next(iter(updates(model).items()))
+    layer = model.get_submodule(name)
+    norm = update.norm(layer)
+    assert norm.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(update.norm(layer), norm)
+        model(ids)
+    with torch.inference_mode():
+        model(ids)
+    model(ids).logits.sum().backward()
+    model.to(torch.bfloat16)
+    W = update.W0(layer).double() + update.scale * update.B.double() @ update.A.double()
+    torch.testing.assert_close(update.norm(layer).double(), W.norm(dim=1), rtol=1e-5, atol=0)
+    model.double()
+    torch.testing.assert_close(update.norm(layer), W.norm(dim=1), rtol=1e-12, atol=0)
+
+
+@torch.no_grad()
+def test_generate_computes_a_norm_once(model: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaw import updates as module
+
+    genuine, count = module.row_norms, 0
+
+    def counted(*given: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return genuine(*given)
+
+    fill(attach(model, DoRA(rank=3, alpha=5)))
+    monkeypatch.setattr("deltaw.updates.row_norms", counted)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    first = model.generate(ids, **settings)
+    assert count == len(updates(model))
+    for parameter in parameters(model):
+        parameter.data *= -2
+    assert not torch.equal(model.generate(ids, **settings), first)
+    assert count == 2 * len(updates(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "adamw_torch", "by .data"])
+def test_dora_trained_by_any_optimizer_is_what_is_loaded_again(
+    optimizer: str, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class ByData(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data -= group["lr"] * parameter.grad.sign()
+
+    if optimizer == "adamw_bnb_8bit":
+        pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = tiny_llama()
+    twin = copy.deepcopy(model)
+    attach(model, DoRA(rank=4, alpha=6))
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=20, learning_rate=2e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        optim="adamw_torch" if optimizer == "by .data" else optimizer,
+    )  # fmt: skip
+    own = ByData(parameters(model), lr=2e-3) if optimizer == "by .data" else None
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model, settings, train_dataset=rows, optimizers=(own, None)).train()
+    losses = []
+    save(model, tmp_path / "a")
+    load(twin, tmp_path / "a")
+    for one in (model, twin):
+        with torch.no_grad():
+            losses.append(float(one.eval()(ids, labels=ids).loss))
+    assert losses[0] < 4.5 and losses[0] == pytest.approx(losses[1], rel=1e-5)

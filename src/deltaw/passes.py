@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaw.errors import AdapterError
-from deltaw.routes import UNSET, Choice, Pass, names_of
+from deltaw.routes import UNSET, Choice, Pass, names_of, natively
 from deltaw.rows import Rows
-from deltaw.slots import slot_of
+from deltaw.slots import dimensions, slot_of
 
 GENERATE = "generate"
 
@@ -32,6 +32,7 @@ class Begin:
     def __init__(self, record: Any) -> None:
         self.record = record
 
+    @natively
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():  # the layers ask for themselves
             return
@@ -46,7 +47,8 @@ class Begin:
             _check_still_there(self.record, choice)
         if isinstance(choice, Rows):
             x = _main_input(module, inputs, named)
-            choice = UNSET if x is None else choice.of_batch(x)  # UNSET: each layer looks at its own input
+            least = 1 if slot_of(module) is None else dimensions(module)
+            choice = UNSET if x is None else choice.of_batch(x, least)  # UNSET: each layer looks at its own input
         route.push(module, choice, frame, None if block is None else block.kept)
 
 
@@ -56,6 +58,7 @@ class End:
     def __init__(self, record: Any) -> None:
         self.record = record
 
+    @natively
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return

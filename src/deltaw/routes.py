@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch._C._dynamo.eval_frame
 
 from deltaw.blocks import Block, Blocks
 from deltaw.errors import AdapterError
@@ -22,8 +23,20 @@ from deltaw.rows import Rows
 Choice = Any
 """The name of an adapter, None for the base, or Rows."""
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 UNSET = object()
 """No pass of this thread has chosen."""
+
+
+def natively(function: _Function) -> _Function:
+    """Have torch.compile run this function, and what it calls, as it is, where it is not in the middle of what is compiled.
+    (`torch.compiler.disable` would break the graph there, and takes seconds to import.)"""
+    dynamo = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "set_code_exec_strategy"):  # private to PyTorch; without it, layers choose for themselves
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+    return function
 
 
 class Pass:
@@ -97,6 +110,7 @@ class Route:
         None where that cannot be known."""
         return None if torch.compiler.is_compiling() else self.here.kept
 
+    @natively
     def taken(self) -> tuple[Choice, Block | None]:
         """What a pass that begins here goes through, and the block that says so."""
         block = self.blocks.here()
@@ -171,7 +185,7 @@ class Route:
     def _traced(self) -> Choice:
         """`chosen` where torch.compile reads along, and no hook of the model's ran before: it cannot read frames."""
         if self.blocks.pausing:
-            return _eagerly(self)
+            return self.taken()[0]  # which it breaks its graph for
         return self.active if self.here.plain is UNSET else self.here.plain
 
     def _forward_of(self, task: int) -> Choice:
@@ -199,8 +213,3 @@ def names_of(choice: Choice) -> set[str]:
     if isinstance(choice, Rows):
         return set(choice.rows)
     return {choice} if isinstance(choice, str) else set()
-
-
-@torch.compiler.disable
-def _eagerly(route: Route) -> Choice:
-    return route.taken()[0]

@@ -47,10 +47,10 @@ class Rows:
         """All rows have the first one's adapter."""
         self.orders: dict[Any, Order] = {}
 
-    def of_batch(self, x: Tensor) -> Rows | str | None:
+    def of_batch(self, x: Tensor, dimensions: int) -> Rows | str | None:
         """What a model goes through whose main input is x: itself, or the one adapter that all rows have. Raises AdapterError
-        for a batch of another number of rows."""
-        self.check(x, 1)
+        for a batch of another number of rows, as `check` does."""
+        self.check(x, dimensions)
         return self.names[0] if self.alike else self
 
     def check(self, x: Tensor, dimensions: int) -> None:

@@ -102,10 +102,15 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
 
 def _check_rows(rows: Rows, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Raise AdapterError where the layer's input is not a batch of these rows."""
-    weight = layer._parameters.get("weight")
     x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
     if x is not None:
-        rows.check(x, 2 if weight is None else max(2, weight.dim()))
+        rows.check(x, dimensions(layer))
+
+
+def dimensions(layer: nn.Module) -> int:
+    """How many dimensions an adapted layer's input has at least, if its first are the rows of a batch."""
+    weight = layer._parameters.get("weight")
+    return 2 if weight is None else max(2, weight.dim())
 
 
 def _read(own_name: str, layer: Any) -> Tensor | None:
