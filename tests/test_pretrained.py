@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForSequenceClassification,
     BertLMHeadModel,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -24,9 +25,19 @@ from deltaw import LoRA, TrainConfig, attach, save
 from deltaw.cli.main import main
 from deltaw.config import DataConfig
 from deltaw.data import read
-from deltaw.data.items import encode_labelled
-from deltaw.errors import ConfigError, FileError
-from deltaw.pretrained import check_vocabulary, load_pretrained, pad_id, row_padding, save_pretrained, settle_padding
+from deltaw.data.encode import Example
+from deltaw.data.items import Item, encode_labelled
+from deltaw.errors import ConfigError, DataError, FileError
+from deltaw.preparing import check_ids
+from deltaw.pretrained import (
+    Pretrained,
+    check_vocabulary,
+    load_pretrained,
+    pad_id,
+    row_padding,
+    save_pretrained,
+    settle_padding,
+)
 from deltaw.run import train
 from deltaw.tasks import Classification, opened
 from tests.conftest import byte_llama
@@ -281,6 +292,41 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused_with_both_sizes(folder
     check_vocabulary(loaded.model, loaded.tokenizer, "resized")
     loaded.model.resize_token_embeddings(count + 40)  # more rows than tokens are no fault
     check_vocabulary(loaded.model, loaded.tokenizer, "resized")
+
+
+def test_a_token_in_whose_place_pictures_go_needs_no_row(folder: Path) -> None:
+    """Gemma's tokenizer has one, and the embedding of its models for text alone ends before it."""
+    path = folder / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "extra_special_tokens": {"image_token": "<picture>"}}
+    path.write_text(json.dumps(settings))
+    loaded = load_pretrained(str(folder))
+    assert loaded.tokenizer.get_vocab()["<picture>"] == loaded.model.get_input_embeddings().num_embeddings
+    check_vocabulary(loaded.model, loaded.tokenizer, "Gemma")
+
+
+def test_ids_without_an_embedding_are_named_by_record(tmp_path: Path) -> None:
+    """The tokenizer of a BERT whose pairs have two types, and a model that has one."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    config = BertConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=1, num_attention_heads=4, type_vocab_size=1,
+        vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=2,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    pairs = [{"text": "a", "text_pair": "b", "label": i % 2} for i in range(4)]
+    item = Item({"input_ids": [3, 4], "token_type_ids": [0, 1]}, 0, "data.jsonl:7")
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:7: its token_type_ids go up to 1, the model has embeddings for 1"
+    ):
+        check_ids(Pretrained(model, tokenizer, "mine"), [item])
+    check_ids(Pretrained(model, tokenizer, "mine"), [Item({"input_ids": [3, 4]}, 0, "data.jsonl:8")])
+    last = Example([3, len(tokenizer)], [False, True], "data.jsonl:9")
+    with pytest.raises(
+        DataError, match=rf"data\.jsonl:9: its input_ids go up to {len(tokenizer)}, .* for {len(tokenizer)}\n"
+    ):
+        check_ids(Pretrained(model, tokenizer, "mine"), [last])
+    with pytest.raises(DataError, match=r"4 records do not fit(.|\n)*records\[0\]: its token_type_ids go up to 1"):
+        train(model, pairs, TrainConfig(out=str(tmp_path / "run"), samples=0), tokenizer=tokenizer)
 
 
 def test_generate_and_eval_say_it_too(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -21,7 +21,7 @@ from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_comparing import RECORDS
 from tests.test_tasks import TEXTS, about, folder_of, write
 
-BUDGET = {"steps": 5, "batch": 4, "valid_most": 4}
+BUDGET = {"steps": 5, "batch": 4, "valid_most": 4, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")

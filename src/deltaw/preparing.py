@@ -61,11 +61,11 @@ def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenize
     task = task_of(config.data)
     encoded = task.encode(begun.train, loaded, config.data)
     valid = task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None
-    _check_ids(loaded, [*encoded.examples, *(valid.examples if valid is not None else ())])
+    check_ids(loaded, [*encoded.examples, *(valid.examples if valid is not None else ())])
     return Prepared(loaded, data, config, with_head(method, loaded.head), encoded, valid, begun.valid)
 
 
-def _check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
+def check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
     """Raise DataError for records with ids that the model has no embedding for: its tokenizer is another model's."""
     config: Any = getattr(loaded.model, "config", None)
     sizes = {"input_ids": vocabulary_size(loaded.model), "token_type_ids": getattr(config, "type_vocab_size", None)}

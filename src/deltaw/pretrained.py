@@ -45,6 +45,8 @@ _CLASSES: dict[str, tuple[Any, str]] = {
     "regression": (AutoModelForSequenceClassification, "a model that could score texts"),
     "image": (AutoModelForImageClassification, "a model that could classify images"),
 }
+# Roles of tokens in whose place pictures and sounds go: Gemma's tokenizer has one that its text models have no row for
+_OF_OTHER_INPUTS = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
 HEADED = ("classification", "regression", "image")
 """Tasks whose head may be new."""
 
@@ -148,12 +150,13 @@ def _judge(model: Any, info: dict[str, Any], new: Iterable[str], source: str) ->
     ]
     problems = [*sorted(lost), *sorted(other), *info["error_msgs"]]
     if problems:
-        shapes = " Was a size in its config.json changed?" if other else ""
+        hints = ["Is it another kind of model (an encoder?), or is a file of it missing?"] * bool(lost)
+        hints += ["Was a size in its config.json changed?"] * bool(other)
         raise FileError(
             listing(
                 f"{source} lacks {len(problems)} weights of a {type(model).__name__}, which would be random:", problems
             )
-            + f"\nIs it another kind of model (an encoder?), or is a file of it missing?{shapes}"
+            + "".join(f"\n{hint}" for hint in hints)
         )
     body = f"{_body(model)}."
     unread = sorted(k for k in info["unexpected_keys"] if k.startswith(body) and "pooler" not in k.split("."))
@@ -249,11 +252,14 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, source: str, rows: int = 0) -> None:
-    """Raise ConfigError for a tokenizer with tokens that the model has no row of the embedding for, nor an adapter's `rows`."""
+    """Raise ConfigError for a tokenizer with tokens of texts that the model has no row of the embedding for, nor an adapter's
+    `rows`."""
     known = max(rows, vocabulary_size(model) or 0)
     if not known or not hasattr(tokenizer, "get_vocab"):
         return
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= known)
+    named = getattr(tokenizer, "special_tokens_map", {})
+    filled_in = {token for role, token in named.items() if role.startswith(_OF_OTHER_INPUTS) and isinstance(token, str)}
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= known and token not in filled_in)
     if beyond:
         few = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (" …" if len(beyond) > 5 else "")
         size = beyond[-1][0] + 1

@@ -82,6 +82,15 @@ def test_a_part_of_an_epoch_is_as_many_steps_as_it_says(epochs, batches, steps):
     assert Order([9] * (4 * batches - 1), batch=4, seed=0).steps(epochs) == steps
 
 
+@pytest.mark.parametrize("tokens", [None, 300])
+def test_steps_of_very_many_epochs_are_told_at_once(tokens):
+    lengths = [10, 20, 30, 40] * 30
+    order = Order(lengths, batch=8, seed=0, tokens=tokens)
+    assert order.steps(50) == sum(len(plan(lengths, 8, 0, epoch, tokens)) for epoch in range(50))
+    assert order.steps(100_000) == pytest.approx(1000 * order.steps(100), rel=1e-9)
+    assert order.steps(1e6 + 0.5) == order.steps(1e6) + -(-len(plan(lengths, 8, 0, 10**6, tokens)) // 2)
+
+
 def _pairs(planned):
     return {pair for batch in planned for pair in itertools.combinations(sorted(batch), 2)}
 

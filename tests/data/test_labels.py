@@ -69,8 +69,10 @@ def test_a_cell_without_value_is_no_class(cell):
 
 def test_none_is_a_class_among_words_and_none_among_numbers():
     assert class_names(records(["anger", "none", "joy", "NA"])) == ["NA", "anger", "joy", "none"]
-    with pytest.raises(DataError, match="'none' stands for no label"):
-        class_names(records(["0", "1", "none"]))
+    assert class_names(records(["+", "-", "?"])) == ["+", "-", "?"]
+    for cell in ("none", "?", "-", "--", "n/a", "."):
+        with pytest.raises(DataError, match="stands for no label"):
+            class_names(records(["0", "1", cell]))
 
 
 @pytest.mark.parametrize(

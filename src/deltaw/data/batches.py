@@ -23,6 +23,9 @@ WINDOW = 50
 SHARE = 10
 """A window is at most this part of the records. Sorting all of few records would give the same batches in every epoch."""
 
+COUNTED = 100
+"""Epochs whose batches of a token budget are counted, as each has its own number; more are taken to be like these."""
+
 
 MULTIPLE = 8
 """Rows are padded to a multiple of this. Fewer different shapes: a CPU's kernels are compiled and kept for each shape (without
@@ -132,7 +135,8 @@ class Order:
         of one, which is rounding: 1.1 passes of 10 batches are 11 steps."""
         whole = int(epochs)
         part = math.ceil((epochs - whole) * self._count(whole) - 1e-6) if epochs > whole else 0
-        return max(1, sum(self._count(epoch) for epoch in range(whole)) + part)
+        counted = [self._count(epoch) for epoch in range(min(whole, COUNTED))]
+        return max(1, part + (round(sum(counted) * whole / len(counted)) if counted else 0))
 
     def at(self, step: int) -> list[int]:
         """Indices of the records of this step, counted from 0 over all epochs."""

@@ -57,12 +57,14 @@ def _value(record: Record) -> float | None:
 def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> None:
     """Raise one DataError with every record whose label stands for none, or has a comma where the others are numbers; with
     `decimals`, every one that is no number."""
-    rest = [r for r in records if r.label is not None and _value(r) is None]
-    words = [r for r in rest if not _WITH_COMMAS.fullmatch(_text(r)) and _text(r).lower() not in _UNLABELLED]
+    labelled = [r for r in records if r.label is not None]
+    rest = [r for r in labelled if _value(r) is None]
+    words = [r for r in rest if not (_WITH_COMMAS.fullmatch(_text(r)) or _is_empty(r))]
+    among_numbers = len(rest) < len(labelled) and not words
     problems = []
     for record in rest:
         text = _text(record)
-        if text in _NO_NAMES or (text.lower() in _UNLABELLED and not words):
+        if text in _NO_NAMES or (_is_empty(record) and among_numbers):
             problems.append(f"{record.place}: {record.label!r} stands for no label")
         elif _WITH_COMMAS.fullmatch(text) and not words:
             problems.append(
@@ -75,6 +77,12 @@ def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> N
             listing(f"{source}: {len(problems)} of {len(records)} labels do not fit the others:", problems)
             + "\nFill them in or leave these records out. If they are classes, name all classes with labels."
         )
+
+
+def _is_empty(record: Record) -> bool:
+    """Whether the label may stand for none: nan, n/a, ?, a dash."""
+    text = _text(record).lower()
+    return text in _UNLABELLED or not re.search(r"\w|[^\x00-\x7f]", text)
 
 
 def _text(record: Record) -> str:
