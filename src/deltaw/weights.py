@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.layers import Kind, weights_of, why_bypassed
+from deltaw.layers import Kind, matrices_of, why_bypassed
 from deltaw.lowrank import Change, Product, Stacked
 from deltaw.plain import plain_class, shell
 from deltaw.updates import LowRank, Update, square
@@ -44,7 +44,7 @@ class OnWeights(Update):
     def misfit(self, layer: Any) -> str | None:
         if why := why_bypassed(layer):
             return why
-        known = weights_of(layer)
+        known = matrices_of(layer)
         for own, part in self.parts.items():
             if own not in known:
                 return f"a {plain_class(layer).__name__} has no dense weight {own!r}"

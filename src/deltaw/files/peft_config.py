@@ -42,6 +42,9 @@ SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _NUMBERS = ("r", "lora_alpha")
 
+# The parameters of transformers' experts in the order that their modules have them in. PEFT wraps the last one outermost
+_IN_ORDER = ("gate_up_proj", "down_proj")
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Raises FileError where the folder is none of an adapter."""
@@ -187,12 +190,28 @@ def pattern_problem(layer: str, config: Mapping[str, Any]) -> str | None:
 
 def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
     """The names that PEFT compares its patterns with, for a layer of the file: its own; or of a weight that has no layer, whose
-    name in the file is that of its module, the parameter's. Which one of the module's parameters, the file does not say."""
-    module = layer.split(".base_layer")[0]
+    name in the file is that of its module, the parameter's. Several where neither the file nor an order that all of transformers'
+    experts have says which of the module's parameters it is."""
+    module, depth = layer.split(".base_layer")[0], layer.count(".base_layer")
     parameters = [target.rpartition(".") for target in config.get("target_parameters") or []]
-    inside = [f"{module}.{own}" for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
-    anywhere = [f"{module}.{own}" for outer, _, own in parameters if not outer]
-    return inside or [module, *anywhere]
+    inside = [own for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
+    anywhere = [own for outer, _, own in parameters if not outer]
+    if not depth and "experts" not in module.rsplit(".", 1)[-1]:
+        if inside:
+            return [f"{module}.{own}" for own in inside]
+        return [module] if _is_target(module, config) else [module, *(f"{module}.{own}" for own in anywhere)]
+    wanted = list(dict.fromkeys([*inside, *anywhere]))
+    if wanted and set(wanted) <= set(_IN_ORDER) and depth < len(wanted):
+        return [f"{module}.{sorted(wanted, key=_IN_ORDER.index)[-1 - depth]}"]
+    return [f"{module}.{own}" for own in inside] or [module, *(f"{module}.{own}" for own in anywhere)]
+
+
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether target_modules means this module; of the file's layers, one that it does not mean has target_parameters."""
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return _compiles(targets) and re.fullmatch(targets, module) is not None
+    return any(module == t or module.endswith(f".{t}") for t in targets)
 
 
 def _values(layer: str, config: Mapping[str, Any], key: str, default: Any) -> list[Any]:
