@@ -85,6 +85,9 @@ class _Fitting:
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
             if layer_name != name:
                 B = B * TWICE
+            if layer_name in self.updates:
+                self._twice(name, layer_name)
+                continue
             rows = sliced_rows(B, slices[name]) if name in slices else None
             if rows is not None:
                 update: Update = Sliced(kind, A, rows, scale, slices[name], B.shape[0], dropout, bias)
@@ -107,7 +110,9 @@ class _Fitting:
         if isinstance(module, nn.MultiheadAttention):
             return plain, "in_proj_weight"
         wanted = tuple(self.file.config.get("target_parameters") or ())
-        own = [n for n in matrices_of(module) if any(f".{plain}.{n}".endswith(f".{t}") for t in wanted)]
+        matrices = matrices_of(module)
+        own = [n for n in matrices if any(f".{plain}.{n}".endswith(f".{t}") for t in wanted)]
+        own = own or [n for n in matrices if n == "weight"]  # of a router that was a dense layer in transformers 4
         depth = name.count(".base_layer")
         return plain, own[-1 - depth] if depth < len(own) else None
 
@@ -138,8 +143,13 @@ class _Fitting:
         else:
             part = LowRank(Kind, A, B, scale)
         of_module = self.updates.setdefault(module_name, OnWeights({}))
-        assert isinstance(of_module, OnWeights)
+        if not isinstance(of_module, OnWeights) or own in of_module._modules:
+            self._twice(name, dotted(module_name, own))
+            return
         of_module._modules[own] = part
+
+    def _twice(self, name: str, layer_name: str) -> None:
+        self.problems.append(f"{layer_name!r} has a second update in the file, by the name {name!r}")
 
     def _of_another_kind(self, name: str, layer: Any, kind: type[Kind]) -> str | None:
         """Where the file's A and B are those of another kind of layer."""
