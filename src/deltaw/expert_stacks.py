@@ -1,4 +1,5 @@
-"""Adapters of single experts, as transformers 4 had them, as updates of the stacks that these are now. Knows one module at a time."""
+"""Adapters of single experts, as transformers 4 had them, made into updates of the stacks that these are now. Knows one module at
+a time."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ SLICES = "deltaw_slices"
 # Metadata: JSON, layer → its scale, where no α in the config gives that to the last bit
 SCALES = "deltaw_scales"
 
-_UNUSED = "and the like are left out: PEFT computes with the update inside the attention's wrapper alone, and has a dead one beside it."
+_UNUSED = "and the like are left out: PEFT computes with the update inside the attention's wrapper alone."
 
 # PEFT (0.21) adds the ΔW of the output projection inside a wrapped nn.MultiheadAttention twice in each pass: what a file has for
 # it is half of what it means

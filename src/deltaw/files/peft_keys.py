@@ -79,8 +79,8 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
 
 
 def _leave_out_unused(found: Sorted) -> None:
-    """PEFT wraps an `nn.MultiheadAttention` with its output projection inside. Where that is a target by itself too, a second update
-    of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training."""
+    """PEFT wraps an `nn.MultiheadAttention` with its output projection inside. Where that is a target by itself too, a second
+    update of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training."""
     for layer in list(found.parts):
         outer, _, own = layer.rpartition(".")
         if outer in found.parts and f"{outer}.base_layer.{own}" in found.parts:
