@@ -35,7 +35,7 @@ ORDER = [
     ["files", "data", "positions", "modes", "environment", "available_memory"],
     ["base_identity", "summaries", "switching", "combined", "extracted", "converted", "spectra"],
     ["compressed"],
-    ["filed", "fitted", "renames", "method_filed"],
+    ["filed", "fitted", "renames", "expert_stacks", "method_filed"],
     ["store", "pretrained"],
     ["generation"],
     ["training"],

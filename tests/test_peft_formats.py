@@ -2,6 +2,7 @@
 what we write of it. On tiny models of four architectures, and on SmolLM2. No scale is 1."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -21,6 +23,7 @@ from transformers import (
 
 from deltaw import LoRA, attach, combine, detach, load, merge, save, unmerge, using
 from deltaw.errors import FileError, MergeError
+from deltaw.files.peft_config import HARMLESS, READ, SETTINGS
 from tests.conftest import assert_same, bits, covering, snapshot, tiny_gpt2, tiny_llama
 
 
@@ -277,3 +280,154 @@ def test_7_a_start_that_changes_W0_is_read_once_peft_has_converted_it(ids: torch
     theirs.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=tmp_path / "start")
     load(plain, tmp_path / "a")
     torch.testing.assert_close(logits(plain, ids), logits(theirs, ids), rtol=1e-3, atol=1e-3)
+
+
+# --- what is refused by its name --------------------------------------------------------------------------------
+
+# PEFT's methods → settings with which each takes a tiny Llama, where its own defaults do not
+METHODS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10}, "C3A": {"block_size": 8}, "MISS": {"r": 8}, "SHIRA": {"r": 2}, "OFT": {"oft_block_size": 4},
+    "ROAD": {"group_size": 8}, "VBLORA": {"vector_length": 8, "num_vectors": 300}, "WAVEFT": {"n_frequency": 32},
+}  # fmt: skip
+OF_OURS = {"LORA", "IA3", "PROMPT_TUNING"}
+# They train what is not an adapter's file alone
+NOT_WRITTEN = {"ADAPTION_PROMPT", "XLORA"}
+
+
+@pytest.mark.parametrize("kind", sorted(str(t.value) for t in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING))
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_other_methods_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    if kind in OF_OURS | NOT_WRITTEN:
+        return
+    config_class = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = {f.name for f in dataclasses.fields(config_class)}
+    settings = {
+        "target_modules": ["q_proj"],
+        "feedforward_modules": [],
+        "num_virtual_tokens": 3,
+        "task_type": "CAUSAL_LM",
+    }
+    settings = {key: value for key, value in settings.items() if key in known} | METHODS.get(kind, {})
+    plain = tiny_llama()
+    peft.get_peft_model(copy.deepcopy(plain), config_class(**settings)).save_pretrained(tmp_path / "a")
+    before = snapshot(plain)
+    with pytest.raises(FileError, match=f"peft_type is '{kind}'") as refused:
+        load(plain, tmp_path / "a")
+    assert str(refused.value).count("\n") == 1  # and of nothing else
+    assert_same(plain, before)
+
+
+def test_every_setting_of_pefts_is_read_or_refused_or_known_to_be_harmless() -> None:
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    assert fields <= SETTINGS.keys() | READ | HARMLESS
+
+
+def rewritten(folder: Path, **settings: Any) -> Path:
+    """The folder with other settings; those that are `...` taken out."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return folder
+
+
+@pytest.mark.parametrize("settings", [
+    {"use_something_new": True}, {"something_new": {"rate": 0.5}}, {"peft_type": "LORA2"}, {"peft_type": ...},
+    {"use_qalora": True}, {"arrow_config": {"top_k": 3}}, {"monteclora_config": {"num_samples": 4}}, {"kasa_config": {"beta": 0.1}},
+    {"use_bdlora": {"nblocks": 2}}, {"megatron_config": {"tensor_model_parallel_size": 2}}, {"init_lora_weights": "loftq"},
+    {"init_lora_weights": "corda"}, {"init_lora_weights": "lora_ga"}, {"enable_lora": [True, False, True]},
+], ids=str)  # fmt: skip
+def test_settings_that_may_change_the_result_are_refused_by_name(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_llama()
+    save(attach(model, LoRA(rank=2, alpha=5, targets="qv")), tmp_path / "a")
+    detach(model)
+    before = snapshot(model)
+    with pytest.raises(FileError, match=next(iter(settings))):
+        load(model, rewritten(tmp_path / "a", **settings))
+    assert_same(model, before)
+
+
+def test_settings_that_only_say_how_it_was_made_are_passed_over(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save(attach(model, LoRA(rank=2, alpha=5, targets="qv")), tmp_path / "a")
+    said = {
+        "something_new": 16,
+        "corda_config": {"corda_method": "kpm"},
+        "velora_config": {"num_groups": 4},
+        "merge_weights": True,
+    }
+    load(model, rewritten(tmp_path / "a", **said), name="b")
+
+
+# --- two names, one layer ---------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """PyTorch's attention, called by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 16)
+        self.self_attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out = nn.Linear(16, 5)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        out: torch.Tensor = self.out(self.self_attn(x, x, x)[0])
+        return out
+
+
+@pytest.mark.parametrize(
+    "targets", [["self_attn"], ["self_attn", "out_proj"], ["out_proj", "self_attn", "out"]], ids=str
+)
+@pytest.mark.filterwarnings("ignore")
+def test_7_an_output_projection_that_peft_has_twice(
+    targets: list[str], ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(3)
+    plain = Attention().eval()
+    before = plain(ids)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    expected = theirs(ids).detach()
+    theirs.save_pretrained(tmp_path / "a")
+    load(plain, tmp_path / "a")
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(plain(ids), expected, rtol=1e-5, atol=1e-6)
+    assert ("are left out" in caplog.text) == ("out_proj" in targets) and "another" not in caplog.text
+    save(plain, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(detach(plain), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_keys_of_one_tensor_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save(attach(model, LoRA(rank=2, alpha=5, targets="qv")), tmp_path / "a")
+    detach(model)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if "lora_A" in k)
+    other = key.replace("lora_A.weight", "lora_A.default.weight")
+    save_file(tensors | {other: tensors[key] * 2}, path)
+    with pytest.raises(FileError, match="same tensor's names") as refused:
+        load(model, tmp_path / "a")
+    assert key in str(refused.value) and other in str(refused.value)
+    save_file(tensors | {other: tensors[key].clone()}, path)  # the same twice
+    load(model, tmp_path / "a")
+
+
+def test_two_names_of_one_layer_are_refused_by_name(tmp_path: Path) -> None:
+    from tests.test_renames import tiny_llava
+
+    model = tiny_llava()
+    save(attach(model, LoRA(rank=2, alpha=5, targets="*language_model*.q_proj")), tmp_path / "a")
+    detach(model)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    old = {k.replace("model.language_model.", "language_model.model."): t * 2 for k, t in tensors.items()}
+    save_file(tensors | old, path)
+    before = snapshot(model)
+    with pytest.raises(FileError, match="two updates of one layer"):
+        load(model, tmp_path / "a", check_base=False)
+    assert_same(model, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +15,16 @@ from deltaw.errors import AdapterError, listing
 from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAFile
 from deltaw.files.peft_config import config_for
 from deltaw.files.stacks import in_file
-from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, weights_of
+from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, matrices_of, weights_of
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
 from deltaw.weights import OnWeights
+
+log = logging.getLogger("deltaw")
+
+# What transformers 4 called the dense layers of an expert, and their router
+_EXPERTS_BEFORE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 
 def as_file(model: nn.Module, name: str) -> LoRAFile:
@@ -68,7 +74,7 @@ def _of_weights(owner: nn.Module, updates: dict[str, Update]) -> _Weights:
         if not isinstance(update, OnWeights):
             continue
         module = owner.get_submodule(module_name)
-        parts = [(own, update.parts[own]) for own in weights_of(module) if own in update.parts]
+        parts = [(own, update.parts[own]) for own in matrices_of(module) if own in update.parts]
         for depth, (own, part) in enumerate(reversed(parts)):
             attention = isinstance(module, nn.MultiheadAttention) and own != "in_proj_weight"
             key = dotted(module_name, own) if attention else module_name + ".base_layer" * depth
@@ -176,20 +182,31 @@ def _config(
     # Those of a module in its own order, by which a reader of the file tells them apart (PEFT does not mind)
     parameters = sorted((p for p in reversed(owners) if p not in attention), key=lambda p: owners[p])
     modules = {n for n in updates if ".base_layer." not in n} | {*attention.values()}
+    by_weight = _taken_for_experts(model, modules) if not (others["use_dora"] or "lora_bias" in others) else set()
+    if by_weight and method.dropout:
+        log.warning("The file's lora_dropout is 0 instead of %g: PEFT has none for %s.", method.dropout, min(by_weight))
     # Ranks and scales by the names in the file, and by those that PEFT knows these weights by
     named = every | {parameter: u for parameter, u in weights.values() if parameter in parameters}
+    named |= {f"{n}.weight": updates[n] for n in by_weight}
     return config_for(
         {layer: u.rank for layer, u in named.items()},
         {layer: u.scale for layer, u in named.items()},
-        target_modules=_target_modules(model, modules),
-        dropout=method.dropout,
+        target_modules=_target_modules(model, modules - by_weight),
+        dropout=0.0 if by_weight else method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
         transposed=bool(updates) and all(u.kind is Conv1DKind for u in updates.values()),
-        target_parameters=parameters or None,
+        target_parameters=[*parameters, *(f"{n}.weight" for n in sorted(by_weight))] or None,
         base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         task=_task(base),
         **others,
     )
+
+
+def _taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
+    """The layers that PEFT does not find by their names in target_modules. From 0.19 on it takes these names, in mixtures of some
+    types, for those of transformers 4's experts, whose stacks it then adapts instead. By their weights it finds them."""
+    stacks = any(weights_of(m) for _, m in live.base_modules(model) if not isinstance(m, nn.MultiheadAttention))
+    return {n for n in modules if n.rsplit(".", 1)[-1] in _EXPERTS_BEFORE} if stacks else set()
 
 
 def _task(base: Any) -> str | None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from deltaw.attached import base_modules, dotted, readers
 from deltaw.errors import FileError, listing, nearest
-from deltaw.files.peft import TWICE, LoRAFile, slices_of
+from deltaw.files.peft import TWICE, LoRAFile, names_in_peft, slices_of
 from deltaw.files.peft_config import rank_of, saved_module
 from deltaw.files.stacks import unstacked
-from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, weights_of, why_not
+from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
 from deltaw.lowrank import merge_, wide
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
@@ -85,6 +85,9 @@ class _Fitting:
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
             if layer_name != name:
                 B = B * TWICE
+            if layer_name in self.updates:
+                self._twice(name, layer_name)
+                continue
             rows = sliced_rows(B, slices[name]) if name in slices else None
             if rows is not None:
                 update: Update = Sliced(kind, A, rows, scale, slices[name], B.shape[0], dropout, bias)
@@ -97,7 +100,7 @@ class _Fitting:
     def _meant(self, name: str) -> tuple[str, str | None]:
         """The layer that a name in the file means; or the module, and which of its weights that have no layer. (PEFT wraps a
         module once for each of these, the last outermost.)"""
-        if name in self.layers and not (own := weights_of(self.layers[name])):
+        if name in self.layers and not (own := matrices_of(self.layers[name])):
             return name, None
         plain = name.replace(".base_layer", "")
         module = self.layers.get(plain)
@@ -107,7 +110,9 @@ class _Fitting:
         if isinstance(module, nn.MultiheadAttention):
             return plain, "in_proj_weight"
         wanted = tuple(self.file.config.get("target_parameters") or ())
-        own = [n for n in weights_of(module) if any(f".{plain}.{n}".endswith(f".{t}") for t in wanted)]
+        matrices = matrices_of(module)
+        own = [n for n in matrices if any(f".{plain}.{n}".endswith(f".{t}") for t in wanted)]
+        own = own or [n for n in matrices if n == "weight"]  # of a router that was a dense layer in transformers 4
         depth = name.count(".base_layer")
         return plain, own[-1 - depth] if depth < len(own) else None
 
@@ -117,6 +122,10 @@ class _Fitting:
         W0 = module._parameters.get(own)
         if W0 is None:
             self.problems.append(f"{module_name!r} has no {own}")
+            return
+        by_file = names_in_peft(name, self.file)
+        if len(by_file) == 1 and by_file[0] not in (name, dotted(module_name, own)):
+            self.problems.append(f"{name!r}: by the file's settings it is {by_file[0]}, by this model's order {own}")
             return
         A, B = A.to(self._place(W0)), B.to(self._place(W0))
         rows = sliced_rows(B, slices) if slices else None
@@ -134,8 +143,13 @@ class _Fitting:
         else:
             part = LowRank(Kind, A, B, scale)
         of_module = self.updates.setdefault(module_name, OnWeights({}))
-        assert isinstance(of_module, OnWeights)
+        if not isinstance(of_module, OnWeights) or own in of_module._modules:
+            self._twice(name, dotted(module_name, own))
+            return
         of_module._modules[own] = part
+
+    def _twice(self, name: str, layer_name: str) -> None:
+        self.problems.append(f"{layer_name!r} has a second update in the file, by the name {name!r}")
 
     def _of_another_kind(self, name: str, layer: Any, kind: type[Kind]) -> str | None:
         """Where the file's A and B are those of another kind of layer."""

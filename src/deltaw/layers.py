@@ -299,6 +299,17 @@ def takes_tokens(module: nn.Module) -> bool:
     return any(Weight(module, own).value.ndim == 3 for own in weights_of(module))
 
 
+def matrices_of(module: nn.Module) -> list[str]:
+    """The module's own names of parameters that a file's update may change: those of `weights_of`, and the matrix of a module
+    that is no dense layer, as routers of mixtures are. The latter is no target by itself."""
+    if own := weights_of(module):
+        return own
+    weight = module._parameters.get("weight")
+    plain = weight is not None and weight.ndim == 2 and weight.is_floating_point()
+    module_class: Any = plain_class(module)
+    return ["weight"] if plain and _kind_of_class(module_class) is None else []
+
+
 def in_few_bits(layer: nn.Module, own_name: str) -> type[quantised.Form] | None:
     """How a package keeps this parameter, where it is the weight of a layer in few bits."""
     return quantised.form_of(layer) if own_name == "weight" else None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from deltaw.errors import FileError, listing
 from deltaw.files.peft import LoRAFile
 
 log = logging.getLogger("deltaw")
@@ -46,6 +47,8 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
         biases=_by(module, file.biases), rows=_by(module, file.rows), whole=_by(parameter, file.whole),
         copies=_by(parameter, file.copies), embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels),
     )  # fmt: skip
+    if twice := [f"{old} is {new} here, which the file has too" for old, new in found.items() if new in file.factors]:
+        raise FileError(listing("The adapter has two updates of one layer:", twice))
     if found:
         old, new = next(iter(found.items()))
         log.warning(
@@ -55,7 +58,8 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
 
 
 def _others(name: str) -> list[str]:
-    return [re.sub(f"^{old}", new, name) for old, new in RENAMES if re.match(old, name)]
+    others = [re.sub(f"^{old}", new, name) for old, new in RENAMES if re.match(old, name)]
+    return [*others, name.replace(".block_sparse_moe.", ".mlp.")]  # Mixtral's, in transformers 4
 
 
 def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:

@@ -16,6 +16,7 @@ from deltaw import attached as live
 from deltaw import units
 from deltaw.base_identity import base_hash
 from deltaw.errors import FileError, listing
+from deltaw.expert_stacks import stacked
 from deltaw.filed import as_file
 from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
@@ -109,7 +110,7 @@ def place(
     """`load`, of what was read from `path` before."""
     layers = dict(live.base_modules(model))
     if isinstance(file, peft.LoRAFile):
-        file = renamed(file, layers)
+        file = renamed(stacked(file, layers), layers)
     taken = live.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")

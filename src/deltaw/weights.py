@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaw.experts import Unformed
-from deltaw.layers import Kind, weights_of, why_bypassed
+from deltaw.layers import Kind, matrices_of, why_bypassed
 from deltaw.lowrank import Change, Product, Stacked
 from deltaw.plain import plain_class, shell
 from deltaw.updates import LowRank, Update, square
@@ -19,8 +19,8 @@ from deltaw.updates import LowRank, Update, square
 
 class OnWeights(Update):
     """Updates of weights that are only parameters of their module, whose forward uses them: by the parameter's own name, a
-    `LowRank` or `Sliced` of a matrix, or a `Stack` of several. Each pass forms W0 + ΔW, and its gradient has all of W0's shape:
-    that is what it costs that such weights have no layer to add a branch to."""
+    `LowRank` or `Sliced` of a matrix, or a `Stack` of several. A matrix is formed as W0 + ΔW in each pass, and its gradient has
+    W0's shape: there is no layer to add a branch to. A stack is not formed (experts.py)."""
 
     def __init__(self, parts: Mapping[str, LowRank]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class OnWeights(Update):
     def misfit(self, layer: Any) -> str | None:
         if why := why_bypassed(layer):
             return why
-        known = weights_of(layer)
+        known = matrices_of(layer)
         for own, part in self.parts.items():
             if own not in known:
                 return f"a {plain_class(layer).__name__} has no dense weight {own!r}"

@@ -58,6 +58,8 @@ SLICES = "deltaw_slices"
 # Metadata: JSON, layer → its scale, where no α in the config gives that to the last bit
 SCALES = "deltaw_scales"
 
+_UNUSED = "and the like are left out: PEFT computes with the update inside the attention's wrapper alone."
+
 # PEFT (0.21) adds the ΔW of the output projection inside a wrapped nn.MultiheadAttention twice in each pass: what a file has for
 # it is half of what it means
 TWICE = 2.0
@@ -138,10 +140,15 @@ def read(folder: Path) -> LoRAFile:
         raise FileError(f"{folder} holds a {method} adapter: what was asked for works on LoRA's A and B alone.")
     config = read_config(folder)
     problems = setting_problems(config)
+    if problems and config.get("peft_type") != "LORA":
+        raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
     tensors, metadata = tensors_of(folder)
     found = sort(tensors, biases=config.get("bias") in ("all", "lora_only"))
     name = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
     problems += [f"{name}: unexpected key {key!r}" for key in found.unknown]
+    problems += [f"{name}: {one!r} and {other!r} are the same tensor's names" for one, other in found.twice]
+    if found.unused:
+        log.warning("%s of %s %s", ", ".join(found.unused[:2]), folder, _UNUSED)
     problems += [f"{name}: {problem}" for problem in _tensor_problems(found, tensors)]
     if not (found.parts or found.rows or found.whole):
         problems.append(f"{name}: no A or B in it ({len(tensors)} tensors)")

@@ -26,7 +26,7 @@ _TRAINED_ON_ANOTHER_W0 = (
 )
 # Settings that change what the tensors mean: the values that are read, and why no others
 SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "peft_type": (("LORA",), _LATER),
+    "peft_type": (("LORA",), "deltaw reads LORA, IA3 and PROMPT_TUNING of PEFT's methods"),
     "use_dora": ((True, False, None), _LATER),
     "bias": (("none", "all", "lora_only", None), _LATER),
     "lora_bias": ((True, False, None), _LATER),
@@ -40,7 +40,21 @@ SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bdlora": ((None, False), _LATER),
     "init_lora_weights": ((True, False, None, "gaussian", "eva", "orthogonal", "mica"), _TRAINED_ON_ANOTHER_W0),
 }
+# Settings that are read, each elsewhere
+READ = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "target_modules", "target_parameters",
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "base_model_name_or_path",
+}  # fmt: skip
+# Settings that say how an adapter was made, or where; its tensors mean the same
+HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "qalora_group_size", "runtime_config", "merge_weights",
+}  # fmt: skip
 _NUMBERS = ("r", "lora_alpha")
+
+# The parameters of transformers' experts in the order that their modules have them in. PEFT wraps the last one outermost
+_IN_ORDER = ("gate_up_proj", "down_proj")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -71,10 +85,19 @@ def method_of(folder: Path) -> str | None:
 
 def setting_problems(config: Mapping[str, Any]) -> list[str]:
     """Each setting under which the tensors mean something else than what is read, and each that is no sound value."""
+    kind = config.get("peft_type")
+    if kind not in SETTINGS["peft_type"][0]:  # whose settings mean other things
+        return [f"{CONFIG}: peft_type is {kind!r}: {SETTINGS['peft_type'][1]}"]
     problems = [
         f"{CONFIG}: {key} is {config[key]!r}: {why}"
         for key, (read, why) in SETTINGS.items()
         if key in config and config[key] not in read
+    ]
+    problems += [
+        f"{CONFIG}: {key} is {value!r}: this version of deltaw does not know what that changes"
+        for key, value in config.items()
+        if key not in SETTINGS.keys() | READ | HARMLESS
+        and (value is True or (isinstance(value, (dict, list)) and value))
     ]
     return problems + _number_problems(config) + _name_problems(config)
 
@@ -187,12 +210,28 @@ def pattern_problem(layer: str, config: Mapping[str, Any]) -> str | None:
 
 def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
     """The names that PEFT compares its patterns with, for a layer of the file: its own; or of a weight that has no layer, whose
-    name in the file is that of its module, the parameter's. Which one of the module's parameters, the file does not say."""
-    module = layer.split(".base_layer")[0]
+    name in the file is that of its module, the parameter's. Several where neither the file nor an order that all of transformers'
+    experts have says which of the module's parameters it is."""
+    module, depth = layer.split(".base_layer")[0], layer.count(".base_layer")
     parameters = [target.rpartition(".") for target in config.get("target_parameters") or []]
-    inside = [f"{module}.{own}" for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
-    anywhere = [f"{module}.{own}" for outer, _, own in parameters if not outer]
-    return inside or [module, *anywhere]
+    inside = [own for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
+    anywhere = [own for outer, _, own in parameters if not outer]
+    if not depth and "experts" not in module.rsplit(".", 1)[-1]:
+        if inside:
+            return [f"{module}.{own}" for own in inside]
+        return [module] if _is_target(module, config) else [module, *(f"{module}.{own}" for own in anywhere)]
+    wanted = list(dict.fromkeys([*inside, *anywhere]))
+    if wanted and set(wanted) <= set(_IN_ORDER) and depth < len(wanted):
+        return [f"{module}.{sorted(wanted, key=_IN_ORDER.index)[-1 - depth]}"]
+    return [f"{module}.{own}" for own in inside] or [module, *(f"{module}.{own}" for own in anywhere)]
+
+
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether target_modules means this module; of the file's layers, one that it does not mean has target_parameters."""
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return _compiles(targets) and re.fullmatch(targets, module) is not None
+    return isinstance(targets, list) and any(module == t or module.endswith(f".{t}") for t in targets)
 
 
 def _values(layer: str, config: Mapping[str, Any], key: str, default: Any) -> list[Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 PREFIX = "base_model.model."
@@ -40,6 +41,18 @@ class Sorted:
     """Name of a parameter of a layer that has an update → the base's own value."""
     unknown: list[str] = field(default_factory=list)
     """Keys that are none of these."""
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    """Keys that mean the same tensor, with other values."""
+    unused: list[str] = field(default_factory=list)
+    """Layers whose update PEFT has, but does not compute with."""
+    _keys: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def put(self, where: dict[str, Tensor], name: str, key: str, tensor: Tensor) -> None:
+        """Put a tensor in its place, unless another one is there."""
+        if name in where and not (where[name].shape == tensor.shape and torch.equal(where[name], tensor)):
+            self.twice.append((self._keys[id(where), name], key))
+        where[name] = tensor
+        self._keys[id(where), name] = key
 
 
 def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
@@ -50,18 +63,30 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
         if match := _PART.fullmatch(name):
             _put_part(found, key, match, tensor)
         elif match := _ROWS.fullmatch(name):
-            found.rows[match["layer"]] = tensor
+            found.put(found.rows, match["layer"], key, tensor)
         elif "lora_" in name or "." not in name or ".original_module." in name:
             found.unknown.append(key)
         elif ".base_layer." in name:
             plain = name.replace(".base_layer.", ".")
             kept = found.whole if biases and name.endswith(".bias") else found.copies
-            kept[plain] = tensor
+            found.put(kept, plain, key, tensor)
         else:
-            found.whole[_WHOLE.sub("", name)] = tensor
+            found.put(found.whole, _WHOLE.sub("", name), key, tensor)
+    _leave_out_unused(found)
     for layer, parts in found.parts.items():
         _flatten(found, layer, parts)
     return found
+
+
+def _leave_out_unused(found: Sorted) -> None:
+    """PEFT wraps an `nn.MultiheadAttention` with its output projection inside. Where that is a target by itself too, a second
+    update of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training."""
+    for layer in list(found.parts):
+        outer, _, own = layer.rpartition(".")
+        if outer in found.parts and f"{outer}.base_layer.{own}" in found.parts:
+            del found.parts[layer]
+            found.copies = {n: value for n, value in found.copies.items() if n.rpartition(".")[0] != layer}
+            found.unused.append(layer)
 
 
 def _flatten(found: Sorted, layer: str, parts: dict[str, Tensor]) -> None:
@@ -84,4 +109,4 @@ def _put_part(found: Sorted, key: str, match: re.Match[str], tensor: Tensor) -> 
         part = "bias"
     if "embedding" in match["part"]:
         found.embeddings.add(layer)
-    found.parts.setdefault(layer, {})[part] = tensor
+    found.put(found.parts.setdefault(layer, {}), part, key, tensor)
