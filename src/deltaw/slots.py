@@ -70,7 +70,7 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             if type(chosen) is Rows:
                 if not any(name in slot._modules for name in chosen.rows):
                     return plain(self, *inputs, **named)
-                if len(inputs) + len(named) > 1 and takes_tokens(self):
+                if takes_tokens(self):
                     return chosen.by_tokens(self, slot._modules, partial(plain, self), inputs, named)
                 x = only_input(self, inputs, named)
                 return chosen.through(self, slot._modules, x, plain(itself(self), x))
