@@ -91,16 +91,17 @@ class Rows:
     def by_tokens(
         self, module: Any, updates: Mapping[str, Any], plain: Any, inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Tensor:
-        """The output of a mixture's experts, whose inputs have a row for each token, [T, …], the batch's in order: each adapter's
-        tokens, and those of the base, go through its own experts. `plain` computes the base's. Raises AdapterError for other
-        inputs."""
+        """The output of a mixture's experts, whose inputs are tokens and what a router chose for each, [T, …] in the batch's
+        order: each adapter's tokens, and those of the base, go through its own experts. `plain` computes the base's. Raises
+        AdapterError for other inputs."""
         n, values = len(self.names), [*inputs, *named.values()]
         T = {value.shape[0] if isinstance(value, Tensor) and value.dim() else None for value in values}
         tokens = T.pop()
-        if T or tokens is None or tokens % n:
+        if T or tokens is None or tokens % n or len(values) == 1:
             raise AdapterError(
-                f"A {type(module).__name__} is not given one row for each token of a batch of {n} rows: its rows cannot have "
-                "adapters of their own. Adapters that leave it out (targets='attention', say) can be mixed in a batch."
+                f"A {type(module).__name__} is not given each token of a batch of {n} rows and what a router chose for it: "
+                "its rows cannot have adapters of their own. Adapters that leave it out (targets='attention', say) can be mixed "
+                "in a batch."
             )
         rows: dict[str | None, list[int]] = {}
         for row, name in enumerate(self.names):

@@ -70,7 +70,7 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
-                by_tokens = len(inputs) + len(named) > 1 and takes_tokens(self)
+                by_tokens = takes_tokens(self)
                 if slot.route.here.choice is UNSET and not by_tokens:  # the layer is called by itself
                     _check_rows(chosen, self, inputs, named)
                 if not chosen.alike:

@@ -107,7 +107,7 @@ def _record_for_a_block(model: nn.Module) -> Adapters:
 @torch.no_grad()
 def _mixing_layers(model: nn.Module) -> list[str]:
     """Adapted layers whose input does not begin with the rows of the batch (time-first models, experts that see the tokens
-    that are sent to them), found by passing two rows through the base, in both orders. Nothing is found for a model that
+    sorted), found by passing two rows through the base, in both orders. Nothing is found for a model that
     does not say what inputs it takes."""
     owner: Any = owner_of(model)
     inputs = _two_rows(owner)

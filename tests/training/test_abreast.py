@@ -18,6 +18,7 @@ from deltaw.training.item_loss import ClassLoss, DecoderLoss
 from deltaw.training.loop import Event, Loop
 from deltaw.training.loss import CompletionLoss
 from tests.conftest import assert_same, covering, snapshot, tiny_gpt2, tiny_llama
+from tests.test_weights import model_of
 
 CONFIG = TrainConfig(steps=6, batch=3, lr=1e-2, dtype="float32", log_every=1, eval_every=3)
 CANDIDATES = [
@@ -59,6 +60,7 @@ TASKS: dict[str, tuple[Any, Any, Any]] = {
     "llama": (tiny_llama, CompletionLoss, texts),
     "gpt2": (tiny_gpt2, CompletionLoss, texts),
     "classes": (bert, ClassLoss, lambda: items(lambda ids: ids[0] % 3)),
+    "experts": (lambda: model_of("Mixtral"), CompletionLoss, texts),
     "decoder": (t5, DecoderLoss, lambda: items(lambda ids: ids[:3])),
 }
 
