@@ -71,6 +71,8 @@ class Adapters:
     """The adapters that are merged into the base, and their weights."""
     originals: dict[str, Original] = field(default_factory=dict)
     """While merged: name of a parameter → what gives it back."""
+    eos: tuple[Any, Any] | None = None
+    """While merged, where that gave the model other end tokens: its generation_config, and the eos_token_id that it had."""
     before_merge: str | None = None
     residency: Residency = field(default_factory=Residency)
     rows_mixed: list[str] | None = None
@@ -207,7 +209,9 @@ def restore(model: nn.Module) -> None:
     """Original bits for every merged weight, if there is any, and the adapter active again that was so before."""
     record = record_of(model)
     put_back(model, record.originals)
-    record.originals, record.merged = {}, {}
+    if record.eos is not None:
+        record.eos[0].eos_token_id = record.eos[1]
+    record.originals, record.merged, record.eos = {}, {}, None
     record.route.active, record.before_merge = record.before_merge, None
 
 

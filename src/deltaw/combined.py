@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.attached import Plan, apply_plan, base_modules, check_free, known, matrix_of, owner_of, record_of, updates
+from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError, listing
 from deltaw.lowrank import Product, Sum, dense, summed
 from deltaw.methods.lora import LoRA
@@ -52,6 +53,7 @@ def combine(
     each entry, and averages those that have it; "dare" (Yu et al. 2023, arXiv 2311.03099) drops entries of each ΔW with
     probability 1 − `density`, drawn from `seed`, and scales the others up. Both need a rank, since what they make has none; so
     does a sum of DoRA's. Biases and modules that are trained whole are summed by what they add to the base's.
+    The end tokens of all that have a positive weight are the new one's.
 
     Raises AdapterError for unknown names, a name that is taken, settings out of range, and layers that some adapters train whole
     and others by an update.
@@ -76,6 +78,7 @@ def combine(
     order = [n for n, _ in base_modules(model) if n in made]
     method = LoRA(rank=max(ranks.values(), default=1), targets=ranks)
     apply_plan(model, Plan({n: made[n] for n in order}), method, name=name, activate=activate)
+    teach(model, name, taught(model, [adapter for adapter, weight in weights.items() if weight > 0]))
     return Combined(name, ranks, errors)
 
 

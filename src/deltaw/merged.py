@@ -27,6 +27,7 @@ from deltaw.attached import (
     restore,
     updates,
 )
+from deltaw.ends import extend
 from deltaw.errors import MergeError, listing
 from deltaw.layers import as_stored, in_few_bits
 from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
@@ -45,7 +46,7 @@ def merge(
     """Fold ΔW into W0 so that inference costs nothing extra; `unmerge` gives W0 back bit for bit.
 
     `name` is the adapter (default: the active one); `weights` merges several instead, each ΔW times its weight, in
-    the order given. While merged the branch is off.
+    the order given. While merged the branch is off. The model's generation_config stops at the adapters' end tokens too.
 
     `keep` is what is kept until `unmerge`: a copy of each targeted weight, which is the fastest; or a compressed correction
     of what subtracting ΔW misses, some percent of those bytes, for which merge and unmerge take longer. Both give the same
@@ -80,6 +81,7 @@ def merge(
         put_back(model, originals)
         raise
     record.merged, record.originals = chosen, originals
+    record.eos = extend(model, [adapter for adapter, weight in chosen.items() if weight > 0])
     record.before_merge, record.route.active = record.route.active, None
     return MergeReport(tuple(chosen), stats, sum(original.bytes for original in originals.values()))
 
@@ -117,7 +119,7 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
 def settle(model: nn.Module) -> None:
     """Make a merge final: the originals are let go, all adapters taken off, and the merged weights stay as the model's."""
     record = record_of(model)
-    record.originals, record.merged = {}, {}
+    record.originals, record.merged, record.eos = {}, {}, None
     detach(model)
 
 

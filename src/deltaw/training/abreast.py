@@ -55,7 +55,8 @@ class Abreast:
                 loop.step()
             return
         drawn = [loop.drawn() for loop in loops]
-        losses, counts = _backward(loops, drawn)
+        with loops[0].drawing():
+            losses, counts = _backward(loops, drawn)
         share = (time.monotonic() - began) / len(loops)
         for loop, rows, loss, count in zip(loops, drawn, losses, counts, strict=True):
             began = time.monotonic()
