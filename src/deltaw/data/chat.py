@@ -12,9 +12,8 @@ template with {% generation %} marks, what the marks enclose is supervised inste
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ class _Rendered:
     def texts(self) -> list[str]:
         """All that has to be tokenized."""
         spans = [text for span in self.spans for text in span]
-        return [self.whole, *spans, *(text for turn in self.turns for text in (turn.before, turn.tail))]
+        return [self.whole, *spans, *(text for turn in self.turns for text in (turn.before, turn.end))]
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Any, *, place: str = "conversation") -> tuple[Ids, list[bool]]:
@@ -152,7 +151,7 @@ def _render_spans(messages: Sequence[Message], tokenizer: Any) -> _Rendered:
         _check_prefix(after, whole, f"{name}: the conversation up to and with it")
         if len(after) <= len(before):
             raise DataError(f"{name}: the template renders no text for it.")
-        turns.append(Turn(before, after, message.content, last=i == len(messages) - 1))
+        turns.append(Turn(before, after, message.content))
     if not turns:
         raise DataError("there is no assistant message, so nothing to learn.")
     template, spans = tokenizer.get_chat_template(), [(turn.before, turn.after) for turn in turns]
@@ -210,7 +209,7 @@ class _Reader:
         """Its tokens, which of them lie in its spans [t], and how its turns end. DataError where a boundary falls inside a
         token."""
         tokens = self.ids[rendered.whole]
-        ends = [token_of(turn, self.ids, self.special, self.added) for turn in rendered.turns]
+        ends = [token_of(turn, self.ids[turn.end], self.special, self.added) for turn in rendered.turns]
         known = self.special | {end for end in ends if end is not None}
         mask = [False] * len(tokens)
         for before, after in rendered.spans:
@@ -229,11 +228,8 @@ class _Reader:
         starts = [self._boundary(turn.before, rendered.whole) for turn in rendered.turns]
         found = []
         for turn, token, start, stop in zip(rendered.turns, ends, starts, [*starts[1:], len(tokens)], strict=True):
-            whole = (self.special | self.added).intersection(tokens[start:stop])
-            places = {one: [i for i in _places(one, tokens, start, stop) if mask[i]] for one in whole}  # what is learnt
-            own = places.get(token, []) if token is not None else []
-            inside = {one for one, at in places.items() if at and (not own or at[0] < own[-1])}
-            found.append(Ending(token, bool(own), turn.tail, turn.last, frozenset(inside)))
+            learnt = token is not None and any(mask[i] for i in range(start, stop) if tokens[i] == token)
+            found.append(Ending(token, learnt, turn.text if turn.tail is None else turn.tail))
         return found
 
     def _boundary(self, text: str, whole: str) -> int:
@@ -255,14 +251,6 @@ class _Reader:
             return end
         tail = self.tokenizer.decode(tokens[last + 1 : end], clean_up_tokenization_spaces=False)
         return end if tail.strip() else last + 1
-
-
-def _places(token: int, tokens: Ids, start: int, stop: int) -> Iterator[int]:
-    """Where a token stands between `start` and `stop`."""
-    with contextlib.suppress(ValueError):
-        while True:
-            yield (start := tokens.index(token, start, stop))
-            start += 1
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

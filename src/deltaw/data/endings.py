@@ -5,7 +5,7 @@ texts and tokens; no tokenizer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 Ids = list[int]
@@ -20,19 +20,22 @@ class Turn:
     after: str
     """All the text up to its end."""
     content: str
-    last: bool
-    """Whether the conversation ends with it."""
 
     @property
-    def begins_with_content(self) -> bool:
-        """Whether the content comes first, as it is, so that what follows is the template's own."""
-        return self.after[len(self.before) :].lstrip().startswith(self.content.strip())
+    def text(self) -> str:
+        """All of it."""
+        return self.after[len(self.before) :]
 
     @property
-    def tail(self) -> str:
-        """What the template puts after the content; all of the turn where that cannot be told."""
-        text, content = self.after[len(self.before) :], self.content.strip()
-        return text[text.index(content) + len(content) :] if self.begins_with_content else text.rstrip()
+    def tail(self) -> str | None:
+        """What the template puts after the content; None where the content does not begin the turn as it is."""
+        content = self.content.strip()
+        return self.text.lstrip()[len(content) :] if self.text.lstrip().startswith(content) else None
+
+    @property
+    def end(self) -> str:
+        """The text whose tokens end it: the template's own, or the whole turn where there is none, or it cannot be told."""
+        return self.tail if self.tail and self.tail.strip() else self.text.rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,38 +46,27 @@ class Ending:
     """What a model can stop at: the template's last token there that is one whole, not part of ordinary text."""
     supervised: bool
     """Whether that token is among those to be learnt."""
-    tail: str
-    last: bool
-    inside: frozenset[int]
-    """Tokens of that kind within the answer."""
+    text: str
+    """What stands there, without the content where that can be told."""
 
 
-def token_of(turn: Turn, ids: Mapping[str, Ids], special: Collection[int], added: Collection[int]) -> int | None:
-    """The token that ends a turn; None where plain text does. `ids`: of the turn's tail. `added`: all the tokens
-    that were added to the vocabulary, which may stand for ordinary words: those of the content end nothing."""
-    tokens = ids[turn.tail]
-    if not turn.begins_with_content:
-        return tokens[-1] if tokens and tokens[-1] in special else None
-    return next((token for token in reversed(tokens) if token in special or token in added), None)
+def token_of(turn: Turn, ids: Ids, special: Collection[int], added: Collection[int]) -> int | None:
+    """The token that ends a turn; None where plain text does. `ids`: of the turn's end. `added`: all the tokens that were added
+    to the vocabulary, which may stand for ordinary words: those of the content end nothing."""
+    if turn.end == turn.tail:
+        return next((token for token in reversed(ids) if token in special or token in added), None)
+    return ids[-1] if ids and ids[-1] in special else None
 
 
 def taught(endings: Iterable[Ending]) -> tuple[int, ...]:
-    """The tokens that a model trained on these learns to stop at, the most frequent first. One that ends earlier turns alone, and
-    stands within other answers as well, ends nothing: a model goes on after it."""
-    counts: Counter[int] = Counter()
-    final: set[int] = set()
-    inside: set[int] = set()
-    for ending in endings:
-        inside |= ending.inside
-        if ending.token is not None and ending.supervised:
-            counts[ending.token] += 1
-            final |= {ending.token} if ending.last else set()
-    return tuple(token for token, _ in counts.most_common() if token in final or token not in inside)
+    """The tokens that a model trained on these learns to stop at, the most frequent first."""
+    counts = Counter(e.token for e in endings if e.token is not None and e.supervised)
+    return tuple(token for token, _ in counts.most_common())
 
 
 def problem(endings: Sequence[Ending], word_of: Callable[[int], str]) -> str | None:
     """What to tell the user where some turns teach no end. `word_of`: a token's text by its id."""
-    plain = [e.tail for e in endings if e.token is None]
+    plain = [e.text for e in endings if e.token is None]
     left_out = [word_of(e.token) for e in endings if e.token is not None and not e.supervised]
     never = "A model trained on them does not learn to stop there, and goes on until max_new_tokens"
     told = []

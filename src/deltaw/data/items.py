@@ -190,13 +190,17 @@ class _Bare:
         self.first, self.last = (tokenizer.convert_ids_to_tokens(part) for part in (parts.before, parts.after))
 
     def start(self, text: str) -> str:
-        """Without the tokenizer's first token in front."""
-        return text[len(self.first[0]) :] if self.first and text.startswith(self.first[0]) else text
+        """Without the tokens in front."""
+        for mark in self.first:
+            text = text.removeprefix(mark)
+        return text
 
     def end(self, text: str) -> str:
-        """Without the tokenizer's last token, and white space after it, at the end."""
-        stripped = text.rstrip()
-        return stripped[: -len(self.last[-1])] if self.last and stripped.endswith(self.last[-1]) else text
+        """Without the tokens at the end, and white space after them."""
+        bare = text.rstrip()
+        for mark in reversed(self.last):
+            bare = bare.removesuffix(mark)
+        return text if bare == text.rstrip() else bare
 
 
 def _prompt(record: Record, config: DataConfig) -> str:
