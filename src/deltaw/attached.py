@@ -94,6 +94,8 @@ class Names(tuple[str, ...]):
 def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
     """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object.
 
+    What a method starts from at random is drawn from torch's global generator on the CPU: `torch.manual_seed` decides it.
+
     Raises AdapterError when the name is taken or an adapter is merged, and whatever `method.plan` finds wrong; the
     model is then as it was.
     """

@@ -155,10 +155,11 @@ class Loop:
             values = self._step()
         self.ended(values, time.monotonic() - began)
 
-    def drawing(self) -> contextlib.AbstractContextManager[None]:
-        """While open, random numbers (dropout's) follow from the seed and the number of the step alone: whatever is drawn between
-        two steps changes nothing, and what was drawn before a run goes on after it."""
-        return seeded(mixed("step", self.config.seed, self.state.step), self.devices)
+    def drawing(self, *others: Loop) -> contextlib.AbstractContextManager[None]:
+        """While open, random numbers (dropout's) follow from the seed and the number of the step alone, of this loop and of those
+        that share its pass: whatever is drawn between two steps changes nothing."""
+        numbers = [number for loop in (self, *others) for number in (loop.config.seed, loop.state.step)]
+        return seeded(mixed("step", *numbers), self.devices)
 
     def ended(self, values: dict[str, Any], seconds: float) -> None:
         """What is due after a step, which took so long and came to `values`."""
