@@ -45,6 +45,7 @@ HOSTILE: dict[str, Any] = {
     "compile_config": None, "disable_compile": False, "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high",
     "diversity_penalty": 3.0, "num_beam_groups": 3, "constraints": None, "force_words_ids": [[11]],
     "prefill_chunk_size": 1, "continuous_batching_config": None, "max_new_tokens": 1, "a_field_of_the_base_s_own": 5,
+    "pad_token_id": 44,
 }  # fmt: skip
 # No choice of a token follows from these
 PASSED_OVER = {"_from_model_config", "_commit_hash", "transformers_version", "_original_object_hash"}

@@ -140,8 +140,8 @@ class Asked(GenerationConfig):
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **values)
 
 
-KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "use_cache")
-"""Fields of a base's generation_config that count: which tokens end, fill and begin, and whether keys and values are kept, which
+KEPT = ("eos_token_id", "bos_token_id", "use_cache")
+"""Fields of a base's generation_config that count: which tokens end and begin a text, and whether keys and values are kept, which
 changes no choice."""
 KEPT_OF_DECODERS = ("decoder_start_token_id", "forced_bos_token_id")
 """Those that count besides where a decoder follows an encoder: how it begins, which for mBART says the language."""
