@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deltaw.config import DataConfig
-from deltaw.data import Encoded, encode, read, turn_ends
+from deltaw.data import Encoded, encode, encode_prompt, read, turn_ends
 from tests.data.conftest import CHATML, LLAMA2, MARKED, tiny_tokenizer
 
 USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "more"}
@@ -116,3 +116,37 @@ def test_a_plain_template_teaches_the_eos() -> None:
     for records in ([{"prompt": "Hi", "completion": "all"}], [{"text": "Hello"}]):
         found = encode(read(records, DataConfig()), tokenizer, DataConfig())
         assert found.ends == (tokenizer.eos_token_id,) and found.note is None
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, LLAMA2, MARKED, ending_in("{{ eos_token }}\n")], ids=["chatml", "llama2", "marked", "eos"]
+)
+@pytest.mark.parametrize("text", ["<s>{}", "{}<|im_end|>", "<s>{}<|im_end|>\n", "{}<|endoftext|>"])
+def test_a_message_that_has_the_templates_marks_already_gets_no_second_ones(template: str, text: str) -> None:
+    def talk(form: str) -> list[dict[str, str]]:
+        return [{"role": m["role"], "content": form.format(m["content"])} for m in TWO]
+
+    plain, tokenizer = encoded(template, talk("{}"), **OTHER)
+    whole = tokenizer.decode(plain.examples[0].input_ids)
+    ends = "<|im_end|>" in whole or "<|endoftext|>" in text
+    form = text if whole.startswith("<s>") else text.removeprefix("<s>")
+    form = form if ends else form.replace("<|im_end|>", "").strip()
+    found, tokenizer = encoded(template, talk(form), **OTHER)
+    assert tokenizer.decode(found.examples[0].input_ids) == whole and found == plain
+    config = DataConfig()
+    (one, other) = (read([{"messages": talk(f)[:3]}], config, completions=False).items[0] for f in (form, "{}"))
+    assert encode_prompt(one, tokenizer, config) == encode_prompt(other, tokenizer, config)
+
+
+def test_an_end_that_the_template_lacks_is_left_in_the_text() -> None:
+    found, tokenizer = encoded(ending_in("\n"), [USER, said("all<|endoftext|>")], **OTHER)
+    assert found.ends == (tokenizer.eos_token_id,) and found.note is None
+
+
+def test_smollm2s_template_with_another_eos(smollm2: Any) -> None:
+    from copy import deepcopy
+
+    tokenizer = deepcopy(smollm2)
+    tokenizer.eos_token = "<|endoftext|>"
+    found = encode(read([{"messages": TWO}], DataConfig()), tokenizer, DataConfig())
+    assert tokenizer.convert_ids_to_tokens(list(found.ends)) == ["<|im_end|>"] and found.note is None

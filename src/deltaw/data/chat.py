@@ -6,15 +6,16 @@ W as text, *and* their token ids are prefixes of W's token ids, then the ids bet
 and what a model is given to generate from (P's ids) is exactly what it was trained after. This holds for every
 tokenizer, with or without offsets. Whatever fails is refused with the reason; nothing is guessed.
 
-Supervised are the content and the end-of-turn token (endings.py), not white space that the template puts after that token. In a
-template with {% generation %} marks, what the marks enclose is supervised instead (transformers finds it, we check it).
+A message that begins with the template's BOS or ends with a turn's end already gets no second one. Supervised are the
+content and the end-of-turn token (endings.py), not white space that the template puts after that token. In a template
+with {% generation %} marks, what the marks enclose is supervised instead (transformers finds it, we check it).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.data.endings import Ending, Ids, Turn, token_of
@@ -63,6 +64,12 @@ def encode_chats(
 ) -> list[Conversation]:
     """`encode_chat` of many conversations, tokenized together. One DataError lists every conversation that fails."""
     check_template(tokenizer)
+    marks = _marks_of(tokenizer)
+    return _encoded([marks.without(messages) for messages in conversations], tokenizer, places)
+
+
+def _encoded(conversations: Sequence[Sequence[Message]], tokenizer: Any, places: Sequence[str]) -> list[Conversation]:
+    """`encode_chats`, of messages as they are."""
     encoded: list[Conversation] = []
     problems: list[str] = []
     for at in range(0, len(conversations), _TOKENIZED_AT_ONCE):
@@ -85,21 +92,53 @@ def encode_chats(
     return encoded
 
 
+_TRIAL = (Message("user", "Hello"), Message("assistant", "Hello"))
+
+
 def turn_ends(tokenizer: Any) -> Ids:
     """The token with which the chat template ends an assistant's turn, found in a conversation of two words. Empty where that is
     plain text, or where the template takes no such conversation."""
-    trial = [Message("user", "Hello"), Message("assistant", "Hello")]
     try:
-        endings = encode_chats([trial], tokenizer, [""])[0].endings
+        endings = _encoded([_TRIAL], tokenizer, [""])[0].endings
     except DataError:
         return []
     return [ending.token for ending in endings if ending.token is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What the template puts around messages, which a message that has it already is to have once."""
+
+    begin: tuple[str, ...]
+    end: tuple[str, ...]
+
+    def without(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages without such tokens at their start and end, and white space after these."""
+        return tuple(replace(m, content=self._bare(m.content)) for m in messages)
+
+    def _bare(self, content: str) -> str:
+        for mark in self.begin:
+            content = content.removeprefix(mark)
+        last = next((mark for mark in self.end if content.rstrip().endswith(mark)), None)
+        return content if last is None else content.rstrip().removesuffix(last)
+
+
+def _marks_of(tokenizer: Any) -> _Marks:
+    """BOS where the template renders it, and what ends a turn; with that the tokenizer's eos, which would be a second end."""
+    ends = [str(word) for word in tokenizer.convert_ids_to_tokens(turn_ends(tokenizer))]
+    ends += [tokenizer.eos_token] if ends and tokenizer.eos_token else []
+    bos = getattr(tokenizer, "bos_token", None)
+    try:
+        begins = bool(bos) and _render(_TRIAL, tokenizer).startswith(bos)
+    except DataError:
+        begins = False
+    return _Marks((bos,) if begins else (), tuple(dict.fromkeys(ends)))
+
+
 def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> Ids:
     """Token ids to generate the next assistant message from: the conversation so far and the generation prompt."""
     check_template(tokenizer)
-    text = _render(messages, tokenizer, prompt=True)
+    text = _render(_marks_of(tokenizer).without(messages), tokenizer, prompt=True)
     return tokenized([text], tokenizer)[text]
 
 
