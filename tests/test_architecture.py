@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own line and the lines above it. A package stands for all its modules.
 ORDER = [
-    ["version", "errors", "names", "checksums"],
+    ["version", "errors", "names", "checksums", "chance", "eos"],
     ["units", "blocks"],
     ["config"],
     ["residual", "residency", "differences"],
@@ -30,6 +30,7 @@ ORDER = [
     ["weights", "scaled", "inserted", "prefixes"],
     ["targets", "wholes"],
     ["attached"],
+    ["ends"],
     ["merged"],
     ["methods"],
     ["files", "data", "positions", "modes", "environment", "available_memory"],

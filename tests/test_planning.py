@@ -206,3 +206,11 @@ def test_training_says_its_memory_and_warns(room: int | None, tmp_path: Path, mo
     assert total == sum(parts.values()) and parts["optimizer"] == pytest.approx(8 * start["parameters"], rel=0.05)
     warned = [e.values["text"] for e in heard if e.kind == "warning" and "may run out of memory" in e.values["text"]]
     assert len(warned) == (room is not None)
+
+
+def test_dropout_is_planned_from_shapes_too() -> None:
+    """Its masks have no generator on a device without memory."""
+    config = transformers.LlamaConfig(max_position_embeddings=64, **SIZES)
+    found = deltaw.plan(config, deltaw.PlanConfig(methods="lora,lora(dropout=0.3)", batch=1, device="cpu"))
+    without, dropped = (row.memory for row in found.rows)
+    assert not dropped.estimated and dropped.activations >= without.activations

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import deltaw
 from deltaw import DataConfig, LoRA, TrainConfig
@@ -472,3 +473,119 @@ def test_inside_transformers_trainer(small: Any, tmp_path: Path) -> None:
     other = type(model)(model.config)
     with pytest.raises(BaseMismatch):
         deltaw.load(other, tmp_path / "a")
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------
+
+DROPPING = LoRA(rank=4, alpha=6, dropout=0.4)
+
+
+def learnt(model: Any, tokenizer: Any, config: TrainConfig, method: Any = DROPPING, **more: Any) -> list[torch.Tensor]:
+    deltaw.train(model, RECORDS, config, method=method, tokenizer=tokenizer, **more)
+    values = [p.detach().clone() for p in deltaw.parameters(model)]
+    deltaw.detach(model)
+    return values
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"samples": 3}, {"eval_every": 2}, {"log_every": 1}, {"valid_most": 9}], ids=str)
+def test_what_is_looked_at_changes_nothing_of_what_is_learnt(
+    small: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Drawing samples used to reset the random numbers that dropout goes by."""
+    common = {"steps": 5, "overwrite": True, "valid": str(tmp_path / "valid.jsonl")}
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS[:12]))
+    plain = learnt(*small, quick(tmp_path, **common))
+    assert same(learnt(*small, quick(tmp_path, **common | changes)), plain)
+
+
+def test_a_seed_reaches_dropout_and_nothing_else_does(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    start = [p.clone() for p in deltaw.parameters(deltaw.attach(model, LoRA(rank=4, alpha=6)))]
+    deltaw.detach(model)
+
+    class Same(LoRA):
+        """Starts from the same A whatever the seed, so that of a seed only the masks and the order are left."""
+
+        def plan(self, model: Any) -> Any:
+            plan = super().plan(model)
+            for value, p in zip(start, [p for u in plan.updates.values() for p in u.parameters()], strict=True):
+                p.data.copy_(value)
+            return plan
+
+    one_batch = {"steps": 3, "batch": len(RECORDS), "valid_share": 0.0, "overwrite": True}
+
+    def of(seed: int, dropout: float, **more: Any) -> list[torch.Tensor]:
+        method = Same(rank=4, alpha=6, dropout=dropout)
+        return learnt(model, tokenizer, quick(tmp_path, seed=seed, **one_batch), method, **more)
+
+    torch.manual_seed(1)
+    first = of(7, 0.4)
+    torch.manual_seed(2)
+    assert same(of(7, 0.4, on_event=lambda event: torch.rand(3)), first)
+    assert not same(of(8, 0.4), first)
+    without = of(7, 0.0), of(8, 0.0)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(*without, strict=True)), (
+        "in one batch a seed does no more"
+    )
+
+
+def test_masks_differ_from_step_to_step(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaw import fused
+
+    seeds, real = [], fused._seed
+    monkeypatch.setattr(fused, "_seed", lambda: seeds.append(real()) or seeds[-1])
+    learnt(*small, quick(tmp_path, steps=3, valid_share=0.0))
+    assert len(seeds) >= 3 * 14 and len(set(seeds[-42:])) == 42
+
+
+def test_a_bases_own_dropout_goes_by_the_seed_too(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    torch.manual_seed(0)
+    settings = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "vocab_size": len(tokenizer),
+        "resid_pdrop": 0.3,
+    }
+    model = GPT2LMHeadModel(GPT2Config(**settings)).eval()
+    config = quick(tmp_path, steps=3, overwrite=True)
+    torch.manual_seed(1)
+    first = learnt(model, tokenizer, config, METHOD)
+    torch.manual_seed(2)
+    assert same(learnt(model, tokenizer, config, METHOD), first)
+
+
+def test_a_run_leaves_the_callers_random_numbers_as_they_were(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    result = deltaw.train(model, RECORDS, quick(tmp_path, steps=2, samples=2), method=DROPPING, tokenizer=tokenizer)
+    deltaw.merge(model)
+    deltaw.unmerge(model)
+    deltaw.load(model, result.adapter, name="again")
+    deltaw.combine(model, {"default": 1.0, "again": 0.5}, name="both", how="dare", rank=2)
+    deltaw.summary(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_a_new_head_is_drawn_by_the_seed_alone(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"text": w, "label": i % 2} for i, w in enumerate(WORDS * 5)]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    heads = []
+    for seed in (1, 1, 2):
+        config = quick(tmp_path, steps=1, lr=1e-9, seed=seed, overwrite=True)
+        result = deltaw.train(str(tmp_path / "base"), rows, config, method=METHOD)
+        heads.append(deltaw.attached.updates(result.model)["score"].weight.detach().clone())
+        torch.testing.assert_close(torch.get_rng_state(), before)
+    assert torch.allclose(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-3)

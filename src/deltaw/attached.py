@@ -74,6 +74,8 @@ class Adapters:
     """The adapters that are merged into the base, and their weights."""
     originals: dict[str, Kept] = field(default_factory=dict)
     """While merged: name of a parameter → what gives it back."""
+    eos: tuple[Any, Any] | None = None
+    """While merged, where that gave the model other end tokens: its generation_config, and the eos_token_id that it had."""
     before_merge: str | None = None
     residency: Residency = field(default_factory=Residency)
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -96,6 +98,8 @@ class Names(tuple[str, ...]):
 
 def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
     """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object.
+
+    What a method starts from at random is drawn from torch's global generator on the CPU: `torch.manual_seed` decides it.
 
     Raises AdapterError when the name is taken or an adapter is merged, and whatever `method.plan` finds wrong; the
     model is then as it was.
@@ -234,7 +238,9 @@ def restore(model: nn.Module, changed: Changed = "refuse") -> None:
     for name in list(record.originals):
         _put_back(owner, name, record.originals[name].original, record.originals[name].names)
         del record.originals[name]  # at once: what is interrupted here can be gone on with
-    record.merged = {}
+    if record.eos is not None:
+        record.eos[0].eos_token_id = record.eos[1]
+    record.merged, record.eos = {}, None
     record.route.active, record.before_merge = record.before_merge, None
 
 

@@ -25,6 +25,7 @@ from deltaw.attached import (
     record_of,
     updates,
 )
+from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError, listing
 from deltaw.lowrank import Product, dense
 from deltaw.methods.ia3 import IA3
@@ -78,6 +79,7 @@ def combine(
     probability 1 − `density`, drawn from `seed`, and scales the others up. Both need a rank, since what they make has none; so
     does a sum of DoRA's. Each matrix of a stack (a mixture's experts) is cut by itself. Biases, (IA)³'s vectors and modules
     that are trained whole are summed by what they add to the base's. One adapter of weight 1 is copied as it is.
+    The end tokens of all that have a positive weight are the new one's.
 
     Raises AdapterError for unknown names, a name that is taken, settings out of range, updates that have no sum (bottleneck
     adapters, prefixes), and layers that some adapters train whole and others by an update.
@@ -102,6 +104,7 @@ def combine(
     method = _method([record.attached[adapter].method for adapter in weights], combined, ranks)
     order = [n for n, _ in base_modules(model) if n in combined]
     apply_plan(model, Plan({n: combined[n] for n in order}), method, name=name, activate=activate)
+    teach(model, name, taught(model, [adapter for adapter, weight in weights.items() if weight > 0]))
     return Combined(name, ranks, errors)
 
 

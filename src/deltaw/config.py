@@ -149,7 +149,8 @@ class GenerateConfig:
     max_new_tokens: int = 256
     """Longest completion in tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above 0 samples."""
+    """0 takes the likeliest token each time, exactly; above 0 samples. Of the base's generation_config only the tokens that
+    begin and end a text count: its repetition penalty, forbidden words and the like do not."""
     top_p: float = 1.0
     """Nucleus sampling: the smallest set of tokens with this much probability."""
     beams: int = 1

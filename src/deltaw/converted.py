@@ -3,6 +3,7 @@ layers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,13 @@ def convert(
     return _write(dst, factors, scales, "loralib")
 
 
-def _write(dst: Path, factors: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float], origin: str) -> Path:
+def _write(
+    dst: Path,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    scales: dict[str, float],
+    origin: str,
+    ends: Sequence[int] = (),
+) -> Path:
     ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
     config = config_for(
         ranks,
@@ -65,7 +72,8 @@ def _write(dst: Path, factors: dict[str, tuple[Tensor, Tensor]], scales: dict[st
         base=None,
         task=None,
     )
-    return peft.write(dst, peft.LoRAFile(factors, scales, config, {"deltaw_converted_from": origin}))
+    metadata = {"deltaw_converted_from": origin} | ({peft.ENDS: json.dumps(list(ends))} if ends else {})
+    return peft.write(dst, peft.LoRAFile(factors, scales, config, metadata))
 
 
 def _to_gguf(src: Path, dst: Path, base: str | Path | None) -> Path:
@@ -77,7 +85,8 @@ def _to_gguf(src: Path, dst: Path, base: str | Path | None) -> Path:
     if unknown:
         raise FileError(listing(f"llama.cpp has no tensor for these layers of {src}:", unknown))
     factors = {names[n]: (A, reorder(names[n], B, False)) for n, (A, B) in file.factors.items()}
-    gguf_lora.write(dst, GGUFLoRA(arch, factors, {names[n]: scale for n, scale in file.scales.items()}))
+    scales = {names[n]: scale for n, scale in file.scales.items()}
+    gguf_lora.write(dst, GGUFLoRA(arch, factors, scales, peft.ends_of(file, src)))
     return dst
 
 
@@ -91,7 +100,7 @@ def _from_gguf(src: Path, dst: Path, base: str | Path | None) -> Path:
     if unknown:
         raise FileError(listing(f"The base has no layer for these tensors of {src}:", unknown))
     factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
-    return _write(dst, factors, {layers[n]: scale for n, scale in file.scales.items()}, "gguf")
+    return _write(dst, factors, {layers[n]: scale for n, scale in file.scales.items()}, "gguf", file.ends)
 
 
 _Reorder = Callable[[str, Tensor, bool], Tensor]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.attached import Plan, apply_plan, check_free, dotted, named_parameters, owner_of
+from deltaw.ends import own_ends, teach
 from deltaw.errors import AdapterError, FileError, listing
 from deltaw.layers import Kind, Weight, kind_of
 from deltaw.methods.lora import LoRA
@@ -45,6 +46,8 @@ def extract(
     """Attach to `base` the adapter that comes nearest to `tuned`, a model of the same architecture: of each targeted layer's
     W − W0 the first `rank` singular triples, or as many as hold the share `energy` of its squared norm.
 
+    End tokens that the tuned model's generation_config names, and the base's does not, are the adapter's.
+
     Raises AdapterError for settings out of range or a name that is taken, TargetError, and FileError when the models differ
     in their parameters' names or shapes, or in no targeted layer at all; `base` is then as it was.
     """
@@ -77,6 +80,7 @@ def extract(
     weights = {_parameter(n, layer) for n, layer in selection.layers.items()}
     others = tuple(n for n in before if n not in weights and not torch.equal(before[n], after[n].to(before[n])))
     apply_plan(base, Plan(updates), LoRA(rank=max(ranks.values()), targets=ranks), name=name)
+    teach(base, name, [end for end in own_ends(tuned) if end not in own_ends(base)])
     return Extracted(ranks, errors, tuple(unchanged), others)
 
 

@@ -107,10 +107,11 @@ def _seed() -> int:
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     """Entries 0 or 1/(1−p), shaped like `x`: made again from the seed in the backward pass instead of being stored."""
+    # Contiguous whatever x is: entries are drawn in that order
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if mask.is_meta:  # a plan needs its size alone
+        return mask
     generator = torch.Generator(x.device).manual_seed(seed)
-    mask = torch.empty(
-        x.shape, dtype=x.dtype, device=x.device
-    )  # contiguous whatever x is: entries are drawn in that order
     return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
 
 

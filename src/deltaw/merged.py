@@ -5,7 +5,7 @@ a model; the arithmetic is lowrank.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from deltaw.attached import (
     updates,
 )
 from deltaw.checksums import stamp
+from deltaw.ends import extend
 from deltaw.errors import MergeError, listing
 from deltaw.layers import as_stored, in_few_bits
 from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
@@ -49,7 +50,7 @@ def merge(
     where a weight is float64.
 
     `name` is the adapter (default: the active one); `weights` merges several instead, each ΔW times its weight, in
-    the order given. While merged the branch is off.
+    the order given. While merged the branch is off. The model's generation_config stops at the adapters' end tokens too.
 
     `keep` is what is kept until `unmerge`: a copy of each targeted weight, which is the fastest; or a compressed correction
     of what subtracting ΔW misses, some percent of those bytes, for which merge and unmerge take longer. Both give the same
@@ -85,8 +86,14 @@ def merge(
         put_back(model, originals)
         raise
     record.merged, record.originals = chosen, kept
+    record.eos = _extended(model, chosen)
     record.before_merge, record.route.active = record.route.active, None
     return MergeReport(tuple(chosen), stats, sum(original.bytes for original in originals.values()))
+
+
+def _extended(model: nn.Module, weights: Mapping[str, float]) -> tuple[Any, Any] | None:
+    """Let the model stop where these adapters were taught to, but for those that are taken away."""
+    return extend(model, [adapter for adapter, weight in weights.items() if weight > 0])
 
 
 def _kept(owner: nn.Module, originals: Mapping[str, Original]) -> dict[str, Kept]:
@@ -151,13 +158,14 @@ def _merge_others(model: nn.Module, record: Adapters, others: Mapping[str, float
     except BaseException:
         put_back(model, merged)
         record.merged, record.originals, record.before_merge, record.route.active = before
+        record.eos = _extended(model, record.merged)
         raise
 
 
 def settle(model: nn.Module) -> None:
     """Make a merge final: the originals are let go, all adapters taken off, and the merged weights stay as the model's."""
     record = record_of(model)
-    record.originals, record.merged = {}, {}
+    record.originals, record.merged, record.eos = {}, {}, None
     detach(model)
 
 

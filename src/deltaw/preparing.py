@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deltaw import attached
+from deltaw.chance import seeded
 from deltaw.config import TrainConfig
 from deltaw.data import Encoded, held_out_split, read
 from deltaw.data.items import Item
@@ -105,8 +106,8 @@ def _begin(model: Any, data: Any, config: TrainConfig, positions: int, tokenizer
     records = read(data, config.data, split=config.data.split)
     valid = _held_out(data, records, config)
     config = replace(config, data=recognised(config.data, records, _config_of(model)))
-    torch.manual_seed(config.seed)  # of a head that the checkpoint does not have
-    loaded = _loaded(model, tokenizer, config)
+    with seeded(config.seed):  # a head that the checkpoint does not have is drawn
+        loaded = _loaded(model, tokenizer, config)
     config = _resolved(config, records.form, loaded, positions)
     return _Begun(loaded, config, *_split(records, valid, config))
 

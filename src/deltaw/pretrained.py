@@ -86,10 +86,11 @@ def load_pretrained(
     model_class, kind = _CLASSES[task]
     try:
         tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
-        opened: Any = model_class.from_pretrained(
-            **arguments, **_head(task, labels), dtype=_pick_dtype(dtype, where, arguments, to_train),
-            output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report, which is judged below
-        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):  # a head that the checkpoint lacks is drawn
+            opened: Any = model_class.from_pretrained(
+                **arguments, **_head(task, labels), dtype=_pick_dtype(dtype, where, arguments, to_train),
+                output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report, which is judged below
+            )  # fmt: skip
         model, info = opened[0].eval().to(where), opened[1]
     except ImportError as error:
         raise FileError(

@@ -22,8 +22,10 @@ import torch
 from torch import nn
 
 from deltaw import attached, store, summaries
+from deltaw.chance import seeded
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record
+from deltaw.ends import teach
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.expected_memory import expected
 from deltaw.files.atomic import write_text
@@ -116,8 +118,7 @@ def train(
 
 def run(prepared: Prepared, on_event: Callable[[Event], None] = lambda event: None) -> RunResult:
     """Train what was prepared, into its run folder; what is there goes. The adapter stays attached as "default"."""
-    torch.manual_seed(prepared.config.seed)
-    attached.attach(prepared.loaded.model, prepared.method)
+    _attach(prepared, "default")
     return _Run(Path(prepared.config.out), prepared, on_event).go()
 
 
@@ -133,8 +134,7 @@ def run_abreast(
     is of. The adapters stay attached, as "0", "1" …, and the last one is active. Raises Interrupted after Ctrl-C."""
     runs = []
     for number, each in enumerate(prepared):
-        torch.manual_seed(each.config.seed)
-        attached.attach(each.loaded.model, each.method, name=str(number))
+        _attach(each, str(number))
         runs.append(_Run(Path(each.config.out), each, partial(on_event, number), str(number)))
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_ctrl_c())
@@ -148,6 +148,14 @@ def run_abreast(
         together.failed.get(each_run.name) or each_run.ended(loop.state)
         for each_run, loop in zip(runs, together.loops, strict=True)
     ]
+
+
+def _attach(prepared: Prepared, name: str) -> None:
+    """The adapter on its model, drawn from the run's seed, with the end tokens of what it will be taught."""
+    model = prepared.loaded.model
+    with seeded(prepared.config.seed):
+        attached.attach(model, prepared.method, name=name)
+    teach(model, name, prepared.encoded.ends)
 
 
 @dataclass
@@ -255,6 +263,8 @@ class _Run:
         }))  # fmt: skip
         if self.expected is not None and self.expected.missing:
             self._hear(Event("warning", 0, {"text": self.expected.warning()}))
+        if self.prepared.encoded.note:
+            self._hear(Event("warning", 0, {"text": self.prepared.encoded.note}))
 
     def _hear(self, event: Event) -> None:
         line = {"event": event.kind, "step": event.step, **event.values}

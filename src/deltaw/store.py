@@ -15,6 +15,7 @@ from torch import nn
 from deltaw import attached as live
 from deltaw import units
 from deltaw.base_identity import base_hash
+from deltaw.ends import taught, teach
 from deltaw.errors import FileError, listing
 from deltaw.expert_stacks import stacked
 from deltaw.filed import as_file
@@ -51,6 +52,8 @@ def save(
     adapter = record.attached[live.known(record, name)]
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
+    if ends := taught(model, [name]):
+        kept[peft.ENDS] = json.dumps(ends)
     if not isinstance(adapter.method, LoRA):
         other = as_method_file(model, name)
         other.metadata.update(kept)
@@ -127,7 +130,9 @@ def place(
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
     plan = live.Plan(updates, layers=layers)
+    ends = peft.ends_of(file, path)
     live.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
+    teach(model, name, ends)
     record = live.record_of(model)
     if host:
         record.residency.keep(name, _devices(model, updates))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from deltaw.attached import adapters, base_parameters, owner_of, parameters, place_of, record_of
+from deltaw.ends import taught
 from deltaw.layers import QuantisedKind, in_few_bits
 
 
@@ -23,6 +24,8 @@ class AdapterSummary:
     """Dense weights without an update, and why."""
     rounding: float = 0.0
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter that was loaded in less than its file's precision."""
+    ends: tuple[int, ...] = ()
+    """Ids of the tokens that end what it was taught to say."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def summary(model: nn.Module) -> Summary:
             bytes=sum(p.numel() * p.element_size() for p in own),
             left_out=dict(attached.left_out),
             rounding=attached.metadata.get("rounding", 0.0),
+            ends=taught(model, [name]),
         )
     return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
 

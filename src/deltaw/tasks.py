@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltaw import store
 from deltaw.attached import adapters, owner_of, updates
 from deltaw.config import DataConfig, DType, GenerateConfig
-from deltaw.data import Encoded, Record, Records, encode, encode_prompt, template_of
+from deltaw.data import Encoded, Record, Records, encode, encode_prompt, prompt_ends, template_of
 from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
@@ -101,7 +101,8 @@ class Causal(Task):
         cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
     ) -> list[Any]:
         prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
-        return list(generate(loaded.model, loaded.tokenizer, prompts, generation, on_done=told))
+        ends = prompt_ends(records, loaded.tokenizer, data)
+        return list(generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told))
 
     @classmethod
     def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw.chance import seeded
 from deltaw.config import SweepConfig
 from deltaw.errors import ConfigError, TargetError, listing
 from deltaw.methods.dora import DoRA
@@ -55,8 +56,9 @@ def candidates(options: SweepConfig, model: Any) -> Tried:
     if count is not None:
         return _of_budget(count, options, targets, ranks[0], model)
     found = [_made(options, each, rank, ranks[0]) for each in targets for rank in ranks]
-    for candidate in found:
-        candidate.method.plan(model)  # what does not fit is said before anything is trained
+    with seeded(0):  # what is drawn here is thrown away
+        for candidate in found:
+            candidate.method.plan(model)  # what does not fit is said before anything is trained
     return Tried(found, {})
 
 
@@ -141,7 +143,8 @@ def _rank_for(count: int, options: SweepConfig, targets: str, model: Any) -> tup
 def _parameters(candidate: Candidate, model: Any) -> int | None:
     """None where a layer is too small for the rank."""
     try:
-        updates: Sequence[Any] = list(candidate.method.plan(model).updates.values())
+        with seeded(0):
+            updates: Sequence[Any] = list(candidate.method.plan(model).updates.values())
     except TargetError:
         if candidate.rank == 1:
             raise

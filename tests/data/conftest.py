@@ -27,8 +27,9 @@ FORGETFUL = (
 )
 
 
-def tiny_tokenizer(template=None, *, bos=False, eos="<|im_end|>"):
-    """A byte-level BPE with a few merges; ids are stable as it is built from nothing but this function."""
+def tiny_tokenizer(template=None, *, bos=False, eos="<|im_end|>", special=(), added=()):
+    """A byte-level BPE with a few merges; ids are stable as it is built from nothing but this function. `special` and `added`:
+    further tokens, the latter not special."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from tokenizers.decoders import ByteLevel
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +40,8 @@ def tiny_tokenizer(template=None, *, bos=False, eos="<|im_end|>"):
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = ByteLevel()
-    core.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"])
+    core.add_special_tokens([token for token in ("<s>", "<|im_start|>", "<|im_end|>", *special) if token not in added])
+    core.add_tokens(list(added))
     if bos:
         core.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]

@@ -118,3 +118,43 @@ def test_instruct_records(smollm2, shared_data):
     config = DataConfig()
     counts = encode(read(shared_data / "instruct", config), smollm2, config).counts
     assert counts.kept == counts.records == 1100 and 0 < counts.supervised < counts.tokens
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("adds_eos", [False, True])
+@pytest.mark.parametrize("prompt", ["Hi", "<s>Hi", ""])
+@pytest.mark.parametrize("completion", ["all", "all<|im_end|>", "all<|im_end|>\n", "all<|im_end|> so"])
+def test_bos_and_eos_come_once_where_the_text_has_them(bos: bool, adds_eos: bool, prompt: str, completion: str) -> None:
+    tokenizer = tiny_tokenizer(bos=bos)
+    if adds_eos:
+        from tokenizers import processors
+
+        core = tokenizer.backend_tokenizer
+        marks = [(mark, core.token_to_id(mark)) for mark in ("<s>", "<|im_end|>")]
+        single = "<s> $A <|im_end|>" if bos else "$A <|im_end|>"
+        core.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+    config = DataConfig()
+    begins = "<s>" if bos or prompt.startswith("<s>") else ""
+    ends = "all<|im_end|> so<|im_end|>" if completion.endswith("so") else "all<|im_end|>"
+    if prompt or bos:
+        records = read([{"prompt": prompt, "completion": completion}], config)
+        (example,) = encode(records, tokenizer, config).examples
+        assert tokenizer.decode(example.input_ids) == begins + prompt.removeprefix("<s>") + ends
+        before = encode_prompt(records.items[0], tokenizer, config)
+        assert before == example.input_ids[: len(before)] and not any(example.supervised[: len(before)])
+        assert all(example.supervised[len(before) :])
+    (example,) = encode(read([{"text": prompt + completion}], config), tokenizer, config).examples
+    assert tokenizer.decode(example.input_ids) == begins + prompt.removeprefix("<s>") + ends
+    assert example.supervised == [False] + [True] * (example.length - 1)
+
+
+@pytest.mark.parametrize("completion", ["<s>all", "<|im_end|>"])
+def test_an_empty_prompt_leaves_the_bos_to_the_completion(completion: str) -> None:
+    tokenizer, config = tiny_tokenizer(bos=True), DataConfig()
+    records = read([{"prompt": "", "completion": completion}], config)
+    (example,) = encode(records, tokenizer, config).examples
+    assert (
+        tokenizer.decode(example.input_ids)
+        == "<s>" + completion.removeprefix("<s>").removesuffix("<|im_end|>") + "<|im_end|>"
+    )
+    assert encode_prompt(records.items[0], tokenizer, config) == [tokenizer.bos_token_id] and not example.supervised[0]

@@ -62,25 +62,42 @@ def _switch(model: Any, on: bool, adapter: str | None) -> None:
 def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     """The reply, shown as it is written."""
     import torch
-    from transformers import TextStreamer
 
-    from deltaw.data import Message, prompt_ids
-    from deltaw.generation import settings, too_long
+    from deltaw.chance import devices_of, mixed, seeded
+    from deltaw.data import Message, prompt_ids, turn_ends
+    from deltaw.ends import in_use
+    from deltaw.generation import settings, too_long, until_end
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], command.generation, loaded.model)
     if problem:
         raise DataError(problem)
+    ends = [*turn_ends(loaded.tokenizer), *in_use(loaded.model)]
+    asked = settings(loaded.model, loaded.tokenizer, command.generation, ends)
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
-    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
+    # Another turn's numbers are others: the same question twice may have two answers
+    with torch.no_grad(), seeded(mixed(command.generation.seed, len(messages)), devices_of(loaded.model)):
         out = loaded.model.generate(
             torch.tensor([ids], device=loaded.model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=loaded.model.device),
-            generation_config=settings(loaded.model, loaded.tokenizer, command.generation),
-            streamer=streamer if command.generation.beams == 1 else None,
+            generation_config=asked,
+            streamer=_streamer(loaded.tokenizer, asked) if command.generation.beams == 1 else None,
         )
-    reply = loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    reply = loaded.tokenizer.decode(until_end(out[0, len(ids) :].tolist(), asked), skip_special_tokens=True)
     if command.generation.beams > 1:
         show.out.print(reply, soft_wrap=True)
     return reply
+
+
+def _streamer(tokenizer: Any, asked: Any) -> Any:
+    """Shows a reply as it is written, up to what ends it."""
+    from transformers import TextStreamer
+
+    from deltaw.generation import until_end
+
+    class Reply(TextStreamer):
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), asked):
+                super().put(value)
+
+    return Reply(tokenizer, skip_prompt=True, skip_special_tokens=True)

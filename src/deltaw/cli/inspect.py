@@ -43,6 +43,7 @@ def run(command: Inspect) -> None:
         "size": units.size(size),
         "base": str(file.config.get("base_model_name_or_path") or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
+        **_ends(file, folder),
     }
     show.facts(facts)
     table = _table(rows if command.all_layers else _by_kind(rows)) if rows else None
@@ -74,10 +75,19 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
         "size": units.size(size),
         "base": str(file.config.get("base_model_name_or_path") or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
+        **_ends(file, folder),
     }
     show.facts(facts)
     show.out.print()
     show.out.print(_tensor_table(file.tensors, "tensors", every=command.all_layers))
+
+
+def _ends(file: LoRAFile | MethodFile, folder: Path) -> dict[str, str]:
+    """The tokens that end what the adapter was taught to say, where it says so."""
+    from deltaw.files import peft
+
+    ends = peft.ends_of(file, folder)
+    return {"end tokens": ", ".join(map(str, ends))} if ends else {}
 
 
 def _besides(file: LoRAFile) -> dict[str, Tensor]:

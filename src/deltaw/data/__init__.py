@@ -3,6 +3,7 @@
 sources.py   files, folders, hub data sets, lists → rows with their places
 forms.py     rows → records: prompt/completion, chat, instruction, text
 records.py   the two together: read, and references for scoring
+endings.py   how the assistant's turns end
 chat.py      conversations → tokens and exactly the assistant's
 encode.py    records → examples; prompts to generate from
 labels.py    classes and quantities
@@ -12,8 +13,8 @@ batches.py   examples → length-bucketed batches, as tensors
 """
 
 from deltaw.data.batches import Batch, Order, collate, plan
-from deltaw.data.chat import encode_chat, prompt_ids
-from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt, template_of
+from deltaw.data.chat import encode_chat, prompt_ids, turn_ends
+from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt, prompt_ends, template_of
 from deltaw.data.forms import Message, Record
 from deltaw.data.records import Records, read, references
 from deltaw.data.sources import held_out_split, splits
@@ -33,9 +34,11 @@ __all__ = [
     "encode_prompt",
     "held_out_split",
     "plan",
+    "prompt_ends",
     "prompt_ids",
     "read",
     "references",
     "splits",
     "template_of",
+    "turn_ends",
 ]

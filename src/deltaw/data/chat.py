@@ -6,51 +6,84 @@ W as text, *and* their token ids are prefixes of W's token ids, then the ids bet
 and what a model is given to generate from (P's ids) is exactly what it was trained after. This holds for every
 tokenizer, with or without offsets. Whatever fails is refused with the reason; nothing is guessed.
 
-Supervised are the content and the end-of-turn token, not white space that the template puts after that token. In a
-template with {% generation %} marks, what the marks enclose is supervised instead (transformers finds it, we check it).
+A message that begins with the template's BOS or ends with a turn's end already gets no second one. Supervised are the
+content and the end-of-turn token (endings.py), not white space that the template puts after that token. In a template
+with {% generation %} marks, what the marks enclose is supervised instead (transformers finds it, we check it).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from deltaw.data.endings import Ending, Ids, Turn, token_of
 from deltaw.data.forms import Message
 from deltaw.errors import DataError, listing
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENIZED_AT_ONCE = 2000  # texts per call: enough to keep the threads busy, little enough to keep memory flat
 
-Ids = list[int]
 Spans = list[tuple[str, str]]  # per supervised span: all the text before it, and all the text up to its end
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A whole conversation in tokens."""
+
+    ids: Ids
+    supervised: list[bool]
+    endings: list[Ending]
+    """Of each assistant's turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation's text, before tokens are looked at."""
+
+    whole: str
+    turns: list[Turn]
+    spans: Spans
+
+    @property
+    def texts(self) -> list[str]:
+        """All that has to be tokenized."""
+        spans = [text for span in self.spans for text in span]
+        return [self.whole, *spans, *(text for turn in self.turns for text in (turn.before, turn.end))]
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Any, *, place: str = "conversation") -> tuple[Ids, list[bool]]:
     """Token ids [t] of a whole conversation and which of them are supervised [t]. DataError where that is not exact."""
-    return encode_chats([messages], tokenizer, [place])[0]
+    found = encode_chats([messages], tokenizer, [place])[0]
+    return found.ids, found.supervised
 
 
 def encode_chats(
     conversations: Sequence[Sequence[Message]], tokenizer: Any, places: Sequence[str]
-) -> list[tuple[Ids, list[bool]]]:
+) -> list[Conversation]:
     """`encode_chat` of many conversations, tokenized together. One DataError lists every conversation that fails."""
     check_template(tokenizer)
-    special = _special_ids(tokenizer)
-    encoded: list[tuple[Ids, list[bool]]] = []
+    marks = _marks_of(tokenizer)
+    return _encoded([marks.without(messages) for messages in conversations], tokenizer, places)
+
+
+def _encoded(conversations: Sequence[Sequence[Message]], tokenizer: Any, places: Sequence[str]) -> list[Conversation]:
+    """`encode_chats`, of messages as they are."""
+    encoded: list[Conversation] = []
     problems: list[str] = []
     for at in range(0, len(conversations), _TOKENIZED_AT_ONCE):
-        rendered: list[tuple[str, str, Spans]] = []
+        rendered: list[tuple[str, _Rendered]] = []
         for messages, place in zip(conversations[at : at + _TOKENIZED_AT_ONCE], places[at:], strict=False):
             try:
-                rendered.append((place, *_render_spans(messages, tokenizer)))
+                rendered.append((place, _render_spans(messages, tokenizer)))
             except DataError as error:
                 problems.append(f"{place}: {error}")
-        texts = (text for _, whole, spans in rendered for part in ((whole,), *spans) for text in part)
-        ids = tokenized(texts, tokenizer)
-        for place, whole, spans in rendered:
+        ids = tokenized((text for _, one in rendered for text in one.texts), tokenizer)
+        read = _Reader(tokenizer, ids)
+        for place, one in rendered:
             try:
-                encoded.append((list(ids[whole]), _mask(whole, spans, ids, special, tokenizer)))
+                encoded.append(read.conversation(one))
             except DataError as error:
                 problems.append(f"{place}: {error}")
     if problems:
@@ -59,10 +92,53 @@ def encode_chats(
     return encoded
 
 
+_TRIAL = (Message("user", "Hello"), Message("assistant", "Hello"))
+
+
+def turn_ends(tokenizer: Any) -> Ids:
+    """The token with which the chat template ends an assistant's turn, found in a conversation of two words. Empty where that is
+    plain text, or where the template takes no such conversation."""
+    try:
+        endings = _encoded([_TRIAL], tokenizer, [""])[0].endings
+    except DataError:
+        return []
+    return [ending.token for ending in endings if ending.token is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What the template puts around messages, which a message that has it already is to have once."""
+
+    begin: tuple[str, ...]
+    end: tuple[str, ...]
+
+    def without(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages without such tokens at their start and end, and white space after these."""
+        return tuple(replace(m, content=self._bare(m.content)) for m in messages)
+
+    def _bare(self, content: str) -> str:
+        for mark in self.begin:
+            content = content.removeprefix(mark)
+        last = next((mark for mark in self.end if content.rstrip().endswith(mark)), None)
+        return content if last is None else content.rstrip().removesuffix(last)
+
+
+def _marks_of(tokenizer: Any) -> _Marks:
+    """BOS where the template renders it, and what ends a turn; with that the tokenizer's eos, which would be a second end."""
+    ends = [str(word) for word in tokenizer.convert_ids_to_tokens(turn_ends(tokenizer))]
+    ends += [tokenizer.eos_token] if ends and tokenizer.eos_token else []
+    bos = str(getattr(tokenizer, "bos_token", None) or "")
+    try:
+        begins = bos != "" and _render(_TRIAL, tokenizer).startswith(bos)
+    except DataError:
+        begins = False
+    return _Marks((bos,) if begins else (), tuple(dict.fromkeys(ends)))
+
+
 def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> Ids:
     """Token ids to generate the next assistant message from: the conversation so far and the generation prompt."""
     check_template(tokenizer)
-    text = _render(messages, tokenizer, prompt=True)
+    text = _render(_marks_of(tokenizer).without(messages), tokenizer, prompt=True)
     return tokenized([text], tokenizer)[text]
 
 
@@ -98,10 +174,10 @@ def _render(messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False
         raise DataError(f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}") from error
 
 
-def _render_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, Spans]:
-    """A conversation's text and its supervised spans, before tokens are looked at."""
+def _render_spans(messages: Sequence[Message], tokenizer: Any) -> _Rendered:
+    """A conversation's text, its assistant's turns, and its supervised spans."""
     whole = _render(messages, tokenizer)
-    turns: Spans = []
+    turns: list[Turn] = []
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
@@ -114,11 +190,13 @@ def _render_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, Spa
         _check_prefix(after, whole, f"{name}: the conversation up to and with it")
         if len(after) <= len(before):
             raise DataError(f"{name}: the template renders no text for it.")
-        turns.append((before, after))
+        turns.append(Turn(before, after, message.content))
     if not turns:
         raise DataError("there is no assistant message, so nothing to learn.")
-    template = tokenizer.get_chat_template()
-    return whole, _marked(messages, tokenizer, template, whole, turns) if _MARKS.search(template) else turns
+    template, spans = tokenizer.get_chat_template(), [(turn.before, turn.after) for turn in turns]
+    if _MARKS.search(template):
+        spans = _marked(messages, tokenizer, template, whole, spans)
+    return _Rendered(whole, turns, spans)
 
 
 def _check_prefix(part: str, whole: str, what: str) -> None:
@@ -159,42 +237,66 @@ def _marked(messages: Sequence[Message], tokenizer: Any, template: str, whole: s
     return [(before, before) for before, _ in turns] + [(whole[:a], whole[:b]) for a, b in spans]
 
 
-def _mask(whole: str, spans: Spans, ids: dict[str, Ids], special: frozenset[int], tokenizer: Any) -> list[bool]:
-    """Which of the whole's tokens lie in `spans` [t]. DataError where a boundary falls inside a token."""
-    tokens = ids[whole]
-    mask = [False] * len(tokens)
-    for before, after in spans:
-        start, end = (_boundary(text, whole, ids, tokenizer) for text in (before, after))
-        end = _without_tail(tokens, start, end, special, tokenizer)
-        mask[start:end] = [True] * (end - start)
-    if mask[0]:
-        raise DataError("the assistant's text is the very first token, which nothing comes before to predict it from.")
-    return mask
+class _Reader:
+    """From rendered conversations to their tokens. `ids`: of all their texts."""
 
+    def __init__(self, tokenizer: Any, ids: dict[str, Ids]) -> None:
+        self.tokenizer, self.ids = tokenizer, ids
+        self.added, self.special = _added_ids(tokenizer), _special_ids(tokenizer)
 
-def _boundary(text: str, whole: str, ids: dict[str, Ids], tokenizer: Any) -> int:
-    part, tokens = ids[text], ids[whole]
-    if tokens[: len(part)] == part:
-        return len(part)
-    at = next((i for i, (a, b) in enumerate(zip(part, tokens, strict=False)) if a != b), len(tokens))
-    inside = tokenizer.convert_ids_to_tokens(tokens[at : at + 1])
-    raise DataError(
-        f"a token crosses the edge between prompt and answer: before the edge stands {text[-20:]!r}, after it "
-        f"{whole[len(text) : len(text) + 20]!r}, and token {at + 1} {inside} covers both. The template or the content "
-        "must have a token boundary there (often: no white space at the start or end of the content)."
-    )
+    def conversation(self, rendered: _Rendered) -> Conversation:
+        """Its tokens, which of them lie in its spans [t], and how its turns end. DataError where a boundary falls inside a
+        token."""
+        tokens = self.ids[rendered.whole]
+        ends = [token_of(turn, self.ids[turn.end], self.special, self.added) for turn in rendered.turns]
+        known = self.special | {end for end in ends if end is not None}
+        mask = [False] * len(tokens)
+        for before, after in rendered.spans:
+            start, end = (self._boundary(text, rendered.whole) for text in (before, after))
+            end = self._without_tail(tokens, start, end, known)
+            mask[start:end] = [True] * (end - start)
+        if mask[0]:
+            raise DataError(
+                "the assistant's text is the very first token, which nothing comes before to predict it from."
+            )
+        return Conversation(tokens, mask, self._endings(rendered, ends, tokens, mask))
 
+    def _endings(
+        self, rendered: _Rendered, ends: Sequence[int | None], tokens: Ids, mask: Sequence[bool]
+    ) -> list[Ending]:
+        starts = [self._boundary(turn.before, rendered.whole) for turn in rendered.turns]
+        found = []
+        for turn, token, start, stop in zip(rendered.turns, ends, starts, [*starts[1:], len(tokens)], strict=True):
+            learnt = token is not None and any(mask[i] for i in range(start, stop) if tokens[i] == token)
+            found.append(Ending(token, learnt, turn.text if turn.tail is None else turn.tail))
+        return found
 
-def _without_tail(tokens: Ids, start: int, end: int, special: frozenset[int], tokenizer: Any) -> int:
-    """The span's end without white space after its last special token; without such a token, the end as it is."""
-    last = next((i for i in range(end - 1, start - 1, -1) if tokens[i] in special), None)
-    if last is None or last == end - 1:
-        return end
-    tail = tokenizer.decode(tokens[last + 1 : end], clean_up_tokenization_spaces=False)
-    return end if tail.strip() else last + 1
+    def _boundary(self, text: str, whole: str) -> int:
+        part, tokens = self.ids[text], self.ids[whole]
+        if tokens[: len(part)] == part:
+            return len(part)
+        at = next((i for i, (a, b) in enumerate(zip(part, tokens, strict=False)) if a != b), len(tokens))
+        inside = self.tokenizer.convert_ids_to_tokens(tokens[at : at + 1])
+        raise DataError(
+            f"a token crosses the edge between prompt and answer: before the edge stands {text[-20:]!r}, after it "
+            f"{whole[len(text) : len(text) + 20]!r}, and token {at + 1} {inside} covers both. The template or the content "
+            "must have a token boundary there (often: no white space at the start or end of the content)."
+        )
+
+    def _without_tail(self, tokens: Ids, start: int, end: int, special: frozenset[int]) -> int:
+        """The span's end without white space after its last special token; without such a token, the end as it is."""
+        last = next((i for i in range(end - 1, start - 1, -1) if tokens[i] in special), None)
+        if last is None or last == end - 1:
+            return end
+        tail = self.tokenizer.decode(tokens[last + 1 : end], clean_up_tokenization_spaces=False)
+        return end if tail.strip() else last + 1
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of special tokens, also those that only the added-tokens table calls special (<|eot_id|>)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
+def _added_ids(tokenizer: Any) -> frozenset[int]:
+    return frozenset(getattr(tokenizer, "added_tokens_decoder", {}))

@@ -5,8 +5,8 @@ plain   [BOS] prompt+separator | completion EOS    prompt and completion are tok
         [BOS] text EOS                             text records: everything but the first token is supervised
 chat    the tokenizer's chat template; see chat.py
 
-BOS is there if the tokenizer adds one by default. Right of the bar is supervised. The first token never is, as nothing
-comes before it to predict it from.
+BOS is there if the tokenizer adds one by default. A text that has its BOS or EOS already gets no second one. Right of the bar
+is supervised. The first token never is, as nothing comes before it to predict it from.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from deltaw.config import DataConfig
 from deltaw.data import chat
+from deltaw.data.endings import Ending, problem, taught
 from deltaw.data.forms import Message, Record
 from deltaw.data.records import Records
 from deltaw.errors import DataError, listing
@@ -62,6 +63,10 @@ class Encoded:
     examples: list[Any]
     """Each an Example, or an Item of another task."""
     counts: Counts
+    ends: tuple[int, ...] = ()
+    """The tokens that end what is learnt: where a model trained on these stops."""
+    note: str | None = None
+    """What to tell the user of answers that teach no end."""
 
     @property
     def lengths(self) -> list[int]:
@@ -71,10 +76,12 @@ class Encoded:
 def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
     """Every record as an Example. One DataError lists all records that cannot be, and what to do."""
     template = template_of(records.form, tokenizer, config)
+    note = None
     if template == "chat":
-        wholes = _chats(records.items, tokenizer, config)
+        wholes, endings = _chats(records.items, tokenizer, config)
+        ends, note = taught(endings), problem(endings, tokenizer.convert_ids_to_tokens)
     else:
-        wholes = _plains(records.items, tokenizer, config)
+        wholes, ends = _plains(records.items, tokenizer, config), (int(tokenizer.eos_token_id),)
     examples: list[Example] = []
     problems: list[str] = []
     truncated = dropped = 0
@@ -102,7 +109,7 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
             f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
             "and were dropped. Raise max_length or set too_long: truncate."
         )
-    return Encoded(examples, _count(examples, len(records), truncated, dropped))
+    return Encoded(examples, _count(examples, len(records), truncated, dropped), ends, note)
 
 
 def encode_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:
@@ -112,10 +119,16 @@ def encode_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[in
     if record.form == "text":
         raise DataError(f"{record.place}: a text record has no prompt to generate from. Use prompt/completion records.")
     text = plain_prompt(record, config.separator)
-    ids = _bos(tokenizer) + chat.tokenized([text], tokenizer)[text]
+    ids = _begun(_bos(tokenizer), chat.tokenized([text], tokenizer)[text])
     if not ids:
         raise DataError(f"{record.place}: {_NO_PROMPT}.")
     return ids
+
+
+def prompt_ends(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[int]:
+    """The tokens that end an answer to these records' prompts by the prompts' form: the chat template's, where they have one."""
+    chats = any(template_of(form, tokenizer, config) == "chat" for form in {record.form for record in records})
+    return chat.turn_ends(tokenizer) if chats else []
 
 
 def template_of(form: str, tokenizer: Any, config: DataConfig) -> str:
@@ -152,6 +165,15 @@ def plain_prompt(record: Record, separator: str) -> str:
     return form.format(prompt=record.prompt, input=record.input) + separator
 
 
+def ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With one EOS at the end: the text's own, without white space after it, or one that is added."""
+    end = tokenizer.eos_token_id
+    last = len(ids) - ids[::-1].index(end) if end in ids else 0
+    if last and not tokenizer.decode(ids[last:], clean_up_tokenization_spaces=False).strip():
+        return ids[:last]
+    return [*ids, end]
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
     """The conversation with a system message in front, unless it has one or `system` is None."""
     if system is None or (messages and messages[0].role in ("system", "developer")):
@@ -165,16 +187,17 @@ _NO_PROMPT = (
 )
 
 
-def _chats(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
-    """Tokens after the last supervised one are left out: they teach nothing and cost a pass each."""
+def _chats(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> tuple[list[Example], list[Ending]]:
+    """The records, and how each answer in them ends. Tokens after the last supervised one are left out: they teach nothing and
+    cost a pass each."""
     encoded = chat.encode_chats(
         [with_system(r.conversation, config.system) for r in items], tokenizer, [r.place for r in items]
     )
     found = []
-    for record, (ids, mask) in zip(items, encoded, strict=True):
-        end = len(mask) - mask[::-1].index(True)
-        found.append(Example(ids[:end], mask[:end], record.place))
-    return found
+    for record, one in zip(items, encoded, strict=True):
+        end = len(one.supervised) - one.supervised[::-1].index(True)
+        found.append(Example(one.ids[:end], one.supervised[:end], record.place))
+    return found, [ending for one in encoded for ending in one.endings]
 
 
 def _plains(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
@@ -191,7 +214,10 @@ def _plains(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list
     found: list[Example] = []
     problems: list[str] = []
     for record, prompt, completion in zip(items, prompts, completions, strict=True):
-        before, answer = bos + tokens[prompt], [*tokens[completion], tokenizer.eos_token_id]
+        before, answer = _begun(bos, tokens[prompt]), tokens[completion]
+        if before == bos and answer[:1] == bos:  # a text's own BOS
+            answer = answer[1:]
+        answer = ended(answer, tokenizer)
         if not before and record.form != "text":
             problems.append(f"{record.place}: {_NO_PROMPT}")
         mask = [False] * len(before) + [True] * len(answer)
@@ -200,6 +226,11 @@ def _plains(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list
     if problems:
         raise DataError(listing(f"{len(problems)} of {len(items)} records cannot be encoded:", problems))
     return found
+
+
+def _begun(bos: list[int], ids: list[int]) -> list[int]:
+    """With BOS in front, where the tokenizer puts one there and the text has none of its own."""
+    return list(ids) if bos and ids[:1] == bos else [*bos, *ids]
 
 
 def _bos(tokenizer: Any) -> list[int]:

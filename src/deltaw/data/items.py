@@ -3,18 +3,21 @@ an image processor, no model.
 
 labelled   the text, or the pair of texts, as the tokenizer encodes it for classification; target: a class's number or a quantity
 image      the picture as the processor prepares it; target: a class's number
-seq2seq    the prompt as the tokenizer encodes it for an encoder; target: the completion's tokens
+seq2seq    the prompt as the tokenizer encodes it for an encoder, without its left where it is too long; target: the completion's
+           tokens, without its end and the end token where it is too long
+
+A text that has the tokenizer's own first or last token already gets no second one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltaw.config import DataConfig
 from deltaw.data.batches import padded
-from deltaw.data.encode import Counts, Encoded, plain_prompt
+from deltaw.data.encode import Counts, Encoded, ended, plain_prompt
 from deltaw.data.forms import Record
 from deltaw.data.images import pixels
 from deltaw.data.labels import class_indices, quantities
@@ -73,8 +76,9 @@ def texts(
 ) -> tuple[list[dict[str, list[int]]], list[int]]:
     """The tokenizer's encoding of each record's text or pair, in at most so many tokens where they may be cut (of a pair, the
     longer text first); and the number of tokens before."""
-    firsts = [r.prompt for r in records]
-    seconds = [r.input for r in records] if any(r.input for r in records) else None
+    bare = _Bare(tokenizer)
+    seconds = [bare.end(r.input) for r in records] if any(r.input for r in records) else None
+    firsts = [bare.start(r.prompt) if seconds else bare.end(bare.start(r.prompt)) for r in records]
     lengths = [len(ids) for ids in tokenizer(firsts, seconds, verbose=False).input_ids]
     encoded = tokenizer(firsts, seconds, truncation=cut, max_length=most if cut else None, verbose=False)
     names = [name for name in encoded if name != "attention_mask"]
@@ -100,30 +104,103 @@ def encode_seq2seq(records: Records, tokenizer: Any, config: DataConfig) -> Enco
             "records."
         )
     cut = config.too_long == "truncate"
-    prompts = encoder_inputs(records.items, tokenizer, config, cut)
-    answers = tokenizer(
-        text_target=[r.completion or "" for r in records.items], truncation=cut,
-        max_length=config.max_length if cut else None, verbose=False,
-    ).input_ids  # fmt: skip
-    whole = tokenizer([_prompt(r, config) for r in records.items], verbose=False).input_ids
-    end = tokenizer.eos_token_id
-    answers = [
-        [*a, end] if end is not None and a[-1:] != [end] and not (cut and len(a) >= config.max_length) else a
-        for a in answers
-    ]
+    prompts = _encoder_inputs(records.items, tokenizer, config)
+    answers = _decoder_targets(records.items, tokenizer)
+    most = config.max_length if cut else None
     items = [
-        Item({"input_ids": ids}, list(answer), r.place)
+        Item({"input_ids": ids.within(most)}, answer[:most], r.place)
         for ids, answer, r in zip(prompts, answers, records.items, strict=True)
     ]
-    lengths = [max(len(ids), len(answer)) for ids, answer in zip(whole, answers, strict=True)]
-    return _kept(items, lengths, records, config)
+    lengths = [max(len(ids), len(answer)) for ids, answer in zip(prompts, answers, strict=True)]
+    encoded = _kept(items, lengths, records, config)
+    if tokenizer.eos_token_id is None:
+        return replace(encoded, note=_NO_END)
+    return replace(encoded, ends=(int(tokenizer.eos_token_id),))
 
 
-def encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig, cut: bool = True) -> list[list[int]]:
-    """The tokens of each record's prompt."""
-    most = config.max_length if cut else None
-    found = tokenizer([_prompt(r, config) for r in records], truncation=cut, max_length=most, verbose=False)
-    return [list(ids) for ids in found.input_ids]
+def encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[list[int]]:
+    """The tokens of each record's prompt, as in training: without the left of one that is longer than max_length."""
+    return [ids.within(config.max_length) for ids in _encoder_inputs(records, tokenizer, config)]
+
+
+_NO_END = (
+    "This tokenizer has no eos_token, so that completions teach no end: what is trained does not learn to stop, and goes on "
+    "until max_new_tokens."
+)
+
+
+class _Input(NamedTuple):
+    """A prompt's tokens, between what the tokenizer puts before and after every text."""
+
+    before: list[int]
+    text: list[int]
+    after: list[int]
+
+    def within(self, most: int | None) -> list[int]:
+        """In at most so many tokens: the left of the text goes, as of a decoder's prompt. Of very few, the last are left."""
+        ids = [*self.before, *self.text, *self.after]
+        if most is None or len(ids) <= most:
+            return ids
+        room = most - len(self.before) - len(self.after)
+        return [*self.before, *self.text[-room:], *self.after] if room > 0 else ids[-most:]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self[:])
+
+
+def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[_Input]:
+    bare = _Bare(tokenizer)
+    prompts = [bare.end(bare.start(_prompt(r, config))) for r in records]
+    whole = tokenizer(prompts, verbose=False).input_ids
+    texts = tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
+    return [_parts(list(ids), list(text)) for ids, text in zip(whole, texts, strict=True)]
+
+
+# Tokens that a tokenizer puts before a text: one or two
+_MOST_BEFORE = 8
+
+
+def _parts(ids: list[int], text: list[int]) -> _Input:
+    """Where a text's own tokens are among all that encoding it gives."""
+    for at in range(min(len(ids) - len(text), _MOST_BEFORE) + 1):
+        if ids[at : at + len(text)] == text:
+            return _Input(ids[:at], text, ids[at + len(text) :])
+    return _Input([], ids, [])
+
+
+def _decoder_targets(records: Sequence[Record], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each completion and, whatever the tokenizer adds, an end token."""
+    bare, end = _Bare(tokenizer), tokenizer.eos_token_id
+    completions = [bare.end(bare.start(r.completion or "")) for r in records]
+    whole = tokenizer(text_target=completions, verbose=False).input_ids
+    texts = tokenizer(text_target=completions, add_special_tokens=False, verbose=False).input_ids
+    parts = [_parts(list(ids), list(text)) for ids, text in zip(whole, texts, strict=True)]
+    targets = [[*p.before, *p.text, *p.after] for p in parts]
+    return [
+        ids if end is None or end in p.after else ended(ids, tokenizer) for p, ids in zip(parts, targets, strict=True)
+    ]
+
+
+class _Bare:
+    """Takes from a text what the tokenizer puts before and after every one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        ids, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+        parts = _parts(list(ids), list(text))
+        self.first, self.last = (tokenizer.convert_ids_to_tokens(part) for part in (parts.before, parts.after))
+
+    def start(self, text: str) -> str:
+        """Without the tokens in front."""
+        for mark in self.first:
+            text = text.removeprefix(mark)
+        return text
+
+    def end(self, text: str) -> str:
+        """Without the tokens at the end, and white space after them."""
+        bare = text.rstrip()
+        for mark in reversed(self.last):
+            bare = bare.removesuffix(mark)
+        return text if bare == text.rstrip() else bare
 
 
 def _prompt(record: Record, config: DataConfig) -> str:

@@ -2,7 +2,8 @@
 model code, no arithmetic.
 
 A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8,
-row by row, and its escapes, little-endian integers as wide as the tensor's entries (residual.py).
+row by row, and its escapes, little-endian integers as wide as the tensor's entries (residual.py). Under files/ are the base's own
+small files that a merge changes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Writer:
                 for at in range(0, len(flat), PIECE):
                     stream.write(flat[at : at + PIECE].data)
 
+    def keep(self, name: str, folder: Path) -> None:
+        """The file of this name as it is in `folder`; nothing, where there is none."""
+        path = folder / name
+        self.archive.writestr(f"files/{name}", path.read_bytes() if path.is_file() else b"")
+
 
 @contextmanager
 def writing(path: Path, adapter: str) -> Iterator[Writer]:
@@ -83,6 +89,19 @@ class Reader:
             return Residual(tensor_over(codes, torch.int8).view(shape), tensor_over(escapes, integers))
         except (RuntimeError, ValueError) as error:
             raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
+
+    def give_back(self, name: str, folder: Path) -> None:
+        """Write into `folder` the file of this name that the base had; away with it, where it had none."""
+        try:
+            content = self.archive.read(f"files/{name}")
+        except KeyError:  # by a version that changed none
+            return
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{self.path}: its {name} is damaged: {error}") from error
+        if content:
+            (folder / name).write_bytes(content)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
     def _part(self, part: str, tensor: str) -> bytearray:
         name = f"{part}/{tensor}"

@@ -16,7 +16,9 @@ from torch import Tensor
 from deltaw.errors import FileError, listing
 from deltaw.files.atomic import replacing
 
-_ENDS = {".lora_a": 0, ".lora_b": 1}
+_PARTS = {".lora_a": 0, ".lora_b": 1}
+# A key of ours, which llama.cpp passes over: the tokens that end what the adapter was taught to say
+_ENDS = "deltaw.ends"
 
 
 class GGUFLoRA(NamedTuple):
@@ -26,6 +28,8 @@ class GGUFLoRA(NamedTuple):
     factors: dict[str, tuple[Tensor, Tensor]]
     """llama.cpp's name of a tensor → A [r, k], B [d, r], float32."""
     scales: dict[str, float]
+    ends: tuple[int, ...] = ()
+    """The tokens that end what it was taught to say."""
 
 
 def package() -> Any:
@@ -46,6 +50,8 @@ def write(path: Path, adapter: GGUFLoRA) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if adapter.ends:
+            writer.add_array(_ENDS, list(adapter.ends))
         for name, (A, B) in adapter.factors.items():
             rest = adapter.scales[name] / (alpha / A.shape[0])
             writer.add_tensor(f"{name}.lora_a", A.detach().float().contiguous().numpy())
@@ -70,9 +76,9 @@ def read(path: Path) -> GGUFLoRA:
         file = gguf.GGUFReader(path)
         settings = {
             key: file.get_field(key)
-            for key in ("general.type", "adapter.type", "adapter.lora.alpha", "general.architecture")
+            for key in ("general.type", "adapter.type", "adapter.lora.alpha", "general.architecture", _ENDS)
         }
-        kind, form, alpha, arch = (field.contents() if field is not None else None for field in settings.values())
+        kind, form, alpha, arch, ends = (field.contents() if field is not None else None for field in settings.values())
     except (OSError, ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be read as a GGUF file: {error}") from error
     if kind != "adapter" or form != "lora" or arch is None or alpha is None:
@@ -81,12 +87,12 @@ def read(path: Path) -> GGUFLoRA:
     problems = []
     for tensor in file.tensors:
         base, end = tensor.name[:-7], tensor.name[-7:]
-        if end not in _ENDS:
+        if end not in _PARTS:
             problems.append(f"{tensor.name} is no A or B")
         elif tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             problems.append(f"{tensor.name} is {tensor.tensor_type.name}; F32 and F16 are read")
         else:
-            pairs.setdefault(base, {})[_ENDS[end]] = torch.from_numpy(tensor.data.copy()).float()
+            pairs.setdefault(base, {})[_PARTS[end]] = torch.from_numpy(tensor.data.copy()).float()
     problems += [why for name, pair in pairs.items() if (why := _misfit(name, pair))]
     if not pairs:
         problems.append("there is no A or B in it")
@@ -94,7 +100,7 @@ def read(path: Path) -> GGUFLoRA:
         raise FileError(listing(f"{path} cannot be used:", problems))
     factors = {name: (pair[0], pair[1]) for name, pair in pairs.items()}
     scales = {name: (alpha / A.shape[0] if alpha else 1.0) for name, (A, _) in factors.items()}
-    return GGUFLoRA(arch, factors, scales)
+    return GGUFLoRA(arch, factors, scales, tuple(int(end) for end in ends or ()))
 
 
 def _misfit(name: str, pair: Mapping[int, Tensor]) -> str | None:

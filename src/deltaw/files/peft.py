@@ -54,6 +54,8 @@ BASE, W0 = "deltaw_base", "deltaw_w0"
 TRANSPOSED = "deltaw_transposed"
 # Metadata: JSON, layer → its slices that have updates of their own → their rows of its output
 SLICES = "deltaw_slices"
+# Metadata: JSON list of the tokens that end what the adapter was taught to say
+ENDS = "deltaw_ends"
 
 # Metadata: JSON, layer → its scale, where no α in the config gives that to the last bit
 SCALES = "deltaw_scales"
@@ -418,6 +420,18 @@ def slices_of(file: LoRAFile) -> dict[str, dict[str, Runs]]:
         return slices
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(f"The slices of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
+
+
+def ends_of(file: _Named, folder: Path) -> tuple[int, ...]:
+    """The ids of the tokens that end what the adapter was taught to say; none in foreign files. Raises FileError for damaged
+    ones."""
+    try:
+        found = json.loads(file.metadata.get(ENDS, "[]"))
+        if not isinstance(found, list) or not all(type(end) is int and end >= 0 for end in found):
+            raise ValueError(f"{found!r} is no list of token ids")
+    except ValueError as error:
+        raise FileError(f"{folder}: the end tokens in the metadata of {WEIGHTS} are damaged: {error}") from error
+    return tuple(found)
 
 
 def fingerprint_of(file: _Named, folder: Path, key: str) -> Fingerprint | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deltaw.errors import MergeError
-from deltaw.files import correction, peft
+from deltaw.files import correction, generation_config, peft
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import EXACT, Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
@@ -70,6 +70,8 @@ def merge_files(
     """Write the checkpoint in folder `base` to folder `out` with the adapter's ΔW in it, in the dtypes that it is stored in;
     config and tokenizer go along. At most one and a half times the largest tensor is held in memory.
 
+    The tokens that the adapter was taught to end with are added to those that generation_config.json names.
+
     `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. `look` is called with
     the finished folder before it takes `out`'s place. Raises FileError (NotByFiles where a merge in memory may still do),
     BaseMismatch (`check_base=False` overrides) or MergeError, with every problem, and what `look` raises; `out` is then as
@@ -78,7 +80,7 @@ def merge_files(
     base, adapter, out = Path(base), Path(adapter), Path(out)
     shards, file = shards_of(base), _lora(adapter)
     check_by_files(file, undone=reversible)
-    places = places_of(shards, file, base)
+    places, ends = places_of(shards, file, base), peft.ends_of(file, adapter)
     if check_base:
         peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
     stats: dict[str, MergeStats] = {}
@@ -101,8 +103,11 @@ def merge_files(
     with replacing_folder(out) as folder:
         with _correction(folder, file, reversible) as kept:
             write(folder, kept)
+            if kept is not None:
+                kept.keep(generation_config.NAME, base)
         check_merged(stats, allow_unchanged=False)
         _copy_the_rest(base, folder)
+        generation_config.stop_at(folder, ends)
         look(folder)
     size = sum(shard.path.stat().st_size for shard in shards)
     path = out / correction.NAME
@@ -123,7 +128,8 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
     """Write the base of the merged checkpoint in folder `merged` to folder `out`.
 
     With the correction file of a reversible merge the files are the base's own, byte for byte, checked by their hash. Without
-    one ΔW is subtracted, and the result says how far an entry can be from the base's. Raises FileError or MergeError: a
+    one ΔW is subtracted, and the result says how far an entry can be from the base's; generation_config.json then stays as the
+    merge left it. Raises FileError or MergeError: a
     checkpoint or an adapter that the correction does not belong to, a hash that differs; `out` is then not there.
     """
     merged, adapter, out = Path(merged), Path(adapter), Path(out)
@@ -156,6 +162,8 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
             if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
                 raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
         _copy_the_rest(merged, folder)
+        if kept is not None:
+            kept.give_back(generation_config.NAME, folder)
     expected = peft.fingerprint_of(file, adapter, peft.W0)
     same = expected is not None and expected.exact == combined(digests[layer] for layer in sorted(digests))
     return UnmergedFiles(len(places), kept is not None, kept is not None or same, max(errors))

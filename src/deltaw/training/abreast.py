@@ -2,7 +2,7 @@
 step, and each row goes through its own loop's adapter. Knows loops and routes; nothing of what the candidates are tried for.
 
 A row pays for its own adapter's arithmetic alone, so each loop comes out as it does by itself, to the rounding of the batch's
-shape. (A base with dropout drops out other entries than it would for one loop.)
+shape. (Dropout, the adapters' and the base's, drops out other entries than it would for one loop.)
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Abreast:
                 loop.step()
             return
         drawn = [loop.drawn() for loop in loops]
-        losses, counts = _backward(loops, drawn)
+        with loops[0].drawing(*loops[1:]):
+            losses, counts = _backward(loops, drawn)
         share = (time.monotonic() - began) / len(loops)
         for loop, rows, loss, count in zip(loops, drawn, losses, counts, strict=True):
             began = time.monotonic()

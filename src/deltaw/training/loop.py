@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.attached import owner_of, updates
+from deltaw.chance import devices_of, mixed, seeded
 from deltaw.config import TrainConfig
 from deltaw.data import Order
 from deltaw.errors import TrainError
@@ -101,6 +102,7 @@ class Loop:
         self.losses = torch.zeros((), device=base.device)  # since they were last read
         self.last: _Watched | None = None
         self.last_evaluation = 0.0  # its seconds
+        self.devices = devices_of(self.model)
         self._logged = replace(self.state)
 
     def run(self) -> LoopState:
@@ -151,8 +153,15 @@ class Loop:
     def step(self) -> None:
         """One optimizer step, and what is due after it: a line of the log, an evaluation, a stop."""
         began = time.monotonic()
-        values = self._step()
+        with self.drawing():
+            values = self._step()
         self.ended(values, time.monotonic() - began)
+
+    def drawing(self, *others: Loop) -> contextlib.AbstractContextManager[None]:
+        """While open, random numbers (dropout's) follow from the seed and the number of the step alone, of this loop and of those
+        that share its pass: whatever is drawn between two steps changes nothing."""
+        numbers = [number for loop in (self, *others) for number in (loop.config.seed, loop.state.step)]
+        return seeded(mixed("step", *numbers), self.devices)
 
     def ended(self, values: dict[str, Any], seconds: float) -> None:
         """What is due after a step, which took so long and came to `values`."""

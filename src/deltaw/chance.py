@@ -1,0 +1,51 @@
+"""torch's random numbers for the length of a block, from a seed; afterwards the user's generators stand where they stood."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+def mixed(*parts: object) -> int:
+    """A seed out of several numbers or texts: equal ones give the same one, on every machine."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(63)  # a text is hashed with SHA-512
+
+
+@contextlib.contextmanager
+def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """While open, the generators of the CPU and of these devices draw from `seed`; on leaving, they have their states back.
+
+    Generators of other devices are neither seeded nor read, unlike by `torch.manual_seed`.
+    """
+    generators = [torch.default_generator, *(_generator(device) for device in set(devices) if device.type != "cpu")]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def devices_of(model: Any) -> set[torch.device]:
+    """The devices that a model's parameters lie on and draw random numbers on."""
+    return {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+
+
+class _OfMPS:
+    """The generator of Apple's GPU, which torch gives no object for."""
+
+    get_state, set_state = staticmethod(torch.mps.get_rng_state), staticmethod(torch.mps.set_rng_state)
+    manual_seed = staticmethod(torch.mps.manual_seed)
+
+
+def _generator(device: torch.device) -> Any:
+    if device.type == "mps":
+        return _OfMPS
+    module = torch.get_device_module(device)  # CUDA's, or another accelerator's with the same names
+    return module.default_generators[module.current_device() if device.index is None else device.index]

@@ -1,0 +1,86 @@
+"""How the assistant's turns end: the tokens that a chat template puts there, by which a model that has learnt them stops. Knows
+texts and tokens; no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+Ids = list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An assistant's message in a rendered conversation."""
+
+    before: str
+    """All the text that it is generated from."""
+    after: str
+    """All the text up to its end."""
+    content: str
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.after[len(self.before) :]
+
+    @property
+    def tail(self) -> str | None:
+        """What the template puts after the content; None where the content does not begin the turn as it is."""
+        content = self.content.strip()
+        return self.text.lstrip()[len(content) :] if self.text.lstrip().startswith(content) else None
+
+    @property
+    def end(self) -> str:
+        """The text whose tokens end it: the template's own, or the whole turn where there is none, or it cannot be told."""
+        return self.tail if self.tail and self.tail.strip() else self.text.rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a turn ends in tokens."""
+
+    token: int | None
+    """What a model can stop at: the template's last token there that is one whole, not part of ordinary text."""
+    supervised: bool
+    """Whether that token is among those to be learnt."""
+    text: str
+    """What stands there, without the content where that can be told."""
+
+
+def token_of(turn: Turn, ids: Ids, special: Collection[int], added: Collection[int]) -> int | None:
+    """The token that ends a turn; None where plain text does. `ids`: of the turn's end. `added`: all the tokens that were added
+    to the vocabulary, which may stand for ordinary words: those of the content end nothing."""
+    if turn.end == turn.tail:
+        return next((token for token in reversed(ids) if token in special or token in added), None)
+    return ids[-1] if ids and ids[-1] in special else None
+
+
+def taught(endings: Iterable[Ending]) -> tuple[int, ...]:
+    """The tokens that a model trained on these learns to stop at, the most frequent first."""
+    counts = Counter(e.token for e in endings if e.token is not None and e.supervised)
+    return tuple(token for token, _ in counts.most_common())
+
+
+def problem(endings: Sequence[Ending], word_of: Callable[[int], str]) -> str | None:
+    """What to tell the user where some turns teach no end. `word_of`: a token's text by its id."""
+    plain = [e.text for e in endings if e.token is None]
+    left_out = [word_of(e.token) for e in endings if e.token is not None and not e.supervised]
+    never = "A model trained on them does not learn to stop there, and goes on until max_new_tokens"
+    told = []
+    if plain:
+        tail, _ = Counter(plain).most_common(1)[0]
+        how = f"no special token but plain text ({_shown(tail)})" if tail.strip() else "no token of its own"
+        told.append(f"The chat template ends {len(plain):,} of {len(endings):,} answers in {how}. {never}.")
+    if left_out:
+        told.append(
+            f"The chat template's {{% generation %}} marks leave out what ends {len(left_out):,} of {len(endings):,} answers "
+            f"({', '.join(dict.fromkeys(left_out))}). {never} unless the base does so already."
+        )
+    return "\n".join(told) or None
+
+
+def _shown(tail: str) -> str:
+    return repr(tail if len(tail) <= 30 else f"…{tail[-30:]}")

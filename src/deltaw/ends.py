@@ -1,0 +1,66 @@
+"""Tokens that end what an adapter was taught to say. They stand with the adapter, and in the generation_config of a model that
+it is merged into; the base's own stay beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from deltaw.attached import find_record, known, owner_of, record_of
+from deltaw.eos import Ends, extended, listed
+from deltaw.rows import Rows
+
+# In an adapter's metadata
+_KEY = "ends"
+
+
+def teach(model: nn.Module, name: str, ends: Iterable[int]) -> None:
+    """Note the tokens that end what adapter `name` says; `save` writes them. Raises AdapterError for an unknown name."""
+    record = record_of(model)
+    unique = tuple(dict.fromkeys(int(end) for end in ends))
+    record.attached[known(record, name)].metadata |= {_KEY: unique} if unique else {}
+
+
+def taught(model: nn.Module, names: Iterable[str | None]) -> Ends:
+    """The end tokens of these adapters together, in order. None is the base, which was taught none here."""
+    record = find_record(model)
+    attached = {} if record is None else record.attached
+    every = [attached[name].metadata.get(_KEY, ()) for name in names if name in attached]
+    return tuple(dict.fromkeys(end for ends in every for end in ends))
+
+
+def routed(model: nn.Module) -> tuple[str | None, ...] | None:
+    """The adapter of each row, within a `route` block of several; None where all rows go through the same one."""
+    choice = _choice(model)
+    return choice.names if isinstance(choice, Rows) else None
+
+
+def in_use(model: nn.Module) -> Ends:
+    """The end tokens of whatever adapters the model goes through here; those of merged ones are its own."""
+    choice = _choice(model)
+    return taught(model, choice.names if isinstance(choice, Rows) else (choice,))
+
+
+def own_ends(model: Any) -> Ends:
+    """The end tokens that the model's generation_config names."""
+    return listed(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+
+
+def extend(model: nn.Module, names: Iterable[str]) -> tuple[Any, Any] | None:
+    """Let the model's generation_config stop at what these adapters were taught. That config and the eos_token_id that it had,
+    which give it back; None where nothing changed."""
+    config = getattr(model, "generation_config", None) or getattr(owner_of(model), "generation_config", None)
+    before = getattr(config, "eos_token_id", None)
+    after = extended(before, taught(model, names))
+    if config is None or after == before:
+        return None
+    config.eos_token_id = after
+    return config, before
+
+
+def _choice(model: nn.Module) -> Any:
+    record = find_record(model) if isinstance(model, nn.Module) else None
+    return None if record is None else record.route.chosen()
