@@ -44,7 +44,8 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
         file,
         factors=_by(module, file.factors), scales=_by(module, file.scales), magnitudes=_by(module, file.magnitudes),
         biases=_by(module, file.biases), rows=_by(module, file.rows), whole=_by(parameter, file.whole),
-        copies=_by(parameter, file.copies), embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels),
+        copies=_by(parameter, file.copies), originals=_by(parameter, file.originals),
+        embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels),
     )  # fmt: skip
     if found:
         old, new = next(iter(found.items()))

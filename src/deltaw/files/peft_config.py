@@ -211,12 +211,13 @@ def tokens_of(layer: str, config: Mapping[str, Any]) -> list[int] | None:
 
 
 def saved_module(name: str, config: Mapping[str, Any]) -> str | None:
-    """The entry of modules_to_save that means the module of this parameter, or one around it."""
+    """The module that an entry of modules_to_save means: that of this parameter, or one around it."""
     parts = name.split(".")[:-1]
     for entry in config.get("modules_to_save") or []:
         own = entry.split(".")
-        if any(parts[i : i + len(own)] == own for i in range(len(parts))):
-            return str(entry)
+        ends = (i + len(own) for i in range(len(parts)) if parts[i : i + len(own)] == own)
+        if (end := next(ends, None)) is not None:
+            return ".".join(parts[:end])
     return None
 
 

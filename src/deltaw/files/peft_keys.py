@@ -17,6 +17,8 @@ _PART = re.compile(
 )
 _ROWS = re.compile(r"(?P<layer>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _WHOLE = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.))?(?=\.)")
+# PEFT's wrapper of a module in modules_to_save keeps the module that it copied
+_ORIGINAL = ".original_module."
 _PARTS = {
     "lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
@@ -38,30 +40,44 @@ class Sorted:
     """Name of a parameter → a value in its place."""
     copies: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter of a layer that has an update → the base's own value."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a parameter of a module that has been copied to be trained → the value that it had before, or has."""
     unknown: list[str] = field(default_factory=list)
     """Keys that are none of these."""
 
 
 def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     """By their keys; `biases` tells whether the biases of layers with an update are trained, or the base's."""
-    found = Sorted()
+    found, inside = Sorted(), dict[str, str]()
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _PART.fullmatch(name):
             _put_part(found, key, match, tensor)
         elif match := _ROWS.fullmatch(name):
             found.rows[match["layer"]] = tensor
-        elif "lora_" in name or "." not in name or ".original_module." in name:
+        elif "lora_" in name or "." not in name:
             found.unknown.append(key)
+        elif _ORIGINAL in name:
+            found.originals[name.replace(_ORIGINAL, ".", 1)] = tensor
         elif ".base_layer." in name:
-            plain = name.replace(".base_layer.", ".")
+            plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             kept = found.whole if biases and name.endswith(".bias") else found.copies
-            kept[plain] = tensor
+            kept[plain], inside[plain] = tensor, name.split(".base_layer.")[0]
+        elif (plain := _WHOLE.sub("", name)) != name:
+            found.whole.setdefault(plain, tensor)  # PEFT reads the plain name, where the file has both
         else:
-            found.whole[_WHOLE.sub("", name)] = tensor
+            found.whole[name] = tensor
     for layer, parts in found.parts.items():
         _flatten(found, layer, parts)
+    for name in [name for name, layer in inside.items() if not _is_wrapped(found, layer)]:
+        found.originals[name] = found.whole.pop(name) if name in found.whole else found.copies.pop(name)
     return found
+
+
+def _is_wrapped(found: Sorted, layer: str) -> bool:
+    """Whether PEFT, reading the file, has a wrapper around this layer: the file has something for the wrapper itself."""
+    layer = layer.removesuffix(".token_adapter")
+    return layer in found.rows or any(n == layer or n.startswith(f"{layer}.base_layer") for n in found.parts)
 
 
 def _flatten(found: Sorted, layer: str, parts: dict[str, Tensor]) -> None:
