@@ -206,8 +206,8 @@ class _Fitting:
     def _with_originals(
         self, values: dict[str, Tensor], named: Mapping[str, tuple[nn.Parameter, list[str]]]
     ) -> dict[str, Tensor]:
-        """`values`, and those that PEFT's wrappers of modules keep for the base's own parameters. A wrapper's module reads its trained
-        copy, so that these are only read by layers that the model ties to it."""
+        """`values`, and those that PEFT's wrappers of modules keep for the base's own parameters. A wrapped module reads its
+        trained copy, so that these are only read by layers that the model ties to it."""
         others: dict[str, Tensor] = {}
         for name, original in self.file.originals.items():
             if name not in named or _same(original, own := named[name][0]):
