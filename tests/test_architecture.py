@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own line and the lines above it. A package stands for all its modules.
 ORDER = [
-    ["version", "errors", "names", "versions"],
+    ["version", "errors", "names", "wrapped_names", "versions"],
     ["units"],
     ["config"],
     ["residual", "residency", "differences"],

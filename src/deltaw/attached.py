@@ -24,10 +24,13 @@ from deltaw.routes import Route
 from deltaw.rows import Rows
 from deltaw.slots import Slot, close_slot, open_slot, slot_of
 from deltaw.updates import LowRank, Update
+from deltaw.wrapped_names import WRAPPED
 
 log = logging.getLogger("deltaw")
 
 RECORD = "_deltaw"
+# Classes that wrap a model as its child `module`, of packages that need not be installed
+_ENGINES = ("DeepSpeedEngine", "PipelineEngine", "DeepSpeedHybridEngine")
 
 
 @dataclass(frozen=True)
@@ -360,9 +363,9 @@ def owner_of(model: nn.Module) -> nn.Module:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return model.module
-    return model._modules.get("_orig_mod")  # torch.compile's, whose class is private
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or type(model).__name__ in _ENGINES:
+        return model._modules["module"]
+    return next((child for name in WRAPPED if (child := model._modules.get(name)) is not None), None)
 
 
 def record_of(model: nn.Module) -> Adapters:

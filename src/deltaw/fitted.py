@@ -44,7 +44,7 @@ def fitted(
 
 
 def vocabulary(model: Any, file: LoRAFile) -> int:
-    """How many tokens the model must have for what the adapter has of its embedding and head: more than it has where the
+    """How many tokens the model must have for what the adapter has of its embedding and head: more or fewer than it has where the
     vocabulary was resized before training."""
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     names = [n for n, m in base_modules(model) if any(m is end for end in ends)]
@@ -52,7 +52,7 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
     whole = [v.shape[0] for n, v in values.items() if n.removesuffix(".weight") in names]
     rows = [int(indices[-1]) + 1 for n, (indices, _) in file.rows.items() if n in names]
     own = [len(end.weight) for end in ends[:1] if isinstance(getattr(end, "weight", None), Tensor)]
-    return max([*own, *whole, *rows], default=0)
+    return max([*(whole or own), *rows], default=0)
 
 
 class _Fitting:
@@ -230,7 +230,8 @@ class _Fitting:
         """Whether the file's copy of a weight of the base is another one than this base's."""
         if _same(copy, own):
             return False
-        log.warning("The adapter's file has another %s than this model: the file's is used.", name)
+        if not _resized(copy, own):
+            log.warning("The adapter's file has another %s than this model: the file's is used.", name)
         return True
 
     def _put(self, values: dict[str, nn.Parameter]) -> None:
@@ -293,6 +294,16 @@ class _Fitting:
             self.problems.append(f"its rows of tokens are {list(rows.shape)}, the file's embedding {list(value.shape)}")
         else:
             value[indices.to(value.device)] = rows.to(value)
+
+
+def _resized(copy: Tensor, own: Tensor) -> bool:
+    """Whether a file's copy of a weight is this one but for its last rows: those of tokens that were added."""
+    if copy.ndim != 2 or copy.shape[1:] != own.shape[1:]:
+        return False
+    both = min(len(copy), len(own))
+    alike = (copy[:both].to(own.device, own.dtype) == own[:both]).all(1)
+    count = int(alike.sum())
+    return count > 0 and bool(alike[:count].all())
 
 
 def _same(copy: Tensor, own: Tensor) -> bool:

@@ -119,7 +119,7 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
             f"num_labels={len(labels)}."
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else ())
+    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), given=True)
 
 
 def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:

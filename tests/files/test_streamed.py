@@ -178,7 +178,7 @@ def test_a_damaged_correction_is_refused(reversible: Path, damage: str) -> None:
     else:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in archive.namelist()}
-        parts["manifest.json"] = parts["manifest.json"].replace(b'"format": 1', b'"format": 2')
+        parts["manifest.json"] = parts["manifest.json"].replace(b'"format": 2', b'"format": 3')
         with zipfile.ZipFile(path, "w") as archive:
             for name, part in parts.items():
                 archive.writestr(name, part)

@@ -90,6 +90,9 @@ class LoRAFile:
     originals: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter of a module that PEFT copied to train it → the base's own value, where the file has that too."""
 
+    wrapped: str | None = None
+    """The first of the file's keys with what torch.compile, DDP and their like put into names, which these are without."""
+
     def rank(self, layer: str) -> int:
         """r; of a stack that of each of its matrices."""
         return rank_in(layer, self.factors[layer][0], self.config)
@@ -157,6 +160,7 @@ def read(folder: Path) -> LoRAFile:
         whole=found.whole,
         copies=found.copies,
         originals=found.originals,
+        wrapped=found.wrapped,
     )
 
 
@@ -181,8 +185,9 @@ def _in_order(ids: list[int] | None, rows: Tensor) -> _Pair:
     return indices, rows[order]
 
 
-def write(folder: Path, adapter: LoRAFile) -> Path:
-    """Write the folder atomically, then read it back and compare. Raises FileError when what was read differs."""
+def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Write the folder atomically, then read it back and compare; `beside` adds other files to it. Raises FileError when what
+    was read differs."""
     tensors = _stored(adapter)
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -195,6 +200,7 @@ def write(folder: Path, adapter: LoRAFile) -> Path:
         same = again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
         if not same or back.scales != adapter.scales or not _same_tokens(back, adapter):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
+        beside(temporary)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaw.errors import FileError
+from deltaw.wrapped_names import unwrapped
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -131,7 +132,7 @@ def _is_number(value: Any) -> bool:
 
 def _compiles(pattern: str) -> bool:
     try:
-        re.compile(pattern)
+        re.compile(_matching(pattern))
     except re.error:
         return False
     return True
@@ -173,7 +174,7 @@ def pattern_problem(layer: str, config: Mapping[str, Any]) -> str | None:
 def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
     """The names that PEFT compares its patterns with, for a layer of the file: its own; or of a weight that has no layer, whose
     name in the file is that of its module, the parameter's. Which one of the module's parameters, the file does not say."""
-    module = layer.split(".base_layer")[0]
+    module = unwrapped(layer).split(".base_layer")[0]
     parameters = [target.rpartition(".") for target in config.get("target_parameters") or []]
     inside = [f"{module}.{own}" for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
     anywhere = [f"{module}.{own}" for outer, _, own in parameters if not outer]
@@ -183,10 +184,10 @@ def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
 def _values(layer: str, config: Mapping[str, Any], key: str, default: Any) -> list[Any]:
     """What patterns give a layer, once each: one value unless they tell apart what the file does not. Files of ours have a
     pattern of its name in the file, which PEFT passes over where that is none of its names."""
-    patterns, own = config.get(key) or {}, exactly(layer)
-    if own in patterns:
+    patterns, own, names = config.get(key) or {}, exactly(unwrapped(layer)), pattern_names(layer, config)
+    if own in patterns and unwrapped(layer) not in names:
         return [patterns[own]]
-    return list(dict.fromkeys(_by_pattern(name, patterns, default) for name in pattern_names(layer, config)))
+    return list(dict.fromkeys(_by_pattern(name, patterns, default) for name in names))
 
 
 def exactly(layer: str) -> str:
@@ -195,11 +196,14 @@ def exactly(layer: str) -> str:
 
 
 def _by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name from a dot (or its start) on."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) or re.fullmatch(pattern, name):
-            return value
-    return default
+    """PEFT's rule: the first pattern, in the file's order, that matches the end of the name from a dot (or its start) on. PEFT
+    sorts them when it saves, so that a file may mean another one than its training did."""
+    return next((value for pattern, value in patterns.items() if re.match(_matching(pattern), name)), default)
+
+
+def _matching(pattern: str) -> str:
+    """What PEFT compiles of a pattern; groups in it count from this one's."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def tokens_of(layer: str, config: Mapping[str, Any]) -> list[int] | None:
@@ -212,7 +216,7 @@ def tokens_of(layer: str, config: Mapping[str, Any]) -> list[int] | None:
 
 def saved_module(name: str, config: Mapping[str, Any]) -> str | None:
     """The module that an entry of modules_to_save means: that of this parameter, or one around it."""
-    parts = name.split(".")[:-1]
+    parts = unwrapped(name).split(".")[:-1]
     for entry in config.get("modules_to_save") or []:
         own = entry.split(".")
         ends = (i + len(own) for i in range(len(parts)) if parts[i : i + len(own)] == own)

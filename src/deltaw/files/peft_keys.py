@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from deltaw.wrapped_names import unwrapped, without_peft_prefix
+
 PREFIX = "base_model.model."
 
 # Of a low-rank update, some with the adapter's name behind them, as older versions wrote it
@@ -42,6 +44,8 @@ class Sorted:
     """Name of a parameter of a layer that has an update → the base's own value."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter of a module that has been copied to be trained → the value that it had before, or has."""
+    wrapped: str | None = None
+    """The first key with what torch.compile, DDP and their like put into it, which the names here are without."""
     unknown: list[str] = field(default_factory=list)
     """Keys that are none of these."""
 
@@ -50,7 +54,9 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     """By their keys; `biases` tells whether the biases of layers with an update are trained, or the base's."""
     found, inside = Sorted(), dict[str, str]()
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = unwrapped(without_peft_prefix(key))
+        if name != key.removeprefix(PREFIX) and found.wrapped is None:
+            found.wrapped = key
         if match := _PART.fullmatch(name):
             _put_part(found, key, match, tensor)
         elif match := _ROWS.fullmatch(name):

@@ -13,6 +13,7 @@ from deltaw.errors import FileError, listing, nearest
 from deltaw.files.fingerprint import Fingerprint, combined, digest
 from deltaw.files.peft import LoRAFile, transposed_layers
 from deltaw.files.shards import Entry, Shard, read_tensor
+from deltaw.wrapped_names import found_as
 
 # transformers' models with Conv1D layers, whose weights are stored [k, d]
 _WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
@@ -113,7 +114,7 @@ def _all_linear(folder: Path) -> bool:
 def _tensor_of(layer: str, entries: Mapping[str, Entry]) -> str | None:
     """The name of a layer's weight in the files: the layer's own; or without the base model's prefix, or with one, where just
     one tensor is named so."""
-    full = f"{layer}.weight"
+    full = found_as(f"{layer}.weight", entries, {}) or f"{layer}.weight"
     if full in entries:
         return full
     shorter = full.split(".", 1)[-1]

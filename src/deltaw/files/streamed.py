@@ -8,6 +8,7 @@ turned back into the base's own bytes, which is checked by their hash.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deltaw.errors import MergeError
-from deltaw.files import correction, peft
+from deltaw.files import correction, peft, tokenizer_files
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
@@ -68,7 +69,8 @@ def merge_files(
     look: Callable[[Path], None] = lambda folder: None,
 ) -> MergedFiles:
     """Write the checkpoint in folder `base` to folder `out` with the adapter's ΔW in it, in the dtypes that it is stored in;
-    config and tokenizer go along. At most one and a half times the largest tensor is held in memory.
+    config and tokenizer go along, and the adapter's tokenizer or chat template in their place where its folder has another.
+    At most one and a half times the largest tensor is held in memory.
 
     `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. `look` is called with
     the finished folder before it takes `out`'s place. Raises FileError (NotByFiles where a merge in memory may still do),
@@ -81,6 +83,7 @@ def merge_files(
     places = places_of(shards, file, base)
     if check_base:
         peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
+    brings_tokenizer = _brings_tokenizer(base, adapter, check_base)
     stats: dict[str, MergeStats] = {}
 
     def write(folder: Path, kept: correction.Writer | None) -> None:
@@ -101,12 +104,48 @@ def merge_files(
     with replacing_folder(out) as folder:
         with _correction(folder, file, reversible) as kept:
             write(folder, kept)
-        check_merged(stats, allow_unchanged=False)
-        _copy_the_rest(base, folder)
+            check_merged(stats, allow_unchanged=False)
+            _copy_the_rest(base, folder)
+            if brings_tokenizer:
+                _put_tokenizer(adapter, folder, kept)
         look(folder)
     size = sum(shard.path.stat().st_size for shard in shards)
     path = out / correction.NAME
     return MergedFiles(stats, size, path.stat().st_size if reversible else 0)
+
+
+def _brings_tokenizer(base: Path, adapter: Path, check: bool) -> bool:
+    """Whether the adapter's folder has a tokenizer or a chat template that the base's has not. Raises NotByFiles where that has
+    tokens which the checkpoint has no rows for."""
+    if not tokenizer_files.files_in(adapter):
+        return False
+    theirs = tokenizer_files.open_tokenizer(base) if tokenizer_files.files_in(base) else None
+    own = tokenizer_files.brought(adapter, theirs, check=check)
+    if own is None:
+        return False
+    rows, last = _rows(base), max(own.get_vocab().values())
+    if rows is not None and last >= rows:
+        raise NotByFiles(
+            f"The tokenizer in {adapter} has tokens up to {last}, the checkpoint rows for {rows}: by files alone none are added."
+        )
+    return True
+
+
+def _rows(base: Path) -> int | None:
+    """How many tokens the model in a folder has, by its config."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _put_tokenizer(adapter: Path, folder: Path, kept: correction.Writer | None) -> None:
+    before = tokenizer_files.contents(folder)
+    tokenizer_files.replace_files(adapter, folder)
+    if kept is not None:
+        kept.keep(before, tokenizer_files.contents(folder))
 
 
 def _lora(adapter: Path) -> LoRAFile:
@@ -156,6 +195,8 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
             if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
                 raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
         _copy_the_rest(merged, folder)
+        if kept is not None:
+            kept.put_back(folder)
     exact = kept is not None or peft.fingerprint_of(file, adapter, peft.W0) == combined(digests.values())
     return UnmergedFiles(len(places), kept is not None, exact, max(errors))
 

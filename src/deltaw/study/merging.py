@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw import merged, store, tasks
+from deltaw import merged, tasks
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.peft import LoRAFile
-from deltaw.fitted import vocabulary
 from deltaw.merge_report import MergeReport
 from deltaw.pretrained import Pretrained, save_pretrained
 
@@ -71,13 +69,7 @@ def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True
 def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
     """The base with the adapter on it, and with as many tokens as the adapter has."""
     loaded = tasks.opened(source, tasks.of_adapter(adapter), dtype=dtype, device="cpu")
-    file = store.read(adapter)
-    tokens = vocabulary(loaded.model, file) if isinstance(file, LoRAFile) else 0
-    own = getattr(loaded.model.get_input_embeddings(), "weight", None)
-    if own is not None and tokens > len(own):
-        loaded.model.resize_token_embeddings(tokens, mean_resizing=False)
-    tasks.equip(loaded, adapter, check_base=check_base)
-    return loaded
+    return tasks.equip(loaded, adapter, check_base=check_base, resize=True)
 
 
 @torch.no_grad()
