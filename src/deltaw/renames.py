@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from deltaw.errors import FileError
+from deltaw.files.method_file import MethodFile
 from deltaw.files.peft import SLICES, LoRAFile, slices_of
-from deltaw.wrapped_names import found_as, plain_names, unwrapped, unwrapped_pattern, without_peft_prefix
+from deltaw.wrapped_names import common_prefix, found_as, plain_names, unwrapped, unwrapped_pattern, without_peft_prefix
 
 log = logging.getLogger("deltaw")
 
@@ -31,7 +32,8 @@ RENAMES = (
 def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
     """The file with this model's names (`known`: of its modules) for those layers that go by another one here: without what
     wrappers put into names, or by another version of transformers. It logs which. Raises FileError for two names of one."""
-    found = _Found(known, file.wrapped)
+    names = [*file.factors, *file.rows, *(name.rpartition(".")[0] for name in (*file.whole, *file.originals))]
+    found = _Found(known, file.wrapped, [name.partition(".base_layer")[0] for name in names])
     if all(layer in known for layer in file.factors) and not (file.whole or file.rows or file.originals):
         found.log()
         return replace(file, wrapped=None)
@@ -46,6 +48,39 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
     )  # fmt: skip
     found.log()
     return made
+
+
+def renamed_method(file: MethodFile, known: Collection[str]) -> MethodFile:
+    """`renamed`, of an adapter of another method: its tensors, and the layers that its settings name."""
+    found = _Found(known, None, [])
+
+    def tensor(name: str) -> str:
+        parts = name.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            if (new := found.known_as(".".join(parts[:cut]))) is not None:
+                return ".".join([new, *parts[cut:]])
+        return name
+
+    def settings(value: Any) -> Any:
+        if isinstance(value, list):
+            return [settings(inner) for inner in value]
+        return (found.known_as(value) if isinstance(value, str) and "." in value else None) or value
+
+    made = replace(
+        file, tensors=_by(tensor, file.tensors), inputs=frozenset(found.known_as(n) or n for n in file.inputs),
+        settings={key: settings(value) for key, value in file.settings.items()},
+    )  # fmt: skip
+    found.log()
+    return made
+
+
+def plainly_named_method(file: MethodFile) -> MethodFile:
+    """`plainly_named`, of an adapter of another method."""
+    return replace(
+        file, tensors=_by(unwrapped, file.tensors), inputs=frozenset(map(unwrapped, file.inputs)),
+        settings=_without_wrappers(file.settings), config=_without_wrappers(file.config),
+        metadata=_without_wrappers(file.metadata),
+    )  # fmt: skip
 
 
 def plainly_named(file: LoRAFile) -> LoRAFile:
@@ -74,27 +109,33 @@ def _without_wrappers(value: Any) -> Any:
 class _Found:
     """What has been found so far, by the names in the file."""
 
-    def __init__(self, known: Collection[str], wrapped: str | None) -> None:
+    def __init__(self, known: Collection[str], wrapped: str | None, names: Sequence[str]) -> None:
         self.known, self.plain = known, plain_names(known)
         self.wrapped = {} if wrapped is None else {wrapped: unwrapped(without_peft_prefix(wrapped))}
         self.other: dict[str, str] = {}
+        self.outer = common_prefix(names, known, self.plain)
 
     def module(self, name: str) -> str:
         """This model's name of a module, or of a part of PEFT's wrapper around one; the name itself where it has none."""
         outer, inside, part = name.partition(".base_layer")
-        new = self._module(outer)
+        new = self.known_as(outer)
         if new is None and not inside:  # a parameter that has no layer
             outer, inside, part = name.rpartition(".")
-            new = self._module(outer) if outer else None
+            new = self.known_as(outer) if outer else None
         return name if new is None else f"{new}{inside}{part}"
 
-    def _module(self, name: str) -> str | None:
-        new = found_as(name, self.known, self.plain)
+    def known_as(self, name: str) -> str | None:
+        """This model's name of a module; None where it has none."""
+        new = found_as(name.removeprefix(self.outer), self.known, self.plain)
         if new is not None:
             if new != name:
                 self.wrapped[name] = new
             return new
-        places = (place for other in _others(name) if (place := found_as(other, self.known, self.plain)) is not None)
+        places = (
+            place
+            for other in _others(unwrapped(name.removeprefix(self.outer)))
+            if (place := found_as(other, self.known, self.plain)) is not None
+        )
         new = next(places, None)
         if new is not None:
             self.other[name] = new

@@ -25,7 +25,7 @@ from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-from deltaw.renames import plainly_named, renamed
+from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import LowRank, Update
 from deltaw.weights import OnWeights
 
@@ -59,7 +59,7 @@ def save(
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
     if not isinstance(adapter.method, LoRA):
-        other = as_method_file(model, name)
+        other = plainly_named_method(as_method_file(model, name))
         other.metadata.update(kept)
         return method_file.write(Path(path), other, _tokenizer_writer(model, adapter, tokenizer))
     file = plainly_named(as_file(model, name))
@@ -163,7 +163,8 @@ def place(
 
 def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
     """An adapter's file by this model's names, which it logs where they are others than the file's."""
-    return renamed(file, dict(live.base_modules(model))) if isinstance(file, peft.LoRAFile) else file
+    known = dict(live.base_modules(model))
+    return renamed(file, known) if isinstance(file, peft.LoRAFile) else renamed_method(file, known)
 
 
 def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:

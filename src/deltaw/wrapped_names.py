@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 # Names of a wrapper's one child that nothing else has; and DDP's, DataParallel's and DeepSpeed's, which a base may have too
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -47,6 +47,16 @@ def found_as(name: str, known: Collection[str], plain: Mapping[str, str]) -> str
         if candidate in plain:
             return plain[candidate]
     return None
+
+
+def common_prefix(names: Sequence[str], known: Collection[str], plain: Mapping[str, str]) -> str:
+    """The `module.`s before all of these names without which all of them are known, as DDP puts them there; else none."""
+    prefix = ""
+    while names and all(name.startswith(prefix) for name in names):
+        if all(name.removeprefix(prefix) in known or unwrapped(name.removeprefix(prefix)) in plain for name in names):
+            return prefix
+        prefix += f"{_MODULE}."
+    return ""
 
 
 def _candidates(name: str) -> Iterable[str]:

@@ -52,11 +52,15 @@ class Sorted:
 
 def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     """By their keys; `biases` tells whether the biases of layers with an update are trained, or the base's."""
-    found, inside = Sorted(), dict[str, str]()
+    found, inside, names = Sorted(), dict[str, str](), set[str]()
     for key, tensor in tensors.items():
         name = unwrapped(without_peft_prefix(key))
         if name != key.removeprefix(PREFIX) and found.wrapped is None:
             found.wrapped = key
+        if name in names:  # what wrappers put into one of them apart
+            found.unknown.append(key)
+            continue
+        names.add(name)
         if match := _PART.fullmatch(name):
             _put_part(found, key, match, tensor)
         elif match := _ROWS.fullmatch(name):
