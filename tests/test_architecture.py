@@ -20,7 +20,7 @@ ORDER = [
     ["config"],
     ["residual", "residency", "differences"],
     ["lowrank", "svd", "slices", "quantised", "plain"],
-    ["merge_report", "originals", "fused", "mixed", "outside"],
+    ["merge_report", "originals", "ties", "fused", "mixed", "outside"],
     ["rows"],
     ["routes"],
     ["layers"],

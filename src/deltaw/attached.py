@@ -23,6 +23,7 @@ from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
 from deltaw.slots import Slot, close_slot, open_slot, slot_of
+from deltaw.ties import Untied, tie
 from deltaw.updates import LowRank, Update
 from deltaw.wrapped_names import WRAPPED
 
@@ -74,6 +75,8 @@ class Adapters:
     """The adapters that are merged into the base, and their weights."""
     originals: dict[str, Original] = field(default_factory=dict)
     """While merged: name of a parameter → what gives it back."""
+    untied: Untied | None = None
+    """While merged: what gives the base its ties back, where the merge has untied it."""
     before_merge: str | None = None
     residency: Residency = field(default_factory=Residency)
     rows_mixed: list[str] | None = None
@@ -210,8 +213,17 @@ def restore(model: nn.Module) -> None:
     """Original bits for every merged weight, if there is any, and the adapter active again that was so before."""
     record = record_of(model)
     put_back(model, record.originals)
+    tie_again(model)
     record.originals, record.merged = {}, {}
     record.route.active, record.before_merge = record.before_merge, None
+
+
+def tie_again(model: nn.Module) -> None:
+    """Give the base the ties back that a merge has taken from it, if it has."""
+    record = record_of(model)
+    if record.untied is not None:
+        tie(owner_of(model), record.untied)
+        record.untied = None
 
 
 @torch.no_grad()
@@ -310,12 +322,15 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def readers(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each parameter of the base → its names, of which a tied one has several."""
+    """Each parameter of the base → its names, of which a tied one has several; also while a merge has untied it."""
     found: dict[nn.Parameter, list[str]] = {}
+    record = find_record(model)
+    shared = record.untied.shared if record is not None and record.untied is not None else {}
     for module_name, module in base_modules(model):
         for own_name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(parameter, []).append(dotted(module_name, own_name))
+                name = dotted(module_name, own_name)
+                found.setdefault(shared.get(name, parameter), []).append(name)
     return found
 
 

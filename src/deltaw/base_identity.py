@@ -39,9 +39,8 @@ def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fing
 def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint:
     """Of these parameters alone: what a checkpoint's files tell without the model."""
     digests = {id(p): _digests(model, name, p, tensor) for name, p, tensor in base_tensors(model)}
-    owner: Any = owner_of(model)
-    places = (place_of(owner, name) for name in names)
-    return combined(chain.from_iterable(digests[id(module._parameters[own])] for module, own in places))
+    parameters = {name: parameter for parameter, own in readers(model).items() for name in own}
+    return combined(chain.from_iterable(digests[id(parameters[name])] for name in names))
 
 
 def _digests(model: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> list[Digest]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from deltaw import ties
 from deltaw.attached import (
     Adapters,
     detach,
@@ -25,6 +26,7 @@ from deltaw.attached import (
     readers,
     record_of,
     restore,
+    tie_again,
     updates,
 )
 from deltaw.errors import MergeError, listing
@@ -41,6 +43,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     keep: Literal["copy", "correction"] = "copy",
     allow_unchanged: bool = False,
+    untie: bool = False,
 ) -> MergeReport:
     """Fold ΔW into W0 so that inference costs nothing extra; `unmerge` gives W0 back bit for bit.
 
@@ -51,9 +54,12 @@ def merge(
     of what subtracting ΔW misses, some percent of those bytes, for which merge and unmerge take longer. Both give the same
     bits back, and the report says how many bytes they take.
 
+    With `untie` layers that share a weight get one each, where the adapter changes it for some of them, or otherwise for each;
+    a model that is saved then has all of them in its checkpoint, and its config says so. `unmerge` ties them again.
+
     Raises MergeError, with the model as it was, when something is merged already, when a targeted weight is tied to
-    another layer that would change too, or when a targeted weight would come out unchanged (its ΔW is zero or was
-    rounded away: the "merged model equals the base" trap) unless `allow_unchanged`.
+    another layer that would change too (unless `untie`), or when a targeted weight would come out unchanged (its ΔW is zero
+    or was rounded away: the "merged model equals the base" trap) unless `allow_unchanged`.
     """
     record, owner = record_of(model), owner_of(model)
     chosen = _chosen(record, name, weights)
@@ -62,9 +68,13 @@ def merge(
     _check_mergeable(model, record, chosen)
     changes = _changes(model, record, chosen)
     _check_writable(owner, changes)
-    _check_possible(owner, changes)
+    every = dict(changes)
+    tied = _check_possible(owner, changes, untie=untie)
     stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
+    if tied:
+        record.untied = ties.untie(owner, [names for names in readers(owner).values() if len(names) > 1])
+        changes = every
     try:
         with torch.no_grad():
             for parameter, change in changes.items():
@@ -78,10 +88,18 @@ def merge(
         check_merged(stats, allow_unchanged, updated)
     except BaseException:
         put_back(model, originals)
+        tie_again(model)
         raise
     record.merged, record.originals = chosen, originals
     record.before_merge, record.route.active = record.route.active, None
-    return MergeReport(tuple(chosen), stats, sum(original.bytes for original in originals.values()))
+    extra = sum(original.bytes for original in originals.values())
+    return MergeReport(tuple(chosen), stats, extra + _bytes_of_copies(record))
+
+
+def _bytes_of_copies(record: Adapters) -> int:
+    """Of the weights that layers have alone while they are untied."""
+    shared = record.untied.shared.values() if record.untied is not None else ()
+    return sum(p.numel() * p.element_size() for p in shared)
 
 
 def preview(model: nn.Module, name: str | None = None) -> MergeReport:
@@ -109,15 +127,16 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
     keep: Literal["copy", "correction"] = "copy"
     if all(isinstance(original, Correction) for original in record.originals.values()):
         keep = "correction"
+    untied = record.untied is not None
     restore(model)
     if others:
-        merge(model, weights=others, keep=keep, allow_unchanged=True)
+        merge(model, weights=others, keep=keep, allow_unchanged=True, untie=untied)
 
 
 def settle(model: nn.Module) -> None:
     """Make a merge final: the originals are let go, all adapters taken off, and the merged weights stay as the model's."""
     record = record_of(model)
-    record.originals, record.merged = {}, {}
+    record.originals, record.merged, record.untied = {}, {}, None
     detach(model)
 
 
@@ -175,12 +194,15 @@ def _check_writable(owner: nn.Module, changes: Iterable[str]) -> None:
         )
 
 
-def _check_possible(owner: nn.Module, changes: dict[str, Change]) -> None:
-    """Raise MergeError with every parameter that cannot take its change. Of tied ones that get the same value, one is left."""
+def _check_possible(owner: nn.Module, changes: dict[str, Change], *, untie: bool) -> bool:
+    """Raise MergeError with every parameter that cannot take its change. Of tied ones that get the same value, one is left.
+    Returns whether some are to be untied."""
     problems = [why for name, change in changes.items() if (why := _misfit(owner, name, change))]
-    problems += _tied(owner, changes)
+    tied = _tied(owner, changes)
+    problems += [] if untie else tied
     if problems:
         raise MergeError(listing("This adapter cannot be merged as the model stands:", problems))
+    return bool(tied)
 
 
 def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
@@ -217,7 +239,8 @@ def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
                 del changes[n]
         else:
             problems.append(
-                f"{changed[0]} is tied to {', '.join(others)}, which would change with it: untie the weights first"
+                f"{changed[0]} is tied to {', '.join(others)}, which would change with it: untie them, by "
+                "merge(model, untie=True) (command line: --untie)"
             )
     return problems
 

@@ -212,3 +212,31 @@ def test_a_run_keeps_the_tokenizer_that_it_was_given(base: Path, tmp_path: Path)
     assert AutoTokenizer.from_pretrained(result.adapter).chat_template == CHATML
     loaded = equip(load_pretrained(str(base)), result.adapter)
     assert len(loaded.tokenizer) == 266 == loaded.model(torch.tensor([[265]])).logits.shape[-1]
+
+
+def test_new_tokens_of_a_tied_model_are_merged_untied(base: Path, tmp_path: Path) -> None:
+    """PEFT trains the embedding and the head apart, which the model ties."""
+    model, tokenizer = byte_llama(tiny_tokenizer(), tie_word_embeddings=True), taught(base)
+    model.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    theirs.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    arguments = ["merge", str(base), str(tmp_path / "a"), "-o", str(tmp_path / "merged")]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert not (tmp_path / "merged").exists()
+    main([*arguments, "--untie"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "merged")("Hi<one> a<two>").input_ids])
+    assert not merged.config.tie_word_embeddings and int(ids.max()) == 265
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, theirs.eval()(ids).logits, rtol=1e-4, atol=1e-4)

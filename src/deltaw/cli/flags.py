@@ -186,6 +186,8 @@ class Merge:
     """Merge although the adapter was trained on other base weights."""
     reversible: bool = False
     """Write a correction file as well, a few percent of the model, with which unmerge gives the base's own bytes back."""
+    untie: bool = False
+    """Give layers that share a weight (embedding and head) one each, where the adapter changes it for one of them alone."""
     check: Literal["auto", "on", "off"] = "auto"
     """Load the merged model and compare its logits with the unmerged one's; auto: models of up to 2 GB."""
     dtype: DType = "auto"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ NAME = "base.correction"
 FORMAT = 2
 # Format 1 had no files beside the weights
 _READ = (1, FORMAT)
-_MANIFEST, _BESIDE = "manifest.json", "beside"
+_MANIFEST, _BESIDE, _HEADERS = "manifest.json", "beside", "headers"
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Manifest:
     """File name → sha256 of the base's file and of the merged one."""
     added: list[str] = field(default_factory=list)
     """Names of files beside the weights that the base has none of."""
+    untied: dict[str, list[str]] = field(default_factory=dict)
+    """File name → tensors in the merged file that the base's has not, for weights that it has once."""
     format: int = FORMAT
 
 
@@ -55,6 +57,11 @@ class Writer:
                 flat = values.contiguous().view(-1).view(torch.uint8).numpy()
                 for at in range(0, len(flat), PIECE):
                     stream.write(flat[at : at + PIECE].data)
+
+    def keep_header(self, file: str, header: bytes, untied: Iterable[str]) -> None:
+        """Take the header of a base's file, of which the merged one has some tensors besides."""
+        self.archive.writestr(f"{_HEADERS}/{file}", header)
+        self.manifest.untied[file] = list(untied)
 
     def keep(self, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
         """Take the base's files beside the weights, name → content, and what the merge has `after` them."""
@@ -95,6 +102,13 @@ class Reader:
             return Residual(tensor_over(codes, torch.int8).view(shape), tensor_over(escapes, integers))
         except (RuntimeError, ValueError) as error:
             raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
+
+    def header(self, file: str) -> bytes:
+        """That of the base's file."""
+        try:
+            return self.archive.read(f"{_HEADERS}/{file}")
+        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{self.path} lacks the header of {file}, or it is damaged: {error}") from error
 
     def put_back(self, folder: Path) -> None:
         """Give a folder the base's own files beside the weights."""

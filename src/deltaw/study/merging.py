@@ -40,14 +40,14 @@ class MergedFolder:
 
 
 def merge_to_folder(
-    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True
+    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True, untie: bool = False
 ) -> MergedFolder:
     """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
     safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
     data = tasks.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
-    report = merged.merge(loaded.model)
+    report = merged.merge(loaded.model, untie=untie)
     with replacing_folder(out) as folder:
         merged.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
