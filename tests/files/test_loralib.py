@@ -152,7 +152,12 @@ def test_the_authors_own_checkpoint(biases: str, ids: Tensor, tmp_path: Path) ->
         before, expected = model(ids).logits, as_loralib_computes(model, state)(ids).logits
     assert (expected - before).abs().max() > 1e-2
     torch.save(state, tmp_path / "roberta_base_lora_mnli.bin")
-    main(["convert", str(tmp_path / "roberta_base_lora_mnli.bin"), "-o", str(tmp_path / "a"), "--alpha", str(ALPHA)])
+    assert (
+        main(
+            ["convert", str(tmp_path / "roberta_base_lora_mnli.bin"), "-o", str(tmp_path / "a"), "--alpha", str(ALPHA)]
+        )
+        == 0
+    )
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["bias"], config["modules_to_save"], config["task_type"]) == (biases, ["classifier"], "SEQ_CLS")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
@@ -160,7 +165,7 @@ def test_the_authors_own_checkpoint(biases: str, ids: Tensor, tmp_path: Path) ->
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-5)
-    main(["convert", str(tmp_path / "a"), "-o", str(tmp_path / "back.bin"), "--alpha", "5"])
+    assert main(["convert", str(tmp_path / "a"), "-o", str(tmp_path / "back.bin"), "--alpha", "5"]) == 0
     back = torch.load(tmp_path / "back.bin", weights_only=True)
     assert back.keys() == state.keys()
     for key, value in state.items():

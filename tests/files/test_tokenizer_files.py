@@ -92,12 +92,12 @@ def test_the_commands_use_them(
     rows = [{"messages": [{"role": "user", "content": "Hi <one>"}, {"role": "assistant", "content": "all"}]}] * 3
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["--max-new-tokens", "3"]
-    main(["generate", str(base), "--adapter", str(adapter), "Hi <one>", *few])
-    main(["eval", str(base), str(tmp_path / "data.jsonl"), "--adapter", str(adapter), *few])
+    assert main(["generate", str(base), "--adapter", str(adapter), "Hi <one>", *few]) == 0
+    assert main(["eval", str(base), str(tmp_path / "data.jsonl"), "--adapter", str(adapter), *few]) == 0
     assert "exact match" in capsys.readouterr().out
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi <two>\n/base\nHi <two>\n/quit\n"))
-    main(["chat", str(base), "--adapter", str(adapter), *few])
-    main(["merge", str(base), str(adapter), "-o", str(tmp_path / "merged")])
+    assert main(["chat", str(base), "--adapter", str(adapter), *few]) == 0
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "merged")]) == 0
     model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == len(tokenizer) == 266
     assert tokenizer.chat_template == CHATML and model.config.vocab_size == 266
@@ -138,7 +138,7 @@ def test_tokens_that_nobody_has_rows_for(
     assert (
         "has tokens up to 265, the model's embedding 264 rows" in caplog.text and "cannot be in a text" in caplog.text
     )
-    main(["merge", str(base), str(folder), "-o", str(tmp_path / "merged"), "--any-base"])
+    assert main(["merge", str(base), str(folder), "-o", str(tmp_path / "merged"), "--any-base"]) == 0
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
     assert len(weight) == 266
     torch.testing.assert_close(weight[264:], weight[:264].mean(0).expand(2, -1))
@@ -231,10 +231,9 @@ def test_new_tokens_of_a_tied_model_are_merged_untied(base: Path, tmp_path: Path
     theirs.save_pretrained(tmp_path / "a")
     tokenizer.save_pretrained(tmp_path / "a")
     arguments = ["merge", str(base), str(tmp_path / "a"), "-o", str(tmp_path / "merged")]
-    with pytest.raises(SystemExit):
-        main(arguments)
+    assert main(arguments) != 0
     assert not (tmp_path / "merged").exists()
-    main([*arguments, "--untie"])
+    assert main([*arguments, "--untie"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "merged")("Hi<one> a<two>").input_ids])
     assert not merged.config.tie_word_embeddings and int(ids.max()) == 265
