@@ -20,6 +20,7 @@ from deltaw.files.peft_config import config_for
 from deltaw.layers import kind_of
 from deltaw.slices import Runs
 from deltaw.updates import sliced_rows
+from deltaw.wrapped_names import found_as
 
 _LORALIB = (".pt", ".bin", ".ckpt", ".pth")
 _ORIGIN = "deltaw_converted_from"
@@ -179,11 +180,13 @@ def _to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     if others := file.beyond():
         raise FileError(listing(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others))
     arch, names, reorder = _names(base or file.config.get("base_model_name_or_path"))
-    unknown = [layer for layer in file.factors if layer not in names]
+    layers = {layer: found_as(layer, names, {}) for layer in file.factors}
+    unknown = [layer for layer, name in layers.items() if name is None]
     if unknown:
         raise FileError(listing(f"llama.cpp has no tensor for these layers of {src}:", unknown))
-    factors = {names[n]: (A, reorder(names[n], B, False)) for n, (A, B) in file.factors.items()}
-    gguf_lora.write(dst, GGUFLoRA(arch, factors, {names[n]: scale for n, scale in file.scales.items()}))
+    theirs = {layer: names[name] for layer, name in layers.items() if name is not None}
+    factors = {theirs[n]: (A, reorder(theirs[n], B, False)) for n, (A, B) in file.factors.items()}
+    gguf_lora.write(dst, GGUFLoRA(arch, factors, {theirs[n]: scale for n, scale in file.scales.items()}))
     return dst
 
 

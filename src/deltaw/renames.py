@@ -32,11 +32,10 @@ RENAMES = (
 def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
     """The file with this model's names (`known`: of its modules) for those layers that go by another one here: without what
     wrappers put into names, or by another version of transformers. It logs which. Raises FileError for two names of one."""
-    names = [*file.factors, *file.rows, *(name.rpartition(".")[0] for name in (*file.whole, *file.originals))]
+    if not file.wrapped and all(layer in known for layer in file.factors) and not (file.whole or file.rows):
+        return file
+    names = [*file.factors, *file.rows, *(name.rpartition(".")[0] for name in file.whole)]
     found = _Found(known, file.wrapped, [name.partition(".base_layer")[0] for name in names])
-    if all(layer in known for layer in file.factors) and not (file.whole or file.rows or file.originals):
-        found.log()
-        return replace(file, wrapped=None)
     module, parameter = found.module, found.parameter
     made = replace(
         file,

@@ -323,3 +323,22 @@ def test_what_a_head_is_tied_to_is_not_guessed(tmp_path: Path) -> None:
         path.write_text(json.dumps(config | other))
         with pytest.raises(NotByFiles, match="no tensor of the layer 'lm_head'"):
             streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", untie=True)
+
+
+def test_a_tied_weight_that_is_stored_twice(ids: torch.Tensor, tmp_path: Path) -> None:
+    model = with_head(MAKERS["llama"], torch.float32, tmp_path)
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    held = load_file(base / "model.safetensors")
+    save_file(
+        held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(NotByFiles, match="twice that its model ties"):
+        streamed.merge_files(base, adapter, merged)
+    streamed.merge_files(base, adapter, merged, untie=True, reversible=True)
+    found = AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert not found.config.tie_word_embeddings
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    streamed.unmerge_files(merged, adapter, tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(base)

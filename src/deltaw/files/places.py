@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from deltaw.files.peft import LoRAFile, transposed_layers
 from deltaw.files.shards import Entry, Shard, read_tensor
 from deltaw.wrapped_names import found_as, unwrapped
 
+_TIES = "tie_word_embeddings"
 # transformers' models with Conv1D layers, whose weights are stored [k, d]
 _WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 
@@ -76,15 +78,41 @@ def places_of(shards: list[Shard], file: LoRAFile, folder: Path, *, untie: bool 
 def _embedding_of(layer: str, file: LoRAFile, entries: Mapping[str, Entry], folder: Path) -> str | None:
     """The tensor that a head is tied to, in the checkpoint of a model that has one embedding: the only one of its shape that has
     a row for each token; None where that cannot be told."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(config, dict) or config.get("is_encoder_decoder") or config.get("tie_word_embeddings") is False:
+    config = _config(folder)
+    if config is None or config.get("is_encoder_decoder") or config.get(_TIES) is False:
         return None
     shape = (file.factors[layer][1].shape[0], file.factors[layer][0].shape[1])
     alike = [name for name, entry in entries.items() if entry.shape == shape]
     return alike[0] if len(alike) == 1 and config.get("vocab_size") == shape[0] and not _parent(layer) else None
+
+
+def stored_twice(shards: list[Shard], places: Mapping[str, Place], folder: Path) -> list[str]:
+    """The layers whose tensor the checkpoint has a second time, with a row for each token, where its model may tie the two."""
+    config = _config(folder)
+    if config is None or config.get(_TIES) is False:
+        return []
+    entries = {name: (shard, entry) for shard in shards for name, entry in shard.entries.items()}
+    found = []
+    for layer, place in places.items():
+        entry = entries[place.tensor][1]
+        if place.untied is None and entry.shape and entry.shape[0] == config.get("vocab_size"):
+            alike = [n for n, (_, e) in entries.items() if n != place.tensor and e[:2] == entry[:2]]
+            if any(_bytes(*entries[n]) == _bytes(*entries[place.tensor]) for n in alike):
+                found.append(layer)
+    return found
+
+
+def _bytes(shard: Shard, entry: Entry) -> bytearray:
+    with shard.path.open("rb") as stream:
+        return read_tensor(stream, entry)[0]
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _parent(layer: str) -> str:

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.errors import MergeError
+from deltaw.errors import MergeError, listing
 from deltaw.files import correction, peft, tokenizer_files
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import method_of
-from deltaw.files.places import NotByFiles, Place, check_by_files, fingerprint_of_layers, places_of
+from deltaw.files.places import NotByFiles, Place, check_by_files, fingerprint_of_layers, places_of, stored_twice
 from deltaw.files.shards import INDEX, Other, Rewritten, Shard, rewrite, shards_of, with_tensors
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.merge_report import check_merged
@@ -84,6 +84,9 @@ def merge_files(
     shards, file = shards_of(base), _lora(adapter)
     check_by_files(file, undone=reversible)
     places = places_of(shards, file, base, untie=untie)
+    twice = stored_twice(shards, places, base)
+    if twice and not untie:
+        raise NotByFiles(listing("The checkpoint has weights twice that its model ties, and one would change:", twice))
     if check_base:
         peft.check_base(file, adapter, peft.W0, lambda: fingerprint_of_layers(shards, places))
     brings_tokenizer = _brings_tokenizer(base, adapter, check_base)
@@ -115,7 +118,7 @@ def merge_files(
             before = _beside(folder)
             if brings_tokenizer:
                 tokenizer_files.replace_files(adapter, folder)
-            if any(place.untied for place in places.values()):
+            if twice or any(place.untied for place in places.values()):
                 _say_untied(folder, shards, places)
             if kept is not None:
                 kept.keep(before, _beside(folder))

@@ -56,7 +56,9 @@ def open_tokenizer(source: str | Path, **arguments: Any) -> Any:
         return AutoTokenizer.from_pretrained(str(source), **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise FileError(f"The tokenizer in {source} cannot be opened: {reason}") from error
+        raise FileError(
+            f"The tokenizer in {source} cannot be opened: {reason}\nBeside an adapter: without its files the base's is used."
+        ) from error
 
 
 def brought(folder: Path, base: Any, *, config: Any = None, check: bool = True) -> Any | None:
@@ -69,6 +71,8 @@ def brought(folder: Path, base: Any, *, config: Any = None, check: bool = True) 
         return None
     if not _has_tokens(folder):
         own = _with_template(folder, base)
+        if (folder / "added_tokens.json").is_file():
+            log.warning("%s has added tokens, but no vocabulary that these were added to: they are left out.", folder)
         if own is not None:
             log.warning("The chat template is the one in %s; the base has another one, or none.", folder)
         return own
