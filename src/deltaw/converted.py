@@ -149,17 +149,25 @@ def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
     ]
     if problems:
         raise FileError(listing(f"loralib has no form for what is in {src}:", problems))
-    chosen, slices = float(file.config["lora_alpha"] if alpha is None else alpha), peft.slices_of(file)
+    slices, chosen = peft.slices_of(file), alpha_for_loralib(file) if alpha is None else alpha
     state: dict[str, Tensor] = dict(file.whole)
     for layer, (A, B) in file.factors.items():
         merged = _merged_rows(B, slices[layer]) if layer in slices else None
-        rows, r = (B, len(A)) if merged is None else (merged, merged.shape[1])
-        factor = file.scales[layer] * r / chosen
+        rows = B if merged is None else merged
+        factor = file.scales[layer] * rows.shape[1] / chosen
         state[f"{layer}.lora_A"] = A
         state[f"{layer}.lora_B"] = rows if abs(factor - 1.0) < 1e-9 else rows * factor
     with replacing(dst) as temporary:
         torch.save({key: t.detach().contiguous().clone() for key, t in state.items()}, temporary)
     return dst
+
+
+def alpha_for_loralib(file: LoRAFile) -> float:
+    """The α that most layers have there, where a merged layer's r is that of one of its parts."""
+    slices = peft.slices_of(file)
+    ranks = {layer: len(A) // max(1, len(slices.get(layer, {}))) for layer, (A, _) in file.factors.items()}
+    alphas = [round(file.scales[layer] * r, 9) for layer, r in ranks.items()]
+    return max(dict.fromkeys(alphas), key=alphas.count)
 
 
 def _merged_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:

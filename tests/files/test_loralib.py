@@ -253,3 +253,47 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     broken(tmp_path, {"q.lora_A": Evil()}, "cannot be read")
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by its name", "by the base"])
+@pytest.mark.filterwarnings("ignore")
+def test_biases_of_merged_layers_and_embeddings_of_gpt2(known: bool, ids: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_gpt2().eval()
+    model.save_pretrained(tmp_path / "base")
+    state = {"transformer.wte.lora_A": 0.3 * torch.randn(R, 96), "transformer.wte.lora_B": 0.3 * torch.randn(32, R)}
+    computed = copy.deepcopy(model)
+    computed.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        computed.transformer.wte.weight += (
+            ALPHA / R * (state["transformer.wte.lora_B"] @ state["transformer.wte.lora_A"]).t()
+        )
+        for i in range(2):
+            name = f"transformer.h.{i}.attn.c_attn"
+            A, B, bias = 0.3 * torch.randn(2 * R, 32), 0.3 * torch.randn(64, R), torch.randn(96)
+            state |= {f"{name}.lora_A": A, f"{name}.lora_B": B, f"{name}.bias": bias}
+            computed.get_submodule(name).weight += merged_delta(A, B, [True, False, True], ALPHA / R).t()
+            computed.get_submodule(name).bias.copy_(bias)
+        expected = computed(ids).logits
+    torch.save({"model_state_dict": state}, tmp_path / "lora.pt")
+    base = tmp_path / "base" if known else None
+    convert(tmp_path / "lora.pt", tmp_path / "a", alpha=ALPHA, parts=["q", "v"], base=base)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    deltaw.load(model, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    convert(tmp_path / "a", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], t) for k, t in state.items())
+
+
+def test_what_loralib_has_no_form_for_is_named(tmp_path: Path) -> None:
+    for i, method in enumerate(
+        [deltaw.DoRA(rank=2, alpha=5, targets="qv"), deltaw.LoRA(rank=2, alpha=5, targets="qv", tokens=[3])]
+    ):
+        model = deltaw.attach(tiny_roberta() if i == 0 else tiny_gpt2(), method)
+        deltaw.save(model, tmp_path / str(i))
+        with pytest.raises(FileError, match=r"(?s)no form for what is in.*(DoRA's magnitude|rows of some tokens)"):
+            convert(tmp_path / str(i), tmp_path / "x.bin")
+        assert not (tmp_path / "x.bin").exists()

@@ -23,7 +23,7 @@ def run(command: Convert) -> None:
         new_folder(command.out, command.overwrite)
     elif out.is_dir() or (out.exists() and not command.overwrite):
         raise ConfigError(f"{out} is there already. Choose another --out, or pass --overwrite to replace a file.")
-    from deltaw.converted import convert
+    from deltaw.converted import alpha_for_loralib, convert
     from deltaw.files.peft import read
 
     parts = [part.strip() for part in (command.parts or "").split(",") if part.strip()]
@@ -32,7 +32,7 @@ def run(command: Convert) -> None:
         whose = "llama.cpp" if out.suffix == ".gguf" else "loralib"
         show.out.print(f"Adapter for {whose}: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)
         if whose == "loralib":
-            alpha = read(Path(command.source)).config["lora_alpha"] if command.alpha is None else command.alpha
+            alpha = alpha_for_loralib(read(Path(command.source))) if command.alpha is None else command.alpha
             show.out.print(f"The file does not say it: its layers are to be made with lora_alpha={alpha:g}.")
         return
     file = read(out)
