@@ -311,7 +311,9 @@ NEW_TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", list(NEW_TOKENS))
 @pytest.mark.filterwarnings("ignore")
-def test_7_a_resized_vocabulary_as_peft_reloads_it(case: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_7_a_resized_vocabulary_as_peft_reloads_it(
+    case: str, ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     name, settings = NEW_TOKENS[case]
     model_of(name).save_pretrained(tmp_path / "base")
     tokens = 90 if case == "fewer tokens" else 98
@@ -325,6 +327,7 @@ def test_7_a_resized_vocabulary_as_peft_reloads_it(case: str, ids: torch.Tensor,
     before = snapshot(plain)
 
     load(plain, tmp_path / "theirs")
+    assert "keeps the" not in caplog.text
     torch.testing.assert_close(logits(plain, ids), expected, rtol=1e-5, atol=1e-5)
     compress(tmp_path / "theirs", tmp_path / "copy", energy=1.0)
     save(plain, tmp_path / "ours")
@@ -420,6 +423,10 @@ def test_7_each_of_several_adapters_that_peft_saved_of_one_model(ids: torch.Tens
         load(plain, folder)
         torch.testing.assert_close(logits(plain, ids), logits(again, ids), rtol=1e-5, atol=1e-5)
         detach(plain)
+    for path in tmp_path.glob("adapter_*"):
+        path.unlink()
+    with pytest.raises(FileError, match="Adapters are in its folders second, third: give one of these"):
+        load(plain, tmp_path)
 
 
 PATTERNS = {

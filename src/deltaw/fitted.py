@@ -217,9 +217,7 @@ class _Fitting:
             if wrapped and tied:
                 if tied[0] not in others and self._another(tied[0], original, own):
                     others |= dict.fromkeys(tied, original)
-            elif (
-                not wrapped or original.shape == own.shape
-            ):  # of a resized vocabulary it is another one, as it should be
+            elif name not in values or not _resized(original, own):
                 log.warning(
                     "The adapter's file keeps the %s of the base that it was trained on, which is another one than this model's. "
                     "It is left out: PEFT does not compute with it either while the adapter is on.", name,

@@ -52,7 +52,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         missing.append(WEIGHTS)
     if missing:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-        raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.")
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))  # PEFT's place for adapters with names
+        hint = f" Adapters are in its folders {', '.join(inside)}: give one of these." if inside else ""
+        raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
