@@ -15,12 +15,12 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own line and the lines above it. A package stands for all its modules.
 ORDER = [
-    ["version", "errors", "names", "checksums", "chance", "eos"],
+    ["version", "errors", "names", "wrapped_names", "checksums", "chance", "eos"],
     ["units", "blocks"],
     ["config"],
     ["residual", "residency", "differences"],
     ["lowrank", "svd", "slices", "quantised", "plain"],
-    ["merge_report", "originals", "fused", "mixed", "outside"],
+    ["merge_report", "originals", "ties", "fused", "mixed", "outside"],
     ["rows", "experts"],
     ["routes"],
     ["layers"],

@@ -2,17 +2,20 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import deltaw
-from deltaw import LoRA, attach, detach, lowrank, merge, unmerge, use
+from deltaw import LoRA, attach, detach, load, lowrank, merge, save, unmerge, use
 from deltaw.attached import base_parameters, updates
+from deltaw.base_identity import base_fingerprint
 from deltaw.errors import MergeError
 from deltaw.merged import preview, settle
-from tests.conftest import assert_same, bits, fill, snapshot, tiny_llama
+from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHOD = LoRA(rank=4, alpha=10)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -428,3 +431,132 @@ def test_a_model_that_was_made_under_inference_mode_is_merged_outside_of_it(keep
     assert any(not torch.equal(bits(model)[n], v) for n, v in before.items())
     unmerge(model)
     assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
+
+
+def untied_models() -> dict[str, Any]:
+    """Tied in each way that transformers has: by one pair, by four names, by a text model's config, by code that goes by it."""
+    small = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 56,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 96,
+        "dropout_rate": 0.0,
+    }
+    bart = {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "vocab_size": 96, "max_position_embeddings": 64, "dropout": 0.0,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "init_std": 0.3,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+              "patch_size": 8}  # fmt: skip
+    llava = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**text), image_token_index=95,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    switch = {
+        **small,
+        "num_decoder_layers": 2,
+        "num_experts": 2,
+        "num_sparse_encoder_layers": 0,
+        "num_sparse_decoder_layers": 0,
+    }
+    return {
+        "llama": lambda: tiny_llama(),
+        "gpt2": lambda: tiny_gpt2(),
+        "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**small, decoder_start_token_id=0)),
+        "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**bart)),
+        "llava": lambda: hf.LlavaForConditionalGeneration(llava),
+        "switch": lambda: hf.SwitchTransformersForConditionalGeneration(hf.SwitchTransformersConfig(**switch)),
+    }
+
+
+STAYS_TIED = ("t5", "switch")  # by the config's class, or by code that goes by the setting
+EMBEDDINGS = {
+    "llama": "model.embed_tokens", "gpt2": "transformer.wte", "t5": "encoder.embed_tokens", "bart": "model.decoder.embed_tokens",
+    "llava": "model.language_model.embed_tokens", "switch": "decoder.embed_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["head", "embedding", "both", "whole"])
+@pytest.mark.parametrize("kind", list(EMBEDDINGS))
+@pytest.mark.filterwarnings("ignore")
+def test_4_what_is_tied_is_untied_saved_and_tied_again(kind: str, what: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = untied_models()[kind]().eval()
+    before, config = snapshot(model), model.config.to_json_string()
+    targets = {
+        "head": ["lm_head"],
+        "embedding": [EMBEDDINGS[kind]],
+        "both": [EMBEDDINGS[kind], "lm_head"],
+        "whole": ["lm_head"],
+    }
+    fill(
+        attach(
+            model,
+            LoRA(rank=3, alpha=7, targets=targets[what], whole="shared" if what == "whole" and kind == "t5" else ""),
+        )
+    )
+    given = ids.clamp(max=94)
+    inputs = {"input_ids": given} | ({"decoder_input_ids": given} if model.config.is_encoder_decoder else {})
+    expected = model(**inputs).logits.detach()
+    with pytest.raises(MergeError, match=r"--untie"):
+        merge(model)
+    fingerprint = base_fingerprint(model)
+    merge(model, untie=True)
+    torch.testing.assert_close(model(**inputs).logits.detach(), expected, rtol=1e-4, atol=1e-4)
+    assert base_fingerprint(model) == fingerprint
+    save(model, tmp_path / "adapter")
+    final = copy.deepcopy(model)
+    settle(final)
+    final.save_pretrained(tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(**inputs).logits.detach(), expected, rtol=1e-4, atol=1e-4)
+    assert again.config.tie_word_embeddings is (kind in STAYS_TIED)
+    unmerge(model)
+    assert torch.equal(model(**inputs).logits.detach(), expected) and model.config.to_json_string() == config
+    detach(model)
+    assert_same(model, before)
+    load(model, tmp_path / "adapter")
+    assert torch.equal(model(**inputs).logits.detach(), expected)
+
+
+def test_4_several_adapters_of_tied_layers(ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = tiny_llama().eval()
+    for name, layer in (("a", "lm_head"), ("b", "model.embed_tokens"), ("c", "lm_head")):
+        fill(attach(model, LoRA(rank=3, alpha=7, targets=[layer]), name=name), name)
+    plain = bits(model)
+    merge(model, weights={"a": 1.0, "b": 0.5, "c": -2.0}, untie=True)
+    unmerge(model, "c")
+    both = model(ids).logits.detach()
+    unmerge(model)
+    merge(model, weights={"a": 1.0, "b": 0.5}, untie=True)
+    assert torch.equal(model(ids).logits, both)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    detach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert all(torch.equal(p, plain[n]) for n, p in bits(model).items())
+
+
+def test_4_a_merge_that_fails_after_untying_ties_again() -> None:
+    model = tiny_llama().eval()
+    attach(model, LoRA(rank=3, alpha=7, targets=["lm_head"]))  # ΔW is zero
+    before = snapshot(model)
+    with pytest.raises(MergeError, match="unchanged"):
+        merge(model, untie=True)
+    assert_same(model, before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+
+
+def test_untie_leaves_ties_that_hold(ids: torch.Tensor) -> None:
+    model = fill(attach(tiny_llama().eval(), LoRA(rank=3, alpha=7, targets="qv", whole="embed_tokens")))
+    expected = model(ids).logits.detach()
+    merge(model, untie=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    torch.testing.assert_close(model(ids).logits.detach(), expected, rtol=1e-4, atol=1e-4)

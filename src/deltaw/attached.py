@@ -26,11 +26,15 @@ from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
 from deltaw.slots import Slot, close_slot, open_slot, slot_of
+from deltaw.ties import Untied, tie
 from deltaw.updates import LowRank, Update
+from deltaw.wrapped_names import WRAPPED
 
 log = logging.getLogger("deltaw")
 
 RECORD = "_deltaw"
+# Classes that wrap a model as its child `module`, of packages that need not be installed
+_ENGINES = ("DeepSpeedEngine", "PipelineEngine", "DeepSpeedHybridEngine")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Adapters:
     """While merged: name of a parameter → what gives it back."""
     eos: tuple[Any, Any] | None = None
     """While merged, where that gave the model other end tokens: its generation_config, and the eos_token_id that it had."""
+    untied: Untied | None = None
+    """While merged: what gives the base its ties back, where the merge has untied it."""
     before_merge: str | None = None
     residency: Residency = field(default_factory=Residency)
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -233,15 +239,33 @@ def restore(model: nn.Module, changed: Changed = "refuse") -> None:
     """Original bits for every merged weight, if there is any, and the adapter active again that was so before. Raises
     MergeError, before anything is written, where `changed` does not allow what was done to the weights since the merge."""
     record, owner = record_of(model), owner_of(model)
-    for name in lost(model, changed):
+    kept = lost(model, changed)
+    for name in kept:
         del record.originals[name]
     for name in list(record.originals):
         _put_back(owner, name, record.originals[name].original, record.originals[name].names)
         del record.originals[name]  # at once: what is interrupted here can be gone on with
+    if any(_is_untied(record, owner, name) for name in kept):
+        record.untied = None  # what is kept as it is stays apart
+    tie_again(model)
     if record.eos is not None:
         record.eos[0].eos_token_id = record.eos[1]
     record.merged, record.eos = {}, None
     record.route.active, record.before_merge = record.before_merge, None
+
+
+def _is_untied(record: Adapters, owner: nn.Module, name: str) -> bool:
+    """Whether a merge has untied this parameter from others."""
+    shared = {} if record.untied is None else record.untied.shared
+    return name in shared or any(_parameter(owner, name) is parameter for parameter in shared.values())
+
+
+def tie_again(model: nn.Module) -> None:
+    """Give the base the ties back that a merge has taken from it, if it has."""
+    record = record_of(model)
+    if record.untied is not None:
+        tie(owner_of(model), record.untied)
+        record.untied = None
 
 
 def put_back(model: nn.Module, originals: Mapping[str, Original]) -> None:
@@ -416,12 +440,15 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def readers(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each parameter of the base → its names, of which a tied one has several."""
+    """Each parameter of the base → its names, of which a tied one has several; also while a merge has untied it."""
     found: dict[nn.Parameter, list[str]] = {}
+    record = find_record(model)
+    shared = record.untied.shared if record is not None and record.untied is not None else {}
     for module_name, module in base_modules(model):
         for own_name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(parameter, []).append(dotted(module_name, own_name))
+                name = dotted(module_name, own_name)
+                found.setdefault(shared.get(name, parameter), []).append(name)
     return found
 
 
@@ -473,9 +500,9 @@ def owner_of(model: nn.Module) -> nn.Module:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return model.module
-    return model._modules.get("_orig_mod")  # torch.compile's, whose class is private
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or type(model).__name__ in _ENGINES:
+        return model._modules["module"]
+    return next((child for name in WRAPPED if (child := model._modules.get(name)) is not None), None)
 
 
 def record_of(model: nn.Module) -> Adapters:

@@ -63,9 +63,8 @@ def base_hash(model: nn.Module, form: str, *, without: Collection[str] = ()) -> 
 def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint | None:
     """The fingerprint of these parameters alone, in this order: what a checkpoint's files tell without the model."""
     tensors = {id(p): (name, p, tensor) for name, p, tensor in base_tensors(model)}
-    owner: Any = owner_of(model)
-    places = (place_of(owner, name) for name in names)
-    hashes = _hashes(model, FORMS, (tensors[id(module._parameters[own])] for module, own in places))
+    parameters = {name: parameter for parameter, own in readers(model).items() for name in own}
+    hashes = _hashes(model, FORMS, (tensors[id(parameters[name])] for name in names))
     return None if hashes is None else Fingerprint(*hashes)
 
 

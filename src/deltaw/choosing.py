@@ -157,9 +157,9 @@ class _Choosing:
         if records is not None:
             config = dataclasses.replace(config, valid=records)
         held = held_out(model, data, config, self.config.most)
-        equip(held.loaded, run.adapter)
-        attached.detach(held.loaded.model)
-        return held
+        loaded = equip(held.loaded, run.adapter)
+        attached.detach(loaded.model)
+        return dataclasses.replace(held, loaded=loaded)
 
     def _name_layers(self) -> None:
         """As this version of the model's code has them."""

@@ -15,8 +15,9 @@ from typing import TypeVar
 from deltaw.errors import ConfigError, FileError
 from deltaw.files import peft
 from deltaw.files.peft import SLICES, LoRAFile, names_in_peft
-from deltaw.files.peft_config import config_for
+from deltaw.files.peft_config import CONFIG, PICKLED, WEIGHTS, config_for
 from deltaw.files.stacks import in_file
+from deltaw.files.tokenizer_files import copy_files
 from deltaw.spectra import Spectrum, spectra_of, triples_of
 from deltaw.svd import Triples
 from deltaw.units import parse_size
@@ -38,7 +39,7 @@ class Compressed:
     """The same of all layers together."""
     bytes_before: int
     bytes: int
-    """Of the folder's files."""
+    """Of the adapter's files."""
 
 
 def compress(
@@ -76,7 +77,7 @@ def compress(
             for layer, s in spectra.items()
         }
         ranks = _told_apart(ranks, file)
-    peft.write(out, truncated(file, found, ranks))
+    peft.write(out, truncated(file, found, ranks), lambda made: copy_files(folder, made))
     errors = {layer: math.sqrt(max(0.0, 1.0 - s.energy(ranks[layer]))) for layer, s in spectra.items()}
     total = sum(s.norm**2 for s in spectra.values())
     missing = sum((errors[layer] * s.norm) ** 2 for layer, s in spectra.items())
@@ -171,5 +172,5 @@ def _within(
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of a folder's files."""
-    return sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    """Of an adapter's files in a folder, without a tokenizer's beside them."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.name in (CONFIG, WEIGHTS, PICKLED))

@@ -44,14 +44,15 @@ def fitted(
 
 
 def vocabulary(model: Any, file: LoRAFile) -> int:
-    """How many tokens the model must have for what the adapter has of its embedding and head: more than it has where the
+    """How many tokens the model must have for what the adapter has of its embedding and head: more or fewer than it has where the
     vocabulary was resized before training."""
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     names = [n for n, m in base_modules(model) if any(m is end for end in ends)]
-    whole = [v.shape[0] for n, v in {**file.copies, **file.whole}.items() if n.removesuffix(".weight") in names]
+    values = {**file.originals, **file.copies, **file.whole}
+    whole = [v.shape[0] for n, v in values.items() if n.removesuffix(".weight") in names]
     rows = [int(indices[-1]) + 1 for n, (indices, _) in file.rows.items() if n in names]
     own = [len(end.weight) for end in ends[:1] if isinstance(getattr(end, "weight", None), Tensor)]
-    return max([*own, *whole, *rows], default=0)
+    return max([*(whole or own), *rows], default=0)
 
 
 class _Fitting:
@@ -188,10 +189,12 @@ class _Fitting:
         follow whose weights the model ties to it."""
         file = self.file
         values = {n: v for n, v in file.whole.items() if n.removesuffix(".bias") not in self.updates}
-        if not values and not file.copies:
+        if not values and not file.copies and not file.originals:
             return
         named = {n: (p, names) for p, names in readers(self.model).items() for n in names}
-        values |= {n: v for n, v in file.copies.items() if n in named and self._another(n, v, named[n][0])}
+        copies = {n: v for n, v in file.copies.items() if n in named and not self._only_rows_differ(n, v, named[n][0])}
+        values |= {n: v for n, v in copies.items() if self._another(n, v, named[n][0])}
+        values = self._with_originals(values, named)
         made: dict[str, nn.Parameter] = {}
         for name, value in values.items():
             if name not in named:
@@ -206,11 +209,41 @@ class _Fitting:
                     made.setdefault(other, made[name])
         self._put(made)
 
+    def _only_rows_differ(self, name: str, copy: Tensor, own: Tensor) -> bool:
+        """Whether a copy of an embedding is this base's but for the rows of tokens that the file has besides."""
+        if name.removesuffix(".weight") not in self.file.rows or copy.ndim != 2 or copy.shape[1] != own.shape[1]:
+            return False
+        ids = torch.arange(len(copy))
+        kept = ids[~torch.isin(ids, self.file.rows[name.removesuffix(".weight")][0])]
+        return bool((kept < len(own)).all()) and _same(copy[kept], own[kept.to(own.device)])
+
+    def _with_originals(
+        self, values: dict[str, Tensor], named: Mapping[str, tuple[nn.Parameter, list[str]]]
+    ) -> dict[str, Tensor]:
+        """`values`, and those that PEFT's wrappers of modules keep for the base's own parameters. A wrapped module reads its
+        trained copy, so that these are only read by layers that the model ties to it."""
+        others: dict[str, Tensor] = {}
+        for name, original in self.file.originals.items():
+            if name not in named or _same(original, own := named[name][0]):
+                continue
+            wrapped = saved_module(name, self.file.config) is not None
+            tied = [n for n in named[name][1] if n not in values and not saved_module(n, self.file.config)]
+            if wrapped and tied:
+                if tied[0] not in others and self._another(tied[0], original, own):
+                    others |= dict.fromkeys(tied, original)
+            elif name not in values or not _resized(original, own):
+                log.warning(
+                    "The adapter's file keeps the %s of the base that it was trained on, which is another one than this model's. "
+                    "It is left out: PEFT does not compute with it either while the adapter is on.", name,
+                )  # fmt: skip
+        return others | values
+
     def _another(self, name: str, copy: Tensor, own: Tensor) -> bool:
         """Whether the file's copy of a weight of the base is another one than this base's."""
-        if copy.shape == own.shape and torch.equal(copy.to(own.device, own.dtype), own):
+        if _same(copy, own):
             return False
-        log.warning("The adapter's file has another %s than this model: the file's is used.", name)
+        if not _resized(copy, own):
+            log.warning("The adapter's file has another %s than this model: the file's is used.", name)
         return True
 
     def _put(self, values: dict[str, nn.Parameter]) -> None:
@@ -255,6 +288,36 @@ class _Fitting:
             ]
             shared = nn.Parameter(rows.to(self._place(weight)))
             for each in (name, *tied):
+                if dotted(name, "weight") in self.file.copies and isinstance(
+                    update := self.updates.get(each), Replaced
+                ):
+                    self._put_rows(update, indices, rows)
+                    continue
                 if each in self.updates:
                     self.problems.append(f"{dotted(each, 'weight')} has rows of tokens, and another update too")
                 self.updates[each] = ReplacedRows(indices.to(weight.device), shared)
+
+    @torch.no_grad()
+    def _put_rows(self, update: Replaced, indices: Tensor, rows: Tensor) -> None:
+        """Rows of tokens in the file's copy of a base's embedding, which stands in place of this base's."""
+        value = update._parameters["weight"]
+        assert value is not None
+        if rows.ndim != 2 or rows.shape[1] != value.shape[1] or int(indices[-1]) >= len(value):
+            self.problems.append(f"its rows of tokens are {list(rows.shape)}, the file's embedding {list(value.shape)}")
+        else:
+            value[indices.to(value.device)] = rows.to(value)
+
+
+def _resized(copy: Tensor, own: Tensor) -> bool:
+    """Whether a file's copy of a weight is this one but for its last rows: those of tokens that were added."""
+    if copy.ndim != 2 or copy.shape[1:] != own.shape[1:]:
+        return False
+    both = min(len(copy), len(own))
+    alike = (copy[:both].to(own.device, own.dtype) == own[:both]).all(1)
+    count = int(alike.sum())
+    return count > 0 and bool(alike[:count].all())
+
+
+def _same(copy: Tensor, own: Tensor) -> bool:
+    """Whether a file's copy of a parameter has the parameter's values, in its dtype."""
+    return copy.shape == own.shape and torch.equal(copy.to(own.device, own.dtype), own)

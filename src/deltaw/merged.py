@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from deltaw import ties
 from deltaw.attached import (
     Adapters,
     Changed,
@@ -27,6 +28,7 @@ from deltaw.attached import (
     readers,
     record_of,
     restore,
+    tie_again,
     updates,
 )
 from deltaw.checksums import stamp
@@ -45,6 +47,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     keep: Literal["copy", "correction"] = "copy",
     allow_unchanged: bool = False,
+    untie: bool = False,
 ) -> MergeReport:
     """Fold ΔW into W0 so that inference costs nothing extra; `unmerge` gives W0 back bit for bit. Computed in fp32, in float64
     where a weight is float64.
@@ -56,9 +59,12 @@ def merge(
     of what subtracting ΔW misses, some percent of those bytes, for which merge and unmerge take longer. Both give the same
     bits back, and the report says how many bytes they take.
 
+    With `untie` layers that share a weight get one each, where the adapter changes it for some of them, or otherwise for each;
+    a model that is saved then has all of them in its checkpoint, and its config says so. `unmerge` ties them again.
+
     Raises MergeError, with the model as it was, when something is merged already, when a targeted weight is tied to
-    another layer that would change too, or when a targeted weight would come out unchanged (its ΔW is zero or was
-    rounded away: the "merged model equals the base" trap) unless `allow_unchanged`.
+    another layer that would change too (unless `untie`), or when a targeted weight would come out unchanged (its ΔW is zero
+    or was rounded away: the "merged model equals the base" trap) unless `allow_unchanged`.
     """
     record, owner = record_of(model), owner_of(model)
     chosen = _chosen(record, name, weights)
@@ -67,9 +73,13 @@ def merge(
     _check_mergeable(model, record, chosen)
     changes = _changes(model, record, chosen)
     _check_writable(owner, changes)
-    _check_possible(owner, changes)
+    every = dict(changes)
+    tied = _check_possible(owner, changes, untie=untie)
     stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
+    if tied:
+        record.untied = _untie(owner)
+        changes = every
     try:
         for parameter, change in changes.items():
             W0 = matrix_of(owner, parameter)
@@ -84,11 +94,24 @@ def merge(
         kept = _kept(owner, originals)
     except BaseException:
         put_back(model, originals)
+        tie_again(model)
         raise
     record.merged, record.originals = chosen, kept
     record.eos = _extended(model, chosen)
     record.before_merge, record.route.active = record.route.active, None
-    return MergeReport(tuple(chosen), stats, sum(original.bytes for original in originals.values()))
+    extra = sum(original.bytes for original in originals.values())
+    return MergeReport(tuple(chosen), stats, extra + _bytes_of_copies(record))
+
+
+def _untie(owner: nn.Module) -> ties.Untied:
+    """Give each layer that shares a weight one of its own."""
+    return ties.untie(owner, [names for names in readers(owner).values() if len(names) > 1])
+
+
+def _bytes_of_copies(record: Adapters) -> int:
+    """Of the weights that layers have alone while they are untied."""
+    shared = record.untied.shared.values() if record.untied is not None else ()
+    return sum(p.numel() * p.element_size() for p in shared)
 
 
 def _extended(model: nn.Module, weights: Mapping[str, float]) -> tuple[Any, Any] | None:
@@ -149,13 +172,15 @@ def _merge_others(model: nn.Module, record: Adapters, others: Mapping[str, float
     keep: Literal["copy", "correction"] = "copy"
     if all(isinstance(kept.original, Correction) for kept in record.originals.values()):
         keep = "correction"
+    untied = record.untied is not None
     before = record.merged, dict(record.originals), record.before_merge, record.route.active
     there = record.originals.keys() - lost(model, changed)
     merged = {name: Copy(matrix_of(owner_of(model), name).clone()) for name in there}
     restore(model, changed)
     try:
-        merge(model, weights=others, keep=keep, allow_unchanged=True)
+        merge(model, weights=others, keep=keep, allow_unchanged=True, untie=untied)
     except BaseException:
+        record.untied = _untie(owner_of(model)) if untied else None
         put_back(model, merged)
         record.merged, record.originals, record.before_merge, record.route.active = before
         record.eos = _extended(model, record.merged)
@@ -165,7 +190,7 @@ def _merge_others(model: nn.Module, record: Adapters, others: Mapping[str, float
 def settle(model: nn.Module) -> None:
     """Make a merge final: the originals are let go, all adapters taken off, and the merged weights stay as the model's."""
     record = record_of(model)
-    record.originals, record.merged, record.eos = {}, {}, None
+    record.originals, record.merged, record.eos, record.untied = {}, {}, None, None
     detach(model)
 
 
@@ -230,12 +255,15 @@ def _check_writable(owner: nn.Module, changes: Iterable[str]) -> None:
         )
 
 
-def _check_possible(owner: nn.Module, changes: dict[str, Change]) -> None:
-    """Raise MergeError with every parameter that cannot take its change. Of tied ones that get the same value, one is left."""
+def _check_possible(owner: nn.Module, changes: dict[str, Change], *, untie: bool) -> bool:
+    """Raise MergeError with every parameter that cannot take its change. Of tied ones that get the same value, one is left.
+    Returns whether some are to be untied."""
     problems = [why for name, change in changes.items() if (why := _misfit(owner, name, change))]
-    problems += _tied(owner, changes)
+    tied = _tied(owner, changes)
+    problems += [] if untie else tied
     if problems:
         raise MergeError(listing("This adapter cannot be merged as the model stands:", problems))
+    return bool(tied)
 
 
 def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
@@ -272,7 +300,8 @@ def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
                 del changes[n]
         else:
             problems.append(
-                f"{changed[0]} is tied to {', '.join(others)}, which would change with it: untie the weights first"
+                f"{changed[0]} is tied to {', '.join(others)}, which would change with it: untie them, by "
+                "merge(model, untie=True) (command line: --untie)"
             )
     return problems
 

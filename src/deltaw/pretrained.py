@@ -3,6 +3,7 @@ adapters."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -63,6 +64,14 @@ class Pretrained:
     """Of a model with outputs for labels, the modules of its head, which are trained whole."""
     untrained: tuple[str, ...] = ()
     """Those of them that the checkpoint does not have: they are random."""
+    given: bool = False
+    """The tokenizer came with a model object, and may be another one than its checkpoint's."""
+    base_tokenizer: Any = None
+    """The base's, where an adapter has brought `tokenizer`: the base alone has no rows for tokens that are new in it."""
+
+    def of_base(self) -> Pretrained:
+        """The same model with the base's tokenizer."""
+        return self if self.base_tokenizer is None else dataclasses.replace(self, tokenizer=self.base_tokenizer)
 
 
 def load_pretrained(
@@ -283,6 +292,19 @@ def _check_causal(model: Any, source: str) -> None:
             f"{source} is no causal language model: its {type(model).__name__} attends to later tokens as well (an encoder). "
             "It would see the very tokens that it is to predict."
         )
+
+
+@torch.no_grad()
+def resize_vocabulary(model: Any, tokens: int) -> None:
+    """Give the model's embedding and head rows for so many tokens, new ones the mean of the others."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if tokens == before:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = getattr(end, "weight", None)
+        if weight is not None and len(weight) > before:
+            weight[before:] = weight[:before].mean(0)
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -295,7 +295,8 @@ class _Run:
         return [self.task.said(answer, self.config.data) for answer in said]
 
     def _save(self) -> None:
-        store.save(self.loaded.model, self.folder / ADAPTER, name=self.name, training=self.settings)
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer if self.loaded.given else None
+        store.save(model, self.folder / ADAPTER, name=self.name, training=self.settings, tokenizer=tokenizer)
 
     def _save_if_sound(self) -> None:
         if all(bool(torch.isfinite(p).all()) for p in attached.parameters(self.loaded.model, self.name)):

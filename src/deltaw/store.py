@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,20 @@ from deltaw.filed import as_file
 from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft_config import method_of
-from deltaw.fitted import fitted
+from deltaw.files.tokenizer_files import copy_files, differs, files_in
+from deltaw.fitted import fitted, vocabulary
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-from deltaw.renames import renamed
+from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import LowRank, Update
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
+
+TOKENIZER = "tokenizer"
+"""Metadata of an attached adapter: the folder that it was loaded from, where that has a tokenizer."""
 
 log = logging.getLogger("deltaw")
 
@@ -40,10 +44,14 @@ _SMALL = 10_000_000
 
 
 def save(
-    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None
-) -> Path:
+    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> Path:  # fmt: skip
     """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata. Of modules
     that are trained whole it logs when they make up most of a large file.
+
+    A `tokenizer` that has other tokens or another chat template than the base's goes into the folder, where `deltaw` and PEFT's
+    users look for it. An adapter that was loaded from a folder with a tokenizer takes that along.
 
     Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
     differs; a folder that was at `path` is then still there.
@@ -55,19 +63,35 @@ def save(
     if ends := taught(model, [name]):
         kept[peft.ENDS] = json.dumps(ends)
     if not isinstance(adapter.method, LoRA):
-        other = as_method_file(model, name)
+        other = plainly_named_method(as_method_file(model, name))
         other.metadata.update(kept)
-        return method_file.write(Path(path), other)
-    file = as_file(model, name)
+        return method_file.write(Path(path), other, _tokenizer_writer(model, adapter, tokenizer))
+    file = plainly_named(as_file(model, name))
     dead = [
         layer for layer, (A, B) in file.factors.items() if not A.any() and not (layer in file.embeddings and B.any())
     ]
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
     file.metadata.update(kept)
-    written = peft.write(Path(path), file)
+    written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
     _say_what_is_large(written, file)
     return written
+
+
+def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:
+    """What puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
+    origin = adapter.metadata.get(TOKENIZER) if tokenizer is None else None
+    source = getattr(getattr(live.owner_of(model), "config", None), "_name_or_path", None)
+
+    def write(folder: Path) -> None:
+        if origin is not None and not files_in(origin):
+            log.warning("The tokenizer in %s is no longer there: %s is saved without one.", origin, folder.name)
+        elif origin is not None and differs(origin, source):
+            copy_files(origin, folder)
+        elif hasattr(tokenizer, "get_vocab") and differs(tokenizer, source):  # an image processor has no tokens
+            tokenizer.save_pretrained(folder)
+
+    return write
 
 
 def _say_what_is_large(path: Path, file: peft.LoRAFile) -> None:
@@ -112,8 +136,7 @@ def place(
 ) -> str:  # fmt: skip
     """`load`, of what was read from `path` before."""
     layers = dict(live.base_modules(model))
-    if isinstance(file, peft.LoRAFile):
-        file = renamed(stacked(file, layers), layers)
+    file = named_for(model, file)
     taken = live.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")
@@ -127,6 +150,8 @@ def place(
         updates, method = restored(model, file, path, device=device), method_in(file, path)
     training = _training(file, path)
     metadata: dict[str, Any] = {"training": training} if training else {}
+    if files_in(path):
+        metadata[TOKENIZER] = path
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
     plan = live.Plan(updates, layers=layers)
@@ -140,6 +165,21 @@ def place(
         live.bring(record, [name])
         record.route.choose(name)
     return name
+
+
+def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
+    """An adapter's file by this model's names, which it logs where they are others than the file's."""
+    known = dict(live.base_modules(model))
+    if isinstance(file, peft.LoRAFile):
+        return renamed(stacked(file, known), known)
+    return renamed_method(file, known)
+
+
+def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:
+    """How many tokens the model has rows for with this adapter, whose names are the model's."""
+    if isinstance(file, peft.LoRAFile):
+        return vocabulary(model, file)
+    return len(model.get_input_embeddings().weight)
 
 
 def read(path: Path) -> peft.LoRAFile | MethodFile:

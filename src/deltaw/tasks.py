@@ -4,7 +4,9 @@ says how records become examples, what its loss is, and what a model answers. To
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,13 +22,24 @@ from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError, FileError, listing
+from deltaw.files.tokenizer_files import brought
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
 from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, row_padding, vocabulary_size
+from deltaw.pretrained import (
+    Pretrained,
+    check_vocabulary,
+    load_pretrained,
+    pad_id,
+    resize_vocabulary,
+    row_padding,
+    vocabulary_size,
+)
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
 from deltaw.updates import Replaced, ReplacedRows
+
+log = logging.getLogger("deltaw")
 
 # Settings that an adapter expects as they were in its training
 _KEPT = ("template", "separator", "system", "task", "labels")
@@ -325,11 +338,22 @@ def opened(
     return load_pretrained(source, task=name, labels=data.labels, dtype=dtype, device=device, to_train=to_train)
 
 
-def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True) -> None:
-    """`store.load`, for a model that may lack a head. Raises FileError where the adapter has none for it either: what the model
-    says would be random."""
-    name = store.load(loaded.model, adapter, check_base=check_base)
-    own = updates(loaded.model, name)
+def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, resize: bool = False) -> Pretrained:
+    """`store.load`, for a model that may lack a head, and the tokenizer and chat template in the adapter's folder, where these
+    are others than the base's. With `resize` the model first gets as many tokens as the adapter and its tokenizer have.
+
+    Raises FileError where the adapter has no head for the model either (what it says would be random), and for a tokenizer that
+    cannot be opened; BaseMismatch for one of another base."""
+    model, folder, tokenizer = loaded.model, Path(adapter), None
+    file = store.named_for(model, store.read(folder))
+    if hasattr(loaded.tokenizer, "get_vocab"):  # an image processor has no tokens
+        tokenizer = brought(folder, loaded.tokenizer, config=model.config, check=check_base)
+        rows = store.tokens_with(model, file)
+        if tokenizer is not None:
+            rows = _check_rows(tokenizer, rows, folder, resize)
+        if resize:
+            resize_vocabulary(model, rows)
+    own = updates(model, store.place(model, file, folder, check_base=check_base))
     lacking = [n for n in loaded.untrained if not isinstance(own.get(n), Replaced)]
     if lacking:
         raise FileError(
@@ -339,6 +363,29 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True) -
             )
             + "\nTheir values would be random. Was the adapter trained on another checkpoint, one with these layers?"
         )
+    if tokenizer is None:
+        return loaded
+    base = loaded.tokenizer
+    if tokenizer.chat_template and not base.chat_template:
+        base = copy.deepcopy(base)
+        base.chat_template = tokenizer.chat_template
+    return dataclasses.replace(loaded, tokenizer=tokenizer, base_tokenizer=base)
+
+
+def _check_rows(tokenizer: Any, rows: int, folder: Path, resize: bool) -> int:
+    """How many rows an embedding needs for the adapter's and the tokenizer's tokens. Warn of tokens that neither the adapter nor
+    the base has rows for, and where there will be none fill rows of a batch with another token than those."""
+    lacking = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows > 0}
+    if not lacking:
+        return rows
+    log.warning(
+        "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s %s.",
+        folder, max(lacking.values()), rows, ", ".join(sorted(lacking, key=lacking.__getitem__)[:5]),
+        "get the mean of all others" if resize else "cannot be in a text",
+    )  # fmt: skip
+    if not resize and tokenizer.pad_token in lacking:
+        tokenizer.pad_token = tokenizer.eos_token
+    return max(lacking.values()) + 1 if resize else rows
 
 
 @torch.no_grad()

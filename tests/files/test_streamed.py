@@ -178,7 +178,7 @@ def test_a_damaged_correction_is_refused(reversible: Path, damage: str) -> None:
     else:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in archive.namelist()}
-        parts["manifest.json"] = parts["manifest.json"].replace(b'"format": 1', b'"format": 2')
+        parts["manifest.json"] = parts["manifest.json"].replace(b'"format": 2', b'"format": 3')
         with zipfile.ZipFile(path, "w") as archive:
             for name, part in parts.items():
                 archive.writestr(name, part)
@@ -266,3 +266,79 @@ def test_a_merge_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         streamed.merge_files(folder / "base", folder / "adapter", folder / "merged")
     assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def with_head(make: Any, dtype: torch.dtype, folder: Path, **settings: Any) -> Any:
+    """A checkpoint whose head is its embedding's tensor, and an adapter of the head; the model with it on."""
+    torch.manual_seed(1)
+    model = make().to(dtype).eval()
+    model.save_pretrained(folder / "base", **settings)
+    fill(deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6, targets=["lm_head", "*.1.*"])))
+    deltaw.save(model, folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+def test_11_a_head_gets_a_tensor_of_its_own_and_the_bases_bytes_come_back(
+    llama_or_gpt2: Any, dtype: torch.dtype, size: str, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = with_head(llama_or_gpt2, dtype, tmp_path, max_shard_size=size)
+    base, adapter, merged, back = (tmp_path / name for name in ("base", "adapter", "merged", "back"))
+    with pytest.raises(NotByFiles, match="no tensor of the layer 'lm_head'"):
+        streamed.merge_files(base, adapter, merged)
+    done = streamed.merge_files(base, adapter, merged, untie=True, reversible=True)
+    deltaw.merge(model, untie=True)
+    found = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype).eval()
+    assert not found.config.tie_word_embeddings and found.get_input_embeddings().weight is not found.lm_head.weight
+    assert weights(found).keys() == weights(model).keys()
+    assert all(torch.equal(weights(found)[name], value) for name, value in weights(model).items())
+    if dtype == torch.float32:  # positions are computed in it wherever a checkpoint is opened
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    assert done.bytes == sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    assert verify_merged(merged, base, adapter) == len(done.layers)
+    assert streamed.unmerge_files(merged, adapter, back).exact and hashes(back) == hashes(base)
+
+
+def test_a_head_of_a_checkpoint_without_the_models_prefix(ids: torch.Tensor, tmp_path: Path) -> None:
+    """As the hub's gpt2 is."""
+    torch.manual_seed(1)
+    body = GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=96))
+    body.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    fill(deltaw.attach(model, deltaw.LoRA(rank=4, alpha=6, targets=["lm_head", "c_attn"])))
+    deltaw.save(model, tmp_path / "adapter")
+    streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", untie=True, reversible=True)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    streamed.unmerge_files(tmp_path / "merged", tmp_path / "adapter", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "base")
+
+
+def test_what_a_head_is_tied_to_is_not_guessed(tmp_path: Path) -> None:
+    with_head(MAKERS["llama"], torch.float32, tmp_path)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    for other in ({"is_encoder_decoder": True}, {"vocab_size": 97}, {"tie_word_embeddings": False}):
+        path.write_text(json.dumps(config | other))
+        with pytest.raises(NotByFiles, match="no tensor of the layer 'lm_head'"):
+            streamed.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", untie=True)
+
+
+def test_a_tied_weight_that_is_stored_twice(ids: torch.Tensor, tmp_path: Path) -> None:
+    model = with_head(MAKERS["llama"], torch.float32, tmp_path)
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    held = load_file(base / "model.safetensors")
+    save_file(
+        held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(NotByFiles, match="twice that its model ties"):
+        streamed.merge_files(base, adapter, merged)
+    streamed.merge_files(base, adapter, merged, untie=True, reversible=True)
+    found = AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert not found.config.tie_word_embeddings
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    streamed.unmerge_files(merged, adapter, tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(base)

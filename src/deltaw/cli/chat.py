@@ -43,7 +43,7 @@ def run(command: Chat) -> None:
         elif text:
             turn = [*messages, {"role": "user", "content": text}]
             try:
-                messages = [*turn, {"role": "assistant", "content": _answer(loaded, turn, command)}]
+                messages = [*turn, {"role": "assistant", "content": _answer(_in_use(loaded), turn, command)}]
             except DataError as error:
                 show.out.print(f"{error} /new starts over.", style="yellow")
 
@@ -57,6 +57,13 @@ def _switch(model: Any, on: bool, adapter: str | None) -> None:
         return
     use(model, adapters(model)[0] if on else None)
     show.out.print("Now with the adapter." if on else "Now the base alone.", style="dim")
+
+
+def _in_use(loaded: Any) -> Any:
+    """The model with the tokenizer of what is switched on, the base or the adapter."""
+    from deltaw.attached import adapters
+
+    return loaded if adapters(loaded.model).active else loaded.of_base()
 
 
 def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:

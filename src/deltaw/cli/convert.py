@@ -10,23 +10,35 @@ from deltaw.cli import show
 from deltaw.cli.flags import Convert
 from deltaw.cli.merge import new_folder
 from deltaw.errors import ConfigError
+from deltaw.names import in_order
 
 
 def run(command: Convert) -> None:
     show.quiet_libraries()
     out = Path(command.out)
-    if out.suffix != ".gguf":
+    to_file = out.suffix == ".gguf" or (
+        Path(command.source).is_dir() and out.suffix in (".pt", ".bin", ".ckpt", ".pth")
+    )
+    if not to_file:
         new_folder(command.out, command.overwrite)
     elif out.is_dir() or (out.exists() and not command.overwrite):
         raise ConfigError(f"{out} is there already. Choose another --out, or pass --overwrite to replace a file.")
-    from deltaw.converted import convert
+    from deltaw.converted import alpha_for_loralib, convert
     from deltaw.files.peft import read
 
     parts = [part.strip() for part in (command.parts or "").split(",") if part.strip()]
     convert(command.source, out, alpha=command.alpha, parts=parts, base=command.base)
-    if out.suffix == ".gguf":
-        show.out.print(f"Adapter for llama.cpp: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)
+    if to_file:
+        whose = "llama.cpp" if out.suffix == ".gguf" else "loralib"
+        show.out.print(f"Adapter for {whose}: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)
+        if whose == "loralib":
+            alpha = alpha_for_loralib(read(Path(command.source))) if command.alpha is None else command.alpha
+            show.out.print(f"The file does not say it: its layers are to be made with lora_alpha={alpha:g}.")
         return
-    factors = read(out).factors
-    ranks = sorted({A.shape[0] for A, _ in factors.values()})
-    show.out.print(f"Adapter: {out}  ({len(factors)} layers, rank {', '.join(map(str, ranks))})", soft_wrap=True)
+    file = read(out)
+    ranks = sorted({A.shape[0] for A, _ in file.factors.values()})
+    whole = sorted({name.rpartition(".")[0] for name in file.whole})
+    besides = f", and {len(whole)} modules' parameters whole: {', '.join(in_order(whole))}" if whole else ""
+    show.out.print(
+        f"Adapter: {out}  ({len(file.factors)} layers, rank {', '.join(map(str, ranks))}{besides})", soft_wrap=True
+    )

@@ -75,7 +75,8 @@ def _evaluate(loaded: Any, records: Any, data: Any, command: Eval, metrics: list
             def progress(count: int, name: str = name, status: Any = status) -> None:
                 status.update(f"scoring the {name}: {count} done")
 
-            arguments = (loaded.model, loaded.tokenizer, records, data, command.generation)
+            own = loaded.of_base() if name == "base" else loaded
+            arguments = (own.model, own.tokenizer, records, data, command.generation)
             if command.opening.adapter is None:
                 found[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
             else:

@@ -186,6 +186,8 @@ class Merge:
     """Merge although the adapter was trained on other base weights."""
     reversible: bool = False
     """Write a correction file as well, a few percent of the model, with which unmerge gives the base's own bytes back."""
+    untie: bool = False
+    """Give layers that share a weight (embedding and head) one each, where the adapter changes it for one of them alone."""
     check: Literal["auto", "on", "off"] = "auto"
     """Load the merged model and compare its logits with the unmerged one's; auto: models of up to 2 GB."""
     dtype: DType = "auto"
@@ -226,18 +228,20 @@ class Verify:
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn an adapter of another format into the folder that deltaw and PEFT read, or such a folder into llama.cpp's file."""
+    """Turn an adapter of another format into the folder that deltaw and PEFT read, or such a folder into llama.cpp's or loralib's
+    file."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """Checkpoint of loralib (.pt, .bin or .ckpt), GGUF file of llama.cpp, or adapter folder."""
     out: Annotated[str, arg(aliases=["-o"])]
-    """Folder to write, or a file that ends in .gguf."""
+    """Folder to write, or a file that ends in .gguf (for llama.cpp), or in .bin or .pt (for loralib)."""
     base: str | None = None
-    """Model folder or hub id of the base, whose config says how GGUF's tensors are named."""
+    """Model folder or hub id of the base, whose config says how GGUF's tensors are named, and which of loralib's layers embed
+    tokens or are convolutions."""
     alpha: float | None = None
     """α that the adapter was trained with; loralib's files do not say it."""
     parts: str | None = None
-    """Which of query, key and value its merged layers have updates of: q,v say."""
+    """Which of query, key and value its merged layers have updates of, for example q,v; or a digit a part, 101."""
     overwrite: bool = False
     """Replace what is already there."""
 

@@ -96,7 +96,7 @@ def _besides(file: LoRAFile) -> dict[str, Tensor]:
     found |= {f"bias beside {layer}": b for layer, b in file.biases.items()}
     found |= {f"tokens of {layer}": rows for layer, (_, rows) in file.rows.items()}
     found |= {f"{name}, whole": value for name, value in file.whole.items()}
-    return found | {f"{name}, the base's own": value for name, value in file.copies.items()}
+    return found | {f"{name}, the base's own": value for name, value in {**file.copies, **file.originals}.items()}
 
 
 def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = False) -> Any:

@@ -73,7 +73,12 @@ def _merge(command: Merge, out: Path) -> _Done:
     from deltaw.study.merging import merge_to_folder
 
     made = merge_to_folder(
-        command.model, Path(command.adapter), out, dtype=command.dtype, check_base=not command.any_base
+        command.model,
+        Path(command.adapter),
+        out,
+        dtype=command.dtype,
+        check_base=not command.any_base,
+        untie=command.untie,
     )
     return _Done(made.report, made.bytes, compared=made.compared)
 
@@ -103,7 +108,15 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
 
             done.compared = compare(str(base), adapter, folder, check_base=not command.any_base)
 
-    made = merge_files(base, adapter, out, reversible=command.reversible, check_base=not command.any_base, look=look)
+    made = merge_files(
+        base,
+        adapter,
+        out,
+        reversible=command.reversible,
+        check_base=not command.any_base,
+        untie=command.untie,
+        look=look,
+    )
     done.report, done.bytes, done.correction = MergeReport((adapter.name,), made.layers), made.bytes, made.correction
     return done
 

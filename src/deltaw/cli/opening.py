@@ -10,14 +10,14 @@ from deltaw.config import DataConfig
 
 
 def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Any:
-    """A `Pretrained` with the adapter attached and active, where one is named, for the task of `data`, which is by default the
-    adapter's."""
+    """A `Pretrained` with the adapter attached and active, and its tokenizer, where one is named, for the task of `data`, which
+    is by default the adapter's."""
     from deltaw import tasks
 
     data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
     loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
     if opening.adapter is not None:
-        tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
+        loaded = tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
     tasks.check_tokens(loaded)
     return loaded
 

@@ -2,8 +2,8 @@
 model code, no arithmetic.
 
 A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8,
-row by row, and its escapes, little-endian integers as wide as the tensor's entries (residual.py). Under files/ are the base's own
-small files that a merge changes.
+row by row, and its escapes, little-endian integers as wide as the tensor's entries (residual.py). Of files beside the weights
+that the merge replaced (a tokenizer, a config), the base's are in it too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +23,10 @@ from deltaw.files.shards import PIECE, tensor_over
 from deltaw.residual import EFFORT, Residual
 
 NAME = "base.correction"
-FORMAT = 1
-_MANIFEST = "manifest.json"
+FORMAT = 2
+# Format 1 had no files beside the weights
+_READ = (1, FORMAT)
+_MANIFEST, _BESIDE, _HEADERS = "manifest.json", "beside", "headers"
 
 
 @dataclass
@@ -35,6 +37,10 @@ class Manifest:
     """sha256 of the adapter's A, B and scales."""
     shards: dict[str, tuple[str, str]] = field(default_factory=dict)
     """File name → sha256 of the base's file and of the merged one."""
+    added: list[str] = field(default_factory=list)
+    """Names of files beside the weights that the base has none of."""
+    untied: dict[str, list[str]] = field(default_factory=dict)
+    """File name → tensors in the merged file that the base's has not, for weights that it has once."""
     format: int = FORMAT
 
 
@@ -52,10 +58,17 @@ class Writer:
                 for at in range(0, len(flat), PIECE):
                     stream.write(flat[at : at + PIECE].data)
 
-    def keep(self, name: str, folder: Path) -> None:
-        """The file of this name as it is in `folder`; nothing, where there is none."""
-        path = folder / name
-        self.archive.writestr(f"files/{name}", path.read_bytes() if path.is_file() else b"")
+    def keep_header(self, file: str, header: bytes, untied: Iterable[str]) -> None:
+        """Take the header of a base's file, of which the merged one has some tensors besides."""
+        self.archive.writestr(f"{_HEADERS}/{file}", header)
+        self.manifest.untied[file] = list(untied)
+
+    def keep(self, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
+        """Take the base's files beside the weights, name → content, and what the merge has `after` them."""
+        for name, content in before.items():
+            if after.get(name) != content:
+                self.archive.writestr(f"{_BESIDE}/{name}", content)
+        self.manifest.added += sorted(after.keys() - before.keys())
 
 
 @contextmanager
@@ -79,7 +92,7 @@ class Reader:
             self.manifest = Manifest(**found)
         except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise FileError(f"{path} is no correction file, or a damaged one: {error}") from error
-        if self.manifest.format != FORMAT:
+        if self.manifest.format not in _READ:
             raise FileError(f"{path} is a correction of format {self.manifest.format}; this version reads {FORMAT}.")
 
     def get(self, tensor: str, shape: tuple[int, ...], integers: torch.dtype) -> Residual:
@@ -90,18 +103,28 @@ class Reader:
         except (RuntimeError, ValueError) as error:
             raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
 
-    def give_back(self, name: str, folder: Path) -> None:
-        """Write into `folder` the file of this name that the base had; away with it, where it had none."""
+    def header(self, file: str) -> bytes:
+        """That of the base's file."""
         try:
-            content = self.archive.read(f"files/{name}")
-        except KeyError:  # by a version that changed none
-            return
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise FileError(f"{self.path}: its {name} is damaged: {error}") from error
-        if content:
-            (folder / name).write_bytes(content)
-        else:
-            (folder / name).unlink(missing_ok=True)
+            return self.archive.read(f"{_HEADERS}/{file}")
+        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{self.path} lacks the header of {file}, or it is damaged: {error}") from error
+
+    def put_back(self, folder: Path) -> None:
+        """Give a folder the base's own files beside the weights."""
+        kept = [name for name in self.archive.namelist() if name.startswith(f"{_BESIDE}/")]
+        places = {name: folder / name.removeprefix(f"{_BESIDE}/") for name in kept}
+        gone = [folder / name for name in self.manifest.added]
+        if any(not path.resolve().is_relative_to(folder.resolve()) for path in (*gone, *places.values())):
+            raise FileError(f"{self.path} names files outside its folder.")
+        for path in gone:
+            path.unlink(missing_ok=True)
+        for name, path in places.items():
+            path.parent.mkdir(exist_ok=True)
+            try:
+                path.write_bytes(self.archive.read(name))
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise FileError(f"{self.path}: its {path.name} is damaged: {error}") from error
 
     def _part(self, part: str, tensor: str) -> bytearray:
         name = f"{part}/{tensor}"

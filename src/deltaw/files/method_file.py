@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,9 @@ def _prompt(
     return MethodFile("prefix", {"length": length, "where": "embedding"}, dict(tensors), config, metadata)
 
 
-def write(folder: Path, file: MethodFile) -> Path:
-    """Write the folder atomically, then read it back and compare. Raises FileError when what was read differs."""
+def write(folder: Path, file: MethodFile, beside: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Write the folder atomically, then read it back and compare; `beside` adds other files to it. Raises FileError when what
+    was read differs."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _keys(file).items()}
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -146,6 +147,7 @@ def write(folder: Path, file: MethodFile) -> Path:
         same = again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
         if not same or (back.method, back.settings) != (file.method, json.loads(json.dumps(file.settings))):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
+        beside(temporary)
     return folder
 
 

@@ -101,6 +101,11 @@ class LoRAFile:
     """Name of a parameter of the base → the value in its place."""
     copies: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter of a layer in `factors` → the base's own value, where the file has that too."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a parameter of a module that PEFT copied to train it → the base's own value, where the file has that too."""
+
+    wrapped: str | None = None
+    """The first of the file's keys with what torch.compile, DDP and their like put into names, which these are without."""
 
     def rank(self, layer: str) -> int:
         """r; of a stack that of each of its matrices."""
@@ -146,6 +151,7 @@ def read(folder: Path) -> LoRAFile:
         raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
     tensors, metadata = tensors_of(folder)
     found = sort(tensors, biases=config.get("bias") in ("all", "lora_only"))
+    _drop_tied_rows(found, config)
     name = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
     problems += [f"{name}: unexpected key {key!r}" for key in found.unknown]
     problems += [f"{name}: {one!r} and {other!r} are the same tensor's names" for one, other in found.twice]
@@ -170,6 +176,8 @@ def read(folder: Path) -> LoRAFile:
         rows={layer: _in_order(tokens_of(layer, config), rows) for layer, rows in found.rows.items()},
         whole=found.whole,
         copies=found.copies,
+        originals=found.originals,
+        wrapped=found.wrapped,
     )
 
 
@@ -196,6 +204,17 @@ def _metadata(adapter: LoRAFile) -> dict[str, str]:
     return {"format": "pt", **others, **({SCALES: json.dumps(exact, sort_keys=True)} if exact else {})}
 
 
+def _drop_tied_rows(found: Sorted, config: Mapping[str, Any]) -> None:
+    """Leave out rows of tokens that the file has twice: PEFT writes those of a resized vocabulary for a tied head too, which the
+    settings do not name. All layers that are tied follow the one that is named."""
+    named = [rows for layer, rows in found.rows.items() if tokens_of(layer, config) is not None]
+    found.rows = {
+        layer: rows
+        for layer, rows in found.rows.items()
+        if tokens_of(layer, config) is not None or not any(torch.equal(rows, other) for other in named)
+    }
+
+
 def _part(found: Sorted, part: str) -> dict[str, Tensor]:
     return {layer: parts[part] for layer, parts in found.parts.items() if part in parts}
 
@@ -206,8 +225,9 @@ def _in_order(ids: list[int] | None, rows: Tensor) -> _Pair:
     return indices, rows[order]
 
 
-def write(folder: Path, adapter: LoRAFile) -> Path:
-    """Write the folder atomically, then read it back and compare. Raises FileError when what was read differs."""
+def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Write the folder atomically, then read it back and compare; `beside` adds other files to it. Raises FileError when what
+    was read differs."""
     tensors = _stored(adapter)
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -220,6 +240,7 @@ def write(folder: Path, adapter: LoRAFile) -> Path:
         same = again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
         if not same or back.scales != adapter.scales or not _same_tokens(back, adapter):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
+        beside(temporary)
     return folder
 
 
@@ -229,7 +250,14 @@ def size(adapter: LoRAFile) -> int:
 
 
 def _stored(adapter: LoRAFile) -> dict[str, Tensor]:
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in _keys(adapter).items()}
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in _keys(adapter).items():
+        value = tensor.detach().cpu().contiguous()
+        # safetensors refuses memory that two names share, as layers do that follow one value
+        found[key] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return found
 
 
 def _config_text(adapter: LoRAFile) -> str:
@@ -255,10 +283,17 @@ def _keys(adapter: LoRAFile) -> dict[str, Tensor]:
         ones = [1] * (len(adapter.kernels[layer]) - 1) if layer in adapter.kernels else None
         found[f"{layer}.lora_magnitude_vector"] = m if ones is None else m.view(1, -1, *ones)
     found |= {f"{layer}.lora_B.bias": b for layer, b in adapter.biases.items()}
-    found |= {f"{layer}.token_adapter.trainable_tokens_delta": rows for layer, (_, rows) in adapter.rows.items()}
+    for layer, (indices, rows) in adapter.rows.items():
+        order = torch.searchsorted(indices.cpu(), torch.tensor(tokens_of(layer, adapter.config)))
+        found[f"{layer}.token_adapter.trainable_tokens_delta"] = rows[order.to(rows.device)]
     for name, value in {**adapter.whole, **adapter.copies}.items():
         layer, own_name = name.rsplit(".", 1)
-        found[f"{layer}.base_layer.{own_name}" if layer in adapter.factors else name] = value
+        inside = "token_adapter.base_layer." if layer in adapter.rows and name in adapter.copies else ""
+        inside = "base_layer." if layer in adapter.factors else inside
+        found[f"{layer}.{inside}{own_name}"] = value
+    for name, value in adapter.originals.items():
+        module = saved_module(name, adapter.config) or name.rpartition(".")[0]
+        found[f"{module}.original_module{name.removeprefix(module)}"] = value
     return {f"{PREFIX}{key}": tensor for key, tensor in found.items()}
 
 
@@ -284,7 +319,8 @@ def _tensor_problems(found: Sorted, tensors: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with the tensors by themselves."""
     finite = _finite(tensors.values())
     problems = [problem for layer, parts in found.parts.items() for problem in _part_problems(layer, parts, finite)]
-    for name, value in (*found.whole.items(), *found.rows.items(), *found.copies.items()):
+    values = *found.whole.items(), *found.rows.items(), *found.copies.items(), *found.originals.items()
+    for name, value in values:
         problems += _value_problems(name, value, finite)
     problems += [
         f"{layer}: its rows of tokens are {list(r.shape)}; they must be [n, e]"

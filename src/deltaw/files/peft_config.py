@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaw.errors import FileError
+from deltaw.wrapped_names import unwrapped
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -66,7 +67,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         missing.append(WEIGHTS)
     if missing:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-        raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.")
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))  # PEFT's place for adapters with names
+        hint = f" Adapters are in its folders {', '.join(inside)}: give one of these." if inside else ""
+        raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -155,7 +158,7 @@ def _is_number(value: Any) -> bool:
 
 def _compiles(pattern: str) -> bool:
     try:
-        re.compile(pattern)
+        re.compile(_matching(pattern))
     except re.error:
         return False
     return True
@@ -212,7 +215,7 @@ def pattern_names(layer: str, config: Mapping[str, Any]) -> list[str]:
     """The names that PEFT compares its patterns with, for a layer of the file: its own; or of a weight that has no layer, whose
     name in the file is that of its module, the parameter's. Several where neither the file nor an order that all of transformers'
     experts have says which of the module's parameters it is."""
-    module, depth = layer.split(".base_layer")[0], layer.count(".base_layer")
+    module, depth = unwrapped(layer).split(".base_layer")[0], layer.count(".base_layer")
     parameters = [target.rpartition(".") for target in config.get("target_parameters") or []]
     inside = [own for outer, _, own in parameters if outer and f".{module}".endswith(f".{outer}")]
     anywhere = [own for outer, _, own in parameters if not outer]
@@ -237,10 +240,10 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
 def _values(layer: str, config: Mapping[str, Any], key: str, default: Any) -> list[Any]:
     """What patterns give a layer, once each: one value unless they tell apart what the file does not. Files of ours have a
     pattern of its name in the file, which PEFT passes over where that is none of its names."""
-    patterns, own = config.get(key) or {}, exactly(layer)
-    if own in patterns:
+    patterns, own, names = config.get(key) or {}, exactly(unwrapped(layer)), pattern_names(layer, config)
+    if own in patterns and unwrapped(layer) not in names:
         return [patterns[own]]
-    return list(dict.fromkeys(_by_pattern(name, patterns, default) for name in pattern_names(layer, config)))
+    return list(dict.fromkeys(_by_pattern(name, patterns, default) for name in names))
 
 
 def exactly(layer: str) -> str:
@@ -249,11 +252,14 @@ def exactly(layer: str) -> str:
 
 
 def _by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name from a dot (or its start) on."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) or re.fullmatch(pattern, name):
-            return value
-    return default
+    """PEFT's rule: the first pattern, in the file's order, that matches the end of the name from a dot (or its start) on. PEFT
+    sorts them when it saves, so that a file may mean another one than its training did."""
+    return next((value for pattern, value in patterns.items() if re.match(_matching(pattern), name)), default)
+
+
+def _matching(pattern: str) -> str:
+    """What PEFT compiles of a pattern; groups in it count from this one's."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def tokens_of(layer: str, config: Mapping[str, Any]) -> list[int] | None:
@@ -265,12 +271,13 @@ def tokens_of(layer: str, config: Mapping[str, Any]) -> list[int] | None:
 
 
 def saved_module(name: str, config: Mapping[str, Any]) -> str | None:
-    """The entry of modules_to_save that means the module of this parameter, or one around it."""
-    parts = name.split(".")[:-1]
+    """The module that an entry of modules_to_save means: that of this parameter, or one around it."""
+    parts = unwrapped(name).split(".")[:-1]
     for entry in config.get("modules_to_save") or []:
         own = entry.split(".")
-        if any(parts[i : i + len(own)] == own for i in range(len(parts))):
-            return str(entry)
+        ends = (i + len(own) for i in range(len(parts)) if parts[i : i + len(own)] == own)
+        if (end := next(ends, None)) is not None:
+            return ".".join(parts[:end])
     return None
 
 

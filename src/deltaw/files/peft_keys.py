@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltaw.wrapped_names import unwrapped, without_peft_prefix
+
 PREFIX = "base_model.model."
 
 # Of a low-rank update, some with the adapter's name behind them, as older versions wrote it
@@ -18,6 +20,8 @@ _PART = re.compile(
 )
 _ROWS = re.compile(r"(?P<layer>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _WHOLE = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.))?(?=\.)")
+# PEFT's wrapper of a module in modules_to_save keeps the module that it copied
+_ORIGINAL = ".original_module."
 _PARTS = {
     "lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": "magnitude",
 }  # fmt: skip
@@ -39,6 +43,10 @@ class Sorted:
     """Name of a parameter → a value in its place."""
     copies: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter of a layer that has an update → the base's own value."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a parameter of a module that has been copied to be trained → the value that it had before, or has."""
+    wrapped: str | None = None
+    """The first key with what torch.compile, DDP and their like put into it, which the names here are without."""
     unknown: list[str] = field(default_factory=list)
     """Keys that are none of these."""
     twice: list[tuple[str, str]] = field(default_factory=list)
@@ -57,24 +65,36 @@ class Sorted:
 
 def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     """By their keys; `biases` tells whether the biases of layers with an update are trained, or the base's."""
-    found = Sorted()
+    found, inside, saved = Sorted(), dict[str, str](), dict[str, Tensor]()
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = unwrapped(without_peft_prefix(key))
+        if name != key.removeprefix(PREFIX) and found.wrapped is None:
+            found.wrapped = key
         if match := _PART.fullmatch(name):
             _put_part(found, key, match, tensor)
         elif match := _ROWS.fullmatch(name):
             found.put(found.rows, match["layer"], key, tensor)
-        elif "lora_" in name or "." not in name or ".original_module." in name:
+        elif "lora_" in name or "." not in name:
             found.unknown.append(key)
+        elif _ORIGINAL in name:
+            found.originals[name.replace(_ORIGINAL, ".", 1)] = tensor
         elif ".base_layer." in name:
-            plain = name.replace(".base_layer.", ".")
+            plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             kept = found.whole if biases and name.endswith(".bias") else found.copies
             found.put(kept, plain, key, tensor)
+            inside[plain] = name.split(".base_layer.")[0]
+        elif (plain := _WHOLE.sub("", name)) != name:
+            found.put(saved, plain, key, tensor)
         else:
-            found.put(found.whole, _WHOLE.sub("", name), key, tensor)
+            found.put(found.whole, name, key, tensor)
+    found.whole = saved | found.whole  # PEFT reads the plain name, where the file has both
     _leave_out_unused(found)
     for layer, parts in found.parts.items():
         _flatten(found, layer, parts)
+    for name in [name for name, layer in inside.items() if not _is_wrapped(found, layer)]:
+        place = found.whole if name in found.whole else found.copies
+        if name in place:
+            found.originals[name] = place.pop(name)
     return found
 
 
@@ -87,6 +107,12 @@ def _leave_out_unused(found: Sorted) -> None:
             del found.parts[layer]
             found.copies = {n: value for n, value in found.copies.items() if n.rpartition(".")[0] != layer}
             found.unused.append(layer)
+
+
+def _is_wrapped(found: Sorted, layer: str) -> bool:
+    """Whether PEFT, reading the file, has a wrapper around this layer: the file has something for the wrapper itself."""
+    layer = layer.removesuffix(".token_adapter")
+    return layer in found.rows or any(n == layer or n.startswith(f"{layer}.base_layer") for n in found.parts)
 
 
 def _flatten(found: Sorted, layer: str, parts: dict[str, Tensor]) -> None:

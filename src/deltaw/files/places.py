@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from deltaw.files.fingerprint import DTYPES, Digest, combined, digest
 from deltaw.files.peft import LoRAFile, transposed_layers
 from deltaw.files.shards import DTYPES as CODES
 from deltaw.files.shards import Entry, Shard, read_tensor
+from deltaw.wrapped_names import found_as, unwrapped
 
+_TIES = "tie_word_embeddings"
 # transformers' models with Conv1D layers, whose weights are stored [k, d]
 _WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 
@@ -33,17 +35,21 @@ class Place:
     tensor: str
     transposed: bool
     """Stored [k, d], as GPT-2's Conv1D is."""
+    untied: str | None = None
+    """Of a head that shares the embedding's tensor: the name that its own is given beside that."""
 
     def W0(self, tensor: Tensor) -> Tensor:
         """The weight as a [d, k] view."""
         return tensor.t() if self.transposed else tensor.flatten(1)
 
 
-def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Place]:
-    """Where each of the adapter's layers with A and B is. Raises FileError with every layer that is not found, or is of another
-    shape."""
+def places_of(shards: list[Shard], file: LoRAFile, folder: Path, *, untie: bool = False) -> dict[str, Place]:
+    """Where each of the adapter's layers with A and B is; with `untie` also a head that shares its embedding's tensor. Raises
+    FileError with every layer that is not found, or is of another shape."""
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     found = {layer: _tensor_of(layer, entries) for layer in file.factors}
+    heads = {n: _embedding_of(n, file, entries, folder) for n, tensor in found.items() if untie and tensor is None}
+    found |= heads
     unclear = [
         f"there is no tensor of the layer {layer!r}{nearest(f'{layer}.weight', entries, count=1)}"
         for layer, name in found.items()
@@ -67,7 +73,53 @@ def places_of(shards: list[Shard], file: LoRAFile, folder: Path) -> dict[str, Pl
         error = FileError if problems else NotByFiles
         head = f"The adapter does not fit the checkpoint in {folder}; nothing was written:"
         raise error(listing(head, [*unclear, *problems]))
-    return {layer: Place(name, bool(transposed[layer])) for layer, name in tensors.items()}
+    named = {layer: f"{unwrapped(layer)}.weight" if layer in heads else None for layer in tensors}
+    return {layer: Place(name, bool(transposed[layer]), named[layer]) for layer, name in tensors.items()}
+
+
+def _embedding_of(layer: str, file: LoRAFile, entries: Mapping[str, Entry], folder: Path) -> str | None:
+    """The tensor that a head is tied to, in the checkpoint of a model that has one embedding: the only one of its shape that has
+    a row for each token; None where that cannot be told."""
+    config = _config(folder)
+    if config is None or config.get("is_encoder_decoder") or config.get(_TIES) is False:
+        return None
+    shape = (file.factors[layer][1].shape[0], file.factors[layer][0].shape[1])
+    alike = [name for name, entry in entries.items() if entry.shape == shape]
+    return alike[0] if len(alike) == 1 and config.get("vocab_size") == shape[0] and not _parent(layer) else None
+
+
+def stored_twice(shards: list[Shard], places: Mapping[str, Place], folder: Path) -> list[str]:
+    """The layers whose tensor the checkpoint has a second time, with a row for each token, where its model may tie the two."""
+    config = _config(folder)
+    if config is None or config.get(_TIES) is False:
+        return []
+    entries = {name: (shard, entry) for shard in shards for name, entry in shard.entries.items()}
+    found = []
+    for layer, place in places.items():
+        entry = entries[place.tensor][1]
+        if place.untied is None and entry.shape and entry.shape[0] == config.get("vocab_size"):
+            alike = [n for n, (_, e) in entries.items() if n != place.tensor and e[:2] == entry[:2]]
+            if any(_bytes(*entries[n]) == _bytes(*entries[place.tensor]) for n in alike):
+                found.append(layer)
+    return found
+
+
+def _bytes(shard: Shard, entry: Entry) -> bytearray:
+    with shard.path.open("rb") as stream:
+        return read_tensor(stream, entry)[0]
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _parent(layer: str) -> str:
+    """The module around a layer, but for what wrappers have put there."""
+    return unwrapped(layer).removeprefix("module.").rpartition(".")[0]
 
 
 def check_by_files(file: LoRAFile, *, undone: bool = False) -> None:
@@ -116,7 +168,7 @@ def _all_linear(folder: Path) -> bool:
 def _tensor_of(layer: str, entries: Mapping[str, Entry]) -> str | None:
     """The name of a layer's weight in the files: the layer's own; or without the base model's prefix, or with one, where just
     one tensor is named so."""
-    full = f"{layer}.weight"
+    full = found_as(f"{layer}.weight", entries, {}) or f"{layer}.weight"
     if full in entries:
         return full
     shorter = full.split(".", 1)[-1]

@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -202,10 +202,44 @@ class Rewritten:
     after: str
 
 
-def rewrite(shard: Shard, out: Path, changes: Mapping[str, Callable[[Tensor], None]], *, digest: bool) -> Rewritten:
-    """Write `out` as `shard` is, byte for byte, but for the tensors named in `changes`, which these functions change in place.
-    One tensor is in memory at a time. Without `digest` nothing is hashed, and what is returned is empty."""
+@dataclass(frozen=True)
+class Other:
+    """How a file's header is to be another one than that of the file that it is written after."""
+
+    header: bytes
+    """The whole of it, with its length in front."""
+    added: Mapping[str, tuple[str, Callable[[Tensor], None]]] = field(default_factory=dict)
+    """Name of a tensor at the end → the one that it begins as, and what changes it in place."""
+    dropped: Collection[str] = ()
+    """Tensors that are not written."""
+
+
+def with_tensors(shard: Shard, copied: Mapping[str, str]) -> bytes:
+    """The header of a file that has some tensors a second time at its end, by their new names."""
+    header = json.loads(shard.header[8:])
+    end = max((values["data_offsets"][1] for name, values in header.items() if name != "__metadata__"), default=0)
+    for name, source in copied.items():
+        size = shard.entries[source].size
+        header[name] = {**header[source], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight, by the specification
+    return len(text).to_bytes(8, "little") + text
+
+
+def rewrite(
+    shard: Shard,
+    out: Path,
+    changes: Mapping[str, Callable[[Tensor], None]],
+    *,
+    digest: bool,
+    other: Other | None = None,
+) -> Rewritten:
+    """Write `out` as `shard` is, byte for byte, but for the tensors named in `changes`, which these functions change in place,
+    and for what is `other` in it. One tensor is in memory at a time. Without `digest` nothing is hashed, and what is returned
+    is empty."""
     before, after = hashlib.sha256(), hashlib.sha256()
+    other = other or Other(shard.header)
     with shard.path.open("rb") as source, out.open("wb") as target:
 
         def read(piece: bytes | bytearray) -> None:
@@ -218,7 +252,7 @@ def rewrite(shard: Shard, out: Path, changes: Mapping[str, Callable[[Tensor], No
             target.write(piece)
 
         read(shard.header)
-        write(shard.header)
+        write(other.header)
         for name, entry in shard.entries.items():
             if name in changes:
                 held, tensor = read_tensor(source, entry)
@@ -228,7 +262,12 @@ def rewrite(shard: Shard, out: Path, changes: Mapping[str, Callable[[Tensor], No
             else:
                 for piece in _pieces(source, entry):
                     read(piece)
-                    write(piece)
+                    if name not in other.dropped:
+                        write(piece)
+        for origin, change in other.added.values():
+            held, tensor = read_tensor(source, shard.entries[origin])
+            change(tensor)
+            write(held)
     return Rewritten(before.hexdigest(), after.hexdigest()) if digest else Rewritten("", "")
 
 

@@ -8,6 +8,7 @@ turned back into the base's own bytes, which is checked by their hash.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,17 +18,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.errors import MergeError
-from deltaw.files import correction, generation_config, peft
+from deltaw.errors import MergeError, listing
+from deltaw.files import correction, generation_config, peft, tokenizer_files
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import EXACT, Digest, bytes_of, combined, digest
 from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import method_of
-from deltaw.files.places import NotByFiles, Place, check_by_files, hash_of_layers, places_of
-from deltaw.files.shards import Rewritten, Shard, rewrite, shards_of
+from deltaw.files.places import NotByFiles, Place, check_by_files, hash_of_layers, places_of, stored_twice
+from deltaw.files.shards import INDEX, Other, Rewritten, Shard, rewrite, shards_of, with_tensors
 from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.merge_report import check_merged
 from deltaw.residual import integers_of
+from deltaw.ties import untied_config
 
 # Weights in other formats than the one that is merged: stale beside it
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors"}
@@ -65,14 +67,17 @@ def merge_files(
     *,
     reversible: bool = False,
     check_base: bool = True,
+    untie: bool = False,
     look: Callable[[Path], None] = lambda folder: None,
 ) -> MergedFiles:
     """Write the checkpoint in folder `base` to folder `out` with the adapter's ΔW in it, in the dtypes that it is stored in;
-    config and tokenizer go along. At most one and a half times the largest tensor is held in memory.
+    config and tokenizer go along, and the adapter's tokenizer or chat template in their place where its folder has another.
+    At most one and a half times the largest tensor is held in memory.
 
     The tokens that the adapter was taught to end with are added to those that generation_config.json names.
 
-    `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. `look` is called with
+    `reversible` writes a correction file too, with which `unmerge_files` gives the base's bytes back. With `untie` a head that
+    shares the embedding's tensor gets one of its own, and the config says so. `look` is called with
     the finished folder before it takes `out`'s place. Raises FileError (NotByFiles where a merge in memory may still do),
     BaseMismatch (`check_base=False` overrides) or MergeError, with every problem, and what `look` raises; `out` is then as
     it was.
@@ -80,38 +85,113 @@ def merge_files(
     base, adapter, out = Path(base), Path(adapter), Path(out)
     shards, file = shards_of(base), _lora(adapter)
     check_by_files(file, undone=reversible)
-    places, ends = places_of(shards, file, base), peft.ends_of(file, adapter)
+    places, ends = places_of(shards, file, base, untie=untie), peft.ends_of(file, adapter)
+    twice = stored_twice(shards, places, base)
+    if twice and not untie:
+        raise NotByFiles(listing("The checkpoint has weights twice that its model ties, and one would change:", twice))
     if check_base:
         peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
+    brings_tokenizer = _brings_tokenizer(base, adapter, check_base)
     stats: dict[str, MergeStats] = {}
 
     def write(folder: Path, kept: correction.Writer | None) -> None:
         def change(layer: str, tensor: Tensor) -> None:
             place = places[layer]
             W0 = place.W0(tensor)
-            if kept is None:
+            if kept is None or place.untied is not None:
                 stats[layer] = merge_(W0, file.change(layer))
             else:
                 stats[layer], residual = merge_reversibly_(W0, file.product(layer))
                 kept.put(place.tensor, residual)
 
         for shard in shards:
-            done = rewrite(shard, folder / shard.path.name, _changes(shard, places, change), digest=reversible)
+            name, other = shard.path.name, _with_heads(shard, places, change)
+            done = rewrite(shard, folder / name, _changes(shard, places, change), digest=reversible, other=other)
             if kept is not None:
-                kept.manifest.shards[shard.path.name] = (done.before, done.after)
+                kept.manifest.shards[name] = (done.before, done.after)
+                if other is not None:
+                    kept.keep_header(name, shard.header, other.added)
 
     with replacing_folder(out) as folder:
         with _correction(folder, file, reversible) as kept:
             write(folder, kept)
+            check_merged(stats, allow_unchanged=False)
+            _copy_the_rest(base, folder)
+            before = _beside(folder)
+            if brings_tokenizer:
+                tokenizer_files.replace_files(adapter, folder)
+            if twice or any(place.untied for place in places.values()):
+                _say_untied(folder, shards, places)
+            generation_config.stop_at(folder, ends)
             if kept is not None:
-                kept.keep(generation_config.NAME, base)
-        check_merged(stats, allow_unchanged=False)
-        _copy_the_rest(base, folder)
-        generation_config.stop_at(folder, ends)
+                kept.keep(before, _beside(folder))
         look(folder)
-    size = sum(shard.path.stat().st_size for shard in shards)
+    size = sum((out / shard.path.name).stat().st_size for shard in shards)
     path = out / correction.NAME
     return MergedFiles(stats, size, path.stat().st_size if reversible else 0)
+
+
+def _brings_tokenizer(base: Path, adapter: Path, check: bool) -> bool:
+    """Whether the adapter's folder has a tokenizer or a chat template that the base's has not. Raises NotByFiles where that has
+    tokens which the checkpoint has no rows for."""
+    if not tokenizer_files.files_in(adapter):
+        return False
+    theirs = tokenizer_files.open_tokenizer(base) if tokenizer_files.files_in(base) else None
+    own = tokenizer_files.brought(adapter, theirs, check=check)
+    if own is None:
+        return False
+    rows, last = _rows(base), max(own.get_vocab().values())
+    if rows is not None and last >= rows:
+        raise NotByFiles(
+            f"The tokenizer in {adapter} has tokens up to {last}, the checkpoint rows for {rows}: by files alone none are added."
+        )
+    return True
+
+
+def _rows(base: Path) -> int | None:
+    """How many tokens the model in a folder has, by its config."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _beside(folder: Path) -> dict[str, bytes]:
+    """What a merge may replace beside the weights: name in the folder → content."""
+    names = (name for name in ("config.json", generation_config.NAME, INDEX) if (folder / name).is_file())
+    return {name: (folder / name).read_bytes() for name in names} | tokenizer_files.contents(folder)
+
+
+def _with_heads(shard: Shard, places: Mapping[str, Place], change: Callable[[str, Tensor], None]) -> Other | None:
+    """How a merged file is another one where heads get tensors of their own; None where it is not."""
+    added = {
+        p.untied: (p.tensor, partial(change, n)) for n, p in places.items() if p.untied and p.tensor in shard.entries
+    }
+    if not added:
+        return None
+    return Other(with_tensors(shard, {name: origin for name, (origin, _) in added.items()}), added)
+
+
+def _say_untied(folder: Path, shards: list[Shard], places: Mapping[str, Place]) -> None:
+    """Write in a merged folder's config that the head has a tensor of its own, and into its index where that is."""
+    path = folder / "config.json"
+    config = untied_config(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (path := folder / INDEX).is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        for place in places.values():
+            shard = next(s for s in shards if place.tensor in s.entries)
+            if place.untied:
+                index["weight_map"][place.untied] = shard.path.name
+                sizes = index.get("metadata", {})
+                sizes |= (
+                    {"total_size": sizes["total_size"] + shard.entries[place.tensor].size}
+                    if "total_size" in sizes
+                    else {}
+                )
+        path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _lora(adapter: Path) -> LoRAFile:
@@ -157,13 +237,18 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
 
     with replacing_folder(out) as folder:
         for shard in shards:
-            name = shard.path.name
-            done = rewrite(shard, folder / name, _changes(shard, places, change), digest=kept is not None)
+            name, other = shard.path.name, None
+            if kept is not None and (heads := kept.manifest.untied.get(name)):
+                other = Other(kept.header(name), dropped=heads)
+            changes = {
+                n: c for n, c in _changes(shard, places, change).items() if other is None or n not in other.dropped
+            }
+            done = rewrite(shard, folder / name, changes, digest=kept is not None, other=other)
             if kept is not None and (done.after, done.before) != tuple(kept.manifest.shards.get(name, ())):
                 raise MergeError(_other_bytes(shard.path, done, kept.manifest.shards.get(name)))
         _copy_the_rest(merged, folder)
         if kept is not None:
-            kept.give_back(generation_config.NAME, folder)
+            kept.put_back(folder)
     expected = peft.fingerprint_of(file, adapter, peft.W0)
     same = expected is not None and expected.exact == combined(digests[layer] for layer in sorted(digests))
     return UnmergedFiles(len(places), kept is not None, kept is not None or same, max(errors))
@@ -193,7 +278,8 @@ def _changes(
     shard: Shard, places: Mapping[str, Place], change: Callable[[str, Tensor], None]
 ) -> dict[str, Callable[[Tensor], None]]:
     """Tensor name → what changes it, of the layers whose weights are in this shard."""
-    return {p.tensor: partial(change, layer) for layer, p in places.items() if p.tensor in shard.entries}
+    inside = {layer: p for layer, p in places.items() if p.tensor in shard.entries and p.untied is None}
+    return {p.tensor: partial(change, layer) for layer, p in inside.items()}
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:

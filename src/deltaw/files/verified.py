@@ -48,9 +48,10 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
     file = peft.read(adapter)
     check_by_files(file)
     base_shards = shards_of(base)
-    places = places_of(base_shards, file, base)
-    layers = {place.tensor: layer for layer, place in places.items()}
+    places = places_of(base_shards, file, base, untie=True)
+    layers = {place.untied or place.tensor: layer for layer, place in places.items()}
     theirs, own = _entries(shards_of(merged)), _entries(base_shards)
+    own |= {place.untied: own[place.tensor] for place in places.values() if place.untied}
     problems = [f"{name} is missing" for name in own.keys() - theirs.keys()]
     problems += [f"{name} is not in the base" for name in theirs.keys() - own.keys()]
     for name in own.keys() & theirs.keys():

@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw import merged, store, tasks
+from deltaw import merged, tasks
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.peft import LoRAFile
-from deltaw.fitted import vocabulary
 from deltaw.merge_report import MergeReport
 from deltaw.pretrained import Pretrained, save_pretrained
 
@@ -42,14 +40,14 @@ class MergedFolder:
 
 
 def merge_to_folder(
-    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True
+    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True, untie: bool = False
 ) -> MergedFolder:
     """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
     safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
     data = tasks.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
-    report = merged.merge(loaded.model)
+    report = merged.merge(loaded.model, untie=untie)
     with replacing_folder(out) as folder:
         merged.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
@@ -71,13 +69,7 @@ def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True
 def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
     """The base with the adapter on it, and with as many tokens as the adapter has."""
     loaded = tasks.opened(source, tasks.of_adapter(adapter), dtype=dtype, device="cpu")
-    file = store.read(adapter)
-    tokens = vocabulary(loaded.model, file) if isinstance(file, LoRAFile) else 0
-    own = getattr(loaded.model.get_input_embeddings(), "weight", None)
-    if own is not None and tokens > len(own):
-        loaded.model.resize_token_embeddings(tokens, mean_resizing=False)
-    tasks.equip(loaded, adapter, check_base=check_base)
-    return loaded
+    return tasks.equip(loaded, adapter, check_base=check_base, resize=True)
 
 
 @torch.no_grad()
