@@ -9,7 +9,8 @@ sum is formed, of as much of the stack as the operation has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,19 +128,20 @@ def grouped_by_kernel(x: Tensor, P: Unformed, offs: Tensor) -> Tensor:
 
 class _Grouped(torch.autograd.Function):
     """The same on a CPU, where a grouped product is one product after the other: each expert's branch is added while its tokens
-    are in cache. What is saved is x and x·left."""
+    are in cache. What is saved is x and x·left. The products of a branch may go on over rows of later experts, whose values are
+    written after them (`_Span`)."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: Tensor, W0: Tensor, left: Tensor, right: Tensor, offs: Tensor, scale: float) -> Tensor:
-        sizes = _sizes(offs, x.shape[0])
-        out, Ax = _room(x, W0.shape[-1], sizes), _room(x, left.shape[-1], sizes)
-        for part, tokens, a, W, l, r in zip(*(t.split(sizes) for t in (out, x, Ax)), W0, left, right, strict=False):  # noqa: E741
-            if len(tokens):
-                torch.mm(tokens, W, out=part)
-                part.addmm_(torch.mm(tokens, l, out=a), r, alpha=scale)
+        spans = _spans(offs, x)
+        out, Ax = _room(x, W0.shape[-1], spans), _room(x, left.shape[-1], spans)
+        for e, own, more in spans:
+            torch.mm(x[own], W0[e], out=out[own])
+            a = torch.mm(x[more], left[e], out=Ax[more])
+            out[more].addmm_(a, right[e], alpha=scale)
         ctx.save_for_backward(x, Ax, W0, left, right)
-        ctx.sizes, ctx.scale = sizes, scale
+        ctx.spans, ctx.scale = spans, scale
         return out
 
     @staticmethod
@@ -147,35 +149,60 @@ class _Grouped(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, Ax, W0, left, right = ctx.saved_tensors
-        sizes, scale = ctx.sizes, ctx.scale
+        spans, scale = ctx.spans, ctx.scale
         needs_x, _, needs_left, needs_right = ctx.needs_input_grad[:4]
-        dx = _room(x, x.shape[1], sizes)
-        dleft, dright = (torch.zeros_like(t.mT if t is left else t) for t in (left, right))
-        parts = zip(*(t.split(sizes) for t in (g, x, Ax, dx)), strict=True)
-        for e, ((part, tokens, a, own), W, l, r) in enumerate(zip(parts, W0, left, right, strict=False)):  # noqa: E741
-            if not len(tokens):
-                continue
-            back = (part @ r.t()).mul_(scale)
+        dx = _room(x, x.shape[1], spans)
+        dleft, dright = torch.zeros_like(left.mT), torch.zeros_like(right)
+        for e, own, more in spans:
+            count = own.stop - own.start
+            back = (g[more] @ right[e].t()).mul_(scale)
+            back[count:] = 0
             if needs_right:
-                torch.mm(a.t(), part, out=dright[e]).mul_(scale)
+                torch.mm(_first(Ax[more], count).t(), g[more], out=dright[e]).mul_(scale)
             if needs_left:  # by its transpose: twice as fast where r is small
-                torch.mm(back.t(), tokens, out=dleft[e])
+                torch.mm(back.t(), x[more], out=dleft[e])
             if needs_x:
-                torch.mm(part, W.t(), out=own)
-                own.addmm_(back, l.t())
+                torch.mm(g[own], W0[e].t(), out=dx[own])
+                dx[more].addmm_(back, left[e].t())
         dleft = dleft.mT
         return dx if needs_x else None, None, dleft if needs_left else None, dright if needs_right else None, None, None
 
 
-def _room(x: Tensor, width: int, sizes: Sequence[int]) -> Tensor:
-    """A matrix for all tokens of x that the experts will fill; rows that no expert has are zero."""
-    return x.new_zeros(len(x), width) if sizes[-1] else x.new_empty(len(x), width)
+class _Span(NamedTuple):
+    """The rows of one expert's tokens."""
+
+    e: int
+    own: slice
+    more: slice
+    """These and some of later experts', so that products have few heights: below 32 bits a CPU compiles a kernel for each, and
+    keeps it."""
 
 
-def _sizes(offs: Tensor, S: int) -> list[int]:
-    """How many of the S tokens each expert has, and how many none."""
+def _spans(offs: Tensor, x: Tensor) -> list[_Span]:
+    """Of each expert that has tokens, in order."""
+    step = 16 if x.element_size() < 4 else 1
     ends = offs.tolist()
-    return [end - start for start, end in zip([0, *ends], [*ends, S], strict=True)]
+    spans = []
+    for e, (start, end) in enumerate(pairwise([0, *ends])):
+        if start < end:
+            more = min(start + -(-(end - start) // step) * step, ends[-1])
+            spans.append(_Span(e, slice(start, end), slice(start, more)))
+    return spans
+
+
+def _room(x: Tensor, width: int, spans: Sequence[_Span]) -> Tensor:
+    """A matrix for all tokens of x that the experts will fill; rows that no expert has are zero."""
+    full = bool(spans) and spans[-1].own.stop == len(x)
+    return x.new_empty(len(x), width) if full else x.new_zeros(len(x), width)
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The rows, zero from the `count`th on."""
+    if len(rows) == count:
+        return rows
+    rows = rows.clone()
+    rows[count:] = 0
+    return rows
 
 
 # --- views ------------------------------------------------------------------------------------------------------
