@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,18 +128,20 @@ def grouped_by_kernel(x: Tensor, P: Unformed, offs: Tensor) -> Tensor:
 
 class _Grouped(torch.autograd.Function):
     """The same on a CPU, where a grouped product is one product after the other: each expert's branch is added while its tokens
-    are in cache. What is saved is x and x·left. The products of a branch may go on over rows of later experts, whose values are
-    written after them (`_Span`)."""
+    are in cache. What is saved is x and x·left. Branches are computed in fp32 at least: in less, a CPU's products of this shape
+    are slower, and it keeps a kernel for each number of tokens."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: Tensor, W0: Tensor, left: Tensor, right: Tensor, offs: Tensor, scale: float) -> Tensor:
-        spans = _spans(offs, x)
-        out, Ax = _room(x, W0.shape[-1], spans), _room(x, left.shape[-1], spans)
-        for e, own, more in spans:
+        spans, wide = _spans(offs), torch.promote_types(x.dtype, torch.float32)
+        full = bool(spans) and spans[-1][1].stop == len(x)
+        out = x.new_empty(len(x), W0.shape[-1]) if full else x.new_zeros(len(x), W0.shape[-1])
+        Ax = x.new_empty(len(x), left.shape[-1], dtype=wide)
+        for e, own in spans:
             torch.mm(x[own], W0[e], out=out[own])
-            a = torch.mm(x[more], left[e], out=Ax[more])
-            out[more].addmm_(a, right[e], alpha=scale)
+            a = torch.mm(x[own].to(wide), left[e].to(wide), out=Ax[own])
+            _add_product(out[own], a, right[e].to(wide), scale)
         ctx.save_for_backward(x, Ax, W0, left, right)
         ctx.spans, ctx.scale = spans, scale
         return out
@@ -149,60 +151,35 @@ class _Grouped(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, Ax, W0, left, right = ctx.saved_tensors
-        spans, scale = ctx.spans, ctx.scale
+        scale, wide = ctx.scale, Ax.dtype
         needs_x, _, needs_left, needs_right = ctx.needs_input_grad[:4]
-        dx = _room(x, x.shape[1], spans)
-        dleft, dright = torch.zeros_like(left.mT), torch.zeros_like(right)
-        for e, own, more in spans:
-            count = own.stop - own.start
-            back = (g[more] @ right[e].t()).mul_(scale)
-            back[count:] = 0
+        dx, dleft, dright = torch.zeros_like(x), torch.zeros_like(left.mT), torch.zeros_like(right)
+        for e, own in ctx.spans:
+            part = g[own].to(wide)
+            back = (part @ right[e].to(wide).t()).mul_(scale)
             if needs_right:
-                torch.mm(_first(Ax[more], count).t(), g[more], out=dright[e]).mul_(scale)
+                dright[e] = (Ax[own].t() @ part).mul_(scale)
             if needs_left:  # by its transpose: twice as fast where r is small
-                torch.mm(back.t(), x[more], out=dleft[e])
+                dleft[e] = back.t() @ x[own].to(wide)
             if needs_x:
                 torch.mm(g[own], W0[e].t(), out=dx[own])
-                dx[more].addmm_(back, left[e].t())
+                _add_product(dx[own], back, left[e].to(wide).t(), 1.0)
         dleft = dleft.mT
         return dx if needs_x else None, None, dleft if needs_left else None, dright if needs_right else None, None, None
 
 
-class _Span(NamedTuple):
-    """The rows of one expert's tokens."""
-
-    e: int
-    own: slice
-    more: slice
-    """These and some of later experts', so that products have few heights: below 32 bits a CPU compiles a kernel for each, and
-    keeps it."""
+def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add scale·ab to `out`, in place and rounded once."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, alpha=scale)
+    else:
+        out.add_(a @ b, alpha=scale)
 
 
-def _spans(offs: Tensor, x: Tensor) -> list[_Span]:
-    """Of each expert that has tokens, in order."""
-    step = 16 if x.element_size() < 4 else 1
+def _spans(offs: Tensor) -> list[tuple[int, slice]]:
+    """Each expert that has tokens, and their rows."""
     ends = offs.tolist()
-    spans = []
-    for e, (start, end) in enumerate(pairwise([0, *ends])):
-        if start < end:
-            more = min(start + -(-(end - start) // step) * step, ends[-1])
-            spans.append(_Span(e, slice(start, end), slice(start, more)))
-    return spans
-
-
-def _room(x: Tensor, width: int, spans: Sequence[_Span]) -> Tensor:
-    """A matrix for all tokens of x that the experts will fill; rows that no expert has are zero."""
-    full = bool(spans) and spans[-1].own.stop == len(x)
-    return x.new_empty(len(x), width) if full else x.new_zeros(len(x), width)
-
-
-def _first(rows: Tensor, count: int) -> Tensor:
-    """The rows, zero from the `count`th on."""
-    if len(rows) == count:
-        return rows
-    rows = rows.clone()
-    rows[count:] = 0
-    return rows
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise([0, *ends])) if start < end]
 
 
 # --- views ------------------------------------------------------------------------------------------------------
