@@ -160,3 +160,20 @@ def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets
     results = deltaw.choose_rank(run, RankConfig(most=4)).results
     assert [row["rank"] for row in results["ranks"]] == [1, 2, 4]
     assert "model.layers.0.mlp.experts.gate_up_proj" in {layer["layer"] for layer in results["layers"]}
+
+
+def test_a_mixture_that_sorts_its_tokens_is_not_trained_abreast(tmp_path: Path) -> None:
+    """JetMoE's experts see the tokens in the experts' order: rows of candidates could not be told apart."""
+    tokenizer = tiny_tokenizer(CHATML)
+    config = transformers.JetMoeConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
+        vocab_size=len(tokenizer), num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    transformers.JetMoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    training = TrainConfig(out=str(tmp_path / "s"), steps=2, batch=4, valid_most=4, lr=1e-2)
+    options = SweepConfig(ranks="4,2", test_most=4, abreast=2)
+    with pytest.raises(AdapterError, match="2 candidates cannot share a pass over this model"):
+        deltaw.sweep(str(tmp_path / "model"), tmp_path / "data.jsonl", training, options)
+    assert not (tmp_path / "s" / "runs").exists()

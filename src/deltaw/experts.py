@@ -9,6 +9,7 @@ sum is formed, of as much of the stack as the operation has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -127,19 +128,22 @@ def grouped_by_kernel(x: Tensor, P: Unformed, offs: Tensor) -> Tensor:
 
 class _Grouped(torch.autograd.Function):
     """The same on a CPU, where a grouped product is one product after the other: each expert's branch is added while its tokens
-    are in cache. What is saved is x and x·left."""
+    are in cache. What is saved is x and x·left. Branches are computed in fp32 at least: in less, a CPU's products of this shape
+    are slower, and it keeps a kernel for each number of tokens."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: Tensor, W0: Tensor, left: Tensor, right: Tensor, offs: Tensor, scale: float) -> Tensor:
-        sizes = _sizes(offs, x.shape[0])
-        out, Ax = _room(x, W0.shape[-1], sizes), _room(x, left.shape[-1], sizes)
-        for part, tokens, a, W, l, r in zip(*(t.split(sizes) for t in (out, x, Ax)), W0, left, right, strict=False):  # noqa: E741
-            if len(tokens):
-                torch.mm(tokens, W, out=part)
-                part.addmm_(torch.mm(tokens, l, out=a), r, alpha=scale)
+        spans, wide = _spans(offs), torch.promote_types(x.dtype, torch.float32)
+        full = bool(spans) and spans[-1][1].stop == len(x)
+        out = x.new_empty(len(x), W0.shape[-1]) if full else x.new_zeros(len(x), W0.shape[-1])
+        Ax = x.new_empty(len(x), left.shape[-1], dtype=wide)
+        for e, own in spans:
+            torch.mm(x[own], W0[e], out=out[own])
+            a = torch.mm(x[own].to(wide), left[e].to(wide), out=Ax[own])
+            _add_product(out[own], a, right[e].to(wide), scale)
         ctx.save_for_backward(x, Ax, W0, left, right)
-        ctx.sizes, ctx.scale = sizes, scale
+        ctx.spans, ctx.scale = spans, scale
         return out
 
     @staticmethod
@@ -147,35 +151,35 @@ class _Grouped(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, Ax, W0, left, right = ctx.saved_tensors
-        sizes, scale = ctx.sizes, ctx.scale
+        scale, wide = ctx.scale, Ax.dtype
         needs_x, _, needs_left, needs_right = ctx.needs_input_grad[:4]
-        dx = _room(x, x.shape[1], sizes)
-        dleft, dright = (torch.zeros_like(t.mT if t is left else t) for t in (left, right))
-        parts = zip(*(t.split(sizes) for t in (g, x, Ax, dx)), strict=True)
-        for e, ((part, tokens, a, own), W, l, r) in enumerate(zip(parts, W0, left, right, strict=False)):  # noqa: E741
-            if not len(tokens):
-                continue
-            back = (part @ r.t()).mul_(scale)
+        dx, dleft, dright = torch.zeros_like(x), torch.zeros_like(left.mT), torch.zeros_like(right)
+        for e, own in ctx.spans:
+            part = g[own].to(wide)
+            back = (part @ right[e].to(wide).t()).mul_(scale)
             if needs_right:
-                torch.mm(a.t(), part, out=dright[e]).mul_(scale)
+                dright[e] = (Ax[own].t() @ part).mul_(scale)
             if needs_left:  # by its transpose: twice as fast where r is small
-                torch.mm(back.t(), tokens, out=dleft[e])
+                dleft[e] = back.t() @ x[own].to(wide)
             if needs_x:
-                torch.mm(part, W.t(), out=own)
-                own.addmm_(back, l.t())
+                torch.mm(g[own], W0[e].t(), out=dx[own])
+                _add_product(dx[own], back, left[e].to(wide).t(), 1.0)
         dleft = dleft.mT
         return dx if needs_x else None, None, dleft if needs_left else None, dright if needs_right else None, None, None
 
 
-def _room(x: Tensor, width: int, sizes: Sequence[int]) -> Tensor:
-    """A matrix for all tokens of x that the experts will fill; rows that no expert has are zero."""
-    return x.new_zeros(len(x), width) if sizes[-1] else x.new_empty(len(x), width)
+def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add scale·ab to `out`, in place and rounded once."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, alpha=scale)
+    else:
+        out.add_(a @ b, alpha=scale)
 
 
-def _sizes(offs: Tensor, S: int) -> list[int]:
-    """How many of the S tokens each expert has, and how many none."""
+def _spans(offs: Tensor) -> list[tuple[int, slice]]:
+    """Each expert that has tokens, and their rows."""
     ends = offs.tolist()
-    return [end - start for start, end in zip([0, *ends], [*ends, S], strict=True)]
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise([0, *ends])) if start < end]
 
 
 # --- views ------------------------------------------------------------------------------------------------------
