@@ -226,6 +226,7 @@ def test_what_generate_is_to_others(model: Any, ids: torch.Tensor) -> None:
     assert list(inspect.signature(model.generate).parameters) == list(signature.parameters)[1:]
     twin = copy.deepcopy(model)
     assert twin.generate.model() is twin and twin.generate.record is record_of(twin)
+    assert "generate" not in vars(detach(twin)) and not twin._forward_pre_hooks and not twin.model._forward_hooks
     read = pickle.loads(pickle.dumps(model))
     assert read.generate.model() is read and read.generate.record is record_of(read)
     detach(read)
@@ -267,6 +268,7 @@ def test_a_pass_that_fails_or_is_interrupted_leaves_nothing_behind(
             model(ids)
         hook.remove()
         use(model, "b")
+        assert adapters(model).active == "b"
         assert torch.equal(model(ids).logits, expected["b"])
     model.model.layers[1].register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt), using(model, "b"):

@@ -341,10 +341,8 @@ def adapters(model: nn.Module) -> Names:
     of their own. Empty for a model without any."""
     record = find_record(model)
     names = Names(record.attached if record else ())
-    chosen = record.route.chosen() if record else None
-    if isinstance(chosen, Rows):
-        chosen = chosen.names[0] if chosen.alike else None
-    names.active = chosen
+    chosen = record.route.current() if record else None
+    names.active = None if isinstance(chosen, Rows) else chosen
     return names
 
 
@@ -486,9 +484,7 @@ def known(record: Adapters, name: str) -> str:
 
 def in_use(record: Adapters) -> str:
     """The one adapter that this thread goes through. Raises AdapterError."""
-    chosen = record.route.chosen()
-    if isinstance(chosen, Rows) and chosen.alike:
-        chosen = chosen.names[0]
+    chosen = record.route.current()
     if isinstance(chosen, Rows):
         raise AdapterError("Rows have adapters of their own in this route block: name the adapter that is meant.")
     if chosen is None:

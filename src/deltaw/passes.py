@@ -68,7 +68,7 @@ class End:
         if ended is None:
             return
         route.pop(ended)
-        if torch.is_grad_enabled() and not passes:
+        if torch.is_grad_enabled() and (not passes or passes[-1].of is None):
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(_Came(route, ended.choice))

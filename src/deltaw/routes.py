@@ -105,6 +105,12 @@ class Route:
             return self._traced()
         return self.taken()[0]
 
+    def current(self) -> Choice:
+        """`chosen` for code that is no layer; where all rows have one adapter, that one."""
+        self.drop_stale()
+        choice = self.chosen()
+        return choice.names[0] if isinstance(choice, Rows) and choice.alike else choice
+
     def kept(self) -> dict[Any, Any] | None:
         """Where to keep what is made of adapters' tensors: for as long as nobody can have changed them, a call of `generate`.
         None where that cannot be known."""
@@ -150,6 +156,7 @@ class Route:
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
         """While open, all passes go through what holds now, and what is made of the adapters' tensors is kept."""
+        self.drop_stale()
         with self.block(self.chosen(), {}):
             yield
 
