@@ -182,6 +182,24 @@ def test_a_model_that_is_checkpointed_as_a_whole(ids: torch.Tensor) -> None:
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_with_its_loss_is_not_guessed(reentrant: bool, model: Any, ids: torch.Tensor) -> None:
+    for parameter in parameters(model, "a"):
+        parameter.requires_grad_(True)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=x).logits.square().mean()
+
+    with using(model, "a"):
+        wanted = torch.autograd.grad(loss(embedded), embedded)[0]
+        checkpoint(loss, embedded, use_reentrant=reentrant).backward()
+        torch.testing.assert_close(embedded.grad, wanted)
+        again = checkpoint(loss, embedded, use_reentrant=reentrant)
+    with pytest.raises(AdapterError, match="last pass went through adapter 'a', this code goes through the base"):
+        again.backward()
+
+
 def test_a_block_that_is_opened_in_a_backward_pass_holds(model: Any, ids: torch.Tensor, expected: Any) -> None:
     seen: list[torch.Tensor] = []
 

@@ -68,6 +68,8 @@ class End:
         if ended is None:
             return
         route.pop(ended)
+        if torch._C._current_graph_task_id() == -1 and ended.choice is not UNSET:
+            route.last = ended.choice
         if torch.is_grad_enabled() and (not passes or passes[-1].of is None):
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
@@ -122,7 +124,7 @@ def watch(model: nn.Module, record: Any) -> list[RemovableHandle]:
     """Say to `record` when passes begin and end, as far as nobody does yet; what takes that off again."""
     if callable(getattr(type(model), GENERATE, None)) and GENERATE not in vars(model):
         setattr(model, GENERATE, Generate(model, record))
-    parts = [child for child in model.children() if any(slot_of(m) is not None for m in child.modules())]
+    parts = [child for child in model.children() if slot_of(child) is None and _is_adapted(child)]
     handles: list[RemovableHandle] = []
     for module in dict.fromkeys((model, *parts)):
         watched = any(isinstance(hook, Begin) for hook in module._forward_pre_hooks.values())
@@ -138,6 +140,10 @@ def unwatch(model: nn.Module, handles: list[RemovableHandle]) -> None:
         handle.remove()
     if isinstance(vars(model).get(GENERATE), Generate):
         delattr(model, GENERATE)
+
+
+def _is_adapted(part: nn.Module) -> bool:
+    return any(slot_of(module) is not None for module in part.modules())
 
 
 def _check_still_there(record: Any, choice: Choice) -> None:

@@ -82,7 +82,7 @@ class Route:
     `active` holds for all code that is in no `using` or `route` block; blocks.py says which code a block holds for.
     """
 
-    __slots__ = ("active", "backward", "blocks", "here", "running")
+    __slots__ = ("active", "backward", "blocks", "here", "last", "running")
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
@@ -90,6 +90,8 @@ class Route:
         self.blocks = Blocks()
         self.running: set[Pass] = set()
         """The passes of all threads."""
+        self.last: Choice = UNSET
+        """What the last pass of any thread went through."""
         self.backward: dict[int, dict[int, Choice]] = {}
         """Backward passes in progress, by autograd's number → thread → what the forward pass went through."""
 
@@ -108,8 +110,7 @@ class Route:
     def current(self) -> Choice:
         """`chosen` for code that is no layer; where all rows have one adapter, that one."""
         self.drop_stale()
-        choice = self.chosen()
-        return choice.names[0] if isinstance(choice, Rows) and choice.alike else choice
+        return _one(self.chosen())
 
     def kept(self) -> dict[Any, Any] | None:
         """Where to keep what is made of adapters' tensors: for as long as nobody can have changed them, a call of `generate`.
@@ -120,14 +121,14 @@ class Route:
     def taken(self) -> tuple[Choice, Block | None]:
         """What a pass that begins here goes through, and the block that says so."""
         block = self.blocks.here()
+        choice = self.active if block is None else block.choice
         task = torch._C._current_graph_task_id()
-        if task != -1 and (block is None or block.task != task) and (again := self._forward_of(task)) is not UNSET:
-            return again, None
-        if block is not None:
-            return block.choice, block
-        if task != -1 and isinstance(threading.current_thread(), threading._DummyThread):
-            self._check_backward()
-        return self.active, None
+        if task != -1 and (block is None or block.task != task):  # in a backward pass, and not in a block within it
+            again = self._forward_of(task)
+            if again is not UNSET:
+                return again, None
+            self._check_again(choice)
+        return choice, block
 
     def choose(self, choice: Choice) -> None:
         """Switch: for all code in no block, or within a block for that block."""
@@ -206,13 +207,27 @@ class Route:
         choices = list(threads.values())
         return choices[0] if all(c is choices[0] for c in choices) else UNSET
 
-    def _check_backward(self) -> None:
-        """Autograd's own threads are in no block."""
-        if any(choice != self.active for choice in self.blocks.choices()):
+    def _check_again(self, choice: Choice) -> None:
+        """Raise AdapterError where activations are computed again before the backward pass comes to the outputs of a pass, in
+        code that is not where that pass was."""
+        choice = _one(choice)
+        if self.last is not UNSET and self.last is not choice and self.last != choice:
             raise AdapterError(
-                "Activations are being recomputed in a backward pass, in a thread that cannot see the using or route block "
-                "that is open in another, and the forward pass went around the model. Choose the adapter by use(model, name)."
+                "Activations are computed again in a backward pass, and what their forward pass went through cannot be told: the "
+                f"last pass went through {_said(self.last)}, this code goes through {_said(choice)}. Leave the using or route "
+                "block after the backward pass; with gradient checkpointing on a GPU, switch by use(model, name)."
             )
+
+
+def _one(choice: Choice) -> Choice:
+    """The one adapter that all rows have, if they do."""
+    return choice.names[0] if isinstance(choice, Rows) and choice.alike else choice
+
+
+def _said(choice: Choice) -> str:
+    if isinstance(choice, Rows):
+        return "an adapter for each row"
+    return "the base" if choice is None else f"adapter {choice!r}"
 
 
 def names_of(choice: Choice) -> set[str]:
