@@ -41,7 +41,7 @@ def expected(model: Any, ids: torch.Tensor) -> dict[str | None, torch.Tensor]:
 
 
 def elsewhere(act: Callable[[], Any]) -> Any:
-    """What it gives, or raises, in another thread."""
+    """Call it in another thread, for what it gives or raises."""
     seen: list[Any] = []
 
     def run() -> None:

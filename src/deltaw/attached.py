@@ -209,7 +209,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 Changed = Literal["refuse", "restore", "keep"]
-"""What becomes of merged weights that were changed since: see `unmerge`."""
+"""The treatment of merged weights that were changed since: see `unmerge`."""
 
 
 def lost(model: nn.Module, changed: Changed) -> set[str]:
@@ -256,7 +256,7 @@ def _put_back(owner: nn.Module, name: str, original: Original, names: Sequence[s
 
 
 def _since_merge(owner: nn.Module, name: str, kept: Kept) -> str | None:
-    """What happened to a merged weight since, where it is no longer what the merge made of it."""
+    """Say how a merged weight differs from what the merge made of it; None if it does not."""
     for alias in kept.names:
         parameter = _parameter(owner, alias)
         if parameter is None:
@@ -285,7 +285,7 @@ def _parameter(owner: nn.Module, name: str) -> Tensor | None:
 
 
 def _can_be_copied(owner: nn.Module, kept: Kept) -> bool:
-    """Whether the weight that is there now can take the copy of what it was before the merge."""
+    """Tell if the weight that is there now can take the copy from before the merge."""
     there = [(alias, _parameter(owner, alias)) for alias in kept.names]
     same_shape = all(p is not None and tuple(p.shape) == kept.stamp.shape for _, p in there)
     if not (isinstance(kept.original, Copy) and same_shape) or _tied_since(owner, kept):

@@ -1,5 +1,5 @@
-"""Which base a model has under its adapters: fingerprints of its parameters, as they are now. A parameter's digests are kept and
-hold for as long as a checksum of all its bits stays the same: no count of changes sees all who write to a tensor.
+"""Fingerprints of the base under a model's adapters, as its parameters are now. A parameter's digests are kept. They hold for as
+long as a checksum of all its bits stays the same: no count of changes sees all who write to a tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What gives a merged weight its own bits back: a copy of it, or what subtracting ΔW misses, compressed; and what shows that
+"""The way back from a merged weight to its own bits: a copy of it, or what subtracting ΔW misses, compressed. Stamps show that
 the weight is still what the merge made of it. Knows tensors only.
 """
 
@@ -64,7 +64,7 @@ class Correction:
 
 
 class Stamp(NamedTuple):
-    """What one tensor shares with a later one only if that has the same bits in the same places, on whatever device."""
+    """A tensor's dtype, shape and checksum. Equal stamps mean the same bits in the same places, on whatever device."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one merged weight: what it was before, and what the merge made of it."""
+    """One merged weight: the way back, and a stamp of what the merge made of it."""
 
     original: Original
     stamp: Stamp
@@ -111,7 +111,7 @@ def stamp(W: Tensor) -> Stamp:
 
 
 def difference(W: Tensor, was: Stamp) -> str | None:
-    """How W differs from the tensor that the stamp is of, for messages."""
+    """Say how W differs from the tensor that was stamped, for messages; None if it does not."""
     if tuple(W.shape) != was.shape:
         return f"it is {list(W.shape)} now, it was {list(was.shape)}"
     if W.dtype != was.dtype:

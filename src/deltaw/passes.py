@@ -161,7 +161,7 @@ def _check_still_there(record: Any, choice: Choice) -> None:
 
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features")
-"""What models call the input that has a row for each row of the batch."""
+"""Names that models give the input with a row for each row of the batch."""
 
 
 def _main_input(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
@@ -174,7 +174,7 @@ def _main_input(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) 
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Those that a model puts out, alone or in lists and dictionaries."""
+    """Yield the tensors that a model puts out, alone or in lists and dictionaries."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -1,5 +1,5 @@
-"""Which adapter the layers of a model go through: one for all, one for a block, or one for each row of a batch. Knows adapters
-by their names.
+"""The choice of the adapter that a model's layers go through: one for all, one for a block, or one for each row of a batch. Knows
+adapters by their names.
 
 The choice is taken once in a pass (passes.py): `chosen` then gives the layers what the pass began with, whatever happens in
 other threads. Activations that a backward pass computes again go through what their forward pass went through.
@@ -53,7 +53,7 @@ class Pass:
         self.kept = kept
 
     def is_over(self) -> bool:
-        """Whether it ended without saying so: an interrupt from the keyboard passes no hook."""
+        """Tell if it ended without saying so: an interrupt from the keyboard passes no hook."""
         if self.frame is None:
             return False
         try:
@@ -64,7 +64,7 @@ class Pass:
 
 
 class _Here(threading.local):
-    """What goes on in this thread. (Set on the object: torch.compile's guards do not see a class's values change.)"""
+    """State of this thread, set on the object: torch.compile's guards do not see a class's values change."""
 
     def __init__(self) -> None:
         self.choice: Choice = UNSET
@@ -73,7 +73,7 @@ class _Here(threading.local):
         self.came: tuple[int, Choice] = (-1, UNSET)
         """The last backward pass that came to a pass's outputs, and what that pass went through."""
         self.plain: Choice = UNSET
-        """Of the innermost block, where no frame that pauses has one."""
+        """The choice of the innermost block, where no frame that pauses has one."""
 
 
 class Route:
@@ -91,7 +91,7 @@ class Route:
         self.running: set[Pass] = set()
         """The passes of all threads."""
         self.last: Choice = UNSET
-        """What the last pass of any thread went through."""
+        """The choice that the last pass of any thread went through."""
         self.backward: dict[int, dict[int, Choice]] = {}
         """Backward passes in progress, by autograd's number → thread → what the forward pass went through."""
 
@@ -99,7 +99,7 @@ class Route:
         return Route, (self.active,)  # a copy is in no block and no pass
 
     def chosen(self) -> Choice:
-        """What the code that asks goes through."""
+        """Give what the code that asks goes through."""
         choice = self.here.choice
         if choice is not UNSET:
             return choice
@@ -113,13 +113,13 @@ class Route:
         return _one(self.chosen())
 
     def kept(self) -> dict[Any, Any] | None:
-        """Where to keep what is made of adapters' tensors: for as long as nobody can have changed them, a call of `generate`.
-        None where that cannot be known."""
+        """Give the place for what is made of adapters' tensors, which a call of `generate` keeps. None elsewhere: somebody may
+        change them in between."""
         return None if torch.compiler.is_compiling() else self.here.kept
 
     @natively
     def taken(self) -> tuple[Choice, Block | None]:
-        """What a pass that begins here goes through, and the block that says so."""
+        """Find what a pass that begins here goes through, and the block that says so."""
         block = self.blocks.here()
         choice = self.active if block is None else block.choice
         task = torch._C._current_graph_task_id()
@@ -197,7 +197,7 @@ class Route:
         return self.active if self.here.plain is UNSET else self.here.plain
 
     def _forward_of(self, task: int) -> Choice:
-        """What the forward pass went through whose activations this backward pass computes again; UNSET if it did not say."""
+        """Find what the forward pass of this backward pass went through; UNSET if that did not say."""
         threads = self.backward.get(task)
         if threads is None:  # a backward pass within one, as reentrant checkpointing has
             outer, choice = self.here.came
