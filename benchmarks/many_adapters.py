@@ -4,8 +4,8 @@
     python benchmarks/many_adapters.py --shape llama-3.2-1b --dtype bfloat16 --name many_adapters_gpu    # where a GPU is
 
 For q,v and all-linear at r = 8 and growing numbers of adapters, as many rows as adapters: the base, deltaw's route, deltaw's with
-all rows through one adapter, and PEFT's adapter_names, in turn, medians; decoding, as `generate` does it, several steps in one
-route block. Before anything is timed, each row's logits are
+all rows through one adapter, and PEFT's adapter_names, in turn, medians; decoding, as `generate` does it, several steps with
+one making of the stacks. Before anything is timed, each row's logits are
 compared with that row's alone. "rounding" is ‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter in the precision that it is stored in. Writes
 results/many_adapters.json, and many_adapters.html with its curves (which is not kept in the repository).
 """
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import deltaw
 import machine
 from adapters import attach_random
+from deltaw.attached import record_of
 from deltaw.study.charts import Chart, Series
 from deltaw.study.report import Report, write
 from race import synchronize
@@ -152,7 +153,7 @@ def rows(
             plain()
 
     def routed() -> None:
-        with deltaw.route(model, names):
+        with deltaw.route(model, names), record_of(model).route.pinned():
             plain()
 
     def single() -> None:

@@ -1,4 +1,4 @@
-"""Which code a block holds for: tasks, threads, generators, and blocks that are closed in any order."""
+"""Blocks hold for their own code: tasks, threads, generators, and blocks that are closed in any order."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def expected(model: Any, ids: torch.Tensor) -> dict[str | None, torch.Tensor]:
 
 
 def elsewhere(act: Callable[[], Any]) -> Any:
-    """What it gives, or raises, in another thread."""
+    """Call it in another thread, for what it gives or raises."""
     seen: list[Any] = []
 
     def run() -> None:
@@ -182,6 +182,24 @@ def test_a_model_that_is_checkpointed_as_a_whole(ids: torch.Tensor) -> None:
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_with_its_loss_is_not_guessed(reentrant: bool, model: Any, ids: torch.Tensor) -> None:
+    for parameter in parameters(model, "a"):
+        parameter.requires_grad_(True)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=x).logits.square().mean()
+
+    with using(model, "a"):
+        wanted = torch.autograd.grad(loss(embedded), embedded)[0]
+        checkpoint(loss, embedded, use_reentrant=reentrant).backward()
+        torch.testing.assert_close(embedded.grad, wanted)
+        again = checkpoint(loss, embedded, use_reentrant=reentrant)
+    with pytest.raises(AdapterError, match="last pass went through adapter 'a', this code goes through the base"):
+        again.backward()
+
+
 def test_a_block_that_is_opened_in_a_backward_pass_holds(model: Any, ids: torch.Tensor, expected: Any) -> None:
     seen: list[torch.Tensor] = []
 
@@ -226,6 +244,7 @@ def test_what_generate_is_to_others(model: Any, ids: torch.Tensor) -> None:
     assert list(inspect.signature(model.generate).parameters) == list(signature.parameters)[1:]
     twin = copy.deepcopy(model)
     assert twin.generate.model() is twin and twin.generate.record is record_of(twin)
+    assert "generate" not in vars(detach(twin)) and not twin._forward_pre_hooks and not twin.model._forward_hooks
     read = pickle.loads(pickle.dumps(model))
     assert read.generate.model() is read and read.generate.record is record_of(read)
     detach(read)
@@ -267,6 +286,7 @@ def test_a_pass_that_fails_or_is_interrupted_leaves_nothing_behind(
             model(ids)
         hook.remove()
         use(model, "b")
+        assert adapters(model).active == "b"
         assert torch.equal(model(ids).logits, expected["b"])
     model.model.layers[1].register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt), using(model, "b"):

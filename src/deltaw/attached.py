@@ -220,7 +220,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 Changed = Literal["refuse", "restore", "keep"]
-"""What becomes of merged weights that were changed since: see `unmerge`."""
+"""The treatment of merged weights that were changed since: see `unmerge`."""
 
 
 def lost(model: nn.Module, changed: Changed) -> set[str]:
@@ -287,7 +287,7 @@ def _put_back(owner: nn.Module, name: str, original: Original, names: Sequence[s
 
 
 def _since_merge(owner: nn.Module, name: str, kept: Kept) -> str | None:
-    """What happened to a merged weight since, where it is no longer what the merge made of it."""
+    """Say how a merged weight differs from what the merge made of it; None if it does not."""
     for alias in kept.names:
         parameter = _parameter(owner, alias)
         if parameter is None:
@@ -316,7 +316,7 @@ def _parameter(owner: nn.Module, name: str) -> Tensor | None:
 
 
 def _can_be_copied(owner: nn.Module, kept: Kept) -> bool:
-    """Whether the weight that is there now can take the copy of what it was before the merge."""
+    """Tell if the weight that is there now can take the copy from before the merge."""
     there = [(alias, _parameter(owner, alias)) for alias in kept.names]
     same_shape = all(p is not None and tuple(p.shape) == kept.stamp.shape for _, p in there)
     if not (isinstance(kept.original, Copy) and same_shape) or _tied_since(owner, kept):
@@ -374,10 +374,8 @@ def adapters(model: nn.Module) -> Names:
     of their own. Empty for a model without any."""
     record = find_record(model)
     names = Names(record.attached if record else ())
-    chosen = record.route.chosen() if record else None
-    if isinstance(chosen, Rows):
-        chosen = chosen.names[0] if chosen.alike else None
-    names.active = chosen
+    chosen = record.route.current() if record else None
+    names.active = None if isinstance(chosen, Rows) else chosen
     return names
 
 
@@ -522,9 +520,7 @@ def known(record: Adapters, name: str) -> str:
 
 def in_use(record: Adapters) -> str:
     """The one adapter that this thread goes through. Raises AdapterError."""
-    chosen = record.route.chosen()
-    if isinstance(chosen, Rows) and chosen.alike:
-        chosen = chosen.names[0]
+    chosen = record.route.current()
     if isinstance(chosen, Rows):
         raise AdapterError("Rows have adapters of their own in this route block: name the adapter that is meant.")
     if chosen is None:

@@ -48,16 +48,16 @@ class Block:
         """The frame that it belongs to."""
         self.pauses = 0 if frame is None else frame.f_code.co_flags & _PAUSES
         self.thread, self.within = threading.get_ident(), within
-        """Where it was opened: `within` is the outermost coroutine's frame."""
+        """The place that it was opened in: `within` is the outermost coroutine's frame."""
         self.kept: dict[Any, Any] | None = None
-        """What its passes keep until it is closed."""
+        """Things that its passes keep until it is closed."""
         self.task = torch._C._current_graph_task_id()
         """Autograd's number of the backward pass that it was opened in, or −1."""
         self.left = False
-        """It was closed in another context than the one that it was opened in."""
+        """True once it was closed in another context than the one that it was opened in."""
 
     def is_here(self, within: FrameType | None) -> bool:
-        """Whether this code is in the thread and the task that opened it."""
+        """Tell if this code is in the thread and the task that opened it."""
         return self.thread == threading.get_ident() and self.within is within
 
 
@@ -117,7 +117,7 @@ class Blocks:
         return True
 
     def choices(self) -> list[Any]:
-        """Those of all open blocks, whoever is in them."""
+        """List the choices of all open blocks, whoever is in them."""
         with self.lock:
             return [block.choice for block in self.open]
 
@@ -144,7 +144,7 @@ class Blocks:
 
 
 def _holds(block: Block, within: FrameType | None) -> bool:
-    """Whether a block of this context, which belongs to no frame on the stack, holds for this code."""
+    """Tell if a block of this context, which belongs to no frame on the stack, holds for this code. Raises AdapterError."""
     if not block.pauses:
         return True
     if block.pauses & _COROUTINE:  # paused, and this is who drives it by hand; else this was started by it
@@ -174,14 +174,14 @@ def _owner(frame: FrameType | None) -> tuple[FrameType | None, FrameType | None]
 
 
 def _entered(frame: FrameType | None) -> bool:
-    """Whether contextlib drives this generator, itself or through others that yield from it: it is a with-block's way in."""
+    """Tell if contextlib drives this generator, itself or through others that yield from it."""
     while frame is not None and frame.f_code.co_flags & _GENERATES:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename == contextlib.__file__
 
 
 def _outermost(frame: FrameType) -> bool:
-    """Whether this is a coroutine that no other one awaits: a scheduler drives it."""
+    """Tell if this is a coroutine that no other one awaits: a scheduler drives it."""
     if not frame.f_code.co_flags & _COROUTINE:
         return False
     driver = frame.f_back
@@ -196,7 +196,7 @@ def _on_stack(wanted: FrameType | None) -> bool:
 
 
 def _awaits(frame: FrameType) -> bool:
-    """Whether an asynchronous generator is paused at an `await`, not at a `yield`."""
+    """Tell if an asynchronous generator is paused at an `await`, not at a `yield`."""
     after = next((step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti), None)
     return after is not None and after.opname == "RESUME" and (after.arg or 0) & 3 == 3
 

@@ -1,4 +1,4 @@
-"""What gives a merged weight its own bits back: a copy of it, or what subtracting ΔW misses, compressed; and what shows that
+"""The way back from a merged weight to its own bits: a copy of it, or what subtracting ΔW misses, compressed. Stamps show that
 the weight is still what the merge made of it. Knows tensors only.
 """
 
@@ -66,7 +66,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one merged weight: what it was before, and what the merge made of it."""
+    """One merged weight: the way back, and a stamp of what the merge made of it."""
 
     original: Original
     stamp: Stamp

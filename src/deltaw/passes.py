@@ -68,7 +68,9 @@ class End:
         if ended is None:
             return
         route.pop(ended)
-        if torch.is_grad_enabled() and not passes:
+        if torch._C._current_graph_task_id() == -1 and ended.choice is not UNSET:
+            route.last = ended.choice
+        if torch.is_grad_enabled() and (not passes or passes[-1].of is None):
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(_Came(route, ended.choice))
@@ -122,7 +124,7 @@ def watch(model: nn.Module, record: Any) -> list[RemovableHandle]:
     """Say to `record` when passes begin and end, as far as nobody does yet; what takes that off again."""
     if callable(getattr(type(model), GENERATE, None)) and GENERATE not in vars(model):
         setattr(model, GENERATE, Generate(model, record))
-    parts = [child for child in model.children() if any(slot_of(m) is not None for m in child.modules())]
+    parts = [child for child in model.children() if slot_of(child) is None and _is_adapted(child)]
     handles: list[RemovableHandle] = []
     for module in dict.fromkeys((model, *parts)):
         watched = any(isinstance(hook, Begin) for hook in module._forward_pre_hooks.values())
@@ -140,6 +142,10 @@ def unwatch(model: nn.Module, handles: list[RemovableHandle]) -> None:
         delattr(model, GENERATE)
 
 
+def _is_adapted(part: nn.Module) -> bool:
+    return any(slot_of(module) is not None for module in part.modules())
+
+
 def _check_still_there(record: Any, choice: Choice) -> None:
     """Raise AdapterError where a task goes on in a block that was closed in the task that opened it, and its adapter is gone."""
     names = names_of(choice)
@@ -155,7 +161,7 @@ def _check_still_there(record: Any, choice: Choice) -> None:
 
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features")
-"""What models call the input that has a row for each row of the batch."""
+"""Names that models give the input with a row for each row of the batch."""
 
 
 def _main_input(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
@@ -168,7 +174,7 @@ def _main_input(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) 
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Those that a model puts out, alone or in lists and dictionaries."""
+    """Yield the tensors that a model puts out, alone or in lists and dictionaries."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

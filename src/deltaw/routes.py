@@ -1,5 +1,5 @@
-"""Which adapter the layers of a model go through: one for all, one for a block, or one for each row of a batch. Knows adapters
-by their names.
+"""The choice of the adapter that a model's layers go through: one for all, one for a block, or one for each row of a batch. Knows
+adapters by their names.
 
 The choice is taken once in a pass (passes.py): `chosen` then gives the layers what the pass began with, whatever happens in
 other threads. Activations that a backward pass computes again go through what their forward pass went through.
@@ -53,7 +53,7 @@ class Pass:
         self.kept = kept
 
     def is_over(self) -> bool:
-        """Whether it ended without saying so: an interrupt from the keyboard passes no hook."""
+        """Tell if it ended without saying so: an interrupt from the keyboard passes no hook."""
         if self.frame is None:
             return False
         try:
@@ -64,7 +64,7 @@ class Pass:
 
 
 class _Here(threading.local):
-    """What goes on in this thread. (Set on the object: torch.compile's guards do not see a class's values change.)"""
+    """State of this thread, set on the object: torch.compile's guards do not see a class's values change."""
 
     def __init__(self) -> None:
         self.choice: Choice = UNSET
@@ -73,7 +73,7 @@ class _Here(threading.local):
         self.came: tuple[int, Choice] = (-1, UNSET)
         """The last backward pass that came to a pass's outputs, and what that pass went through."""
         self.plain: Choice = UNSET
-        """Of the innermost block, where no frame that pauses has one."""
+        """The choice of the innermost block, where no frame that pauses has one."""
 
 
 class Route:
@@ -82,7 +82,7 @@ class Route:
     `active` holds for all code that is in no `using` or `route` block; blocks.py says which code a block holds for.
     """
 
-    __slots__ = ("active", "backward", "blocks", "here", "running")
+    __slots__ = ("active", "backward", "blocks", "here", "last", "running")
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
@@ -90,6 +90,8 @@ class Route:
         self.blocks = Blocks()
         self.running: set[Pass] = set()
         """The passes of all threads."""
+        self.last: Choice = UNSET
+        """The choice that the last pass of any thread went through."""
         self.backward: dict[int, dict[int, Choice]] = {}
         """Backward passes in progress, by autograd's number → thread → what the forward pass went through."""
 
@@ -97,7 +99,7 @@ class Route:
         return Route, (self.active,)  # a copy is in no block and no pass
 
     def chosen(self) -> Choice:
-        """What the code that asks goes through."""
+        """Give what the code that asks goes through."""
         choice = self.here.choice
         if choice is not UNSET:
             return choice
@@ -105,23 +107,28 @@ class Route:
             return self._traced()
         return self.taken()[0]
 
+    def current(self) -> Choice:
+        """`chosen` for code that is no layer; where all rows have one adapter, that one."""
+        self.drop_stale()
+        return _one(self.chosen())
+
     def kept(self) -> dict[Any, Any] | None:
-        """Where to keep what is made of adapters' tensors: for as long as nobody can have changed them, a call of `generate`.
-        None where that cannot be known."""
+        """Give the place for what is made of adapters' tensors, which a call of `generate` keeps. None elsewhere: somebody may
+        change them in between."""
         return None if torch.compiler.is_compiling() else self.here.kept
 
     @natively
     def taken(self) -> tuple[Choice, Block | None]:
-        """What a pass that begins here goes through, and the block that says so."""
+        """Find what a pass that begins here goes through, and the block that says so."""
         block = self.blocks.here()
+        choice = self.active if block is None else block.choice
         task = torch._C._current_graph_task_id()
-        if task != -1 and (block is None or block.task != task) and (again := self._forward_of(task)) is not UNSET:
-            return again, None
-        if block is not None:
-            return block.choice, block
-        if task != -1 and isinstance(threading.current_thread(), threading._DummyThread):
-            self._check_backward()
-        return self.active, None
+        if task != -1 and (block is None or block.task != task):  # in a backward pass, and not in a block within it
+            again = self._forward_of(task)
+            if again is not UNSET:
+                return again, None
+            self._check_again(choice)
+        return choice, block
 
     def choose(self, choice: Choice) -> None:
         """Switch: for all code in no block, or within a block for that block."""
@@ -150,6 +157,7 @@ class Route:
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
         """While open, all passes go through what holds now, and what is made of the adapters' tensors is kept."""
+        self.drop_stale()
         with self.block(self.chosen(), {}):
             yield
 
@@ -189,7 +197,7 @@ class Route:
         return self.active if self.here.plain is UNSET else self.here.plain
 
     def _forward_of(self, task: int) -> Choice:
-        """What the forward pass went through whose activations this backward pass computes again; UNSET if it did not say."""
+        """Find what the forward pass of this backward pass went through; UNSET if that did not say."""
         threads = self.backward.get(task)
         if threads is None:  # a backward pass within one, as reentrant checkpointing has
             outer, choice = self.here.came
@@ -199,13 +207,27 @@ class Route:
         choices = list(threads.values())
         return choices[0] if all(c is choices[0] for c in choices) else UNSET
 
-    def _check_backward(self) -> None:
-        """Autograd's own threads are in no block."""
-        if any(choice != self.active for choice in self.blocks.choices()):
+    def _check_again(self, choice: Choice) -> None:
+        """Raise AdapterError where activations are computed again before the backward pass comes to the outputs of a pass, in
+        code that is not where that pass was."""
+        choice = _one(choice)
+        if self.last is not UNSET and self.last is not choice and self.last != choice:
             raise AdapterError(
-                "Activations are being recomputed in a backward pass, in a thread that cannot see the using or route block "
-                "that is open in another, and the forward pass went around the model. Choose the adapter by use(model, name)."
+                "Activations are computed again in a backward pass, and what their forward pass went through cannot be told: the "
+                f"last pass went through {_said(self.last)}, this code goes through {_said(choice)}. Leave the using or route "
+                "block after the backward pass; with gradient checkpointing on a GPU, switch by use(model, name)."
             )
+
+
+def _one(choice: Choice) -> Choice:
+    """The one adapter that all rows have, if they do."""
+    return choice.names[0] if isinstance(choice, Rows) and choice.alike else choice
+
+
+def _said(choice: Choice) -> str:
+    if isinstance(choice, Rows):
+        return "an adapter for each row"
+    return "the base" if choice is None else f"adapter {choice!r}"
 
 
 def names_of(choice: Choice) -> set[str]:

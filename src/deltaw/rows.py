@@ -48,8 +48,8 @@ class Rows:
         self.orders: dict[Any, Order] = {}
 
     def of_batch(self, x: Tensor, dimensions: int) -> Rows | str | None:
-        """What a model goes through whose main input is x: itself, or the one adapter that all rows have. Raises AdapterError
-        for a batch of another number of rows, as `check` does."""
+        """Give what a model with main input x goes through: these rows, or the one adapter that all of them have. Raises
+        AdapterError as `check` does."""
         self.check(x, dimensions)
         return self.names[0] if self.alike else self
 
@@ -162,7 +162,7 @@ class Rows:
 
 
 def _in_generate() -> bool:
-    """Whether transformers' `generate`, of whatever model, is waiting for this code."""
+    """Tell if transformers' `generate`, of whatever model, is waiting for this code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers"):

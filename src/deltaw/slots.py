@@ -108,7 +108,7 @@ def _check_rows(rows: Rows, layer: Any, inputs: tuple[Any, ...], named: dict[str
 
 
 def dimensions(layer: nn.Module) -> int:
-    """How many dimensions an adapted layer's input has at least, if its first are the rows of a batch."""
+    """Count the dimensions that an adapted layer's input has at least, if its first one is the batch's."""
     weight = layer._parameters.get("weight")
     return 2 if weight is None else max(2, weight.dim())
 

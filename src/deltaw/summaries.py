@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deltaw.attached import adapters, base_parameters, owner_of, parameters, place_of, record_of
+from deltaw.attached import adapters, named_parameters, owner_of, parameters, place_of, record_of
 from deltaw.ends import taught
 from deltaw.layers import QuantisedKind, in_few_bits
 
@@ -40,7 +40,7 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Sizes of the base and of each attached adapter."""
-    sizes = [_size(model, name, p) for name, p in base_parameters(model)]
+    sizes = [_size(model, name, p) for name, p in named_parameters(model)]
     count = sum(n for n, _ in sizes)
     each = {}
     for name in adapters(model):

@@ -22,8 +22,8 @@ from deltaw.slots import slot_of
 def use(model: nn.Module, name: str | None) -> None:
     """Make another attached adapter active; None is the base. One write, whatever the number of layers and adapters.
 
-    It holds for all threads but those in a `using` or `route` block; within a block, for that block. Raises AdapterError for an
-    unknown name, and while an adapter is merged.
+    It holds for all code but that in a `using` or `route` block; within a block, or a call of `generate`, for that alone. A
+    pass that has begun goes on as it began. Raises AdapterError for an unknown name, and while an adapter is merged.
     """
     record = record_of(model)
     _check(record, name)
@@ -33,7 +33,13 @@ def use(model: nn.Module, name: str | None) -> None:
 
 @contextlib.contextmanager
 def using(model: nn.Module, name: str | None) -> Iterator[None]:
-    """`use` for the length of a with-block and for this thread alone: other threads go on as they were."""
+    """`use` for the length of a with-block and for the code in it alone: other threads, tasks and generators go on as they were.
+
+    Tasks that are spawned in the block, and `asyncio.to_thread`, are in it too; a plain `threading.Thread` is not, and opens a
+    block of its own. A generator is in its block while it runs, its caller is not; one under `contextlib.contextmanager` hands
+    the block on to the code that enters it. Raises AdapterError as `use` does; in the pass, where a task or thread was started
+    beside a generator that is paused in a block, so that it cannot be told what it belongs to.
+    """
     record = _record_for_a_block(model)
     _check(record, name)
     bring(record, [name])
@@ -43,12 +49,12 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """For the length of a with-block and for this thread: each row of a batch goes through the adapter of its name, None through
-    the base, all in one pass.
+    """For the code in a with-block, as with `using`: each row of a batch goes through the adapter of its name, None through the
+    base, all in one pass.
 
-    The batch has a row for each name, or a fixed number of rows for each, one after the other, as `generate` makes them for beams
-    and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. The first pass stacks the adapters'
-    tensors, which takes their bytes once more until another combination is routed. Gradients reach each adapter's A and B.
+    The batch has one row for each name; in `generate` a fixed number of rows for each, one after the other, as it makes them for
+    beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the adapters'
+    tensors, which takes their bytes once more; `generate` stacks them once. Gradients reach each adapter's A and B.
 
     Raises AdapterError: for unknown names, all of them; while an adapter is merged; for a model whose layers do not keep the
     rows of the batch apart; in the pass, for a batch of another number of rows.

@@ -7,6 +7,7 @@ layer's parameters (`changes`), and why it does not fit a layer (`misfit`).
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -364,7 +365,8 @@ def row_norms(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """‖W0 + scale·BA‖ by rows, [d] in fp32 or wider whatever autocast says, without forming the sum: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖²
     in O(d·k·r)."""
     wide = torch.promote_types(W0.dtype, torch.float32)
-    with torch.autocast(W0.device.type, enabled=False):
+    device = W0.device.type
+    with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         A, B = A.to(wide), B.to(wide) * scale
         squares = ((B @ (A @ A.t())) * B).sum(1)
         height = W0.shape[0] if W0.dtype == wide else max(1, _WIDENED // W0.shape[1])
