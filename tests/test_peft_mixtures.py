@@ -19,7 +19,8 @@ from deltaw.errors import FileError
 from deltaw.files import peft as peft_files
 from tests.conftest import assert_same, fill, snapshot
 
-peft = pytest.importorskip("peft")
+# Before, its conversion is for other versions of transformers, or there is none
+peft = pytest.importorskip("peft", minversion="0.20")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = {
@@ -45,7 +46,7 @@ OWN = dict.fromkeys(
 BUILT = (
     "mixtral", "minimax", "minimax_m2", "afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe",
     "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "solar_open", "mellum", "qwen3_moe", "qwen3_next", "hunyuan_v1_moe",
-    "flex_olmo", "olmoe", "exaone_moe", "cohere2_moe",
+    "flex_olmo", "olmoe", "exaone_moe", "cohere2_moe", "sarvam_mla",
 )  # fmt: skip
 # Parts of larger models, and types that no class of a causal model has
 NOT_ALONE = {"glm4v_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text"}

@@ -162,3 +162,20 @@ def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets
     results = deltaw.choose_rank(run, RankConfig(most=4)).results
     assert [row["rank"] for row in results["ranks"]] == [1, 2, 4]
     assert "model.layers.0.mlp.experts.gate_up_proj" in {layer["layer"] for layer in results["layers"]}
+
+
+@pytest.mark.parametrize("version", ["0.18.1", None], ids=str)
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
+def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: Path) -> None:
+    """It took the matrices of every stack for [k, d], as GPT-OSS has them. (A file of ours, turned to that form.)"""
+    folder, model = saved(tmp_path / "a", name, targets={"q": 2, "gate_up": 2, "down": 2})
+    file = peft.read(folder)
+    factors = {}
+    for layer, (A, B) in file.factors.items():
+        stack = layer.endswith(("experts", "base_layer")) and name != "GPT-OSS"
+        matrices = unstacked(A, B, file.rank(layer))
+        factors[layer] = in_file(matrices[1].mT.contiguous(), matrices[0].mT.contiguous()) if stack else (A, B)
+    config = file.config | {"peft_version": version}
+    config["target_parameters"] = [*BOTH]
+    peft.write(tmp_path / "old", dataclasses.replace(file, factors=factors, config=config, metadata={}))
+    torch.testing.assert_close(in_ours(name, tmp_path / "old"), run(model).detach(), rtol=1e-4, atol=1e-4)
