@@ -229,8 +229,8 @@ def _same_value(owner: nn.Module, one: str, other: str, changes: Mapping[str, Ch
 
 
 def _same_change(one: Change, other: Change, *, turned: bool) -> bool:
-    """Whether both give the same value, or add the same ΔW. When `turned`, one is of the transpose: an embedding's beside a head's
-    with the same A and B, as PEFT's ensure_weight_tying makes them."""
+    """Whether both give the same value, or add the same ΔW. When `turned`, one is of the transpose: an embedding's beside a
+    head's with the same A and B, as PEFT's ensure_weight_tying makes them."""
     if isinstance(one, Sum) and isinstance(other, Sum) and len(one.terms) == len(other.terms):
         pairs = zip(one.terms, other.terms, strict=True)
         return all(w == v and _same_change(a, b, turned=turned) for (a, w), (b, v) in pairs)
