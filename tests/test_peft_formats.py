@@ -22,10 +22,24 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deltaw import LoRA, attach, combine, compress, detach, load, merge, save, unmerge, using
+from deltaw import (
+    LoRA,
+    attach,
+    combine,
+    compress,
+    detach,
+    load,
+    merge,
+    merge_files,
+    route,
+    save,
+    spectrum,
+    unmerge,
+    using,
+)
 from deltaw.errors import FileError, MergeError
 from deltaw.files.peft_config import HARMLESS, READ, SETTINGS
-from tests.conftest import assert_same, bits, covering, snapshot, tiny_gpt2, tiny_llama
+from tests.conftest import assert_same, bits, covering, fill, snapshot, tiny_gpt2, tiny_llama
 
 
 def tiny_bert() -> Any:
@@ -611,3 +625,54 @@ def test_7_patterns_hold_in_the_order_in_which_peft_reloads_them(case: str, ids:
     theirs = peft.PeftModel.from_pretrained(model_of("llama"), tmp_path / "a").eval()
     load(plain := model_of("llama"), tmp_path / "a")
     torch.testing.assert_close(logits(plain, ids), logits(theirs, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+], ids=str)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_7_what_peft_keeps_tied_is_merged_once(settings: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = tiny_llama().eval()
+    before, was = logits(model, ids), bits(model)
+    config = peft.LoraConfig(r=4, lora_alpha=6, ensure_weight_tying=True, **settings)
+    theirs = filled(peft.get_peft_model(copy.deepcopy(model), config)).eval()
+    expected = logits(theirs, ids)
+    theirs.save_pretrained(tmp_path / "a")
+    load(model, tmp_path / "a")
+    assert (expected - before).abs().max() > 1.0
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    unmerge(model)
+    assert all(torch.equal(bits(model)[n], value) for n, value in was.items())
+    merge(model, weights={"default": 0.5})
+    unmerge(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_A_and_B_of_8_bits(dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Saved, cut, looked at, merged on disk and in memory, and routed: where PyTorch has no arithmetic for them."""
+    model = tiny_llama().eval()
+    save(fill(attach(model, LoRA(rank=4, alpha=6, targets="qv"))), tmp_path / "a")
+    detach(model).save_pretrained(tmp_path / "base")
+    load(model, tmp_path / "a", name="x", dtype=dtype)
+    expected = logits(model, ids)
+    with torch.no_grad(), route(model, ["x"] * len(ids)):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    save(model, tmp_path / "b", name="x")
+    assert {t.dtype for t in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {dtype}
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-3, atol=1e-3)
+    detach(model)
+    load(model, tmp_path / "b")
+    assert torch.equal(logits(model, ids), expected)
+    assert all(s.norm > 0 for s in spectrum(tmp_path / "b").values())
+    done = compress(tmp_path / "b", tmp_path / "cut", rank=2)
+    assert 0 < done.error < 1
+    load(model, tmp_path / "cut", name="cut")
+    merge_files(tmp_path / "base", tmp_path / "b", tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(again, ids), expected, rtol=1e-3, atol=1e-3)

@@ -14,7 +14,7 @@ import transformers
 import deltaw
 from deltaw.cli.main import main
 from deltaw.config import RankConfig, SweepConfig, TrainConfig
-from deltaw.errors import FileError
+from deltaw.errors import AdapterError, FileError
 from deltaw.files import peft
 from deltaw.files.stacks import in_file, unstacked
 from deltaw.lowrank import delta_norm
@@ -177,3 +177,20 @@ def test_a_mixture_that_sorts_its_tokens_is_not_trained_abreast(tmp_path: Path) 
     with pytest.raises(AdapterError, match="2 candidates cannot share a pass over this model"):
         deltaw.sweep(str(tmp_path / "model"), tmp_path / "data.jsonl", training, options)
     assert not (tmp_path / "s" / "runs").exists()
+
+
+@pytest.mark.parametrize("version", ["0.18.1", None], ids=str)
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
+def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: Path) -> None:
+    """It took the matrices of every stack for [k, d], as GPT-OSS has them. (A file of ours, turned to that form.)"""
+    folder, model = saved(tmp_path / "a", name, targets={"q": 2, "gate_up": 2, "down": 2})
+    file = peft.read(folder)
+    factors = {}
+    for layer, (A, B) in file.factors.items():
+        stack = layer.endswith(("experts", "base_layer")) and name != "GPT-OSS"
+        matrices = unstacked(A, B, file.rank(layer))
+        factors[layer] = in_file(matrices[1].mT.contiguous(), matrices[0].mT.contiguous()) if stack else (A, B)
+    config = file.config | {"peft_version": version}
+    config["target_parameters"] = [*BOTH]
+    peft.write(tmp_path / "old", dataclasses.replace(file, factors=factors, config=config, metadata={}))
+    torch.testing.assert_close(in_ours(name, tmp_path / "old"), run(model).detach(), rtol=1e-4, atol=1e-4)

@@ -16,6 +16,7 @@ from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import exactly
 from deltaw.files.stacks import in_file
 from deltaw.layers import Weight, weights_of
+from deltaw.lowrank import times
 
 # A dense layer of one expert; Mixtral's w1, w3 and w2 are others' gate_proj, up_proj and down_proj
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<own>w1|w2|w3|gate_proj|up_proj|down_proj)")
@@ -90,12 +91,8 @@ def _one(
     for e in range(len(module._parameters[own])):
         names = [those[e, part] for part in range(len(_PARTS[own]))]
         As.append(torch.cat([file.factors[n][0] for n in names]))
-        Bs.append(torch.block_diag(*(_scaled(file.factors[n][1], file.scales[n] / scale) for n in names)))
+        Bs.append(torch.block_diag(*(times(file.factors[n][1], file.scales[n] / scale) for n in names)))
     return in_file(torch.stack(As), torch.stack(Bs)), scale
-
-
-def _scaled(B: Tensor, by: float) -> Tensor:
-    return B if by == 1.0 else B * by
 
 
 def _with(file: LoRAFile, gone: set[str], made: Mapping[str, tuple[_Pair, float]]) -> LoRAFile:

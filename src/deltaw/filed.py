@@ -16,6 +16,7 @@ from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAF
 from deltaw.files.peft_config import config_for
 from deltaw.files.stacks import in_file
 from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, matrices_of, weights_of
+from deltaw.lowrank import times
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
@@ -47,7 +48,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         **({"trainable_token_indices": {n: i.tolist() for n, (i, _) in rows.items()}} if rows else {}),
     }
     made = LoRAFile(
-        factors={keys[n]: (u.A, u.B if keys[n] == n else u.B / TWICE) for n, u in low_rank.items()}
+        factors={keys[n]: (u.A, u.B if keys[n] == n else times(u.B, 1 / TWICE)) for n, u in low_rank.items()}
         | {n: in_file(u.A, u.B) for n, (_, u) in weights.items()},
         scales={keys[n]: u.scale for n, u in low_rank.items()} | {n: u.scale for n, (_, u) in weights.items()},
         config=_config(model, method, {keys[n]: u for n, u in low_rank.items()}, weights, others),

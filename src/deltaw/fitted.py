@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from deltaw.attached import base_modules, dotted, readers
 from deltaw.errors import FileError, listing, nearest
-from deltaw.files.peft import TWICE, LoRAFile, names_in_peft, slices_of
+from deltaw.files.peft import TWICE, LoRAFile, by_inputs, names_in_peft, slices_of
 from deltaw.files.peft_config import rank_of, saved_module
-from deltaw.files.stacks import unstacked
+from deltaw.files.stacks import transposed_in_file, unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
-from deltaw.lowrank import merge_, wide
+from deltaw.lowrank import merge_, times, wide
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 from deltaw.weights import OnWeights, Stack
@@ -85,7 +85,7 @@ class _Fitting:
             device, scale = self._place(layer._parameters["weight"]), file.scales[name]
             A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
             if layer_name != name:
-                B = B * TWICE
+                B = times(B, TWICE)
             if layer_name in self.updates:
                 self._twice(name, layer_name)
                 continue
@@ -132,6 +132,10 @@ class _Fitting:
         rows = sliced_rows(B, slices) if slices else None
         if W0.ndim == 3:
             E, (d, k) = len(W0), Weight(module, own).shape
+            shaped = B.shape[0], A.shape[1]
+            turned = shaped == (k, d) if d != k else by_inputs(self.file)
+            if turned and not Weight(module, own).transposed and name != dotted(module_name, own):
+                A, B = transposed_in_file(A, B, rank_of(name, self.file.config))
             if A.shape[0] != E * rank_of(name, self.file.config) or (B.shape[0], A.shape[1]) != (d, k):
                 self.problems.append(
                     f"{dotted(module_name, own)} is {list(W0.shape)}, the file's A {list(A.shape)} and B {list(B.shape)}"

@@ -27,6 +27,14 @@ _CPU_BLOCK = 1 << 16
 _DEVICE_BLOCK = 1 << 25
 
 
+def times(values: Tensor, factor: float) -> Tensor:
+    """The values times a number, in their own dtype; also numbers of 8 bits, for which PyTorch has no arithmetic."""
+    if factor == 1.0:
+        return values
+    wide = values.float() if values.element_size() == 1 else values
+    return (wide * factor).to(values.dtype)
+
+
 @dataclass(frozen=True)
 class MergeStats:
     """What one merge did to one weight. Norms are Frobenius norms."""

@@ -34,7 +34,7 @@ from deltaw.attached import (
 from deltaw.checksums import stamp
 from deltaw.ends import extend
 from deltaw.errors import MergeError, listing
-from deltaw.layers import as_stored, in_few_bits
+from deltaw.layers import in_few_bits
 from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
 from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_
@@ -307,14 +307,20 @@ def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
 
 
 def _same_value(owner: nn.Module, one: str, other: str, changes: Mapping[str, Change]) -> bool:
-    """Whether both get one and the same value."""
-    sums = [change.terms if isinstance(change, Sum) else [(change, 1.0)] for change in (changes[one], changes[other])]
-    if len(sums[0]) != len(sums[1]):
+    """Whether both, names of one weight, get one and the same value."""
+    W, V = matrix_of(owner, one), matrix_of(owner, other)
+    return _same_change(changes[one], changes[other], turned=(W.shape, W.stride()) != (V.shape, V.stride()))
+
+
+def _same_change(one: Change, other: Change, *, turned: bool) -> bool:
+    """Whether both give the same value, or add the same ΔW. When `turned`, one is of the transpose: an embedding's beside a
+    head's with the same A and B, as PEFT's ensure_weight_tying makes them."""
+    if isinstance(one, Sum) and isinstance(other, Sum) and len(one.terms) == len(other.terms):
+        pairs = zip(one.terms, other.terms, strict=True)
+        return all(w == v and _same_change(a, b, turned=turned) for (a, w), (b, v) in pairs)
+    if isinstance(one, Value) and isinstance(other, Value):
+        return torch.equal(one.W, other.W.mT if turned else other.W)
+    if not (isinstance(one, Product) and isinstance(other, Product)) or one.scale != other.scale:
         return False
-    return all(
-        weight == other_weight
-        and isinstance(first, Value)
-        and isinstance(second, Value)
-        and torch.equal(as_stored(*place_of(owner, one), first.W), as_stored(*place_of(owner, other), second.W))
-        for (first, weight), (second, other_weight) in zip(*sums, strict=True)
-    )
+    A, B = (other.B.mT, other.A.mT) if turned else (other.A, other.B)
+    return torch.equal(one.A, A) and torch.equal(one.B, B)

@@ -84,5 +84,6 @@ def stacked(
     Differentiable."""
     A = torch.stack(tuple(As))
     if any(scale != 1.0 for scale in scales):
+        A = A.float() if A.element_size() == 1 else A  # 8 bits have no arithmetic
         A = A * torch.tensor(scales, dtype=A.dtype, device=A.device)[:, None, None]
     return A.to(dtype), torch.stack([B.t() for B in Bs]).to(dtype)

@@ -173,9 +173,9 @@ def _in_generate() -> bool:
 
 def _stack(updates: Sequence[Any], dtype: torch.dtype) -> Stack:
     """Of updates with one rank and dtype, for a layer that computes in `dtype`; in their own where that is less: it was
-    asked for, and is less to read."""
+    asked for, and is less to read. (But for 8 bits, which have no products.)"""
     first = updates[0]
     stored = first.A.dtype
-    working = stored if stored.itemsize < dtype.itemsize else dtype
+    working = stored if 1 < stored.itemsize < dtype.itemsize else dtype
     A, B = mixed.stacked([u.A for u in updates], [u.B for u in updates], [u.scale for u in updates], working)
     return Stack(A, B, first.dropout if first.training else 0.0)

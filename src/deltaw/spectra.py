@@ -83,5 +83,5 @@ def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
     found = {}
     for layer in in_order(file.factors):
         A, B = file.matrices(layer)
-        found[layer] = triples(A, B * file.scales[layer])
+        found[layer] = triples(A, B.double() * file.scales[layer])
     return found

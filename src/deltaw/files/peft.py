@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import pickle
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,7 @@ def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lamb
     """Write the folder atomically, then read it back and compare; `beside` adds other files to it. Raises FileError when what
     was read differs."""
     tensors = _stored(adapter)
-    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [key for key, tensor in tensors.items() if not _all(tensor)]
     if bad:
         raise FileError(listing("Not saved: values are not finite (NaN or infinity) in", bad))
     with replacing_folder(folder) as temporary:
@@ -364,7 +365,8 @@ def _finite(tensors: Collection[Tensor]) -> bool:
 
 
 def _all(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # PyTorch does not ask numbers of 8 bits
+    return bool(torch.isfinite(wide).all())
 
 
 def _disagreements(found: Sorted, config: Mapping[str, Any], name: str) -> list[str]:
@@ -430,6 +432,14 @@ def names_in_peft(layer: str, file: LoRAFile) -> list[str]:
     ours do: they have a module's parameters in its own order, of which PEFT wraps the last one outermost."""
     names = pattern_names(layer, file.config)
     return [names[-1 - layer.count(".base_layer")]] if len(names) > 1 and "deltaw_format" in file.metadata else names
+
+
+def by_inputs(file: LoRAFile) -> bool:
+    """Whether PEFT wrote the file before 0.19, which took every stack's matrices for [k, d]."""
+    if "deltaw_format" in file.metadata:
+        return False
+    numbers = re.match(r"(\d+)\.(\d+)", str(file.config.get("peft_version") or "0.17"))
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
 
 
 def transposed_layers(file: LoRAFile) -> set[str] | None:

@@ -11,6 +11,14 @@ def unstacked(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return A.view(-1, rank, A.shape[1]), B.view(B.shape[0], rank, -1).permute(2, 0, 1).contiguous()
 
 
+def transposed_in_file(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The file's A and B of the matrices' transposes: of (B_e A_e)ᵀ = A_eᵀ B_eᵀ."""
+    if A.shape[0] % rank or B.shape[1] != A.shape[0]:
+        return A, B  # of no stack
+    A, B = unstacked(A, B, rank)
+    return in_file(B.mT, A.mT)
+
+
 def in_file(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The file's A and B of A [E, r, k] and B [E, d, r]; those of one matrix, A [r, k] and B [d, r], as they are."""
     if A.ndim == 2:
