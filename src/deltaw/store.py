@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ _SMALL = 10_000_000
 
 
 def save(
-    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None
-) -> Path:
-    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata. Of modules
-    that are trained whole it logs when they make up most of a large file.
+    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None,
+    ends: Sequence[int] | None = None,
+) -> Path:  # fmt: skip
+    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata, and so are
+    `ends`, the ids of the tokens that end what it was taught to say (default: those that are known of it), at which generation
+    and merged models stop. Of modules that are trained whole it logs when they make up most of a large file.
 
     Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
     differs; a folder that was at `path` is then still there.
@@ -51,8 +53,10 @@ def save(
     adapter = record.attached[live.known(record, name)]
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
-    if ends := taught(model, [name]):
-        kept[peft.ENDS] = json.dumps(ends)
+    if ends is not None:
+        teach(model, name, ends)
+    if known := taught(model, [name]):
+        kept[peft.ENDS] = json.dumps(known)
     if not isinstance(adapter.method, LoRA):
         other = as_method_file(model, name)
         other.metadata.update(kept)

@@ -127,7 +127,7 @@ def _marks_of(tokenizer: Any) -> _Marks:
     """BOS where the template renders it, and what ends a turn; with that the tokenizer's eos, which would be a second end."""
     ends = [str(word) for word in tokenizer.convert_ids_to_tokens(turn_ends(tokenizer))]
     ends += [tokenizer.eos_token] if ends and tokenizer.eos_token else []
-    bos = getattr(tokenizer, "bos_token", None)
+    bos = str(getattr(tokenizer, "bos_token", None) or "")
     try:
         begins = bool(bos) and _render(_TRIAL, tokenizer).startswith(bos)
     except DataError:
