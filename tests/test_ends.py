@@ -276,6 +276,20 @@ def test_a_chat_samples_by_its_seed(
     assert said("3", 1) == said("3", 2) != said("4", 2)
 
 
+def test_a_chat_says_where_nothing_ends_a_reply(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = trained
+    monkeypatch.setattr("deltaw.cli.show.out.input", lambda *_, **__: "/quit")
+    shutil.copytree(folder / "base", tmp_path / "base")
+    for end, said in ((END, False), ("\nUser:", True)):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}" + end)
+        tokenizer.save_pretrained(tmp_path / "base")
+        assert main(["chat", str(tmp_path / "base")]) == 0
+        assert ("in no token to stop at" in capsys.readouterr().out) is said
+
+
 def test_a_plain_run_teaches_the_eos_that_generation_config_lacks(trained: Any, tmp_path: Path) -> None:
     """An instruction-tuned base, whose generation_config ends with the turn's token alone, trained on plain text."""
     folder, result = trained

@@ -26,6 +26,11 @@ def run(command: Chat) -> None:
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.out.print(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim", soft_wrap=True)
+    from deltaw.data import turn_ends
+
+    if not turn_ends(loaded.tokenizer):
+        told = "The chat template ends turns in no token to stop at: replies may run on to --max-new-tokens."
+        show.out.print(told, style="yellow", soft_wrap=True)
     while True:
         try:
             text = show.out.input("[bold cyan]you[/] › ", markup=True).strip()
