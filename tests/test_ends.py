@@ -251,6 +251,45 @@ def test_damaged_ends_are_an_error_before_the_model_is_touched(damage: str, tmp_
     assert not (tmp_path / "m").exists()
 
 
+def test_what_another_loop_taught_is_told_to_save(tmp_path: Path) -> None:
+    with_end(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fill(deltaw.attach(model, deltaw.LoRA(rank=2, alpha=3.0)))
+    assert ends_in(deltaw.save(model, tmp_path / "a", ends=[77, 5, 77])) == (77, 5)
+    assert ends_in(deltaw.save(model, tmp_path / "b")) == (77, 5)
+    assert ends_in(deltaw.save(model, tmp_path / "c", ends=[])) == ()
+
+
+def test_a_chat_samples_by_its_seed(
+    trained: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = trained
+    words = ["chat", str(folder / "base"), "--temperature", "1", "--max-new-tokens", "6", "--seed"]
+
+    def said(seed: str, number: int) -> str:
+        lines = iter(["say all", "/new", "say all"])
+        monkeypatch.setattr("deltaw.cli.show.out.input", lambda *_, **__: next(lines, "/quit"))
+        torch.manual_seed(number)
+        assert main([*words, seed]) == 0
+        return capsys.readouterr().out
+
+    assert said("3", 1) == said("3", 2) != said("4", 2)
+
+
+def test_a_chat_says_where_nothing_ends_a_reply(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = trained
+    monkeypatch.setattr("deltaw.cli.show.out.input", lambda *_, **__: "/quit")
+    shutil.copytree(folder / "base", tmp_path / "base")
+    for end, said in ((END, False), ("\nUser:", True)):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}" + end)
+        tokenizer.save_pretrained(tmp_path / "base")
+        assert main(["chat", str(tmp_path / "base")]) == 0
+        assert ("in no token to stop at" in capsys.readouterr().out) is said
+
+
 def test_a_plain_run_teaches_the_eos_that_generation_config_lacks(trained: Any, tmp_path: Path) -> None:
     """An instruction-tuned base, whose generation_config ends with the turn's token alone, trained on plain text."""
     folder, result = trained

@@ -128,3 +128,24 @@ def test_a_run_learns_there_and_its_file_is_good_here(tmp_path: Path, dtype: str
     load(here, result.folder / "adapter")
     for own, other in zip(parameters(here), parameters(model), strict=True):
         assert torch.equal(own, other.cpu())
+
+
+def test_a_run_and_its_samples_leave_the_gpus_random_numbers(tmp_path: Path) -> None:
+    from deltaw.config import GenerateConfig
+    from deltaw.generation import generate
+
+    tokenizer = tiny_tokenizer(CHATML)
+    model = byte_llama(tokenizer, tie_word_embeddings=True).cuda()
+    config = quick(tmp_path, steps=3, overwrite=True)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state(), torch.cuda.get_rng_state()
+        method = LoRA(rank=4, alpha=6, dropout=0.3)
+        deltaw.train(model, RECORDS, config, method=method, tokenizer=tokenizer)
+        said = generate(model, tokenizer, [[5, 6], [7]], GenerateConfig(max_new_tokens=5, temperature=1.0))
+        assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
+        found.append((said, [p.detach().clone() for p in parameters(model)]))
+        deltaw.detach(model)
+    assert found[0][0] == found[1][0]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found[0][1], found[1][1], strict=True))

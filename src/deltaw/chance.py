@@ -21,7 +21,7 @@ def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
     Generators of other devices are neither seeded nor read, unlike by `torch.manual_seed`.
     """
-    generators = [torch.default_generator, *(_generator(device) for device in set(devices) if device.type != "cpu")]
+    generators = [torch.default_generator, *(one for device in set(devices) if (one := _generator(device)) is not None)]
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:
@@ -45,7 +45,11 @@ class _OfMPS:
 
 
 def _generator(device: torch.device) -> Any:
+    """None for a device without one of its own."""
     if device.type == "mps":
         return _OfMPS
-    module = torch.get_device_module(device)  # CUDA's, or another accelerator's with the same names
-    return module.default_generators[module.current_device() if device.index is None else device.index]
+    module = torch.get_device_module(device) if device.type != "cpu" else None
+    every = getattr(module, "default_generators", None)  # CUDA's, and other accelerators' that follow it
+    return (
+        None if not every else every[torch.accelerator.current_device_index() if device.index is None else device.index]
+    )

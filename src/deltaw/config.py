@@ -59,8 +59,8 @@ class DataConfig:
     max_length: int = 1024
     """Longest record in tokens, prompt and completion together."""
     too_long: TooLong = "truncate"
-    """A longer record: truncate the left of its prompt (the end of a text), drop it, or stop with an error. What happened
-    is counted and reported."""
+    """A longer record: truncate the left of its prompt (the end of a text, and of a completion by an encoder's decoder), drop it,
+    or stop with an error. What happened is counted and reported."""
     split: str | None = None
     """Split of a hub data set or a folder to train on; its default is train."""
     max_records: int | None = None

@@ -20,8 +20,7 @@ _KEY = "ends"
 def teach(model: nn.Module, name: str, ends: Iterable[int]) -> None:
     """Note the tokens that end what adapter `name` says; `save` writes them. Raises AdapterError for an unknown name."""
     record = record_of(model)
-    unique = tuple(dict.fromkeys(int(end) for end in ends))
-    record.attached[known(record, name)].metadata |= {_KEY: unique} if unique else {}
+    record.attached[known(record, name)].metadata[_KEY] = tuple(dict.fromkeys(int(end) for end in ends))
 
 
 def taught(model: nn.Module, names: Iterable[str | None]) -> Ends:

@@ -50,7 +50,7 @@ def generate(
         )
     completions = [""] * len(prompts)
     finished = 0
-    with evaluating(model), seeded(config.seed, devices_of(model)):
+    with evaluating(model), drawing(model, config, config.seed):
         for its_own, rows in _of_one_end(model, names, len(prompts)):
             asked = settings(model, tokenizer, config, [*ends, *its_own])
             order = sorted(rows, key=lambda i: -len(prompts[i]))
@@ -63,6 +63,11 @@ def generate(
                 finished += len(chosen)
                 on_done(finished)
     return completions
+
+
+def drawing(model: Any, config: GenerateConfig, seed: int) -> contextlib.AbstractContextManager[None]:
+    """While open, samples are drawn from `seed`. What draws none touches no generator, so that threads may share a model."""
+    return seeded(seed, devices_of(model)) if config.temperature > 0 else contextlib.nullcontext()
 
 
 def stops(model: Any, tokenizer: Any, ends: Iterable[int] = ()) -> list[int]:

@@ -24,7 +24,7 @@ from torch import nn
 from deltaw import attached, store, summaries
 from deltaw.chance import seeded
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
-from deltaw.data import Record
+from deltaw.data import Record, as_said
 from deltaw.ends import teach
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.expected_memory import expected
@@ -194,6 +194,8 @@ class _Run:
             state = self._train()
         after = self._sample(chosen, self.name)
         wanted = [self.task.wanted(r, self.config.data) for r in chosen]
+        if self.task.answers == "text":
+            wanted = as_said(wanted, self.loaded.tokenizer)
         together = zip(chosen, wanted, before, after, strict=True)
         return self._finish(state, [Sampled(r.question, w, b, a) for r, w, b, a in together])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,11 @@ _SMALL = 10_000_000
 def save(
     model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    ends: Sequence[int] | None = None,
 ) -> Path:  # fmt: skip
-    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata. Of modules
-    that are trained whole it logs when they make up most of a large file.
+    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata, and so are
+    `ends`, the ids of the tokens that end what it was taught to say (default: those that are known of it), at which generation
+    and merged models stop. Of modules that are trained whole it logs when they make up most of a large file.
 
     A `tokenizer` that has other tokens or another chat template than the base's goes into the folder, where `deltaw` and PEFT's
     users look for it. An adapter that was loaded from a folder with a tokenizer takes that along.
@@ -60,8 +62,10 @@ def save(
     adapter = record.attached[live.known(record, name)]
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
-    if ends := taught(model, [name]):
-        kept[peft.ENDS] = json.dumps(ends)
+    if ends is not None:
+        teach(model, name, ends)
+    if known := taught(model, [name]):
+        kept[peft.ENDS] = json.dumps(known)
     if not isinstance(adapter.method, LoRA):
         other = plainly_named_method(as_method_file(model, name))
         other.metadata.update(kept)

@@ -52,6 +52,18 @@ def by_hand(model: Any, tokenizer: Any) -> float:
     return total / count
 
 
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_an_end_in_a_references_text_is_no_part_of_the_answer(small: Any, template: Any) -> None:
+    model, tokenizer = small
+    data, asked = DataConfig(template=template), GenerateConfig(max_new_tokens=5)
+    prompts = [{"prompt": r["prompt"]} for r in RECORDS[:2]]
+    said = evaluate(model, tokenizer, read([p | {"completion": "?"} for p in prompts], data), data, asked).predictions
+    for end in ("", "<|im_end|>", "<|im_end|>\n"):
+        records = read([p | {"completion": text + end} for p, text in zip(prompts, said, strict=True)], data)
+        found = evaluate(model, tokenizer, records, data, asked)
+        assert found.scores["exact_match"].value == 1.0 and found.predictions == said
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("adapter", [None, "default"])

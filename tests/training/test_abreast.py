@@ -171,3 +171,29 @@ def test_the_worse_half_ends_at_each_rung() -> None:
     better, worse = sorted(order[:2], key=lambda i: at[i][4])
     assert (loops[better].state.step, loops[worse].state.step) == (8, 4)
     assert [loop.state.stopped for loop in loops].count("behind") == 3 and not loops[better].state.stopped
+
+
+def test_dropout_in_one_pass_follows_from_the_loops_seeds_alone() -> None:
+    """All records in each batch and one A for all, so that a seed decides nothing but the masks."""
+
+    def trained(seeds: tuple[int, int], dropout: float, drawn: int) -> list[dict[str, torch.Tensor]]:
+        model = made("llama")
+        loops = []
+        for number, seed in enumerate(seeds):
+            config = dataclasses.replace(CONFIG, batch=10, steps=3)
+            loop = loop_of("llama", model, number, LoRA(rank=3, alpha=4, dropout=dropout), config, [])
+            loop.config = dataclasses.replace(config, seed=seed)
+            loops.append(loop)
+        torch.manual_seed(drawn)
+        state = torch.get_rng_state()
+        Abreast(loops, 2).run()
+        assert torch.equal(torch.get_rng_state(), state)
+        return [learned(model, str(number)) for number in range(2)]
+
+    def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+        return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+    first, again, other = trained((1, 2), 0.5, 1), trained((1, 2), 0.5, 7), trained((1, 3), 0.5, 1)
+    assert apart(first[0], again[0]) == apart(first[1], again[1]) == 0.0
+    assert apart(first[1], other[1]) > 1e-3 and apart(first[0], first[1]) > 1e-3
+    assert apart(trained((1, 2), 0.0, 1)[1], trained((1, 3), 0.0, 1)[1]) == 0.0

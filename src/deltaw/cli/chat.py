@@ -26,6 +26,11 @@ def run(command: Chat) -> None:
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.out.print(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim", soft_wrap=True)
+    from deltaw.data import turn_ends
+
+    if not turn_ends(loaded.tokenizer):
+        told = "The chat template ends turns in no token to stop at: replies may run on to --max-new-tokens."
+        show.out.print(told, style="yellow", soft_wrap=True)
     while True:
         try:
             text = show.out.input("[bold cyan]you[/] › ", markup=True).strip()
@@ -70,10 +75,10 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     """The reply, shown as it is written."""
     import torch
 
-    from deltaw.chance import devices_of, mixed, seeded
+    from deltaw.chance import mixed
     from deltaw.data import Message, prompt_ids, turn_ends
     from deltaw.ends import in_use
-    from deltaw.generation import settings, too_long, until_end
+    from deltaw.generation import drawing, settings, too_long, until_end
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], command.generation, loaded.model)
@@ -82,8 +87,8 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     ends = [*turn_ends(loaded.tokenizer), *in_use(loaded.model)]
     asked = settings(loaded.model, loaded.tokenizer, command.generation, ends)
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
-    # Another turn's numbers are others: the same question twice may have two answers
-    with torch.no_grad(), seeded(mixed(command.generation.seed, len(messages)), devices_of(loaded.model)):
+    seed = mixed(command.generation.seed, len(messages))  # the same question twice may have two answers
+    with torch.no_grad(), drawing(loaded.model, command.generation, seed):
         out = loaded.model.generate(
             torch.tensor([ids], device=loaded.model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=loaded.model.device),

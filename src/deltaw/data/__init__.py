@@ -14,7 +14,7 @@ batches.py   examples → length-bucketed batches, as tensors
 
 from deltaw.data.batches import Batch, Order, collate, plan
 from deltaw.data.chat import encode_chat, prompt_ids, turn_ends
-from deltaw.data.encode import Counts, Encoded, Example, encode, encode_prompt, prompt_ends, template_of
+from deltaw.data.encode import Counts, Encoded, Example, as_said, encode, encode_prompt, prompt_ends, template_of
 from deltaw.data.forms import Message, Record
 from deltaw.data.records import Records, read, references
 from deltaw.data.sources import held_out_split, splits
@@ -28,6 +28,7 @@ __all__ = [
     "Order",
     "Record",
     "Records",
+    "as_said",
     "collate",
     "encode",
     "encode_chat",

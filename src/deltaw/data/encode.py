@@ -174,6 +174,18 @@ def ended(ids: list[int], tokenizer: Any) -> list[int]:
     return [*ids, end]
 
 
+def as_said(completions: Sequence[str], tokenizer: Any) -> list[str]:
+    """Records' completions as a model says them: without an end token that they have in their text, and white space after it."""
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    ends = [*tokenizer.convert_ids_to_tokens(chat.turn_ends(tokenizer) if chats else []), tokenizer.eos_token]
+    found = []
+    for completion in completions:
+        bare = completion.rstrip()
+        last = next((end for end in ends if end and bare.endswith(end)), None)
+        found.append(completion if last is None else bare.removesuffix(last))
+    return found
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
     """The conversation with a system message in front, unless it has one or `system` is None."""
     if system is None or (messages and messages[0].role in ("system", "developer")):

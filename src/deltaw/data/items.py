@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from deltaw.config import DataConfig
 from deltaw.data.batches import padded
@@ -108,10 +108,10 @@ def encode_seq2seq(records: Records, tokenizer: Any, config: DataConfig) -> Enco
     answers = _decoder_targets(records.items, tokenizer)
     most = config.max_length if cut else None
     items = [
-        Item({"input_ids": ids.within(most)}, answer[:most], r.place)
-        for ids, answer, r in zip(prompts, answers, records.items, strict=True)
+        Item({"input_ids": prompt.within(most)}, answer[:most], r.place)
+        for prompt, answer, r in zip(prompts, answers, records.items, strict=True)
     ]
-    lengths = [max(len(ids), len(answer)) for ids, answer in zip(prompts, answers, strict=True)]
+    lengths = [max(len(prompt.ids), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = _kept(items, lengths, records, config)
     if tokenizer.eos_token_id is None:
         return replace(encoded, note=_NO_END)
@@ -120,7 +120,7 @@ def encode_seq2seq(records: Records, tokenizer: Any, config: DataConfig) -> Enco
 
 def encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[list[int]]:
     """The tokens of each record's prompt, as in training: without the left of one that is longer than max_length."""
-    return [ids.within(config.max_length) for ids in _encoder_inputs(records, tokenizer, config)]
+    return [prompt.within(config.max_length) for prompt in _encoder_inputs(records, tokenizer, config)]
 
 
 _NO_END = (
@@ -129,26 +129,29 @@ _NO_END = (
 )
 
 
-class _Input(NamedTuple):
-    """A prompt's tokens, between what the tokenizer puts before and after every text."""
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A text's tokens, between what the tokenizer puts before and after every one."""
 
     before: list[int]
     text: list[int]
     after: list[int]
 
+    @property
+    def ids(self) -> list[int]:
+        """All of them."""
+        return [*self.before, *self.text, *self.after]
+
     def within(self, most: int | None) -> list[int]:
         """In at most so many tokens: the left of the text goes, as of a decoder's prompt. Of very few, the last are left."""
-        ids = [*self.before, *self.text, *self.after]
+        ids = self.ids
         if most is None or len(ids) <= most:
             return ids
         room = most - len(self.before) - len(self.after)
         return [*self.before, *self.text[-room:], *self.after] if room > 0 else ids[-most:]
 
-    def __len__(self) -> int:
-        return sum(len(part) for part in self[:])
 
-
-def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[_Input]:
+def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[_Parts]:
     bare = _Bare(tokenizer)
     prompts = [bare.end(bare.start(_prompt(r, config))) for r in records]
     whole = tokenizer(prompts, verbose=False).input_ids
@@ -160,12 +163,12 @@ def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfi
 _MOST_BEFORE = 8
 
 
-def _parts(ids: list[int], text: list[int]) -> _Input:
+def _parts(ids: list[int], text: list[int]) -> _Parts:
     """Where a text's own tokens are among all that encoding it gives."""
     for at in range(min(len(ids) - len(text), _MOST_BEFORE) + 1):
         if ids[at : at + len(text)] == text:
-            return _Input(ids[:at], text, ids[at + len(text) :])
-    return _Input([], ids, [])
+            return _Parts(ids[:at], text, ids[at + len(text) :])
+    return _Parts([], ids, [])
 
 
 def _decoder_targets(records: Sequence[Record], tokenizer: Any) -> list[list[int]]:
@@ -175,10 +178,7 @@ def _decoder_targets(records: Sequence[Record], tokenizer: Any) -> list[list[int
     whole = tokenizer(text_target=completions, verbose=False).input_ids
     texts = tokenizer(text_target=completions, add_special_tokens=False, verbose=False).input_ids
     parts = [_parts(list(ids), list(text)) for ids, text in zip(whole, texts, strict=True)]
-    targets = [[*p.before, *p.text, *p.after] for p in parts]
-    return [
-        ids if end is None or end in p.after else ended(ids, tokenizer) for p, ids in zip(parts, targets, strict=True)
-    ]
+    return [p.ids if end is None or end in p.after else ended(p.ids, tokenizer) for p in parts]
 
 
 class _Bare:

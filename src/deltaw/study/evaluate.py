@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.data import Record, Records, references
+from deltaw.data import Record, Records, as_said, references
 from deltaw.errors import DataError
 from deltaw.modes import evaluating
 from deltaw.positions import within
@@ -131,7 +131,9 @@ def _of_texts(
     answered = [m for m in metrics if m in TEXT_METRICS]
     if answered:
         said = task.answer(loaded, items.records, data, generation, on_done)
-    return len(items.records), said, {m: TEXT_METRICS[m](said, items.references) for m in answered}, losses
+    plain = iter(as_said([text for texts in items.references for text in texts], loaded.tokenizer))
+    wanted = [[next(plain) for _ in texts] for texts in items.references]
+    return len(items.records), said, {m: TEXT_METRICS[m](said, wanted) for m in answered}, losses
 
 
 def _of_labels(
