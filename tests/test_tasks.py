@@ -113,7 +113,8 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
 )
 def test_classes_of_texts_from_records_to_a_merged_model(name: str, tmp_path: Path, capsys: Any) -> None:
     base = folder_of(TEXTS[name], tmp_path)
-    result = train(base, about(96), deltaw_config(CONFIG, tmp_path), method=LoRA(rank=4))
+    lr = 0.01 if name == "deberta" else 0.02  # at which this one may fall back from a loss of 0 by the last step
+    result = train(base, about(96), deltaw_config(CONFIG, tmp_path, lr=lr), method=LoRA(rank=4))
     assert result.settings["task"] == "classification" and result.settings["labels"] == ["cold", "warm"]
     assert result.state.last_loss < 0.2, result.state
     assert {s.after for s in result.samples} <= {"warm", "cold"} and all(s.before is None for s in result.samples)
