@@ -34,7 +34,7 @@ ORDER = [
     ["files", "data", "positions", "modes", "environment", "available_memory"],
     ["base_identity", "summaries", "switching", "combined", "extracted", "converted", "spectra"],
     ["compressed"],
-    ["filed", "fitted", "renames", "method_filed"],
+    ["filed", "fitted", "renames", "method_filed", "padding"],
     ["store", "pretrained"],
     ["generation"],
     ["training"],

@@ -22,8 +22,9 @@ from deltaw.data.labels import are_quantities, class_indices, class_name, class_
 from deltaw.errors import DataError, FileError, listing
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
+from deltaw.padding import row_padding
 from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, row_padding, vocabulary_size
+from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, vocabulary_size
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
 from deltaw.updates import Replaced, ReplacedRows
@@ -150,7 +151,7 @@ class Classification(Task):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return ClassLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
+        return ClassLoss(loaded.model, row_padding(loaded.model, pad_id(loaded.tokenizer)))
 
     @classmethod
     def answer(
@@ -196,7 +197,7 @@ class Regression(Classification):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return SquaredLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
+        return SquaredLoss(loaded.model, row_padding(loaded.model, pad_id(loaded.tokenizer)))
 
     @classmethod
     def answers_of(cls, logits: Tensor) -> list[Any]:
