@@ -36,7 +36,7 @@ ORDER = [
     ["files", "data", "positions", "modes", "environment", "available_memory"],
     ["base_identity", "summaries", "switching", "combined", "extracted", "converted", "spectra"],
     ["compressed"],
-    ["filed", "fitted", "renames", "expert_stacks", "method_filed"],
+    ["filed", "fitted", "renames", "expert_stacks", "method_filed", "padding"],
     ["store", "pretrained"],
     ["generation"],
     ["training"],

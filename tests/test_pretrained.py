@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertLMHeadModel,
+    FNetConfig,
+    FNetForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -28,15 +30,14 @@ from deltaw.data import read
 from deltaw.data.encode import Example
 from deltaw.data.items import Item, encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
+from deltaw.padding import row_padding, settle_padding
 from deltaw.preparing import check_ids
 from deltaw.pretrained import (
     Pretrained,
     check_vocabulary,
     load_pretrained,
     pad_id,
-    row_padding,
     save_pretrained,
-    settle_padding,
 )
 from deltaw.run import train
 from deltaw.tasks import Classification, opened
@@ -203,11 +204,11 @@ def test_a_users_own_classifier_keeps_its_padding_token(tmp_path: Path, caplog: 
     folder = classifier(tmp_path, "llama", config_pad=0, tokenizer_pad=None)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = opened(str(folder), DataConfig(task="classification", labels=["a", "b"])).tokenizer
-    settle_padding(model, tokenizer, "mine", scored=True, own=False)
-    assert model.config.pad_token_id == 0 and row_padding(model, tokenizer) == 0
+    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
+    assert model.config.pad_token_id == 0 and row_padding(model, 9) == 0
     assert "pad_token_id 0, its tokenizer pads with" in caplog.text
     model.config.pad_token_id = None  # transformers refuses several rows
-    settle_padding(model, tokenizer, "mine", scored=True, own=False)
+    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
     assert model.config.pad_token_id == pad_id(tokenizer)
 
 
@@ -219,8 +220,16 @@ def test_a_head_that_takes_the_last_place_of_a_row_is_refused(tmp_path: Path) ->
         pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     save_pretrained(XLNetForSequenceClassification(config), tokenizer, tmp_path / "xlnet")
-    with pytest.raises(FileError, match="depend on padding: its XLNetForSequenceClassification"):
-        opened(str(tmp_path / "xlnet"), DataConfig(task="classification", labels=["a", "b"]))
+    data = DataConfig(task="classification", labels=["a", "b"])
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(FileError, match="depend on padding: its XLNetForSequenceClassification"):
+            opened(str(tmp_path / "xlnet"), data, dtype=dtype)  # type: ignore[arg-type]
+    config = FNetConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, intermediate_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    save_pretrained(FNetForSequenceClassification(config), tokenizer, tmp_path / "fnet")
+    with pytest.raises(FileError, match="its FNetForSequenceClassification knows no mask"):
+        opened(str(tmp_path / "fnet"), data)
 
 
 def other_vocabulary(folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -37,6 +38,7 @@ from deltaw import LoRA, TrainConfig
 from deltaw.cli.main import main
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import read
+from deltaw.data.items import encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.pretrained import load_pretrained
 from deltaw.run import train
@@ -113,7 +115,8 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
 )
 def test_classes_of_texts_from_records_to_a_merged_model(name: str, tmp_path: Path, capsys: Any) -> None:
     base = folder_of(TEXTS[name], tmp_path)
-    result = train(base, about(96), deltaw_config(CONFIG, tmp_path), method=LoRA(rank=4))
+    lr = 0.01 if name == "deberta" else 0.02  # at which this one may fall back from a loss of 0 by the last step
+    result = train(base, about(96), deltaw_config(CONFIG, tmp_path, lr=lr), method=LoRA(rank=4))
     assert result.settings["task"] == "classification" and result.settings["labels"] == ["cold", "warm"]
     assert result.state.last_loss < 0.2, result.state
     assert {s.after for s in result.samples} <= {"warm", "cold"} and all(s.before is None for s in result.samples)
@@ -166,6 +169,31 @@ def test_the_loss_is_that_of_each_record_and_rows_do_not_change_each_other(tmp_p
         assert of_rows.tolist() == [0, 1]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone[0], torch.nn.functional.cross_entropy(logits[0], torch.tensor([1])))
+
+
+def test_a_merged_classifier_is_scored_alike_by_plain_transformers(tmp_path: Path) -> None:
+    """Its base names another padding token than the tokenizer pads with; rows are padded by the tokenizer, on either side."""
+    base = folder_of(
+        lambda v: LlamaForCausalLM(LlamaConfig(vocab_size=v, num_key_value_heads=2, pad_token_id=0, **SIZE)), tmp_path
+    )
+    config = deltaw_config(CONFIG, tmp_path, epochs=2, samples=0)
+    result = train(base, about(32), config, method=LoRA(rank=4))
+    assert main(["merge", base, str(result.adapter), "-o", str(tmp_path / "merged")]) == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    tokenizer.pad_token = tokenizer.eos_token
+    assert plain.config.pad_token_id == tokenizer.pad_token_id != 0
+    texts = ["red blue red", "a text that is longer than the others and white", "green", "ends <|im_end|>", "! and !"]
+    data = of_adapter(result.adapter)
+    loaded = opened(base, data)
+    deltaw.load(loaded.model, result.adapter)
+    items = encode_labelled(read([{"text": t, "label": "warm"} for t in texts], data), loaded.tokenizer, data).examples
+    ours = [TASKS["classification"].logits(loaded, items, batch, lambda done: None) for batch in (1, 5)]
+    torch.testing.assert_close(ours[0], ours[1], rtol=1e-3, atol=1e-4)
+    for side in ("right", "left"):
+        rows = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(plain(**rows).logits.float(), ours[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

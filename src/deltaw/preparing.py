@@ -17,13 +17,14 @@ from deltaw.data import Encoded, held_out_split, read
 from deltaw.data.items import Item
 from deltaw.data.sources import is_path
 from deltaw.errors import AdapterError, ConfigError, DataError, listing
+from deltaw.padding import settle_padding
 from deltaw.pretrained import (
     HEADED,
     Pretrained,
     check_vocabulary,
     head_of,
+    pad_id,
     read_config,
-    settle_padding,
     vocabulary_size,
 )
 from deltaw.tasks import opened, prepared, recognised, task_of
@@ -147,7 +148,7 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
     if task != "image":
         check_vocabulary(model, tokenizer, name)
     if task in ("classification", "regression"):
-        settle_padding(model, tokenizer, name, scored=True, own=False)
+        settle_padding(model, tokenizer, pad_id(tokenizer), name, scored=True, own=False)
     return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), given=True)
 
 

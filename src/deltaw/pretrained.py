@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import logging
 import math
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -31,9 +29,7 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, listing, nearest
-from deltaw.modes import evaluating
-from deltaw.plain import plain_class
-from deltaw.positions import most_positions
+from deltaw.padding import settle_padding
 
 log = logging.getLogger("deltaw")
 
@@ -112,7 +108,7 @@ def load_pretrained(
     if task == "causal":
         _check_causal(model, source)
     elif task != "image":
-        settle_padding(model, tokenizer, source, scored=task in HEADED)
+        settle_padding(model, tokenizer, pad_id(tokenizer), source, scored=task in HEADED)
     if "gguf_file" in arguments:
         _forget_gguf(model)
     return Pretrained(model, tokenizer, source, head_of(model, new) if task in HEADED else (), tuple(new))
@@ -198,58 +194,6 @@ def pad_id(tokenizer: Any) -> int:
     if getattr(tokenizer, "pad_token_id", None) is not None:
         return int(tokenizer.pad_token_id)
     return int(getattr(tokenizer, "eos_token_id", None) or 0)
-
-
-def row_padding(model: Any, tokenizer: Any) -> int:
-    """The token that rows of a classifier are filled with: the one that its head skips to find a text's last token."""
-    own = _text_config(model).pad_token_id if _ends_by_padding(model) else None
-    return pad_id(tokenizer) if own is None else int(own)
-
-
-def settle_padding(model: Any, tokenizer: Any, source: str, *, scored: bool, own: bool = True) -> None:
-    """See to it that a model knows which token fills rows. A decoder's head takes a text's last token that is not
-    `config.pad_token_id`, so that has to be the tokenizer's. The config of a model that is not our `own` is changed only where it
-    names none. Raises FileError for a classifier (`scored`) whose scores depend on padding all the same."""
-    pad, configs = pad_id(tokenizer), (model.config, _text_config(model))
-    before = getattr(configs[1], "pad_token_id", None)
-    if before is None or (own and before != pad and _ends_by_padding(model)):
-        for config in configs:
-            config.pad_token_id = pad
-    elif before != pad and _ends_by_padding(model):
-        log.warning(
-            "The config of %s has pad_token_id %d, its tokenizer pads with %d: plain transformers would score rows padded by it "
-            "at the wrong token. Set model.config.pad_token_id = %d.", source, before, pad, pad,
-        )  # fmt: skip
-    if scored:
-        _check_padding(model, tokenizer, source)
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _ends_by_padding(model: Any) -> bool:
-    """Whether the model's own forward looks for the token that pads: a decoder with a head for classes."""
-    code = getattr(inspect.unwrap(plain_class(model).forward), "__code__", None)
-    return code is not None and "pad_token_id" in code.co_names
-
-
-@torch.no_grad()
-def _check_padding(model: Any, tokenizer: Any, source: str) -> None:
-    """Raise FileError when a text's scores are others once it is padded on the right."""
-    ids = torch.tensor([tokenizer("A text.").input_ids])
-    more = max(0, min(4, (most_positions(model) or 1 << 30) - ids.shape[1]))
-    filled = F.pad(ids, (0, more), value=row_padding(model, tokenizer))
-    mask = F.pad(torch.ones_like(ids), (0, more))
-    with evaluating(model):
-        alone = model(input_ids=ids.to(model.device)).logits.float()
-        beside = model(input_ids=filled.to(model.device), attention_mask=mask.to(model.device)).logits.float()
-    if (alone - beside).abs().max() > 0.1 * alone.abs().max():
-        raise FileError(
-            f"The scores of {source} depend on padding: its {type(model).__name__} takes them from a row's last place, padding "
-            "or not. Rows of several texts would be scored wrongly."
-        )
 
 
 def vocabulary_size(model: Any) -> int | None:

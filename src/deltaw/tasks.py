@@ -25,16 +25,9 @@ from deltaw.errors import DataError, FileError, listing
 from deltaw.files.tokenizer_files import brought
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
+from deltaw.padding import row_padding
 from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import (
-    Pretrained,
-    check_vocabulary,
-    load_pretrained,
-    pad_id,
-    resize_vocabulary,
-    row_padding,
-    vocabulary_size,
-)
+from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary, vocabulary_size
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
 from deltaw.updates import Replaced, ReplacedRows
@@ -164,7 +157,7 @@ class Classification(Task):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return ClassLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
+        return ClassLoss(loaded.model, row_padding(loaded.model, pad_id(loaded.tokenizer)))
 
     @classmethod
     def answer(
@@ -210,7 +203,7 @@ class Regression(Classification):
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return SquaredLoss(loaded.model, row_padding(loaded.model, loaded.tokenizer))
+        return SquaredLoss(loaded.model, row_padding(loaded.model, pad_id(loaded.tokenizer)))
 
     @classmethod
     def answers_of(cls, logits: Tensor) -> list[Any]:

@@ -54,8 +54,9 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
 
     A batch has `batch` records; with `tokens`, as many as fit that many tokens with their padding, and at least one.
     The records are shuffled and cut into windows of at most `WINDOW` batches and a tenth (`SHARE`) of all records. A window is
-    sorted by padded length, records of one length in random order, and cut into batches. A batch that is not full may be of
-    any length. The batches come in random order. Raises DataError for a size below 1.
+    sorted by padded length, records of one length in random order, and cut into batches; with records for ten batches or fewer,
+    nothing is sorted. A batch that is not full may be of any length. The batches come in random order. Raises DataError for a
+    size below 1.
     """
     for name, value in (("batch", batch), ("batch_tokens", tokens)):
         if value is not None and value < 1:
@@ -64,29 +65,33 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
     chance = random.Random(f"deltaw batches {seed} {epoch}")
     sizes = [padded(length) for length in lengths]
     rows = batch if tokens is None else max(1, tokens * len(sizes) // max(1, sum(sizes)))
+    width = max(1, min(WINDOW, math.ceil(len(sizes) // rows / SHARE)))  # batches of a window
 
     def fits(indices: Sequence[int]) -> bool:
-        """Whether these records, which rise or fall in length, make one batch."""
+        """Whether these records make one batch. Where they are sorted, the longest is the first or the last."""
         if tokens is None or len(indices) == 1:
             return len(indices) <= rows
-        return len(indices) * max(sizes[indices[0]], sizes[indices[-1]]) <= tokens
+        ends = indices if width == 1 else (indices[0], indices[-1])
+        return len(indices) * max(sizes[i] for i in ends) <= tokens
 
     order = list(range(len(sizes)))
     chance.shuffle(order)
     planned: list[list[int]] = []
     rest: list[int] = []
-    for start, stop in _windows(len(order), rows):
-        batches, rest = _cut(sorted([*rest, *order[start:stop]], key=sizes.__getitem__), fits, chance)
+    for start, stop in _windows(len(order), rows, width):
+        window = [*rest, *order[start:stop]]
+        batches, rest = _cut(window if width == 1 else sorted(window, key=sizes.__getitem__), fits, chance)
         planned += batches
     planned += [rest] if rest else []
     chance.shuffle(planned)
     return planned
 
 
-def _windows(count: int, rows: int) -> list[tuple[int, int]]:
-    """Where windows of that many records begin and end, all of nearly the same number of batches of `rows` records."""
+def _windows(count: int, rows: int, width: int) -> list[tuple[int, int]]:
+    """Where windows of that many records begin and end, all of nearly the same number of batches, at most `width` of `rows`
+    records."""
     batches = count // rows
-    number = max(1, math.ceil(batches / max(1, min(WINDOW, math.ceil(batches / SHARE)))))
+    number = max(1, math.ceil(batches / width))
     ends = [batches * (i + 1) // number * rows for i in range(number - 1)] + [count]
     return list(zip([0, *ends], ends, strict=False)) if count else []
 
@@ -94,9 +99,10 @@ def _windows(count: int, rows: int) -> list[tuple[int, int]]:
 def _cut(
     window: list[int], fits: Callable[[Sequence[int]], bool], chance: random.Random
 ) -> tuple[list[list[int]], list[int]]:
-    """Full batches of records that rise in length, and the rest for the next window.
+    """Full batches of a window's records, and the rest for the next window.
 
-    Filled from the shortest records up to a random batch, and from the longest down to it: the rest is of no certain length.
+    Batches are filled from the window's beginning up to a random one, and from its end down to that: where the records rise in
+    length, the rest is of no certain length.
     """
     upwards = _filled(window, fits)
     low = upwards[: chance.randrange(len(upwards))]

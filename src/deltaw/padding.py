@@ -1,0 +1,88 @@
+"""Which token fills the rows of a batch, and whether a classifier's scores are the same without it. Knows a model and its
+tokenizer; nothing of how they are opened."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from deltaw.errors import FileError
+from deltaw.modes import evaluating
+from deltaw.plain import plain_class
+from deltaw.positions import most_positions
+
+log = logging.getLogger("deltaw")
+
+
+def row_padding(model: Any, pad: int) -> int:
+    """The token that rows of a classifier are filled with: the one that its head skips to find a text's last token, and else
+    `pad`, the tokenizer's."""
+    own = _text_config(model).pad_token_id if _ends_by_padding(model) else None
+    return pad if own is None else int(own)
+
+
+def settle_padding(model: Any, tokenizer: Any, pad: int, source: str, *, scored: bool, own: bool = True) -> None:
+    """See to it that a model knows which token fills rows, `pad`. A decoder's head takes a text's last token that is not
+    `config.pad_token_id`, so that has to be the tokenizer's. The config of a model that is not our `own` is changed only where it
+    names none. Raises FileError for a classifier (`scored`) whose scores depend on padding all the same."""
+    configs = model.config, _text_config(model)
+    before = getattr(configs[1], "pad_token_id", None)
+    if before is None or (own and before != pad and _ends_by_padding(model)):
+        for config in configs:
+            config.pad_token_id = pad
+    elif before != pad and _ends_by_padding(model):
+        log.warning(
+            "The config of %s has pad_token_id %d, its tokenizer pads with %d: plain transformers would score rows padded by it "
+            "at the wrong token. Set model.config.pad_token_id = %d.", source, before, pad, pad,
+        )  # fmt: skip
+    if scored:
+        _check_padding(model, tokenizer, pad, source)
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _ends_by_padding(model: Any) -> bool:
+    """Whether the model's own forward looks for the token that pads: a decoder with a head for classes."""
+    code = getattr(inspect.unwrap(plain_class(model).forward), "__code__", None)
+    return code is not None and "pad_token_id" in code.co_names
+
+
+def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
+    """Raise FileError for a classifier whose scores of a text change once it is padded."""
+    if not _masks(model) or _takes_last_place(model) or _changes_with_padding(model, tokenizer, pad):
+        raise FileError(
+            f"The scores of {source} depend on padding: its {type(model).__name__} knows no mask, or takes them from a row's "
+            "last place, padding or not. Rows of several texts would be scored wrongly."
+        )
+
+
+def _masks(model: Any) -> bool:
+    parameters = inspect.signature(plain_class(model).forward).parameters
+    return "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _takes_last_place(model: Any) -> bool:
+    """By the name that transformers gives it: XLNet's summary does."""
+    return any(getattr(module, "summary_type", None) == "last" for module in model.modules())
+
+
+@torch.no_grad()
+def _changes_with_padding(model: Any, tokenizer: Any, pad: int) -> bool:
+    """By one text, alone and padded. In half precision rounding can be that much of small scores, so nothing is told there."""
+    if next(model.parameters()).dtype not in (torch.float32, torch.float64):
+        return False
+    ids = torch.tensor([tokenizer("A text.").input_ids])
+    more = max(0, min(4, (most_positions(model) or 1 << 30) - ids.shape[1]))
+    filled = F.pad(ids, (0, more), value=row_padding(model, pad))
+    mask = F.pad(torch.ones_like(ids), (0, more))
+    with evaluating(model):
+        alone = model(input_ids=ids.to(model.device)).logits.float()
+        padded = model(input_ids=filled.to(model.device), attention_mask=mask.to(model.device)).logits.float()
+    return bool((alone - padded).abs().max() > 0.1 * alone.abs().max())
