@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,9 @@ from deltaw.scoring import scoring_of
 from deltaw.study.choice import Choice, chosen
 from deltaw.study.compared import compared
 from deltaw.study.evaluate import Evaluation, evaluate
-from deltaw.study.metrics import MORE_IS_BETTER
+from deltaw.study.metrics import MORE_IS_BETTER, of_scores, row_of
 from deltaw.study.report import write as write_report
-from deltaw.study.resampling import Losses
+from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.study.sweep_report import sweep_report
 from deltaw.switching import use
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
@@ -121,7 +120,8 @@ class _Sweep:
         learning_rates(self.options, self.config.lr)
         claim(self.folder, SETTINGS, self._settings(), overwrite=self.config.overwrite)
         source = three_sets.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
-        three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.options.test_most)
+        most = {"valid_most": self.config.valid_most, "test_most": self.options.test_most}
+        three_sets.write(self.sets, source, self.config.data, **most)
         self.scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
         tried = candidates(self.options, self._base(self.config.seed).loaded.model)
         for targets, why in tried.left_out.items():
@@ -133,6 +133,8 @@ class _Sweep:
             "environment": environment.describe(),
             "chosen_by": self.scoring.chosen_by,
             "left_out": tried.left_out,
+            "sets": self.scoring.sets,
+            "warnings": list(self.scoring.warnings),
             "rows": [row for row, _ in found],
             "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
             "compared": _compared(found),
@@ -164,7 +166,7 @@ class _Sweep:
 
     # --- candidates ---------------------------------------------------------------------------------------------
 
-    def _rows(self, every: Sequence[Candidate]) -> list[tuple[dict[str, Any], Losses | None]]:
+    def _rows(self, every: Sequence[Candidate]) -> list[tuple[dict[str, Any], Measured | None]]:
         """Of each candidate all learning rates, then the other seeds with the best one: its row of the results, and its losses
         on the test records."""
         rates, seed = learning_rates(self.options, self.config.lr), self.config.seed
@@ -215,6 +217,8 @@ class _Sweep:
     def _known(self, task: Task) -> dict[str, Any] | None:
         done: dict[str, Any] | None = read_json(self._folder(task) / SCORE)
         if done is None or done["task"] != self._key(task):
+            return None
+        if "losses" in done and "items" not in done["losses"]:  # of an older version
             return None
         self.on_event(Progress("finished", task.named() | done | {"fresh": False}))
         return done
@@ -280,9 +284,14 @@ class _Sweep:
         figures, state = result.figures(), result.state
         valid = [[line["step"], line["valid_loss"]] for line in result.log if line["event"] == "eval"]
         by = [self.scoring.chosen_by] if self.scoring.chosen_by != "loss" else []
-        on_test = self._evaluated(base, "test", {"loss", *self.scoring.metrics})
+        wanted = self.scoring.metrics
+        on_test = self._evaluated(base, "test", {"loss", *wanted})
         assert on_test.losses is not None
-        scores = {name: dataclasses.asdict(on_test.scores[name]) for name in self.scoring.metrics}
+        scores = {
+            name: score.plain() | {"parts": shortened(score.parts)}
+            for name, score in on_test.scores.items()
+            if name in wanted
+        }
         return {
             "parameters": figures["trainable_parameters"],
             "share": figures["trainable_share"],
@@ -302,9 +311,9 @@ class _Sweep:
         records = read(str(three_sets.file_of(self.sets, part)), data)
         return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
 
-    def _choices(self, found: Sequence[tuple[dict[str, Any], Losses | None]]) -> dict[str, Choice]:
+    def _choices(self, found: Sequence[tuple[dict[str, Any], Measured | None]]) -> dict[str, Choice]:
         """Of each choice of targets, where several ranks were trained."""
-        by_targets: dict[str, dict[int, Losses]] = {}
+        by_targets: dict[str, dict[int, Measured]] = {}
         for row, losses in found:
             if losses is not None:
                 by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
@@ -333,7 +342,7 @@ class _Sweep:
         return found
 
 
-def _compared(found: Sequence[tuple[dict[str, Any], Losses | None]]) -> list[dict[str, Any]]:
+def _compared(found: Sequence[tuple[dict[str, Any], Measured | None]]) -> list[dict[str, Any]]:
     """The candidates beside the best one, where it is more than a matter of rank."""
     losses = {row["name"]: own for row, own in found if own is not None}
     if len({row["targets"] for row, own in found if own is not None}) < 2:
@@ -343,7 +352,7 @@ def _compared(found: Sequence[tuple[dict[str, Any], Losses | None]]) -> list[dic
 
 def _row(
     candidate: Candidate, tried: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
-) -> tuple[dict[str, Any], Losses | None]:
+) -> tuple[dict[str, Any], Measured | None]:
     """Of results.json; `runs` are those with the best learning rate, one a seed."""
     row: dict[str, Any] = {"name": candidate.name, "targets": candidate.targets, "rank": candidate.rank}
     row["alpha"] = candidate.method.alpha
@@ -356,11 +365,12 @@ def _row(
         behind = f"was among the worse half of the candidates at step {max(steps, default=0)}, and ended there"
         return row | {"error": next((t["error"] for t in tried if "error" in t), behind)}, None
     best = runs[0]
+    seeds = [r["task"]["seed"] for r in runs]
     scores = {
-        metric: {"seeds": [r["scores"][metric]["value"] for r in runs]}
-        | {part: statistics.fmean(r["scores"][metric][part] for r in runs) for part in ("value", "low", "high")}
-        for metric in best["scores"]
+        metric: row_of(score, of_scores([r["scores"][metric] for r in runs], seeds), metric)
+        for metric, score in best["scores"].items()
     }
-    losses = Losses(np.array([r["losses"]["sums"] for r in runs]), np.array(best["losses"]["counts"]))
+    sums, counts, items = (np.array([r["losses"][part] for r in runs]) for part in ("sums", "counts", "items"))
+    losses = of_losses(sums, counts[0], items[0], seeds)
     own = {"lr": best["task"]["lr"], **{k: best[k] for k in _KEPT}, "folder": best["folder"], "scores": scores}
     return row | own, losses

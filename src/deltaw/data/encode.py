@@ -62,6 +62,8 @@ class Encoded:
     examples: list[Any]
     """Each an Example, or an Item of another task."""
     counts: Counts
+    records: list[int]
+    """The number of the record that each example is of: those that were dropped have none."""
 
     @property
     def lengths(self) -> list[int]:
@@ -76,10 +78,11 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
     else:
         wholes = _plains(records.items, tokenizer, config)
     examples: list[Example] = []
+    numbers: list[int] = []
     problems: list[str] = []
     truncated = dropped = 0
     bos = _bos(tokenizer)
-    for whole in wholes:
+    for number, whole in enumerate(wholes):
         if len(whole.input_ids) > config.max_length:
             dropped += config.too_long == "drop"
             if config.too_long == "drop":
@@ -93,6 +96,7 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
             problems.append(f"{whole.place}: no token of it is supervised, so there is nothing to learn from it")
             continue
         examples.append(whole)
+        numbers.append(number)
     if problems:
         raise DataError(
             listing(f"{records.source}: {len(problems)} of {len(records)} records cannot be encoded:", problems)
@@ -102,7 +106,7 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
             f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
             "and were dropped. Raise max_length or set too_long: truncate."
         )
-    return Encoded(examples, _count(examples, len(records), truncated, dropped))
+    return Encoded(examples, _count(examples, len(records), truncated, dropped), numbers)
 
 
 def encode_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:
