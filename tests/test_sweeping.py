@@ -117,10 +117,12 @@ def test_which_weights_at_equal_parameters(place: Path, tmp_path: Path, capsys: 
     results = json.loads((tmp_path / "s/results.json").read_text())
     best, *others = results["compared"]
     assert not results["choices"] and {e["name"] for e in results["compared"]} == {r["name"] for r in results["rows"]}
-    assert best["loss"]["value"] == min(r["scores"]["loss"]["value"] for r in results["rows"])
+    assert best["score"]["value"] == min(r["scores"]["loss"]["value"] for r in results["rows"])
     assert f"{best['name']} has the least loss of 3" in " ".join(printed.split())
     assert all((e["difference"]["low"] > 0) is e["worse"] for e in others)
-    assert "for all 3 pairs together" in (tmp_path / "s/report.html").read_text()
+    page = (tmp_path / "s/report.html").read_text()
+    assert "for all 3 pairs together" in page and "what another seed would change is not in them" in page
+    assert "Test set: 3 records of 3 prompts." in " ".join(printed.split())
 
 
 def test_one_candidate_has_nothing_beside_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,17 @@ def sample(records: Sequence[Record], most: int, *, seed: int) -> list[int]:
     return _drawn(list(items_in(records).values()), most, most, seed, len(records))
 
 
+def first(records: Sequence[Record], most: int) -> list[int]:
+    """The numbers of the first items' records, in their order: as many whole items as have at most `most` records together, and
+    one at least."""
+    picked: list[int] = []
+    for item in items_in(records).values():
+        if picked and len(picked) + len(item) > most:
+            break
+        picked += item
+    return sorted(picked)
+
+
 def _drawn(members: list[list[int]], count: int, most: int, seed: int, limit: int) -> list[int]:
     """Records of items in random order, their number in 1 … min(most, limit) and the nearest to `count`."""
     import torch

@@ -14,6 +14,7 @@ quantiles, weighted by a and b (Cochran 1964, Biometrics 20, 191). benchmarks/in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ import numpy as np
 from deltaw.study.student import quantile, tail
 
 Array = np.ndarray[Any, Any]
-RESAMPLES = 2000
+RESAMPLES = 4000
+_AT_ONCE = 1_000_000
 _ERROR = 0.05  # of an interval, both sides together
 
 
@@ -93,6 +95,12 @@ class Measured:
         return Score(self.value, low, high)
 
 
+def paired(score: ItemScore, other: ItemScore) -> Score:
+    """A score less another one of the same items, each of one run."""
+    first, second = (Measured(np.array([s.value]), s.parts[None], (0,)) for s in (score, other))
+    return first.less(second).interval()
+
+
 def together(differences: Sequence[Measured]) -> list[Score]:
     """Differences with intervals that all hold at once with 95% confidence: by the largest of the bootstrap's t values (Romano
     and Wolf 2005)."""
@@ -147,15 +155,29 @@ def percentiles(value: float, draws: Array, items: int) -> Score:
     return Score(value, float(low), float(high))
 
 
-def resampled_weights(items: int, *, seed: int = 0) -> Iterator[Array]:
+def resampled_weights(items: int) -> Iterator[Array]:
     """How often each item is drawn, [resamples, items]: the same ones for every metric and candidate, as many at a time as take
     some megabytes."""
-    chance, left = np.random.default_rng(seed), RESAMPLES
+    if items * RESAMPLES <= _AT_ONCE:
+        yield _weights_of_few(items)
+        return
+    chance, left = np.random.default_rng(0), RESAMPLES
     while left:
-        count = min(left, max(1, 1_000_000 // items))
-        places = chance.integers(0, items, (count, items)) + items * np.arange(count)[:, None]
-        yield np.bincount(places.ravel(), minlength=count * items).reshape(count, items).astype(float)
+        count = min(left, max(1, _AT_ONCE // items))
+        yield _weights(chance, count, items)
         left -= count
+
+
+@functools.lru_cache(maxsize=4)
+def _weights_of_few(items: int) -> Array:
+    weights = _weights(np.random.default_rng(0), RESAMPLES, items)
+    weights.flags.writeable = False
+    return weights
+
+
+def _weights(chance: np.random.Generator, count: int, items: int) -> Array:
+    places = chance.integers(0, items, (count, items)) + items * np.arange(count)[:, None]
+    return np.bincount(places.ravel(), minlength=count * items).reshape(count, items).astype(float)
 
 
 def by_item(values: Array, items: Array) -> Array:
