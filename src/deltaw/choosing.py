@@ -38,7 +38,7 @@ from deltaw.study.choice import Choice, chosen
 from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
-from deltaw.study.resampling import Measured, of_losses
+from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.sweeping import Progress as SweepProgress
 from deltaw.switching import using
 from deltaw.tasks import equip, task_of
@@ -239,7 +239,8 @@ class _Choosing:
             parameters, size = parameters_of(cut.file), peft.size(cut.file)
             found.append({
                 **dataclasses.asdict(tested), "energy": kept / total if total else 1.0, "parameters": parameters, "bytes": size,
-                "bytes_with_optimizer": size + ADAM_STATE * parameters, "scores": cut.scores, **costs.get(tested.rank, {}),
+                "bytes_with_optimizer": size + ADAM_STATE * parameters, "scores": cut.scores,
+                "parts": shortened(cut.losses.parts[0]), **costs.get(tested.rank, {}),
             })  # fmt: skip
         return found
 

@@ -127,7 +127,7 @@ class _Sweep:
         for targets, why in tried.left_out.items():
             self.on_event(Progress("left out", {"targets": targets, "why": why}))
         found = self._rows(tried.candidates)
-        choices = self._choices(found)
+        choices = choices_of(found, self.options.margin)
         results = {
             "settings": self._settings() | {"options": to_mapping(self.options)},
             "environment": environment.describe(),
@@ -137,7 +137,7 @@ class _Sweep:
             "warnings": list(self.scoring.warnings),
             "rows": [row for row, _ in found],
             "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
-            "compared": _compared(found),
+            "compared": compared_of(found),
             "alike": self._alike([row for row, losses in found if losses is not None], choices),
         }
         write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -218,7 +218,7 @@ class _Sweep:
         done: dict[str, Any] | None = read_json(self._folder(task) / SCORE)
         if done is None or done["task"] != self._key(task):
             return None
-        if "losses" in done and "items" not in done["losses"]:  # of an older version
+        if "losses" in done and not _by_item(done):
             return None
         self.on_event(Progress("finished", task.named() | done | {"fresh": False}))
         return done
@@ -288,7 +288,7 @@ class _Sweep:
         on_test = self._evaluated(base, "test", {"loss", *wanted})
         assert on_test.losses is not None
         scores = {
-            name: score.plain() | {"parts": shortened(score.parts)}
+            name: score.plain() | ({} if name == "loss" else {"parts": shortened(score.parts)})
             for name, score in on_test.scores.items()
             if name in wanted
         }
@@ -310,14 +310,6 @@ class _Sweep:
         loaded, data, generation = base.loaded, base.config.data, GenerateConfig(batch=max(16, self.config.batch))
         records = read(str(three_sets.file_of(self.sets, part)), data)
         return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
-
-    def _choices(self, found: Sequence[tuple[dict[str, Any], Measured | None]]) -> dict[str, Choice]:
-        """Of each choice of targets, where several ranks were trained."""
-        by_targets: dict[str, dict[int, Measured]] = {}
-        for row, losses in found:
-            if losses is not None:
-                by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
-        return {t: chosen(own, self.options.margin) for t, own in by_targets.items() if len(own) > 1}
 
     def _alike(self, rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) -> list[dict[str, Any]]:
         """The directions of the largest rank of each choice of targets against those of the chosen one, or else of the next
@@ -342,7 +334,28 @@ class _Sweep:
         return found
 
 
-def _compared(found: Sequence[tuple[dict[str, Any], Measured | None]]) -> list[dict[str, Any]]:
+def _by_item(done: Mapping[str, Any]) -> bool:
+    """Whether a score says which items its records are of, as those of older versions do not."""
+    others = (score for name, score in done["scores"].items() if name != "loss")
+    return "items" in done["losses"] and all("parts" in score for score in others)
+
+
+def choices_of(found: Sequence[tuple[dict[str, Any], Measured | None]], margin: float) -> dict[str, Choice]:
+    """Targets → the rank that is enough, where several ranks were trained. `found`: rows of results.json, and their losses."""
+    by_targets: dict[str, dict[int, Measured]] = {}
+    for row, losses in found:
+        if losses is not None:
+            by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
+    return {t: chosen(own, margin) for t, own in by_targets.items() if len(own) > 1}
+
+
+def losses_of(runs: Sequence[Mapping[str, Any]]) -> Measured:
+    """The losses of one candidate's runs, by what score.json has of each."""
+    sums, counts, items = (np.array([run["losses"][part] for run in runs]) for part in ("sums", "counts", "items"))
+    return of_losses(sums, counts[0], items[0], [run["task"]["seed"] for run in runs])
+
+
+def compared_of(found: Sequence[tuple[dict[str, Any], Measured | None]]) -> list[dict[str, Any]]:
     """The candidates beside the best one, where it is more than a matter of rank."""
     losses = {row["name"]: own for row, own in found if own is not None}
     if len({row["targets"] for row, own in found if own is not None}) < 2:
@@ -365,12 +378,12 @@ def _row(
         behind = f"was among the worse half of the candidates at step {max(steps, default=0)}, and ended there"
         return row | {"error": next((t["error"] for t in tried if "error" in t), behind)}, None
     best = runs[0]
-    seeds = [r["task"]["seed"] for r in runs]
+    losses, seeds = losses_of(runs), [r["task"]["seed"] for r in runs]
     scores = {
-        metric: row_of(score, of_scores([r["scores"][metric] for r in runs], seeds), metric)
+        metric: row_of(
+            score, losses if metric == "loss" else of_scores([r["scores"][metric] for r in runs], seeds), metric
+        )
         for metric, score in best["scores"].items()
     }
-    sums, counts, items = (np.array([r["losses"][part] for r in runs]) for part in ("sums", "counts", "items"))
-    losses = of_losses(sums, counts[0], items[0], seeds)
     own = {"lr": best["task"]["lr"], **{k: best[k] for k in _KEPT}, "folder": best["folder"], "scores": scores}
     return row | own, losses
