@@ -47,7 +47,8 @@ def cut(run: Path, swept: deltaw.SweepConfig) -> dict[str, Any]:
     results = deltaw.choose_rank(run, config).results
     spectra = [layer["effective_rank"] for layer in results["layers"]]
     return {
-        "rank": results["rank"], "margin": results["margin"], "records": results["records"]["count"], "items": results["records"]["items"],
+        "rank": results["rank"], "margin": results["margin"],
+        "records": results["records"]["count"], "items": results["records"]["items"],
         "base": results["base"],
         "ranks": [{k: row[k] for k in _OF_RANK} for row in results["ranks"]],
         "allocated": [{k: row[k] for k in _OF_ALLOCATED} for row in results["allocated"]],

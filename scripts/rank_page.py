@@ -88,7 +88,8 @@ def of_ranks(found: Any, cuts: Any) -> str:
         rank = row["rank"]
         rows.append([
             bold(str(rank), rank == choice["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]),
-            interval(tested[rank]["loss"]), interval(tested[rank]["difference"]), *(score(of_several(row["scores"][m])) for m in other),
+            interval(tested[rank]["loss"]), interval(tested[rank]["difference"]),
+            *(score(of_several(row["scores"][m])) for m in other),
             *(of_cut(each, rank) for each in seeds.values()),
         ])  # fmt: skip
     columns = ["r", "parameters", "adapter", "loss", f"less that of r = {choice['tested'][-1]['rank']}", *other]
