@@ -34,8 +34,8 @@ training is short: the tables say how the methods rank for a small budget, not w
 records in the same order and the same number of steps. Learning rates were chosen for each method by held-out records, on E2E and
 CoLA among several; on the other tasks each has the one that `deltaw compare` gave it by default.
 Intervals are 95%. These results were made before each item's part was kept: on E2E the losses' intervals are over records, of
-which several have one prompt, and so too narrow; BLEU's are over prompts. On GLUE nearly every record is an item of its own, and the
-three seeds' variance is in the intervals, with Student's t; ± is the standard deviation over seeds. No interval here is of a
+which several have one prompt, and so too narrow; BLEU's are over prompts. On GLUE nearly every record is an item of its own, and
+the three seeds' variance is in the intervals, with Student's t; ± is the standard deviation over seeds. No interval here is of a
 difference between two methods: `deltaw compare` now tells these in pairs. [design.md](design.md) says what each method is.
 """
 

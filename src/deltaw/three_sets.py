@@ -91,7 +91,7 @@ def _read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> 
     train = _records(source.data, source.split, data)
     share = min(round(len(train) * _SHARE), _MOST)
     if test is None:
-        test, train = _cut(train, max(2, share), seed=0)
+        test, train = _cut_for_test(train, max(2, share))
     if valid is None:
         valid, train = _cut(train, max(1, share), seed=2)
     return {"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": _sampled(test, test_most, seed=1)}
@@ -114,6 +114,17 @@ def _cut(part: _Set, count: int, *, seed: int) -> tuple[_Set, _Set]:
     records = part.records
     held = hold_out(records.items, count, most=_MOST, seed=seed, source=records.source, instead=_INSTEAD)
     return part.only(held), part.only(set(range(len(part))) - set(held))
+
+
+def _cut_for_test(train: _Set, count: int) -> tuple[_Set, _Set]:
+    """About so many records, and the others; where they are of a single item another one beside it, for an interval's sake."""
+    test, others = _cut(train, count, seed=0)
+    if len(items_in(test.records.items)) > 1:
+        return test, others
+    more, others = _cut(others, 1, seed=0)
+    records = test.records.only(range(len(test)))
+    records.items.extend(more.records.items)
+    return _Set(records, [*test.fields, *more.fields]), others
 
 
 def _sampled(part: _Set, most: int, *, seed: int) -> _Set:

@@ -169,3 +169,20 @@ def test_the_worse_half_ends_at_each_rung() -> None:
     better, worse = sorted(order[:2], key=lambda i: at[i][4])
     assert (loops[better].state.step, loops[worse].state.step) == (8, 4)
     assert [loop.state.stopped for loop in loops].count("behind") == 3 and not loops[better].state.stopped
+
+
+@pytest.mark.parametrize(("count", "left"), [(3, 2), (5, 3)])
+def test_of_an_odd_number_the_middle_one_goes_on(count: int, left: int) -> None:
+    model = made("llama")
+    config = dataclasses.replace(CONFIG, steps=2, eval_every=2)
+    rates = (1e-6, 1e-2, 3e-3, 1e-5, 1e-3)[:count]
+    heard: list[list[Event]] = [[] for _ in rates]
+    loops = [
+        loop_of("llama", model, i, LoRA(rank=2), dataclasses.replace(config, lr=lr), heard[i])
+        for i, lr in enumerate(rates)
+    ]
+    Abreast(loops, 2, rungs=(0.5,)).run()
+    at = [next(e.values["valid_loss"] for e in own if e.kind == "eval" and e.step == 1) for own in heard]
+    worst = sorted(range(count), key=lambda i: at[i])[left:]
+    assert {i for i, loop in enumerate(loops) if loop.state.stopped == "behind"} == set(worst)
+    assert [loop.state.step for i, loop in enumerate(loops) if i not in worst] == [2] * left
