@@ -87,8 +87,12 @@ def test_the_quantiles_are_the_bootstraps_own(items: int) -> None:
         )
     assert len(t) == RESAMPLES
     found, error = measured(parts).interval(), parts.std(ddof=1) / math.sqrt(items)
-    assert found.low == pytest.approx(found.value - np.quantile(t, 0.975, method="higher") * error)
-    assert found.high == pytest.approx(found.value + np.quantile(-t, 0.975, method="higher") * error)
+    plain = T.isf(0.025, items - 1)
+    assert found.low == pytest.approx(found.value - max(plain, np.quantile(t, 0.975, method="higher")) * error)
+    assert found.high == pytest.approx(found.value + max(plain, np.quantile(-t, 0.975, method="higher")) * error)
+    assert (
+        np.quantile(t, 0.975) < plain < np.quantile(-t, 0.975)
+    )  # the lower end is Student's, the upper the bootstrap's
     assert found.high - found.value > 1.2 * (found.value - found.low)
 
 

@@ -5,7 +5,7 @@ The unit that is drawn again is the item: records with the same prompt are no in
 percentiles   a score of one run: the metric of resampled items, at levels widened for few items (Hesterberg 2015, section 5.2)
 t values      a difference, or a score of several runs. Each item's part in the metric is its jackknife pseudo-value (Tukey
               1958), and the quantiles are those of the bootstrap's studentised means of parts (Efron and Tibshirani 1993,
-              chapter 12), paired: the candidates' parts on the same items, in the same resamples.
+              chapter 12), never less than Student's t; paired: candidates' parts on the same items, in the same resamples.
 
 Runs of several seeds differ by more than their items. The variance of the mean of S runs is then a + b, with a by items and b by
 seeds, the runs' own variance over S. Few seeds tell b badly, so a half-width is √(a + b) times the mean of both sources' t
@@ -90,7 +90,9 @@ class Measured:
             return Score(self.value, math.nan, math.nan)
         t = _t_values(self.parts.mean(0)[None])[0]
         plain = quantile(_ERROR / 2, self.items - 1)
-        up, down = (_finite(np.quantile(sign * t, 1 - _ERROR / 2, method="higher"), plain) for sign in (-1, 1))
+        up, down = (
+            max(plain, _finite(np.quantile(sign * t, 1 - _ERROR / 2, method="higher"), plain)) for sign in (-1, 1)
+        )
         low, high = (self.value + sign * _half(self, c, _ERROR / 2) for sign, c in ((-1, down), (1, up)))
         return Score(self.value, low, high)
 
