@@ -181,7 +181,7 @@ def race_scores(chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConf
     some = dataclasses.replace(valid, items=valid.items[:500])
     fresh = adapted(chosen, adapter)
     loss = evaluate(fresh.model, fresh.tokenizer, some, data, deltaw.GenerateConfig(), metrics=("loss",)).scores["loss"]
-    return scores(chosen, fresh, data) | {"held_out_loss": [round(v, 4) for v in dataclasses.astuple(loss)]}
+    return scores(chosen, fresh, data) | {"held_out_loss": [round(v, 4) for v in loss.plain().values()]}
 
 
 def adapted(chosen: argparse.Namespace, adapter: Path) -> Pretrained:
@@ -211,7 +211,7 @@ def score(loaded: Any, records: Any, data: Any, decoding: Any, adapter: str | No
     with using(loaded.model, adapter):
         found: Evaluation = evaluate(loaded.model, loaded.tokenizer, records, data, decoding, metrics=METRICS)
     assert found.items == 630, f"expected the 630 items of the test split, got {found.items}"
-    plain = {name: [round(v, 4) for v in dataclasses.astuple(value)] for name, value in found.scores.items()}
+    plain = {name: [round(v, 4) for v in value.plain().values()] for name, value in found.scores.items()}
     return plain | {"minutes": round(found.seconds / 60, 2), "first": found.predictions[:3]}
 
 

@@ -18,7 +18,7 @@ import machine
 from ranks_swept import OUT, SETUPS
 
 LARGEST = 64
-_OF_RANK = ("rank", "loss", "difference", "enough", "energy", "parameters", "bytes", "scores")
+_OF_RANK = ("rank", "loss", "difference", "enough", "energy", "parameters", "bytes", "scores", "parts")
 _OF_ALLOCATED = ("rank", "parameters", "loss", "difference", "better")
 
 
@@ -47,7 +47,9 @@ def cut(run: Path, swept: deltaw.SweepConfig) -> dict[str, Any]:
     results = deltaw.choose_rank(run, config).results
     spectra = [layer["effective_rank"] for layer in results["layers"]]
     return {
-        "rank": results["rank"], "margin": results["margin"], "records": results["records"]["count"], "base": results["base"],
+        "rank": results["rank"], "margin": results["margin"],
+        "records": results["records"]["count"], "items": results["records"]["items"],
+        "base": results["base"],
         "ranks": [{k: row[k] for k in _OF_RANK} for row in results["ranks"]],
         "allocated": [{k: row[k] for k in _OF_ALLOCATED} for row in results["allocated"]],
         "effective_rank": {"least": min(spectra), "mean": sum(spectra) / len(spectra), "most": max(spectra)},

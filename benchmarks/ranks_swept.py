@@ -5,6 +5,8 @@
     python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
     python benchmarks/ranks_swept.py cola --model MINILM --data COLA                # cola_budget, cola_qv; of all four
 
+    python benchmarks/ranks_swept.py e2e --again         # results/sweep_e2e.json anew from results/swept/e2e.json: no training
+
 MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run
 came to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
 """
@@ -12,13 +14,15 @@ came to as results/swept/NAME.json: from there a sweep goes on, on another machi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import deltaw
 import machine
-from deltaw.sweeping import Progress, sweep
+from deltaw.sweeping import Progress, choices_of, compared_of, losses_of, sweep
 from setups import Setup, glue, write
 
 OUT = Path(".cache/swept")
@@ -53,11 +57,17 @@ SETUPS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SETUPS)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--data")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="the intervals anew, from what is kept of each run")
     given = parser.parse_args()
     setup = SETUPS[given.name]
+    if given.again:
+        again(given.name)
+        return
+    if not given.model or not given.data:
+        parser.error("--model and --data are needed to train")
     folder, kept = OUT / given.name, machine.RESULTS / "swept" / f"{given.name}.json"
     if not folder.exists() and kept.exists():
         put_back(kept, folder)
@@ -83,6 +93,28 @@ def keep(folder: Path, kept: Path) -> None:
         run["losses"] = {k: [round(v, 4) for v in values] for k, values in run.get("losses", {}).items()}
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(json.dumps({"sweep.json": json.loads((folder / "sweep.json").read_text())} | found) + "\n")
+
+
+def again(name: str) -> None:
+    """What the losses of the test records come to by item. Scores other than the loss stay as they were."""
+    path = machine.RESULTS / f"sweep_{name}.json"
+    results, kept = (
+        json.loads(p.read_text(encoding="utf-8")) for p in (path, machine.RESULTS / "swept" / f"{name}.json")
+    )
+    found: list[tuple[dict[str, Any], Any]] = []
+    for row in results["rows"]:
+        runs = [
+            run for folder, run in kept.items()
+            if folder.startswith(f"runs/{row['targets']}-r{row['rank']}-{row['lr']}-") and "losses" in run
+        ]  # fmt: skip
+        losses = losses_of(runs)
+        row["scores"]["loss"] = {"seeds": losses.values.tolist(), **losses.interval().plain()}
+        found.append((row, losses))
+    choices = choices_of(found, SETUPS[name].options.margin)
+    results["choices"] = {targets: dataclasses.asdict(choice) for targets, choice in choices.items()}
+    results["compared"] = compared_of(found)
+    results["sets"] = {"test": f"{len(runs[0]['losses']['items']):,} records of {losses.items:,} items"}
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def put_back(kept: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.evidence_page import RESULTS, ROOT, read, table
+from scripts.evidence_page import RESULTS, ROOT, of_several, read, table
 
 from deltaw import units
 from deltaw.environment import in_words
@@ -55,7 +55,7 @@ def titled(found: Any, shown: str) -> str:
     run, seeds = settings["run"], seeds_of(found)
     return (
         f"**{model_and_data(found)}**: {run['steps']} steps of {run['batch']} records, lr {first['lr']:g}, "
-        f"{seeds} seed{'s' * (seeds > 1)}, at most {settings['test_most']:,} test records "
+        f"{seeds} seed{'s' * (seeds > 1)}, {found['sets']['test']} to test "
         f"({in_words(found['environment'])}).\n\n{shown}"
     )
 
@@ -88,7 +88,8 @@ def of_ranks(found: Any, cuts: Any) -> str:
         rank = row["rank"]
         rows.append([
             bold(str(rank), rank == choice["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]),
-            interval(tested[rank]["loss"]), interval(tested[rank]["difference"]), *(score(row["scores"][m]) for m in other),
+            interval(tested[rank]["loss"]), interval(tested[rank]["difference"]),
+            *(score(of_several(row["scores"][m])) for m in other),
             *(of_cut(each, rank) for each in seeds.values()),
         ])  # fmt: skip
     columns = ["r", "parameters", "adapter", "loss", f"less that of r = {choice['tested'][-1]['rank']}", *other]
@@ -133,8 +134,8 @@ def of_weights(found: Any) -> str:
     for each in found["compared"]:
         row = rows[each["name"]]
         made.append([
-            row["targets"], str(row["rank"]), f"{row['parameters']:,}", interval(each["loss"]),
-            bold(interval(each["difference"]), each["worse"]), *(score(row["scores"][m]) for m in other),
+            row["targets"], str(row["rank"]), f"{row['parameters']:,}", interval(each["score"]),
+            bold(interval(each["difference"]), each["worse"]), *(score(of_several(row["scores"][m])) for m in other),
         ])  # fmt: skip
     return table(["weights", "r", "parameters", "loss", "less the least one", *other], made)
 

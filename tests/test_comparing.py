@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
+from deltaw import three_sets
 from deltaw.cli import main
 from deltaw.comparing import compare
-from deltaw.config import CompareConfig, TrainConfig
+from deltaw.config import CompareConfig, DataConfig, TrainConfig
 from deltaw.contestants import DEFAULT, QUICK, contestants, rates
 from deltaw.environment import describe
 from deltaw.errors import ConfigError, DataError
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.lora import LoRA
+from deltaw.scoring import scoring_of
 from deltaw.study.comparison import comparison_report, headline, ranked
 from deltaw.study.report import render
-from deltaw.three_sets import parted
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
@@ -125,11 +126,25 @@ def test_the_report_says_what_is_best_and_what_is_near() -> None:
     said = headline(results)
     assert (
         said.startswith("full is best by loss")
-        and "Within its interval: lora, prefix; the smallest of them, prefix, has 2k." in said
+        and "Not shown to be worse, in pairs on the same items: lora, prefix; the smallest of them, prefix, has 2k."
+        in said
     )
+    assert "interval" not in headline(
+        results | {"compared": []}
+    )  # of an older version: not by intervals of single methods
+    worse = [row | {"worse": True} for row in results["compared"]]
+    assert headline(results | {"compared": worse}).endswith("All others are shown to be worse.")
+    assert headline(results | {"compared": worse[:2]}).endswith("The other is shown to be worse.")
     same = made([("full", 1_000_000, 0.5), ("lora", 10_000, 0.5)])
     assert headline(same).startswith("The methods do not differ by loss") and ranked(same)[0]["name"] == "lora"
     page = render(comparison_report(results))
+    for part in (
+        "for all 6 pairs together",
+        "0.0200 [0.0000, 0.0400]",
+        "not shown",
+        "another seed would change is not in",
+    ):
+        assert part in page
     for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
         assert part in page
     assert "held-out accuracy" not in page
@@ -155,16 +170,41 @@ def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
         "chosen_by": "loss",
         "settings": {"model": "m", "data": "d", "test_most": 9, "run": run},
         "rows": [row(*each) for each in rows],
+        "warnings": [], "sets": dict.fromkeys(("train", "valid", "test"), "9 records of 9 prompts"),
+        "compared": [
+            {"name": name, "score": {}, "difference": {"value": more, "low": more - 0.02, "high": more + 0.02}, "worse": more > 0.5}
+            for name, _, loss in rows for more in (loss - rows[0][2],)
+        ],
         "latency": [{"what": "forward", "batch": 1, "length": 128, "base": 0.1, "ratios": {name: 1.1 for name, *_ in rows}}],
     }  # fmt: skip
 
 
-def test_the_references_of_an_item_stay_together() -> None:
-    records = [{"prompt": f"p{i % 7}", "completion": f"c{i}"} for i in range(35)]
-    some, others = parted(records, 20, seed=1)
-    assert len(some) == 20 and len({r["prompt"] for r in some}) == 4
-    assert not {r["prompt"] for r in some} & {r["prompt"] for r in others} and len(others) == 15
-    assert len(parted(records, 2, seed=1)[0]) == 5 and parted(records, 99, seed=1) == (records, [])
+def test_three_sets_have_no_prompt_in_common(place: Path, tmp_path: Path) -> None:
+    """E2E's kind of data in one file: several records of a prompt, by their line far from one another."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"p{i % 41}", "completion": f"c{i}", "more": i} for i in range(300)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = three_sets.Source(data, None, None, None)
+    three_sets.write(tmp_path / "sets", source, DataConfig(), valid_most=20, test_most=99)
+    lines = {n: three_sets.file_of(tmp_path / "sets", n).read_text().splitlines() for n in three_sets.NAMES}
+    sets = {n: [json.loads(line) for line in own] for n, own in lines.items()}
+    prompts = {n: {r["prompt"] for r in own} for n, own in sets.items()}
+    assert not prompts["train"] & prompts["test"] and not prompts["train"] & prompts["valid"]
+    assert not prompts["test"] & prompts["valid"] and all(r in rows for own in sets.values() for r in own)
+    assert abs(len(sets["test"]) - 30) <= 1 and len(sets["valid"]) <= 20
+    kept = scoring_of(tmp_path / "sets", DataConfig(), str(place / "model"), "")
+    assert kept.sets["test"] == f"{len(sets['test'])} records of {len(prompts['test'])} prompts" and not kept.warnings
+
+
+@pytest.mark.parametrize(("prompts", "said"), [(1, "its 60 records are of 1 prompt"), (2, "of 1 prompt")])
+def test_too_few_prompts_for_three_sets_are_refused(prompts: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"p{i % prompts}", "completion": f"c{i}"}) + "\n" for i in range(60))
+    )
+    source = three_sets.Source(tmp_path / "data.jsonl", None, None, None)
+    with pytest.raises(DataError, match=said):
+        three_sets.write(tmp_path / "sets", source, DataConfig(), valid_most=20, test_most=20)
+    assert not (tmp_path / "sets").exists()
 
 
 def distinct(count: int) -> list[dict[str, Any]]:
@@ -202,7 +242,9 @@ def test_methods_are_compared_by_what_classifiers_are_for(task: str, tries: int,
 def test_what_cannot_be_compared_is_said_before_any_training(tmp_path: Path) -> None:
     model = folder_of(TEXTS["bert"], tmp_path)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in distinct(30)))
-    (tmp_path / "test.jsonl").write_text('{"text": "red", "label": "lukewarm"}\n')
+    (tmp_path / "test.jsonl").write_text(
+        '{"text": "red", "label": "lukewarm"}\n{"text": "blue", "label": "lukewarm"}\n'
+    )
     with pytest.raises(ConfigError, match=r"lora\(lr=2e-4\)"):
         compare(model, tmp_path / "data.jsonl", TrainConfig(out=str(tmp_path / "a"), lr=1e-3))
     out = TrainConfig(out=str(tmp_path / "out"))

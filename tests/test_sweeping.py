@@ -15,7 +15,7 @@ from deltaw.config import SweepConfig, TrainConfig
 from deltaw.errors import ConfigError, TargetError
 from deltaw.files.peft import tensors_of
 from deltaw.sweeping import sweep
-from deltaw.tried_ranks import candidates, choices, learning_rates
+from deltaw.tried_ranks import candidates, choices, learning_rates, numbers
 from tests.conftest import byte_llama, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_comparing import RECORDS
@@ -88,6 +88,37 @@ def test_all_that_is_wrong_is_said() -> None:
     assert learning_rates(SweepConfig(), 3e-4) == [3e-4]
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1k", 1000), ("0.5k", 500), ("1500", 1500), (" 2.25k ", 2250), ("0.001M", 1000), ("0.000001B", 1000)],
+)
+def test_a_budget_is_read_in_its_unit(text: str, count: int) -> None:
+    (found,) = candidates(SweepConfig(budget=text, targets="q"), tiny_llama()).candidates
+    (plain,) = candidates(SweepConfig(budget=str(count), targets="q"), tiny_llama()).candidates
+    assert found == plain
+
+
+def test_numbers_are_those_above_0_each_once() -> None:
+    problems: list[str] = []
+    assert numbers("3, 1,,2", int, "ranks", problems) == [3, 1, 2] and not problems
+    assert numbers("1e-3,inf,nan,-1,0,2", float, "lrs", problems) == [1e-3, 2.0]
+    assert [line.split("'")[1] for line in problems] == ["inf", "nan", "-1", "0"]
+    assert numbers("1,1.0", float, "lrs", problems := []) == [1.0] and problems == ["lrs: 1.0 is there twice"]
+    assert not numbers(" , ", int, "ranks", problems := []) and problems == ["ranks: there is none"]
+
+
+def test_each_choice_of_targets_is_tried_once_and_alpha_may_be_given() -> None:
+    assert choices(SweepConfig(targets="qv; mlp;qv;")) == ["qv", "mlp"] and choices(SweepConfig()) == ["all-linear"]
+    found = candidates(
+        SweepConfig(ranks="2,4", alpha=3.0, scaling="alpha/sqrt(r)", dropout=0.1), tiny_llama()
+    ).candidates
+    assert {c.method.alpha for c in found} == {3.0} and {c.method.dropout for c in found} == {0.1}
+    assert found[1].method.scale(4) == 1.5 and found[1].name == "r = 4, all-linear"
+    of_budget = candidates(SweepConfig(budget="1k", targets="q", ranks="5"), tiny_llama()).candidates
+    assert of_budget[0].method.alpha == 5.0  # the first rank's there too
+    assert learning_rates(SweepConfig(lrs="1e-3,2e-3"), 1.0) == [1e-3, 2e-3]
+
+
 def test_a_sweep_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "out"
     words = command(place, out, steps=5)
@@ -117,10 +148,12 @@ def test_which_weights_at_equal_parameters(place: Path, tmp_path: Path, capsys: 
     results = json.loads((tmp_path / "s/results.json").read_text())
     best, *others = results["compared"]
     assert not results["choices"] and {e["name"] for e in results["compared"]} == {r["name"] for r in results["rows"]}
-    assert best["loss"]["value"] == min(r["scores"]["loss"]["value"] for r in results["rows"])
+    assert best["score"]["value"] == min(r["scores"]["loss"]["value"] for r in results["rows"])
     assert f"{best['name']} has the least loss of 3" in " ".join(printed.split())
     assert all((e["difference"]["low"] > 0) is e["worse"] for e in others)
-    assert "for all 3 pairs together" in (tmp_path / "s/report.html").read_text()
+    page = (tmp_path / "s/report.html").read_text()
+    assert "for all 3 pairs together" in page and "what another seed would change is not in them" in page
+    assert "Test set: 3 records of 3 prompts." in " ".join(printed.split())
 
 
 def test_one_candidate_has_nothing_beside_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,10 +87,11 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def scores(result: Any, metrics: list[str], records: Any, config: Any) -> dict[str, Any]:
-    """Metric → value and its 95% interval, on the records of a file."""
+    """Metric → value, its 95% interval, and each item's part in it, on the records of a file."""
     from deltaw.config import GenerateConfig
     from deltaw.data import read
     from deltaw.study.evaluate import evaluate
+    from deltaw.study.resampling import shortened
 
     if not metrics:
         return {}
@@ -98,7 +99,7 @@ def scores(result: Any, metrics: list[str], records: Any, config: Any) -> dict[s
     found = evaluate(
         result.model, result.tokenizer, read(records, config.data), config.data, generation, metrics=metrics
     )
-    return {name: dataclasses.asdict(score) for name, score in found.scores.items()}
+    return {name: score.plain() | {"parts": shortened(score.parts)} for name, score in found.scores.items()}
 
 
 def _last_valid(log: list[dict[str, Any]]) -> float | None:

@@ -21,9 +21,10 @@ from deltaw.compressed import allocated, truncated
 from deltaw.config import GenerateConfig, PlanConfig, RankConfig, to_mapping
 from deltaw.confirming import check_confirmable, confirmed
 from deltaw.data.batches import padded
+from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
 from deltaw.directions import alike, amplifications
-from deltaw.errors import ConfigError, DeltaWError, listing
+from deltaw.errors import ConfigError, DataError, DeltaWError, listing
 from deltaw.files import peft
 from deltaw.files.atomic import write_text
 from deltaw.files.peft import LoRAFile
@@ -37,7 +38,7 @@ from deltaw.study.choice import Choice, chosen
 from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
-from deltaw.study.resampling import Losses
+from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.sweeping import Progress as SweepProgress
 from deltaw.switching import using
 from deltaw.tasks import equip, task_of
@@ -171,12 +172,20 @@ class _Choosing:
     def _encode(self) -> None:
         data, loaded = self.held.config.data, self.held.loaded
         self.metrics = [m for m in metrics_for(self.config.metrics, data, self.held.records.form) if m != "loss"]
-        self.examples = task_of(data).encode(self.held.records, loaded, data).examples
+        encoded = task_of(data).encode(self.held.records, loaded, data)
+        self.examples, self.kept = encoded.examples, self.held.records.only(encoded.records).items
+        if len(items_in(self.kept)) < 2:
+            raise DataError(
+                f"The held-out set has {described(self.kept)}, and an interval needs two: give others with --records."
+            )
 
     def _records_used(self) -> dict[str, Any]:
         own = self.config.records is None
         return {
             "count": len(self.examples),
+            "items": len(items_in(self.kept)),
+            "what": described(self.kept),
+            "overlap": self.held.sets.overlap,
             "source": self.config.records or "held out by the run",
             "stopped_by": own and self.held.config.patience is not None,
         }
@@ -207,15 +216,16 @@ class _Choosing:
         self.on_event(Progress("scored", {"name": name, "loss": found.losses.value}))
         return found
 
-    def _scores(self) -> tuple[Losses, dict[str, Any]]:
-        """Of the model as it stands: each record's loss, and the metrics."""
+    def _scores(self) -> tuple[Measured, dict[str, Any]]:
+        """Of the model as it stands: the loss, and the metrics."""
         held, generation = self.held, GenerateConfig(batch=max(16, self.held.config.batch))
         found = evaluate(
             self.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *self.metrics]
         )  # fmt: skip
         assert found.losses is not None
-        losses = Losses(np.array([found.losses.sums]), np.array(found.losses.counts))
-        scores = {name: dataclasses.asdict(found.scores[name]) for name in self.metrics}
+        sums, counts, items = (np.array(part) for part in found.losses)
+        losses = of_losses(sums, counts, items)
+        scores = {name: found.scores[name].plain() for name in self.metrics}
         return losses, {name: {**score, "seeds": [score["value"]]} for name, score in scores.items()}
 
     # --- what they come to --------------------------------------------------------------------------------------
@@ -229,7 +239,8 @@ class _Choosing:
             parameters, size = parameters_of(cut.file), peft.size(cut.file)
             found.append({
                 **dataclasses.asdict(tested), "energy": kept / total if total else 1.0, "parameters": parameters, "bytes": size,
-                "bytes_with_optimizer": size + ADAM_STATE * parameters, "scores": cut.scores, **costs.get(tested.rank, {}),
+                "bytes_with_optimizer": size + ADAM_STATE * parameters, "scores": cut.scores,
+                "parts": shortened(cut.losses.parts[0]), **costs.get(tested.rank, {}),
             })  # fmt: skip
         return found
 
@@ -271,11 +282,10 @@ class _Choosing:
             if ranks == even:
                 continue
             cut = self._scored(f"r = {each}, allocated", truncated(self.run.file, self.run.triples, ranks))
-            # Of two "ranks", of which the larger is the even one: its difference is what is wanted
-            tested = chosen({0: cut.losses, 1: cuts[each].losses}, 0.0).tested[0]
+            difference = cut.losses.less(cuts[each].losses).interval()
             found.append({
-                "rank": each, "parameters": parameters_of(cut.file), "loss": dataclasses.asdict(tested.loss),
-                "difference": dataclasses.asdict(tested.difference), "better": tested.difference.high < 0, "ranks": ranks,
+                "rank": each, "parameters": parameters_of(cut.file), "loss": cut.losses.interval().plain(),
+                "difference": difference.plain(), "better": difference.high < 0, "ranks": ranks,
                 "bytes": peft.size(cut.file),
             })  # fmt: skip
         return found
@@ -286,7 +296,7 @@ class _Cut:
     """An adapter of fewer directions, and what it scores."""
 
     file: LoRAFile
-    losses: Losses
+    losses: Measured
     scores: dict[str, Any]
 
 

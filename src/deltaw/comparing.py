@@ -12,10 +12,9 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +26,11 @@ from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.resuming import claim, read_json, run_settings
 from deltaw.scoring import scoring_of
+from deltaw.study.compared import compared
 from deltaw.study.comparison import comparison_report
-from deltaw.study.metrics import MORE_IS_BETTER
+from deltaw.study.metrics import MORE_IS_BETTER, of_scores, row_of
 from deltaw.study.report import write as write_report
+from deltaw.study.resampling import Measured
 
 SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
@@ -105,7 +106,8 @@ class _Comparison:
     def go(self) -> Comparison:
         claim(self.folder, SETTINGS, self._settings(), overwrite=self.config.overwrite)
         source = three_sets.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
-        three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.test_most)
+        most = {"valid_most": self.config.valid_most, "test_most": self.test_most}
+        three_sets.write(self.sets, source, self.config.data, **most)
         scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
         self.data_config, self.metrics, self.chosen_by = scoring.data, list(scoring.metrics), scoring.chosen_by
         chosen = []
@@ -115,12 +117,16 @@ class _Comparison:
             seeds = [self.config.seed + i for i in range(1, self.options.seeds)] if best else []
             more = [self._run(contestant, best["task"]["run"]["lr"], seed) for seed in seeds] if best else []
             chosen.append((contestant, tried, best, more))
+        found = [self._row(*each) for each in chosen]
         latencies = self._latencies({c.name: best for c, _, best, _ in chosen if best})
         results = {
             "settings": self._settings(),
             "environment": environment.describe(),
             "chosen_by": self.chosen_by,
-            "rows": [self._row(*each) for each in chosen],
+            "sets": scoring.sets,
+            "warnings": list(scoring.warnings),
+            "rows": [row for row, _ in found],
+            "compared": _compared(found, scoring.metrics[-1]),
             "latency": latencies,
         }
         write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -158,7 +164,7 @@ class _Comparison:
             "valid_metrics": [] if self.chosen_by == "loss" else [self.chosen_by],
         }  # fmt: skip
         done = read_json(folder / candidate.SCORE)
-        fresh = done is None or done["task"] != json.loads(json.dumps(task))
+        fresh = done is None or done["task"] != json.loads(json.dumps(task)) or not _has_parts(done)
         if fresh:
             self._tell("started", contestant, lr, seed, {})
             folder.mkdir(parents=True, exist_ok=True)
@@ -201,8 +207,8 @@ class _Comparison:
         tried: list[dict[str, Any]],
         best: dict[str, Any] | None,
         more: list[dict[str, Any]],
-    ) -> dict[str, Any]:
-        """What results.json has of a method."""
+    ) -> tuple[dict[str, Any], dict[str, Measured]]:
+        """What results.json has of a method, and its scores by metric."""
         settings = dict(described(contestant.method))
         row: dict[str, Any] = {"name": contestant.name, "method": contestant.kind, "settings": settings}
         row["tried"] = [
@@ -213,15 +219,27 @@ class _Comparison:
             for t in tried
         ]  # fmt: skip
         if best is None:
-            return row | {"error": tried[0]["error"]}
+            return row | {"error": tried[0]["error"]}, {}
         figures = {k: v for k, v in best.items() if k not in ("task", "folder", "scores", "valid", "valid_scores")}
         runs = [best, *(run for run in more if "error" not in run)]
-        scores = {
-            metric: {"seeds": [run["scores"][metric]["value"] for run in runs]}
-            | {part: statistics.fmean(run["scores"][metric][part] for run in runs) for part in ("value", "low", "high")}
-            for metric in best["scores"]
-        }
-        return row | {"lr": best["task"]["run"]["lr"], **figures, "scores": scores, "valid": best["valid"]}
+        seeds = [run["task"]["run"]["seed"] for run in runs]
+        measured = {metric: of_scores([run["scores"][metric] for run in runs], seeds) for metric in best["scores"]}
+        scores = {metric: row_of(best["scores"][metric], own, metric) for metric, own in measured.items()}
+        return row | {"lr": best["task"]["run"]["lr"], **figures, "scores": scores, "valid": best["valid"]}, measured
+
+
+def _compared(found: Sequence[tuple[dict[str, Any], dict[str, Measured]]], metric: str) -> list[dict[str, Any]]:
+    """The methods beside the best by this metric; of equals the smaller is the better."""
+    scored = sorted((each for each in found if each[1]), key=lambda each: each[0]["parameters"])
+    measured = {row["name"]: own[metric] for row, own in scored if math.isfinite(own[metric].value)}
+    if len(measured) < 2:
+        return []
+    return [dataclasses.asdict(each) for each in compared(measured, more_is_better=metric in MORE_IS_BETTER)]
+
+
+def _has_parts(done: dict[str, Any]) -> bool:
+    """Whether a score says what each item adds to it, as those of older versions do not."""
+    return "error" in done or all("parts" in score for score in done["scores"].values())
 
 
 def _least_last(sign: float, value: float | None) -> float:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ import torch
 
 from deltaw import attached
 from deltaw.chance import seeded
-from deltaw.config import TrainConfig
-from deltaw.data import Encoded, held_out_split, read
+from deltaw.config import TrainConfig, from_mapping, keys
+from deltaw.data import Encoded, Records, held_out_split, read
+from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.items import Item
-from deltaw.data.sources import is_path
-from deltaw.errors import AdapterError, ConfigError, DataError, listing
+from deltaw.data.prompts import described, overlap
+from deltaw.data.sources import is_path, local
+from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, listing
 from deltaw.padding import settle_padding
 from deltaw.pretrained import (
     HEADED,
@@ -28,6 +31,11 @@ from deltaw.pretrained import (
     vocabulary_size,
 )
 from deltaw.tasks import opened, prepared, recognised, task_of
+
+log = logging.getLogger("deltaw")
+# Of fewer records none are held out
+_FEW = 20
+_INSTEAD = "Give held-out records with --valid, or hold out none with --valid-share 0."
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,19 @@ class Prepared:
     encoded: Encoded
     valid: Encoded | None
     valid_records: Any
+    sets: Sets
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What became of the records, for people to read."""
+
+    train: str
+    """For example "300 records of 47 prompts"."""
+    valid: str | None
+    """None where nothing is held out."""
+    overlap: str | None
+    """A warning where prompts are on both sides."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,7 @@ class HeldOut:
     config: TrainConfig
     """With what `auto` came to."""
     records: Any
+    sets: Sets
 
 
 def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenizer: Any = None) -> Prepared:
@@ -64,7 +86,16 @@ def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenize
     encoded = task.encode(begun.train, loaded, config.data)
     valid = task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None
     check_ids(loaded, [*encoded.examples, *(valid.examples if valid is not None else ())])
-    return Prepared(loaded, data, config, with_head(method, loaded.head), encoded, valid, begun.valid)
+    return Prepared(
+        loaded,
+        data,
+        config,
+        with_head(method, loaded.head),
+        encoded,
+        valid,
+        begun.valid,
+        _sets(begun.train, begun.valid),
+    )
 
 
 def check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
@@ -92,7 +123,28 @@ def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
     begun = _begin(model, data, config, 0, None)
     if begun.valid is None:
         raise DataError(f"The run held out none of the records of {data}: give others with --records.")
-    return HeldOut(begun.loaded, begun.config, begun.valid)
+    return HeldOut(begun.loaded, begun.config, begun.valid, _sets(begun.train, begun.valid))
+
+
+def trained_on(settings: Mapping[str, Any]) -> Records | None:
+    """The records that a run of these settings, config.yaml's, trained on; None where they are not files that are there now."""
+    data = settings.get("data")
+    try:
+        if not isinstance(data, str) or data.startswith("<") or local(data) is None:
+            return None
+        known = {key: settings[key] for key in keys(TrainConfig) if key in settings}
+        config = from_mapping(TrainConfig, known, where="config.yaml")
+        records = read(data, config.data, split=config.data.split)
+        return _split(records, _held_out(data, records, config), config)[0]
+    except DeltaWError as error:
+        log.debug("What the adapter was trained on cannot be read: %s", error)
+        return None
+
+
+def _sets(train: Records, valid: Records | None) -> Sets:
+    if valid is None:
+        return Sets(described(train.items), None, None)
+    return Sets(described(train.items), described(valid.items), overlap(valid.items, train.items))
 
 
 class _Begun(NamedTuple):
@@ -172,19 +224,19 @@ def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
     return read(source, config.data, split=split) if split else None
 
 
-def _split(records: Any, valid: Any, config: TrainConfig) -> tuple[Any, Any]:
-    """Seeded: a part held out where there was none, then at most max_records to train on and valid_most to evaluate on."""
-    items = list(records.items)
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    if valid is None and config.valid_share > 0 and len(items) >= 20:
-        count = max(1, min(round(len(items) * config.valid_share), config.valid_most))
-        order, held = order[count:], order[:count]
-        valid = replace(records, items=[items[i] for i in held])
-    elif valid is not None and len(valid.items) > config.valid_most:
-        picks = torch.randperm(len(valid.items), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        valid = replace(valid, items=[valid.items[i] for i in picks[: config.valid_most]])
+def _split(records: Records, valid: Records | None, config: TrainConfig) -> tuple[Records, Records | None]:
+    """Seeded: a part held out where there was none, then at most max_records to train on and valid_most to evaluate on. Prompts
+    are held out whole; those of records that were given are as they are."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    if valid is None and config.valid_share > 0 and len(records) >= _FEW:
+        count = max(1, min(round(len(records) * config.valid_share), config.valid_most))
+        held = hold_out(
+            records.items, count, most=config.valid_most, seed=config.seed, source=records.source, instead=_INSTEAD
+        )
+        valid, out = records.only(held), set(held)
+        order = [i for i in order if i not in out]
+    elif valid is not None:
+        valid = valid.only(sample(valid.items, config.valid_most, seed=config.seed))
     if config.data.max_records is not None:
         order = order[: config.data.max_records]
-    if not order:
-        raise DataError("No training records are left after holding some out.")
-    return replace(records, items=[items[i] for i in sorted(order)]), valid
+    return records.only(sorted(order)), valid

@@ -64,6 +64,8 @@ class RunResult:
     """What merging the adapter into the base, in the dtype it was trained on, would do."""
     data: dict[str, Any]
     """Counts of the training records: kept, truncated, dropped, tokens …"""
+    sets: dict[str, str | None]
+    """What is in train and in valid, for example "300 records of 47 prompts", and their overlap in words."""
     samples: list[Sampled]
     log: list[dict[str, Any]]
     warnings: list[str]
@@ -91,6 +93,7 @@ class RunResult:
             },
             "peak_memory": self.peak_memory,
             "data": self.data,
+            "sets": self.sets,
             "warnings": self.warnings,
         }
 
@@ -261,8 +264,11 @@ class _Run:
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
             "task": self.task.name, "counted": self.task.counted, "labels": self.config.data.labels,
             "data": dataclasses.asdict(self.prepared.encoded.counts), "base_bytes": summary.base_bytes,
+            "sets": dataclasses.asdict(self.prepared.sets),
             "expected_memory": None if self.expected is None else self.expected.figures(),
         }))  # fmt: skip
+        if self.prepared.sets.overlap is not None:
+            self._hear(Event("warning", 0, {"text": self.prepared.sets.overlap}))
         if self.expected is not None and self.expected.missing:
             self._hear(Event("warning", 0, {"text": self.expected.warning()}))
         if self.prepared.encoded.note:
@@ -316,6 +322,7 @@ class _Run:
             summary=summaries.summary(self.loaded.model),
             merge=preview(self.loaded.model),
             data=dataclasses.asdict(self.prepared.encoded.counts),
+            sets=dataclasses.asdict(self.prepared.sets),
             samples=samples,
             log=self.log,
             warnings=self.warnings,

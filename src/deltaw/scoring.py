@@ -8,7 +8,8 @@ from pathlib import Path
 
 from deltaw import three_sets
 from deltaw.config import DataConfig
-from deltaw.data import read
+from deltaw.data import Records, read
+from deltaw.data.prompts import described, overlap
 from deltaw.pretrained import read_config
 from deltaw.study.evaluate import metrics_of
 from deltaw.study.metrics import check_metrics, installed
@@ -32,6 +33,10 @@ class Scoring:
     chosen_by: str
     """What learning rates are chosen by on held-out records. Of text the loss: a score would take generating; and of classes the
     score: a loss is less than a classifier is for."""
+    sets: dict[str, str]
+    """train, valid, test → what is in it, for example "300 records of 47 prompts"."""
+    warnings: tuple[str, ...]
+    """Where prompts of one set are in another."""
 
 
 def scoring_of(sets: Path, data: DataConfig, model: str, metrics: str) -> Scoring:
@@ -40,7 +45,14 @@ def scoring_of(sets: Path, data: DataConfig, model: str, metrics: str) -> Scorin
     data = recognised(data, records[0], read_config(model))
     check_labels(data, records)
     chosen = metrics_for(metrics, data, records[0].form)
-    return Scoring(data, tuple(chosen), chosen[-1] if task_of(data).answers != "text" else "loss")
+    described_sets = {name: described(part.items) for name, part in zip(three_sets.NAMES, records, strict=True)}
+    chosen_by = chosen[-1] if task_of(data).answers != "text" else "loss"
+    return Scoring(data, tuple(chosen), chosen_by, described_sets, _overlaps(*records))
+
+
+def _overlaps(train: Records, valid: Records, test: Records) -> tuple[str, ...]:
+    found = (overlap(valid.items, train.items), overlap(test.items, train.items, "test"))
+    return tuple(warning for warning in found if warning)
 
 
 def metrics_for(text: str, data: DataConfig, form: str) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,9 @@ from deltaw.scoring import scoring_of
 from deltaw.study.choice import Choice, chosen
 from deltaw.study.compared import compared
 from deltaw.study.evaluate import Evaluation, evaluate
-from deltaw.study.metrics import MORE_IS_BETTER
+from deltaw.study.metrics import MORE_IS_BETTER, of_scores, row_of
 from deltaw.study.report import write as write_report
-from deltaw.study.resampling import Losses
+from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.study.sweep_report import sweep_report
 from deltaw.switching import use
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
@@ -121,21 +120,24 @@ class _Sweep:
         learning_rates(self.options, self.config.lr)
         claim(self.folder, SETTINGS, self._settings(), overwrite=self.config.overwrite)
         source = three_sets.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
-        three_sets.write(self.sets, source, valid_most=self.config.valid_most, test_most=self.options.test_most)
+        most = {"valid_most": self.config.valid_most, "test_most": self.options.test_most}
+        three_sets.write(self.sets, source, self.config.data, **most)
         self.scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
         tried = candidates(self.options, self._base(self.config.seed).loaded.model)
         for targets, why in tried.left_out.items():
             self.on_event(Progress("left out", {"targets": targets, "why": why}))
         found = self._rows(tried.candidates)
-        choices = self._choices(found)
+        choices = choices_of(found, self.options.margin)
         results = {
             "settings": self._settings() | {"options": to_mapping(self.options)},
             "environment": environment.describe(),
             "chosen_by": self.scoring.chosen_by,
             "left_out": tried.left_out,
+            "sets": self.scoring.sets,
+            "warnings": list(self.scoring.warnings),
             "rows": [row for row, _ in found],
             "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
-            "compared": _compared(found),
+            "compared": compared_of(found),
             "alike": self._alike([row for row, losses in found if losses is not None], choices),
         }
         write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -164,7 +166,7 @@ class _Sweep:
 
     # --- candidates ---------------------------------------------------------------------------------------------
 
-    def _rows(self, every: Sequence[Candidate]) -> list[tuple[dict[str, Any], Losses | None]]:
+    def _rows(self, every: Sequence[Candidate]) -> list[tuple[dict[str, Any], Measured | None]]:
         """Of each candidate all learning rates, then the other seeds with the best one: its row of the results, and its losses
         on the test records."""
         rates, seed = learning_rates(self.options, self.config.lr), self.config.seed
@@ -215,6 +217,8 @@ class _Sweep:
     def _known(self, task: Task) -> dict[str, Any] | None:
         done: dict[str, Any] | None = read_json(self._folder(task) / SCORE)
         if done is None or done["task"] != self._key(task):
+            return None
+        if "losses" in done and not _by_item(done):
             return None
         self.on_event(Progress("finished", task.named() | done | {"fresh": False}))
         return done
@@ -280,9 +284,14 @@ class _Sweep:
         figures, state = result.figures(), result.state
         valid = [[line["step"], line["valid_loss"]] for line in result.log if line["event"] == "eval"]
         by = [self.scoring.chosen_by] if self.scoring.chosen_by != "loss" else []
-        on_test = self._evaluated(base, "test", {"loss", *self.scoring.metrics})
+        wanted = self.scoring.metrics
+        on_test = self._evaluated(base, "test", {"loss", *wanted})
         assert on_test.losses is not None
-        scores = {name: dataclasses.asdict(on_test.scores[name]) for name in self.scoring.metrics}
+        scores = {
+            name: score.plain() | ({} if name == "loss" else {"parts": shortened(score.parts)})
+            for name, score in on_test.scores.items()
+            if name in wanted
+        }
         return {
             "parameters": figures["trainable_parameters"],
             "share": figures["trainable_share"],
@@ -301,14 +310,6 @@ class _Sweep:
         loaded, data, generation = base.loaded, base.config.data, GenerateConfig(batch=max(16, self.config.batch))
         records = read(str(three_sets.file_of(self.sets, part)), data)
         return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
-
-    def _choices(self, found: Sequence[tuple[dict[str, Any], Losses | None]]) -> dict[str, Choice]:
-        """Of each choice of targets, where several ranks were trained."""
-        by_targets: dict[str, dict[int, Losses]] = {}
-        for row, losses in found:
-            if losses is not None:
-                by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
-        return {t: chosen(own, self.options.margin) for t, own in by_targets.items() if len(own) > 1}
 
     def _alike(self, rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) -> list[dict[str, Any]]:
         """The directions of the largest rank of each choice of targets against those of the chosen one, or else of the next
@@ -333,7 +334,28 @@ class _Sweep:
         return found
 
 
-def _compared(found: Sequence[tuple[dict[str, Any], Losses | None]]) -> list[dict[str, Any]]:
+def _by_item(done: Mapping[str, Any]) -> bool:
+    """Whether a score says which items its records are of, as those of older versions do not."""
+    others = (score for name, score in done["scores"].items() if name != "loss")
+    return "items" in done["losses"] and all("parts" in score for score in others)
+
+
+def choices_of(found: Sequence[tuple[dict[str, Any], Measured | None]], margin: float) -> dict[str, Choice]:
+    """Targets → the rank that is enough, where several ranks were trained. `found`: rows of results.json, and their losses."""
+    by_targets: dict[str, dict[int, Measured]] = {}
+    for row, losses in found:
+        if losses is not None:
+            by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
+    return {t: chosen(own, margin) for t, own in by_targets.items() if len(own) > 1}
+
+
+def losses_of(runs: Sequence[Mapping[str, Any]]) -> Measured:
+    """The losses of one candidate's runs, by what score.json has of each."""
+    sums, counts, items = (np.array([run["losses"][part] for run in runs]) for part in ("sums", "counts", "items"))
+    return of_losses(sums, counts[0], items[0], [run["task"]["seed"] for run in runs])
+
+
+def compared_of(found: Sequence[tuple[dict[str, Any], Measured | None]]) -> list[dict[str, Any]]:
     """The candidates beside the best one, where it is more than a matter of rank."""
     losses = {row["name"]: own for row, own in found if own is not None}
     if len({row["targets"] for row, own in found if own is not None}) < 2:
@@ -343,7 +365,7 @@ def _compared(found: Sequence[tuple[dict[str, Any], Losses | None]]) -> list[dic
 
 def _row(
     candidate: Candidate, tried: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
-) -> tuple[dict[str, Any], Losses | None]:
+) -> tuple[dict[str, Any], Measured | None]:
     """Of results.json; `runs` are those with the best learning rate, one a seed."""
     row: dict[str, Any] = {"name": candidate.name, "targets": candidate.targets, "rank": candidate.rank}
     row["alpha"] = candidate.method.alpha
@@ -356,11 +378,12 @@ def _row(
         behind = f"was among the worse half of the candidates at step {max(steps, default=0)}, and ended there"
         return row | {"error": next((t["error"] for t in tried if "error" in t), behind)}, None
     best = runs[0]
+    losses, seeds = losses_of(runs), [r["task"]["seed"] for r in runs]
     scores = {
-        metric: {"seeds": [r["scores"][metric]["value"] for r in runs]}
-        | {part: statistics.fmean(r["scores"][metric][part] for r in runs) for part in ("value", "low", "high")}
-        for metric in best["scores"]
+        metric: row_of(
+            score, losses if metric == "loss" else of_scores([r["scores"][metric] for r in runs], seeds), metric
+        )
+        for metric, score in best["scores"].items()
     }
-    losses = Losses(np.array([r["losses"]["sums"] for r in runs]), np.array(best["losses"]["counts"]))
     own = {"lr": best["task"]["lr"], **{k: best[k] for k in _KEPT}, "folder": best["folder"], "scores": scores}
     return row | own, losses

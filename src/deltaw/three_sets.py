@@ -4,15 +4,18 @@ records; nothing of models."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from deltaw.config import DataConfig
+from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.images import opened
+from deltaw.data.prompts import described, items_in
+from deltaw.data.records import Records, checked
 from deltaw.data.sources import HELD_OUT, is_path, rows, splits
 from deltaw.errors import DataError
 from deltaw.files.atomic import write_text
@@ -20,8 +23,7 @@ from deltaw.files.atomic import write_text
 NAMES = ("train", "valid", "test")
 # Of the records, where there are no splits: held out, and to score at the end; and never more than so many
 _SHARE, _MOST = 0.1, 1000
-_ANSWERS = ("completion", "output", "label")
-_Records = list[dict[str, Any]]
+_INSTEAD = "Give held-out records with --valid, and test records with --test."
 
 
 @dataclass(frozen=True)
@@ -43,66 +45,90 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def write(folder: Path, source: Source, *, valid_most: int, test_most: int) -> None:
-    """Write the three files, unless they are there. Raises DataError for records that cannot be read, and for an empty set."""
+def write(folder: Path, source: Source, data: DataConfig, *, valid_most: int, test_most: int) -> None:
+    """Write the three files, unless they are there. Prompts are whole in one set; `data` says how records are read.
+
+    Raises DataError for records that cannot be used, and for too few prompts to have three sets, or an interval, of.
+    """
     if all(file_of(folder, name).is_file() for name in NAMES):
         return
-    for name, records in _read(source, valid_most, test_most).items():
-        if not records:
-            raise DataError(f"There are no records left for the {name} set of the comparison: give more of them.")
-        kept = [_kept(record, folder / "images" / f"{name}-{i}.npy") for i, record in enumerate(records)]
-        text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept)
+    sets = _read(source, data, valid_most, test_most)
+    if len(items_in(sets["test"].records.items)) < 2:
+        raise DataError(
+            f"The test set has {described(sets['test'].records.items)}, and an interval needs two at least: give more records, "
+            "or others with --test."
+        )
+    for name, part in sets.items():
+        kept = [_kept(fields, folder / "images" / f"{name}-{i}.npy") for i, fields in enumerate(part.fields)]
+        text = "".join(json.dumps(fields, ensure_ascii=False, default=str) + "\n" for fields in kept)
         write_text(file_of(folder, name), text)
 
 
-def _read(source: Source, valid_most: int, test_most: int) -> dict[str, _Records]:
+@dataclass(frozen=True)
+class _Set:
+    """Records with their fields as they were found."""
+
+    records: Records
+    fields: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def only(self, numbers: Collection[int]) -> _Set:
+        """These of them, in their order."""
+        kept = sorted(numbers)
+        return _Set(self.records.only(kept), [self.fields[i] for i in kept])
+
+
+def _read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> dict[str, _Set]:
     there = [name for name in splits(source.data) if name in HELD_OUT]
     held_out = sorted(there, key=HELD_OUT.index)  # test comes last
-    test, valid = _given(source.test, source.data), _given(source.valid, source.data)
+    test, valid = (_given(name, source.data, data) for name in (source.test, source.valid))
     if test is None and held_out:
-        test = _records(source.data, held_out[-1])
+        test = _records(source.data, held_out[-1], data)
     if valid is None and len(held_out) > 1:
-        valid = _records(source.data, held_out[0])
-    train = _records(source.data, source.split)
-    count = max(1, min(round(len(train) * _SHARE), _MOST))
+        valid = _records(source.data, held_out[0], data)
+    train = _records(source.data, source.split, data)
+    share = min(round(len(train) * _SHARE), _MOST)
     if test is None:
-        test, train = parted(train, count, seed=0)
+        test, train = _cut_for_test(train, max(2, share))
     if valid is None:
-        valid, train = parted(train, count, seed=2)
-    return {"train": train, "valid": parted(valid, valid_most, seed=3)[0], "test": parted(test, test_most, seed=1)[0]}
+        valid, train = _cut(train, max(1, share), seed=2)
+    return {"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": _sampled(test, test_most, seed=1)}
 
 
-def _given(name: str | None, data: str | Path) -> _Records | None:
+def _given(name: str | None, source: str | Path, data: DataConfig) -> _Set | None:
     """The records of a file or a split that was named."""
     if name is None:
         return None
-    return _records(name, None) if is_path(name) else _records(data, name)
+    return _records(name, None, data) if is_path(name) else _records(source, name, data)
 
 
-def _records(source: str | Path, split: str | None) -> _Records:
+def _records(source: str | Path, split: str | None, data: DataConfig) -> _Set:
     found, problems, name = rows(source, split, None)
-    if problems:
-        raise DataError(f"{name}: {len(problems)} records cannot be read, the first: {problems[0]}")
-    return [fields for _, fields in found]
+    return _Set(checked(found, problems, name, data), [fields for _, fields in found])
 
 
-def parted(records: Sequence[dict[str, Any]], most: int, *, seed: int) -> tuple[_Records, _Records]:
-    """At most so many (but the smallest item's at least), drawn at random, and the others, both in their order. Records that
-    differ in their answers alone stay together: they are references of one item, or its answer would be learned beforehand."""
-    items: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        asked = {k: v for k, v in record.items() if k not in _ANSWERS}
-        items.setdefault(json.dumps(asked, sort_keys=True, default=str), []).append(i)
-    groups = list(items.values())
-    picks: set[int] = set()
-    for place in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(picks) + len(groups[place]) <= most:
-            picks.update(groups[place])
-    if groups and not picks:
-        smallest: list[int] = min(groups, key=len)
-        picks.update(smallest)
-    drawn = [record for i, record in enumerate(records) if i in picks]
-    return drawn, [record for i, record in enumerate(records) if i not in picks]
+def _cut(part: _Set, count: int, *, seed: int) -> tuple[_Set, _Set]:
+    """About so many held out, and the others."""
+    records = part.records
+    held = hold_out(records.items, count, most=_MOST, seed=seed, source=records.source, instead=_INSTEAD)
+    return part.only(held), part.only(set(range(len(part))) - set(held))
+
+
+def _cut_for_test(train: _Set, count: int) -> tuple[_Set, _Set]:
+    """About so many records, and the others; where they are of a single item another one beside it, for an interval's sake."""
+    test, others = _cut(train, count, seed=0)
+    if len(items_in(test.records.items)) > 1:
+        return test, others
+    more, others = _cut(others, 1, seed=0)
+    records = test.records.only(range(len(test)))
+    records.items.extend(more.records.items)
+    return _Set(records, [*test.fields, *more.fields]), others
+
+
+def _sampled(part: _Set, most: int, *, seed: int) -> _Set:
+    return part.only(sample(part.records.items, most, seed=seed))
 
 
 def _kept(record: dict[str, Any], place: Path) -> dict[str, Any]:

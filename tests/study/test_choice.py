@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.study.choice import chosen
-from deltaw.study.resampling import Losses
+from deltaw.study.resampling import Measured, of_losses
 from deltaw.study.sweep_report import why_no_smaller
 
 RANKS = (1, 2, 4, 8, 16)
@@ -21,13 +20,13 @@ RANKS = (1, 2, 4, 8, 16)
 
 def made(
     excess: dict[int, float], *, seeds: int = 1, noise: float = 0.02, n: int = 400, seed: int = 0
-) -> dict[int, Losses]:
+) -> dict[int, Measured]:
     """Losses around 1 that share what is hard about a record; each rank's are worse by its `excess`."""
     chance = np.random.default_rng(seed)
     counts = chance.integers(1, 30, n).astype(float)
     hard = chance.gamma(4.0, 0.25, n)
     return {
-        rank: Losses((hard + more + noise * chance.standard_normal((seeds, n))) * counts, counts)
+        rank: of_losses((hard + more + noise * chance.standard_normal((seeds, n))) * counts, counts)
         for rank, more in excess.items()
     }
 
@@ -63,9 +62,9 @@ def test_few_noisy_records_prove_nothing() -> None:
 SPREAD = np.array([[-0.1], [0.0], [0.1]])
 
 
-def spread(own: Losses) -> Losses:
+def spread(own: Measured) -> Measured:
     """The three runs are further apart."""
-    return Losses(own.sums + SPREAD * own.counts, own.counts)
+    return Measured(own.values + SPREAD[:, 0], own.parts + SPREAD, own.seeds)
 
 
 def width(found: Any) -> float:
@@ -76,9 +75,6 @@ def test_what_a_seed_does_to_one_rank_alone_widens_the_interval() -> None:
     one = made({1: 0.0, 16: 0.0}, seeds=3)
     narrow, wide = (chosen(each, 0.01).tested[0].difference for each in (one, one | {1: spread(one[1])}))
     assert width(wide) > 5 * width(narrow)
-    own = spread(one[1])
-    seeds = own.sums.sum(1) / own.counts.sum()
-    assert seeds[0] < own.value < seeds[2]
 
 
 def test_what_a_seed_does_to_all_ranks_alike_says_nothing_of_their_difference() -> None:
@@ -88,20 +84,34 @@ def test_what_a_seed_does_to_all_ranks_alike_says_nothing_of_their_difference() 
     assert after.difference.high == pytest.approx(before.difference.high)
 
 
-def test_few_seeds_spread_as_much_as_they_do() -> None:
-    counts = np.ones(4)
-    only_seeds = Losses(np.array([[1.0], [2.0], [3.0]]) * counts, counts)
-    flat = Losses(np.full((3, 4), 2.0), counts)
-    found = chosen({1: only_seeds, 2: flat}, 0.01).tested[0].difference
-    assert found.high - found.value == pytest.approx(math.sqrt(3 / 2) * 1.0)  # all three the largest: 1/27 of the draws
-    assert found.low - found.value == pytest.approx(-math.sqrt(3 / 2) * 1.0)
-
-
 def test_a_run_that_failed_leaves_the_others() -> None:
     losses = made({1: 0.0, 16: 0.0}, seeds=3)
-    lacking = losses | {1: Losses(losses[1].sums[:2], losses[1].counts)}
-    found = chosen(lacking, 0.01)
-    assert found.rank == 1 and found.tested[0].loss.low < found.tested[0].loss.high
+    kept = losses[1]
+    found = chosen(losses | {1: Measured(kept.values[[0, 2]], kept.parts[[0, 2]], (0, 2))}, 0.01)
+    assert found.tested[0].loss.value == pytest.approx(kept.values[[0, 2]].mean())
+    both = kept.values[[0, 2]] - losses[16].values[[0, 2]]
+    assert found.tested[0].difference.value == pytest.approx(both.mean())
+
+
+def test_the_margin_is_a_share_of_the_largest_ranks_loss_and_its_edge_is_enough() -> None:
+    """Losses that no item tells apart: their differences are exact."""
+    counts = np.ones(4)
+    losses = {rank: of_losses(np.full((1, 4), loss), counts) for rank, loss in ((1, 2.5), (2, 2.25), (4, 2.0))}
+    found = chosen(losses, 0.125)
+    assert found.margin == 0.25 and found.rank == 2
+    assert [t.enough for t in found.tested] == [False, True, True]
+    assert [t.difference.value for t in found.tested] == [0.5, 0.25, 0.0]
+
+
+def test_few_records_of_a_prompt_are_not_many_items() -> None:
+    """Fifty copies of each of eight items say what the eight say."""
+    chance = np.random.default_rng(0)
+    once, counts = chance.standard_normal((1, 8)), np.ones(8)
+    items = np.tile(np.arange(8), 50)
+    copied = of_losses(np.tile(once, 50), np.ones(400), items)
+    alone = of_losses(once, counts)
+    assert dataclasses.astuple(copied.interval()) == pytest.approx(dataclasses.astuple(alone.interval()))
+    assert width(of_losses(np.tile(once, 50), np.ones(400)).interval()) < 0.2 * width(alone.interval())
 
 
 @given(st.floats(0.0, 0.2), st.floats(0.001, 0.2))

@@ -86,11 +86,12 @@ def test_classes_and_their_losses_take_one_pass_over_the_records_that_are_kept(t
     passes: list[int] = []
     loaded.model.register_forward_hook(lambda _, inputs, out: passes.append(len(out.logits)))
     found = evaluate(loaded.model, loaded.tokenizer, records, data, GenerateConfig(batch=4))
-    assert sum(passes) == found.items == len(found.predictions) == len(kept)
+    assert sum(passes) == found.records == len(found.predictions) == len(kept)
+    assert found.losses is not None and found.items == len({records.items[i].prompt for i in range(7)}) == 4
     loss = ClassLoss(loaded.model, pad_id(loaded.tokenizer))
     with torch.no_grad():
         expected = [float(loss(loss.collate([one]))[0]) for one in kept]
-    assert found.losses is not None and found.losses.sums == pytest.approx(expected, rel=1e-4)
+    assert found.losses.sums == pytest.approx(expected, rel=1e-4)
 
 
 def test_base_and_adapter_differ_and_the_metrics_come_in_the_order_asked(small: Any) -> None:

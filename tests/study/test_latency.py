@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -52,3 +54,66 @@ def test_each_way_is_in_use_while_it_is_timed() -> None:
     expected = [out for out in (base, one, merged, one, merged, base) for _ in ("untimed", "timed")]
     torch.testing.assert_close(torch.stack(seen[1:]), torch.stack(expected))
     assert not torch.allclose(base, one) and torch.allclose(one, merged, atol=1e-5)
+
+
+class Clock:
+    """A clock that tasks move on, by what they are said to take."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self.now, self.way, self.seconds = 0.0, "", seconds
+        self.taken: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def ways(self) -> dict[str, latency.Way]:
+        return {name: lambda name=name: self.using(name) for name in self.seconds}  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        self.way, self.passes = name, 0
+        yield
+        self.way = ""
+
+    def task(self) -> Callable[[], None]:
+        def run() -> None:
+            if not self.way:  # how long the task is
+                self.now += 0.25
+                return
+            self.passes += 1
+            if self.passes == 1:  # untimed
+                self.now += 100.0
+                return
+            round_number = self.taken.count(self.way)
+            self.taken.append(self.way)
+            self.now += self.seconds[self.way][round_number]
+
+        return run
+
+
+SECONDS = {"base": [1.0, 10.0, 2.0, 4.0], "one": [2.0, 5.0, 8.0, 8.0]}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "base", "one", "ratio"),
+    [(3, 2.0, 5.0, 2.0), (4, 3.0, 6.5, 2.0), (2, 5.5, 3.5, 1.25), (1, 1.0, 2.0, 2.0)],
+)
+def test_ratios_are_the_median_of_the_rounds_own(
+    rounds: int, base: float, one: float, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2, 0.5, 4 and 2: not the ratio of medians, nor the mean."""
+    clock = Clock(SECONDS)
+    monkeypatch.setattr(latency.time, "perf_counter", clock.perf_counter)
+    found = latency.measure(clock.ways(), clock.task, rounds=rounds)
+    assert found.seconds == {"base": base, "one": one} and found.ratios == {"base": 1.0, "one": ratio}
+    assert found.rounds == rounds
+    turns = ["base", "one", "one", "base", "base", "one", "one", "base"]
+    assert clock.taken == turns[: 2 * rounds]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(3.5, 3), (2.9, 2), (0.1, 1), (1e9, 4)])
+def test_as_many_rounds_as_fit(seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a second twice for two ways, untimed and timed, is a second a round."""
+    clock = Clock(SECONDS)
+    monkeypatch.setattr(latency.time, "perf_counter", clock.perf_counter)
+    assert latency.measure(clock.ways(), clock.task, rounds=4, seconds=seconds).rounds == rounds

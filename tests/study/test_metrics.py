@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,22 +14,21 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from deltaw.errors import ConfigError
 from deltaw.study.metrics import (
-    _RESAMPLES,
-    Score,
-    _Counts,
+    accuracy,
     bleu,
     check_metrics,
-    drawn,
     exact_match,
     f1,
     matthews,
+    of_scores,
     pearson,
     perplexity,
     ratio,
-    resampled,
     rouge_l,
+    row_of,
     spearman,
 )
+from deltaw.study.resampling import ItemScore, percentiles, resampled_weights
 
 LONG = "the tavern is a cheap pub near the river"
 
@@ -43,7 +43,7 @@ def test_ratio_weighs_items_by_their_denominators() -> None:
     assert ratio([2.0, 30.0], [1.0, 10.0]).value == pytest.approx(32 / 11)
 
 
-@given(st.lists(st.tuples(st.floats(0, 50), st.integers(1, 40)), min_size=1, max_size=30))
+@given(st.lists(st.tuples(st.floats(0, 50), st.integers(1, 40)), min_size=2, max_size=30))
 def test_an_interval_lies_within_the_items_and_is_the_same_every_time(items: list[tuple[float, int]]) -> None:
     tops, bottoms = [t for t, _ in items], [float(b) for _, b in items]
     score = ratio(tops, bottoms)
@@ -61,8 +61,10 @@ def test_an_interval_narrows_with_more_items() -> None:
 
 
 def test_perplexity_is_e_to_the_loss() -> None:
-    found = perplexity(Score(2.0, 1.0, 3.0))
+    found = perplexity(ItemScore(2.0, 1.0, 3.0, np.array([2.0, 5.0, -1.0])))
     assert (found.value, found.low, found.high) == pytest.approx((math.e**2, math.e, math.e**3))
+    # Without each of three items the losses are 2, 0.5 and 3.5
+    assert found.parts == pytest.approx([3 * math.e**2 - 2 * math.exp(v) for v in (2.0, 0.5, 3.5)])
 
 
 def test_bleu_of_equal_text_is_100_whatever_its_case() -> None:
@@ -94,42 +96,113 @@ def test_an_unknown_metric_names_the_nearest() -> None:
         check_metrics(["loss", "exactmatch"])
 
 
-@given(st.integers(2, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=25))
-@settings(max_examples=60, deadline=None)
+def against(score: Any, of: Any, items: np.ndarray) -> None:
+    """A score's interval and parts, against `of` taken anew on the records of each resample."""
+    count = items.max() + 1
+    members = [np.flatnonzero(items == i) for i in range(count)]
+    draws = []
+    for weights in resampled_weights(count):
+        for row in weights[:: max(1, len(weights) // 150)]:
+            draws.append(of(np.concatenate([members[i] for i, times in enumerate(row) for _ in range(int(times))])))
+    few = percentiles(score.value, np.array(draws), count)
+    assert (score.low, score.high) == pytest.approx((few.low, few.high), abs=0.25 * (few.high - few.low) + 1e-9)
+    without = np.array([of(np.flatnonzero(items != i)) for i in range(count)])
+    assert score.parts == pytest.approx(count * score.value - (count - 1) * without)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.filterwarnings("ignore")
-def test_resamples_of_class_scores_are_what_scikit_learn_says(classes: int, items: list[tuple[int, int]]) -> None:
-    y, t = (np.array([pair[i] % classes for pair in items]) for i in (0, 1))
-    picks = np.random.default_rng(3).integers(0, len(y), (6, len(y)))
-    counts, average = _Counts(y, t, classes), "binary" if classes == 2 else "macro"
-    with np.errstate(all="ignore"):
-        ours = [counts.f1(picks), counts.matthews(picks)]
-    theirs = [f1_score(t[p], y[p], average=average, zero_division=0.0) for p in picks]
-    assert ours[0] == pytest.approx(theirs) and ours[1] == pytest.approx([matthews_corrcoef(t[p], y[p]) for p in picks])
-    assert f1(y, t, classes).value == pytest.approx(f1_score(t, y, average=average, zero_division=0.0))
-    assert matthews(y, t, classes).value == pytest.approx(matthews_corrcoef(t, y))
+def test_scores_of_classes_resample_items(classes: int) -> None:
+    chance = np.random.default_rng(classes)
+    y, t = chance.integers(0, classes, (2, 50))
+    items = np.arange(50) % 13
+    average = "binary" if classes == 2 else "macro"
+    ours = [each(y, t, classes, items) for each in (f1, matthews, accuracy)]
+    theirs = (
+        lambda p: f1_score(t[p], y[p], average=average, zero_division=0.0),
+        lambda p: matthews_corrcoef(t[p], y[p]),
+        lambda p: (t[p] == y[p]).mean(),
+    )
+    for score, of in zip(ours, theirs, strict=True):
+        assert score.value == pytest.approx(of(np.arange(50)))
+        against(score, of, items)
 
 
-def test_resamples_of_correlations_are_what_scipy_says() -> None:
+@given(st.integers(2, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=3, max_size=12))
+@settings(max_examples=20, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_scores_of_few_classes_are_what_scikit_learn_says(classes: int, pairs: list[tuple[int, int]]) -> None:
+    y, t = (np.array([pair[i] % classes for pair in pairs]) for i in (0, 1))
+    average, n = "binary" if classes == 2 else "macro", len(pairs)
+    for ours, theirs in (
+        (f1, lambda p: f1_score(t[p], y[p], average=average, zero_division=0.0)),
+        (matthews, lambda p: matthews_corrcoef(t[p], y[p])),
+    ):
+        score = ours(y, t, classes)
+        without = np.array([theirs(np.delete(np.arange(n), i)) for i in range(n)])
+        assert score.value == pytest.approx(theirs(np.arange(n)))
+        assert score.parts == pytest.approx(n * score.value - (n - 1) * without)
+
+
+def test_correlations_resample_items_and_rank_each_resample_anew() -> None:
     chance = np.random.default_rng(0)
     y, t = chance.normal(size=40), chance.normal(size=40).round(1)  # with ties
+    items = np.arange(40) % 11
     for ours, theirs in ((pearson, pearsonr), (spearman, spearmanr)):
-        draws = [theirs(y[p], t[p]).statistic for picks in drawn(40, 0, _RESAMPLES) for p in picks]
-        found = ours(y, t)
-        assert found.value == pytest.approx(theirs(y, t).statistic)
-        assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
+        against(ours(y, t, items), lambda p, of=theirs: of(y[p], t[p]).statistic, items)
+        assert ours(y, t, items).value == pytest.approx(theirs(y, t).statistic)
 
 
-def test_resamples_of_many_items_come_in_parts() -> None:
-    sizes = []
+def test_bleu_resamples_items_as_sacrebleu_would_score_them() -> None:
+    chance = np.random.default_rng(1)
+    words = np.array(["the", "a", "cheap", "pub", "near", "river", "is", "of"])
+    said = [" ".join(chance.choice(words, chance.integers(5, 12))) for _ in range(18)]
+    wanted = [
+        [" ".join(np.where(chance.random(len(s.split())) < 0.8, s.split(), "x")) for _ in range(1 + i % 3)]
+        for i, s in enumerate(said)
+    ]
+    items = np.arange(18) % 9
 
-    def of(picks: np.ndarray) -> np.ndarray:
-        sizes.append(picks.shape)
-        return picks.mean(1)
+    def of(places: np.ndarray) -> float:
+        from sacrebleu.metrics.bleu import BLEU
 
-    resampled(0.0, of, 50_000)
-    assert sum(count for count, _ in sizes) == 1000 and max(count for count, _ in sizes) == 20
+        columns = [[wanted[i][n] if n < len(wanted[i]) else None for i in places] for n in range(3)]
+        metric = BLEU(lowercase=True, tokenize="13a", smooth_method="none")
+        return float(metric.corpus_score([said[i] for i in places], columns).score)
+
+    score = bleu(said, wanted, items.tolist())
+    assert score.value == pytest.approx(of(np.arange(18))) and score.low < score.value < score.high
+    against(score, of, items)
+
+
+def test_bleu_without_a_single_match_of_four_words_is_0() -> None:
+    score = bleu(["a b c", "d e f"], [["a b c"], ["d e f"]])
+    assert (score.value, score.low, score.high) == (0.0, 0.0, 0.0)
+
+
+def test_copies_of_an_item_do_not_narrow_an_interval() -> None:
+    hits, items = [0.0, 1.0, 1.0, 0.0, 1.0], list(range(5))
+    once, copied = ratio(hits, [1.0] * 5), ratio(hits * 20, [1.0] * 100, items * 20)
+    assert copied == once and ratio(hits * 20, [1.0] * 100).high < once.high
+    for score in (
+        exact_match(["a", "b"] * 4, [["a"]] * 8, [0, 1] * 4),
+        rouge_l(["a", "b"] * 4, [["a"]] * 8, [0, 1] * 4),
+    ):
+        assert len(score.parts) == 2 and (score.low, score.high) == (0.0, 1.0)
+
+
+def test_several_runs_have_one_interval_within_the_metrics_range() -> None:
+    runs = [accuracy([0] * 19 + [i], [0] * 20, 2) for i in (0, 0, 1)]
+    plain = [run.plain() | {"parts": run.parts.tolist()} for run in runs]
+    several = of_scores(plain, (0, 1, 2))
+    row = row_of(plain[0], several, "accuracy")
+    assert row["seeds"] == [1.0, 1.0, 0.95] and row["value"] == pytest.approx(0.98333, abs=1e-5)
+    assert row["high"] == 1.0 < several.interval().high and row["low"] < 0.95
+    assert row_of(plain[2], of_scores(plain[2:], (2,)), "accuracy") == {"seeds": [0.95], **runs[2].plain()}
+    assert row_of(plain[0], several, "matthews")["high"] == 1.0 and row_of(plain[0], several, "bleu")["high"] > 1.0
 
 
 def test_of_constant_predictions_there_is_no_correlation() -> None:
     assert math.isnan(pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).value)
-    assert matthews([0, 0, 0], [0, 1, 1], 2) == Score(0.0, 0.0, 0.0)
+    assert math.isnan(spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).low)
+    assert matthews([0, 0, 0], [0, 1, 1], 2).plain() == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -197,3 +197,20 @@ def test_dropout_in_one_pass_follows_from_the_loops_seeds_alone() -> None:
     assert apart(first[0], again[0]) == apart(first[1], again[1]) == 0.0
     assert apart(first[1], other[1]) > 1e-3 and apart(first[0], first[1]) > 1e-3
     assert apart(trained((1, 2), 0.0, 1)[1], trained((1, 3), 0.0, 1)[1]) == 0.0
+
+
+@pytest.mark.parametrize(("count", "left"), [(3, 2), (5, 3)])
+def test_of_an_odd_number_the_middle_one_goes_on(count: int, left: int) -> None:
+    model = made("llama")
+    config = dataclasses.replace(CONFIG, steps=2, eval_every=2)
+    rates = (1e-6, 1e-2, 3e-3, 1e-5, 1e-3)[:count]
+    heard: list[list[Event]] = [[] for _ in rates]
+    loops = [
+        loop_of("llama", model, i, LoRA(rank=2), dataclasses.replace(config, lr=lr), heard[i])
+        for i, lr in enumerate(rates)
+    ]
+    Abreast(loops, 2, rungs=(0.5,)).run()
+    at = [next(e.values["valid_loss"] for e in own if e.kind == "eval" and e.step == 1) for own in heard]
+    worst = sorted(range(count), key=lambda i: at[i])[left:]
+    assert {i for i, loop in enumerate(loops) if loop.state.stopped == "behind"} == set(worst)
+    assert [loop.state.step for i, loop in enumerate(loops) if i not in worst] == [2] * left

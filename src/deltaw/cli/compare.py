@@ -21,9 +21,12 @@ def run(command: Compare) -> None:
     results = done.results
     rows = comparison.ranked(results)
     metrics = list(next((row["scores"] for row in rows if row.get("scores")), {}))
-    made = show.table(*comparison.COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
+    for warning in results["warnings"]:
+        show.err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    columns = [*comparison.COLUMNS, *metrics, *comparison.beside_columns(results)]
+    made = show.table(*columns, title=f"\n{command.model} on {command.data}, scored on {results['sets']['test']}")
     for row in rows:
-        made.add_row(*comparison.cells(row, metrics))
+        made.add_row(*comparison.cells(row, metrics), *comparison.beside(row, results))
     show.out.print(made)
     if results["latency"]:
         timed = show.table("", *comparison.latency_columns(results), title="\nInference, over the base's time")
@@ -31,6 +34,7 @@ def run(command: Compare) -> None:
             timed.add_row(*cells)
         show.out.print(timed)
     show.out.print(f"\n{comparison.headline(results)}", soft_wrap=True)
+    show.out.print(comparison.note_on_intervals(results), style="dim", soft_wrap=True)
     show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 

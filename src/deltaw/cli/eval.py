@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deltaw.errors import ConfigError
 def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
+    from deltaw.data.hold_out import first
     from deltaw.files.atomic import check_place, write_text
     from deltaw.pretrained import HEADED, read_config
     from deltaw.tasks import recognised
@@ -30,7 +32,8 @@ def run(command: Eval) -> None:
     data = recognised(data, records, read_config(command.model))
     metrics = _metrics(command, data, records.form)
     if command.most is not None:
-        records = dataclasses.replace(records, items=records.items[: command.most])
+        records = records.only(first(records.items, command.most))
+    _warn_of_overlap(records, command.opening.adapter)
     loaded = open_model(command.model, command.opening, data)
     if data.task in HEADED and loaded.untrained:
         if command.opening.adapter is None:
@@ -46,8 +49,27 @@ def run(command: Eval) -> None:
 
 
 def _as_told(evaluation: Any) -> dict[str, Any]:
-    """Without the loss of each record."""
-    return {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "losses"}
+    """Without what each record and item adds; an interval that a single item does not allow is null."""
+    plain = {
+        "records": evaluation.records, "items": evaluation.items, "predictions": evaluation.predictions,
+        "seconds": evaluation.seconds,
+    }  # fmt: skip
+    scores = {name: score.plain() for name, score in evaluation.scores.items()}
+    return plain | {
+        "scores": {name: {k: v if math.isfinite(v) else None for k, v in own.items()} for name, own in scores.items()}
+    }
+
+
+def _warn_of_overlap(records: Any, adapter: str | None) -> None:
+    """Say how many prompts the adapter was trained on, where its training data is here."""
+    from deltaw.data.prompts import overlap
+    from deltaw.preparing import trained_on
+    from deltaw.store import training_of
+
+    trained = trained_on(training_of(adapter)) if adapter is not None else None
+    warning = overlap(records.items, trained.items, "evaluated") if trained is not None else None
+    if warning is not None:
+        show.err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
 
 def _metrics(command: Eval, data: Any, form: str) -> list[str]:
@@ -86,9 +108,20 @@ def _evaluate(loaded: Any, records: Any, data: Any, command: Eval, metrics: list
 
 
 def _table(found: dict[str, Any], metrics: list[str], command: Eval) -> Any:
-    items = next(iter(found.values())).items
-    made = show.table("", *found, title=f"{command.data}: {items:,} items (95% intervals by bootstrap)")
+    one = next(iter(found.values()))
+    both = ["adapter less base"] * (len(found) == 2)
+    what = f"{one.records:,} records of {one.items:,} items"
+    made = show.table("", *found, *both, title=f"{command.data}: {what} (95% intervals by bootstrap over items)")
     for metric in metrics:
-        made.add_row(metric.replace("_", " "), *(str(e.scores[metric]) for e in found.values()))
-    made.add_row("time", *(units.duration(e.seconds) for e in found.values()))
+        scores = [e.scores[metric] for e in found.values()]
+        made.add_row(metric.replace("_", " "), *map(str, scores), *(_difference(*scores) for _ in both))
+    made.add_row("time", *(units.duration(e.seconds) for e in found.values()), *("" for _ in both))
     return made
+
+
+def _difference(base: Any, adapter: Any) -> str:
+    """In pairs, on the same items."""
+    from deltaw.study.resampling import paired
+
+    found = paired(adapter, base)
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

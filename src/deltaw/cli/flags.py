@@ -162,7 +162,7 @@ class Eval:
     """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l; of classes loss, accuracy, f1, matthews; of
     quantities loss, pearson, spearman. Default: all; of text records, which have no prompt, loss and perplexity."""
     most: int | None = None
-    """Score at most this many records, the first ones."""
+    """Score at most this many records, the first ones, prompts with all their records."""
     out: str | None = None
     """Write scores and predictions to this JSON file."""
     records: DataConfig = field(default_factory=DataConfig)

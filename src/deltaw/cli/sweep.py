@@ -23,6 +23,8 @@ def run(command: Sweep) -> None:
     if command.json:
         print(json.dumps(done.results, indent=1, ensure_ascii=False))
         return
+    for warning in done.results["warnings"]:
+        show.err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     metrics = sweep_report.metrics_of(done.results)
     made = show.table(*sweep_report.COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
     for row in sweep_report.ordered(done.results):
@@ -30,6 +32,7 @@ def run(command: Sweep) -> None:
     show.out.print(made)
     for sentence in sweep_report.sentences(done.results):
         show.out.print(f"\n{sentence}", soft_wrap=True)
+    show.out.print(sweep_report.note_on_intervals(done.results), style="dim", soft_wrap=True)
     show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 

@@ -109,6 +109,8 @@ def _coverage(values: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=True,
     )
+    held = f"held out: {values['sets']['valid']}" if values["sets"]["valid"] else "nothing is held out"
+    show.out.print(f"Trained on {values['sets']['train']}; {held}.", soft_wrap=True)
     if values.get("expected_memory"):
         show.out.print(_memory(values["expected_memory"]), soft_wrap=True, markup=True)
 

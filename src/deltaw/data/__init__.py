@@ -2,6 +2,8 @@
 
 sources.py   files, folders, hub data sets, lists → rows with their places
 forms.py     rows → records: prompt/completion, chat, instruction, text
+prompts.py   which records are one item: those with the same prompt
+hold_out.py  records set aside by whole items
 records.py   the two together: read, and references for scoring
 endings.py   how the assistant's turns end
 chat.py      conversations → tokens and exactly the assistant's

@@ -63,6 +63,8 @@ class Encoded:
     examples: list[Any]
     """Each an Example, or an Item of another task."""
     counts: Counts
+    records: list[int]
+    """The number of the record that each example is of: those that were dropped have none."""
     ends: tuple[int, ...] = ()
     """The tokens that end what is learnt: where a model trained on these stops."""
     note: str | None = None
@@ -83,10 +85,11 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
     else:
         wholes, ends = _plains(records.items, tokenizer, config), (int(tokenizer.eos_token_id),)
     examples: list[Example] = []
+    numbers: list[int] = []
     problems: list[str] = []
     truncated = dropped = 0
     bos = _bos(tokenizer)
-    for whole in wholes:
+    for number, whole in enumerate(wholes):
         if len(whole.input_ids) > config.max_length:
             dropped += config.too_long == "drop"
             if config.too_long == "drop":
@@ -100,6 +103,7 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
             problems.append(f"{whole.place}: no token of it is supervised, so there is nothing to learn from it")
             continue
         examples.append(whole)
+        numbers.append(number)
     if problems:
         raise DataError(
             listing(f"{records.source}: {len(problems)} of {len(records)} records cannot be encoded:", problems)
@@ -109,7 +113,7 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
             f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
             "and were dropped. Raise max_length or set too_long: truncate."
         )
-    return Encoded(examples, _count(examples, len(records), truncated, dropped), ends, note)
+    return Encoded(examples, _count(examples, len(records), truncated, dropped), numbers, ends, note)
 
 
 def encode_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:

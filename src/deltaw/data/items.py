@@ -226,7 +226,8 @@ def _kept(items: list[Item], lengths: Sequence[int], records: Records, config: D
             listing(f"{records.source}: {len(long)} of {len(records)} records cannot be encoded:", problems)
         )
     dropped = set(long) if config.too_long == "drop" else set()
-    kept = [item for i, item in enumerate(items) if i not in dropped]
+    numbers = [i for i in range(len(items)) if i not in dropped]
+    kept = [items[i] for i in numbers]
     if not kept:
         raise DataError(
             f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
@@ -236,7 +237,7 @@ def _kept(items: list[Item], lengths: Sequence[int], records: Records, config: D
         records=len(records), kept=len(kept), truncated=len(long) - len(dropped), dropped=len(dropped),
         tokens=sum(i.length for i in kept), supervised=sum(i.targets for i in kept), longest=max(i.length for i in kept),
     )  # fmt: skip
-    return Encoded(kept, counts)
+    return Encoded(kept, counts, numbers)
 
 
 def collate_items(items: Sequence[Item], pad_id: int, most: int | None = None) -> ItemBatch:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.config import DataConfig
 from deltaw.data import forms, sources
 from deltaw.data.forms import Record
+from deltaw.data.prompts import question_of
 from deltaw.errors import DataError, listing
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def only(self, numbers: Sequence[int]) -> Records:
+        """These of them, in the order given."""
+        return replace(self, items=[self.items[i] for i in numbers])
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.items)
@@ -46,6 +51,14 @@ def read(
     Raises one DataError with every record that cannot be used; nothing is skipped but blank lines.
     """
     rows, problems, name = sources.rows(source, split, config.split)
+    return checked(rows, problems, name, config, completions=completions)
+
+
+def checked(
+    rows: Sequence[sources.Row], problems: list[str], name: str, config: DataConfig, *, completions: bool = True
+) -> Records:
+    """The rows of a source as records, one each in their order. `problems` are those met in reading them. Raises DataError as
+    `read` does."""
     total = len(rows) + len(problems)
     if not total:
         raise DataError(f"{name}: no records in it. Each record is one JSON object a line, one CSV row, or one dict.")
@@ -76,11 +89,10 @@ def _by_place(problem: str) -> tuple[str, int]:
 
 
 def references(records: Sequence[Record] | Records) -> list[tuple[Record, list[str]]]:
-    """Items to score: the first record of each prompt, and all completions of that prompt, in first-seen order."""
+    """What is to be answered: the first record of each question, and all completions of that question, in first-seen order."""
     items: dict[Any, tuple[Record, list[str]]] = {}
     for record in records:
-        key = record.context if record.messages is not None else (record.prompt, record.input)
-        item = items.setdefault(key, (record, []))
+        item = items.setdefault(question_of(record), (record, []))
         if record.completion is not None:
             item[1].append(record.completion)
     return list(items.values())

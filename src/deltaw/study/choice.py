@@ -1,4 +1,4 @@
-"""Which rank is enough, with evidence: losses of the same held-out records under several ranks, compared in pairs. Knows numbers
+"""Which rank is enough, with evidence: losses of the same held-out items under several ranks, compared in pairs. Knows numbers
 alone.
 
 The smallest rank is chosen whose loss is not worse than the largest one's by more than a margin, with 95% confidence. The tests
@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deltaw.study.metrics import Score
-from deltaw.study.resampling import Losses, draws, score_of
+from deltaw.study.resampling import Measured, Score
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Tested:
     rank: int
     loss: Score
     difference: Score
-    """Its loss less the largest rank's, over the same resampled records."""
+    """Its loss less the largest rank's, item by item and seed by seed."""
     enough: bool
     """The interval ends below the margin."""
 
@@ -38,21 +37,16 @@ class Choice:
     """All ranks, rising."""
 
 
-def chosen(losses: Mapping[int, Losses], margin: float, *, seed: int = 0) -> Choice:
-    """By the losses of each rank on the same records. `margin` is a share of the largest rank's loss, 0.01 say.
-
-    Intervals are 95%, by bootstrap: each resample draws records, and of the seeds as many as there are, with replacement. Both
-    are the same ones for every rank: runs of one seed saw the same records in the same order. (A rank that lacks the run of a
-    seed draws seeds of its own.)
-    """
+def chosen(losses: Mapping[int, Measured], margin: float) -> Choice:
+    """By the losses of each rank on the same items. `margin` is a share of the largest rank's loss, for example 0.01."""
     ranks = sorted(losses)
-    drawn = draws(losses, seed)
-    most, largest = margin * losses[ranks[-1]].value, ranks[-1]
+    largest = losses[ranks[-1]]
+    most = margin * largest.value
     tested = []
     for rank in ranks:
-        difference = score_of(losses[rank].value - losses[largest].value, drawn[rank] - drawn[largest])
-        tested.append(Tested(rank, score_of(losses[rank].value, drawn[rank]), difference, difference.high <= most))
-    enough = largest
+        difference = losses[rank].less(largest).interval()
+        tested.append(Tested(rank, losses[rank].interval(), difference, difference.high <= most))
+    enough = ranks[-1]
     for each in reversed(tested):
         if not each.enough:
             break

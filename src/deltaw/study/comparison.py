@@ -34,14 +34,30 @@ def ranked(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     sign = -1.0 if metric in MORE_IS_BETTER else 1.0
 
     def key(row: Mapping[str, Any]) -> tuple[float, int]:
-        scored = row.get("scores")
-        return (sign * mean(scored[metric]["seeds"]), row["parameters"]) if scored else (math.inf, 0)
+        value = sign * mean(row["scores"][metric]["seeds"]) if row.get("scores") else math.inf
+        return (math.inf if math.isnan(value) else value, row.get("parameters", 0))
 
     return sorted(results["rows"], key=key)
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def beside_columns(results: Mapping[str, Any]) -> list[str]:
+    """Names of what `beside` says; none where nothing was compared."""
+    return [f"{metric_of(results)}, less the best's", "worse"] if results.get("compared") else []
+
+
+def beside(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """A method beside the best one, under `beside_columns`."""
+    if not results.get("compared"):
+        return []
+    places = {each["name"]: (i, each) for i, each in enumerate(results["compared"])}
+    if row["name"] not in places or not places[row["name"]][0]:
+        return ["–", "–"]
+    each = places[row["name"]][1]
+    return [interval(each["difference"]), "yes" if each["worse"] else "not shown"]
 
 
 def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
@@ -103,14 +119,17 @@ def headline(results: Mapping[str, Any]) -> str:
     if len(rows) > 1 and len({mean(r["scores"][metric]["seeds"]) for r in rows}) == 1:
         return f"The methods do not differ by {metric} on the test records: each scores {score(found)}."
     text = f"{best['name']} is best by {metric} on the test records: {score(found)}, with {_many(best['parameters'])} parameters."
-    near = [r for r in rows[1:] if found["low"] <= mean(r["scores"][metric]["seeds"]) <= found["high"]]
-    if not near:
+    if not results.get("compared"):
         return text
-    least = min(near, key=lambda r: r["parameters"])
-    text += f" Within its interval: {', '.join(r['name'] for r in near)}"
+    others = results["compared"][1:]
+    near = [each["name"] for each in others if not each["worse"]]
+    if not near:
+        return f"{text} {'The other is' if len(others) == 1 else 'All others are'} shown to be worse."
+    least = min((r for r in rows if r["name"] in near), key=lambda r: r["parameters"])
+    text += f" Not shown to be worse, in pairs on the same items: {', '.join(near)}"
     if least["parameters"] < best["parameters"]:
         text += f"; the smallest of them, {least['name']}, has {_many(least['parameters'])}"
-    return text + "."
+    return f"{text}."
 
 
 def _many(count: int) -> str:
@@ -127,13 +146,15 @@ def comparison_report(results: Mapping[str, Any]) -> Report:
     metric = metric_of(results)
     good = [row for row in rows if row.get("scores")]
     metrics = list(good[0]["scores"]) if good else []
+    note = _NOTE + note_on_intervals(results)
     return Report(
         title=f"Methods compared: {settings['model']} on {settings['data']}",
         headline=headline(results),
-        facts=_facts(settings, good),
+        facts=_facts(settings, good, results.get("sets", {})),
         curves=_curves(good, metric, results["latency"]),
         tables=[
-            Table("Methods", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE),
+            Table("Methods", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=note),
+            *_beside_tables(results, rows),
             *_latency_tables(results),
             Table(
                 "Learning rates", ["method", "lr", "held-out loss", *(["held-out " + by] if by != "loss" else [])],
@@ -145,16 +166,53 @@ def comparison_report(results: Mapping[str, Any]) -> Report:
             ),
             Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings["run"].items()]),
         ],
-        warnings=_warnings(rows),
+        warnings=[*results.get("warnings", ()), *_warnings(rows)],
         footer=in_words(results["environment"]),
     )  # fmt: skip
 
 
 _NOTE = (
     "Memory is what training held over the loaded model and its adapter. Of full fine-tuning the base's own weights, which stay "
-    "beside the trained ones, are in the loaded model, and so not counted. Intervals are 95%, by bootstrap over the test "
-    "records, of several seeds the mean of theirs; ± is the standard deviation over seeds."
+    "beside the trained ones, are in the loaded model, and so not counted. "
 )
+BY_ITEM = "Intervals are 95%, by bootstrap over items: records with the same prompt are one. "
+ONE_SEED = "Each is of one run: what another seed would change is not in them."
+SEVERAL_SEEDS = (
+    "The seeds' variance is in them, with Student's t for their few; ± is the standard deviation over seeds."
+)
+_BESIDE = (
+    "In pairs: the difference on the same items, and of several seeds seed by seed. Which method is best, these scores alone "
+    "say; so the intervals are made to hold for all {} pairs together (95%). Not shown to be worse is not shown to be equal."
+)
+
+
+def seeds_note(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Which variance is in the intervals of these scores."""
+    counts = {len(score["seeds"]) for score in scores}
+    if counts <= {1}:
+        return ONE_SEED
+    return SEVERAL_SEEDS + (" A row with a single run has nothing of that in its interval." if 1 in counts else "")
+
+
+def note_on_intervals(results: Mapping[str, Any]) -> str:
+    """What the methods' intervals are over."""
+    metric = metric_of(results)
+    return f"{BY_ITEM}{seeds_note([row['scores'][metric] for row in results['rows'] if row.get('scores')])}"
+
+
+def _beside_tables(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    columns, count = beside_columns(results), len(results.get("compared", ()))
+    if not columns:
+        return []
+    shown = [
+        [row["name"], score(row["scores"][metric_of(results)]), *beside(row, results)]
+        for row in rows
+        if row.get("scores")
+    ]
+    note = _BESIDE.format(count * (count - 1) // 2)
+    return [Table("Methods beside the best", ["method", metric_of(results), *columns], shown, note=note)]
+
+
 _RATES = (
     "Of each method the best one counts: by held-out loss, of classes and numbers by the held-out score, and by the loss where "
     "scores are equal. The test records do not decide."
@@ -179,7 +237,9 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes + [f"{row['name']} failed: {row['error']}" for row in rows if "error" in row]
 
 
-def _facts(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+def _facts(
+    settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
     run = settings["run"]
     budget = (
         f"{run['minutes']:g} min"
@@ -192,6 +252,8 @@ def _facts(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         ("Budget", budget, f"each, batches of {run['batch']}"),
         ("Test records", f"{settings['test_most']:,}", "at most"),
     ]
+    if sets:
+        facts[-1] = ("Test set", sets["test"], f"trained on {sets['train']}; learning rates by {sets['valid']}")
     if rows:
         smallest, largest = (f(rows, key=lambda r: r["parameters"]) for f in (min, max))
         span = f"{_many(smallest['parameters'])} – {_many(largest['parameters'])}"

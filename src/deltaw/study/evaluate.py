@@ -12,6 +12,7 @@ import torch
 
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, Records, as_said, references
+from deltaw.data.prompts import item_numbers
 from deltaw.errors import DataError
 from deltaw.modes import evaluating
 from deltaw.positions import within
@@ -21,11 +22,11 @@ from deltaw.study.metrics import (
     METRICS,
     NUMBER_METRICS,
     TEXT_METRICS,
-    Score,
     check_metrics,
     perplexity,
     ratio,
 )
+from deltaw.study.resampling import ItemScore
 from deltaw.tasks import Classification, Task, task_of
 from deltaw.training.loss import Loss
 
@@ -38,35 +39,42 @@ class RecordLosses(NamedTuple):
 
     sums: list[float]
     counts: list[float]
+    items: list[int]
+    """The number of its item: records with the same prompt are of one."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of one model, as it stood (base, adapter or merged), on one set of records."""
 
+    records: int
+    """How many were scored."""
     items: int
-    """Distinct prompts, or records with a label."""
-    scores: dict[str, Score]
+    """How many items they are of: what intervals resample."""
+    scores: dict[str, ItemScore]
     predictions: list[str]
-    """One for each item; empty where only the loss of texts was asked for."""
+    """One for each distinct prompt, or labelled record; empty where only the loss of texts was asked for."""
     losses: RecordLosses | None
     """None where that of texts was not asked for."""
     seconds: float
 
 
 @dataclass(frozen=True)
-class Items:
+class Questions:
     """Records grouped by prompt."""
 
     records: list[Record]
     """One of each prompt."""
     references: list[list[str]]
+    items: list[int]
+    """The number of each prompt's item."""
 
     @classmethod
-    def of(cls, records: Any) -> Items:
-        """Records with equal prompts become one item with several references."""
+    def of(cls, records: Any) -> Questions:
+        """Records with equal prompts become one question with several references."""
         pairs = references(records)
-        return cls([record for record, _ in pairs], [list(refs) for _, refs in pairs])
+        asked = [record for record, _ in pairs]
+        return cls(asked, [list(refs) for _, refs in pairs], item_numbers(asked))
 
 
 def metrics_of(data: DataConfig, form: str = "") -> tuple[str, ...]:
@@ -87,8 +95,9 @@ def evaluate(
 ) -> Evaluation:
     """Score the model with whatever adapter is active, by `data.task`. Loss is of each prediction over all records. Exact
     match, BLEU and ROUGE-L are of one generated completion for each distinct prompt; accuracy and its like of each record's
-    likeliest class, by the same pass as the loss. Default: all metrics of the task. Raises ConfigError for an unknown one, and
-    DataError where a loss is not finite: no score would say anything then."""
+    likeliest class, by the same pass as the loss. Intervals resample items. Default: all metrics of the task.
+
+    Raises ConfigError for an unknown metric, and DataError where a loss is not finite: no score would say anything then."""
     known = metrics_of(data, records.form)
     metrics = known if metrics is None else metrics
     check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
@@ -97,12 +106,12 @@ def evaluate(
     began = time.monotonic()
     given = (loaded, records, data, generation, metrics, on_done)
     judged = _of_labels(task, *given) if issubclass(task, Classification) else _of_texts(task, *given)
-    items, predictions, scores, losses = judged
+    scored, items, predictions, scores, losses = judged
     _check_finite(losses)
     if losses is not None and _OF_LOSSES & set(metrics):
         scores["loss"] = ratio(*losses)
         scores["perplexity"] = perplexity(scores["loss"])
-    return Evaluation(items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
+    return Evaluation(scored, items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
 
 
 def _check_finite(losses: RecordLosses | None) -> None:
@@ -117,7 +126,7 @@ def _check_finite(losses: RecordLosses | None) -> None:
         )
 
 
-_Judged = tuple[int, list[str], dict[str, Score], RecordLosses | None]
+_Judged = tuple[int, int, list[str], dict[str, ItemScore], RecordLosses | None]
 
 
 def _of_texts(
@@ -125,15 +134,19 @@ def _of_texts(
     metrics: Sequence[str], on_done: Callable[[int], None],
 ) -> _Judged:  # fmt: skip
     """Of a completion for each distinct prompt, and the loss of all completions that there are."""
-    losses, said, items = None, list[str](), Items.of(records)
+    losses, said = None, list[str]()
     if _OF_LOSSES & set(metrics):
-        losses = record_losses(task.loss(loaded), task.encode(records, loaded, data).examples, generation.batch)
-    answered = [m for m in metrics if m in TEXT_METRICS]
+        encoded = task.encode(records, loaded, data)
+        items = item_numbers(records.only(encoded.records).items)
+        losses = record_losses(task.loss(loaded), encoded.examples, generation.batch, items)
+    scores, answered = dict[str, ItemScore](), [m for m in metrics if m in TEXT_METRICS]
     if answered:
-        said = task.answer(loaded, items.records, data, generation, on_done)
-    plain = iter(as_said([text for texts in items.references for text in texts], loaded.tokenizer))
-    wanted = [[next(plain) for _ in texts] for texts in items.references]
-    return len(items.records), said, {m: TEXT_METRICS[m](said, wanted) for m in answered}, losses
+        asked = Questions.of(records)
+        said = task.answer(loaded, asked.records, data, generation, on_done)
+        plain = iter(as_said([text for texts in asked.references for text in texts], loaded.tokenizer))
+        wanted = [[next(plain) for _ in texts] for texts in asked.references]
+        scores = {m: TEXT_METRICS[m](said, wanted, asked.items) for m in answered}
+    return len(records), len(set(item_numbers(records.items))), said, scores, losses
 
 
 def _of_labels(
@@ -141,20 +154,22 @@ def _of_labels(
     metrics: Sequence[str], on_done: Callable[[int], None],
 ) -> _Judged:  # fmt: skip
     """Of each record's class or quantity."""
-    examples = task.encode(records, loaded, data).examples
+    encoded = task.encode(records, loaded, data)
+    examples, items = encoded.examples, item_numbers(records.only(encoded.records).items)
     logits, wanted = task.logits(loaded, examples, generation.batch, on_done), [e.target for e in examples]
     said, labels = task.answers_of(logits), len(data.labels or [])
     if task.answers == "number":
-        scores = {m: NUMBER_METRICS[m](said, wanted) for m in metrics if m in NUMBER_METRICS}
+        scores = {m: NUMBER_METRICS[m](said, wanted, items) for m in metrics if m in NUMBER_METRICS}
     else:
-        scores = {m: CLASS_METRICS[m](said, wanted, labels) for m in metrics if m in CLASS_METRICS}
+        scores = {m: CLASS_METRICS[m](said, wanted, labels, items) for m in metrics if m in CLASS_METRICS}
     losses = task.loss(loaded).of(logits, torch.tensor(wanted)).tolist()
-    return len(examples), [task.said(a, data) for a in said], scores, RecordLosses(losses, [1.0] * len(losses))
+    told = [task.said(a, data) for a in said]
+    return len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items)
 
 
 @torch.no_grad()
-def record_losses(loss: Loss, examples: Sequence[Any], batch: int) -> RecordLosses:
-    """Of each example."""
+def record_losses(loss: Loss, examples: Sequence[Any], batch: int, items: list[int]) -> RecordLosses:
+    """The losses of each example, which is of this item."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss.model):
@@ -163,4 +178,4 @@ def record_losses(loss: Loss, examples: Sequence[Any], batch: int) -> RecordLoss
             losses, of_row = loss.each(loss.collate([examples[i] for i in own]))
             sums.index_add_(0, own[of_row], losses.double().cpu())
             counts[own] += torch.bincount(of_row, minlength=len(own))
-    return RecordLosses(sums.tolist(), counts.tolist())
+    return RecordLosses(sums.tolist(), counts.tolist(), items)

@@ -11,7 +11,7 @@ from deltaw import units
 from deltaw.environment import in_words
 from deltaw.names import brief, by_family
 from deltaw.study.alike_report import alike_maps, alike_tables
-from deltaw.study.comparison import interval, score
+from deltaw.study.comparison import BY_ITEM, ONE_SEED, interval, score
 from deltaw.study.hints import hints
 from deltaw.study.report import Chart, Report, Series, Table
 from deltaw.study.sweep_report import why_no_smaller
@@ -30,12 +30,12 @@ _PAPER = (
 def sentence(results: Values) -> str:
     """The recommendation, its evidence and its cost."""
     rows = {row["rank"]: row for row in results["ranks"]}
-    own, largest, count = rows[results["rank"]], results["ranks"][-1], results["records"]["count"]
+    own, largest, what = rows[results["rank"]], results["ranks"][-1], results["records"]["what"]
     loss = f"loss {own['loss']['value']:.3f} [{own['loss']['low']:.3f}, {own['loss']['high']:.3f}]"
     text = f"r = {own['rank']}: {units.size(own['bytes'])}, {loss}"
     if own["rank"] != largest["rank"]:
-        return text + f" against {largest['loss']['value']:.3f} at r = {largest['rank']}, on {count} held-out records."
-    return text + f" on {count} held-out records."
+        text += f" against {largest['loss']['value']:.3f} at r = {largest['rank']}"
+    return f"{text}, on {what}, held out."
 
 
 def remarks(results: Values) -> list[str]:
@@ -55,6 +55,8 @@ def remarks(results: Values) -> list[str]:
         )
     if results["records"]["stopped_by"]:
         found.append("The run was stopped by these records (--patience), so their losses are a little too good.")
+    overlapping = results["records"]["overlap"]
+    found += [overlapping] if overlapping else []
     found += [_better(each) for each in results["allocated"] if each["better"]]
     return found + confirmation(results)
 
@@ -126,10 +128,10 @@ def _ranks(results: Values) -> Table:
     metrics, largest = metrics_of(results), results["ranks"][-1]["rank"]
     count = len(results["ranks"]) - 1
     note = (
-        f"The adapter that was trained at r = {largest}, cut to its first r directions in each layer, as `deltaw compress` does. "
-        f"Intervals are 95%, by bootstrap over the {results['records']['count']} records, the same resamples for every rank. A "
-        f"rank is enough if the interval of the difference ends below the margin of {results['margin']:.4f}. The tests go down "
-        f"from r = {largest} and end at the first that fails; so {count} comparisons err together no more often than one (5%). "
+        f"The adapter that was trained at r = {largest}, cut to its first r directions in each layer, as `deltaw compress` "
+        f"does, and scored on {results['records']['what']}. {BY_ITEM}Differences are taken item by item. {ONE_SEED} A rank is "
+        f"enough if the interval of the difference ends below the margin of {results['margin']:.4f}. The tests go down from r = "
+        f"{largest} and end at the first that fails; so {count} comparisons err together no more often than one (5%). "
         "Training is the peak of memory of a run at that rank."
     )
     columns = [*FIRST, f"less that of r = {largest}", "enough", *metrics, *LAST]
@@ -207,7 +209,7 @@ def _curves(results: Values) -> list[Chart]:
     return [*charts, _spectrum_chart(results["layers"]), _depth_chart(results["layers"])]
 
 
-_CURVE = "Bars are 95% intervals over the records, most of which is how records differ from each other, not ranks."
+_CURVE = "Bars are 95% intervals over the items, most of which is how items differ from each other, not ranks."
 
 
 def _differences(results: Values) -> Chart:
@@ -217,7 +219,7 @@ def _differences(results: Values) -> Chart:
     spans = [(rank, d["low"], d["high"]) for rank, d in found]
     margin = [(row["rank"], results["margin"]) for row in results["ranks"]]
     series = [Series("difference", [(rank, d["value"]) for rank, d in found], spans=spans), Series("margin", margin)]
-    note = "Bars are 95% intervals, by record in pairs. A rank is enough if its bar and those of all larger ones end below it."
+    note = "Bars are 95% intervals, by item in pairs. A rank is enough if its bar and those of all larger ones end below it."
     ticks = [row["rank"] for row in results["ranks"]]
     title = f"What cutting loses: held-out loss at r, less that at r = {largest}"
     return Chart(title, "r", "loss", series, log_x=True, x_ticks=ticks, note=note)

@@ -1,70 +1,211 @@
-"""Losses of held-out records under several candidates, trained from one seed or several, and what they come to when records and
-seeds are drawn again: the ground of every interval between candidates. Knows numbers alone."""
+"""Intervals of metrics on held-out items, for one candidate and for differences between candidates. Knows numbers alone.
+
+The unit that is drawn again is the item: records with the same prompt are no independent evidence. Two ways:
+
+percentiles   a score of one run: the metric of resampled items, at levels widened for few items (Hesterberg 2015, section 5.2)
+t values      a difference, or a score of several runs. Each item's part in the metric is its jackknife pseudo-value (Tukey
+              1958), and the quantiles are those of the bootstrap's studentised means of parts (Efron and Tibshirani 1993,
+              chapter 12), never less than Student's t; paired: candidates' parts on the same items, in the same resamples.
+
+Runs of several seeds differ by more than their items. The variance of the mean of S runs is then a + b, with a by items and b by
+seeds, the runs' own variance over S. Few seeds tell b badly, so a half-width is √(a + b) times the mean of both sources' t
+quantiles, weighted by a and b (Cochran 1964, Biometrics 20, 191). benchmarks/intervals.py measures how often it errs.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
-from deltaw.study.metrics import Array, Score, drawn
+from deltaw.study.student import quantile, tail
 
-_RESAMPLES = 2000
-Key = TypeVar("Key")
+Array = np.ndarray[Any, Any]
+RESAMPLES = 4000
+_AT_ONCE = 1_000_000
+_ERROR = 0.05  # of an interval, both sides together
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Of n records under one candidate, trained from one seed or several."""
+class Score:
+    """A figure and its 95% interval over items; nan where a single item allows none."""
 
-    sums: Array
-    """[seeds, n]: of each record the sum of its predictions' losses."""
-    counts: Array
-    """[n]: the number of its predictions."""
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def plain(self) -> dict[str, float]:
+        """The three figures by their names."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class ItemScore(Score):
+    """A score of one run, with what each item adds to it."""
+
+    parts: Array = field(repr=False, compare=False)
+    """[items]: jackknife pseudo-values."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one candidate on all items, in one run or in several with a seed each."""
+
+    values: Array
+    """[runs]"""
+    parts: Array
+    """[runs, items]: jackknife pseudo-values."""
+    seeds: tuple[int, ...]
+    """[runs]"""
 
     @property
     def value(self) -> float:
-        """Per prediction, over all seeds."""
-        return float(self.sums.sum() / (self.counts.sum() * len(self.sums)))
+        """The mean over runs."""
+        return float(self.values.mean())
+
+    @property
+    def items(self) -> int:
+        return int(self.parts.shape[1])
+
+    def less(self, other: Measured) -> Measured:
+        """The difference on each item, run by run: runs of one seed saw the same records in the same order. A seed that only one
+        of the two has is left out."""
+        both = [seed for seed in self.seeds if seed in other.seeds]
+        if not both or self.items != other.items:
+            raise ValueError(f"These runs have no pairs: seeds {self.seeds} and {other.seeds}.")
+        mine, its = ([own.seeds.index(seed) for seed in both] for own in (self, other))
+        return Measured(self.values[mine] - other.values[its], self.parts[mine] - other.parts[its], tuple(both))
+
+    def interval(self) -> Score:
+        """The mean over runs with its own 95% interval. With one run, what another seed would change is not in it."""
+        if self.items < 2:
+            return Score(self.value, math.nan, math.nan)
+        t = _t_values(self.parts.mean(0)[None])[0]
+        plain = quantile(_ERROR / 2, self.items - 1)
+        up, down = (
+            max(plain, _finite(np.quantile(sign * t, 1 - _ERROR / 2, method="higher"), plain)) for sign in (-1, 1)
+        )
+        low, high = (self.value + sign * _half(self, c, _ERROR / 2) for sign, c in ((-1, down), (1, up)))
+        return Score(self.value, low, high)
 
 
-def draws(losses: Mapping[Key, Losses], seed: int) -> dict[Key, Array]:
-    """Candidate → its loss in each resample. A resample draws records, and of the seeds as many as there are, with replacement:
-    the same ones for every candidate, so that differences are paired. One that lacks the run of a seed draws its own seeds."""
-    counts = next(iter(losses.values())).counts
-    of_seeds = np.random.default_rng([seed, 1])
-    numbers = sorted({len(own.sums) for own in losses.values()})
-    made: dict[Key, list[Array]] = {key: [] for key in losses}
-    for picks in drawn(len(counts), seed, _RESAMPLES):
-        weights = _weights(picks)
-        whole = weights @ counts
-        picked = {k: of_seeds.integers(0, k, (len(picks), k)) for k in numbers}
-        for key, own in losses.items():
-            seeds = weights @ own.sums.T / whole[:, None]
-            made[key].append(_mean_of(seeds, picked[len(own.sums)]))
-    return {key: np.concatenate(values) for key, values in made.items()}
+def paired(score: ItemScore, other: ItemScore) -> Score:
+    """A score less another one of the same items, each of one run."""
+    first, second = (Measured(np.array([s.value]), s.parts[None], (0,)) for s in (score, other))
+    return first.less(second).interval()
 
 
-def _weights(picks: Array) -> Array:
-    """[resamples, n]: how often each of n records was drawn. picks: [resamples, n], their numbers."""
-    count, n = picks.shape
-    places = picks + n * np.arange(count)[:, None]
-    return np.bincount(places.ravel(), minlength=count * n).reshape(count, n).astype(float)
+def together(differences: Sequence[Measured]) -> list[Score]:
+    """Differences with intervals that all hold at once with 95% confidence: by the largest of the bootstrap's t values (Romano
+    and Wolf 2005)."""
+    if not differences:
+        return []
+    count, items = len(differences), differences[0].items
+    if items < 2:
+        return [Score(each.value, math.nan, math.nan) for each in differences]
+    largest = np.abs(_t_values(np.stack([each.parts.mean(0) for each in differences]))).max(0)
+    at_once = _finite(np.quantile(largest, 1 - _ERROR, method="higher"), quantile(_ERROR / 2 / count, items - 1))
+    halves = [_half(each, at_once, tail(at_once, items - 1)) for each in differences]
+    return [Score(d.value, d.value - half, d.value + half) for d, half in zip(differences, halves, strict=True)]
 
 
-def _mean_of(seeds: Array, picked: Array) -> Array:
-    """[resamples]: of the picked ones of seeds [resamples, k], as far from the mean of all as makes the draws' variance the one
-    that k seeds show: resampling alone gives (k - 1)/k of it, which for three seeds is a third too little."""
-    k, middle = seeds.shape[1], seeds.mean(1)
-    if k == 1:
-        return np.asarray(middle)
-    return np.asarray(middle + math.sqrt(k / (k - 1)) * (np.take_along_axis(seeds, picked, 1).mean(1) - middle))
+def _half(measured: Measured, by_items: float, error: float) -> float:
+    """Half an interval's width: `by_items` is the t quantile over items, `error` that of each side."""
+    runs, items = measured.parts.shape
+    a = float(measured.parts.mean(0).var(ddof=1)) / items
+    b = float(measured.values.var(ddof=1)) / runs if runs > 1 else 0.0
+    by_seeds = quantile(error, runs - 1) if b else 0.0
+    return (a * by_items + b * by_seeds) / math.sqrt(a + b) if a + b else 0.0
 
 
-def score_of(value: float, resampled: Array) -> Score:
-    """A value with the 95% interval of its resamples."""
-    low, high = np.percentile(resampled, [2.5, 97.5])
+def _t_values(parts: Array) -> Array:
+    """[comparisons, resamples]: the studentised means of resampled parts [comparisons, items]; infinite where all items drawn are
+    alike."""
+    items = parts.shape[1]
+    parts = parts - parts.mean(1, keepdims=True)
+    scale = np.maximum(np.abs(parts).max(1), np.finfo(float).tiny)[:, None]
+    parts = parts / scale
+    drawn = []
+    for weights in resampled_weights(items):
+        means = weights @ parts.T / items
+        variances = (weights @ (parts**2).T / items - means**2) / (items - 1)
+        alike = variances < 1e-12
+        ratios = means / np.sqrt(np.where(alike, 1.0, variances))
+        drawn.append(np.where(alike, np.where(np.abs(means) < 1e-12, 0.0, np.copysign(np.inf, means)), ratios))
+    return np.concatenate(drawn).T
+
+
+def _finite(found: Any, otherwise: float) -> float:
+    return float(found) if math.isfinite(found) else otherwise
+
+
+def percentiles(value: float, draws: Array, items: int) -> Score:
+    """A value with the 95% interval of its resamples [resamples]; those that it is undefined for are left out."""
+    draws = draws[np.isfinite(draws)]
+    if items < 2 or not len(draws):
+        return Score(value, math.nan, math.nan)
+    level = NormalDist().cdf(-math.sqrt(items / (items - 1)) * quantile(_ERROR / 2, items - 1))
+    low, high = np.quantile(draws, [level, 1 - level])
     return Score(value, float(low), float(high))
+
+
+def resampled_weights(items: int) -> Iterator[Array]:
+    """How often each item is drawn, [resamples, items]: the same ones for every metric and candidate, as many at a time as take
+    some megabytes."""
+    if items * RESAMPLES <= _AT_ONCE:
+        yield _weights_of_few(items)
+        return
+    chance, left = np.random.default_rng(0), RESAMPLES
+    while left:
+        count = min(left, max(1, _AT_ONCE // items))
+        yield _weights(chance, count, items)
+        left -= count
+
+
+@functools.lru_cache(maxsize=4)
+def _weights_of_few(items: int) -> Array:
+    weights = _weights(np.random.default_rng(0), RESAMPLES, items)
+    weights.flags.writeable = False
+    return weights
+
+
+def _weights(chance: np.random.Generator, count: int, items: int) -> Array:
+    places = chance.integers(0, items, (count, items)) + items * np.arange(count)[:, None]
+    return np.bincount(places.ravel(), minlength=count * items).reshape(count, items).astype(float)
+
+
+def by_item(values: Array, items: Array) -> Array:
+    """[…, items]: the sums over each item's records of values […, records]. items: [records], their numbers from 0."""
+    count = int(items.max()) + 1
+    rows = values.reshape(-1, len(items))
+    sums = [np.bincount(items, row, minlength=count) for row in rows]
+    return np.array(sums).reshape(*values.shape[:-1], count)
+
+
+def shortened(parts: Array) -> list[float]:
+    """As a file has them: in six digits."""
+    return [float(f"{part:.6g}") for part in parts]
+
+
+def of_losses(sums: Array, counts: Array, items: Array | None = None, seeds: Sequence[int] | None = None) -> Measured:
+    """The loss per prediction of one candidate: Σ sums / Σ counts.
+
+    sums: [runs, records], of each record the sum of its predictions' losses. counts: [records], the number of its predictions.
+    items: [records], each one's item; by default each record is its own. seeds: [runs], by default 0, 1, …
+    """
+    sums, counts = np.atleast_2d(np.asarray(sums, float)), np.asarray(counts, float)
+    if items is not None:
+        sums, counts = by_item(sums, np.asarray(items)), by_item(counts, np.asarray(items))
+    values = sums.sum(1) / counts.sum()
+    number = counts.shape[0]
+    others = (sums.sum(1, keepdims=True) - sums) / (counts.sum() - counts) if number > 1 else sums / counts
+    parts = number * values[:, None] - (number - 1) * others
+    return Measured(values, parts, tuple(range(len(sums)) if seeds is None else seeds))

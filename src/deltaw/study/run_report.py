@@ -146,8 +146,11 @@ def _merge(figures: Mapping[str, Any]) -> Table:
 
 
 def _counts(figures: Mapping[str, Any]) -> Table:
+    sets = figures["sets"]
+    held = f"Held out: {sets['valid']}." if sets["valid"] else "Nothing is held out."
     rows = [[name, f"{value:,}"] for name, value in figures["data"].items()]
-    return Table("Training data", ["", "count"], rows, note="Tokens are those of the kept records, once.")
+    note = f"Trained on {sets['train']}. {held} Tokens are those of the kept records, once."
+    return Table("Training data", ["", "count"], rows, note=note)
 
 
 def _settings(settings: Mapping[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from deltaw import units
 from deltaw.environment import in_words
 from deltaw.study.alike_report import alike_maps, alike_tables
-from deltaw.study.comparison import interval, score
+from deltaw.study.comparison import BY_ITEM, interval, score, seeds_note
 from deltaw.study.report import Chart, Report, Series, Table
 
 COLUMNS = ("targets", "r", "α", "lr", "parameters", "adapter", "with optimizer", "step")
@@ -103,7 +103,7 @@ def _of_targets(results: Mapping[str, Any]) -> str:
     best, *others = beside
     near = [each["name"] for each in others if not each["worse"]]
     parameters = rows[best["name"]]["parameters"]
-    text = f"{best['name']} has the least loss of {len(beside)}: {interval(best['loss'])}, {parameters:,} parameters"
+    text = f"{best['name']} has the least loss of {len(beside)}: {interval(best['score'])}, {parameters:,} parameters"
     if not near:
         return f"{text}; the others are shown to be worse."
     return f"{text}; not shown to be worse: {'; '.join(near)}."
@@ -113,7 +113,8 @@ def sweep_report(results: Mapping[str, Any]) -> Report:
     """The page."""
     settings, metrics = results["settings"], metrics_of(results)
     rows = ordered(results)
-    tables = [Table("Candidates", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=_NOTE)]
+    note = note_on_intervals(results)
+    tables = [Table("Candidates", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=note)]
     tables += [choice_table(targets, choice) for targets, choice in results["choices"].items()]
     tables += [_compared_table(results["compared"])] if results["compared"] else []
     tables += [
@@ -128,6 +129,7 @@ def sweep_report(results: Mapping[str, Any]) -> Report:
         maps=alike_maps(results["alike"]),
         tables=tables,
         warnings=[
+            *results.get("warnings", ()),
             *(f"{targets} was left out: {why}." for targets, why in results["left_out"].items()),
             *(f"{row['name']} failed: {row['error']}" for row in rows if "error" in row),
         ],
@@ -135,10 +137,11 @@ def sweep_report(results: Mapping[str, Any]) -> Report:
     )
 
 
-_NOTE = (
-    "Intervals are 95%, by bootstrap over the test records, of several seeds the mean of theirs; ± is the standard deviation "
-    "over seeds. α is the same for all ranks, so the scale is α/r."
-)
+def note_on_intervals(results: Mapping[str, Any]) -> str:
+    """What the candidates' intervals are over."""
+    tested = f"Test set: {results['sets']['test']}. " if "sets" in results else ""
+    scores = [next(iter(row["scores"].values())) for row in results["rows"] if "scores" in row]
+    return f"{tested}{BY_ITEM}{seeds_note(scores)} α is the same for all ranks, so the scale is α/r."
 
 
 def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
@@ -151,7 +154,7 @@ def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
     note = (
         f"A rank is enough if the interval of the difference ends below the margin of {choice['margin']:.4f}. The tests go down "
         f"from r = {largest} and end at the first that fails; so {len(rows) - 1} comparisons err together no more often than one "
-        "(5%). Records, and of several seeds these, are resampled in pairs: each resample is the same one for every rank."
+        "(5%). Differences are taken item by item and seed by seed, and of several seeds have their variance in the interval."
     )
     return Table(
         f"Which rank is enough: {targets}", ["r", "test loss", f"less that of r = {largest}", "enough"], rows, note
@@ -161,15 +164,15 @@ def choice_table(targets: str, choice: Mapping[str, Any]) -> Table:
 def _compared_table(beside: Sequence[Mapping[str, Any]]) -> Table:
     """Each candidate against the best."""
     best, *others = beside
-    rows = [[best["name"], interval(best["loss"]), "–", "–"]]
+    rows = [[best["name"], interval(best["score"]), "–", "–"]]
     rows += [
-        [e["name"], interval(e["loss"]), interval(e["difference"]), "yes" if e["worse"] else "not shown"]
+        [e["name"], interval(e["score"]), interval(e["difference"]), "yes" if e["worse"] else "not shown"]
         for e in others
     ]
     count = len(beside)
     note = (
         f"Which one is best is known by these losses alone, so the intervals of the differences are made to hold for all "
-        f"{count * (count - 1) // 2} pairs together (95%). Records, and of several seeds these, are resampled in pairs."
+        f"{count * (count - 1) // 2} pairs together (95%). They are taken item by item, and of several seeds seed by seed."
     )
     return Table("Candidates beside the best", ["candidate", "test loss", "less the best one's", "worse"], rows, note)
 
@@ -191,7 +194,9 @@ def _curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     return [*charts, Chart("Held-out loss in training", "step", "nats", held)]
 
 
-_CURVE = "Bars are 95% intervals over the test records; ranks that share the records are compared better in pairs, in the table."
+_CURVE = (
+    "Bars are 95% intervals over the test items; ranks that share the items are compared better in pairs, in the table."
+)
 
 
 def _rates(rows: Sequence[Mapping[str, Any]]) -> Table:
