@@ -1,0 +1,158 @@
+"""Layers that no training reaches, found in the code of the modules around them. Reads modules, changes nothing.
+
+A sparse-attention indexer chooses tokens under `torch.no_grad`, so its layers never get a gradient. T5 keeps a module `shared` for
+its weight and calls other modules that have the same one, so that a branch on `shared` is never computed.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.plain import plain_class
+
+# Modules of these names return which tokens are attended to: no gradient comes through a choice
+_CHOOSE = "Indexer"
+# Functions that hand a module on by its name without computing with it
+_GETTERS = ("get_input_embeddings", "set_input_embeddings", "get_output_embeddings", "set_output_embeddings")
+# Functions that no forward calls
+_NOT_IN_USE = ("__init__", "_init", "init_", "tie_", "_tie", "resize", "_resize", "reset_", "load_", "save_", "prune", "_prune")
+# Packages whose classes name no module of one model; of transformers, all but these folders
+_GENERAL, _MODELS = ("torch.", "builtins", "transformers."), ("transformers.models.", "transformers.modeling_layers")
+# Names by which code reaches children that it does not name
+_BY_ANY_NAME = frozenset({"getattr", "_modules", "children", "named_children", "modules", "named_modules", "get_submodule"})
+
+
+def without_gradient(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name of each module that only computes without gradients → why. A module inside one has the outer one's reason."""
+    stopping: dict[str, str] = {}
+    for name, module in modules.items():
+        outer = next((why for prefix, why in stopping.items() if name.startswith(f"{prefix}.")), None)
+        why = outer or _stops(plain_class(module))
+        if name and why:
+            stopping[name] = why
+    return stopping
+
+
+@cache
+def _stops(cls: Any) -> str:
+    """Why no gradient leaves modules of this class; empty where one may."""
+    if _CHOOSE in cls.__name__:
+        return f"no gradient reaches it: {cls.__name__} only chooses tokens"
+    if any(_disables_gradients(vars(c)["forward"]) for c in cls.__mro__[:1] if "forward" in vars(c)):
+        return f"no gradient reaches it: {cls.__name__} computes under torch.no_grad"
+    return ""
+
+
+def _disables_gradients(function: Any) -> bool:
+    """Whether the function is decorated by `torch.no_grad` or `torch.inference_mode`."""
+    while hasattr(function, "__wrapped__"):
+        code = getattr(function, "__code__", None)
+        cells = getattr(function, "__closure__", None) or ()
+        if code is not None and code.co_filename == torch.utils._contextlib.__file__:
+            makers = [getattr(cell.cell_contents, "__self__", None) for cell in cells if callable(cell.cell_contents)]
+            if any(isinstance(maker, (torch.no_grad, torch.inference_mode)) for maker in makers):
+                return True
+        function = function.__wrapped__
+    return False
+
+
+def never_called(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the modules with parameters of their own that no code of the model names outside of its constructors.
+
+    A module counts as called in all cases of doubt: inside a list, where code asks for attributes by computed names, and where
+    a constructor hands it on.
+    """
+    used: set[str] = set()
+    for cls in {plain_class(module) for module in modules.values()}:
+        used |= _names_used(cls)
+    if "get_input_embeddings" in used or "get_output_embeddings" in used:
+        used |= {name for cls in {plain_class(m) for m in modules.values()} for name in _names_in_getters(cls)}
+    silent = set()
+    for name, module in modules.items():
+        place, _, own = name.rpartition(".")
+        parent = modules.get(place)
+        if not name or parent is None or not any(p is not None for p in module._parameters.values()):
+            continue
+        if own not in used and _names_its_children(plain_class(parent)):
+            silent.add(name)
+    return silent
+
+
+@cache
+def _names_used(cls: Any) -> frozenset[str]:
+    """Attributes that the code of this class, and the functions of its file, ask of any object while they compute."""
+    names: set[str] = set()
+    for owner, name, function in _functions(cls):
+        if name in _GETTERS:
+            continue
+        code = function.__code__
+        if name == "__init__":
+            names |= _loaded(code)
+        elif owner is None or not name.startswith(_NOT_IN_USE):
+            names |= set(_names(code))
+    return frozenset(names)
+
+
+@cache
+def _names_in_getters(cls: Any) -> frozenset[str]:
+    """Attributes that `get_input_embeddings` and the like return."""
+    return frozenset(n for _, name, f in _functions(cls) if name in _GETTERS for n in _names(f.__code__))
+
+
+@cache
+def _names_its_children(cls: Any) -> bool:
+    """Whether code of this class can only reach its children by names that stand in it."""
+    if issubclass(cls, (nn.ModuleList, nn.ModuleDict, nn.Sequential, torch.jit.ScriptModule)) or cls.__module__.startswith("torch."):
+        return False
+    own = [f for owner, name, f in _functions(cls) if owner is not None and name != "__init__" and not name.startswith(_NOT_IN_USE)]
+    return not any(_BY_ANY_NAME.intersection(_names(f.__code__)) for f in own)
+
+
+def _functions(cls: Any) -> Iterator[tuple[Any, str, Any]]:
+    """(class or None, name, function) of the methods of a class, and of the functions in the files of its classes."""
+    for owner in cls.__mro__:
+        if owner.__module__.startswith(_GENERAL) and not owner.__module__.startswith(_MODELS):
+            continue
+        for name, member in vars(owner).items():
+            function = inspect.unwrap(member.fget) if isinstance(member, property) and member.fget else member
+            function = inspect.unwrap(function) if callable(function) else getattr(function, "__func__", None)
+            if hasattr(function, "__code__"):
+                yield owner, name, function
+        for name, member in vars(sys.modules.get(owner.__module__, object)).items():
+            if inspect.isfunction(member) and member.__module__ == owner.__module__:
+                yield None, name, inspect.unwrap(member)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Attributes and constant strings that the code, and the functions in it, use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant
+
+
+def _loaded(code: CodeType) -> set[str]:
+    """Attributes that a constructor reads and may hand on: those of which it asks for no attribute in turn."""
+    steps = [*dis.get_instructions(code), None]
+    return {
+        str(step.argval)
+        for step, after in pairwise(steps)
+        if step is not None and _asks(step) and not (after is not None and _asks(after))
+    }
+
+
+def _asks(step: dis.Instruction) -> bool:
+    """Whether the step asks an object for an attribute."""
+    return step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
