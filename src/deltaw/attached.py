@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deltaw.coverage import Coverage, coverage
 from deltaw.errors import AdapterError, listing, nearest
 from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
 from deltaw.lowrank import dense
@@ -90,7 +91,8 @@ class Names(tuple[str, ...]):
 
 
 def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
-    """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object.
+    """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object. Which layers take
+    an update is logged at INFO, and is in `summary(model)`.
 
     Raises AdapterError when the name is taken or an adapter is merged, and whatever `method.plan` finds wrong; the
     model is then as it was.
@@ -101,7 +103,14 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
     for parameter in parameters(model, name):
         parameter.requires_grad_(True)
     _warn_of_stopped_gradients(model, plan.updates)
+    if log.isEnabledFor(logging.INFO):
+        log.info("Adapter %r: %s", name, " ".join(coverage_of(model, name).lines()))
     return model
+
+
+def coverage_of(model: nn.Module, name: str) -> Coverage:
+    """Which dense layers of the model this adapter changes, and why it leaves the others out."""
+    return coverage(dict(base_modules(model)), updates(model, name), record_of(model).attached[name].left_out)
 
 
 def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deltaw.attached import adapters, base_parameters, owner_of, parameters, place_of, record_of
+from deltaw.attached import adapters, base_parameters, coverage_of, owner_of, parameters, place_of, record_of
+from deltaw.coverage import Coverage
 from deltaw.layers import QuantisedKind, in_few_bits
 
 
@@ -15,14 +16,20 @@ class AdapterSummary:
     """Size of one adapter."""
 
     layers: int
+    """Modules that have an update: of a loaded adapter, those that its file reached."""
     parameters: int
     share: float
     """Of the base's parameters."""
     bytes: int
-    left_out: dict[str, str]
-    """Dense weights without an update, and why."""
+    coverage: Coverage
+    """Which dense layers take an update, by role, and why the others do not."""
     rounding: float = 0.0
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter that was loaded in less than its file's precision."""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Dense weights without an update, and why."""
+        return self.coverage.left_out
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def summary(model: nn.Module) -> Summary:
             parameters=size,
             share=size / count,
             bytes=sum(p.numel() * p.element_size() for p in own),
-            left_out=dict(attached.left_out),
+            coverage=coverage_of(model, name),
             rounding=attached.metadata.get("rounding", 0.0),
         )
     return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
