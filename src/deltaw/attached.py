@@ -20,6 +20,7 @@ from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
 from deltaw.lowrank import dense
 from deltaw.originals import Original
 from deltaw.outside import read_outside
+from deltaw.reached import uncalled
 from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
@@ -349,6 +350,20 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         children = [(f"{name}.{own}" if name else own, child) for own, child in module._modules.items()]
         waiting += [(n, c) for n, c in reversed(children) if c is not None and not isinstance(c, Slot)]
+
+
+def names_of(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Name of each module that its model has under several names (`self.b = self.a`) → all names by which code may call it."""
+    known = {id(module): name for name, module in modules.items()}
+    names: dict[str, list[str]] = {}
+    for place, parent in modules.items():
+        for own, child in parent._modules.items():
+            if id(child) in known:
+                names.setdefault(known[id(child)], []).append(dotted(place, own))
+    several = {name: others for name, others in names.items() if len(others) > 1}
+    silent = uncalled(modules, [n for others in several.values() for n in others]) if several else set()
+    called = {name: [n for n in others if n not in silent] for name, others in several.items()}
+    return {name: others for name, others in called.items() if len(others) > 1}
 
 
 # --- the record -------------------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ class Coverage:
         return said
 
 
-def coverage(modules: Mapping[str, nn.Module], updates: Mapping[str, Update], reasons: Mapping[str, str] = {}) -> Coverage:
+def coverage(
+    modules: Mapping[str, nn.Module], updates: Mapping[str, Update], reasons: Mapping[str, str] = {}
+) -> Coverage:
     """The coverage of these updates (module name → update) on a model's modules; `reasons` are those that its method has."""
     names: list[str] = []
     for name, update in updates.items():

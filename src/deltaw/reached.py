@@ -1,15 +1,14 @@
 """Layers that no training reaches, found in the code of the modules around them. Reads modules, changes nothing.
 
-A sparse-attention indexer chooses tokens under `torch.no_grad`, so its layers never get a gradient. T5 keeps a module `shared` for
-its weight and calls other modules that have the same one, so that a branch on `shared` is never computed.
+A sparse-attention indexer chooses tokens under `torch.no_grad`, so its layers never get a gradient. T5 keeps a module `shared`
+for its weight and calls other modules that have the same one, so that a branch on `shared` is never computed.
 """
 
 from __future__ import annotations
 
 import dis
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from types import CodeType
@@ -25,11 +24,26 @@ _CHOOSE = "Indexer"
 # Functions that hand a module on by its name without computing with it
 _GETTERS = ("get_input_embeddings", "set_input_embeddings", "get_output_embeddings", "set_output_embeddings")
 # Functions that no forward calls
-_NOT_IN_USE = ("__init__", "_init", "init_", "tie_", "_tie", "resize", "_resize", "reset_", "load_", "save_", "prune", "_prune")
+_NOT_IN_USE = (
+    "__init__",
+    "_init",
+    "init_",
+    "tie_",
+    "_tie",
+    "resize",
+    "_resize",
+    "reset_",
+    "load_",
+    "save_",
+    "prune",
+    "_prune",
+)
 # Packages whose classes name no module of one model; of transformers, all but these folders
 _GENERAL, _MODELS = ("torch.", "builtins", "transformers."), ("transformers.models.", "transformers.modeling_layers")
 # Names by which code reaches children that it does not name
-_BY_ANY_NAME = frozenset({"getattr", "_modules", "children", "named_children", "modules", "named_modules", "get_submodule"})
+_BY_ANY_NAME = frozenset(
+    {"getattr", "_modules", "children", "named_children", "modules", "named_modules", "get_submodule"}
+)
 
 
 def without_gradient(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -37,7 +51,7 @@ def without_gradient(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     stopping: dict[str, str] = {}
     for name, module in modules.items():
         outer = next((why for prefix, why in stopping.items() if name.startswith(f"{prefix}.")), None)
-        why = outer or _stops(plain_class(module))
+        why = outer or _stops(_class(module))
         if name and why:
             stopping[name] = why
     return stopping
@@ -66,71 +80,98 @@ def _disables_gradients(function: Any) -> bool:
     return False
 
 
-def never_called(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the modules with parameters of their own that no code of the model names outside of its constructors.
+def _class(module: nn.Module) -> Any:
+    """The module's class, as what can be a key of a cache."""
+    return plain_class(module)
 
-    A module counts as called in all cases of doubt: inside a list, where code asks for attributes by computed names, and where
-    a constructor hands it on.
+
+def never_called(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the modules with parameters of their own that no code of the model calls, as far as `uncalled` can tell."""
+    return uncalled(modules, [n for n, m in modules.items() if any(p is not None for p in m._parameters.values())])
+
+
+def uncalled(modules: Mapping[str, nn.Module], names: Iterable[str]) -> set[str]:
+    """Which of these names of modules no code of the model mentions outside of constructors.
+
+    A name counts as called in all cases of doubt: inside a list, where code asks for attributes by computed names, and where a
+    constructor hands the module on.
     """
-    used: set[str] = set()
-    for cls in {plain_class(module) for module in modules.values()}:
-        used |= _names_used(cls)
-    if "get_input_embeddings" in used or "get_output_embeddings" in used:
-        used |= {name for cls in {plain_class(m) for m in modules.values()} for name in _names_in_getters(cls)}
+    classes = {_class(module) for module in modules.values()}
+    used = {name for cls in classes for name in _names_used(cls)}
+    for module in modules.values():
+        if hasattr(replaced := inspect.unwrap(vars(module).get("forward", len)), "__code__"):
+            used |= set(_names(replaced.__code__))
+    if used.intersection(_GETTERS):
+        used |= {name for cls in classes for name in _names_in_getters(cls)}
     silent = set()
-    for name, module in modules.items():
+    for name in names:
         place, _, own = name.rpartition(".")
-        parent = modules.get(place)
-        if not name or parent is None or not any(p is not None for p in module._parameters.values()):
-            continue
-        if own not in used and _names_its_children(plain_class(parent)):
+        if name and own not in used and place in modules and _names_its_children(_class(modules[place])):
             silent.add(name)
     return silent
 
 
 @cache
 def _names_used(cls: Any) -> frozenset[str]:
-    """Attributes that the code of this class, and the functions of its file, ask of any object while they compute."""
+    """Attributes that the code of this class, and the functions that it calls, ask of any object while they compute."""
     names: set[str] = set()
-    for owner, name, function in _functions(cls):
-        if name in _GETTERS:
-            continue
-        code = function.__code__
+    helpers: dict[Any, None] = {}
+    for name, function in _methods(cls):
         if name == "__init__":
-            names |= _loaded(code)
-        elif owner is None or not name.startswith(_NOT_IN_USE):
-            names |= set(_names(code))
+            names |= _loaded(function.__code__)
+        elif name not in _GETTERS and not name.startswith(_NOT_IN_USE):
+            helpers[function] = None
+    for function in (waiting := list(helpers)):
+        names |= set(_names(function.__code__))
+        new = [helper for helper in _called(function) if helper not in helpers]
+        helpers |= dict.fromkeys(new)
+        waiting += new
     return frozenset(names)
+
+
+def _called(function: Any) -> Iterator[Any]:
+    """Functions outside of classes that this one's code names; those of torch and of Python aside."""
+    names = set(_names(function.__code__))
+    known = [function.__globals__[name] for name in names if name in function.__globals__]
+    known += [vars(m)[name] for m in known if inspect.ismodule(m) for name in names if name in vars(m)]
+    for member in known:
+        plain = inspect.unwrap(member) if callable(member) else None
+        if inspect.isfunction(plain) and not _is_general(plain.__module__ or "torch."):
+            yield plain
 
 
 @cache
 def _names_in_getters(cls: Any) -> frozenset[str]:
     """Attributes that `get_input_embeddings` and the like return."""
-    return frozenset(n for _, name, f in _functions(cls) if name in _GETTERS for n in _names(f.__code__))
+    return frozenset(n for name, f in _methods(cls) if name in _GETTERS for n in _names(f.__code__))
 
 
 @cache
 def _names_its_children(cls: Any) -> bool:
     """Whether code of this class can only reach its children by names that stand in it."""
-    if issubclass(cls, (nn.ModuleList, nn.ModuleDict, nn.Sequential, torch.jit.ScriptModule)) or cls.__module__.startswith("torch."):
+    if issubclass(cls, (nn.ModuleList, nn.ModuleDict, nn.Sequential, torch.jit.ScriptModule)) or _is_general(
+        cls.__module__
+    ):
         return False
-    own = [f for owner, name, f in _functions(cls) if owner is not None and name != "__init__" and not name.startswith(_NOT_IN_USE)]
+    own = [f for name, f in _methods(cls) if name != "__init__" and not name.startswith(_NOT_IN_USE)]
     return not any(_BY_ANY_NAME.intersection(_names(f.__code__)) for f in own)
 
 
-def _functions(cls: Any) -> Iterator[tuple[Any, str, Any]]:
-    """(class or None, name, function) of the methods of a class, and of the functions in the files of its classes."""
+def _methods(cls: Any) -> Iterator[tuple[str, Any]]:
+    """(name, function) of the methods and properties of a class, without those that it has of a package's general classes."""
     for owner in cls.__mro__:
-        if owner.__module__.startswith(_GENERAL) and not owner.__module__.startswith(_MODELS):
+        if _is_general(owner.__module__):
             continue
         for name, member in vars(owner).items():
-            function = inspect.unwrap(member.fget) if isinstance(member, property) and member.fget else member
-            function = inspect.unwrap(function) if callable(function) else getattr(function, "__func__", None)
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            function = inspect.unwrap(function) if callable(function) else None
             if hasattr(function, "__code__"):
-                yield owner, name, function
-        for name, member in vars(sys.modules.get(owner.__module__, object)).items():
-            if inspect.isfunction(member) and member.__module__ == owner.__module__:
-                yield None, name, inspect.unwrap(member)
+                yield name, function
+
+
+def _is_general(module: str) -> bool:
+    """Whether code of this file names no module of one model."""
+    return module.startswith(_GENERAL) and not module.startswith(_MODELS)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -18,15 +18,16 @@ from deltaw.errors import FileError, listing
 from deltaw.filed import as_file
 from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
-from deltaw.files.peft_config import method_of
+from deltaw.files.peft_config import method_of, saved_module
 from deltaw.fitted import fitted
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.reached import never_called
 from deltaw.renames import renamed
-from deltaw.updates import LowRank, Update
-from deltaw.weights import OnWeights
+from deltaw.updates import Update
+from deltaw.weights import low_rank
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
@@ -61,6 +62,13 @@ def save(
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
     file.metadata.update(kept)
+    for layer, others in live.names_of(dict(live.base_modules(model))).items():
+        if layer in file.factors:
+            log.warning(
+                "PEFT adapts calls of %s alone, deltaw also those by the module's other names: %s.",
+                layer,
+                ", ".join(others),
+            )
     written = peft.write(Path(path), file)
     _say_what_is_large(written, file)
     return written
@@ -118,7 +126,9 @@ def place(
         peft.check_base(file, path, peft.BASE, lambda: base_fingerprint(model, without=file.replaced()))
     device = torch.device("cpu") if host else None
     if isinstance(file, peft.LoRAFile):
+        _check_names(file, layers, path)
         updates, method = fitted(model, layers, file, path, device=device), _method(file)
+        _say_what_has_no_effect(file, layers, path)
     else:
         updates, method = restored(model, file, path, device=device), method_in(file, path)
     training = _training(file, path)
@@ -134,6 +144,40 @@ def place(
         live.bring(record, [name])
         record.route.choose(name)
     return name
+
+
+def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise FileError where PEFT adapts some calls of a module and deltaw would adapt all of them. A file of deltaw means all."""
+    if "deltaw_format" in file.metadata:
+        return
+    saved = [name.rpartition(".")[0] for name in file.whole if saved_module(name, file.config)]
+    named = {*file.factors, *saved}
+    problems = [
+        f"{name!r} is one module under the names {', '.join(others)}: PEFT adapts the calls by the first name alone, deltaw all "
+        f"calls. Make {others[-1]!r} a module of its own with the same weight (copy.deepcopy, then assign the weight)"
+        for name, others in live.names_of(layers).items()
+        if name in named
+    ]
+    if problems:
+        raise FileError(listing(f"The adapter in {path} means another model than this; nothing was changed:", problems))
+
+
+def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Warn of an adapter that changes nothing, and of updates on modules that no forward calls."""
+    if not file.changes_anything:
+        log.warning(
+            "The adapter in %s changes nothing: B is zero in all of its %d layers, as before the first step of a training.",
+            path,
+            len(file.factors),
+        )
+    silent = never_called(layers).intersection(file.factors)
+    if silent:
+        names = ", ".join(sorted(silent)[:5])
+        log.warning(
+            "The adapter in %s has updates that change no output, since no forward calls their modules: %s.",
+            path,
+            names,
+        )
 
 
 def read(path: Path) -> peft.LoRAFile | MethodFile:
@@ -168,7 +212,7 @@ def _training(file: peft.LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
 def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
     error = total = 0.0
-    for update in _low_rank(updates):
+    for update in low_rank(updates):
         A, B = update.A.detach(), update.B.detach()
         for own, value in update.factors().items():
             update._parameters[own] = nn.Parameter(value.detach().to(dtype))
@@ -177,13 +221,6 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
         error += delta_norm(*both, update.scale) ** 2
         total += delta_norm(A, B, update.scale) ** 2
     return (error / total) ** 0.5 if total else 0.0
-
-
-def _low_rank(updates: Mapping[str, Update]) -> Iterator[LowRank]:
-    for update in updates.values():
-        for each in update.parts.values() if isinstance(update, OnWeights) else (update,):
-            if isinstance(each, LowRank):
-                yield each
 
 
 def _method(file: peft.LoRAFile) -> LoRA:

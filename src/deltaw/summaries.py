@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deltaw.attached import adapters, base_parameters, coverage_of, owner_of, parameters, place_of, record_of
+from deltaw.attached import adapters, base_parameters, coverage_of, owner_of, parameters, place_of, record_of, updates
 from deltaw.coverage import Coverage
 from deltaw.layers import QuantisedKind, in_few_bits
+from deltaw.weights import low_rank
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class AdapterSummary:
     bytes: int
     coverage: Coverage
     """Which dense layers take an update, by role, and why the others do not."""
+    zero: int = 0
+    """How many low-rank updates have a B of zeros: they change nothing, as before the first step of a training."""
     rounding: float = 0.0
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter that was loaded in less than its file's precision."""
 
@@ -57,6 +60,7 @@ def summary(model: nn.Module) -> Summary:
             share=size / count,
             bytes=sum(p.numel() * p.element_size() for p in own),
             coverage=coverage_of(model, name),
+            zero=sum(not bool(part.B.detach().float().any()) for part in low_rank(updates(model, name))),
             rounding=attached.metadata.get("rounding", 0.0),
         )
     return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)

@@ -130,7 +130,12 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
             + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
         )
     ordered = {n: ranks[n] for n in dense if n in ranks}
-    return Selection(ordered, left_out(layers, ranks, small), {n: slices[n] for n in ordered if n in slices}, {n: dense[n] for n in ordered})
+    return Selection(
+        ordered,
+        left_out(layers, ranks, small),
+        {n: slices[n] for n in ordered if n in slices},
+        {n: dense[n] for n in ordered},
+    )
 
 
 def blocks_of(model: nn.Module) -> dict[str, int]:
@@ -320,7 +325,9 @@ def _head_names(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> 
     tied = {m._parameters.get("weight") for m in layers.values() if isinstance(m, nn.Embedding)} - {None}
     names = {n for n, layer in dense.items() if any(layer is head for head in heads)}
     names |= {
-        n for n, m in dense.items() if isinstance(m, nn.Module) and _multiplies(m) and m._parameters.get("weight") in tied
+        n
+        for n, m in dense.items()
+        if isinstance(m, nn.Module) and _multiplies(m) and m._parameters.get("weight") in tied
     }
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
@@ -347,11 +354,15 @@ def _unreached(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> d
         elif module in silent:
             weight = layer.value if isinstance(layer, Weight) else layer._parameters["weight"]
             others = [n for n, m in layers.items() if n != name and m._parameters.get("weight") is weight]
-            dead[name] = "no forward calls it" + (f"; its weight is used by {', '.join(others)}: name these" if others else "")
+            dead[name] = "no forward calls it" + (
+                f"; its weight is used by {', '.join(others)}: name these" if others else ""
+            )
     return dead
 
 
-def left_out(layers: Mapping[str, nn.Module], adapted: Collection[str], reasons: Mapping[str, str] = {}) -> dict[str, str]:
+def left_out(
+    layers: Mapping[str, nn.Module], adapted: Collection[str], reasons: Mapping[str, str] = {}
+) -> dict[str, str]:
     """Modules with a matrix weight of their own that take no update, and why; `reasons` are those that a method has."""
     why: dict[str, str] = {}
     kinds = tuple(kind.layer_class for kind in KINDS)

@@ -4,7 +4,7 @@ projections of `nn.MultiheadAttention` or a mixture's stack of experts. Knows on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,14 @@ class OnWeights(Update):
     def moved(self, layer: Any) -> tuple[float, float]:
         pairs = [(part, layer._parameters[own]) for own, part in self.parts.items()]
         return sum(part.squared() for part, _ in pairs), sum(square(W0) for _, W0 in pairs)
+
+
+def low_rank(updates: Mapping[str, Update]) -> Iterator[LowRank]:
+    """The low-rank updates among these, those of weights without a layer included."""
+    for update in updates.values():
+        for part in update.parts.values() if isinstance(update, OnWeights) else (update,):
+            if isinstance(part, LowRank):
+                yield part
 
 
 class Stack(LowRank):

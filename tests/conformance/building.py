@@ -47,7 +47,9 @@ class Built:
 def folders() -> list[str]:
     """The model folders of the installed transformers."""
     root = Path(transformers.__file__).parent / "models"
-    return sorted(p.name for p in root.iterdir() if p.name not in ("auto", "deprecated") and any(p.glob("modeling_*.py")))
+    return sorted(
+        p.name for p in root.iterdir() if p.name not in ("auto", "deprecated") and any(p.glob("modeling_*.py"))
+    )
 
 
 def classes(folder: str) -> list[type[PreTrainedModel]]:
@@ -114,7 +116,11 @@ def randomised(model: nn.Module, seed: int = 5) -> None:
         if parameter.ndim < 2:
             parameter.add_(0.1 * draw.to(parameter.dtype))
         else:
-            fan = parameter[0].numel() if parameter.ndim < 3 or "xpert" not in str(parameter.shape) else parameter.shape[-1]
+            fan = (
+                parameter[0].numel()
+                if parameter.ndim < 3 or "xpert" not in str(parameter.shape)
+                else parameter.shape[-1]
+            )
             parameter.copy_(draw / max(fan, 1) ** 0.5)
 
 
@@ -155,7 +161,12 @@ def tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):
-        return [t for n, v in value.items() if n not in ("past_key_values", "cache_params", "attentions") for t in tensors(v)]
+        return [
+            t
+            for n, v in value.items()
+            if n not in ("past_key_values", "cache_params", "attentions")
+            for t in tensors(v)
+        ]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors(v)]
     return []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import deltaw
 from deltaw import LoRA
@@ -173,8 +173,14 @@ def by_row(life: Life) -> list[int]:
         alone = life.of(life.built.model, first)
     except (RuntimeError, ValueError, IndexError):  # rows of images within texts have a form of their own
         return [i for i, t in enumerate(life.before) if t.ndim and t.shape[0] == ROWS]
-    pairs = [(i, one, t) for i, (one, t) in enumerate(zip(alone, life.before, strict=False)) if t.ndim and len(t) == ROWS]
-    return [i for i, one, t in pairs if one.shape == t.shape and apart([one[:1]], [t[:1]]) <= 1e-4 * float(t.abs().max() + 1e-9)]
+    pairs = [
+        (i, one, t) for i, (one, t) in enumerate(zip(alone, life.before, strict=False)) if t.ndim and len(t) == ROWS
+    ]
+    return [
+        i
+        for i, one, t in pairs
+        if one.shape == t.shape and apart([one[:1]], [t[:1]]) <= 1e-4 * float(t.abs().max() + 1e-9)
+    ]
 
 
 def _has_rows(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -35,7 +35,11 @@ NOT_WIDTH = re.compile(
 EXPERTS = re.compile(r".*(num|n)_.*experts|num_experts|moe_num_experts|.*n_routed_experts|num_local_experts")
 CHOSEN = re.compile(r".*(experts_per_tok|top_?k|experts_per_token|num_selected_experts|num_experts_per_.*)")
 RANKS = re.compile(r".*(lora_rank|_rank|low_rank.*|lora_dim|.*_lora_r)")
-VOCABULARY = re.compile(r".*vocab(ulary)?_?size.*|.*_vocab|n_vocab|num_embeddings|vocab_size_.*|.*codebook_size.*|.*bucket_size")
+VOCABULARY = re.compile(
+    r".*vocab(ulary)?_?size.*|.*_vocab|n_vocab|num_embeddings|vocab_size_.*|.*codebook_size.*|.*bucket_size"
+)
+DEPTHS = re.compile(r".*depths?|.*num_blocks|layers|.*num_layers")
+NOT_LISTS = re.compile(r".*(kernel|patch|window|image|stride|crop|pool|merge|size_div).*|.*(indices|index)|.*_layers")
 TOKEN = re.compile(r".*(token_id|token_index|token_ids|_token|eos_id|bos_id|pad_id|_id)")
 
 Cut = Callable[[str, Any], Any]
@@ -98,33 +102,48 @@ def shallow(name: str, value: Any) -> Any:
     return value
 
 
-CUTS: dict[str, Cut] = {"narrow": narrow, "sixteenth": scaled(16), "eighth": scaled(8), "fourth": scaled(4), "shallow": shallow}
+CUTS: dict[str, Cut] = {
+    "narrow": narrow,
+    "sixteenth": scaled(16),
+    "eighth": scaled(8),
+    "fourth": scaled(4),
+    "shallow": shallow,
+}
 
 
-def small(config: PretrainedConfig, cut: Cut, extra: dict[str, Any] | None = None) -> PretrainedConfig:
-    """A config of the same class with its fields cut, those of its parts likewise, and these `extra` ones as they are."""
+def small(config: PretrainedConfig, cut: Cut, extra: Mapping[str, Any] = {}) -> PretrainedConfig:
+    """A config of the same class with its fields cut, those of its parts likewise, and these `extra` ones as they are; of a part
+    they are a dictionary of their own."""
     fields: dict[str, Any] = {}
-    layers = _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
     for name, value in _fields(config):
         if isinstance(value, PretrainedConfig):
-            fields[name] = small(value, cut, (extra or {}).get(name) if isinstance((extra or {}).get(name), dict) else None)
-        elif isinstance(value, bool) or value is None:
-            continue
-        elif isinstance(value, int):
-            cut_to = cut(name, value) if not TOKEN.fullmatch(name) else value
-            if cut_to != value:
-                fields[name] = cut_to
-        elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-            if not TOKEN.fullmatch(name) and not re.fullmatch(r".*(kernel|stride|indices|index|layers|size)s?", name):
-                several = type(value)(_of_list(name, v, cut) for v in value)
-                if several != value:
-                    fields[name] = several
-    heads = {n: v for n, v in _fields(config) if n in ("num_key_value_heads", "n_kv_heads") and v == getattr(config, "num_attention_heads", None)}
-    fields |= {n: fields["num_attention_heads"] for n in heads if "num_attention_heads" in fields}
-    fields |= layers
-    fields |= {n: v for n, v in (extra or {}).items() if not (isinstance(v, dict) and n in fields)}
-    fields |= _tokens(config, fields)
-    return _made(config, fields)
+            of_part = extra.get(name)
+            fields[name] = small(value, cut, of_part if isinstance(of_part, dict) else {})
+        elif (changed := _cut(name, value, cut)) != value:
+            fields[name] = changed
+    if "num_attention_heads" in fields:
+        heads = getattr(config, "num_attention_heads", None)
+        same = [n for n, v in _fields(config) if n in ("num_key_value_heads", "n_kv_heads") and v == heads]
+        fields |= dict.fromkeys(same, fields["num_attention_heads"])
+    fields |= _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
+    fields |= {n: v for n, v in extra.items() if not isinstance(fields.get(n), PretrainedConfig)}
+    return _made(config, fields | _tokens(config, fields))
+
+
+def _cut(name: str, value: Any, cut: Cut) -> Any:
+    """A field's value in the small config."""
+    if TOKEN.fullmatch(name):
+        return value
+    if type(value) is int:
+        return cut(name, value)
+    if _are_numbers(value) and not NOT_LISTS.fullmatch(name):
+        return type(value)(min(v, 1) if DEPTHS.fullmatch(name) else cut(name, v) for v in value)
+    return value
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether it is a list of whole numbers that is not empty."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(type(v) is int for v in value)
 
 
 def _small_image(config: PretrainedConfig) -> dict[str, Any]:
@@ -133,12 +152,6 @@ def _small_image(config: PretrainedConfig) -> dict[str, Any]:
     if type(side) is not int or type(patch) is not int or patch < 2 or side % patch:
         return {}
     return {"image_size": min(side, patch * (8 if patch <= 8 else 4))}
-
-
-def _of_list(name: str, value: int, cut: Cut) -> int:
-    if re.fullmatch(r".*depths?|.*num_blocks|layers|.*num_layers", name):
-        return min(value, 1)
-    return int(cut(name, value))
 
 
 def _fields(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
@@ -162,7 +175,11 @@ def _layers_of_each_kind(config: PretrainedConfig) -> dict[str, Any]:
     depth = getattr(config, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 3:
         return {}
-    lists = {n: v for n, v in _fields(config) if isinstance(v, (list, tuple)) and len(v) == depth and isinstance(v[0], (str, int))}
+    lists = {
+        n: v
+        for n, v in _fields(config)
+        if isinstance(v, (list, tuple)) and len(v) == depth and isinstance(v[0], (str, int))
+    }
     if not lists:
         return {}
     first: dict[Any, int] = {}
@@ -174,20 +191,20 @@ def _layers_of_each_kind(config: PretrainedConfig) -> dict[str, Any]:
     return {n: type(v)(v[i] for i in chosen) for n, v in lists.items()} | {"num_hidden_layers": len(chosen)}
 
 
-def _tokens(config: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+def _tokens(config: PretrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens that are beyond a cut vocabulary, each another one within it."""
-    room = fields.get("vocab_size")
     parts = [v for v in fields.values() if isinstance(v, PretrainedConfig)]
-    if room is None:
-        room = min((v for p in parts if isinstance(v := getattr(p, "vocab_size", None), int)), default=None)
-    if not isinstance(room, int):
+    least_part = min((v for p in parts if type(v := getattr(p, "vocab_size", None)) is int), default=None)
+    room = fields.get("vocab_size", least_part)
+    if type(room) is not int:
         return {}
-    made: dict[str, Any] = {}
+    tokens: dict[str, Any] = {}
     free = iter(range(room - 2, 0, -1))
     for name, value in _fields(config):
-        if TOKEN.fullmatch(name) and type(value) is int and value >= room and name not in fields:
-            made[name] = next(free)
-        elif TOKEN.fullmatch(name) and isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-            if max(value) >= room:
-                made[name] = [next(free) for _ in value]
-    return made
+        if not TOKEN.fullmatch(name) or name in fields:
+            continue
+        if type(value) is int and value >= room:
+            tokens[name] = next(free)
+        elif _are_numbers(value) and max(value) >= room:
+            tokens[name] = [next(free) for _ in value]
+    return tokens

@@ -83,7 +83,9 @@ def _texts(model: Any, wanted: list[str], required: list[str]) -> Batch:
             batch["input_ids"][:, -1] = eos
     if "attention_mask" in required:
         batch["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    if "decoder_input_ids" in wanted and (getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in required):
+    if "decoder_input_ids" in wanted and (
+        getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in required
+    ):
         target = setting(config, "decoder_vocab_size", "tgt_vocab_size", "vocab_size", default=32)
         batch["decoder_input_ids"] = ids(target, ROWS, 7, seed=3, without=usual)
     if "bbox" in wanted:
@@ -149,7 +151,9 @@ def _sounds(config: PretrainedConfig, wanted: list[str]) -> Iterator[Batch]:
         yield {"input_values": noise(ROWS, frames if isinstance(frames, int) else 64, mel)}
         yield {"input_values": noise(ROWS, 1, mel, 64)}
     elif "input_features" in wanted:
-        mel = setting(config, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", default=16)
+        mel = setting(
+            config, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", default=16
+        )
         places = setting(config, "max_source_positions", default=64)
         for length in dict.fromkeys((2 * places if places < 2000 else 128, 128, 3000)):
             yield {"input_features": noise(ROWS, mel, length)}
