@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from tests.conformance.settings import CLASSES, SETTINGS, WITHOUT
 
 MOST = 30_000_000
 """Parameters that a model may have."""
+SECONDS = 30
+"""Of processor time for the tries to build it."""
 # The classes of a folder in the order in which they are tried
 ORDER = (
     r".*ForConditionalGeneration", r".*ForCausalLM", r".*ForMaskedLM", r".*LMHead\w*", r".*ForImageClassification",
@@ -72,27 +76,31 @@ def classes(folder: str) -> list[type[PreTrainedModel]]:
 def build(folder: str) -> Built:
     """The first class of the folder with dense layers that can be built small and called. Raises NotBuilt."""
     tried: list[str] = []
+    began = time.process_time()
     for cls in classes(folder)[:6]:
-        for model, cut in _models(cls, folder, tried):
-            batch = _taken(model, folder, tried, cut)
-            if batch is not None:
-                return Built(model, batch, cut, tried)
+        for alone in (False, True):
+            for model, cut in _models(cls, folder, tried):
+                batch = _taken(model, tried, cut, alone=alone)
+                if batch is not None:
+                    return Built(model, batch, cut, tried)
+                if time.process_time() - began > SECONDS:
+                    raise NotBuilt("; ".join(dict.fromkeys(tried)))
     raise NotBuilt("; ".join(dict.fromkeys(tried)) or "it has no model class")
 
 
 def _models(cls: Any, folder: str, tried: list[str]) -> Iterator[tuple[Any, str]]:
     for name, cut in CUTS.items():
         try:
-            config = small(cls.config_class(), cut, SETTINGS.get(folder))
+            config = small(cls.config_class(), cut, SETTINGS.get(folder, {}))
             for part in WITHOUT.get(folder, ()):
                 setattr(config, part, None)
             with torch.device("meta"):
-                count = sum(p.numel() for p in cls(config).parameters())
+                count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
             if count > MOST:
                 tried.append(f"{cls.__name__} {name}: {count:,} parameters")
                 continue
             torch.manual_seed(7)
-            model = cls(small(cls.config_class(), cut, SETTINGS.get(folder))).eval()
+            model = cls(config).eval()
         except Exception as error:  # a size that does not fit another
             tried.append(f"{cls.__name__} {name}: {said(error)}")
             continue
@@ -109,23 +117,20 @@ def said(error: BaseException) -> str:
 def randomised(model: nn.Module, seed: int = 5) -> None:
     """Weights that hide nothing: no factor, gate or matrix of zeros."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if not parameter.is_floating_point():
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
             continue
         draw = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim < 2:
             parameter.add_(0.1 * draw.to(parameter.dtype))
         else:
-            fan = (
-                parameter[0].numel()
-                if parameter.ndim < 3 or "xpert" not in str(parameter.shape)
-                else parameter.shape[-1]
-            )
-            parameter.copy_(draw / max(fan, 1) ** 0.5)
+            inputs = parameter.shape[-1] if "expert" in name else parameter[0].numel()
+            parameter.copy_(draw / inputs**0.5)
 
 
-def _taken(model: Any, folder: str, tried: list[str], cut: str) -> Batch | None:
-    for batch in batches(model):
+def _taken(model: Any, tried: list[str], cut: str, *, alone: bool) -> Batch | None:
+    """The first batch that the model takes; `alone`: texts without the images or sounds that it may have beside them."""
+    for batch in batches(model, alone=alone):
         current: Batch | None = batch
         for _ in range(3):
             assert current is not None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -66,6 +69,8 @@ def narrow(name: str, value: Any) -> Any:
         return least(value, 12)
     if INNER.fullmatch(name):
         return least(value, 48)
+    if name.endswith("chunk_size"):
+        return least(value, 16)
     if WIDTH.fullmatch(name) and not NOT_WIDTH.fullmatch(name):
         return least(value, 32)
     return shallow(name, value)
@@ -94,7 +99,7 @@ def shallow(name: str, value: Any) -> Any:
     if name in ("n_group", "num_expert_group", "topk_group"):
         return 1
     if VOCABULARY.fullmatch(name):
-        return least(value, 160)
+        return least(value, 128)
     if LAYERS.fullmatch(name) and not NOT_LAYERS.fullmatch(name):
         return least(value, 2)
     if re.fullmatch(r"(.*_)?(max_.*positions?.*|n_positions|n_ctx|max_.*length)", name):
@@ -115,19 +120,29 @@ def small(config: PretrainedConfig, cut: Cut, extra: Mapping[str, Any] = {}) -> 
     """A config of the same class with its fields cut, those of its parts likewise, and these `extra` ones as they are; of a part
     they are a dictionary of their own."""
     fields: dict[str, Any] = {}
+    usual = dict(_fields(type(config)()))
     for name, value in _fields(config):
         if isinstance(value, PretrainedConfig):
             of_part = extra.get(name)
             fields[name] = small(value, cut, of_part if isinstance(of_part, dict) else {})
-        elif (changed := _cut(name, value, cut)) != value:
+        elif (changed := _cut(name, value, cut)) != usual.get(name):
             fields[name] = changed
     if "num_attention_heads" in fields:
         heads = getattr(config, "num_attention_heads", None)
         same = [n for n, v in _fields(config) if n in ("num_key_value_heads", "n_kv_heads") and v == heads]
         fields |= dict.fromkeys(same, fields["num_attention_heads"])
     fields |= _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
+    if cut is narrow and _has_sections(type(config)):
+        fields["rope_parameters"] = {**(getattr(config, "rope_parameters", None) or {}), "mrope_section": [2, 1, 1]}
     fields |= {n: v for n, v in extra.items() if not isinstance(fields.get(n), PretrainedConfig)}
     return _made(config, fields | _tokens(config, fields))
+
+
+@cache
+def _has_sections(cls: Any) -> bool:
+    """Whether the folder's models turn parts of a head by places in time, height and width, which have to sum to half a head."""
+    code = [p.read_text(encoding="utf-8") for p in Path(inspect.getfile(cls)).parent.glob("modeling_*.py")]
+    return "rope_parameters" in cls.__annotations__ and any("mrope_section" in text for text in code)
 
 
 def _cut(name: str, value: Any, cut: Cut) -> Any:
@@ -199,7 +214,7 @@ def _tokens(config: PretrainedConfig, fields: Mapping[str, Any]) -> dict[str, An
     if type(room) is not int:
         return {}
     tokens: dict[str, Any] = {}
-    free = iter(range(room - 2, 0, -1))
+    free = iter(range(room - 2 if parts else room // 2, 0, -1))  # those of a part are others than those of the whole
     for name, value in _fields(config):
         if not TOKEN.fullmatch(name) or name in fields:
             continue

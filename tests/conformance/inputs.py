@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +16,36 @@ LENGTH = 12
 Batch = dict[str, Any]
 
 
-def batches(model: Any) -> Iterator[Batch]:
-    """Batches to try on this model, the fullest one first."""
+def batches(model: Any, *, alone: bool = False) -> Iterator[Batch]:
+    """Batches to try on this model: with images and sounds where it takes some, or texts alone."""
     arguments = inspect.signature(model.forward).parameters
     wanted = [n for n, p in arguments.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     required = [n for n in wanted if arguments[n].default is inspect.Parameter.empty]
-    for pixels in _images(model.config, wanted):
-        for sounds in _sounds(model.config, wanted):
-            batch = {**_texts(model, wanted, required), **pixels, **sounds, **_others(model, wanted, required)}
-            yield {n: v for n, v in batch.items() if n in wanted}
+    texts = _texts(model, wanted, required)
+    images, sounds = [*_images(model.config, wanted)], [*_sounds(model.config, wanted)]
+    if alone:
+        if texts and (images[0] or sounds[0]):
+            yield _complete(model, texts, wanted)
+        return
+    for pixels in images:
+        for waves in sounds:
+            yield _complete(model, {**texts, **pixels, **waves, **_others(model, wanted, required)}, wanted)
+
+
+def _complete(model: Any, batch: Batch, wanted: list[str]) -> Batch:
+    """With what follows from the rest: masks, kinds of tokens."""
+    if "use_cache" in wanted:
+        batch = {**batch, "use_cache": False}
+    if "return_loss" in wanted:
+        batch = {**batch, "return_loss": False}
+    if "mm_token_type_ids" in wanted and "input_ids" in batch:
+        image, video = setting(model.config, "image_token_id"), setting(model.config, "video_token_id")
+        tokens = batch["input_ids"]
+        batch = {**batch, "mm_token_type_ids": (tokens == image).long() + 2 * (tokens == video).long()}
+    for mask in ("input_features_mask", "feature_attention_mask"):
+        if mask in wanted and "input_features" in batch:
+            batch = {**batch, mask: torch.ones(ROWS, batch["input_features"].shape[-1], dtype=torch.long)}
+    return {n: v for n, v in batch.items() if n in wanted}
 
 
 def setting(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
@@ -118,7 +138,6 @@ def _images(config: PretrainedConfig, wanted: list[str]) -> Iterator[Batch]:
         yield {name: still}
         yield {name: noise(ROWS, frames, channels, *size)}
         yield {name: noise(ROWS, channels, frames, *size)}
-    yield {}  # texts alone
 
 
 def _sides(config: PretrainedConfig) -> list[Any]:
@@ -161,7 +180,6 @@ def _sounds(config: PretrainedConfig, wanted: list[str]) -> Iterator[Batch]:
             yield {"input_features": noise(ROWS, 1, length, mel)}
         size = setting(config, "spec_size", default=64)
         yield {"input_features": noise(ROWS, 1, size, mel)}
-        yield {}
     else:
         yield {}
 
@@ -171,10 +189,6 @@ def _sounds(config: PretrainedConfig, wanted: list[str]) -> Iterator[Batch]:
 
 def _others(model: Any, wanted: list[str], required: list[str]) -> Batch:
     config, batch = model.config, Batch()
-    if "use_cache" in wanted:
-        batch["use_cache"] = False
-    if "return_loss" in wanted:
-        batch["return_loss"] = False
     for name in ("past_values", "inputs"):
         if name in required and name == "past_values":
             length = setting(config, "context_length", "input_size", default=32)
@@ -207,10 +221,13 @@ def with_places(model: Any, batch: Batch, error: str) -> Batch | None:
         return None
     features = _NUMBERS.search(error)
     count = int(features[2]) if features else max(numbers)
-    each = math.ceil(count / ROWS) if count % ROWS == 0 else count
+    if features and features[1] == features[2]:  # it counts numbers, not places
+        count //= setting(config, "hidden_size", default=32)
+    each = count // ROWS if count % ROWS == 0 else count
     if not 0 < each <= 2048:
         return None
     text = batch["input_ids"]
     tokens = text[text != token].view(ROWS, -1) if (text == token).any() else text
     places = torch.full((ROWS, each), token, dtype=text.dtype)
-    return {**batch, "input_ids": torch.cat([tokens[:, :2], places, tokens[:, 2:]], 1)}
+    batch = {**batch, "input_ids": torch.cat([tokens[:, :2], places, tokens[:, 2:]], 1)}
+    return _complete(model, batch, [*inspect.signature(model.forward).parameters])

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-SETTINGS: dict[str, dict[str, Any]] = {}
+_AHEAD = {"prediction_length": 4, "context_length": 8}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_state": 16}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "align": {"vision_config": {"image_size": 64}},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "autoformer": _AHEAD, "informer": _AHEAD, "time_series_transformer": _AHEAD,
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
+    "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "state_size": 16, "n_groups": 2},
+    "nemotron_h": {"n_groups": 2, "mamba_num_heads": 8, "mamba_head_dim": 8},
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "blip_2": {"image_token_index": 99},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+}  # fmt: skip
 """Folder → fields of its config."""
 WITHOUT: dict[str, tuple[str, ...]] = {}
 """Folder → parts of its config that are left out."""
 CLASSES: dict[str, str] = {
+    "gemma3n": "Gemma3nForCausalLM",
     "align": "AlignModel", "altclip": "AltCLIPModel", "chinese_clip": "ChineseCLIPModel", "clap": "ClapModel",
     "clip": "CLIPModel", "clipseg": "CLIPSegForImageSegmentation", "groupvit": "GroupViTModel", "metaclip_2": "MetaClip2Model",
     "owlv2": "Owlv2ForObjectDetection", "owlvit": "OwlViTForObjectDetection", "siglip": "SiglipModel",
