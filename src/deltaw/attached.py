@@ -104,8 +104,8 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
     for parameter in parameters(model, name):
         parameter.requires_grad_(True)
     _warn_of_stopped_gradients(model, plan.updates)
-    if log.isEnabledFor(logging.INFO):
-        log.info("Adapter %r: %s", name, " ".join(coverage_of(model, name).lines()))
+    if log.isEnabledFor(logging.INFO) and (lines := coverage_of(model, name).lines()):
+        log.info("Adapter %r: %s", name, " ".join(lines))
     return model
 
 

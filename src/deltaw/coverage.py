@@ -48,7 +48,10 @@ class Coverage:
         return len(self.adapted) + len(others)
 
     def lines(self) -> list[str]:
-        """What there is to say at attach: a line of the layers that take an update, and one of those that do not."""
+        """What there is to say at attach: a sentence on the layers that take an update, and one or two on those that do not.
+        None of a method that has its updates elsewhere."""
+        if not self.adapted:
+            return []
         roles = ", ".join(f"{name} {count}" for name, count in self.roles.items())
         said = [f"{len(self.adapted)} of {self.dense} dense layers take an update" + (f" ({roles})." if roles else ".")]
         parts = [f"{_named(names)} ({why})" for why, names in self.reasons.items() if not why.endswith(WHERE_NAMED)]

@@ -60,10 +60,15 @@ def summary(model: nn.Module) -> Summary:
             share=size / count,
             bytes=sum(p.numel() * p.element_size() for p in own),
             coverage=coverage_of(model, name),
-            zero=sum(not bool(part.B.detach().float().any()) for part in low_rank(updates(model, name))),
+            zero=sum(_is_zero(part.B.detach()) for part in low_rank(updates(model, name))),
             rounding=attached.metadata.get("rounding", 0.0),
         )
     return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
+
+
+def _is_zero(B: Tensor) -> bool:
+    """Whether all entries are zero; a tensor without memory has none that is."""
+    return not B.is_meta and not bool(B.float().any())  # float8 has no test of its own
 
 
 def _size(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, int]:

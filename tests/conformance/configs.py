@@ -132,9 +132,12 @@ def small(config: PretrainedConfig, cut: Cut, extra: Mapping[str, Any] = {}) -> 
         same = [n for n, v in _fields(config) if n in ("num_key_value_heads", "n_kv_heads") and v == heads]
         fields |= dict.fromkeys(same, fields["num_attention_heads"])
     fields |= _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
-    if cut is narrow and _has_sections(type(config)):
-        fields["rope_parameters"] = {**(getattr(config, "rope_parameters", None) or {}), "mrope_section": [2, 1, 1]}
-    fields |= {n: v for n, v in extra.items() if not isinstance(fields.get(n), PretrainedConfig)}
+    turns = getattr(config, "rope_parameters", None) or {}
+    if cut is narrow and _has_sections(type(config)) and not any(isinstance(v, dict) for v in turns.values()):
+        fields["rope_parameters"] = {**turns, "mrope_section": [2, 1, 1]}
+    fields |= {
+        n: v for n, v in extra.items() if not (isinstance(v, dict) and isinstance(fields.get(n), PretrainedConfig))
+    }
     return _made(config, fields | _tokens(config, fields))
 
 

@@ -38,6 +38,9 @@ def _complete(model: Any, batch: Batch, wanted: list[str]) -> Batch:
         batch = {**batch, "use_cache": False}
     if "return_loss" in wanted:
         batch = {**batch, "return_loss": False}
+    token = _image_token(model.config)
+    if token is not None and "input_ids" in batch and not (batch["input_ids"] == token).any() and _has_images(batch):
+        batch = {**batch, "input_ids": torch.cat([torch.full((ROWS, 1), token), batch["input_ids"]], 1)}
     if "mm_token_type_ids" in wanted and "input_ids" in batch:
         image, video = setting(model.config, "image_token_id"), setting(model.config, "video_token_id")
         tokens = batch["input_ids"]
@@ -205,17 +208,27 @@ def _others(model: Any, wanted: list[str], required: list[str]) -> Batch:
 
 # --- images within texts ----------------------------------------------------------------------------------------
 
+_TOKENS = (
+    "image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index", "im_patch_id", "image_patch_id",
+)  # fmt: skip
+
+
+def _image_token(config: PretrainedConfig) -> int | None:
+    """The token in whose places images or sounds stand."""
+    return next((t for name in _TOKENS if type(t := setting(config, name)) is int), None)
+
+
+def _has_images(batch: Batch) -> bool:
+    return any(name in batch for name in ("pixel_values", "input_features", "pixel_values_videos"))
+
+
 _NUMBERS = re.compile(r"tokens?:?\s*\D*?(\d+).*?features?:?\s*\D*?(\d+)", re.IGNORECASE | re.DOTALL)
 
 
 def with_places(model: Any, batch: Batch, error: str) -> Batch | None:
     """The batch with as many image tokens in each row as the model says in its error that it has features."""
     config = model.config
-    token = next(
-        (t for n in ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index",
-                     "im_patch_id", "image_patch_id") if type(t := setting(config, n)) is int),
-        None,
-    )  # fmt: skip
+    token = _image_token(config)
     numbers = [int(n) for n in re.findall(r"\d+", error)]
     if token is None or "input_ids" not in batch or not numbers or "token" not in error.lower():
         return None

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import ResNetConfig
+
 _AHEAD = {"prediction_length": 4, "context_length": 8}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_state": 16}
 
+
+def _resnet(*stages: str) -> dict[str, Any]:
+    """A backbone that needs no package besides."""
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return {"backbone_config": ResNetConfig(**sizes, out_features=list(stages))}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGA": 6, "IMGIMGB": 7}},
+    "cvt": {"depth": [1, 2, 3]},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "detr": _resnet("stage4"), "conditional_detr": _resnet("stage4"), "dab_detr": _resnet("stage4"),
+    "table_transformer": _resnet("stage4"), "deformable_detr": _resnet("stage2", "stage3", "stage4"),
     "align": {"vision_config": {"image_size": 64}},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "autoformer": _AHEAD, "informer": _AHEAD, "time_series_transformer": _AHEAD,
