@@ -64,10 +64,9 @@ def save(
     file.metadata.update(kept)
     for layer, others in live.names_of(dict(live.base_modules(model))).items():
         if layer in file.factors:
+            names = ", ".join(others)
             log.warning(
-                "PEFT adapts calls of %s alone, deltaw also those by the module's other names: %s.",
-                layer,
-                ", ".join(others),
+                "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
             )
     written = peft.write(Path(path), file)
     _say_what_is_large(written, file)
