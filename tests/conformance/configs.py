@@ -134,7 +134,8 @@ def small(config: PretrainedConfig, cut: Cut, extra: Mapping[str, Any] = {}) -> 
     fields |= _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
     turns = getattr(config, "rope_parameters", None) or {}
     if cut is narrow and _has_sections(type(config)) and not any(isinstance(v, dict) for v in turns.values()):
-        fields["rope_parameters"] = {**turns, "mrope_section": [2, 1, 1]}
+        part = turns.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+        fields["rope_parameters"] = {**turns, "mrope_section": [2, 1, 1] if part == 1 else [1, 1, 0]}
     fields |= {
         n: v for n, v in extra.items() if not (isinstance(v, dict) and isinstance(fields.get(n), PretrainedConfig))
     }

@@ -17,6 +17,12 @@ def _resnet(*stages: str) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "clipseg": {"extract_layers": [0, 1], "reduce_dim": 16},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1, "position_embedding_type": "rotary"},
+    "gemma3n": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 0}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 0}},
     "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGA": 6, "IMGIMGB": 7}},
     "cvt": {"depth": [1, 2, 3]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
@@ -40,7 +46,7 @@ WITHOUT: dict[str, tuple[str, ...]] = {}
 """Folder → parts of its config that are left out."""
 CLASSES: dict[str, str] = {
     "gemma3n": "Gemma3nForCausalLM",
-    "align": "AlignModel", "altclip": "AltCLIPModel", "chinese_clip": "ChineseCLIPModel", "clap": "ClapModel",
+    "align": "AlignModel", "altclip": "AltCLIPModel", "chinese_clip": "ChineseCLIPModel", 
     "clip": "CLIPModel", "clipseg": "CLIPSegForImageSegmentation", "groupvit": "GroupViTModel", "metaclip_2": "MetaClip2Model",
     "owlv2": "Owlv2ForObjectDetection", "owlvit": "OwlViTForObjectDetection", "siglip": "SiglipModel",
     "siglip2": "Siglip2Model", "x_clip": "XCLIPModel", "blip": "BlipForConditionalGeneration", "flava": "FlavaModel",
