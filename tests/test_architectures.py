@@ -275,4 +275,6 @@ def test_what_cannot_be_adapted_is_said(entry: Architecture) -> None:
 
 def test_the_page_names_every_architecture() -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert [a.name for a in TABLE if f"\n| `{a.config.model_type.replace('-', '_').removesuffix('_text')}` | " not in page] == []
+    assert [
+        a.name for a in TABLE if f"\n| `{a.config.model_type.replace('-', '_').removesuffix('_text')}` | " not in page
+    ] == []

@@ -152,6 +152,27 @@ class HandedOn(Spare):
         self.held = [self.spare]
 
 
+class Partly(nn.Module):
+    """One layer is used without gradients alone, one also with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.both, self.out = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shift = self.bias(x) + self.both(x)
+        out: Tensor = self.out(self.both(x) + shift)
+        return out
+
+
+def test_layers_used_in_blocks_without_gradients() -> None:
+    selection = select(Partly(), "all-linear", 2)
+    assert list(selection.ranks) == ["both", "out"]
+    assert selection.left_out == {"bias": "no gradient reaches it: Partly uses it under torch.no_grad alone"}
+    assert "bias" in without_gradient(dict(deltaw.attach(Partly(), LoRA(rank=2)).named_modules()))
+
+
 def test_which_layers_of_ones_own_model_are_called() -> None:
     assert never_called(dict(Spare().named_modules())) == {"spare"}
     assert never_called(dict(ByAnyName().named_modules())) == set()

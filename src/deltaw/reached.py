@@ -6,9 +6,11 @@ for its weight and calls other modules that have the same one, so that a branch 
 
 from __future__ import annotations
 
+import ast
 import dis
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from types import CodeType
@@ -39,7 +41,10 @@ _NOT_IN_USE = (
     "_prune",
 )
 # Packages whose classes name no module of one model; of transformers, all but these folders
-_GENERAL, _MODELS = ("torch.", "builtins", "transformers."), ("transformers.models.", "transformers.modeling_layers")
+_GENERAL, _MODELS = (
+    ("torch.", "builtins", "deltaw.", "transformers."),
+    ("transformers.models.", "transformers.modeling_layers"),
+)
 # Names by which code reaches children that it does not name
 _BY_ANY_NAME = frozenset(
     {"getattr", "_modules", "children", "named_children", "modules", "named_modules", "get_submodule"}
@@ -49,9 +54,11 @@ _BY_ANY_NAME = frozenset(
 def without_gradient(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Name of each module that only computes without gradients → why. A module inside one has the outer one's reason."""
     stopping: dict[str, str] = {}
+    classes = {_class(module) for module in modules.values()}
     for name, module in modules.items():
         outer = next((why for prefix, why in stopping.items() if name.startswith(f"{prefix}.")), None)
-        why = outer or _stops(_class(module))
+        place, _, own = name.rpartition(".")
+        why = outer or _stops(_class(module)) or _within(modules.get(place), own, classes)
         if name and why:
             stopping[name] = why
     return stopping
@@ -65,6 +72,64 @@ def _stops(cls: Any) -> str:
     if any(_disables_gradients(vars(c)["forward"]) for c in cls.__mro__[:1] if "forward" in vars(c)):
         return f"no gradient reaches it: {cls.__name__} computes under torch.no_grad"
     return ""
+
+
+def _within(parent: nn.Module | None, own: str, classes: Collection[Any]) -> str:
+    """Why no gradient leaves this child: its parent uses it in `torch.no_grad` blocks alone, and no other of the `classes` names
+    it. Empty where it does not."""
+    if parent is None or own not in _without_gradient_in(_class(parent)):
+        return ""
+    if any(own in _names_used(cls) for cls in classes if cls is not _class(parent)):
+        return ""
+    return f"no gradient reaches it: {plain_class(parent).__name__} uses it under torch.no_grad alone"
+
+
+@cache
+def _without_gradient_in(cls: Any) -> frozenset[str]:
+    """Children that the methods of this class use inside `with torch.no_grad()` and nowhere else."""
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for name, function in _methods(cls):
+        if not name.startswith(_NOT_IN_USE) and name not in _GETTERS and "no_grad" in _names(function.__code__):
+            children = _Children()
+            children.visit(_tree(function))
+            inside |= children.inside
+            outside |= children.outside
+        elif name == "__init__":
+            outside |= _loaded(function.__code__)
+        elif not name.startswith(_NOT_IN_USE):
+            outside |= set(_names(function.__code__))
+    return frozenset(inside - outside)
+
+
+def _tree(function: Any) -> ast.AST:
+    """The function's syntax tree; an empty one where there is no source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError, TypeError):
+        return ast.Module([], [])
+
+
+class _Children(ast.NodeVisitor):
+    """Finds `self.name`, inside of blocks without gradients and outside of them."""
+
+    def __init__(self) -> None:
+        self.inside: set[str] = set()
+        self.outside: set[str] = set()
+        self.depth = 0
+
+    def visit_With(self, node: ast.With) -> None:
+        stops = any(
+            ast.unparse(item.context_expr) in ("torch.no_grad()", "torch.inference_mode()") for item in node.items
+        )
+        self.depth += stops
+        self.generic_visit(node)
+        self.depth -= stops
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            (self.inside if self.depth else self.outside).add(node.attr)
+        self.generic_visit(node)
 
 
 def _disables_gradients(function: Any) -> bool:
