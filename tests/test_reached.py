@@ -173,10 +173,19 @@ def test_layers_used_in_blocks_without_gradients() -> None:
     assert "bias" in without_gradient(dict(deltaw.attach(Partly(), LoRA(rank=2)).named_modules()))
 
 
+class NoForward(nn.Module):
+    """Other code computes with its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+
 def test_which_layers_of_ones_own_model_are_called() -> None:
     assert never_called(dict(Spare().named_modules())) == {"spare"}
     assert never_called(dict(ByAnyName().named_modules())) == set()
     assert never_called(dict(HandedOn().named_modules())) == set()
+    assert never_called(dict(nn.ModuleDict({"a": NoForward()}).named_modules())) == set()
     replaced: Any = Spare()
     replaced.forward = types.MethodType(lambda self, x: self.spare(x), replaced)
     assert never_called(dict(replaced.named_modules())) == set()

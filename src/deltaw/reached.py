@@ -213,9 +213,13 @@ def _names_in_getters(cls: Any) -> frozenset[str]:
 
 @cache
 def _names_its_children(cls: Any) -> bool:
-    """Whether code of this class can only reach its children by names that stand in it."""
-    if issubclass(cls, (nn.ModuleList, nn.ModuleDict, nn.Sequential, torch.jit.ScriptModule)) or _is_general(
-        cls.__module__
+    """Whether code of this class can only reach its children by names that stand in it. A class without a forward of its own
+    leaves open how they are reached."""
+    listing = issubclass(cls, (nn.ModuleList, nn.ModuleDict, nn.Sequential, torch.jit.ScriptModule))
+    if (
+        listing
+        or _is_general(cls.__module__)
+        or not any("forward" in vars(c) for c in cls.__mro__ if c is not nn.Module)
     ):
         return False
     own = [f for name, f in _methods(cls) if name != "__init__" and not name.startswith(_NOT_IN_USE)]
