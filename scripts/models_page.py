@@ -48,6 +48,11 @@ REASONS: dict[str, tuple[str, str]] = {
     "cannot be told apart": _MIXED,
     "names 3 rows, but": _MIXED,
     "no output is of one row alone": ("o", "No output is of one row alone, so that there is nothing to compare."),
+    "its own file either": (
+        "s",
+        "PEFT renames the keys of an adapter as it would a checkpoint's, and then finds them nowhere: it does not read its own "
+        "file of this type either.",
+    ),
     "incompatible with Mamba": ("p", "PEFT refuses to adapt `out_proj` of Mamba-based models. `targets` without it are read."),
     "Error(s) in loading state_dict": ("q", "PEFT reads the experts of this type with other ranks than the file has."),
     "cannot be used": ("r", "PEFT's file has two updates of one stack of experts, or ranks that its settings do not say."),

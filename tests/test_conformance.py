@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 from tests.conformance.building import build, folders
 from tests.conformance.checks import CHECKS, look
 from tests.conformance.configs import CUTS, small
+from tests.conftest import ROOT
+
+LIFE = ("identity", "save → load", "merge", "unmerge", "detach")
+"""What holds of every type."""
 
 EXPERTS = {"rows": "refused: A "}
 """Stacked experts see tokens of all rows."""
@@ -21,13 +26,15 @@ MAMBA = {
     "we read PEFT's": "ValueError",
 }
 """PEFT adapts no `out_proj` of these."""
+POOLED = {"gradients": "none in 4 of 30: model.vision_tower.head", "rows": "refused: A MultiheadAttention"}
+"""The language model does not read what the vision tower sums up."""
 # Folder → what its checks say; nothing where all is well
 SAMPLE: dict[str, dict[str, str]] = {
     "albert": {}, "aimv2": {}, "altclip": {}, "apertus": {}, "audio_spectrogram_transformer": {}, "axk2": EXPERTS, "bart": {},
     "beit": {}, "bert": {}, "bloom": {}, "blenderbot": {}, "camembert": {}, "chinese_clip": {}, "cohere2": {},
     "convbert": {}, "cpmant": {}, "csm": {}, "ctrl": {}, "data2vec": {}, "deberta_v2": {}, "decision_transformer": {}, "deit": {},
-    "dia": {}, "diffllama": {}, "electra": {}, "emu3": {}, "exaone4": {}, "falcon": {}, "gemma3": {}, "gpt2": {}, "gpt_neox": {},
-    "llama": {}, "llava": {}, "mamba": MAMBA, "mixtral": EXPERTS, "qwen2_5_vl": {}, "t5": {}, "vit": {}, "wav2vec2": {},
+    "dia": {}, "diffllama": {}, "electra": {}, "emu3": {}, "exaone4": {}, "falcon": {}, "gemma3": POOLED, "gpt2": {}, "gpt_neox": {},
+    "llama": {}, "llava": {"gradients": "none in 6 of 28: model.vision_tower"}, "mamba": MAMBA, "mixtral": EXPERTS, "qwen2_5_vl": {}, "t5": {}, "vit": {}, "wav2vec2": {},
     "whisper": {},
 }  # fmt: skip
 
@@ -55,6 +62,14 @@ def test_an_adapters_life(folder: str, tmp_path: Path) -> None:
     assert row["checks"].keys() == CHECKS.keys() and row["adapted"] > 0
     assert said.keys() == SAMPLE[folder].keys(), said
     assert all(why.startswith(SAMPLE[folder][name]) for name, why in said.items()), said
+
+
+def test_the_page_has_every_type() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "results" / "models.json").read_text(encoding="utf-8"))
+    assert [name for name in results["models"] if f"`{name}`" not in page] == []
+    failed = [n for n, r in results["models"].items() for check in LIFE if r.get("checks", {}).get(check)]
+    assert failed == []
 
 
 def test_a_small_config_keeps_what_divides_what() -> None:

@@ -317,8 +317,8 @@ def _too_large(dense: dict[str, Layer], ranks: dict[str, int], slices: Mapping[s
 
 
 def _head_names(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> set[str]:
-    """Output layers: output embeddings, layers with the weight of an embedding, and in a transformers model whatever is outside
-    its base model."""
+    """Output layers: output embeddings, in a transformers model whatever is outside its base model, and layers with the weight of
+    one of these or of an embedding."""
     model = layers[""]
     inner = [m for m in layers.values() if hasattr(m, "get_output_embeddings")]
     heads = [head for m in inner if (head := _output_embeddings(m)) is not None]
