@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests are no installed package
 
+from tests.conformance.building import folders  # noqa: E402
 from tests.conformance.checks import CHECKS  # noqa: E402
 
 RESULTS, PAGE = ROOT / "results" / "models.json", ROOT / "docs" / "models.md"
@@ -96,6 +97,9 @@ def main() -> None:
         if inside:
             page += f"## {title}\n\n" + table({n: tried[n] for n in inside}, letters) + "\n"
     page += reasons(letters, tried) + unreached(tried) + untried(rows)
+    missing = [f"`{name}`" for name in folders() if name not in rows]
+    if missing:
+        page += f"\n## Not run yet\n\n`python -m scripts.models_sweep` runs these: {', '.join(missing)}.\n"
     PAGE.write_text(page, encoding="utf-8")
     print(f"{PAGE}: {len(rows)} types")
 

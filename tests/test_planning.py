@@ -206,3 +206,11 @@ def test_training_says_its_memory_and_warns(room: int | None, tmp_path: Path, mo
     assert total == sum(parts.values()) and parts["optimizer"] == pytest.approx(8 * start["parameters"], rel=0.05)
     warned = [e.values["text"] for e in heard if e.kind == "warning" and "may run out of memory" in e.values["text"]]
     assert len(warned) == (room is not None)
+
+
+def test_the_coverage_of_each_method() -> None:
+    found = deltaw.plan(tiny_llama(tied=False).config, dataclasses.replace(SMALL, methods="lora,prefix"))
+    lora, prefix = found.rows
+    assert lora.coverage[0].startswith("14 of 15 dense layers take an update (q 2, k 2, v 2")
+    assert lora.coverage[1] == "Left out: lm_head (output head)."
+    assert prefix.coverage == ()

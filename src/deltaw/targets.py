@@ -322,17 +322,14 @@ def _head_names(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> 
     model = layers[""]
     inner = [m for m in layers.values() if hasattr(m, "get_output_embeddings")]
     heads = [head for m in inner if (head := _output_embeddings(m)) is not None]
-    tied = {m._parameters.get("weight") for m in layers.values() if isinstance(m, nn.Embedding)} - {None}
     names = {n for n, layer in dense.items() if any(layer is head for head in heads)}
-    names |= {
-        n
-        for n, m in dense.items()
-        if isinstance(m, nn.Module) and _multiplies(m) and m._parameters.get("weight") in tied
-    }
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         names |= {n for n in dense if not n.startswith(prefix + ".")}
-    return names
+    ends = [m for n, m in layers.items() if n in names or isinstance(m, nn.Embedding)]
+    tied = {m._parameters.get("weight") for m in ends} - {None}
+    multiplying = {n: m for n, m in dense.items() if isinstance(m, nn.Module) and _multiplies(m)}
+    return names | {n for n, m in multiplying.items() if m._parameters.get("weight") in tied}
 
 
 def _output_embeddings(module: Any) -> Any:
