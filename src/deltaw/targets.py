@@ -95,7 +95,7 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             problems.append(f"{entry!r}: rank is {r!r}; it must be a whole number of at least 1")
             continue
-        found = _match(entry, layers, dense, body, model)
+        found = _match(entry, layers, dense, body, model, dead)
         if isinstance(found, str):
             problems.append(found)
             continue
@@ -211,14 +211,15 @@ _Found = dict[str, dict[str, Runs]]
 
 
 def _match(
-    entry: str, layers: dict[str, nn.Module], dense: dict[str, Layer], body: dict[str, Layer], model: nn.Module
-) -> _Found | str:
+    entry: str, layers: dict[str, nn.Module], dense: dict[str, Layer], body: dict[str, Layer], model: nn.Module,
+    dead: Mapping[str, str],
+) -> _Found | str:  # fmt: skip
     """The layers that one entry means, or what is wrong with it."""
     if sliced := _SLICED.fullmatch(entry):
-        whole = _match(sliced[1], layers, dense, body, model)
+        whole = _match(sliced[1], layers, dense, body, model, dead)
         return whole if isinstance(whole, str) else _sliced(entry, whole, sliced[2].split(","), dense, model)
     if entry == ALL:
-        return _whole(body) if body else _none(layers)
+        return _whole(body) if body else _none(layers, dead)
     named = [n for n in dense if n == entry or n.endswith("." + entry)]
     if entry in PRESETS or entry in ROLES:
         found = _match_roles(entry, body, model)
@@ -284,10 +285,12 @@ def _match_roles(entry: str, body: dict[str, Layer], model: nn.Module) -> _Found
     return found or f"{entry!r}: no layer of this model has that role"
 
 
-def _none(layers: Mapping[str, nn.Module]) -> str:
-    """Why all-linear means nothing here: of layers that look dense, what they have against it."""
+def _none(layers: Mapping[str, nn.Module], dead: Mapping[str, str]) -> str:
+    """Why all-linear means nothing here: of layers that look dense, what they have against it; `dead` are those that would not
+    learn."""
     kinds = tuple(kind.layer_class for kind in KINDS if kind.multiplies)
-    why = dict.fromkeys(filter(None, (why_not(layer) for layer in layers.values() if isinstance(layer, kinds))))
+    refused = [why_not(layer) for layer in layers.values() if isinstance(layer, kinds)]
+    why = dict.fromkeys(filter(None, [*refused, *dead.values()]))
     return "the model has no dense layer besides its output head" + (f": {'; '.join(why)}" if why else "")
 
 
