@@ -1,73 +1,122 @@
-"""Write docs/models.md: what deltaw does on each architecture of tests/architectures.py, by the checks of
-tests/test_architectures.py.
+"""Write docs/models.md from results/models.json, which scripts/models_sweep.py makes.
 
-    python -m scripts.models_page
-
-A check that fails stops it, and the page stays as it was.
+python -m scripts.models_page
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+import re
 import sys
-import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests are no installed package
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tests.architectures import TABLE, Architecture  # noqa: E402
-from tests.test_architectures import CHECKS, METHOD, resolved  # noqa: E402
+from tests.conformance.building import folders  # noqa: E402
+from tests.conformance.checks import CHECKS  # noqa: E402
 
-import deltaw  # noqa: E402
-from deltaw.errors import AdapterError, TargetError  # noqa: E402
-from deltaw.layers import why_not  # noqa: E402
+RESULTS, PAGE = ROOT / "results" / "models.json", ROOT / "docs" / "models.md"
+DONE, OPEN = "✓", "✗"
+LIFE = ("identity", "save → load", "merge", "unmerge", "detach")
+OTHERS = ("gradients", "rows", "PEFT reads ours", "we read PEFT's")
+GROUPS = {
+    "pixel": "Images, and images with texts",
+    "sound": "Speech and sounds",
+    "text": "Texts",
+    "other": "Others",
+}
+_MIXED = ("t", "Layers see the time first, or positions that all rows share: rows cannot have adapters of their own.")
+# What a check's text holds → the letter and the reason that the page gives
+REASONS: dict[str, tuple[str, str]] = {
+    "Experts takes several inputs": (
+        "e",
+        "Stacked experts see the tokens that are sent to them, of all rows of a batch at once. Adapters that leave the experts "
+        'out (`targets="attention"`) can be mixed in a batch.',
+    ),
+    "takes several inputs": (
+        "m",
+        "A module with several inputs (`nn.MultiheadAttention`) has no one input with a part for each row.",
+    ),
+    "is read by the module around it": (
+        "w",
+        "The module around a layer multiplies by its weight itself, for all rows at once (Mamba's `dt_proj`).",
+    ),
+    "cannot be told apart": _MIXED,
+    "names 3 rows, but": _MIXED,
+    "no output is of one row alone": ("o", "No output is of one row alone, so that there is nothing to compare."),
+    "its own file either": (
+        "s",
+        "PEFT renames the keys of an adapter as it would a checkpoint's, and then finds them nowhere: it does not read its own "
+        "file of this type either.",
+    ),
+    "incompatible with Mamba": ("p", "PEFT refuses to adapt `out_proj` of Mamba-based models. `targets` without it are read."),
+    "Error(s) in loading state_dict": ("q", "PEFT reads the experts of this type with other ranks than the file has."),
+    "cannot be used": ("r", "PEFT's file has two updates of one stack of experts, or ranks that its settings do not say."),
+}  # fmt: skip
+TEXT = """# Architectures
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-DONE, REFUSED, NOTHING = "✓", "refused", "—"
-PAGE = """# Architectures
+Look up your model's type (`model_type` in its config.json) below. A row of ✓ says that every step of an adapter's life works
+on it with `targets="all-linear"`. Where a letter stands instead, its reason is under [Reasons](#reasons).
 
-This page is written by [scripts/models_page.py](../scripts/models_page.py), which runs the checks of
-[tests/test_architectures.py](../tests/test_architectures.py) on the models of
-[tests/architectures.py](../tests/architectures.py). The models are tiny and their weights are random. So the page says that
-the mechanism works on these classes. It says nothing about the quality of an update that was trained on a real model.
+{counts}
 
-Made with transformers {transformers}, torch {torch}, float32 on a CPU. Targets are `all-linear`.
+The models are the smallest that each class builds, with random weights, in float32 on a CPU. So the page says that the
+mechanism works on these classes. It says nothing about the quality of an update that was trained on a real model.
+Made with transformers {transformers} and torch {torch} by [scripts/models_sweep.py](../scripts/models_sweep.py), with the checks
+of [tests/conformance](../tests/conformance); 40 of the types are part of `make test`.
 
-{checks}
+| column | what holds |
+| --- | --- |
+| layers | how many dense layers take an update, of how many; embeddings and convolutions, which have to be named, aside |
+| roles | how many of them have which role; `targets="q,v"` adapts those of these roles |
+{columns}
 
-{table}
-
-Layers are named by how their names end. A role is a short name for a kind of layer, the same on every architecture:
-`targets="q,v"` adapts the query and value layers. Where a model fuses several roles in one layer, a role means its slice of
-that layer, and `all-linear` adapts the whole of it. `gate_up` stands for gate and up where their slices are not known. Presets
-and roles leave out what is "only where named" and output heads; `targets` with their names adapts them.
-{refusals}"""
+"""
 
 
 def main() -> None:
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    refusals: list[str] = []
-    table = [row(entry, refusals) for entry in TABLE]
-    header = ["architecture", "class", "layers that all-linear adapts", "roles", *CHECKS, "takes no update"]
-    lines = [line(header), line(["---"] * 4 + [":-:"] * len(CHECKS) + ["---"]), *map(line, table)]
-    said = "\n## What is refused\n\n" + "".join(f"{refusal}\n" for refusal in refusals) if refusals else ""
-    text = PAGE.format(
-        transformers=transformers.__version__,
-        torch=torch.__version__.partition("+")[0],
-        checks="\n".join(f"- **{name}**: {explained(name)}" for name in CHECKS),
-        table="\n".join(lines),
-        refusals=said,
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, Any]] = results["models"]
+    tried = {n: r for n, r in rows.items() if "checks" in r}
+    columns = [f"| life | {' · '.join(f'{name}: {explained(name)}' for name in LIFE)} |"]
+    columns += [f"| {name} | {explained(name)} |" for name in OTHERS]
+    page = TEXT.format(
+        counts=counts(rows),
+        transformers=results["transformers"],
+        torch=results["torch"].partition("+")[0],
+        columns="\n".join(columns),
     )
-    page = ROOT / "docs" / "models.md"
-    page.write_text(text, encoding="utf-8")
-    print(f"{page}: {len(TABLE)} architectures, {len(CHECKS)} checks each, {len(refusals)} refused")
+    letters: dict[str, str] = {}
+    for group, title in GROUPS.items():
+        inside = [n for n, r in tried.items() if group_of(n, r) == group]
+        if inside:
+            page += f"## {title}\n\n" + table({n: tried[n] for n in inside}, letters) + "\n"
+    page += reasons(letters, tried) + unreached(tried) + untried(rows)
+    missing = [f"`{name}`" for name in folders() if name not in rows]
+    if missing:
+        page += f"\n## Not run yet\n\n`python -m scripts.models_sweep` runs these: {', '.join(missing)}.\n"
+    PAGE.write_text(page, encoding="utf-8")
+    print(f"{PAGE}: {len(rows)} types")
 
 
-def line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def counts(rows: dict[str, dict[str, Any]]) -> str:
+    """How many types there are of each outcome."""
+    kinds: Counter[str] = Counter()
+    for row in rows.values():
+        if "checks" not in row:
+            kinds["not tried" if "not tried" in row else "without dense layers"] += 1
+        elif not any(row["checks"].values()):
+            kinds["with ✓ in every column"] += 1
+        else:
+            kinds["with a reason in some column"] += 1
+    said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    wrong = sum(any(row["checks"].get(n) for n in LIFE) for row in rows.values() if "checks" in row)
+    return f"**{len(rows)} types**: {said}. Attach, save, load, merge, unmerge and detach: {wrong or 'no'} type fails."
 
 
 def explained(check: str) -> str:
@@ -76,59 +125,109 @@ def explained(check: str) -> str:
     return text.partition(". ")[0].removesuffix(".") + "."
 
 
-def row(entry: Architecture, refusals: list[str]) -> list[str]:
-    """A line of the table. What deltaw refuses, and how, is added to `refusals`."""
-    first = [entry.name, f"`{entry.model.__name__}`"]
-    model = entry.build()
-    try:
-        deltaw.attach(model, METHOD)
-    except TargetError as error:
-        refusals.append(f"- {entry.name}: {one_line(error)}")
-        reasons = {n: why for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and (why := why_not(m))}
-        return [*first, NOTHING, NOTHING, *[REFUSED] * len(CHECKS), left_out(entry, reasons)]
-    adapter = deltaw.summary(model).adapters["default"]
-    ends = [f"`{end}`" for several in (*entry.roles.values(), entry.others) for end in sorted(several)]
-    layers = f"{len(resolved(model, 'all-linear'))}: {' '.join(ends)}"
-    checks = [checked(entry, check, refusals) for check in CHECKS]
-    return [*first, layers, roles(entry), *checks, left_out(entry, adapter.left_out)]
+def group_of(name: str, row: dict[str, Any]) -> str:
+    """What the class takes: images, sounds, texts."""
+    root = Path(importlib.import_module("transformers").__file__ or "").parent / "models" / name
+    modules = [
+        importlib.import_module(f"transformers.models.{name}.{p.stem}") for p in sorted(root.glob("modeling_*.py"))
+    ]
+    cls = next(vars(m)[row["class"]] for m in modules if row["class"] in vars(m))
+    wanted = " ".join(inspect.signature(cls.forward).parameters)
+    if "pixel" in wanted:
+        return "pixel"
+    if re.search(r"input_(features|values)\b|audio|spectrogram|waveform", wanted):
+        return "sound"
+    return "text" if "input_ids" in wanted else "other"
 
 
-def checked(entry: Architecture, check: str, refusals: list[str]) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            CHECKS[check](entry, Path(folder))
-        except AdapterError as error:
-            if not (check == "rows" and entry.rows_refused):
-                raise
-            refusals.append(f"- {entry.name}, rows: {one_line(error)}")
-            return REFUSED
-    return DONE
+def table(rows: dict[str, dict[str, Any]], letters: dict[str, str]) -> str:
+    """The table of a group; reasons that it has letters for are added to `letters`."""
+    header = ["type", "class", "layers", "roles", "life", "gradients", "rows", "PEFT reads ours", "we read PEFT's"]
+    lines = [line(header), line(["---"] * 4 + [":-:"] * 5)]
+    for name, row in rows.items():
+        checks = row["checks"]
+        failed = [check for check in LIFE if checks[check]]
+        life = ", ".join(f"{check} {OPEN}" for check in failed) or DONE
+        reached = re.match(r"none in (\d+) of (\d+)", checks["gradients"])
+        gradients = f"[all but {reached[1]}](#layers-that-no-gradient-reached)" if reached else DONE
+        if checks["gradients"] and not reached:
+            gradients = OPEN
+        cells = [lettered(checks[check], letters) for check in OTHERS[1:]]
+        roles = " ".join(f"{role} {count}" for role, count in row["roles"].items())
+        lines.append(
+            line(
+                [
+                    f"`{name}`",
+                    f"`{row['class']}`",
+                    f"{row['adapted']} of {row.get('dense', '?')}",
+                    roles,
+                    life,
+                    gradients,
+                    *cells,
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
 
 
-def one_line(error: Exception) -> str:
-    """What an error lists, or all that it says."""
-    problems = [text.removeprefix("  - ") for text in str(error).splitlines() if text.startswith("  - ")]
-    return "; ".join(problems) or " ".join(str(error).split())
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def roles(entry: Architecture) -> str:
-    """The roles that mean layers of this model, and those that mean slices of them."""
-    model = entry.build()
-    asked = (*ROLES, *(role for role in ("qkv", "gate_up") if entry.unsliced))
-    found = {role: resolved(model, role) for role in asked}
-    whole = [role for role, layers in found.items() if layers and not any(layers.values())]
-    slices = [role for role, layers in found.items() if any(layers.values())]
-    return " ".join(whole) + (f"; slices: {' '.join(slices)}" if slices else "")
+def lettered(text: str, letters: dict[str, str]) -> str:
+    """✓, the letter of a known reason, or ✗."""
+    if not text:
+        return DONE
+    for part, (letter, reason) in REASONS.items():
+        if part in text:
+            letters[letter] = reason
+            return letter
+    return OPEN
 
 
-def left_out(entry: Architecture, reasons: dict[str, str]) -> str:
-    """Reason → the names of its weights, in short."""
-    short: dict[str, dict[str, None]] = {}
-    for name, why in reasons.items():
-        why = "only where named" if why.endswith("where it is named") else why.replace(" that deltaw adapts", "")
-        ends = [end for end in entry.left_out if f".{name}".endswith(f".{end}")]
-        short.setdefault(why, {})[f"`{max(ends, key=len) if ends else name.rpartition('.')[2]}`"] = None
-    return "; ".join(f"{' '.join(names)}: {why}" for why, names in short.items())
+def reasons(letters: dict[str, str], rows: dict[str, dict[str, Any]]) -> str:
+    """What the letters stand for, and what is wrong where ✗ stands."""
+    said = "## Reasons\n\n| letter | reason |\n| :-: | --- |\n"
+    said += "".join(f"| {letter} | {letters[letter]} |\n" for letter in sorted(letters))
+    wrong = [
+        f"- `{name}`, {check}: {why}\n"
+        for name, row in rows.items()
+        for check, why in row["checks"].items()
+        if why and not why.startswith("none in") and lettered(why, {}) == OPEN
+    ]
+    return said + (f"\nWhere {OPEN} stands:\n\n" + "".join(wrong) if wrong else "") + "\n"
+
+
+def unreached(rows: dict[str, dict[str, Any]]) -> str:
+    """The layers without a gradient, of each type that has some."""
+    some = {n: why for n, r in rows.items() if (why := r["checks"]["gradients"]).startswith("none in")}
+    if not some:
+        return ""
+    said = (
+        "## Layers that no gradient reached\n\nThe class computes them and uses their output nowhere (poolers, heads of a vision "
+        "tower), or the small batch does not go through them. Training says in its first step which layers its data does not "
+        "reach.\n\n"
+    )
+    return said + "".join(f"- `{name}`: {why.partition(': ')[2]}\n" for name, why in some.items()) + "\n"
+
+
+def untried(rows: dict[str, dict[str, Any]]) -> str:
+    """Types without dense layers, and those that could not be built or called, with the reason."""
+    without = [f"`{n}`" for n, r in rows.items() if "refused" in r]
+    said = f"## Without dense layers\n\n{', '.join(without)}: nothing for `all-linear` to adapt.\n\n" if without else ""
+    failed = {n: r["not tried"] for n, r in rows.items() if "not tried" in r}
+    if failed:
+        said += (
+            "## Not tried\n\nNo small model of these could be built or called here, and why the first try failed.\n\n"
+        )
+        said += "".join(f"- `{name}`: {first(why)}\n" for name, why in failed.items())
+    return said
+
+
+def first(why: str) -> str:
+    """The first of several reasons, in short and without what it was tried with."""
+    text = re.sub(r"^\w+ (narrow|sixteenth|eighth|fourth|shallow)[^:]*: ", "", " ".join(why.split("; ")[0].split()))
+    return text if len(text) <= 160 else f"{text[:157]}…"
 
 
 if __name__ == "__main__":

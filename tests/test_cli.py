@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 from deltaw.cli import main, show
-from tests.conftest import byte_llama, fill
+from tests.conftest import byte_llama, fill, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 WORDS = ["red", "blue", "green", "white"]
@@ -242,6 +242,12 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["layers"]) == 14 and all(
         row["rank"] == 4 and row["scale"] == 1.5 and row["dW"] > 0 for row in found["layers"]
     )
+
+
+def test_inspect_says_that_an_adapter_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deltaw.save(deltaw.attach(tiny_llama(), deltaw.LoRA(rank=2)), tmp_path / "fresh")
+    assert main(["inspect", str(tmp_path / "fresh")]) == 0
+    assert "nothing: B is zero in all layers" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_path_is_on_one_line_of_a_narrow_terminal(

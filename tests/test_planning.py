@@ -214,3 +214,11 @@ def test_dropout_is_planned_from_shapes_too() -> None:
     found = deltaw.plan(config, deltaw.PlanConfig(methods="lora,lora(dropout=0.3)", batch=1, device="cpu"))
     without, dropped = (row.memory for row in found.rows)
     assert not dropped.estimated and dropped.activations >= without.activations
+
+
+def test_the_coverage_of_each_method() -> None:
+    found = deltaw.plan(tiny_llama(tied=False).config, dataclasses.replace(SMALL, methods="lora,prefix"))
+    lora, prefix = found.rows
+    assert lora.coverage[0].startswith("14 of 15 dense layers take an update (q 2, k 2, v 2")
+    assert lora.coverage[1] == "Left out: lm_head (output head)."
+    assert prefix.coverage == ()

@@ -311,9 +311,20 @@ def test_a_learning_rate_too_small_is_a_warning(small: Any, tmp_path: Path) -> N
     assert any("ten times too small" in w for w in result.warnings)
 
 
+class Seldom(torch.nn.Module):
+    """A block whose last layer only some data goes through."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block, self.spare, self.wanted = block, torch.nn.Linear(8, 6), False
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.spare(inputs[0]) if self.wanted else self.block(*inputs, **named)
+
+
 def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
-    model.spare = torch.nn.Linear(8, 6)
+    model.model.layers[0].mlp = Seldom(model.model.layers[0].mlp)
     result = deltaw.train(
         model,
         RECORDS,
@@ -322,6 +333,13 @@ def test_a_layer_that_never_runs_is_a_warning(small: Any, tmp_path: Path) -> Non
         tokenizer=tokenizer,
     )
     assert any("took no part" in w and "spare" in w for w in result.warnings)
+
+
+def test_data_that_trains_no_layer_is_refused(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    model.model.layers[0].mlp = Seldom(model.model.layers[0].mlp)
+    with pytest.raises(TrainError, match=r"No adapted layer took part in the first step \(model.layers.0.mlp.spare\)"):
+        deltaw.train(model, RECORDS, quick(tmp_path), method=LoRA(rank=2, targets="spare"), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

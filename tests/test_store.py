@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
@@ -520,3 +521,98 @@ def test_what_is_refused_by_its_files_is_that_by_the_model_too(tiny: Any, tmp_pa
         tiny.get_submodule(layer).weight[0, 0] += 1.0
     deltaw.save(tiny, tmp_path / "c")
     assert peft_files.read(tmp_path / "c").metadata[peft_files.W0] != first[peft_files.W0]
+
+
+class TwoNames(nn.Module):
+    """One module under two names, both of which its code calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return out
+
+
+class OneCalled(nn.Module):
+    """One module under two names, of which its code calls the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.alias = self.first
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.tanh(self.first(x)))
+        return out
+
+
+def by_peft(model: nn.Module, folder: Path) -> nn.Module:
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["first", "last"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def test_a_foreign_file_that_means_one_of_two_names_is_refused(tmp_path: Path) -> None:
+    model, x = TwoNames(), torch.randn(3, 6)
+    theirs = by_peft(model, tmp_path / "a")
+    before = snapshot(model)
+    with pytest.raises(FileError, match=r"'first' is one module under the names first, second.*Make 'second' a module"):
+        load(model, tmp_path / "a")
+    assert_same(model, before)
+    model.second = copy.deepcopy(model.first)  # what the message says to do
+    model.second.weight = model.first.weight
+    load(model, tmp_path / "a")
+    torch.testing.assert_close(model(x), theirs(x))
+
+
+def test_a_file_of_ours_means_all_calls_and_peft_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = TwoNames(), torch.randn(3, 6)
+    other = copy.deepcopy(model)
+    fill(attach(model, LoRA(rank=2, alpha=5)))
+    save(model, tmp_path / "a")
+    assert any("first is one module (first, second)" in r.getMessage() for r in caplog.records)
+    load(other, tmp_path / "a")
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_second_name_that_no_code_calls_does_not_matter(tmp_path: Path) -> None:
+    model, x = OneCalled(), torch.randn(3, 6)
+    theirs = by_peft(model, tmp_path / "a")
+    load(model, tmp_path / "a")
+    torch.testing.assert_close(model(x), theirs(x))
+
+
+def test_an_adapter_that_changes_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = attach(tiny_llama(), LoRA(rank=2))
+    assert deltaw.summary(model).adapters["default"].zero == 14
+    save(model, tmp_path / "fresh")
+    save(fill(model), tmp_path / "filled")
+    other = tiny_llama()
+    load(other, tmp_path / "fresh", name="fresh", check_base=False)
+    assert any("changes nothing: B is zero in all of its 14 layers" in r.getMessage() for r in caplog.records)
+    assert deltaw.summary(other).adapters["fresh"].zero == 14
+    caplog.clear()
+    load(other, tmp_path / "filled", name="filled", check_base=False)
+    assert not any("changes nothing" in r.getMessage() for r in caplog.records)
+    assert deltaw.summary(other).adapters["filled"].zero == 0
+    assert deltaw.summary(other).adapters["filled"].layers == 14
+
+
+def test_updates_of_modules_that_no_forward_calls_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 96}
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q", "shared"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    load(model, tmp_path / "a")
+    assert any("no forward calls their modules: shared" in r.getMessage() for r in caplog.records)
+    ids = torch.randint(3, 96, (2, 7))
+    torch.testing.assert_close(
+        model(input_ids=ids, decoder_input_ids=ids).logits, theirs(input_ids=ids, decoder_input_ids=ids).logits
+    )

@@ -414,3 +414,49 @@ def test_generate_of_a_model_around_the_adapted_one_expands_the_rows() -> None:
             own = model.generate(batch(2)[i : i + 1], generation_config=config)
         width = min(own.shape[1], found.shape[1])
         assert torch.equal(found[i : i + 1, :width], own[:, :width])
+
+
+class TimeFirst(nn.Module):
+    """A layer in the middle sees the time first; the model does not say what inputs it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor, *, shift: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.inner((x + shift).transpose(0, 1)).transpose(0, 1)))
+
+
+@torch.no_grad()
+def test_a_model_whose_inputs_are_not_known_is_asked_with_its_first_batch() -> None:
+    model = TimeFirst()
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2), name=name), name, seed=seed)
+    x, shift = torch.randn(3, 12, 6), torch.randn(3, 12, 6)
+    with (
+        pytest.raises(
+            AdapterError, match=r"(?s)cannot be told apart.*inner: its input is \(12, 3, 6\) for a batch of 3"
+        ),
+        route(model, ["a", None, "b"]),
+    ):
+        model(x, shift=shift)
+    with pytest.raises(AdapterError, match="cannot be told apart"), route(model, ["a", "b"]):
+        pass
+    assert not model._forward_pre_hooks
+    with using(model, "a"):
+        model(x, shift=shift)
+
+
+@torch.no_grad()
+def test_the_first_batch_of_a_model_that_keeps_its_rows_apart_goes_through() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2), name=name), name, seed=seed)
+    x = torch.randn(3, 7, 6)
+    names = ["a", None, "b"]
+    with route(model, names):
+        together, again = model(x), model(x)
+    assert torch.equal(together, again) and not model._forward_pre_hooks
+    for row, name in enumerate(names):
+        with using(model, name):
+            torch.testing.assert_close(together[row], model(x)[row], rtol=1e-5, atol=1e-5)

@@ -183,3 +183,25 @@ def test_quantised_or_foreign_layers_say_why() -> None:
 
     model = nn.Sequential(Own(8, 8), nn.Linear(8, 8))
     assert select(model, "all-linear", 2).left_out["0"] == "Own has a forward of its own"
+
+
+class Tied(nn.Module):
+    """An output layer has the weight of a layer in the body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.narrow, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.head.weight = self.body.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.narrow(self.body(x)))
+        return out
+
+
+def test_a_layer_with_the_weight_of_an_output_layer_is_left_out_with_it() -> None:
+    found = select(Tied(), "all-linear", 2)
+    assert list(found.ranks) == ["narrow"]
+    assert found.left_out == {"body": "output head", "head": "output head"}

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaw.checksums import difference
+from deltaw.coverage import Coverage, coverage
 from deltaw.errors import AdapterError, MergeError, listing, nearest
 from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
 from deltaw.lowrank import dense
 from deltaw.originals import Copy, Kept, Original
 from deltaw.outside import read_outside
 from deltaw.passes import unwatch, watch
+from deltaw.reached import uncalled
 from deltaw.residency import Residency
 from deltaw.routes import Route
 from deltaw.rows import Rows
@@ -103,7 +105,8 @@ class Names(tuple[str, ...]):
 
 
 def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
-    """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object.
+    """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object. Which layers take
+    an update is logged at INFO, and is in `summary(model)`.
 
     What a method starts from at random is drawn from torch's global generator on the CPU: `torch.manual_seed` decides it.
 
@@ -116,7 +119,14 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
     for parameter in parameters(model, name):
         parameter.requires_grad_(True)
     _warn_of_stopped_gradients(model, plan.updates)
+    if log.isEnabledFor(logging.INFO) and (lines := coverage_of(model, name).lines()):
+        log.info("Adapter %r: %s", name, " ".join(lines))
     return model
+
+
+def coverage_of(model: nn.Module, name: str) -> Coverage:
+    """Which dense layers of the model this adapter changes, and why it leaves the others out."""
+    return coverage(dict(base_modules(model)), updates(model, name), record_of(model).attached[name].left_out)
 
 
 def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) -> None:
@@ -478,6 +488,20 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         children = [(f"{name}.{own}" if name else own, child) for own, child in module._modules.items()]
         waiting += [(n, c) for n, c in reversed(children) if c is not None and not isinstance(c, Slot)]
+
+
+def names_of(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Name of each module that its model has under several names (`self.b = self.a`) → all names by which code may call it."""
+    known = {id(module): name for name, module in modules.items()}
+    names: dict[str, list[str]] = {}
+    for place, parent in modules.items():
+        for own, child in parent._modules.items():
+            if id(child) in known:
+                names.setdefault(known[id(child)], []).append(dotted(place, own))
+    several = {name: others for name, others in names.items() if len(others) > 1}
+    silent = uncalled(modules, [n for others in several.values() for n in others]) if several else set()
+    called = {name: [n for n in others if n not in silent] for name, others in several.items()}
+    return {name: others for name, others in called.items() if len(others) > 1}
 
 
 # --- the record -------------------------------------------------------------------------------------------------

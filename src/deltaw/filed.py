@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from typing import Any
@@ -211,10 +212,12 @@ def _taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
 
 
 def _task(base: Any) -> str | None:
-    """PEFT's name of what the model does, where its reader needs no more than that: for classifiers it would want a head, and for
-    encoder-decoders a method that transformers no longer has."""
-    generates = getattr(base, "can_generate", lambda: False)()
-    return "CAUSAL_LM" if generates and not getattr(base.config, "is_encoder_decoder", False) else None
+    """PEFT's name of what the model does, where its reader needs no more than that: for classifiers it would want a head, for
+    encoder-decoders a method that transformers no longer has, and it calls any causal model with these arguments."""
+    if not getattr(base, "can_generate", lambda: False)() or getattr(base.config, "is_encoder_decoder", False):
+        return None
+    asked = {"input_ids", "attention_mask", "inputs_embeds", "labels"}
+    return "CAUSAL_LM" if asked <= inspect.signature(base.forward).parameters.keys() else None
 
 
 def _target_modules(model: nn.Module, updates: set[str]) -> list[str]:

@@ -73,6 +73,8 @@ class PlannedMethod:
     largest_batch: int | None
     """Rows of a forward pass that fit in the memory that was given; None where none was, 0 where not one fits."""
     note: str = ""
+    coverage: tuple[str, ...] = ()
+    """Which dense layers take an update, and which do not and why: a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +226,13 @@ class _Planner:
             method = with_head(method, head_of(model))
         note = ""
         try:
-            parameters, size = counts(model, method)
+            adapter = counts(model, method)
         except TargetError:
             if not isinstance(method, BitFit) or method.add:
                 raise
             method, note = dataclasses.replace(method, add=True), "The model has no biases: its dense layers get some."
-            parameters, size = counts(model, method)
+            adapter = counts(model, method)
+        parameters, size = adapter.parameters, adapter.bytes
         rows = self.config.batch
         plain, again = (self._passes(method, rows, checkpointed=on) for on in (False, True))
         chosen = again if self.config.gradient_checkpointing else plain
@@ -241,6 +244,7 @@ class _Planner:
             kept=plain.step.activations, kept_checkpointed=None if again is None else again.step.activations,
             flops_per_token=None if chosen.estimated else chosen.step.flops / self._tokens(rows),
             largest_batch=None if room is None else self._largest(method, room), note=note,
+            coverage=tuple(adapter.coverage.lines()),
         )  # fmt: skip
 
     def _memory(self, passes: Taken, plain: Taken) -> Memory:

@@ -262,6 +262,7 @@ class _Run:
         self.expected = expected(self.prepared)
         self._hear(Event("start", 0, {
             "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
+            "coverage": adapter.coverage.lines(),
             "task": self.task.name, "counted": self.task.counted, "labels": self.config.data.labels,
             "data": dataclasses.asdict(self.prepared.encoded.counts), "base_bytes": summary.base_bytes,
             "sets": dataclasses.asdict(self.prepared.sets),

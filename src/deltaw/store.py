@@ -21,13 +21,14 @@ from deltaw.expert_stacks import stacked
 from deltaw.filed import as_file
 from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
-from deltaw.files.peft_config import method_of
+from deltaw.files.peft_config import method_of, saved_module
 from deltaw.files.tokenizer_files import copy_files, differs, files_in
 from deltaw.fitted import fitted, vocabulary
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.reached import never_called
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import LowRank, Update
 
@@ -77,6 +78,12 @@ def save(
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
     file.metadata.update(kept)
+    for layer, others in live.names_of(dict(live.base_modules(model))).items():
+        if layer in file.factors:
+            names = ", ".join(others)
+            log.warning(
+                "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
+            )
     written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
     _say_what_is_large(written, file)
     return written
@@ -149,7 +156,9 @@ def place(
         peft.check_base(file, path, peft.BASE, partial(base_hash, model, without=file.replaced()))
     device = torch.device("cpu") if host else None
     if isinstance(file, peft.LoRAFile):
+        _check_names(file, layers, path)
         updates, method = fitted(model, layers, file, path, device=device), _method(file)
+        _say_what_has_no_effect(file, layers, path)
     else:
         updates, method = restored(model, file, path, device=device), method_in(file, path)
     training = _training(file, path)
@@ -184,6 +193,40 @@ def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:
     if isinstance(file, peft.LoRAFile):
         return vocabulary(model, file)
     return len(model.get_input_embeddings().weight)
+
+
+def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise FileError where PEFT adapts some calls of a module and deltaw would adapt all of them. A file of deltaw means all."""
+    if "deltaw_format" in file.metadata:
+        return
+    saved = [name.rpartition(".")[0] for name in file.whole if saved_module(name, file.config)]
+    named = {*file.factors, *saved}
+    problems = [
+        f"{name!r} is one module under the names {', '.join(others)}: PEFT adapts the calls by the first name alone, deltaw all "
+        f"calls. Make {others[-1]!r} a module of its own with the same weight (copy.deepcopy, then assign the weight)"
+        for name, others in live.names_of(layers).items()
+        if name in named
+    ]
+    if problems:
+        raise FileError(listing(f"The adapter in {path} means another model than this; nothing was changed:", problems))
+
+
+def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Warn of an adapter that changes nothing, and of updates on modules that no forward calls."""
+    if not file.changes_anything:
+        log.warning(
+            "The adapter in %s changes nothing: B is zero in all of its %d layers, as before the first step of a training.",
+            path,
+            len(file.factors),
+        )
+    silent = never_called(layers).intersection(file.factors)
+    if silent:
+        names = ", ".join(sorted(silent)[:5])
+        log.warning(
+            "The adapter in %s has updates that change no output, since no forward calls their modules: %s.",
+            path,
+            names,
+        )
 
 
 def read(path: Path) -> peft.LoRAFile | MethodFile:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deltaw.attached import adapters, named_parameters, owner_of, parameters, place_of, record_of
+from deltaw.attached import adapters, coverage_of, named_parameters, owner_of, parameters, place_of, record_of, updates
+from deltaw.coverage import Coverage
 from deltaw.ends import taught
 from deltaw.layers import QuantisedKind, in_few_bits
+from deltaw.updates import Update
 
 
 @dataclass(frozen=True)
@@ -16,16 +19,24 @@ class AdapterSummary:
     """Size of one adapter."""
 
     layers: int
+    """Modules that have an update: of a loaded adapter, those that its file reached."""
     parameters: int
     share: float
     """Of the base's parameters."""
     bytes: int
-    left_out: dict[str, str]
-    """Dense weights without an update, and why."""
+    coverage: Coverage
+    """Which dense layers take an update, by role, and why the others do not."""
+    zero: int = 0
+    """How many low-rank updates have a B of zeros: they change nothing, as before the first step of a training."""
     rounding: float = 0.0
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter that was loaded in less than its file's precision."""
     ends: tuple[int, ...] = ()
     """Ids of the tokens that end what it was taught to say."""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Dense weights without an update, and why."""
+        return self.coverage.left_out
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,26 @@ def summary(model: nn.Module) -> Summary:
             parameters=size,
             share=size / count,
             bytes=sum(p.numel() * p.element_size() for p in own),
-            left_out=dict(attached.left_out),
+            coverage=coverage_of(model, name),
+            zero=sum(
+                _is_zero(part.B.detach())
+                for update in updates(model, name).values()
+                for part in update.low_rank().values()
+            ),
             rounding=attached.metadata.get("rounding", 0.0),
             ends=taught(model, [name]),
         )
     return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
+
+
+def _zeros(updates: Mapping[str, Update]) -> int:
+    """How many of the low-rank updates have a B of zeros."""
+    return sum(_is_zero(part.B.detach()) for update in updates.values() for part in update.low_rank().values())
+
+
+def _is_zero(B: Tensor) -> bool:
+    """Whether all entries are zero; a tensor without memory has none that is."""
+    return not B.is_meta and not bool(B.float().any())  # float8 has no test of its own
 
 
 def _size(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, int]:

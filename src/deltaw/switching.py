@@ -5,6 +5,7 @@ model's route and nothing else.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -80,7 +81,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             record.rows_mixed = _mixing_layers(model)
         if record.rows_mixed:
             raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
-    with record.route.block(rows):
+    asked = contextlib.nullcontext() if rows.alike else _first_batch_asked(model, record)
+    with record.route.block(rows), asked:
         yield
 
 
@@ -110,26 +112,67 @@ def _record_for_a_block(model: nn.Module) -> Adapters:
     return record_of(model)
 
 
+def _mixing_layers(model: nn.Module) -> list[str] | None:
+    """Adapted layers whose input does not begin with the rows of the batch, found with the inputs that transformers keeps for
+    trying a model of this class out. None for a model that has none, or that needs others besides."""
+    inputs = _two_rows(owner_of(model))
+    return None if inputs is None else _mixed_by(model, (), inputs)
+
+
+@contextlib.contextmanager
+def _first_batch_asked(model: nn.Module, record: Adapters) -> Iterator[None]:
+    """Where it is not known yet whether the layers keep rows apart: while open, this thread's first batch tells it. Its pass then
+    raises AdapterError if they do not."""
+    if record.rows_mixed is not None:
+        yield
+        return
+    here = threading.get_ident()
+
+    def ask(owner: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if threading.get_ident() != here or record.rows_mixed is not None:
+            return
+        handle.remove()
+        record.rows_mixed = _mixed_by(owner, inputs, named)
+        if record.rows_mixed:
+            raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
+
+    handle = owner_of(model).register_forward_pre_hook(ask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
-def _mixing_layers(model: nn.Module) -> list[str]:
+def _mixed_by(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[str] | None:
     """Adapted layers whose input does not begin with the rows of the batch (time-first models, experts that see the tokens
-    sorted), found by passing two rows through the base, in both orders. Nothing is found for a model that
-    does not say what inputs it takes."""
+    sorted), found by passing a batch through the base, with its rows in both orders. None where the model does not take it, and
+    where its rows are all the same."""
     owner: Any = owner_of(model)
-    inputs = _two_rows(owner)
-    if inputs is None:
-        return []
+    batch: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
+    count = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
+    turned = {key: v.flip(0) if _has_rows(v, count) else v for key, v in batch.items()}
+    if count < 2 or all(torch.equal(batch[k], v) for k, v in turned.items() if _has_rows(v, count)):
+        return None
     seen: list[dict[str, Tensor]] = []
     with evaluating(owner), record_of(model).route.block(None):
-        for both in (inputs, {key: value.flip(0) for key, value in inputs.items()}):
+        for rows in (batch, turned):
             seen.append({})
-            if not _noted(owner, both, seen[-1]):
-                return []
+            # A cache would keep what is passed here
+            rows = {key: v if isinstance(v, Tensor) else copy.deepcopy(v) for key, v in rows.items()}
+            places = [rows.pop(i) for i in range(len(inputs))]
+            if not _noted(owner, places, rows, seen[-1]):
+                return None
     return [
-        f"{name}: its input is {tuple(x.shape)} for a batch of 2"
+        f"{name}: its input is {tuple(x.shape)} for a batch of {count}"
         for name, x in seen[0].items()
-        if not _swapped(x, seen[1].get(name))
+        if not _swapped(x, seen[1].get(name), count)
     ]
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    """Whether it is a tensor with a part for each of so many rows."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 
 def _two_rows(model: Any) -> dict[str, Tensor] | None:
@@ -141,7 +184,7 @@ def _two_rows(model: Any) -> dict[str, Tensor] | None:
         return None
 
 
-def _noted(model: Any, inputs: dict[str, Tensor], seen: dict[str, Tensor]) -> bool:
+def _noted(model: Any, inputs: Sequence[Any], named: dict[Any, Any], seen: dict[str, Tensor]) -> bool:
     """Whether the model takes these inputs; what its adapted layers are then given."""
     here = threading.get_ident()
 
@@ -154,7 +197,7 @@ def _noted(model: Any, inputs: dict[str, Tensor], seen: dict[str, Tensor]) -> bo
 
     hooks = [m.register_forward_pre_hook(note(n)) for n, m in base_modules(model) if slot_of(m) is not None]
     try:
-        model(**inputs)
+        model(*inputs, **named)
     except Exception:  # whatever a model raises: it does not take them
         return False
     finally:
@@ -163,10 +206,10 @@ def _noted(model: Any, inputs: dict[str, Tensor], seen: dict[str, Tensor]) -> bo
     return True
 
 
-def _swapped(x: Tensor, other: Tensor | None) -> bool:
-    """Whether `other` is `x` with the two rows of the batch in the other order."""
-    if other is None or x.shape != other.shape or x.dim() < 2 or x.shape[0] % 2:
+def _swapped(x: Tensor, other: Tensor | None, count: int) -> bool:
+    """Whether `other` is `x` with the `count` rows of the batch in the other order."""
+    if other is None or x.shape != other.shape or x.dim() < 2 or x.shape[0] % count:
         return False
     x, other = x.float(), other.float()
-    halves = x.reshape(2, -1), other.reshape(2, -1).flip(0)
-    return torch.allclose(*halves, rtol=1e-2, atol=1e-3 * float(x.abs().max().clamp_min(1e-12)))
+    parts = x.reshape(count, -1), other.reshape(count, -1).flip(0)
+    return torch.allclose(*parts, rtol=1e-2, atol=1e-3 * float(x.abs().max().clamp_min(1e-12)))

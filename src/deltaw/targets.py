@@ -20,6 +20,7 @@ from torch import nn
 from deltaw.errors import TargetError, listing, nearest
 from deltaw.layers import KINDS, Weight, kind_of, shape, weights_of, why_not
 from deltaw.plain import plain_class
+from deltaw.reached import never_called, without_gradient
 from deltaw.slices import Runs, overlapping, parts_of, runs_of
 
 Targets = str | Sequence[str] | Mapping[str, int]
@@ -45,6 +46,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("up", "gate", "down", "gate_up"),
 }
 ALL = "all-linear"
+WHERE_NAMED = "it takes an update where it is named"
+"""The end of the reason of layers that presets and roles do not mean."""
 # Names of roles, or rows from:to, several with +
 _SLICED = re.compile(r"(.+)\[((?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*)(?:,(?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*))*)\]")
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "gate_up", "gate": "gate_up"}
@@ -73,11 +76,11 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
 
     A preset, role or glob leaves out the layers `without` (which are trained otherwise), and those whose min(d, k) is below the
     rank (a router of one expert, say), if it means others as well. Raises TargetError with every problem: an entry that matches
-    nothing (with the nearest names), a layer that is not dense, a rank below 1 or above min(d, k)."""
+    nothing (with the nearest names), a layer that is not dense or that no training reaches, a rank below 1 or above min(d, k)."""
     layers = dict(model.named_modules())
     dense = _dense(layers)
-    head = _head_names(model, dense)
-    body = {n: layer for n, layer in dense.items() if n not in head and _multiplies(layer)}
+    head, dead = _head_names(layers, dense), _unreached(layers, dense)
+    body = {n: layer for n, layer in dense.items() if n not in head and n not in dead and _multiplies(layer)}
     entries = _entries(targets, rank)
     ranks: dict[str, int] = {}
     small: dict[str, str] = {}
@@ -92,7 +95,7 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             problems.append(f"{entry!r}: rank is {r!r}; it must be a whole number of at least 1")
             continue
-        found = _match(entry, layers, dense, body, model)
+        found = _match(entry, layers, dense, body, model, dead)
         if isinstance(found, str):
             problems.append(found)
             continue
@@ -103,9 +106,11 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
                 if r > _min(dense[n], own)
             }
             too_small |= {n: "trained otherwise" for n in found if n in without}
+            too_small |= {n: dead[n] for n in found if n in dead}
             if len(too_small) < len(found):
                 small |= too_small
                 found = {n: own for n, own in found.items() if n not in too_small}
+        problems += dict.fromkeys(f"{entry!r}: {_kind(n)} cannot learn: {dead[n]}" for n in found if n in dead)
         for name, own in found.items():
             if own and name in slices and ranks[name] != r:
                 problems.append(f"{entry!r}: slices of one layer have one rank, others of {name} have {ranks[name]}")
@@ -125,8 +130,12 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
             + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
         )
     ordered = {n: ranks[n] for n in dense if n in ranks}
-    left_out = _left_out(model, layers, ranks, head, small)
-    return Selection(ordered, left_out, {n: slices[n] for n in ordered if n in slices}, {n: dense[n] for n in ordered})
+    return Selection(
+        ordered,
+        left_out(layers, ranks, small),
+        {n: slices[n] for n in ordered if n in slices},
+        {n: dense[n] for n in ordered},
+    )
 
 
 def blocks_of(model: nn.Module) -> dict[str, int]:
@@ -202,14 +211,15 @@ _Found = dict[str, dict[str, Runs]]
 
 
 def _match(
-    entry: str, layers: dict[str, nn.Module], dense: dict[str, Layer], body: dict[str, Layer], model: nn.Module
-) -> _Found | str:
+    entry: str, layers: dict[str, nn.Module], dense: dict[str, Layer], body: dict[str, Layer], model: nn.Module,
+    dead: Mapping[str, str],
+) -> _Found | str:  # fmt: skip
     """The layers that one entry means, or what is wrong with it."""
     if sliced := _SLICED.fullmatch(entry):
-        whole = _match(sliced[1], layers, dense, body, model)
+        whole = _match(sliced[1], layers, dense, body, model, dead)
         return whole if isinstance(whole, str) else _sliced(entry, whole, sliced[2].split(","), dense, model)
     if entry == ALL:
-        return _whole(body) if body else _none(layers)
+        return _whole(body) if body else _none(layers, dead)
     named = [n for n in dense if n == entry or n.endswith("." + entry)]
     if entry in PRESETS or entry in ROLES:
         found = _match_roles(entry, body, model)
@@ -275,10 +285,12 @@ def _match_roles(entry: str, body: dict[str, Layer], model: nn.Module) -> _Found
     return found or f"{entry!r}: no layer of this model has that role"
 
 
-def _none(layers: Mapping[str, nn.Module]) -> str:
-    """Why all-linear means nothing here: of layers that look dense, what they have against it."""
+def _none(layers: Mapping[str, nn.Module], dead: Mapping[str, str]) -> str:
+    """Why all-linear means nothing here: of layers that look dense, what they have against it; `dead` are those that would not
+    learn."""
     kinds = tuple(kind.layer_class for kind in KINDS if kind.multiplies)
-    why = dict.fromkeys(filter(None, (why_not(layer) for layer in layers.values() if isinstance(layer, kinds))))
+    refused = [why_not(layer) for layer in layers.values() if isinstance(layer, kinds)]
+    why = dict.fromkeys(filter(None, [*refused, *dead.values()]))
     return "the model has no dense layer besides its output head" + (f": {'; '.join(why)}" if why else "")
 
 
@@ -307,37 +319,72 @@ def _too_large(dense: dict[str, Layer], ranks: dict[str, int], slices: Mapping[s
     return list(problems.values())
 
 
-def _head_names(model: nn.Module, dense: dict[str, Layer]) -> set[str]:
-    """Output layers: the output embeddings, and in a transformers model whatever is outside its base model."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {n for n, layer in dense.items() if layer is head}
+def _head_names(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> set[str]:
+    """Output layers: output embeddings, in a transformers model whatever is outside its base model, and layers with the weight of
+    one of these or of an embedding."""
+    model = layers[""]
+    inner = [m for m in layers.values() if hasattr(m, "get_output_embeddings")]
+    heads = [head for m in inner if (head := _output_embeddings(m)) is not None]
+    names = {n for n, layer in dense.items() if any(layer is head for head in heads)}
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         names |= {n for n in dense if not n.startswith(prefix + ".")}
-    return names
+    ends = [m for n, m in layers.items() if n in names or isinstance(m, nn.Embedding)]
+    tied = {m._parameters.get("weight") for m in ends} - {None}
+    multiplying = {n: m for n, m in dense.items() if isinstance(m, nn.Module) and _multiplies(m)}
+    return names | {n for n, m in multiplying.items() if m._parameters.get("weight") in tied}
 
 
-def _left_out(
-    model: nn.Module, layers: dict[str, nn.Module], ranks: dict[str, int], head: set[str], small: dict[str, str]
+def _output_embeddings(module: Any) -> Any:
+    """The output layer that a model, or a model inside it, has; None where it has none or does not say."""
+    try:
+        return module.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _unreached(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> dict[str, str]:
+    """Dense layers whose updates would never learn → why."""
+    stopped, silent = without_gradient(layers), never_called(layers)
+    dead: dict[str, str] = {}
+    for name, layer in dense.items():
+        module = name.removesuffix(f".{layer.own}") if isinstance(layer, Weight) else name
+        if module in stopped:
+            dead[name] = stopped[module]
+        elif module in silent:
+            weight = layer.value if isinstance(layer, Weight) else layer._parameters["weight"]
+            others = [n for n, m in layers.items() if n != name and m._parameters.get("weight") is weight]
+            dead[name] = "no forward calls it" + (
+                f"; its weight is used by {', '.join(others)}: name these" if others else ""
+            )
+    return dead
+
+
+def left_out(
+    layers: Mapping[str, nn.Module], adapted: Collection[str], reasons: Mapping[str, str] = {}
 ) -> dict[str, str]:
-    """Modules with a matrix weight of their own that take no update, and why (the coverage that attach reports)."""
+    """Modules with a matrix weight of their own that take no update, and why; `reasons` are those that a method has."""
     why: dict[str, str] = {}
     kinds = tuple(kind.layer_class for kind in KINDS)
-    dense = [f"{name}." for name, layer in layers.items() if isinstance(layer, kinds)]
+    inside = [f"{name}." for name, layer in layers.items() if isinstance(layer, kinds)]
+    dense = _dense(layers)
+    head, reasons = _head_names(layers, dense), {**_unreached(layers, dense), **reasons}
     for name, layer in layers.items():
-        if name in ranks or name.startswith(tuple(dense)):  # what is inside a dense layer is that layer's own affair
+        if name in adapted or name.startswith(tuple(inside)):  # what is inside a dense layer is that layer's own affair
             continue
         if weights := weights_of(layer):
-            left = {f"{name}.{own}": "not among the targets" for own in weights if f"{name}.{own}" not in ranks}
-            why |= {n: small.get(n, reason) for n, reason in left.items()}
+            names = [f"{name}.{own}" if name else own for own in weights]
+            why |= {n: reasons.get(n, "not among the targets") for n in names if n not in adapted}
             continue
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
-            if name in head:
+            if name in reasons:
+                why[name] = reasons[name]
+            elif name in head:
                 why[name] = "output head"
             elif isinstance(layer, kinds) and not _multiplies(layer):
-                why[name] = why_not(layer) or f"{type(layer).__name__}: it takes an update where it is named"
+                why[name] = why_not(layer) or f"{type(layer).__name__}: {WHERE_NAMED}"
             else:
-                why[name] = why_not(layer) or small.get(name) or "not among the targets"
+                why[name] = why_not(layer) or "not among the targets"
     return why
 
 

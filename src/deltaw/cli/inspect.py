@@ -45,6 +45,8 @@ def run(command: Inspect) -> None:
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }
+    if not file.changes_anything:
+        facts["changes"] = "nothing: B is zero in all layers, as before the first step of a training"
     show.facts(facts)
     table = _table(rows if command.all_layers else _by_kind(rows)) if rows else None
     for shown in (table, _tensor_table(besides, "besides A and B")):

@@ -35,6 +35,8 @@ def run(command: Plan) -> None:
     show.out.print("\nTraining memory", style="bold")
     for group in show.fitting(found.rows, lambda row: str(row.name), taken=27):
         show.out.print(_memory(group, settings))
+    for text, names in _coverages(found).items():
+        show.out.print(f"{', '.join(names)}: {text}", style="dim", soft_wrap=True)
     for row in found.rows:
         for note in _notes(row):
             show.out.print(f"{row.name}: {note}", style="dim", soft_wrap=True)
@@ -69,6 +71,15 @@ def _memory(rows: Sequence[Any], settings: Any) -> Any:
     if settings.memory is not None:
         made.add_row(f"rows in {settings.memory}", *(str(row.largest_batch) for row in rows))
     return made
+
+
+def _coverages(found: Any) -> dict[str, list[str]]:
+    """What there is to say of the layers → the methods that it is true of."""
+    methods: dict[str, list[str]] = {}
+    for row in found.rows:
+        if row.coverage:
+            methods.setdefault(" ".join(row.coverage), []).append(row.name)
+    return methods
 
 
 def _notes(row: Any) -> list[str]:

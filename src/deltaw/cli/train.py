@@ -93,12 +93,8 @@ def _coverage(values: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=True,
     )
-    reasons: dict[str, list[str]] = {}
-    for name, why in values["left_out"].items():
-        reasons.setdefault(why, []).append(name)
-    for why, names in reasons.items():
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        show.out.print(f"  left out: {some} ({why})", style="dim", soft_wrap=True)
+    for line in values["coverage"]:
+        show.out.print(f"  {line}", style="dim", soft_wrap=True)
     what = f"{data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
     if values["task"] not in ("causal", "seq2seq"):
         what = "numbers to predict" if values["labels"] is None else f"{len(values['labels'])} classes"

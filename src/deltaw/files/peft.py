@@ -122,6 +122,13 @@ class LoRAFile:
         names = names_in_peft(layer, self)
         return names[0] if len(names) == 1 and self.rank(layer) != len(self.factors[layer][0]) else layer
 
+    @property
+    def changes_anything(self) -> bool:
+        """Whether it is more than low-rank updates whose B is zero, which an adapter has before the first step of a training."""
+        others = self.magnitudes or self.biases or self.rows or self.whole
+        # float8 has no test of its own for zero
+        return bool(others) or any(bool(B.float().any()) for _, B in self.factors.values())
+
     def product(self, layer: str) -> Product:
         """ΔW of a layer's low-rank update, but for DoRA's magnitude."""
         return Product(*self.factors[layer], self.scales[layer])

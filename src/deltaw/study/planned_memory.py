@@ -16,7 +16,7 @@ from deltaw.attached import attach, detach
 from deltaw.config import TrainConfig
 from deltaw.errors import DeltaWError
 from deltaw.study.dry_step import Step, step
-from deltaw.summaries import summary
+from deltaw.summaries import AdapterSummary, summary
 from deltaw.targets import blocks_of
 from deltaw.training.optimizers import ADAM_STATE
 
@@ -94,13 +94,12 @@ def memory_of(passes: Taken, process: int, weights: int, plain: Taken) -> Memory
     )
 
 
-def counts(model: nn.Module, method: Any) -> tuple[int, int]:
-    """Parameters of the method's adapter on this model, and their bytes."""
+def counts(model: nn.Module, method: Any) -> AdapterSummary:
+    """The method's adapter on this model: parameters, bytes, and the layers that it has."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         attach(model, method)
     try:
-        own = summary(model).adapters["default"]
-        return own.parameters, own.bytes
+        return summary(model).adapters["default"]
     finally:
         detach(model)
 
@@ -121,10 +120,18 @@ def taken(
 
 def _estimate(model: Any, method: Any, tokens: int) -> Step:
     """Where a model's forward needs values: 34 bytes for each token, dimension and block in 16 bits, Adam's two moments."""
-    parameters, size = counts(model, method)
+    adapter = counts(model, method)
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     width = getattr(text, "hidden_size", 0) * next(model.parameters()).element_size() // 2
-    return Step(size, size, ADAM_STATE * parameters, 34 * tokens * width * len(blocks_of(model)), 0, 0, 0)
+    return Step(
+        adapter.bytes,
+        adapter.bytes,
+        ADAM_STATE * adapter.parameters,
+        34 * tokens * width * len(blocks_of(model)),
+        0,
+        0,
+        0,
+    )
 
 
 def largest(needed: Callable[[int], int], room: int) -> int:

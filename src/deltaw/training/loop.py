@@ -222,6 +222,8 @@ class Loop:
     def _backward(self, batch: Any, supervised: int) -> Tensor:
         total, _ = self.loss(batch)
         mean = total / supervised
+        if not mean.requires_grad:
+            self._refuse_untrained([*updates(self.model, self.adapter)])
         self.scaler.scale(mean).backward()
         self.flat.add_gradients()
         return mean.detach()
@@ -238,8 +240,11 @@ class Loop:
         now.check(self.scaler)
 
     def _check_reached(self) -> None:
-        """A layer whose forward never ran has no gradient: its update would be saved untrained and silently useless."""
+        """A layer whose forward never ran has no gradient: its update would be saved untrained and silently useless. Raises
+        TrainError where that is true of all layers."""
         dead = self.flat.unreached()
+        if len(dead) == len(updates(self.model, self.adapter)):
+            self._refuse_untrained(dead)
         if dead:
             names = ", ".join(dead[:5]) + (" …" if len(dead) > 5 else "")
             self._warn(
@@ -258,6 +263,12 @@ class Loop:
             idle.append(f"lr is never reached, the warm-up takes {self.config.warmup:g} of {self.total_steps} steps")
         for line in idle:
             self._warn(f"A setting has no effect: {line}.")
+
+    def _refuse_untrained(self, layers: list[str]) -> None:
+        raise TrainError(
+            f"No adapted layer took part in the first step ({', '.join(layers[:5])}): this data trains none of them. Choose "
+            "targets that the model's forward pass calls with it."
+        )
 
     def _is_time_to_evaluate(self) -> bool:
         """Every `eval_every` steps, or at each tenth of the run; and at its end. A tenth goes by where the time is set and too
