@@ -75,7 +75,7 @@ def test_prompts_over_it_are_named_before_anything_is_generated(short_model: Any
 
 def test_rows_just_under_it_are_not_padded_over_it(short_model: Any, tmp_path: Path) -> None:
     model, tokenizer = short_model
-    records = [{"prompt": "x" * 50, "completion": "y" * (2 + i % 8)} for i in range(24)]
+    records = [{"prompt": f"{i:02}" + "x" * 48, "completion": "y" * (2 + i % 8)} for i in range(24)]
     config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch=4, valid_share=0.2)
     assert deltaw.train(model, records, config, method=LoRA(rank=2), tokenizer=tokenizer).state.step == 2
 

@@ -174,7 +174,7 @@ def test_a_held_out_loss_is_the_best_one_where_that_is_kept(model: str, tmp_path
     data = write(tmp_path / "data.jsonl", rows(10, 40))
     for patience in (1, None):
         config = quick(
-            tmp_path, steps=4, eval_every=1, lr=2.0, patience=patience, out=str(tmp_path / str(patience)), warmup=0,
+            tmp_path, steps=6, eval_every=1, lr=40.0, patience=patience, out=str(tmp_path / str(patience)), warmup=0,
             schedule="constant",
         )  # fmt: skip
         (row,) = sweep(model, data, config, SweepConfig(ranks="2", targets="qv")).results["rows"]

@@ -442,7 +442,7 @@ def test_a_model_whose_inputs_are_not_known_is_asked_with_its_first_batch() -> N
         model(x, shift=shift)
     with pytest.raises(AdapterError, match="cannot be told apart"), route(model, ["a", "b"]):
         pass
-    assert not model._forward_pre_hooks
+    assert len(model._forward_pre_hooks) == 1  # the one that begins passes
     with using(model, "a"):
         model(x, shift=shift)
 
@@ -456,7 +456,7 @@ def test_the_first_batch_of_a_model_that_keeps_its_rows_apart_goes_through() -> 
     names = ["a", None, "b"]
     with route(model, names):
         together, again = model(x), model(x)
-    assert torch.equal(together, again) and not model._forward_pre_hooks
+    assert torch.equal(together, again) and len(model._forward_pre_hooks) == 1
     for row, name in enumerate(names):
         with using(model, name):
             torch.testing.assert_close(together[row], model(x)[row], rtol=1e-5, atol=1e-5)

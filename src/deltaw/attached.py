@@ -313,7 +313,7 @@ def _since_merge(owner: nn.Module, name: str, kept: Kept) -> str | None:
 def _tied_since(owner: nn.Module, kept: Kept) -> list[str]:
     """Names of parameters that a merged weight was tied to after the merge."""
     here = {id(_parameter(owner, alias)) for alias in kept.names}
-    return [n for p, names in readers(owner).items() if id(p) in here for n in names if n not in kept.names]
+    return [n for p, names in readers(owner, now=True).items() if id(p) in here for n in names if n not in kept.names]
 
 
 def _parameter(owner: nn.Module, name: str) -> Tensor | None:
@@ -447,10 +447,11 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((names[0], parameter) for parameter, names in readers(model).items())
 
 
-def readers(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each parameter of the base → its names, of which a tied one has several; also while a merge has untied it."""
+def readers(model: nn.Module, *, now: bool = False) -> dict[nn.Parameter, list[str]]:
+    """Each parameter of the base → its names, of which a tied one has several. What a merge has untied counts as tied, but for
+    the ties that there are `now`."""
     found: dict[nn.Parameter, list[str]] = {}
-    record = find_record(model)
+    record = None if now else find_record(model)
     shared = record.untied.shared if record is not None and record.untied is not None else {}
     for module_name, module in base_modules(model):
         for own_name, parameter in module._parameters.items():

@@ -121,7 +121,7 @@ def _extended(model: nn.Module, weights: Mapping[str, float]) -> tuple[Any, Any]
 
 def _kept(owner: nn.Module, originals: Mapping[str, Original]) -> dict[str, Kept]:
     """Put the originals with stamps of the merged weights, by which `unmerge` sees whether these were changed."""
-    names = {name: tuple(same) for same in readers(owner).values() for name in same}
+    names = {name: tuple(same) for same in readers(owner, now=True).values() for name in same}
     kept = {}
     for name, original in originals.items():
         layer, own_name = place_of(owner, name)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from deltaw.errors import FileError
+from deltaw.errors import FileError, listing
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft import SLICES, LoRAFile, slices_of
 from deltaw.wrapped_names import common_prefix, found_as, plain_names, unwrapped, unwrapped_pattern, without_peft_prefix
@@ -173,12 +173,11 @@ def _others(name: str) -> list[str]:
 
 
 def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:
-    made: dict[str, T] = {}
-    names: dict[str, str] = {}
-    for name, value in values.items():
-        if (other := names.setdefault(new(name), name)) != name:
-            raise FileError(
-                f"The adapter's file has {name!r} and {other!r}, which both are {new(name)!r} in this model."
-            )
-        made[new(name)] = value
-    return made
+    """Values by new names. Raises FileError for names that become one."""
+    names: dict[str, list[str]] = {}
+    for name in values:
+        names.setdefault(new(name), []).append(name)
+    twice = [f"{' and '.join(map(repr, old))} are {name!r} in this model" for name, old in names.items() if len(old) > 1]
+    if twice:
+        raise FileError(listing("The adapter's file has two updates of one layer:", twice))
+    return {name: values[old[0]] for name, old in names.items()}
