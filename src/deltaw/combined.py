@@ -27,7 +27,7 @@ from deltaw.attached import (
 )
 from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError, listing
-from deltaw.lowrank import Product, dense
+from deltaw.lowrank import Product, dense, wide
 from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
 from deltaw.scaled import AddedBias, Scaled
@@ -286,11 +286,12 @@ class _Layer:
         indices = torch.cat([u.indices for u, _ in terms]).unique()
         key = tuple((id(update.rows), weight) for update, weight in terms)
         if key not in shared:
-            base = with_room(self.layer._parameters["weight"].detach().float(), indices)[indices]
+            W0 = self.layer._parameters["weight"].detach()
+            base = with_room(W0.to(wide(W0.dtype)), indices)[indices]
             rows = base.clone()
             for update, weight in terms:
                 place = torch.searchsorted(indices, update.indices)
-                rows[place] += weight * (update.rows.detach().float() - base[place])
+                rows[place] += weight * (update.rows.detach().to(base.dtype) - base[place])
             shared[key] = nn.Parameter(rows)
         return ReplacedRows(indices, shared[key])
 
