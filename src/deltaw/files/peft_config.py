@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,18 @@ def exactly(layer: str) -> str:
 def _by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """PEFT's rule: the first pattern, in the file's order, that matches the end of the name from a dot (or its start) on. PEFT
     sorts them when it saves, so that a file may mean another one than its training did."""
-    return next((value for pattern, value in patterns.items() if re.match(_matching(pattern), name)), default)
+    for pattern, value in patterns.items():
+        rule = _rule(pattern)
+        if rule == name if isinstance(rule, str) else rule.match(name):
+            return value
+    return default
+
+
+@lru_cache(maxsize=1 << 14)
+def _rule(pattern: str) -> str | re.Pattern[str]:
+    """The name that a pattern is of, where it is of one alone: there may be one for each of a thousand layers. Else its regex."""
+    name = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
+    return name if pattern == exactly(name) else re.compile(_matching(pattern))
 
 
 def _matching(pattern: str) -> str:
