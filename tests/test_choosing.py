@@ -173,8 +173,8 @@ def test_what_was_recommended_is_trained_again(taught: Path, tmp_path: Path) -> 
     confirmed = found.results["confirmed"]
     assert confirmed["rank"] == TRUE_RANK and confirmed["full"] == 8
     assert confirmed["held"] == (confirmed["difference"]["high"] <= confirmed["margin"])
-    # Seed, data and settings are the run's, so r = 8 comes out as the run did
-    assert confirmed["full_loss"]["value"] == pytest.approx(found.results["ranks"][-1]["loss"]["value"], rel=1e-3)
+    # Seed and settings are the run's, and nine tenths of its records (the rest is held out), so r = 8 comes out nearly as it did
+    assert confirmed["full_loss"]["value"] == pytest.approx(found.results["ranks"][-1]["loss"]["value"], rel=5e-3)
     verdict = "It held" if confirmed["held"] else "It did not hold"
     assert f"{verdict} when trained again" in found.report.read_text()
     assert (tmp_path / "out" / "confirmed" / "report.html").is_file()

@@ -212,7 +212,10 @@ def test_the_worse_half_is_ended_and_said_to_be(
 
 @pytest.mark.slow
 def test_a_classifiers_head_is_each_seeds_own(tmp_path: Path) -> None:
-    model, data = folder_of(TEXTS["bert"], tmp_path), write(tmp_path / "data.jsonl", about(40))
+    records = [
+        {**record, "text": f"{record['text']} {i}"} for i, record in enumerate(about(40))
+    ]  # each an item of its own
+    model, data = folder_of(TEXTS["bert"], tmp_path), write(tmp_path / "data.jsonl", records)
     done = sweep(model, data, TrainConfig(out=str(tmp_path / "s"), **BUDGET), SweepConfig(ranks="2,1", seeds=2))
     assert {"loss", "accuracy"} <= set(done.results["rows"][0]["scores"])
     heads = []
