@@ -220,13 +220,26 @@ def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
 
 def test_outside_training_fp32_is_rounded_as_the_formula_is_written() -> None:
     """PEFT's order, so that its logits come out the same; training rounds once, and so do narrower dtypes."""
-    t = {name: value.detach() for name, value in tensors(torch.float32).items()}
-    written = torch.nn.functional.linear(t["x"], t["W0"], t["bias"]) + (t["x"] @ t["A"].t() @ t["B"].t()) * SCALE
-    assert torch.equal(lowrank_linear(**t, scale=SCALE, training=False), written)
-    narrow = {name: value.bfloat16() for name, value in t.items()}
-    once = lowrank_linear(**narrow, scale=SCALE)
-    assert torch.equal(lowrank_linear(**narrow, scale=SCALE, training=False), once)
-    assert (once - reference(**narrow, scale=SCALE)).abs().max() > 0
+    torch.manual_seed(1)
+    x, W0, A, B = (torch.randn(*shape) for shape in ((40, 96), (72, 96), (8, 96), (72, 8)))
+    for scale in (SCALE, 0.375, 1.0):
+        written = torch.nn.functional.linear(x, W0) + (x @ A.t() @ B.t()) * scale
+        assert torch.equal(lowrank_linear(x, W0, None, A, B, scale, training=False), written)
+        torch.testing.assert_close(lowrank_linear(x, W0, None, A, B, scale), written, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(lowrank_linear(x, W0, None, A, B, SCALE), written)
+    narrow = [t.bfloat16() for t in (x, W0)]
+    once = lowrank_linear(*narrow, None, A, B, SCALE)
+    assert torch.equal(lowrank_linear(*narrow, None, A, B, SCALE, training=False), once)
+    assert not torch.equal(once, reference(*narrow, None, A, B, SCALE))
+
+
+@pytest.mark.parametrize("scale", [0.375, 1.0, 2.5, -0.5])
+def test_gradients_have_every_scale(scale: float) -> None:
+    t = tensors()
+    live = [t[name] for name in ("x", "A", "B")]
+    g = torch.randn(2, 3, 7, dtype=torch.float64)
+    ours = torch.autograd.grad(lowrank_linear(**t, scale=scale), live, g)
+    torch.testing.assert_close(ours, torch.autograd.grad(reference(**t, scale=scale), live, g))
 
 
 def test_a_mask_is_drawn_from_as_many_as_a_generator_has_and_none_without_dropout() -> None:

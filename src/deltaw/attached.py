@@ -33,6 +33,7 @@ from deltaw.updates import LowRank, Update
 from deltaw.wrapped_names import WRAPPED
 
 log = logging.getLogger("deltaw")
+coverage_log = logging.getLogger("deltaw.coverage")
 
 RECORD = "_deltaw"
 # Classes that wrap a model as its child `module`, of packages that need not be installed
@@ -119,9 +120,15 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
     for parameter in parameters(model, name):
         parameter.requires_grad_(True)
     _warn_of_stopped_gradients(model, plan.updates)
-    if log.isEnabledFor(logging.INFO) and (lines := coverage_of(model, name).lines()):
-        log.info("Adapter %r: %s", name, " ".join(lines))
+    _log_coverage(model, name)
     return model
+
+
+def _log_coverage(model: nn.Module, name: str) -> None:
+    """Say at INFO which layers take an update, but of a model without memory, on which steps are only planned."""
+    planned = any(parameter.is_meta for parameter in parameters(model, name))
+    if not planned and coverage_log.isEnabledFor(logging.INFO) and (lines := coverage_of(model, name).lines()):
+        coverage_log.info("Adapter %r: %s", name, " ".join(lines))
 
 
 def coverage_of(model: nn.Module, name: str) -> Coverage:

@@ -177,7 +177,9 @@ def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:
     names: dict[str, list[str]] = {}
     for name in values:
         names.setdefault(new(name), []).append(name)
-    twice = [f"{' and '.join(map(repr, old))} are {name!r} in this model" for name, old in names.items() if len(old) > 1]
+    twice = [
+        f"{' and '.join(map(repr, old))} are {name!r} in this model" for name, old in names.items() if len(old) > 1
+    ]
     if twice:
         raise FileError(listing("The adapter's file has two updates of one layer:", twice))
     return {name: values[old[0]] for name, old in names.items()}

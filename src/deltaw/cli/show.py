@@ -45,6 +45,7 @@ def quiet_libraries() -> None:
     ours.handlers = [RichHandler(console=err, show_time=False, show_path=False, markup=False)]
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    logging.getLogger("deltaw.coverage").setLevel(logging.WARNING)  # commands print it
 
 
 def facts(rows: dict[str, str]) -> None:
