@@ -13,6 +13,7 @@ import deltaw
 from deltaw import LoRA, attach, detach, load, lowrank, merge, save, unmerge, use
 from deltaw.attached import base_parameters, updates
 from deltaw.base_identity import base_fingerprint
+from deltaw.ends import teach
 from deltaw.errors import MergeError
 from deltaw.merged import preview, settle
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
@@ -560,3 +561,65 @@ def test_untie_leaves_ties_that_hold(ids: torch.Tensor) -> None:
     merge(model, untie=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
     torch.testing.assert_close(model(ids).logits.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def tied_pair() -> tuple[Any, Any, Any]:
+    """A tied model with one and the same ΔW on its embedding and its head, as PEFT's ensure_weight_tying makes them."""
+    torch.manual_seed(2)
+    model = tiny_llama().eval()
+    fill(attach(model, LoRA(rank=2, alpha=5, targets=["model.embed_tokens", "lm_head"])))
+    embedding, head = (updates(model)[name] for name in ("model.embed_tokens", "lm_head"))
+    with torch.no_grad():
+        head.A.copy_(embedding.B.t())
+        head.B.copy_(embedding.A.t())
+    return model, embedding, head
+
+
+def test_4_one_update_of_tied_layers_is_merged_once(ids: torch.Tensor) -> None:
+    model, _, _ = tied_pair()
+    expected, before = model(ids).logits.detach(), bits(model)
+    merge(model)
+    torch.testing.assert_close(model(ids).logits.detach(), expected, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert all(torch.equal(bits(model)[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("change", ["A", "B", "more", "less"])
+def test_two_updates_of_tied_layers_that_differ_are_refused(change: str) -> None:
+    model, _, head = tied_pair()
+    if change in "AB":
+        with torch.no_grad():
+            getattr(head, change)[0, 0] += 1
+    else:
+        vars(head)["scale"] = head.scale * (2.0 if change == "more" else 0.5)
+    with pytest.raises(MergeError, match="is tied to"):
+        merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("weight", "stops"), [(1.0, [2, 7]), (0.25, [2, 7]), (-1.0, 2)])
+def test_a_merged_model_stops_where_what_was_added_to_it_was_taught_to(weight: float, stops: Any) -> None:
+    model = fill(attach(tiny_llama().eval(), METHOD))
+    teach(model, "default", [7])
+    merge(model, weights={"default": weight})
+    assert model.generation_config.eos_token_id == stops
+    unmerge(model)
+    assert model.generation_config.eos_token_id == 2
+
+
+def test_the_report_counts_the_bytes_that_are_kept(ids: torch.Tensor) -> None:
+    model = fill(attach(tiny_llama().eval(), LoRA(rank=2, alpha=5, targets="qv")))
+    targeted = sum(4 * model.get_submodule(name).weight.numel() for name in updates(model))
+    assert merge(model).extra_memory == targeted
+    unmerge(model)
+    detach(model)
+    fill(attach(model, LoRA(rank=2, alpha=5, targets=["lm_head"])))
+    vocabulary = 4 * model.lm_head.weight.numel()
+    assert merge(model, untie=True).extra_memory == 2 * vocabulary  # the copy, and the weight that the head has alone
+
+
+def test_what_becomes_of_changed_weights_is_said_by_its_name() -> None:
+    model = fill(attach(tiny_llama().eval(), METHOD))
+    merge(model)
+    with pytest.raises(TypeError):
+        unmerge(model, None, "keep")  # type: ignore[misc]

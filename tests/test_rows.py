@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaw import LoRA, attach, route, using
+from deltaw import DoRA, LoRA, attach, route, using
 from deltaw.attached import updates
 from deltaw.errors import AdapterError
 from tests.conftest import fill
+from tests.test_weights import model_of
 
 
 class Layer(nn.Module):
@@ -135,3 +136,28 @@ def test_a_batch_of_another_number_of_rows_is_an_error_with_both_numbers() -> No
     model = layer_with(a=lora(), b=lora())
     with pytest.raises(AdapterError, match=r"4.*\[3, 6, 40\]|3.*4"), route(model, NAMES):
         model(X[:3])
+
+
+def test_adapters_that_cannot_be_stacked_compute_their_own_rows() -> None:
+    dora = DoRA(rank=3, alpha=4.5, targets=["dense"])
+    model = layer_with(a=dora, b=lora(2), c=dora)
+    names: list[str | None] = ["c", "b", None, "a", "a"]
+    x = torch.randn(5, 6, 40)
+    torch.testing.assert_close(routed(model, x, names), alone(model, x, names), atol=1e-5, rtol=1e-5)
+    for one in (["c", None, "a", "c", None], ["a", "a", None, None, None]):
+        torch.testing.assert_close(routed(model, x, one), alone(model, x, one), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "GPT-OSS"])
+@torch.no_grad()
+def test_experts_compute_the_tokens_of_each_rows_own_adapter(name: str) -> None:
+    model = model_of(name)
+    for seed, adapter in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2 + seed, alpha=5), name=adapter), adapter, seed=seed)
+    ids = torch.randint(4, 90, (5, 7), generator=torch.Generator().manual_seed(1))
+    names = ["b", None, "a", "b", None]
+    with route(model, names):
+        together = model(ids).logits
+    for row, adapter in enumerate(names):
+        with using(model, adapter):
+            torch.testing.assert_close(together[row], model(ids[row : row + 1]).logits[0], atol=1e-4, rtol=1e-4)
