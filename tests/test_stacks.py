@@ -16,6 +16,7 @@ from deltaw.cli.main import main
 from deltaw.config import RankConfig, SweepConfig, TrainConfig
 from deltaw.errors import AdapterError, FileError
 from deltaw.files import peft
+from deltaw.files.peft_keys import sort
 from deltaw.files.stacks import in_file, unstacked
 from deltaw.lowrank import delta_norm
 from tests.conftest import fill
@@ -194,3 +195,14 @@ def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: P
     config["target_parameters"] = [*BOTH]
     peft.write(tmp_path / "old", dataclasses.replace(file, factors=factors, config=config, metadata={}))
     torch.testing.assert_close(in_ours(name, tmp_path / "old"), run(model).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_parameter_of_a_module_has_its_update_in_a_file(count: int) -> None:
+    """PEFT wraps a module once for each of its parameters, so that three of them are not an attention's dead update."""
+    layers = ["model.experts" + ".base_layer" * depth for depth in range(count)]
+    tensors = {
+        f"base_model.model.{layer}.lora_{letter}.weight": torch.ones(2, 3) for layer in layers for letter in "AB"
+    }
+    found = sort(tensors, biases=False)
+    assert list(found.parts) == layers and not found.unused and not found.unknown

@@ -103,7 +103,8 @@ def _leave_out_unused(found: Sorted) -> None:
     update of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training."""
     for layer in list(found.parts):
         outer, _, own = layer.rpartition(".")
-        if outer in found.parts and f"{outer}.base_layer.{own}" in found.parts:
+        of_a_stack = own == "base_layer"  # the next parameter of one module
+        if not of_a_stack and outer in found.parts and f"{outer}.base_layer.{own}" in found.parts:
             del found.parts[layer]
             found.copies = {n: value for n, value in found.copies.items() if n.rpartition(".")[0] != layer}
             found.unused.append(layer)
