@@ -79,11 +79,11 @@ def _base(model: nn.Module, without: Collection[str]) -> _Named:
 def _hashes(model: nn.Module, forms: Sequence[str], tensors: _Named) -> list[str] | None:
     """The hashes of these forms; None where one needs values that are nowhere."""
     digests: dict[str, list[Digest]] = {form: [] for form in forms}
-    by_values = any(form != DTYPES for form in forms)
+    by_values, owner = any(form != DTYPES for form in forms), owner_of(model)
     for name, parameter, tensor in tensors:
         if parameter.is_meta and by_values:
             return None
-        for part, contents in _parts(model, name, parameter, tensor):
+        for part, contents in _parts(owner, name, parameter, tensor):
             if by_values:
                 contents.read(part)
             for form in forms:
@@ -91,13 +91,14 @@ def _hashes(model: nn.Module, forms: Sequence[str], tensors: _Named) -> list[str
     return [combined(digests[form]) for form in forms]
 
 
-def _parts(model: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[tuple[Tensor, _Contents]]:
+def _parts(owner: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[tuple[Tensor, _Contents]]:
     """The tensors that a parameter's values are kept in, each with its hashes: one, or of a quantised weight several."""
     if tensor is not parameter:  # what it was before a merge
         yield tensor, _Contents()
         return
-    quantised = in_few_bits(*place_of(owner_of(model), name))
-    parts = [tensor] if quantised is None else quantised.content(place_of(owner_of(model), name)[0])
+    layer, own = place_of(owner, name)
+    quantised = in_few_bits(layer, own)
+    parts = [tensor] if quantised is None else quantised.content(layer)
     kept = _rounded.setdefault(parameter, [])
     kept += [_Contents() for _ in parts[len(kept) :]]
     yield from zip(parts, kept, strict=False)
