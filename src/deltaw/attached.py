@@ -132,7 +132,7 @@ def _log_coverage(model: nn.Module, name: str) -> None:
 
 
 def coverage_of(model: nn.Module, name: str) -> Coverage:
-    """Which dense layers of the model this adapter changes, and why it leaves the others out."""
+    """Tell which dense layers of the model this adapter changes, and why it leaves the others out."""
     return coverage(dict(base_modules(model)), updates(model, name), record_of(model).attached[name].left_out)
 
 
@@ -296,10 +296,8 @@ def _put_back(owner: nn.Module, name: str, original: Original, names: Sequence[s
     W = matrix_of(owner, name)
     back = as_stored(*place_of(owner, name), original.restored(W))
     for parameter in {id(p): p for alias in names if (p := _parameter(owner, alias)) is not None}.values():
-        with (
-            torch.inference_mode(parameter.is_inference()),
-            torch.no_grad(),
-        ):  # in this order: the former sets the latter
+        # In this order: the former sets the latter
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             parameter.copy_(back)
 
 

@@ -1,4 +1,4 @@
-"""Which base a model has under its adapters: hashes of its parameters, as they are now. Each call reads them, at memory speed,
+"""The identity of the base under a model's adapters: hashes of its parameters as they are now. Each call reads them,
 since no count of changes sees all who write to a tensor. What takes longer is kept, by the hash of the values behind it.
 """
 

@@ -21,7 +21,7 @@ _WORDS = 1 << 20
 
 
 class Stamp(NamedTuple):
-    """What a tensor shares with a later one only if that has the same bits in the same places, on whatever device."""
+    """A tensor's dtype, shape and checksum. Equal stamps mean the same bits in the same places, on whatever device."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ def stamp(W: Tensor, by: Literal["host", "device"] | None = None) -> Stamp:
 
 
 def difference(W: Tensor, was: Stamp) -> str | None:
-    """How W differs from the tensor that the stamp is of, for messages; None where it is the same."""
+    """Say how W differs from the tensor that the stamp is of; None where it is the same."""
     if tuple(W.shape) != was.shape:
         return f"it is {list(W.shape)} now, it was {list(was.shape)}"
     if W.dtype != was.dtype:

@@ -217,7 +217,7 @@ class _Choosing:
         return found
 
     def _scores(self) -> tuple[Measured, dict[str, Any]]:
-        """Of the model as it stands: the loss, and the metrics."""
+        """Score the model as it stands: the loss, and the metrics."""
         held, generation = self.held, GenerateConfig(batch=max(16, self.held.config.batch))
         found = evaluate(
             self.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *self.metrics]

@@ -40,7 +40,7 @@ How = Literal["sum", "ties", "dare"]
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How ΔW's become one."""
+    """The settings by which ΔW's become one."""
 
     how: How
     rank: int | None
@@ -161,7 +161,7 @@ def _problems(weights: Mapping[str, float], how: str, rank: int | None, density:
 
 _Terms = list[tuple[Update, float]]
 _Shared = dict[tuple[tuple[int, float], ...], nn.Parameter]
-"""What was summed, values by their identity → the sum: layers that share a parameter share it in the result too."""
+"""Sums by the identity of what was summed: layers that share a parameter share it in the result too."""
 
 
 def _terms(model: nn.Module, weights: Mapping[str, float]) -> dict[str, _Terms]:
@@ -183,7 +183,7 @@ class _Layer:
         self.parts = {own: None for update in self.updates for own in update.low_rank()}
         """The layer's own names of parameters that have low-rank updates."""
         self.values = {own: None for update in self.updates for own in update.values()}
-        """Those of parameters that have other values."""
+        """The layer's own names of parameters that have other values."""
         self.of_layer = not any(isinstance(update, OnWeights) for update in self.updates)
         """It is a layer, with at most one low-rank update; not a module with weights of its own."""
 

@@ -30,7 +30,7 @@ from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.reached import never_called
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
-from deltaw.updates import LowRank, Update
+from deltaw.updates import Update, low_rank_parts
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
@@ -261,7 +261,7 @@ def _training(file: peft.LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
 def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
     error = total = 0.0
-    for update in _low_rank(updates):
+    for update in low_rank_parts(updates):
         A, B = update.A.detach(), update.B.detach()
         for letter, value in update.factors().items():
             update._parameters[update.made_of[letter]] = nn.Parameter(value.detach().to(dtype))
@@ -270,11 +270,6 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
         error += delta_norm(*both, update.scale) ** 2
         total += delta_norm(A, B, update.scale) ** 2
     return (error / total) ** 0.5 if total else 0.0
-
-
-def _low_rank(updates: Mapping[str, Update]) -> Iterator[LowRank]:
-    for update in updates.values():
-        yield from update.low_rank().values()
 
 
 def _method(file: peft.LoRAFile) -> LoRA:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from deltaw.attached import adapters, coverage_of, named_parameters, owner_of, p
 from deltaw.coverage import Coverage
 from deltaw.ends import taught
 from deltaw.layers import QuantisedKind, in_few_bits
-from deltaw.updates import Update
+from deltaw.updates import low_rank_parts
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,11 @@ def summary(model: nn.Module) -> Summary:
             share=size / count,
             bytes=sum(p.numel() * p.element_size() for p in own),
             coverage=coverage_of(model, name),
-            zero=sum(
-                _is_zero(part.B.detach())
-                for update in updates(model, name).values()
-                for part in update.low_rank().values()
-            ),
+            zero=sum(_is_zero(part.B.detach()) for part in low_rank_parts(updates(model, name))),
             rounding=attached.metadata.get("rounding", 0.0),
             ends=taught(model, [name]),
         )
     return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
-
-
-def _zeros(updates: Mapping[str, Update]) -> int:
-    """How many of the low-rank updates have a B of zeros."""
-    return sum(_is_zero(part.B.detach()) for update in updates.values() for part in update.low_rank().values())
 
 
 def _is_zero(B: Tensor) -> bool:

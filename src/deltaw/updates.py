@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -253,6 +253,12 @@ class Sliced(LowRank):
 
     def extra_repr(self) -> str:
         return f"slices={','.join(self.slices)}, {super().extra_repr()}"
+
+
+def low_rank_parts(updates: Mapping[str, Update]) -> Iterator[LowRank]:
+    """Yield the low-rank updates that an adapter's updates are made of, those of weights without a layer included."""
+    for update in updates.values():
+        yield from update.low_rank().values()
 
 
 def _widest(terms: Sequence[tuple[LowRank, float]]) -> torch.dtype:

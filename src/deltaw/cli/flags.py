@@ -241,7 +241,7 @@ class Convert:
     alpha: float | None = None
     """α that the adapter was trained with; loralib's files do not say it."""
     parts: str | None = None
-    """Which of query, key and value its merged layers have updates of, for example q,v; or a digit a part, 101."""
+    """The parts of its merged layers that have updates, of query, key and value: for example q,v; or a digit a part, 101."""
     overwrite: bool = False
     """Replace what is already there."""
 

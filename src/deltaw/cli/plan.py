@@ -74,7 +74,7 @@ def _memory(rows: Sequence[Any], settings: Any) -> Any:
 
 
 def _coverages(found: Any) -> dict[str, list[str]]:
-    """What there is to say of the layers → the methods that it is true of."""
+    """Map each sentence on the layers to the methods that it is true of."""
     methods: dict[str, list[str]] = {}
     for row in found.rows:
         if row.coverage:
