@@ -8,6 +8,7 @@ the cache. What the module puts out is of the input's own positions alone.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Prepended(Update):
         ids, embeds = named.pop("input_ids", None), named.pop("inputs_embeds", None)
         embeds = layer.get_input_embeddings()(ids) if embeds is None else embeds
         self._lengthen(named)
-        if not started(named):
+        if not started(named.values()):
             prefix = self.rows.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
             out = self._outputs(layer, torch.cat([prefix, embeds], 1), named, len(self.rows))
         else:
@@ -48,7 +49,7 @@ class Prepended(Update):
 
     def _lengthen(self, named: dict[str, Any]) -> None:
         """What goes with the tokens: a mask over all positions so far; of this pass's tokens, positions and types."""
-        l, first = len(self.rows), not started(named)  # noqa: E741
+        l, first = len(self.rows), not started(named.values())  # noqa: E741
         mask = named.get("attention_mask")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -104,7 +105,7 @@ class PrefixOfBlock(Update):
     def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
         own = "hidden_states" if "hidden_states" in named else next(iter(named), "")
         h = inputs[0] if inputs else named[own]
-        if not any(isinstance(v, Cache) and v.get_seq_length(self.index) > 0 for v in (*inputs, *named.values())):
+        if not started((*inputs, *named.values()), self.index):
             prefix = self.rows.to(h.dtype).expand(h.shape[0], -1, -1)
             h = torch.cat([prefix, h[:, len(self.rows) :]], 1)
         inputs, named = ((h, *inputs[1:]), named) if inputs else ((), named | {own: h})
@@ -126,10 +127,10 @@ def arguments(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> dic
     return dict(zip(names, inputs, strict=False)) | named
 
 
-def started(named: dict[str, Any]) -> bool:
-    """Whether a call goes on with positions that are in a cache."""
-    cache = named.get("past_key_values")
-    return isinstance(cache, Cache) and cache.get_seq_length() > 0
+def started(values: Iterable[Any], index: int = 0) -> bool:
+    """Tell if one of a call's values is a cache that holds positions of block `index`. Versions of transformers give it different
+    names."""
+    return any(isinstance(value, Cache) and value.get_seq_length(index) > 0 for value in values)
 
 
 def pooled(layer: Any, hidden: Tensor) -> Tensor:

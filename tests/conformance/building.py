@@ -169,7 +169,7 @@ def tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
         return [
             t
             for n, v in value.items()
-            if n not in ("past_key_values", "cache_params", "attentions")
+            if n not in ("cache", "past_key_values", "cache_params", "attentions")
             for t in tensors(v)
         ]
     if isinstance(value, (list, tuple)):

@@ -121,11 +121,13 @@ def forward(model: Any, batch: int, length: int) -> Task:
 def decoding(model: Any, batch: int, *, cached: int = 64, steps: int = 8) -> Task:
     """`steps` tokens of each row one after the other, behind `cached` ones: what generating costs."""
     prompt, next_token = tokens(model, batch, cached), tokens(model, batch, 1)
+    # transformers 5.24 renamed it
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def ready() -> Callable[[], object]:
-        cache = DynamicCache()
-        model(prompt, past_key_values=cache, use_cache=True)
-        return lambda: [model(next_token, past_key_values=cache, use_cache=True) for _ in range(steps)]
+        named: dict[str, Any] = {name: DynamicCache(), "use_cache": True}
+        model(prompt, **named)
+        return lambda: [model(next_token, **named) for _ in range(steps)]
 
     return ready
 
