@@ -396,8 +396,11 @@ def test_generate_expands_rows_that_are_all_alike_too(settings: dict[str, Any], 
         expected = many.generate(batch(2), generation_config=config)
     with route(many, names):
         assert torch.equal(many.generate(batch(2), generation_config=config), expected)
+        for prompts in (1, 3, 4):  # what generate makes of a prompt may be several rows, the prompts themselves may not
+            with pytest.raises(AdapterError, match="names 2 rows"):
+                many.generate(batch(prompts), generation_config=config)
         with pytest.raises(AdapterError, match="names 2 rows"):
-            many.generate(batch(3), generation_config=config)
+            many.generate(inputs_embeds=many.get_input_embeddings()(batch(4)), max_new_tokens=2)
 
 
 @torch.no_grad()

@@ -109,7 +109,13 @@ class Generate:
         return getattr(type(model), GENERATE).__get__(model)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Raises AdapterError for prompts of another number than a route's names: only what `generate` itself makes of a
+        prompt may be several rows."""
         with self.record.route.pinned():
+            choice = self.record.route.chosen()
+            x = _main_input(self.model(), inputs, named) if isinstance(choice, Rows) else None
+            if x is not None:
+                choice.check(x, 1)
             return self.__wrapped__(*inputs, **named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:

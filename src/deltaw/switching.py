@@ -53,8 +53,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """For the code in a with-block, as with `using`: each row of a batch goes through the adapter of its name, None through the
     base, all in one pass.
 
-    The batch has one row for each name; in `generate` a fixed number of rows for each, one after the other, as it makes them for
-    beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the adapters'
+    The batch has one row for each name, and `generate` one prompt: of each it makes a fixed number of rows, one after the other,
+    for beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the adapters'
     tensors, which takes their bytes once more; `generate` stacks them once. Gradients reach each adapter's A and B.
 
     Raises AdapterError: for unknown names, all of them; while an adapter is merged; for a model whose layers do not keep the
