@@ -35,7 +35,7 @@ from deltaw.checksums import stamp
 from deltaw.ends import extend
 from deltaw.errors import MergeError, listing
 from deltaw.layers import in_few_bits
-from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
+from deltaw.lowrank import Change, MergeStats, Product, Sum, Times, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
 from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_
 
@@ -89,7 +89,7 @@ def merge(
                     stats[_line(parameter)], originals[parameter] = merge_correctably_(W0, change)
                 else:
                     stats[_line(parameter)] = merge_(W0, change)
-        updated = [_line(n) for n, c in changes.items() if not isinstance(c, Value)]
+        updated = [_line(n) for n, c in changes.items() if _must_change(c, stats[_line(n)])]
         check_merged(stats, allow_unchanged, updated)
         kept = _kept(owner, originals)
     except BaseException:
@@ -101,6 +101,12 @@ def merge(
     record.before_merge, record.route.active = record.route.active, None
     extra = sum(original.bytes for original in originals.values())
     return MergeReport(tuple(chosen), stats, extra + _bytes_of_copies(record))
+
+
+def _must_change(change: Change, done: MergeStats) -> bool:
+    """Whether a weight that comes out as it was shows a merge that failed: not one that got a value, which may be the same, nor
+    zeros that were scaled."""
+    return not isinstance(change, Value) and not (isinstance(change, Times) and done.w0_norm == 0.0)
 
 
 def _untie(owner: nn.Module) -> ties.Untied:

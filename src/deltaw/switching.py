@@ -54,8 +54,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     base, all in one pass.
 
     The batch has one row for each name, and `generate` one prompt: of each it makes a fixed number of rows, one after the other,
-    for beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the adapters'
-    tensors, which takes their bytes once more; `generate` stacks them once. Gradients reach each adapter's A and B.
+    for beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the
+    adapters' tensors, which takes their bytes once more; `generate` stacks them once. Gradients reach each adapter's A and B.
 
     Raises AdapterError: for unknown names, all of them; while an adapter is merged; for a model whose layers do not keep the
     rows of the batch apart; in the pass, for a batch of another number of rows.
