@@ -39,7 +39,9 @@ _context: ContextVar[tuple[Block, ...]] = ContextVar("deltaw_blocks", default=()
 class Block:
     """One block, and what is chosen in it."""
 
-    __slots__ = ("__weakref__", "choice", "closed", "frame", "kept", "of", "pauses", "task", "thread", "token", "within")
+    __slots__ = (
+        "__weakref__", "choice", "closed", "frame", "kept", "of", "pauses", "task", "thread", "token", "within",
+    )  # fmt: skip
 
     def __init__(self, of: Blocks, choice: Any, frame: FrameType | None, within: FrameType | None) -> None:
         self.of = of
