@@ -24,6 +24,7 @@ from deltaw.attached import (
     merged_names,
     owner_of,
     place_of,
+    problems_of_weights,
     put_back,
     readers,
     record_of,
@@ -208,8 +209,8 @@ def _chosen(record: Adapters, name: str | None, weights: Mapping[str, float] | N
         return {in_use(record) if name is None else name: 1.0}
     if name is not None:
         raise MergeError("Give either a name or weights, not both.")
-    if not weights:
-        raise MergeError("weights is empty: name at least one adapter.")
+    if problems := problems_of_weights(weights):
+        raise MergeError("; ".join(problems) + ".")
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 
