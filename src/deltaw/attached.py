@@ -542,9 +542,9 @@ def record_of(model: nn.Module) -> Adapters:
 
 
 def known(record: Adapters, name: str) -> str:
-    if name not in record.attached:
+    if not isinstance(name, str) or name not in record.attached:
         raise AdapterError(
-            f"There is no adapter {name!r}{nearest(name, record.attached)}. Attached: {', '.join(record.attached)}."
+            f"There is no adapter {name!r}{nearest(str(name), record.attached)}. Attached: {', '.join(record.attached)}."
         )
     return name
 

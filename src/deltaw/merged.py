@@ -163,7 +163,7 @@ def unmerge(model: nn.Module, name: str | None = None, *, changed: Changed = "re
     record = record_of(model)
     if not record.merged:
         raise MergeError("Nothing is merged.")
-    if name is not None and name not in record.merged:
+    if name is not None and name not in [*record.merged]:
         raise MergeError(f"{name!r} is not merged; {merged_names(record)}.")
     if changed not in get_args(Changed):
         raise MergeError(f"changed is {changed!r}; it can be {', '.join(map(repr, get_args(Changed)))}.")
@@ -206,7 +206,7 @@ def _chosen(record: Adapters, name: str | None, weights: Mapping[str, float] | N
     if record.merged:
         raise MergeError(f"{merged_names(record)} merged already: call unmerge(model) first.")
     if weights is None:
-        return {in_use(record) if name is None else name: 1.0}
+        return {in_use(record) if name is None else known(record, name): 1.0}
     if name is not None:
         raise MergeError("Give either a name or weights, not both.")
     if problems := problems_of_weights(weights):
