@@ -343,3 +343,69 @@ def test_blocks_are_closed_in_any_order_and_anywhere(chosen: Chosen) -> None:
     thread.join()
     abandon()
     assert chosen.blocks.choices() == []
+
+
+def test_what_is_closed_in_another_context_is_over_where_it_was_opened(chosen: Chosen) -> None:
+    """Tasks and threads have copies of the context, in which the block is too."""
+
+    async def stream() -> AsyncIterator[Any]:
+        with chosen.using("a"):
+            yield chosen.now()
+
+    async def later() -> Any:
+        await asyncio.sleep(0.05)
+        return chosen.now()
+
+    async def main(how: str) -> None:
+        block = chosen.using("b")
+        block.__enter__()
+        if how == "generator":
+            async for seen in stream():
+                assert seen == "a"
+                break
+            gc.collect()
+            await asyncio.sleep(0.01)  # asyncio closes what nobody goes on with, in a task of its own
+            assert chosen.now() == "b"
+            block.__exit__(None, None, None)
+        elif how == "task":
+            started = asyncio.create_task(later())
+
+            async def close() -> Any:
+                block.__exit__(None, None, None)
+                return chosen.now()
+
+            assert await asyncio.create_task(close()) == "outside"
+            assert chosen.now() == "outside"
+            assert await started == "b"
+        else:
+            await asyncio.to_thread(block.__exit__, None, None, None)
+        assert chosen.now() == "outside"
+        with chosen.using("c"):
+            assert chosen.now() == "c"
+        assert chosen.now() == "outside"
+
+    for how in ("generator", "task", "thread"):
+        asyncio.run(main(how))
+    block = chosen.using("d")
+    block.__enter__()
+    contextvars.copy_context().run(block.__exit__, None, None, None)
+    assert chosen.now() == "outside" and chosen.blocks.choices() == []
+
+
+def test_a_generator_is_collected_while_blocks_are_looked_at(chosen: Chosen) -> None:
+    """What closes a block may run wherever memory is asked for, also where the same thread holds the blocks."""
+
+    def abandoned() -> Iterator[None]:
+        with chosen.using("a"):
+            yield
+
+    def collect() -> None:
+        steps = abandoned()
+        next(steps)
+        with chosen.blocks.lock:
+            del steps
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and chosen.blocks.choices() == []

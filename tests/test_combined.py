@@ -11,7 +11,7 @@ import deltaw
 from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, Prefix, attach, delta, merge, unmerge, using
 from deltaw.attached import updates
 from deltaw.combined import combine
-from deltaw.errors import AdapterError
+from deltaw.errors import AdapterError, MergeError
 from deltaw.updates import Sliced
 from tests.conftest import bits, fill, tiny_gpt2, tiny_llama
 from tests.test_updates import METHODS
@@ -110,7 +110,23 @@ def test_what_is_wrong_is_said_at_once(two: Any) -> None:
         combine(two, {"c": 1.0}, name="x")
     with pytest.raises(AdapterError, match=r"(?s)weights is empty.*how is 'mean'"):
         combine(two, {}, name="x", how="mean")  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match=r"rank is 2.5; it must be a whole number"):
+        combine(two, {"a": 1.0}, name="x", rank=2.5)  # type: ignore[arg-type]
     assert deltaw.adapters(two) == ("a", "b")
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "0.5", None, torch.ones(2)], ids=str)
+def test_a_weight_is_a_finite_number(two: Any, weight: Any) -> None:
+    """A sum of ΔW's times nan was attached without a word."""
+    before = bits(two)
+    with pytest.raises(AdapterError, match=r"the weight of 'a' is .*(finite|a number).*how is 'mean'"):
+        combine(two, {"a": weight, "b": 1.0}, name="x", how="mean")  # type: ignore[arg-type]
+    with pytest.raises(MergeError, match=r"the weight of 'a' is .*(finite|a number)"):
+        merge(two, weights={"a": weight, "b": 1.0})
+    for function, error in ((combine, AdapterError), (merge, MergeError)):
+        with pytest.raises(error, match="weights is a list; it must be a mapping of names to numbers"):
+            function(two, **{"weights": ["a", "b"]} | ({"name": "x"} if function is combine else {}))
+    assert deltaw.adapters(two) == ("a", "b") and all(torch.equal(bits(two)[n], v) for n, v in before.items())
 
 
 WEIGHTS = {"a": 0.7, "b": -0.4}

@@ -288,6 +288,14 @@ def test_a_chat_says_where_nothing_ends_a_reply(
         tokenizer.save_pretrained(tmp_path / "base")
         assert main(["chat", str(tmp_path / "base")]) == 0
         assert ("in no token to stop at" in capsys.readouterr().out) is said
+        (tmp_path / "few.jsonl").write_text(json.dumps(CHATS[0]) + "\n")
+        for words in (
+            ["eval", str(tmp_path / "base"), str(tmp_path / "few.jsonl")],
+            ["generate", str(tmp_path / "base")],
+        ):
+            words += ["--file", str(tmp_path / "few.jsonl")] if words[0] == "generate" else []
+            assert main([*words, "--max-new-tokens", "4"]) == 0
+            assert ("in no token to stop at" in capsys.readouterr().err) is said
 
 
 def test_a_plain_run_teaches_the_eos_that_generation_config_lacks(trained: Any, tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ def test_what_cannot_be_extracted_leaves_the_base(tiny: Any, tuned: Any) -> None
             extract(tiny, tuned, **settings)
     with pytest.raises(FileError, match="not of one architecture"):
         extract(tiny, tiny_llama(layers=3), rank=2)
+    fill(deltaw.attach(tuned, deltaw.LoRA(rank=2, alpha=3), name="beside"))
+    with pytest.raises(AdapterError, match=r"goes through adapter 'beside', which is not in its weights: call merge"):
+        extract(tiny, tuned, rank=2)
     assert deltaw.adapters(tiny) == () and all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
 
 

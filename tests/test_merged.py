@@ -116,6 +116,18 @@ def test_a_tied_head_can_be_adapted_but_not_merged_in_place(ids: torch.Tensor) -
     torch.testing.assert_close(untied(ids).logits, branch, rtol=1e-4, atol=1e-5)
 
 
+def test_scaled_zeros_are_no_merge_that_failed(ids: torch.Tensor) -> None:
+    """A GPT-2 whose biases are zero, as they start: (IA)³ scales its weights and them."""
+    torch.manual_seed(1)
+    model = fill(deltaw.attach(tiny_gpt2().eval(), deltaw.IA3()))
+    before, expected = bits(model), model(ids).logits
+    report = deltaw.merge(model)
+    assert report.layers["transformer.h.0.attn.c_attn.bias"].changed == 0.0
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    deltaw.unmerge(model)
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_merge_that_is_not_finite_is_an_error_and_leaves_the_model(tiny: Any, value: float) -> None:
     fill(attach(tiny.to(torch.float16), METHOD))

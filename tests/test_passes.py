@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, use, using
 from deltaw.attached import record_of
+from deltaw.ends import teach
 from deltaw.errors import AdapterError, MergeError
 from tests.conftest import assert_same, fill, snapshot, tiny_llama
 
@@ -377,3 +379,27 @@ def test_compiled_code_goes_through_what_holds(what: str, model: Any, ids: torch
 
     asyncio.run(main())
     check("b")
+
+
+def test_generate_stops_where_its_adapter_was_taught_to(model: Any, ids: torch.Tensor) -> None:
+    """As the model does that the adapter is merged into, unless the call says its own end tokens."""
+    own = model.generation_config.eos_token_id
+
+    def said(name: str | None, *inputs: Any, **settings: Any) -> list[int]:
+        with using(model, name):
+            out = model.generate(*inputs, **{"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | settings)
+        return list(out[0, ids.shape[1] :].tolist())
+
+    prompt = ids[:1]
+    free = {name: said(name, prompt) for name in (None, "a", "b")}
+    end = free["a"][2]
+    teach(model, "a", [end, free["a"][5]])
+    stopped = free["a"][: free["a"].index(end) + 1]
+    assert said("a", prompt) == said("a", inputs=prompt) == said("a", prompt, generation_config=None) == stopped
+    assert said("a", prompt, eos_token_id=95) == said("a", prompt, GenerationConfig(eos_token_id=95)) == free["a"]
+    assert said(None, prompt) == free[None] and said("b", prompt) == free["b"]
+    rows = prompt.expand(2, -1)
+    with route(model, ["a", "b"]):  # b was taught no end
+        both = model.generate(rows, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, ids.shape[1] :].tolist()
+    assert both == [free["a"], free["b"]]
+    assert model.generation_config.eos_token_id == own

@@ -396,8 +396,11 @@ def test_generate_expands_rows_that_are_all_alike_too(settings: dict[str, Any], 
         expected = many.generate(batch(2), generation_config=config)
     with route(many, names):
         assert torch.equal(many.generate(batch(2), generation_config=config), expected)
+        for prompts in (1, 3, 4):  # what generate makes of a prompt may be several rows, the prompts themselves may not
+            with pytest.raises(AdapterError, match="names 2 rows"):
+                many.generate(batch(prompts), generation_config=config)
         with pytest.raises(AdapterError, match="names 2 rows"):
-            many.generate(batch(3), generation_config=config)
+            many.generate(inputs_embeds=many.get_input_embeddings()(batch(4)), max_new_tokens=2)
 
 
 @torch.no_grad()
@@ -460,3 +463,24 @@ def test_the_first_batch_of_a_model_that_keeps_its_rows_apart_goes_through() -> 
     for row, name in enumerate(names):
         with using(model, name):
             torch.testing.assert_close(together[row], model(x)[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [1, True, ["a"], b"a"], ids=str)
+def test_what_is_no_name_is_an_error_of_deltaw(name: Any, many: Any) -> None:
+    """A raw TypeError of a search for near names, or of a dictionary, does not say what is wrong."""
+    for call in (
+        lambda: use(many, name),
+        lambda: using(many, name).__enter__(),
+        lambda: route(many, ["a", name]).__enter__(),
+        lambda: parameters(many, name),
+        lambda: merge(many, name),
+    ):
+        with pytest.raises(AdapterError, match="There is no adapter"):
+            call()
+    merge(many, "a", allow_unchanged=True)
+    with pytest.raises(MergeError, match="is not merged"):
+        unmerge(many, name)
+    unmerge(many)
+    for names in (3, None):
+        with pytest.raises(AdapterError, match="one name for each row of the batch, not one"):
+            route(many, names).__enter__()  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ adapter put where, what was trainable before, and while an adapter is merged the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -541,9 +542,9 @@ def record_of(model: nn.Module) -> Adapters:
 
 
 def known(record: Adapters, name: str) -> str:
-    if name not in record.attached:
+    if not isinstance(name, str) or name not in record.attached:
         raise AdapterError(
-            f"There is no adapter {name!r}{nearest(name, record.attached)}. Attached: {', '.join(record.attached)}."
+            f"There is no adapter {name!r}{nearest(str(name), record.attached)}. Attached: {', '.join(record.attached)}."
         )
     return name
 
@@ -567,6 +568,20 @@ def in_open_block(record: Adapters, names: Iterable[str]) -> str | None:
     """For messages: that one of these adapters is in use by an open `using` or `route` block, or by a pass, of any thread."""
     held = record.route.held().intersection(names)
     return f"Adapter {min(held)!r} is in use by an open using or route block, or by a pass" if held else None
+
+
+def problems_of_weights(weights: Any) -> list[str]:
+    """Say what is wrong with weights of adapters, which are finite numbers by name."""
+    if not isinstance(weights, Mapping):
+        return [f"weights is a {type(weights).__name__}; it must be a mapping of names to numbers"]
+    problems = [] if weights else ["weights is empty: name at least one adapter"]
+    for name, weight in weights.items():
+        try:
+            if not math.isfinite(weight):
+                problems.append(f"the weight of {name!r} is {weight!r}, with which the sum would not be finite")
+        except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers is none
+            problems.append(f"the weight of {name!r} is {weight!r}; it must be a number")
+    return problems
 
 
 def merged_names(record: Adapters) -> str:

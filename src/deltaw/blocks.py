@@ -20,7 +20,7 @@ import inspect
 import sys
 import threading
 import weakref
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from types import FrameType
 from typing import Any
 
@@ -39,7 +39,9 @@ _context: ContextVar[tuple[Block, ...]] = ContextVar("deltaw_blocks", default=()
 class Block:
     """One block, and what is chosen in it."""
 
-    __slots__ = ("__weakref__", "choice", "frame", "kept", "left", "of", "pauses", "task", "thread", "within")
+    __slots__ = (
+        "__weakref__", "choice", "closed", "frame", "kept", "of", "pauses", "task", "thread", "token", "within",
+    )  # fmt: skip
 
     def __init__(self, of: Blocks, choice: Any, frame: FrameType | None, within: FrameType | None) -> None:
         self.of = of
@@ -53,12 +55,25 @@ class Block:
         """Things that its passes keep until it is closed."""
         self.task = torch._C._current_graph_task_id()
         """Autograd's number of the backward pass that it was opened in, or −1."""
-        self.left = False
-        """True once it was closed in another context than the one that it was opened in."""
+        self.closed = False
+        self.token: Token[tuple[Block, ...]] | None = None
+        """It tells the context that the block was opened in from others."""
 
     def is_here(self, within: FrameType | None) -> bool:
         """Tell if this code is in the thread and the task that opened it."""
         return self.thread == threading.get_ident() and self.within is within
+
+    def is_over(self) -> bool:
+        """Tell if it was closed, and this is the context that it was opened in: it was closed from another one. To tell
+        that resets this context's blocks, which the caller sets."""
+        if not self.closed or self.token is None:
+            return False
+        try:
+            _context.reset(self.token)
+        except ValueError:  # made in another context
+            return False
+        self.token = None
+        return True
 
 
 class Blocks:
@@ -69,13 +84,13 @@ class Blocks:
         self.of_frame: dict[FrameType, list[Block]] = {}
         self.pausing = False
         """A frame that can pause had one of them, ever."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a generator that is collected closes its block wherever memory is asked for
 
     def enter(self, choice: Any) -> Block:
         """Open a block for the code that called."""
         frame, within = _owner(sys._getframe(1))
         block = Block(self, choice, frame, within)
-        _context.set((*(b for b in _context.get() if not b.left), block))
+        block.token = _context.set((*_blocks(), block))
         with self.lock:
             self.open.add(block)
             if frame is not None:
@@ -85,10 +100,11 @@ class Blocks:
 
     def leave(self, block: Block) -> None:
         """Close a block, in whatever order, context and thread."""
-        context = _context.get()
-        block.left = block not in context
+        context, block.closed = _context.get(), True
+        elsewhere = not block.is_over()
         _context.set(tuple(b for b in context if b is not block))
         with self.lock:
+            self.pausing |= elsewhere
             self.open.discard(block)
             if block.frame is not None:
                 self.of_frame[block.frame].remove(block)
@@ -131,7 +147,7 @@ class Blocks:
                     return block, within
                 within = frame if _outermost(frame) else None
             frame = frame.f_back
-        held = (b for b in reversed(_context.get()) if b.of is self and not b.left and _holds(b, within))
+        held = (b for b in reversed(_blocks()) if b.of is self and _holds(b, within))
         return next(held, None), within
 
     def _of(self, frame: FrameType) -> Block | None:
@@ -141,6 +157,16 @@ class Blocks:
         if frame.f_code.co_flags & _COROUTINE:
             own = [block for block in own if block in _context.get()]
         return own[-1] if own else None
+
+
+def _blocks() -> tuple[Block, ...]:
+    """The blocks of this context, without its own that were closed in another one."""
+    context = _context.get()
+    over = [block for block in context if block.is_over()]
+    if over:
+        context = tuple(block for block in context if block not in over)
+        _context.set(context)
+    return context
 
 
 def _holds(block: Block, within: FrameType | None) -> bool:

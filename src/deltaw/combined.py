@@ -22,6 +22,7 @@ from deltaw.attached import (
     known,
     matrix_of,
     owner_of,
+    problems_of_weights,
     record_of,
     updates,
 )
@@ -81,14 +82,15 @@ def combine(
     that are trained whole are summed by what they add to the base's. One adapter of weight 1 is copied as it is.
     The end tokens of all that have a positive weight are the new one's.
 
-    Raises AdapterError for unknown names, a name that is taken, settings out of range, updates that have no sum (bottleneck
-    adapters, prefixes), and layers that some adapters train whole and others by an update.
+    Raises AdapterError for unknown names, a name that is taken, weights that are no finite numbers, settings out of range,
+    updates that have no sum (bottleneck adapters, prefixes), and layers that some adapters train whole and others by an update.
     """
     record = record_of(model)
     check_free(model, name)
     problems = _problems(weights, how, rank, density)
     if problems:
         raise AdapterError("; ".join(problems) + ".")
+    weights = {adapter: float(weight) for adapter, weight in weights.items()}
     if how == "sum" and rank is None and [*weights.values()] == [1.0]:
         return _copied(model, next(iter(weights)), name, activate=activate)
     recipe = _Recipe(how, rank, density, torch.Generator().manual_seed(seed))
@@ -147,11 +149,11 @@ def _method(methods: Sequence[Any], combined: Mapping[str, Update], ranks: Mappi
 
 
 def _problems(weights: Mapping[str, float], how: str, rank: int | None, density: float) -> list[str]:
-    problems = [] if weights else ["weights is empty: name at least one adapter"]
+    problems = problems_of_weights(weights)
     if how not in get_args(How):
         problems.append(f"how is {how!r}; it must be one of {', '.join(get_args(How))}")
-    if rank is not None and rank < 1:
-        problems.append(f"rank is {rank}; it must be at least 1")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        problems.append(f"rank is {rank}; it must be a whole number of at least 1")
     if how != "sum" and rank is None:
         problems.append(f"{how} needs a rank: what it makes of ΔW's has none of its own")
     if not 0.0 < density <= 1.0:
@@ -169,7 +171,7 @@ def _terms(model: nn.Module, weights: Mapping[str, float]) -> dict[str, _Terms]:
     terms: dict[str, _Terms] = {}
     for adapter, weight in weights.items():
         for layer_name, update in updates(model, known(record_of(model), adapter)).items():
-            terms.setdefault(layer_name, []).append((update, float(weight)))
+            terms.setdefault(layer_name, []).append((update, weight))
     return terms
 
 

@@ -10,24 +10,21 @@ from typing import Any
 from torch import nn
 
 from deltaw.attached import find_record, known, owner_of, record_of
-from deltaw.eos import Ends, extended, listed
+from deltaw.eos import TAUGHT, Ends, extended, listed
 from deltaw.rows import Rows
-
-# In an adapter's metadata
-_KEY = "ends"
 
 
 def teach(model: nn.Module, name: str, ends: Iterable[int]) -> None:
     """Note the tokens that end what adapter `name` says; `save` writes them. Raises AdapterError for an unknown name."""
     record = record_of(model)
-    record.attached[known(record, name)].metadata[_KEY] = tuple(dict.fromkeys(int(end) for end in ends))
+    record.attached[known(record, name)].metadata[TAUGHT] = tuple(dict.fromkeys(int(end) for end in ends))
 
 
 def taught(model: nn.Module, names: Iterable[str | None]) -> Ends:
     """The end tokens of these adapters together, in order. None is the base, which was taught none here."""
     record = find_record(model)
     attached = {} if record is None else record.attached
-    every = [attached[name].metadata.get(_KEY, ()) for name in names if name in attached]
+    every = [attached[name].metadata.get(TAUGHT, ()) for name in names if name in attached]
     return tuple(dict.fromkeys(end for ends in every for end in ends))
 
 

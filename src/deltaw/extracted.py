@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import Plan, apply_plan, check_free, dotted, named_parameters, owner_of
+from deltaw.attached import Plan, adapters, apply_plan, check_free, dotted, named_parameters, owner_of
 from deltaw.ends import own_ends, teach
 from deltaw.errors import AdapterError, FileError, listing
 from deltaw.layers import Kind, Weight, kind_of
@@ -48,14 +48,20 @@ def extract(
 
     End tokens that the tuned model's generation_config names, and the base's does not, are the adapter's.
 
-    Raises AdapterError for settings out of range or a name that is taken, TargetError, and FileError when the models differ
-    in their parameters' names or shapes, or in no targeted layer at all; `base` is then as it was.
+    Raises AdapterError for settings out of range, a name that is taken or an adapter that the tuned model goes through unmerged,
+    TargetError, and FileError when the models differ in their parameters' names or shapes, or in no targeted layer at all;
+    `base` is then as it was.
     """
     check_free(base, name)
     if (rank is None) == (energy is None):
         raise AdapterError("extract takes either a rank or an energy, the share of ‖W − W0‖² to keep.")
     if (rank is not None and rank < 1) or (energy is not None and not 0.0 < energy <= 1.0):
         raise AdapterError(f"rank must be at least 1 and energy above 0 and at most 1 (they are {rank} and {energy}).")
+    if (active := adapters(tuned).active) is not None:
+        raise AdapterError(
+            f"The tuned model goes through adapter {active!r}, which is not in its weights: call merge(tuned) first, or "
+            "use(tuned, None) to leave the adapter out."
+        )
     before, after = dict(named_parameters(base)), dict(named_parameters(tuned))
     _check_alike(before, after)
     selection = select(owner_of(base), targets, rank or 1)

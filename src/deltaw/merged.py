@@ -24,6 +24,7 @@ from deltaw.attached import (
     merged_names,
     owner_of,
     place_of,
+    problems_of_weights,
     put_back,
     readers,
     record_of,
@@ -35,7 +36,7 @@ from deltaw.checksums import stamp
 from deltaw.ends import extend
 from deltaw.errors import MergeError, listing
 from deltaw.layers import in_few_bits
-from deltaw.lowrank import Change, MergeStats, Product, Sum, Value, merge_, merge_stats, summed
+from deltaw.lowrank import Change, MergeStats, Product, Sum, Times, Value, merge_, merge_stats, summed
 from deltaw.merge_report import MergeReport, check_merged
 from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_
 
@@ -89,7 +90,7 @@ def merge(
                     stats[_line(parameter)], originals[parameter] = merge_correctably_(W0, change)
                 else:
                     stats[_line(parameter)] = merge_(W0, change)
-        updated = [_line(n) for n, c in changes.items() if not isinstance(c, Value)]
+        updated = [_line(n) for n, c in changes.items() if _must_change(c, stats[_line(n)])]
         check_merged(stats, allow_unchanged, updated)
         kept = _kept(owner, originals)
     except BaseException:
@@ -101,6 +102,12 @@ def merge(
     record.before_merge, record.route.active = record.route.active, None
     extra = sum(original.bytes for original in originals.values())
     return MergeReport(tuple(chosen), stats, extra + _bytes_of_copies(record))
+
+
+def _must_change(change: Change, done: MergeStats) -> bool:
+    """Whether a weight that comes out as it was shows a merge that failed: not one that got a value, which may be the same, nor
+    zeros that were scaled."""
+    return not isinstance(change, Value) and not (isinstance(change, Times) and done.w0_norm == 0.0)
 
 
 def _untie(owner: nn.Module) -> ties.Untied:
@@ -156,7 +163,7 @@ def unmerge(model: nn.Module, name: str | None = None, *, changed: Changed = "re
     record = record_of(model)
     if not record.merged:
         raise MergeError("Nothing is merged.")
-    if name is not None and name not in record.merged:
+    if name is not None and name not in [*record.merged]:
         raise MergeError(f"{name!r} is not merged; {merged_names(record)}.")
     if changed not in get_args(Changed):
         raise MergeError(f"changed is {changed!r}; it can be {', '.join(map(repr, get_args(Changed)))}.")
@@ -199,11 +206,11 @@ def _chosen(record: Adapters, name: str | None, weights: Mapping[str, float] | N
     if record.merged:
         raise MergeError(f"{merged_names(record)} merged already: call unmerge(model) first.")
     if weights is None:
-        return {in_use(record) if name is None else name: 1.0}
+        return {in_use(record) if name is None else known(record, name): 1.0}
     if name is not None:
         raise MergeError("Give either a name or weights, not both.")
-    if not weights:
-        raise MergeError("weights is empty: name at least one adapter.")
+    if problems := problems_of_weights(weights):
+        raise MergeError("; ".join(problems) + ".")
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deltaw.eos import TAUGHT, common, extended
 from deltaw.errors import AdapterError
 from deltaw.routes import UNSET, Choice, Pass, names_of, natively
 from deltaw.rows import Rows
@@ -109,8 +110,29 @@ class Generate:
         return getattr(type(model), GENERATE).__get__(model)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Stops at the end tokens that all rows' adapters were taught, unless the call says its own. Raises AdapterError for
+        prompts of another number than a route's names: only what `generate` itself makes of a prompt may be several rows."""
         with self.record.route.pinned():
-            return self.__wrapped__(*inputs, **named)
+            choice = self.record.route.chosen()
+            x = _main_input(self.model(), inputs, named) if isinstance(choice, Rows) else None
+            if x is not None:
+                choice.check(x, 1)
+            return self.__wrapped__(*inputs, **self._stopping(choice, inputs, named))
+
+    def _stopping(self, choice: Choice, inputs: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """The call's keywords with the end tokens that its adapters add to the model's. A generation_config is the second
+        input, where it has no keyword."""
+        attached = self.record.attached
+        names = choice.names if isinstance(choice, Rows) else (choice,)
+        ends = common(
+            attached[name].metadata.get(TAUGHT, ()) if name in attached else () for name in dict.fromkeys(names)
+        )
+        asked = named.get("generation_config", inputs[1] if len(inputs) > 1 else None)
+        if not ends or "eos_token_id" in named or getattr(asked, "eos_token_id", None) is not None:
+            return named
+        before = getattr(getattr(self.model(), "generation_config", None), "eos_token_id", None)
+        after = extended(before, ends)
+        return named if after == before else {**named, "eos_token_id": after}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         model = self.model()

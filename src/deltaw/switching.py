@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,22 +53,23 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """For the code in a with-block, as with `using`: each row of a batch goes through the adapter of its name, None through the
     base, all in one pass.
 
-    The batch has one row for each name; in `generate` a fixed number of rows for each, one after the other, as it makes them for
-    beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the adapters'
-    tensors, which takes their bytes once more; `generate` stacks them once. Gradients reach each adapter's A and B.
+    The batch has one row for each name, and `generate` one prompt: of each it makes a fixed number of rows, one after the other,
+    for beams and `num_return_sequences`. Ranks may differ; each row costs its own adapter's arithmetic. A pass stacks the
+    adapters' tensors, which takes their bytes once more; `generate` stacks them once. Gradients reach each adapter's A and B.
 
     Raises AdapterError: for unknown names, all of them; while an adapter is merged; for a model whose layers do not keep the
     rows of the batch apart; in the pass, for a batch of another number of rows.
     """
     record = _record_for_a_block(model)
-    if isinstance(names, str):
-        raise AdapterError(f"route takes one name for each row of the batch, not one string ({names!r}).")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        kind = "string" if isinstance(names, str) else type(names).__name__
+        raise AdapterError(f"route takes one name for each row of the batch, not one {kind} ({names!r}).")
     names = list(names)
     if not names:
         raise AdapterError("route needs one name, or None, for each row of the batch: there is none.")
-    unknown = dict.fromkeys(n for n in names if n is not None and n not in record.attached)
+    unknown = [n for n in names if n is not None and not (isinstance(n, str) and n in record.attached)]
     if unknown:
-        problems = [f"{name!r}{nearest(str(name), record.attached)}" for name in unknown]
+        problems = [*dict.fromkeys(f"{name!r}{nearest(str(name), record.attached)}" for name in unknown)]
         raise AdapterError(
             listing("There is no adapter of these names:", problems) + f"\nAttached: {', '.join(record.attached)}."
         )

@@ -42,7 +42,13 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "two tokens": (ending_in("<|eot|>\n"), ["<|eot|>"], OTHER),
     "the eos and a new line": (ending_in("{{ eos_token }}\n"), ["<|endoftext|>"], OTHER),
     "the eos": (LLAMA2, ["</s>"], OTHER | {"eos": "</s>"}),
-    "two special tokens": (ending_in("<|end|><|eot|>"), ["<|eot|>"], OTHER),
+    "two special tokens": (ending_in("<|end|><|eot|>"), ["<|end|>", "<|eot|>"], OTHER),
+    "eos behind the last turn": (
+        ending_in("<|end|>\n") + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+        ["<|end|>", "<|endoftext|>"],
+        OTHER,
+    ),
+    "the next conversation's start": (ending_in("{{ eos_token }}<s>"), ["<|endoftext|>", "<s>"], OTHER),
     "text after it": (ending_in("<|eot|>[END]\n"), ["<|eot|>"], OTHER),
     "no special one": (ending_in("<|eot|>\n"), ["<|eot|>"], OTHER | {"added": ("<|eot|>",)}),
     "one of two": (ending_in("{{ '<|eot|>' if 'H' in m.content else '</s>' }}\n"), ["<|eot|>", "</s>"], OTHER),
@@ -76,6 +82,13 @@ def test_a_token_that_stands_within_answers_too() -> None:
     assert tokenizer.convert_ids_to_tokens(list(found.ends)) == ["<|im_end|>"], (
         "a record that names the token is no reason"
     )
+
+
+def test_an_empty_answer_does_not_say_where_its_end_begins() -> None:
+    """A special token that begins each turn ends none."""
+    template = ending_in("<|end|>\n", start="<|eot|>")
+    found, tokenizer = encoded(template, ONE, [USER, said("<|end|>")], **OTHER)
+    assert tokenizer.convert_ids_to_tokens(list(found.ends)) == ["<|end|>"]
 
 
 def test_spans_within_a_turn_do_not_end_it() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaw.cli import show
 from deltaw.cli.flags import Chat
-from deltaw.cli.opening import as_trained, open_model
+from deltaw.cli.opening import NO_END, as_trained, open_model
 from deltaw.config import DataConfig
 from deltaw.errors import DataError
 
@@ -29,8 +29,7 @@ def run(command: Chat) -> None:
     from deltaw.data import turn_ends
 
     if not turn_ends(loaded.tokenizer):
-        told = "The chat template ends turns in no token to stop at: replies may run on to --max-new-tokens."
-        show.out.print(told, style="yellow", soft_wrap=True)
+        show.out.print(NO_END, style="yellow", soft_wrap=True)
     while True:
         try:
             text = show.out.input("[bold cyan]you[/] › ", markup=True).strip()

@@ -11,7 +11,7 @@ from typing import Any
 from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Eval
-from deltaw.cli.opening import as_trained, open_model
+from deltaw.cli.opening import as_trained, open_model, warn_of_no_end
 from deltaw.errors import ConfigError
 
 
@@ -41,6 +41,7 @@ def run(command: Eval) -> None:
                 f"{command.model} has no head for {data.task} (a random one would be scored). Give an adapter with --adapter."
             )
         command = dataclasses.replace(command, base=False)
+    warn_of_no_end(loaded, records.items, data)
     found = _evaluate(loaded, records, data, command, metrics)
     show.out.print(_table(found, metrics, command))
     if command.out is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deltaw.cli import show
 from deltaw.cli.flags import Generate
-from deltaw.cli.opening import as_trained, open_model
+from deltaw.cli.opening import as_trained, open_model, warn_of_no_end
 from deltaw.errors import ConfigError, DataError
 
 
@@ -27,6 +27,7 @@ def run(command: Generate) -> None:
     data = as_trained(command.data, command.opening.adapter, command.model)
     loaded = open_model(command.model, command.opening, data)
     task, data = task_of(data), within(data, loaded.model)
+    warn_of_no_end(loaded, records, data)
     answers = task.answer(loaded, records, data, command.generation, lambda done: None)
     completions = [task.said(answer, data) for answer in answers]
     pairs = [{"prompt": r.question, "completion": c} for r, c in zip(records, completions, strict=True)]

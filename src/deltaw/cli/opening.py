@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+from deltaw.cli import show
 from deltaw.cli.flags import Opening
 from deltaw.config import DataConfig
+
+NO_END = "The chat template ends turns in no token to stop at: replies may run on to --max-new-tokens."
 
 
 def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Any:
@@ -40,3 +44,15 @@ def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) 
         encodes = getattr(read_config(model), "is_encoder_decoder", False)
         data = dataclasses.replace(data, task="seq2seq" if encodes else "causal")
     return data
+
+
+def warn_of_no_end(loaded: Any, records: Iterable[Any], data: Any) -> None:
+    """Say where the chat template that these records' prompts go through ends its turns in plain text."""
+    from deltaw.data import template_of, turn_ends
+    from deltaw.tasks import Causal, task_of
+
+    if task_of(data) is not Causal:
+        return
+    chats = any(template_of(form, loaded.tokenizer, data) == "chat" for form in {record.form for record in records})
+    if chats and not turn_ends(loaded.tokenizer):
+        show.err.print(f"warning: {NO_END}", style="yellow", soft_wrap=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltaw.data.endings import Ending, Ids, Turn, token_of
+from deltaw.data.endings import Ending, Ids, Turn, tokens_of
 from deltaw.data.forms import Message
 from deltaw.errors import DataError, listing
 
@@ -96,13 +96,13 @@ _TRIAL = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
 def turn_ends(tokenizer: Any) -> Ids:
-    """The token with which the chat template ends an assistant's turn, found in a conversation of two words. Empty where that is
-    plain text, or where the template takes no such conversation."""
+    """The tokens with which the chat template ends an assistant's turn, found in a conversation of two words. Empty where that
+    is plain text, or where the template takes no such conversation."""
     try:
         endings = _encoded([_TRIAL], tokenizer, [""])[0].endings
     except DataError:
         return []
-    return [ending.token for ending in endings if ending.token is not None]
+    return [token for ending in endings for token in ending.tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _render_spans(messages: Sequence[Message], tokenizer: Any) -> _Rendered:
         if message.role != "assistant":
             continue
         before = _render(messages[:i], tokenizer, prompt=True)
-        after = whole if i == len(messages) - 1 else _render(messages[: i + 1], tokenizer)
+        after = whole if i == len(messages) - 1 else _begun(_render(messages[: i + 1], tokenizer), whole, tokenizer)
         name = f"message {i + 1} (assistant)"
         _check_prefix(
             before, whole, f"{name}: the text to generate it from, messages 1 to {i} with the generation prompt,"
@@ -197,6 +197,13 @@ def _render_spans(messages: Sequence[Message], tokenizer: Any) -> _Rendered:
     if _MARKS.search(template):
         spans = _marked(messages, tokenizer, template, whole, spans)
     return _Rendered(whole, turns, spans)
+
+
+def _begun(part: str, whole: str, tokenizer: Any) -> str:
+    """The first messages of a conversation as the whole has them: without the eos that some templates (Phi's) put once, behind
+    the last turn."""
+    bare = part.removesuffix(tokenizer.eos_token or "")
+    return bare if whole.startswith(bare) and not whole.startswith(part) else part
 
 
 def _check_prefix(part: str, whole: str, what: str) -> None:
@@ -248,8 +255,8 @@ class _Reader:
         """Its tokens, which of them lie in its spans [t], and how its turns end. DataError where a boundary falls inside a
         token."""
         tokens = self.ids[rendered.whole]
-        ends = [token_of(turn, self.ids[turn.end], self.special, self.added) for turn in rendered.turns]
-        known = self.special | {end for end in ends if end is not None}
+        ends = [tokens_of(turn, self.ids[turn.end], self.special, self.added) for turn in rendered.turns]
+        known = self.special.union(*ends)
         mask = [False] * len(tokens)
         for before, after in rendered.spans:
             start, end = (self._boundary(text, rendered.whole) for text in (before, after))
@@ -261,14 +268,13 @@ class _Reader:
             )
         return Conversation(tokens, mask, self._endings(rendered, ends, tokens, mask))
 
-    def _endings(
-        self, rendered: _Rendered, ends: Sequence[int | None], tokens: Ids, mask: Sequence[bool]
-    ) -> list[Ending]:
+    def _endings(self, rendered: _Rendered, ends: Sequence[Ids], tokens: Ids, mask: Sequence[bool]) -> list[Ending]:
         starts = [self._boundary(turn.before, rendered.whole) for turn in rendered.turns]
         found = []
-        for turn, token, start, stop in zip(rendered.turns, ends, starts, [*starts[1:], len(tokens)], strict=True):
-            learnt = token is not None and any(mask[i] for i in range(start, stop) if tokens[i] == token)
-            found.append(Ending(token, learnt, turn.text if turn.tail is None else turn.tail))
+        for turn, own, start, stop in zip(rendered.turns, ends, starts, [*starts[1:], len(tokens)], strict=True):
+            supervised = {tokens[i] for i in range(start, stop) if mask[i]}
+            learnt = tuple(token for token in own if token in supervised)
+            found.append(Ending(tuple(own), learnt, turn.text if turn.tail is None else turn.tail))
         return found
 
     def _boundary(self, text: str, whole: str) -> int:

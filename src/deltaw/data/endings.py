@@ -42,32 +42,34 @@ class Turn:
 class Ending:
     """How a turn ends in tokens."""
 
-    token: int | None
-    """What a model can stop at: the template's last token there that is one whole, not part of ordinary text."""
-    supervised: bool
-    """Whether that token is among those to be learnt."""
+    tokens: tuple[int, ...]
+    """What a model can stop at: the template's tokens there that are each one whole, not part of ordinary text."""
+    learnt: tuple[int, ...]
+    """Those of them that are supervised."""
     text: str
     """What stands there, without the content where that can be told."""
 
 
-def token_of(turn: Turn, ids: Ids, special: Collection[int], added: Collection[int]) -> int | None:
-    """The token that ends a turn; None where plain text does. `ids`: of the turn's end. `added`: all the tokens that were added
-    to the vocabulary, which may stand for ordinary words: those of the content end nothing."""
-    if turn.end == turn.tail:
-        return next((token for token in reversed(ids) if token in special or token in added), None)
-    return ids[-1] if ids and ids[-1] in special else None
+def tokens_of(turn: Turn, ids: Ids, special: Collection[int], added: Collection[int]) -> Ids:
+    """The tokens that end a turn; none where plain text does. `ids`: of the turn's end. `added`: all the tokens that were added
+    to the vocabulary, which may stand for ordinary words: those of the content end nothing.
+
+    All special tokens behind the content do: some templates have two, or one more behind a conversation's last turn."""
+    if turn.end == turn.tail and turn.content.strip():
+        return [token for token in ids if token in special] or [token for token in ids if token in added][-1:]
+    return [token for token in ids[-1:] if token in special]
 
 
 def taught(endings: Iterable[Ending]) -> tuple[int, ...]:
     """The tokens that a model trained on these learns to stop at, the most frequent first."""
-    counts = Counter(e.token for e in endings if e.token is not None and e.supervised)
+    counts = Counter(token for ending in endings for token in dict.fromkeys(ending.learnt))
     return tuple(token for token, _ in counts.most_common())
 
 
 def problem(endings: Sequence[Ending], word_of: Callable[[int], str]) -> str | None:
     """What to tell the user where some turns teach no end. `word_of`: a token's text by its id."""
-    plain = [e.text for e in endings if e.token is None]
-    left_out = [word_of(e.token) for e in endings if e.token is not None and not e.supervised]
+    plain = [e.text for e in endings if not e.tokens]
+    left_out = [word_of(e.tokens[0]) for e in endings if e.tokens and not e.learnt]
     never = "A model trained on them does not learn to stop there, and goes on until max_new_tokens"
     told = []
     if plain:
