@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,17 @@ _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<own>w1|w2|
 # Parameter of a stack → the layers of an expert whose rows it has, one below the other
 _PARTS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj": (("w2", "down_proj"),)}
 
-_Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """One stack's update."""
+
+    pair: tuple[Tensor, Tensor]
+    """A and B, as files have them."""
+    scale: float
+    rank: int
+    """Of each of its matrices."""
 
 
 def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
@@ -50,9 +60,8 @@ def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
         raise FileError(
             listing("The adapter has updates of single experts that do not make up this model's stacks:", problems)
         )
-    return _with(
-        file, {n for those in single.values() for n in those.values()}, {n: s for n, s in made.items() if s is not None}
-    )
+    gone = {name for those in single.values() for name in those.values()}
+    return _with(file, gone, {name: stack for name, stack in made.items() if stack is not None})
 
 
 def _stack_for(experts: str, layers: Mapping[str, nn.Module]) -> str | None:
@@ -69,8 +78,8 @@ def _stack_for(experts: str, layers: Mapping[str, nn.Module]) -> str | None:
 
 def _one(
     file: LoRAFile, module: Any, own: str, those: Mapping[tuple[int, int], str], problems: list[str]
-) -> tuple[_Pair, float] | None:
-    """A [E·n·r, k] and B [d, n·r·E] of one stack, as files have them, and their scale."""
+) -> _Stack | None:
+    """The update of one stack, n layers' rows below each other: A [E·n·r, k] and B [d, n·r·E], as files have them."""
     first = next(iter(those.values()))
     wanted = [(e, part) for e in range(len(module._parameters[own])) for part in range(len(_PARTS[own]))]
     missing = [f"{first}: there is none of expert {e}, part {part}" for e, part in wanted if (e, part) not in those]
@@ -92,15 +101,14 @@ def _one(
         names = [those[e, part] for part in range(len(_PARTS[own]))]
         As.append(torch.cat([file.factors[n][0] for n in names]))
         Bs.append(torch.block_diag(*(times(file.factors[n][1], file.scales[n] / scale) for n in names)))
-    return in_file(torch.stack(As), torch.stack(Bs)), scale
+    return _Stack(in_file(torch.stack(As), torch.stack(Bs)), scale, rank=len(As[0]))
 
 
-def _with(file: LoRAFile, gone: set[str], made: Mapping[str, tuple[_Pair, float]]) -> LoRAFile:
+def _with(file: LoRAFile, gone: set[str], made: Mapping[str, _Stack]) -> LoRAFile:
     """The file with these updates in the place of those that are `gone`."""
-    factors = {n: pair for n, pair in file.factors.items() if n not in gone} | {
-        n: pair for n, (pair, _) in made.items()
-    }
-    scales = {n: s for n, s in file.scales.items() if n not in gone} | {n: s for n, (_, s) in made.items()}
-    ranks = {exactly(n): file.rank(next(iter(gone))) * len(_PARTS[n.rsplit(".", 1)[-1]]) for n in made}
+    factors = {n: pair for n, pair in file.factors.items() if n not in gone}
+    factors |= {n: stack.pair for n, stack in made.items()}
+    scales = {n: s for n, s in file.scales.items() if n not in gone} | {n: stack.scale for n, stack in made.items()}
+    ranks = {exactly(n): stack.rank for n, stack in made.items()}
     config = file.config | {"rank_pattern": ranks | dict(file.config.get("rank_pattern") or {})}
     return replace(file, factors=factors, scales=scales, config=config)
