@@ -24,7 +24,6 @@ _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<own>w1|w2|
 _PARTS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj": (("w2", "down_proj"),)}
 
 
-
 @dataclass(frozen=True)
 class _Stack:
     """One stack's update."""

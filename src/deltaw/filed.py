@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         "bias": "all" if whole_biases else "none",
         **({"lora_bias": True} if biases else {}),
         "modules_to_save": modules or None,
-        **({"trainable_token_indices": {n: i.tolist() for n, (i, _) in rows.items()}} if rows else {}),
+        **({"trainable_token_indices": _tokens(owner, rows)} if rows else {}),
     }
     made = LoRAFile(
         factors={keys[n]: (u.A, u.B if keys[n] == n else times(u.B, 1 / TWICE)) for n, u in low_rank.items()}
@@ -162,15 +163,34 @@ def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Te
 
 
 def _rows(model: nn.Module, updates: dict[str, ReplacedRows]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer name → tokens and rows; of layers whose weights are tied, of the first one."""
+    """Layer name → tokens and rows; of layers whose weights are tied, of the one that embeds tokens, which the others follow."""
     owner = owner_of(model)
+    embedding = getattr(owner, "get_input_embeddings", lambda: None)()
     found: dict[str, tuple[Tensor, Tensor]] = {}
     seen: set[tuple[int, int]] = set()
-    for name, update in updates.items():
+    for name in sorted(updates, key=lambda name: owner.get_submodule(name) is not embedding):
+        update = updates[name]
         shared = id(owner.get_submodule(name)._parameters["weight"]), id(update.rows)
         if shared not in seen:
             found[name] = (update.indices, update.rows)
         seen.add(shared)
+    return found
+
+
+def _tokens(owner: nn.Module, rows: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[int]]:
+    """Layer name → its tokens. PEFT takes tied layers with the same list of tokens for one: where each has rows of its own, the
+    second one's list is in another order. Raises AdapterError for a list of one token, which has no other order."""
+    found: dict[str, list[int]] = {}
+    first: dict[tuple[int, ...], str] = {}
+    for name, (indices, _) in rows.items():
+        ids: list[int] = indices.tolist()
+        other = first.setdefault((id(owner.get_submodule(name)._parameters["weight"]), *ids), name)
+        if other != name and len(ids) == 1:
+            raise AdapterError(
+                f"Not saved: {other} and {name} are tied and have different values for token {ids[0]}, which PEFT reads as one "
+                "value for both."
+            )
+        found[name] = ids if other == name else ids[::-1]
     return found
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import base_modules, dotted, readers
+from deltaw.attached import base_modules, dotted, owner_of, readers
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.peft import TWICE, LoRAFile, by_inputs, names_in_peft, slices_of
-from deltaw.files.peft_config import rank_of, saved_module
+from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
 from deltaw.lowrank import merge_, times, wide
@@ -278,7 +278,7 @@ class _Fitting:
         return Replaced(values if update.bias is None else values | {"bias": update.bias})
 
     def rows(self) -> None:
-        """Rows of some tokens, also of the layers that the model ties to theirs."""
+        """Rows of some tokens, also of the layers that follow theirs."""
         for name, (indices, rows) in self.file.rows.items():
             layer = self._layer(name)
             if layer is None:
@@ -287,11 +287,8 @@ class _Fitting:
             if weight is None:
                 self.problems.append(f"{name!r} has no weight whose rows could be tokens'")
                 continue
-            tied = [
-                n for n, m in self.layers.items() if m._parameters.get("weight") is weight and n not in self.file.rows
-            ]
             shared = nn.Parameter(rows.to(self._place(weight)))
-            for each in (name, *tied):
+            for each in (name, *self._following(name)):
                 if dotted(name, "weight") in self.file.copies and isinstance(
                     update := self.updates.get(each), Replaced
                 ):
@@ -300,6 +297,15 @@ class _Fitting:
                 if each in self.updates:
                     self.problems.append(f"{dotted(each, 'weight')} has rows of tokens, and another update too")
                 self.updates[each] = ReplacedRows(indices.to(weight.device), shared)
+
+    def _following(self, name: str) -> list[str]:
+        """The layers that have this one's rows of tokens too, as PEFT has it: those that the model ties to its input embedding,
+        unless the file has another list of tokens for one of them."""
+        layer, config = self.layers[name], self.file.config
+        tied = [n for n, m in self.layers.items() if m._parameters.get("weight") is layer._parameters["weight"]]
+        embedding = getattr(owner_of(self.model), "get_input_embeddings", lambda: None)()
+        alone = any(tokens_of(n, config) != tokens_of(name, config) for n in tied if n in self.file.rows)
+        return [] if alone or layer is not embedding else [n for n in tied if n not in self.file.rows]
 
     @torch.no_grad()
     def _put_rows(self, update: Replaced, indices: Tensor, rows: Tensor) -> None:
