@@ -139,14 +139,27 @@ def _whole(model: nn.Module, updates: dict[str, Replaced]) -> tuple[dict[str, Te
     once = {n for names in followed for n in names}
     alone = {n for names in sharing for n in names if n in given} - once
     whole = {n: value for n, value in given.items() if n not in {n for names in followed for n in names[1:]}}
-    modules = []
+    modules: list[str] = []
     for layer_name in updates:
         module = owner_of(model).get_submodule(layer_name)
-        own = {dotted(layer_name, k): p.detach() for k, p in module._parameters.items() if p is not None}
-        if own.keys() & alone or not (own.keys() & once or own.keys() - given.keys()):
-            modules.append(layer_name)  # a module that PEFT copies must be there with all that it has
-            whole = own | whole
-    return whole, modules
+        own = {dotted(layer_name, k) for k, p in module._parameters.items() if p is not None}
+        if own & alone or not (own & once or own - given.keys()):
+            modules.append(layer_name)
+    outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    for name in outer:  # a module that PEFT copies must be there with all that it has
+        whole = _state(model, name) | whole
+    return whole, outer
+
+
+def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What the base's module `name`, and those inside it, have in a checkpoint, by names in the model."""
+    found: dict[str, Tensor] = {}
+    for place, module in live.base_modules(model):
+        if place == name or place.startswith(f"{name}."):
+            kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+            tensors = {**module._parameters, **kept}
+            found |= {dotted(place, k): t.detach() for k, t in tensors.items() if t is not None}
+    return found
 
 
 def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -23,6 +23,8 @@ from deltaw.weights import OnWeights, Stack
 
 log = logging.getLogger("deltaw")
 
+_UNREAD = "is read by nn.MultiheadAttention without a call, so that PEFT does not compute with its update"
+
 
 def fitted(
     model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile, path: Path, *, device: torch.device | None = None
@@ -34,6 +36,8 @@ def fitted(
     fitting.whole()
     fitting.rows()
     problems = fitting.problems
+    if not problems and not fitting.updates:
+        problems += [f"{name!r} {_UNREAD}" for name in fitting.unread]
     for name, update in fitting.updates.items():
         layer = fitting.layers[name]  # which a low-rank update's kind was found for
         if why := update.other_shape(layer) if isinstance(update, LowRank) else update.misfit(layer):
@@ -55,6 +59,25 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
     return max([*(whole or own), *rows], default=0)
 
 
+def out_projection_alone(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer of a file is the output projection of an `nn.MultiheadAttention` outside of PEFT's wrapper around that. Its
+    weight is read without a call, so that PEFT does not compute with its update."""
+    outer, _, own = name.rpartition(".")
+    return own == "out_proj" and isinstance(layers.get(outer), nn.MultiheadAttention)
+
+
+def unlike_in_peft(layer: nn.Module) -> str | None:
+    """Which settings of a convolution PEFT (0.21) leaves out of its update's own; None where it has all that matter."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    parts = []
+    if any(d > 1 and k > 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
+        parts.append(f"dilation {list(layer.dilation)}")
+    if layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice):
+        parts.append(f"padding mode {layer.padding_mode!r}")
+    return f"with {' and '.join(parts)}, which PEFT leaves out of its update's own convolution" if parts else None
+
+
 class _Fitting:
     """What has been made so far, and what was wrong."""
 
@@ -62,7 +85,9 @@ class _Fitting:
         self, model: nn.Module, layers: Mapping[str, Any], file: LoRAFile, device: torch.device | None
     ) -> None:
         self.model, self.layers, self.file, self.device = model, layers, file, device
+        self.foreign = not any(key.startswith("deltaw_") for key in file.metadata)
         self.updates: dict[str, Update] = {}
+        self.unread: list[str] = []
         self.problems: list[str] = []
 
     def low_rank(self) -> None:
@@ -74,6 +99,9 @@ class _Fitting:
             layer = self._layer(layer_name)
             if layer is None:
                 continue
+            if self.foreign and out_projection_alone(name, self.layers):
+                self.unread.append(name)
+                continue
             if own is not None:
                 self._on_weight(name, layer_name, own, slices.get(name))
                 continue
@@ -83,7 +111,7 @@ class _Fitting:
             if kind is None or why:
                 continue
             device, scale = self._place(layer._parameters["weight"]), file.scales[name]
-            A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
+            A, B, bias = A.to(device), B.to(device), self._bias(name, layer_name)
             if layer_name != name:
                 B = times(B, TWICE)
             if layer_name in self.updates:
@@ -97,6 +125,8 @@ class _Fitting:
             else:
                 update = LowRank(kind, A, B, scale, dropout, bias)
             self.updates[layer_name] = update
+        for name in self.unread:
+            log.warning("Left out of the adapter: %s %s.", name, _UNREAD)
 
     def _meant(self, name: str) -> tuple[str, str | None]:
         """The layer that a name in the file means; or the module, and which of its weights that have no layer. (PEFT wraps a
@@ -168,6 +198,8 @@ class _Fitting:
             return f"{own}, the file's A and B are {'a dense layer' if theirs is None else 'a convolution'}'s"
         if theirs is not None and theirs != kernel:
             return f"{own} with kernels {list(kernel)}, the file's are {list(theirs)}"
+        if self.foreign and (why := unlike_in_peft(layer)):
+            return f"{own} {why}: no ΔW does what it computes"
         return None
 
     def _layer(self, name: str) -> Any:
@@ -176,9 +208,9 @@ class _Fitting:
             self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
         return self.layers.get(name)
 
-    def _bias(self, name: str, layer: Any) -> Tensor | None:
+    def _bias(self, name: str, layer_name: str) -> Tensor | None:
         """The bias that the layer has with the adapter, where that is another one."""
-        file, given = self.file, self.file.whole.get(f"{name}.bias")
+        layer, file, given = self.layers[layer_name], self.file, self.file.whole.get(f"{layer_name}.bias")
         if given is None and name in file.biases:
             own, given = layer._parameters.get("bias"), file.biases[name] * file.scales[name]
             given = given if own is None else own.detach().to(given) + given
@@ -198,13 +230,16 @@ class _Fitting:
         named = {n: (p, names) for p, names in readers(self.model).items() for n in names}
         copies = {n: v for n, v in file.copies.items() if n in named and not self._only_rows_differ(n, v, named[n][0])}
         values |= {n: v for n, v in copies.items() if self._another(n, v, named[n][0])}
-        values = self._with_originals(values, named)
+        values = self._without_buffers(self._with_originals(values, named))
         made: dict[str, nn.Parameter] = {}
         for name, value in values.items():
             if name not in named:
                 self.problems.append(f"the model has no parameter {name!r}{nearest(name, named, count=1)}")
                 continue
             own, names = named[name]
+            if not value.is_floating_point():
+                self.problems.append(f"{name} is {value.dtype}; it must be floating point")
+                continue
             twin = next((made[n] for n in names if n in made and torch.equal(values[n], value)), None)
             made[name] = nn.Parameter(value.to(self._place(own), own.dtype)) if twin is None else twin
         for name in list(made):
@@ -241,6 +276,17 @@ class _Fitting:
                     "It is left out: PEFT does not compute with it either while the adapter is on.", name,
                 )  # fmt: skip
         return others | values
+
+    def _without_buffers(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`values` but for the base's buffers, which PEFT's copies of modules have too. Those of others than the base's are
+        problems."""
+        buffers = {dotted(n, own): b for n, m in self.layers.items() for own, b in m._buffers.items() if b is not None}
+        self.problems += [
+            f"{name} is a buffer, and not this model's: values that change without gradients are not read"
+            for name, value in values.items()
+            if name in buffers and not _same(value, buffers[name])
+        ]
+        return {name: value for name, value in values.items() if name not in buffers}
 
     def _another(self, name: str, copy: Tensor, own: Tensor) -> bool:
         """Whether the file's copy of a weight of the base is another one than this base's."""
