@@ -3,6 +3,7 @@ a time."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from deltaw.files.peft_config import exactly
 from deltaw.files.stacks import in_file
 from deltaw.layers import Weight, weights_of
 from deltaw.lowrank import times
+from deltaw.renames import Renaming
+
+log = logging.getLogger("deltaw")
 
 # A dense layer of one expert; Mixtral's w1, w3 and w2 are others' gate_proj, up_proj and down_proj
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<own>w1|w2|w3|gate_proj|up_proj|down_proj)")
@@ -40,9 +44,10 @@ def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
     layers' rows gets the rank of both together, as PEFT (0.21) makes it: A's one below the other, B's in blocks. Raises FileError
     with every expert that is missing, or has another rank."""
     single: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+    renaming = Renaming(layers, None, [])
     for layer in file.factors:
         match = _EXPERT.fullmatch(layer)
-        module = None if match is None or layer in layers else _stack_for(match["experts"], layers)
+        module = None if match is None or layer in layers else _stack_for(renaming.known_as(match["experts"]), layers)
         if match is None or module is None:
             continue
         for parameter, parts in _PARTS.items():
@@ -59,20 +64,20 @@ def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
         raise FileError(
             listing("The adapter has updates of single experts that do not make up this model's stacks:", problems)
         )
+    renaming.log()
+    if file.config.get("use_rslora"):
+        log.warning(
+            "Single experts are read with the scale α/√r that rsLoRA trained them with; "
+            "PEFT (0.21) would give their gate_up_proj √2 times that."
+        )
     gone = {name for those in single.values() for name in those.values()}
     return _with(file, gone, {name: stack for name, stack in made.items() if stack is not None})
 
 
-def _stack_for(experts: str, layers: Mapping[str, nn.Module]) -> str | None:
-    """The module that has all of these experts in stacks."""
-    for name in (experts, experts.replace(".block_sparse_moe.", ".mlp.")):
-        if (
-            name in layers
-            and set(_PARTS) <= set(weights_of(layers[name]))
-            and not Weight(layers[name], "down_proj").transposed
-        ):
-            return name
-    return None
+def _stack_for(name: str | None, layers: Mapping[str, nn.Module]) -> str | None:
+    """The name of a module, where that has experts in stacks."""
+    stacks = name is not None and set(_PARTS) <= set(weights_of(layers[name]))
+    return name if name is not None and stacks and not Weight(layers[name], "down_proj").transposed else None
 
 
 def _one(
