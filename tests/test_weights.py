@@ -256,7 +256,7 @@ def test_what_peft_does_not_compute_with_is_said(tmp_path: Path, caplog: pytest.
 
     theirs = peft.get_peft_model(mixed(), peft.LoraConfig(target_modules=["out_proj"], init_lora_weights=False))
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(FileError, match=r"'one\.out_proj' is read by nn\.MultiheadAttention without a call"):
+    with pytest.raises(FileError, match=r"'one\.out_proj' is read by the module around it without a call"):
         load(mixed(), tmp_path / "theirs")
     model = fill(attach(mixed(), LoRA(rank=2, targets="one.out_proj")))
     caplog.clear()

@@ -178,7 +178,7 @@ def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Te
 def _rows(model: nn.Module, updates: dict[str, ReplacedRows]) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer name → tokens and rows; of layers whose weights are tied, of the one that embeds tokens, which the others follow."""
     owner = owner_of(model)
-    embedding = getattr(owner, "get_input_embeddings", lambda: None)()
+    embedding = owner.get_input_embeddings() if updates else None  # type: ignore[operator]
     found: dict[str, tuple[Tensor, Tensor]] = {}
     seen: set[tuple[int, int]] = set()
     for name in sorted(updates, key=lambda name: owner.get_submodule(name) is not embedding):

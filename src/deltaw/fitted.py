@@ -17,13 +17,14 @@ from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
 from deltaw.lowrank import merge_, times, wide
+from deltaw.outside import only_read
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 from deltaw.weights import OnWeights, Stack
 
 log = logging.getLogger("deltaw")
 
-_UNREAD = "is read by nn.MultiheadAttention without a call, so that PEFT does not compute with its update"
+_UNREAD = "is read by the module around it without a call, so that PEFT does not compute with its update"
 
 
 def fitted(
@@ -59,11 +60,11 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
     return max([*(whole or own), *rows], default=0)
 
 
-def out_projection_alone(name: str, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer of a file is the output projection of an `nn.MultiheadAttention` outside of PEFT's wrapper around that. Its
-    weight is read without a call, so that PEFT does not compute with its update."""
+def without_effect_in_peft(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether PEFT does not compute with the update of this layer of a file, since the module around it only reads its weight.
+    (It calls an output projection inside its own wrapper of an `nn.MultiheadAttention`, which has another name.)"""
     outer, _, own = name.rpartition(".")
-    return own == "out_proj" and isinstance(layers.get(outer), nn.MultiheadAttention)
+    return outer in layers and only_read(layers[outer], own)
 
 
 def unlike_in_peft(layer: nn.Module) -> str | None:
@@ -99,7 +100,7 @@ class _Fitting:
             layer = self._layer(layer_name)
             if layer is None:
                 continue
-            if self.foreign and out_projection_alone(name, self.layers):
+            if self.foreign and without_effect_in_peft(name, self.layers):
                 self.unread.append(name)
                 continue
             if own is not None:

@@ -23,7 +23,7 @@ from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft_config import method_of, saved_module
 from deltaw.files.tokenizer_files import copy_files, differs, files_in
-from deltaw.fitted import fitted, out_projection_alone, unlike_in_peft, vocabulary
+from deltaw.fitted import fitted, unlike_in_peft, vocabulary, without_effect_in_peft
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
@@ -92,7 +92,7 @@ def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, 
                 "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
             )
     for layer in file.factors:
-        if out_projection_alone(layer, layers):
+        if without_effect_in_peft(layer, layers):
             log.warning("%s is read without a call: PEFT does not compute with its update, deltaw does.", layer)
         elif layer in layers and (why := unlike_in_peft(layers[layer])):
             log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
