@@ -76,7 +76,7 @@ class Unformed(Tensor):
 
 
 def _takes(rule: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a rule has these arguments: PyTorch's have other names in each operation, which only the sum is given by."""
+    """Tell if a rule takes these arguments. PyTorch gives them names of its own; with these the sum is formed."""
     try:
         return not kwargs or inspect.signature(rule).bind(*args, **kwargs) is not None
     except TypeError:

@@ -17,14 +17,13 @@ from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
 from deltaw.lowrank import merge_, times, wide
+from deltaw.names import shown
 from deltaw.outside import only_read
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 from deltaw.weights import OnWeights, Stack
 
 log = logging.getLogger("deltaw")
-
-_UNREAD = "is read by the module around it without a call, so that PEFT does not compute with its update"
 
 
 def fitted(
@@ -38,7 +37,10 @@ def fitted(
     fitting.rows()
     problems = fitting.problems
     if not problems and not fitting.updates:
-        problems += [f"{name!r} {_UNREAD}" for name in fitting.unread]
+        problems += [
+            f"{name!r}: PEFT does not compute with its update, for the module around it only reads its weight"
+            for name in fitting.unread
+        ]
     for name, update in fitting.updates.items():
         layer = fitting.layers[name]  # which a low-rank update's kind was found for
         if why := update.other_shape(layer) if isinstance(update, LowRank) else update.misfit(layer):
@@ -126,8 +128,11 @@ class _Fitting:
             else:
                 update = LowRank(kind, A, B, scale, dropout, bias)
             self.updates[layer_name] = update
-        for name in self.unread:
-            log.warning("Left out of the adapter: %s %s.", name, _UNREAD)
+        if self.unread:
+            log.warning(
+                "Left out of the adapter: PEFT does not compute with its updates of %s, which the modules around them only read.",
+                shown(self.unread),
+            )
 
     def _meant(self, name: str) -> tuple[str, str | None]:
         """The layer that a name in the file means; or the module, and which of its weights that have no layer. (PEFT wraps a

@@ -28,6 +28,7 @@ from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.names import shown
 from deltaw.reached import never_called
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import Update, low_rank_parts
@@ -91,10 +92,13 @@ def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, 
             log.warning(
                 "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
             )
+    if dead := [layer for layer in file.factors if without_effect_in_peft(layer, layers)]:
+        log.warning(
+            "PEFT does not compute with the updates of %s, which the modules around them only read; deltaw does.",
+            shown(dead),
+        )
     for layer in file.factors:
-        if without_effect_in_peft(layer, layers):
-            log.warning("%s is read without a call: PEFT does not compute with its update, deltaw does.", layer)
-        elif layer in layers and (why := unlike_in_peft(layers[layer])):
+        if layer in layers and (why := unlike_in_peft(layers[layer])):
             log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
 
 

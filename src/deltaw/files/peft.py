@@ -331,7 +331,7 @@ def _tensor_problems(found: Sorted, tensors: Mapping[str, Tensor]) -> list[str]:
     problems = [problem for layer, parts in found.parts.items() for problem in _part_problems(layer, parts, finite)]
     values = *found.whole.items(), *found.rows.items(), *found.copies.items(), *found.originals.items()
     for name, value in values:
-        # copies of modules have their counters too, which no model takes for a parameter
+        # a copied module's counters are whole numbers; whether they are its buffers is known on a model
         problems += _value_problems(name, value, finite) if value.is_floating_point() or name in found.rows else []
     problems += [
         f"{layer}: its rows of tokens are {list(r.shape)}; they must be [n, e]"
