@@ -131,6 +131,27 @@ def test_7_real_peft_and_we_agree(name: str, dora: bool, tmp_path: Path) -> None
     torch.testing.assert_close(model(x), theirs(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("1d dilated", r"dilation \[2\]"), ("2d reflected", "padding mode 'reflect'")]
+)
+def test_what_peft_computes_without_the_layers_settings(
+    name: str, what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT's update of these convolutions is one with no dilation, padded with zeros, so that it is no ΔW."""
+    import peft
+
+    config = peft.LoraConfig(r=3, target_modules=["conv"], init_lora_weights=False)
+    peft.get_peft_model(net(name)[0], config).save_pretrained(tmp_path / "theirs")
+    model, x = net(name)
+    with pytest.raises(FileError, match=what):
+        load(model, tmp_path / "theirs")
+    save(fill(attach(model, LoRA(rank=2, targets="conv"))), tmp_path / "ours")
+    assert "PEFT leaves out" in caplog.text
+    expected = model(x)
+    load(deltaw.detach(model), tmp_path / "ours")
+    assert torch.equal(model(x), expected)
+
+
 def test_rows_with_adapters_of_their_own() -> None:
     model, x = net("2d groups")
     for i, name in enumerate("ab"):

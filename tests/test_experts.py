@@ -137,6 +137,14 @@ def test_any_other_operation_forms_it() -> None:
         lambda W: W[torch.tensor([True, False, True, False, True])],
         lambda W: W.view(E * M, N)[7],
         lambda W: torch.addmm(torch.ones(M, N, dtype=torch.float64), torch.eye(M, dtype=torch.float64), W[2]),
+        lambda W: torch.matmul(x[None], W),
+        # arguments by their names
+        lambda W: F.linear(x, weight=W[1].T),
+        lambda W: torch.mm(input=x, mat2=W[1]),
+        lambda W: x.matmul(other=W[1]),
+        lambda W: torch.bmm(input=x.expand(E, 4, M), mat2=W),
+        lambda W: W.transpose(dim0=1, dim1=2),
+        lambda W: torch.swapaxes(W, axis0=1, axis1=2),
     ):
         torch.testing.assert_close(compute(P), compute(W))
     assert isinstance(P, Tensor) and P.shape == (E, M, N) and len(P) == E and P.dtype == torch.float64

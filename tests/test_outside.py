@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import deltaw
 from deltaw import IA3, BitFit, DoRA, LoRA
 from deltaw.errors import AdapterError
-from deltaw.outside import read_outside
+from deltaw.outside import only_read, read_outside
 from tests.conftest import bits, fill
 
 
@@ -64,6 +64,41 @@ def test_what_the_code_says() -> None:
     module = Around()
     assert {name for name, _ in module.named_children() if read_outside(module, name)} == READ
     assert not read_outside(nn.Sequential(nn.Linear(2, 2)), "0")
+
+
+def test_what_is_called_nowhere() -> None:
+    module = Around()
+    only = {name for name, _ in module.named_children() if only_read(module, name)}
+    assert only == {"read", "biased", "helped", "within"}
+    assert only_read(nn.MultiheadAttention(4, 2), "out_proj")
+    assert not only_read(nn.TransformerEncoderLayer(4, 2), "linear1")
+
+
+def wavlm() -> Any:
+    config = hf.WavLMConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return hf.WavLMForCTC(config).eval()
+
+
+def test_7_peft_has_no_effect_where_nothing_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its wrapper adds in a forward that WavLM does not call; the biases of these layers are live."""
+    import peft
+
+    x, settings = torch.randn(2, 200), {"target_modules": ["v_proj", "output_dense"], "bias": "lora_only"}
+    theirs = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, init_lora_weights=False, **settings)).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("bias") and parameter.requires_grad:
+                parameter.add_(0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = wavlm()
+    deltaw.load(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(x).logits, theirs(x).logits)
+    assert "updates of wavlm.encoder.layers.0.attention.v_proj, wavlm.encoder.layers.1" in caplog.text
 
 
 def test_a_module_without_source_reads_nothing() -> None:

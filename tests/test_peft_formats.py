@@ -37,7 +37,7 @@ from deltaw import (
     unmerge,
     using,
 )
-from deltaw.errors import FileError, MergeError
+from deltaw.errors import AdapterError, FileError, MergeError
 from deltaw.files.peft_config import HARMLESS, READ, SETTINGS
 from tests.conftest import assert_same, bits, covering, fill, snapshot, tiny_gpt2, tiny_llama
 
@@ -109,7 +109,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...] | None]] = {
     "embedding whole, head": ({"target_modules": ["qv", "head"], "modules_to_save": ["emb"]}, LLAMA),
     "tokens": ({"trainable_token_indices": [7, 3, 90]}, ("llama", "llama untied", "gpt2", "bert")),
     "tokens, head whole": ({"trainable_token_indices": {"embed_tokens": [9, 5]}, "modules_to_save": ["head"]}, ("llama untied",)),
-    "tokens of both": ({"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4, 8]}}, ("llama untied",)),
+    "tokens of both": ({"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4, 8]}}, LLAMA),
+    "tokens of both, in two orders": ({"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [5, 3]}}, ("llama",)),
+    "tokens of the head": ({"trainable_token_indices": {"lm_head": [5, 3]}}, ("llama", "t5")),
+    "tokens of two embeddings": ({"trainable_token_indices": {"embed_tokens": [5, 3]}}, ("t5",)),
 }  # fmt: skip
 CASES = [(c, m) for c, (_, models) in CONFIGS.items() for m in models or MODELS]
 
@@ -150,7 +153,8 @@ def filled(model: Any, size: float = 0.2) -> Any:
 # Of two layers with one weight, one would change with the other; and a bias has no place in a layer without any
 OF_ONE_OF_TWO = {
     "head whole", "embedding whole", "both whole", "embedding", "embedding by dora", "head", "embedding and head",
-    "embedding, head whole", "embedding whole, head",
+    "embedding, head whole", "embedding whole, head", "tokens of both", "tokens of both, in two orders", "tokens of the head",
+    "tokens of two embeddings",
 }  # fmt: skip
 UNMERGEABLE = {(c, m) for c, m in CASES if c in OF_ONE_OF_TWO and m in ("llama", "gpt2", "t5")}
 UNMERGEABLE |= {("lora_bias", m) for m in ("llama", "llama untied", "t5")}
@@ -195,6 +199,17 @@ def test_7_real_peft_and_we_agree(config: str, model: str, ids: torch.Tensor, tm
     detach(plain)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(again, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_token_of_tied_layers_that_differ_is_not_saved(tmp_path: Path) -> None:
+    """PEFT takes equal lists of tokens for tied layers as one layer's; one of several tokens can be in another order."""
+    made = peft.LoraConfig(r=4, target_modules=["q"], trainable_token_indices={"embed_tokens": [5]})
+    filled(peft.get_peft_model(model_of("t5"), made)).save_pretrained(tmp_path / "theirs")
+    model = model_of("t5")
+    load(model, tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=r"encoder\.embed_tokens and decoder\.embed_tokens"):
+        save(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 ON_SMOLLM2 = [

@@ -186,6 +186,101 @@ def test_7_real_peft_and_we_agree_on_attention(tmp_path: Path) -> None:
     torch.testing.assert_close(run(model), run(theirs.train()), rtol=1e-4, atol=1e-4)
 
 
+class Mixed(nn.Module):
+    """Two attentions with biases, a dense layer, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 16)
+        self.one, self.two = (nn.MultiheadAttention(16, heads, batch_first=True) for heads in (2, 4))
+        self.dense, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        for attention in (self.one, self.two):
+            nn.init.normal_(attention.in_proj_bias)
+            nn.init.normal_(attention.out_proj.bias)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.embed(ids)
+        h = h + self.one(h, h, h)[0]
+        h = self.dense(h + self.two(h, h, h, need_weights=False)[0])
+        return self.norm(h.transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def mixed() -> Any:
+    torch.manual_seed(1)
+    return Mixed().eval()
+
+
+OF_PEFT: dict[str, dict[str, Any]] = {
+    "biases": {"target_modules": ["one", "dense"], "bias": "all"},
+    "biases of two": {"target_modules": ["one", "two"], "bias": "lora_only"},
+    "biases of a wrapper inside": {"target_modules": ["one", "out_proj"], "bias": "all"},
+    "an output projection alone": {"target_modules": ["one", "two.out_proj"]},
+    "its bias": {"target_modules": ["dense", "out_proj"], "bias": "lora_only"},
+    "its parameter": {"target_modules": ["dense"], "target_parameters": ["two.out_proj.weight"]},
+    "an attention whole": {"target_modules": ["one"], "modules_to_save": ["two"]},
+    "its projection whole": {"target_modules": ["one"], "modules_to_save": ["two.out_proj"]},
+    "buffers": {"target_modules": ["dense"], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("settings", OF_PEFT.values(), ids=OF_PEFT)
+def test_7_real_peft_and_we_agree_beside_attention(settings: dict[str, Any], tmp_path: Path) -> None:
+    """An update of an output projection that PEFT has not wrapped with its attention is one that it does not compute with."""
+    import peft
+
+    theirs = peft.get_peft_model(
+        mixed(), peft.LoraConfig(r=3, lora_alpha=4, init_lora_weights=False, **settings)
+    ).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, expected = mixed(), run(theirs)
+    before = snapshot(model)
+    assert (run(model) - expected).abs().max() > 0.02
+    load(model, tmp_path / "theirs")
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    save(model, tmp_path / "ours")
+    merge(model)
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert_same(detach(model), before)
+    again = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    torch.testing.assert_close(run(again), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_peft_does_not_compute_with_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import peft
+
+    theirs = peft.get_peft_model(mixed(), peft.LoraConfig(target_modules=["out_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(FileError, match=r"'one\.out_proj': PEFT does not compute with its update"):
+        load(mixed(), tmp_path / "theirs")
+    model = fill(attach(mixed(), LoRA(rank=2, targets="one.out_proj")))
+    caplog.clear()
+    save(model, tmp_path / "ours")
+    assert "PEFT does not compute with the updates of one.out_proj" in caplog.text
+    expected = run(model)
+    load(detach(model), tmp_path / "ours")
+    torch.testing.assert_close(run(model), expected)
+
+
+def test_buffers_that_moved_in_a_copied_module_are_refused(tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(target_modules=["dense"], modules_to_save=["norm"])
+    theirs = peft.get_peft_model(mixed(), config).train()
+    theirs(IDS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = mixed()
+    before = snapshot(model)
+    with pytest.raises(FileError, match=r"norm\.running_mean is a buffer"):
+        load(model, tmp_path / "theirs")
+    assert_same(model, before)
+
+
 def test_slices_of_an_attention(tmp_path: Path) -> None:
     model = model_of("encoder")
     attach(model, LoRA(rank=2, alpha=3, targets="qv"))

@@ -8,7 +8,8 @@ sum is formed, of as much of the stack as the operation has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -61,7 +62,7 @@ class Unformed(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        if rule is not None and (out := rule(*args, **kwargs)) is not NotImplemented:
+        if rule is not None and _takes(rule, args, kwargs) and (out := rule(*args, **kwargs)) is not NotImplemented:
             return out
         if func in _ASKED:
             return func(args[0].W0, *args[1:], **kwargs)
@@ -72,6 +73,14 @@ class Unformed(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(Unformed, Unformed.formed, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _takes(rule: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell if a rule takes these arguments. PyTorch gives them names of its own; with these the sum is formed."""
+    try:
+        return not kwargs or inspect.signature(rule).bind(*args, **kwargs) is not None
+    except TypeError:
+        return False
 
 
 # --- products ---------------------------------------------------------------------------------------------------
@@ -88,7 +97,7 @@ def _matmul(x: Tensor, P: Tensor) -> Any:
     """x [..., m], P [m, n] → [..., n]; and products of stacks."""
     if isinstance(P, Unformed) and not isinstance(x, Unformed) and P.W0.ndim == 2:
         return _linear(x, _transposed(P))
-    return _bmm(x, P) if x.ndim == P.ndim == 3 else NotImplemented
+    return _bmm(x, P) if x.ndim == P.ndim == 3 and len(x) == len(P) else NotImplemented
 
 
 def _rmatmul(P: Tensor, x: Tensor) -> Any:

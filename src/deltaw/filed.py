@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         "bias": "all" if whole_biases else "none",
         **({"lora_bias": True} if biases else {}),
         "modules_to_save": modules or None,
-        **({"trainable_token_indices": {n: i.tolist() for n, (i, _) in rows.items()}} if rows else {}),
+        **({"trainable_token_indices": _tokens(owner, rows)} if rows else {}),
     }
     made = LoRAFile(
         factors={keys[n]: (u.A, u.B if keys[n] == n else times(u.B, 1 / TWICE)) for n, u in low_rank.items()}
@@ -138,14 +139,27 @@ def _whole(model: nn.Module, updates: dict[str, Replaced]) -> tuple[dict[str, Te
     once = {n for names in followed for n in names}
     alone = {n for names in sharing for n in names if n in given} - once
     whole = {n: value for n, value in given.items() if n not in {n for names in followed for n in names[1:]}}
-    modules = []
+    modules: list[str] = []
     for layer_name in updates:
         module = owner_of(model).get_submodule(layer_name)
-        own = {dotted(layer_name, k): p.detach() for k, p in module._parameters.items() if p is not None}
-        if own.keys() & alone or not (own.keys() & once or own.keys() - given.keys()):
-            modules.append(layer_name)  # a module that PEFT copies must be there with all that it has
-            whole = own | whole
-    return whole, modules
+        own = {dotted(layer_name, k) for k, p in module._parameters.items() if p is not None}
+        if own & alone or not (own & once or own - given.keys()):
+            modules.append(layer_name)
+    outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    for name in outer:  # a module that PEFT copies must be there with all that it has
+        whole = _state(model, name) | whole
+    return whole, outer
+
+
+def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What the base's module `name`, and those inside it, have in a checkpoint, by names in the model."""
+    found: dict[str, Tensor] = {}
+    for place, module in live.base_modules(model):
+        if place == name or place.startswith(f"{name}."):
+            kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+            tensors = {**module._parameters, **kept}
+            found |= {dotted(place, k): t.detach() for k, t in tensors.items() if t is not None}
+    return found
 
 
 def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -162,15 +176,34 @@ def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Te
 
 
 def _rows(model: nn.Module, updates: dict[str, ReplacedRows]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer name → tokens and rows; of layers whose weights are tied, of the first one."""
+    """Layer name → tokens and rows; of layers whose weights are tied, of the one that embeds tokens, which the others follow."""
     owner = owner_of(model)
+    embedding = owner.get_input_embeddings() if updates else None  # type: ignore[operator]
     found: dict[str, tuple[Tensor, Tensor]] = {}
     seen: set[tuple[int, int]] = set()
-    for name, update in updates.items():
+    for name in sorted(updates, key=lambda name: owner.get_submodule(name) is not embedding):
+        update = updates[name]
         shared = id(owner.get_submodule(name)._parameters["weight"]), id(update.rows)
         if shared not in seen:
             found[name] = (update.indices, update.rows)
         seen.add(shared)
+    return found
+
+
+def _tokens(owner: nn.Module, rows: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[int]]:
+    """Layer name → its tokens. PEFT takes tied layers with the same list of tokens for one: where each has rows of its own, the
+    second one's list is in another order. Raises AdapterError for a list of one token, which has no other order."""
+    found: dict[str, list[int]] = {}
+    first: dict[tuple[int, ...], str] = {}
+    for name, (indices, _) in rows.items():
+        ids: list[int] = indices.tolist()
+        other = first.setdefault((id(owner.get_submodule(name)._parameters["weight"]), *ids), name)
+        if other != name and len(ids) == 1:
+            raise AdapterError(
+                f"Not saved: {other} and {name} are tied and have different values for token {ids[0]}, which PEFT reads as one "
+                "value for both."
+            )
+        found[name] = ids if other == name else ids[::-1]
     return found
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import base_modules, dotted, readers
+from deltaw.attached import base_modules, dotted, owner_of, readers
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.peft import TWICE, LoRAFile, by_inputs, names_in_peft, slices_of
-from deltaw.files.peft_config import rank_of, saved_module
+from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
 from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
 from deltaw.lowrank import merge_, times, wide
+from deltaw.names import shown
+from deltaw.outside import only_read
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 from deltaw.weights import OnWeights, Stack
@@ -34,6 +36,11 @@ def fitted(
     fitting.whole()
     fitting.rows()
     problems = fitting.problems
+    if not problems and not fitting.updates:
+        problems += [
+            f"{name!r}: PEFT does not compute with its update, for the module around it only reads its weight"
+            for name in fitting.unread
+        ]
     for name, update in fitting.updates.items():
         layer = fitting.layers[name]  # which a low-rank update's kind was found for
         if why := update.other_shape(layer) if isinstance(update, LowRank) else update.misfit(layer):
@@ -55,6 +62,25 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
     return max([*(whole or own), *rows], default=0)
 
 
+def without_effect_in_peft(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether PEFT does not compute with the update of this layer of a file, since the module around it only reads its weight.
+    (It calls an output projection inside its own wrapper of an `nn.MultiheadAttention`, which has another name.)"""
+    outer, _, own = name.rpartition(".")
+    return outer in layers and only_read(layers[outer], own)
+
+
+def unlike_in_peft(layer: nn.Module) -> str | None:
+    """Which settings of a convolution PEFT (0.21) leaves out of its update's own; None where it has all that matter."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    parts = []
+    if any(d > 1 and k > 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
+        parts.append(f"dilation {list(layer.dilation)}")
+    if layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice):
+        parts.append(f"padding mode {layer.padding_mode!r}")
+    return f"with {' and '.join(parts)}, which PEFT leaves out of its update's own convolution" if parts else None
+
+
 class _Fitting:
     """What has been made so far, and what was wrong."""
 
@@ -62,7 +88,9 @@ class _Fitting:
         self, model: nn.Module, layers: Mapping[str, Any], file: LoRAFile, device: torch.device | None
     ) -> None:
         self.model, self.layers, self.file, self.device = model, layers, file, device
+        self.foreign = not any(key.startswith("deltaw_") for key in file.metadata)
         self.updates: dict[str, Update] = {}
+        self.unread: list[str] = []
         self.problems: list[str] = []
 
     def low_rank(self) -> None:
@@ -74,6 +102,9 @@ class _Fitting:
             layer = self._layer(layer_name)
             if layer is None:
                 continue
+            if self.foreign and without_effect_in_peft(name, self.layers):
+                self.unread.append(name)
+                continue
             if own is not None:
                 self._on_weight(name, layer_name, own, slices.get(name))
                 continue
@@ -83,7 +114,7 @@ class _Fitting:
             if kind is None or why:
                 continue
             device, scale = self._place(layer._parameters["weight"]), file.scales[name]
-            A, B, bias = A.to(device), B.to(device), self._bias(name, layer)
+            A, B, bias = A.to(device), B.to(device), self._bias(name, layer_name)
             if layer_name != name:
                 B = times(B, TWICE)
             if layer_name in self.updates:
@@ -97,6 +128,11 @@ class _Fitting:
             else:
                 update = LowRank(kind, A, B, scale, dropout, bias)
             self.updates[layer_name] = update
+        if self.unread:
+            log.warning(
+                "Left out of the adapter: PEFT does not compute with its updates of %s, which the modules around them only read.",
+                shown(self.unread),
+            )
 
     def _meant(self, name: str) -> tuple[str, str | None]:
         """The layer that a name in the file means; or the module, and which of its weights that have no layer. (PEFT wraps a
@@ -168,6 +204,8 @@ class _Fitting:
             return f"{own}, the file's A and B are {'a dense layer' if theirs is None else 'a convolution'}'s"
         if theirs is not None and theirs != kernel:
             return f"{own} with kernels {list(kernel)}, the file's are {list(theirs)}"
+        if self.foreign and (why := unlike_in_peft(layer)):
+            return f"{own} {why}: no ΔW does what it computes"
         return None
 
     def _layer(self, name: str) -> Any:
@@ -176,9 +214,9 @@ class _Fitting:
             self.problems.append(f"the model has no layer {name!r}{nearest(name, self.layers, count=1)}")
         return self.layers.get(name)
 
-    def _bias(self, name: str, layer: Any) -> Tensor | None:
+    def _bias(self, name: str, layer_name: str) -> Tensor | None:
         """The bias that the layer has with the adapter, where that is another one."""
-        file, given = self.file, self.file.whole.get(f"{name}.bias")
+        layer, file, given = self.layers[layer_name], self.file, self.file.whole.get(f"{layer_name}.bias")
         if given is None and name in file.biases:
             own, given = layer._parameters.get("bias"), file.biases[name] * file.scales[name]
             given = given if own is None else own.detach().to(given) + given
@@ -198,13 +236,16 @@ class _Fitting:
         named = {n: (p, names) for p, names in readers(self.model).items() for n in names}
         copies = {n: v for n, v in file.copies.items() if n in named and not self._only_rows_differ(n, v, named[n][0])}
         values |= {n: v for n, v in copies.items() if self._another(n, v, named[n][0])}
-        values = self._with_originals(values, named)
+        values = self._without_buffers(self._with_originals(values, named))
         made: dict[str, nn.Parameter] = {}
         for name, value in values.items():
             if name not in named:
                 self.problems.append(f"the model has no parameter {name!r}{nearest(name, named, count=1)}")
                 continue
             own, names = named[name]
+            if not value.is_floating_point():
+                self.problems.append(f"{name} is {value.dtype}; it must be floating point")
+                continue
             twin = next((made[n] for n in names if n in made and torch.equal(values[n], value)), None)
             made[name] = nn.Parameter(value.to(self._place(own), own.dtype)) if twin is None else twin
         for name in list(made):
@@ -242,6 +283,17 @@ class _Fitting:
                 )  # fmt: skip
         return others | values
 
+    def _without_buffers(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`values` but for the base's buffers, which PEFT's copies of modules have too. Those of others than the base's are
+        problems."""
+        buffers = {dotted(n, own): b for n, m in self.layers.items() for own, b in m._buffers.items() if b is not None}
+        self.problems += [
+            f"{name} is a buffer, and not this model's: values that change without gradients are not read"
+            for name, value in values.items()
+            if name in buffers and not _same(value, buffers[name])
+        ]
+        return {name: value for name, value in values.items() if name not in buffers}
+
     def _another(self, name: str, copy: Tensor, own: Tensor) -> bool:
         """Whether the file's copy of a weight of the base is another one than this base's."""
         if _same(copy, own):
@@ -278,7 +330,7 @@ class _Fitting:
         return Replaced(values if update.bias is None else values | {"bias": update.bias})
 
     def rows(self) -> None:
-        """Rows of some tokens, also of the layers that the model ties to theirs."""
+        """Rows of some tokens, also of the layers that follow theirs."""
         for name, (indices, rows) in self.file.rows.items():
             layer = self._layer(name)
             if layer is None:
@@ -287,11 +339,8 @@ class _Fitting:
             if weight is None:
                 self.problems.append(f"{name!r} has no weight whose rows could be tokens'")
                 continue
-            tied = [
-                n for n, m in self.layers.items() if m._parameters.get("weight") is weight and n not in self.file.rows
-            ]
             shared = nn.Parameter(rows.to(self._place(weight)))
-            for each in (name, *tied):
+            for each in (name, *self._following(name)):
                 if dotted(name, "weight") in self.file.copies and isinstance(
                     update := self.updates.get(each), Replaced
                 ):
@@ -300,6 +349,15 @@ class _Fitting:
                 if each in self.updates:
                     self.problems.append(f"{dotted(each, 'weight')} has rows of tokens, and another update too")
                 self.updates[each] = ReplacedRows(indices.to(weight.device), shared)
+
+    def _following(self, name: str) -> list[str]:
+        """The layers that have this one's rows of tokens too, as PEFT has it: those that the model ties to its input embedding,
+        unless the file has another list of tokens for one of them."""
+        layer, config = self.layers[name], self.file.config
+        tied = [n for n, m in self.layers.items() if m._parameters.get("weight") is layer._parameters["weight"]]
+        embedding = getattr(owner_of(self.model), "get_input_embeddings", lambda: None)()
+        alone = any(tokens_of(n, config) != tokens_of(name, config) for n in tied if n in self.file.rows)
+        return [] if alone or layer is not embedding else [n for n in tied if n not in self.file.rows]
 
     @torch.no_grad()
     def _put_rows(self, update: Replaced, indices: Tensor, rows: Tensor) -> None:

@@ -31,3 +31,9 @@ def by_family(names: Iterable[str]) -> dict[str, list[str]]:
 def in_order(names: Iterable[str]) -> list[str]:
     """Sorted with numbers by their value: layer 2 before layer 10, which files have the other way round."""
     return sorted(names, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")])
+
+
+def shown(names: Sequence[str], most: int = 3) -> str:
+    """The first of several names, and how many there are besides."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -48,29 +48,52 @@ def read_outside(parent: nn.Module, own: str) -> bool:
     return own in _read_by(cls)
 
 
+def only_read(parent: nn.Module, own: str) -> bool:
+    """Whether this module uses its child `own` for its parameters alone: no code of it calls the child or hands it on."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return own == "out_proj"
+    cls: Any = plain_class(parent)
+    return own in _read_by(cls) - _used_by(cls)
+
+
 @cache
 def _read_by(cls: Any) -> frozenset[str]:
     """Names of the children whose parameters are used in the methods of this class."""
     found: set[str] = set()
-    for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for name, member in vars(each).items():
-            if inspect.isfunction(member) and not name.startswith(_NOT_IN_USE):
-                found |= _read_in(inspect.unwrap(member))
+    for function in _methods(cls):
+        code = getattr(function, "__code__", None)
+        if code is not None and _READ & set(_names(code)):
+            reads = _Reads()
+            reads.visit(_tree(function))
+            found |= reads.found
     return frozenset(found)
 
 
-def _read_in(function: Any) -> set[str]:
+@cache
+def _used_by(cls: Any) -> frozenset[str]:
+    """Names of the attributes that methods of this class use for more than what they ask of them."""
+    found: set[str] = set()
+    for function in _methods(cls):
+        nodes = list(ast.walk(_tree(function)))
+        asked = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _READ | _ASKED}
+        found |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and id(n) not in asked}
+    return frozenset(found)
+
+
+def _methods(cls: Any) -> Iterator[Any]:
+    """The functions of a class that its forward may call."""
+    for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, member in vars(each).items():
+            if inspect.isfunction(member) and not name.startswith(_NOT_IN_USE):
+                yield inspect.unwrap(member)
+
+
+def _tree(function: Any) -> ast.AST:
     """Nothing where there is no source; the first step of a training warns of layers that take no part in it."""
-    code = getattr(function, "__code__", None)
-    if code is None or not _READ & set(_names(code)):
-        return set()
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError, TypeError):
-        return set()
-    reads = _Reads()
-    reads.visit(tree)
-    return reads.found
+        return ast.Module([], [])
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -35,7 +35,7 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
     if not file.wrapped and all(layer in known for layer in file.factors) and not (file.whole or file.rows):
         return file
     names = [*file.factors, *file.rows, *(name.rpartition(".")[0] for name in file.whole)]
-    found = _Found(known, file.wrapped, [name.partition(".base_layer")[0] for name in names])
+    found = Renaming(known, file.wrapped, [name.partition(".base_layer")[0] for name in names])
     module, parameter = found.module, found.parameter
     made = replace(
         file,
@@ -51,7 +51,7 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
 
 def renamed_method(file: MethodFile, known: Collection[str]) -> MethodFile:
     """`renamed`, of an adapter of another method: its tensors, and the layers that its settings name."""
-    found = _Found(known, None, [])
+    found = Renaming(known, None, [])
 
     def tensor(name: str) -> str:
         parts = name.split(".")
@@ -105,8 +105,8 @@ def _without_wrappers(value: Any) -> Any:
     return unwrapped_pattern(value) if isinstance(value, str) else value
 
 
-class _Found:
-    """What has been found so far, by the names in the file."""
+class Renaming:
+    """This model's names (`known`) of the modules that a file names, and which of them are others."""
 
     def __init__(self, known: Collection[str], wrapped: str | None, names: Sequence[str]) -> None:
         self.known, self.plain = known, plain_names(known)

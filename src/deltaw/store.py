@@ -23,11 +23,12 @@ from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft_config import method_of, saved_module
 from deltaw.files.tokenizer_files import copy_files, differs, files_in
-from deltaw.fitted import fitted, vocabulary
+from deltaw.fitted import fitted, unlike_in_peft, vocabulary, without_effect_in_peft
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.names import shown
 from deltaw.reached import never_called
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import Update, low_rank_parts
@@ -78,15 +79,27 @@ def save(
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
     file.metadata.update(kept)
-    for layer, others in live.names_of(dict(live.base_modules(model))).items():
+    _say_what_peft_computes_otherwise(file, dict(live.base_modules(model)))
+    written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
+    _say_what_is_large(written, file)
+    return written
+
+
+def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, nn.Module]) -> None:
+    for layer, others in live.names_of(layers).items():
         if layer in file.factors:
             names = ", ".join(others)
             log.warning(
                 "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
             )
-    written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
-    _say_what_is_large(written, file)
-    return written
+    if dead := [layer for layer in file.factors if without_effect_in_peft(layer, layers)]:
+        log.warning(
+            "PEFT does not compute with the updates of %s, which the modules around them only read; deltaw does.",
+            shown(dead),
+        )
+    for layer in file.factors:
+        if layer in layers and (why := unlike_in_peft(layers[layer])):
+            log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
 
 
 def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:

@@ -294,8 +294,10 @@ def _keys(adapter: LoRAFile) -> dict[str, Tensor]:
     for layer, (indices, rows) in adapter.rows.items():
         order = torch.searchsorted(indices.cpu(), torch.tensor(tokens_of(layer, adapter.config)))
         found[f"{layer}.token_adapter.trainable_tokens_delta"] = rows[order.to(rows.device)]
+    inner = {layer.replace(".base_layer.", "."): layer for layer in adapter.factors if ".base_layer." in layer}
     for name, value in {**adapter.whole, **adapter.copies}.items():
         layer, own_name = name.rsplit(".", 1)
+        layer = inner.get(layer, layer)
         inside = "token_adapter.base_layer." if layer in adapter.rows and name in adapter.copies else ""
         inside = "base_layer." if layer in adapter.factors else inside
         found[f"{layer}.{inside}{own_name}"] = value
@@ -329,7 +331,8 @@ def _tensor_problems(found: Sorted, tensors: Mapping[str, Tensor]) -> list[str]:
     problems = [problem for layer, parts in found.parts.items() for problem in _part_problems(layer, parts, finite)]
     values = *found.whole.items(), *found.rows.items(), *found.copies.items(), *found.originals.items()
     for name, value in values:
-        problems += _value_problems(name, value, finite)
+        # a copied module's counters are whole numbers; whether they are its buffers is known on a model
+        problems += _value_problems(name, value, finite) if value.is_floating_point() or name in found.rows else []
     problems += [
         f"{layer}: its rows of tokens are {list(r.shape)}; they must be [n, e]"
         for layer, r in found.rows.items()

@@ -65,7 +65,7 @@ class Sorted:
 
 def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     """By their keys; `biases` tells whether the biases of layers with an update are trained, or the base's."""
-    found, inside, saved = Sorted(), dict[str, str](), dict[str, Tensor]()
+    found, inside, saved = Sorted(), dict[str, set[str]](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         name = unwrapped(without_peft_prefix(key))
         if name != key.removeprefix(PREFIX) and found.wrapped is None:
@@ -82,7 +82,7 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
             plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             kept = found.whole if biases and name.endswith(".bias") else found.copies
             found.put(kept, plain, key, tensor)
-            inside[plain] = name.split(".base_layer.")[0]
+            inside.setdefault(plain, set()).add(name.split(".base_layer.")[0])
         elif (plain := _WHOLE.sub("", name)) != name:
             found.put(saved, plain, key, tensor)
         else:
@@ -91,7 +91,7 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     _leave_out_unused(found)
     for layer, parts in found.parts.items():
         _flatten(found, layer, parts)
-    for name in [name for name, layer in inside.items() if not _is_wrapped(found, layer)]:
+    for name in [n for n, layers in inside.items() if not any(_is_wrapped(found, layer) for layer in layers)]:
         place = found.whole if name in found.whole else found.copies
         if name in place:
             found.originals[name] = place.pop(name)
