@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from deltaw.modes import evaluating
+from deltaw.modes import evaluating, to_train
 
 
 def mixed() -> nn.Module:
@@ -24,3 +24,11 @@ def test_after_an_error_too() -> None:
     with pytest.raises(ZeroDivisionError), evaluating(model):
         raise ZeroDivisionError
     assert model.training and not model[1][0].training
+
+
+def test_norms_with_running_statistics_stay_as_they_are() -> None:
+    model = nn.Sequential(
+        nn.Dropout(), nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2)
+    )
+    to_train(model.eval())
+    assert [m.training for m in model.modules()] == [True, True, False, True, True]

@@ -19,6 +19,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
     XLNetConfig,
     XLNetForSequenceClassification,
 )
@@ -210,6 +212,20 @@ def test_a_users_own_classifier_keeps_its_padding_token(tmp_path: Path, caplog: 
     model.config.pad_token_id = None  # transformers refuses several rows
     settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
     assert model.config.pad_token_id == pad_id(tokenizer)
+
+
+def test_a_head_that_cannot_score_what_the_tokenizer_makes_is_refused_in_one_message(tmp_path: Path) -> None:
+    """T5's takes a text's end token, which this tokenizer does not put there: transformers' own ValueError came through."""
+    tokenizer = tiny_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, num_labels=2,
+        eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=0,
+    )  # fmt: skip
+    save_pretrained(T5ForSequenceClassification(config), tokenizer, tmp_path / "t5")
+    with pytest.raises(
+        FileError, match=r"t5 cannot score a text: its T5ForSequenceClassification raises .* <eos> token"
+    ):
+        opened(str(tmp_path / "t5"), DataConfig(task="classification", labels=["a", "b"]))
 
 
 def test_a_head_that_takes_the_last_place_of_a_row_is_refused(tmp_path: Path) -> None:

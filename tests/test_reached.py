@@ -13,6 +13,10 @@ from transformers import (
     BartForConditionalGeneration,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -45,6 +49,20 @@ def t5() -> Any:
 def bart() -> Any:
     sizes = architectures.SEQ2SEQ | {"max_position_embeddings": 64}
     return BartForConditionalGeneration(BartConfig(**sizes))
+
+
+def marian() -> Any:
+    sizes = architectures.SEQ2SEQ | {"max_position_embeddings": 64}
+    return MarianMTModel(MarianConfig(**sizes))
+
+
+def prophetnet() -> Any:
+    return ProphetNetForConditionalGeneration(
+        ProphetNetConfig(
+            vocab_size=96, hidden_size=16, encoder_ffn_dim=24, decoder_ffn_dim=24, num_encoder_layers=1, num_decoder_layers=1,
+            num_encoder_attention_heads=2, num_decoder_attention_heads=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
 
 
 def sparse() -> Any:
@@ -83,14 +101,19 @@ def test_every_other_layer_of_it_learns() -> None:
         assert grads and all(g is not None and bool(g.any()) for g in grads), name
 
 
-@pytest.mark.parametrize("make", [t5, bart])
-def test_a_module_kept_for_its_weight_is_refused_with_those_that_use_it(make: Any) -> None:
-    model = make()
+@pytest.mark.parametrize(
+    ("make", "kept", "used"),
+    [(t5, "shared", "embed_tokens"), (bart, "shared", "embed_tokens"), (marian, "shared", "embed_tokens"),
+     (prophetnet, "prophetnet.word_embeddings", "word_embeddings")],
+)  # fmt: skip
+def test_a_module_kept_for_its_weight_is_refused_with_those_that_use_it(make: Any, kept: str, used: str) -> None:
+    """Of Marian's code only `set_input_embeddings` names it, of ProphetNet's the encoder names its own of that name."""
+    query = {t5: "q", prophetnet: "query_proj"}.get(make, "q_proj")
     with pytest.raises(TargetError) as error:
-        select(model, ["q" if make is t5 else "q_proj", "shared"], 2)
+        select(make(), [query, kept], 2)
     said = str(error.value)
-    assert "'shared': shared cannot learn: no forward calls it" in said
-    assert "encoder.embed_tokens" in said and "decoder.embed_tokens" in said and "name these" in said
+    assert f"'{kept}': {kept.rpartition('.')[2]} cannot learn: no forward calls it" in said
+    assert f"encoder.{used}" in said and f"decoder.{used}" in said and "name these" in said
 
 
 def test_the_modules_that_use_the_weight_learn() -> None:
@@ -191,6 +214,38 @@ class NoForward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 5)
+
+
+class Namesake(nn.Module):
+    """It calls its own layer `spare`, which tells nothing of another module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.inner = nn.Linear(6, 6), Spare()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(*[self.spare(each) for each in (x,)])
+        return out
+
+
+class Delegating(nn.Module):
+    """What it lacks is asked of the module in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Spare()
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.spare(x)
+        return out
+
+
+def test_a_layer_of_the_same_name_in_another_module_tells_nothing() -> None:
+    assert never_called(dict(Namesake().named_modules())) == {"inner.spare"}
+    assert never_called(dict(Delegating().named_modules())) == set()
 
 
 def test_which_layers_of_ones_own_model_are_called() -> None:

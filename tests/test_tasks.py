@@ -25,6 +25,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -286,6 +288,27 @@ def test_images(tmp_path: Path) -> None:
             deltaw_config(CONFIG, tmp_path / "x"),
         )
     assert "there is no picture no/such.png" in str(caught.value)
+
+
+def test_running_statistics_of_the_base_stay_as_they_are(tmp_path: Path) -> None:
+    """A pass in training mode changes those of batch norms, which no adapter holds: what is loaded was another model."""
+    shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
+    base = folder_of(lambda _: ResNetForImageClassification(shape), tmp_path, image_processor())
+    chance = np.random.default_rng(0)
+    records = [
+        {"image": chance.integers(0, 99, (16, 16, 3)).astype(np.uint8) + 90 * (i % 2), "label": i % 2} for i in range(8)
+    ]
+    method = LoRA(rank=2, alpha=4, targets="*convolution")
+    config = deltaw_config(CONFIG, tmp_path, epochs=2)
+    result = train(base, records, config, method=method)
+    data = of_adapter(result.adapter)
+    loaded = opened(base, data)
+    for (name, trained), own in zip(result.model.named_buffers(), loaded.model.buffers(), strict=True):
+        assert torch.equal(trained, own), name
+    deltaw.load(loaded.model, result.adapter)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(images).logits, result.model(images).logits)
 
 
 def image_processor() -> Any:

@@ -18,3 +18,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def to_train(model: nn.Module) -> None:
+    """Put a model in training mode, but for norms with running statistics, which are the base's: a pass in training mode would
+    change them, no adapter holds them, and each row would depend on the others of its batch."""
+    model.train()
+    for module in model.modules():
+        if getattr(module, "track_running_stats", False):
+            module.eval()

@@ -55,8 +55,15 @@ def _ends_by_padding(model: Any) -> bool:
 
 
 def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
-    """Raise FileError for a classifier whose scores of a text change once it is padded."""
-    if not _masks(model) or _takes_last_place(model) or _changes_with_padding(model, tokenizer, pad):
+    """Raise FileError for a classifier whose scores of a text change once it is padded, or that cannot score one."""
+    try:
+        depends = not _masks(model) or _takes_last_place(model) or _changes_with_padding(model, tokenizer, pad)
+    except (RuntimeError, ValueError, IndexError) as error:  # the model's own
+        raise FileError(
+            f"{source} cannot score a text: its {type(model).__name__} raises {type(error).__name__}: {error}\n"
+            "Do its tokenizer and its config fit the model?"
+        ) from error
+    if depends:
         raise FileError(
             f"The scores of {source} depend on padding: its {type(model).__name__} knows no mask, or takes them from a row's "
             "last place, padding or not. Rows of several texts would be scored wrongly."

@@ -1,5 +1,5 @@
-"""How much a model takes: the positions that a row of tokens must fit in, the size of an image. Knows a model's config, and
-that prefixes take positions."""
+"""How much a model takes: positions that a row of tokens must fit in, tokens that it has rows for, the size of an image. Knows a
+model's config, and that prefixes take positions."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def within(data: DataConfig, model: Any, taken: int = 0) -> DataConfig:
     if most is not None and most <= taken:
         raise ConfigError(f"The prefix takes {taken} positions, and the model has {most}: make it shorter.")
     return data if most is None else dataclasses.replace(data, max_length=min(data.max_length, most - taken))
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's embedding of tokens; None where it has no such table."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # transformers' way to say that there is none
+        return None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from deltaw.data.prompts import described, overlap
 from deltaw.data.sources import is_path, local
 from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, listing
 from deltaw.padding import settle_padding
+from deltaw.positions import vocabulary_size
 from deltaw.pretrained import (
     HEADED,
     Pretrained,
@@ -28,7 +29,6 @@ from deltaw.pretrained import (
     head_of,
     pad_id,
     read_config,
-    vocabulary_size,
 )
 from deltaw.tasks import opened, prepared, recognised, task_of
 

@@ -11,6 +11,7 @@ import math
 import timeit
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, listing, nearest
+from deltaw.files.tokenizer_files import tokens_beyond
 from deltaw.padding import settle_padding
+from deltaw.positions import vocabulary_size
 
 log = logging.getLogger("deltaw")
 
@@ -42,8 +45,6 @@ _CLASSES: dict[str, tuple[Any, str]] = {
     "regression": (AutoModelForSequenceClassification, "a model that could score texts"),
     "image": (AutoModelForImageClassification, "a model that could classify images"),
 }
-# Roles of tokens in whose place pictures and sounds go: Gemma's tokenizer has one that its text models have no row for
-_OF_OTHER_INPUTS = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
 HEADED = ("classification", "regression", "image")
 """Tasks whose head may be new."""
 
@@ -196,27 +197,15 @@ def pad_id(tokenizer: Any) -> int:
     return int(getattr(tokenizer, "eos_token_id", None) or 0)
 
 
-def vocabulary_size(model: Any) -> int | None:
-    """Rows of the model's embedding of tokens; None where it has no such table."""
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:  # transformers' way to say that there is none
-        return None
-    return getattr(embedding, "num_embeddings", None)
-
-
-def check_vocabulary(model: Any, tokenizer: Any, source: str, rows: int = 0) -> None:
-    """Raise ConfigError for a tokenizer with tokens of texts that the model has no row of the embedding for, nor an adapter's
-    `rows`."""
-    known = max(rows, vocabulary_size(model) or 0)
-    if not known or not hasattr(tokenizer, "get_vocab"):
-        return
-    named = getattr(tokenizer, "special_tokens_map", {})
-    filled_in = {token for role, token in named.items() if role.startswith(_OF_OTHER_INPUTS) and isinstance(token, str)}
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= known and token not in filled_in)
-    if beyond:
-        few = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (" …" if len(beyond) > 5 else "")
-        size = beyond[-1][0] + 1
+def check_vocabulary(model: Any, tokenizer: Any, source: str, rows: int | None = None) -> None:
+    """Raise ConfigError for a tokenizer with tokens of texts that there is no row of the embedding for. `rows`: how many there
+    are, where an adapter of the model has others than the model."""
+    known = (vocabulary_size(model) or 0) if rows is None else rows
+    if beyond := tokens_beyond(tokenizer, known):
+        few = ", ".join(f"{token!r} ({i})" for token, i in islice(beyond.items(), 5)) + (
+            " …" if len(beyond) > 5 else ""
+        )
+        size = max(beyond.values()) + 1
         raise ConfigError(
             f"The tokenizer of {source} has {size:,} tokens, the model's embedding {known:,} rows: there are none for {few}.\n"
             "Use the tokenizer that the model was trained with. Or, where the tokens are meant to be new, resize the model and "

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -162,36 +162,62 @@ def uncalled(modules: Mapping[str, nn.Module], names: Iterable[str]) -> set[str]
     constructor hands the module on.
     """
     classes = {_class(module) for module in modules.values()}
-    used = {name for cls in classes for name in _names_used(cls)}
+    used = {name for cls in classes for name in _used(cls).elsewhere}
     for module in modules.values():
         if hasattr(replaced := inspect.unwrap(vars(module).get("forward", len)), "__code__"):
             used |= set(_names(replaced.__code__))
-    if used.intersection(_GETTERS):
-        used |= {name for cls in classes for name in _names_in_getters(cls)}
+    getters = bool(used.union(*(_used(cls).own for cls in classes)).intersection(_GETTERS))
+    if getters:
+        used |= {name for cls in classes for name in _returned(cls).elsewhere}
     silent = set()
     for name in names:
         place, _, own = name.rpartition(".")
-        if name and own not in used and place in modules and _names_its_children(_class(modules[place])):
+        if not name or own in used or place not in modules:
+            continue
+        around = _class(modules[place])
+        called = own in _used(around).own or (getters and own in _returned(around).own)
+        if not called and _names_its_children(around):
             silent.add(name)
     return silent
+
+
+class _Names(NamedTuple):
+    """Attributes that code asks for."""
+
+    own: frozenset[str]
+    """Of `self`: children of modules of the class alone, or of one that inherits from it."""
+    elsewhere: frozenset[str]
+    """Of any other object, and constant strings."""
+
+
+@cache
+def _used(cls: Any) -> _Names:
+    """What the code of this class, and the functions that it calls, ask for while they compute."""
+    own: set[str] = set()
+    elsewhere: set[str] = set()
+    helpers: dict[Any, None] = {}
+    for name, function in _methods(cls):
+        if name == "__init__":
+            elsewhere |= _loaded(function.__code__)
+        elif name not in _GETTERS and not name.startswith(_NOT_IN_USE):
+            asked = _asked(function.__code__)
+            own |= asked.own
+            elsewhere |= asked.elsewhere
+            helpers |= dict.fromkeys(_called(function))
+    for function in (waiting := list(helpers)):
+        elsewhere |= set(_names(function.__code__))
+        new = [helper for helper in _called(function) if helper not in helpers]
+        helpers |= dict.fromkeys(new)
+        waiting += new
+    if any(name == "__getattr__" for name, _ in _methods(cls)):  # it may hand on what it is asked for
+        own, elsewhere = set(), own | elsewhere
+    return _Names(frozenset(own), frozenset(elsewhere))
 
 
 @cache
 def _names_used(cls: Any) -> frozenset[str]:
     """Attributes that the code of this class, and the functions that it calls, ask of any object while they compute."""
-    names: set[str] = set()
-    helpers: dict[Any, None] = {}
-    for name, function in _methods(cls):
-        if name == "__init__":
-            names |= _loaded(function.__code__)
-        elif name not in _GETTERS and not name.startswith(_NOT_IN_USE):
-            helpers[function] = None
-    for function in (waiting := list(helpers)):
-        names |= set(_names(function.__code__))
-        new = [helper for helper in _called(function) if helper not in helpers]
-        helpers |= dict.fromkeys(new)
-        waiting += new
-    return frozenset(names)
+    return _used(cls).own | _used(cls).elsewhere
 
 
 def _called(function: Any) -> Iterator[Any]:
@@ -206,9 +232,35 @@ def _called(function: Any) -> Iterator[Any]:
 
 
 @cache
-def _names_in_getters(cls: Any) -> frozenset[str]:
-    """Attributes that `get_input_embeddings` and the like return."""
-    return frozenset(n for name, f in _methods(cls) if name in _GETTERS for n in _names(f.__code__))
+def _returned(cls: Any) -> _Names:
+    """What `get_input_embeddings` and the like return. (One that sets a module computes with none.)"""
+    found = [_asked(f.__code__) for name, f in _methods(cls) if name in _GETTERS and name.startswith("get_")]
+    own, elsewhere = ({name for names in found for name in names[i]} for i in range(2))
+    return _Names(frozenset(own), frozenset(elsewhere))
+
+
+def _asked(code: CodeType) -> _Names:
+    """The names that a method's code, and the functions in it, use: asked of `self`, and all others."""
+    own: set[str] = set()
+    elsewhere = {constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier()}
+    for before, step in pairwise([None, *dis.get_instructions(code)]):
+        assert step is not None
+        if _asks(step) and before is not None and _loads_self(before):
+            own.add(str(step.argval))
+        elif step.argval in code.co_names:
+            elsewhere.add(str(step.argval))
+    for inner in (constant for constant in code.co_consts if isinstance(constant, CodeType)):
+        asked = _asked(inner)
+        another = "self" in inner.co_varnames  # a function in it with a `self` of its own
+        own |= frozenset() if another else asked.own
+        elsewhere |= asked.elsewhere | asked.own if another else asked.elsewhere
+    return _Names(frozenset(own), frozenset(elsewhere))
+
+
+def _loads_self(step: dis.Instruction) -> bool:
+    """Whether the step puts `self` on the stack, perhaps after another variable."""
+    names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and names[-1] == "self"
 
 
 @cache

@@ -29,6 +29,7 @@ from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.names import shown
+from deltaw.positions import vocabulary_size
 from deltaw.reached import never_called
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import Update, low_rank_parts
@@ -205,7 +206,7 @@ def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:
     """How many tokens the model has rows for with this adapter, whose names are the model's."""
     if isinstance(file, peft.LoRAFile):
         return vocabulary(model, file)
-    return len(model.get_input_embeddings().weight)
+    return vocabulary_size(model) or 0
 
 
 def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:

@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltaw import store
-from deltaw.attached import adapters, owner_of, updates
+from deltaw.attached import updates
 from deltaw.config import DataConfig, DType, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, prompt_ends, template_of
 from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError, FileError, listing
-from deltaw.files.tokenizer_files import brought
+from deltaw.files.tokenizer_files import brought, tokens_beyond
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
 from deltaw.padding import row_padding
 from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary, vocabulary_size
+from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
-from deltaw.updates import Replaced, ReplacedRows
+from deltaw.updates import Replaced
 
 log = logging.getLogger("deltaw")
 
@@ -336,16 +336,17 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
     are others than the base's. With `resize` the model first gets as many tokens as the adapter and its tokenizer have.
 
     Raises FileError where the adapter has no head for the model either (what it says would be random), and for a tokenizer that
-    cannot be opened; BaseMismatch for one of another base."""
+    cannot be opened; BaseMismatch for one of another base; without `resize` ConfigError for one with tokens that there are no
+    rows for."""
     model, folder, tokenizer = loaded.model, Path(adapter), None
     file = store.named_for(model, store.read(folder))
     if hasattr(loaded.tokenizer, "get_vocab"):  # an image processor has no tokens
         tokenizer = brought(folder, loaded.tokenizer, config=model.config, check=check_base)
-        rows = store.tokens_with(model, file)
-        if tokenizer is not None:
-            rows = _check_rows(tokenizer, rows, folder, resize)
+        rows, used = store.tokens_with(model, file), loaded.tokenizer if tokenizer is None else tokenizer
         if resize:
-            resize_vocabulary(model, rows)
+            resize_vocabulary(model, rows if tokenizer is None else _with_new(used, rows, folder))
+        else:
+            check_vocabulary(model, used, loaded.name if tokenizer is None else str(folder), rows)
     own = updates(model, store.place(model, file, folder, check_base=check_base))
     lacking = [n for n in loaded.untrained if not isinstance(own.get(n), Replaced)]
     if lacking:
@@ -365,33 +366,16 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
     return dataclasses.replace(loaded, tokenizer=tokenizer, base_tokenizer=base)
 
 
-def _check_rows(tokenizer: Any, rows: int, folder: Path, resize: bool) -> int:
-    """How many rows an embedding needs for the adapter's and the tokenizer's tokens. Warn of tokens that neither the adapter nor
-    the base has rows for, and where there will be none fill rows of a batch with another token than those."""
-    lacking = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows > 0}
-    if not lacking:
+def _with_new(tokenizer: Any, rows: int, folder: Path) -> int:
+    """How many rows an embedding needs for the adapter's and its tokenizer's tokens. Warn of those that neither the adapter nor
+    the base has a row for."""
+    if not (lacking := tokens_beyond(tokenizer, rows)):
         return rows
     log.warning(
-        "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s %s.",
-        folder, max(lacking.values()), rows, ", ".join(sorted(lacking, key=lacking.__getitem__)[:5]),
-        "get the mean of all others" if resize else "cannot be in a text",
+        "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s get the mean of all others.",
+        folder, max(lacking.values()), rows, ", ".join(list(lacking)[:5]) + (" …" if len(lacking) > 5 else ""),
     )  # fmt: skip
-    if not resize and tokenizer.pad_token in lacking:
-        tokenizer.pad_token = tokenizer.eos_token
-    return max(lacking.values()) + 1 if resize else rows
-
-
-@torch.no_grad()
-def check_tokens(loaded: Pretrained) -> None:
-    """`check_vocabulary`, where the active adapter may bring rows of the embedding of its own. Raises ConfigError."""
-    model, rows = loaded.model, 0
-    for name, update in updates(model).items() if adapters(model).active else ():
-        layer = owner_of(model).get_submodule(name)
-        resized = isinstance(update, (Replaced, ReplacedRows)) and isinstance(layer, nn.Embedding)
-        if resized and layer.num_embeddings == vocabulary_size(model):
-            W = update.parameter(layer, "weight")
-            rows = max(rows, 0 if W is None else len(W))
-    check_vocabulary(model, loaded.tokenizer, loaded.name, rows)
+    return max(lacking.values()) + 1
 
 
 @torch.no_grad()

@@ -70,9 +70,48 @@ def test_a_cell_without_value_is_no_class(cell):
 def test_none_is_a_class_among_words_and_none_among_numbers():
     assert class_names(records(["anger", "none", "joy", "NA"])) == ["NA", "anger", "joy", "none"]
     assert class_names(records(["+", "-", "?"])) == ["+", "-", "?"]
-    for cell in ("none", "?", "-", "--", "n/a", "."):
+    for cell in (
+        "none",
+        "?",
+        "-",
+        "--",
+        "n/a",
+        ".",
+        "_",
+        "\u2014",
+        "\u2013",
+        "\u200b",
+        "N.A.",
+        "nil",
+        "\\N",
+        "(blank)",
+        "missing",
+    ):
         with pytest.raises(DataError, match="stands for no label"):
             class_names(records(["0", "1", cell]))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["#DIV/0!", "#VALUE!", "#REF!", "#NUM!", "#NAME?", "#N/A", "#NULL!", "1e400", "-1e999", "-nan", "+nan", "nan(ind)", "-inf",
+     "1.#QNAN", "-1.#IND", "1.#INF"],
+)  # fmt: skip
+def test_what_a_program_writes_for_a_number_that_is_none_is_no_class_among_numbers(cell):
+    """It became a class beside the numbers' own."""
+    with pytest.raises(DataError, match=r"data\.csv:4: .* stands for no label"):
+        class_names(records(["0", "1", cell]), "data.csv")
+
+
+def test_classes_of_other_writings_are_classes():
+    for labels in (
+        ["0", "1", "other"],
+        ["1", "2", "\U0001f600"],
+        ["1", "2", "3+"],
+        ["#nlp", "#vision"],
+        ["nano", "info"],
+        ["\u597d", "1"],
+    ):
+        assert class_names(records(labels)) == sorted(labels)
 
 
 @pytest.mark.parametrize(

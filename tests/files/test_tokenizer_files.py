@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deltaw
 from deltaw import LoRA, attach, compress, load, merge_files, save, unmerge_files
 from deltaw.cli import main
-from deltaw.errors import BaseMismatch
+from deltaw.errors import BaseMismatch, ConfigError
 from deltaw.files.places import NotByFiles
 from deltaw.files.tokenizer_files import brought, differs, files_in
 from deltaw.pretrained import load_pretrained
@@ -127,21 +128,43 @@ def test_a_merge_on_disk_takes_them_and_an_unmerge_gives_the_bases_back(base: Pa
     }
 
 
-def test_tokens_that_nobody_has_rows_for(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_that_nobody_has_rows_for(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether a tokenizer fits is asked once: what uses the model refuses, a merge adds rows and says so."""
     folder = plain(base, tmp_path / "a")
     taught(base).save_pretrained(folder)
     with pytest.raises(NotByFiles, match="tokens up to 265, the checkpoint rows for 264"):
         merge_files(base, folder, tmp_path / "merged")
-    equip(load_pretrained(str(base)), folder)
-    assert (
-        "has tokens up to 265, the model's embedding 264 rows" in caplog.text and "cannot be in a text" in caplog.text
+    loaded = load_pretrained(str(base))
+    said = (
+        rf"The tokenizer of {folder} has 266 tokens, the model's embedding 264 rows: there are none for '<one>' \(264\)"
     )
+    with pytest.raises(ConfigError, match=said):
+        equip(loaded, folder)
+    assert not deltaw.adapters(loaded.model)
+    assert main(["generate", str(base), "--adapter", str(folder), "Hi", "--max-new-tokens", "2"]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(said, err) and err.count("264 rows") == 1
     assert main(["merge", str(base), str(folder), "-o", str(tmp_path / "merged"), "--any-base"]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "has tokens up to 265, the model's embedding 264 rows with the adapter: <one>, <two> get" in err
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
     assert len(weight) == 266
     torch.testing.assert_close(weight[264:], weight[:264].mean(0).expand(2, -1))
+
+
+def test_a_token_in_whose_place_pictures_go_gets_no_row(base: Path, tmp_path: Path) -> None:
+    """Gemma's tokenizer has one beyond the rows of its models for text alone."""
+    folder = plain(base, tmp_path / "a")
+    tokenizer = taught(base)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    roles = {"image_token": "<one>", "audio_token": "<two>"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": roles}))
+    equip(load_pretrained(str(base)), folder)
+    merge_files(base, folder, tmp_path / "by files")
+    assert main(["merge", str(base), str(folder), "-o", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    for merged in ("by files", "merged"):
+        assert len(AutoModelForCausalLM.from_pretrained(tmp_path / merged).get_input_embeddings().weight) == 264
 
 
 def test_a_tokenizer_of_another_base_is_refused_by_name(

@@ -17,12 +17,13 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
     """A `Pretrained` with the adapter attached and active, and its tokenizer, where one is named, for the task of `data`, which
     is by default the adapter's."""
     from deltaw import tasks
+    from deltaw.pretrained import check_vocabulary
 
     data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
     loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
     if opening.adapter is not None:
-        loaded = tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
-    tasks.check_tokens(loaded)
+        return tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
+    check_vocabulary(loaded.model, loaded.tokenizer, loaded.name)
     return loaded
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,22 +17,10 @@ from deltaw.data.forms import Record
 from deltaw.errors import DataError, listing, nearest
 
 _MOST_CLASSES = 1000
-_UNLABELLED = {
-    "nan",
-    "<na>",
-    "nat",
-    "null",
-    "none",
-    "na",
-    "n/a",
-    "#n/a",
-    "inf",
-    "-inf",
-    "+inf",
-    "infinity",
-    "-infinity",
-}
-"""How programs write, in text, that there is no value, or none that can be used; in lower case."""
+_UNLABELLED = {"<na>", "nat", "null", "nil", "none", "na", "n/a", "n.a.", "(blank)", "(null)", "missing", "\\n"}
+"""How programs write, in text, that there is no value; in lower case."""
+_NO_VALUE = re.compile(r"[+-]?(nan|inf|infinity)\b.*|[+-]?1\.#(s?nan|qnan|inf|ind).*|#[a-z/_0]+[!?]?", re.IGNORECASE)
+"""Numbers that cannot be used, and errors of a spreadsheet: nan(ind), -inf, 1.#QNAN, #DIV/0!."""
 _NO_NAMES = {"nan", "NaN", "NAN", "<NA>", "NaT", "null", "NULL", "None"}
 """Those that are no class either, unless the settings name it as one. (A class may well be called none.)"""
 _WITH_COMMAS = re.compile(r"[+-]?\d+(,\d+)+(\.\d+)?")
@@ -80,9 +69,21 @@ def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> N
 
 
 def _is_empty(record: Record) -> bool:
-    """Whether the label may stand for none: nan, n/a, ?, a dash."""
-    text = _text(record).lower()
-    return text in _UNLABELLED or not re.search(r"\w|[^\x00-\x7f]", text)
+    """Whether the label may stand for none: n/a, ?, a dash, a number that is none or infinite, an error of a spreadsheet."""
+    text = _text(record)
+    if text.lower() in _UNLABELLED or _NO_VALUE.fullmatch(text) or _overflows(text):
+        return True
+    return not any(
+        unicodedata.category(character)[0] in "LNM" or unicodedata.category(character) == "So" for character in text
+    )
+
+
+def _overflows(text: str) -> bool:
+    """Whether a text is a number beyond those that there are: 1e400."""
+    try:
+        return math.isinf(float(text))
+    except ValueError:
+        return False
 
 
 def _text(record: Record) -> str:

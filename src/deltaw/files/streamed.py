@@ -140,8 +140,9 @@ def _brings_tokenizer(base: Path, adapter: Path, check: bool) -> bool:
     own = tokenizer_files.brought(adapter, theirs, check=check)
     if own is None:
         return False
-    rows, last = _rows(base), max(own.get_vocab().values())
-    if rows is not None and last >= rows:
+    rows = _rows(base)
+    if beyond := tokenizer_files.tokens_beyond(own, rows or 0):
+        last = max(beyond.values())
         raise NotByFiles(
             f"The tokenizer in {adapter} has tokens up to {last}, the checkpoint rows for {rows}: by files alone none are added."
         )

@@ -21,7 +21,7 @@ from deltaw.chance import devices_of, mixed, seeded
 from deltaw.config import TrainConfig
 from deltaw.data import Order
 from deltaw.errors import TrainError
-from deltaw.modes import evaluating
+from deltaw.modes import evaluating, to_train
 from deltaw.training import optimizers
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat
@@ -120,7 +120,7 @@ class Loop:
             self.optimizer = optimizers.make(self.flat, self.config)
             self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
             self.began = time.monotonic() - self.state.seconds
-            self.model.train()
+            to_train(self.model)
             if self.state.step == 0:
                 self._warn_of_idle_settings()
             if self.config.gradient_checkpointing:
