@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS: Mapping[str, tuple[str, ...]] = {
     "fused": ("tests/test_fused.py",),
     "rows": ("tests/test_rows.py", "tests/test_switching.py"),
-    "routes": ("tests/test_blocks.py", "tests/test_passes.py", "tests/test_switching.py"),
+    "routes": ("tests/test_routes.py", "tests/test_passes.py", "tests/test_switching.py"),
     "merged": ("tests/test_merged.py",),
     "originals": ("tests/test_originals.py", "tests/test_residual.py"),
     "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/test_run.py"),
