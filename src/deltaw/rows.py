@@ -81,8 +81,9 @@ class Rows:
             if kept is not None and not layer.learns:
                 kept["stacks", id(updates)] = layer
         if layer.stacks:
-            flat = out.reshape(n, -1, out.shape[-1])
-            flat = mixed.add_branches(flat, x.reshape(n, -1, x.shape[-1]), layer.stacks, self._order(layer, out.device))
+            (*_, d), (*_, k) = out.shape, x.shape
+            order = self._order(layer, out.device)
+            flat = mixed.add_branches(out.reshape(n, -1, d), x.reshape(n, -1, k), layer.stacks, order)
             out = flat.view(out.shape)
         for name in layer.singly:
             out = self._placed(name, updates[name].branch(module, self._of(name, x)), out)
@@ -127,10 +128,9 @@ class Rows:
                 f"Adapter {name!r} has another vocabulary than the base ({own.shape[-1]} tokens, not {out.shape[-1]}): its rows "
                 "cannot be in one batch with others. Use it by itself."
             )
-        n = len(self.names)
         rows = torch.tensor(self.rows[name], device=out.device)
-        split = out.reshape(n, -1, *out.shape[1:])
-        return split.index_copy(0, rows, own.view(len(rows), *split.shape[1:])).view(out.shape)
+        flat = out.reshape(len(self.names), -1)
+        return flat.index_copy(0, rows, own.reshape(len(rows), -1)).view(out.shape)
 
     def _stacked(self, updates: Mapping[str, Any], out: Tensor) -> Layer:
         """The layer's stacks, and the adapters that are in none."""
