@@ -761,6 +761,69 @@ def test_values_of_tied_layers_that_differ_are_refused(kind: str, weight: float)
     assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
 
 
+class Tied(torch.nn.Module):
+    """Two layers that share a weight, each stored and read in its own way."""
+
+    def __init__(self, one: str, other: str, d: int) -> None:
+        super().__init__()
+        made = {"linear": torch.nn.Linear(4, d, bias=False), "embedding": torch.nn.Embedding(d, 4)}
+        self.one, self.other = copy.deepcopy(made[one]), copy.deepcopy(made[other])
+        self.other.weight = self.one.weight
+
+
+@pytest.mark.parametrize("d", [4, 6])
+@pytest.mark.parametrize("kinds", [("linear", "linear"), ("linear", "embedding"), ("embedding", "linear")], ids=str)
+def test_4_layers_of_any_kinds_that_share_a_weight(kinds: tuple[str, str], d: int) -> None:
+    torch.manual_seed(0)
+    model = Tied(*kinds, d)
+    fill(attach(model, LoRA(rank=2, alpha=5, targets=["one", "other"])))
+    one, other = (updates(model)[name] for name in ("one", "other"))
+    with torch.no_grad():
+        turned = kinds[0] != kinds[1]
+        other.A.copy_(one.B.t() if turned else one.A)
+        other.B.copy_(one.A.t() if turned else one.B)
+    W0, dW = model.one.weight.detach().clone(), deltaw.delta(model, "one")
+    merge(model)
+    torch.testing.assert_close(model.one.weight.detach(), W0 + (dW.t() if kinds[0] == "embedding" else dW))
+    unmerge(model)
+    assert torch.equal(model.one.weight, W0)
+    with torch.no_grad():
+        other.B[0, 0] += 1
+    with pytest.raises(MergeError, match=r"one\.weight is tied to other\.weight"):
+        merge(model)
+
+
+@pytest.mark.parametrize(("of_one", "of_other"), [(2.0, 2.0), (2.0, 3.0), (3.0, 2.0), (2.0, None), (None, 2.0)])
+def test_sums_of_tied_layers_are_one_where_all_their_terms_are(of_one: Any, of_other: Any) -> None:
+    model = whole_pair(a="lm_head")
+    model.lm_head.requires_grad_(False)
+    for name, layer in (("b", "model.embed_tokens"), ("c", "lm_head")):
+        fill(attach(model, LoRA(rank=2, alpha=5, targets=[layer]), name=name), name)
+    embedding, head = updates(model, "b")["model.embed_tokens"], updates(model, "c")["lm_head"]
+    with torch.no_grad():
+        head.A.copy_(embedding.B.t())
+        head.B.copy_(embedding.A.t())
+    weights = {"a": 0.5} | {name: w for name, w in (("b", of_one), ("c", of_other)) if w is not None}
+    before = bits(model)
+    if of_one == of_other:
+        merge(model, weights=weights)
+        unmerge(model)
+    else:
+        with pytest.raises(MergeError, match=r"embed_tokens\.weight is tied to lm_head\.weight"):
+            merge(model, weights=weights)
+    assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
+
+
+def test_a_bias_that_the_base_lacks_cannot_be_merged() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False))
+    fill(attach(model, LoRA(rank=2, alpha=5, targets="*")))
+    updates(model)["0"].bias = torch.nn.Parameter(torch.ones(4))  # as files of PEFT's lora_bias have it
+    W0 = model[0].weight.detach().clone()
+    with pytest.raises(MergeError, match=r"the base has no 0\.bias that the adapter's could be merged into"):
+        merge(model)
+    assert torch.equal(model[0].weight, W0) and list(preview(model).layers) == ["0"]
+
+
 # --- one of several --------------------------------------------------------------------------------------------
 
 
