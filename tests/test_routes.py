@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 import sys
@@ -110,22 +109,20 @@ def test_a_switch_is_for_its_block_and_so_is_what_a_compiler_reads() -> None:
 
 @pytest.mark.parametrize("closed", ["here", "elsewhere"])
 def test_a_block_that_is_closed_by_another_thread_leaves_that_ones_own(closed: str) -> None:
-    route, blocks = Route("x"), contextlib.ExitStack()
+    route = Route("x")
+    outer, inner = route.block("a"), route.block("b")
 
-    def opened() -> Any:
-        for name in "ab":
-            blocks.enter_context(route.block(name))
-        return blocks.pop_all()
+    def opened() -> None:
+        outer.__enter__()
+        inner.__enter__()
 
-    def traced_after(closing: contextlib.ExitStack) -> Any:
-        closing.close()
+    def traced_after_closing() -> Any:
+        inner.__exit__(None, None, None)
         return route._traced()
 
-    if closed == "here":
-        assert traced_after(in_thread(opened)) == "x"
-    else:
-        own = opened()
-        assert in_thread(lambda: traced_after(own)) == "x"
+    (in_thread if closed == "here" else lambda act: act())(opened)
+    assert (in_thread if closed == "elsewhere" else lambda act: act())(traced_after_closing) == "x"
+    outer.__exit__(None, None, None)
 
 
 def test_a_block_in_a_pass_is_for_what_is_called_in_it() -> None:
