@@ -159,6 +159,8 @@ def test_a_backward_pass_goes_through_what_its_forward_pass_went_through() -> No
     route.backward[4] = {here: "a", here + 1: "b"}
     assert route._forward_of(4) == "a"
     assert in_thread(lambda: route._forward_of(4)) is UNSET  # two passes' outputs, none come to by this thread
+    route.backward[4] = {here: "b", here + 1: "a"}
+    assert in_thread(lambda: route._forward_of(4)) is UNSET
     route.backward[5] = {here + 1: None}
     assert route._forward_of(5) is None
     route.backward[6] = {here + 1: "c", here + 2: "c"}
