@@ -125,6 +125,10 @@ def test_an_unfrozen_weight_gets_its_gradient() -> None:
     ours = torch.autograd.grad(lowrank_linear(**t, scale=SCALE).pow(2).sum(), t["W0"])[0]
     theirs = torch.autograd.grad(reference(**t, scale=SCALE).pow(2).sum(), t["W0"])[0]
     torch.testing.assert_close(ours, theirs)
+    t = tensors()
+    t["bias"].requires_grad_()
+    (ours,) = torch.autograd.grad(lowrank_linear(**t, scale=SCALE).sum(), t["bias"])
+    torch.testing.assert_close(ours, torch.full_like(ours, 6.0))
 
 
 def test_dropout_is_on_the_branchs_input_only_and_its_mask_is_made_again_for_the_gradients() -> None:
@@ -197,6 +201,8 @@ def test_an_output_that_nothing_is_made_of_costs_no_gradient(used: tuple[int, ..
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+    lowrank_linears(x, W0s, biases, A, Bs)[used[0]].sum().backward()
+    assert [B.grad is not None for B in Bs] == [i == used[0] for i in range(3)]
 
 
 @pytest.mark.parametrize("live", ["xAB", "x", "A", "B"])
@@ -227,13 +233,17 @@ def test_outside_training_fp32_is_rounded_as_the_formula_is_written() -> None:
         assert torch.equal(lowrank_linear(x, W0, None, A, B, scale, training=False), written)
         torch.testing.assert_close(lowrank_linear(x, W0, None, A, B, scale), written, rtol=1e-4, atol=1e-4)
     assert not torch.equal(lowrank_linear(x, W0, None, A, B, SCALE), written)
+    double = [t.double() for t in (x, W0, A, B)]
+    written = torch.nn.functional.linear(*double[:2]) + (double[0] @ double[2].t() @ double[3].t()) * SCALE
+    assert torch.equal(lowrank_linear(*double[:2], None, *double[2:], SCALE, training=False), written)
+    assert torch.equal(lowrank_linears(x, [W0], [None], A, [B])[0], lowrank_linear(x, W0, None, A, B, 1.0))
     narrow = [t.bfloat16() for t in (x, W0)]
     once = lowrank_linear(*narrow, None, A, B, SCALE)
     assert torch.equal(lowrank_linear(*narrow, None, A, B, SCALE, training=False), once)
     assert not torch.equal(once, reference(*narrow, None, A, B, SCALE))
 
 
-@pytest.mark.parametrize("scale", [0.375, 1.0, 2.5, -0.5])
+@pytest.mark.parametrize("scale", [0.375, 1.0, 2.0, 2.5, -0.5, 0.0])
 def test_gradients_have_every_scale(scale: float) -> None:
     t = tensors()
     live = [t[name] for name in ("x", "A", "B")]
@@ -252,3 +262,20 @@ def test_a_mask_is_drawn_from_as_many_as_a_generator_has_and_none_without_dropou
     assert torch.equal(torch.get_rng_state(), state)
     lowrank_linear(**t, scale=SCALE, dropout=0.5)
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_plan_learns_shapes_and_what_is_saved_from_no_data(dtype: torch.dtype) -> None:
+    x, W0, A, B = (torch.empty(*s, device="meta", dtype=dtype) for s in ((2, 3, 5), (7, 5), (3, 5), (7, 3)))
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lowrank_linear(x, W0, None, A.requires_grad_(), B.requires_grad_(), SCALE, training=False)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, 7), dtype, "meta")
+    assert torch.equal(torch.get_rng_state(), state)
+    gradients = torch.autograd.grad(lowrank_linear(x, W0, None, A, B, SCALE, dropout=0.5).sum(), [A, B])
+    assert [g.shape for g in gradients] == [A.shape, B.shape]
+
+
+def test_a_seed_alone_drops_nothing() -> None:
+    t = tensors()
+    assert torch.equal(reference(**t, scale=SCALE, seed=3), reference(**t, scale=SCALE))

@@ -10,13 +10,15 @@ import torch
 import transformers as hf
 
 import deltaw
-from deltaw import LoRA, attach, detach, load, lowrank, merge, save, unmerge, use
-from deltaw.attached import base_parameters, updates
+from deltaw import Bottleneck, LoRA, attach, detach, load, lowrank, merge, parameters, save, unmerge, use
+from deltaw.attached import base_parameters, record_of, updates
 from deltaw.base_identity import base_fingerprint
 from deltaw.ends import teach
 from deltaw.errors import MergeError
 from deltaw.merged import preview, settle
+from deltaw.originals import Copy, Correction
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
+from tests.test_quantised import packed
 
 METHOD = LoRA(rank=4, alpha=10)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -609,11 +611,11 @@ def test_two_updates_of_tied_layers_that_differ_are_refused(change: str) -> None
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(("weight", "stops"), [(1.0, [2, 7]), (0.25, [2, 7]), (-1.0, 2)])
+@pytest.mark.parametrize(("weight", "stops"), [(1.0, [2, 7]), (0.25, [2, 7]), (0.0, 2), (-0.5, 2), (-1.0, 2)])
 def test_a_merged_model_stops_where_what_was_added_to_it_was_taught_to(weight: float, stops: Any) -> None:
     model = fill(attach(tiny_llama().eval(), METHOD))
     teach(model, "default", [7])
-    merge(model, weights={"default": weight})
+    merge(model, weights={"default": weight}, allow_unchanged=weight == 0.0)
     assert model.generation_config.eos_token_id == stops
     unmerge(model)
     assert model.generation_config.eos_token_id == 2
@@ -635,3 +637,248 @@ def test_what_becomes_of_changed_weights_is_said_by_its_name() -> None:
     merge(model)
     with pytest.raises(TypeError):
         unmerge(model, None, "keep")  # type: ignore[misc]
+
+
+# --- what cannot be merged -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(2, "0, 1"), (3, "0, 1, 2"), (4, "0, 1, 2 and 1 others"), (6, "0, 1, 2 and 3 others")]
+)
+def test_layers_in_few_bits_are_named_up_to_three(count: int, said: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the dev extra has it)")
+    model = torch.nn.Sequential(*(packed(torch.nn.Linear(64, 64), "nf4") for _ in range(count))).eval()
+    fill(attach(model, LoRA(rank=2, alpha=5, targets="*")))
+    with pytest.raises(MergeError, match=rf"the weights of {said} are in few bits \(\w"):
+        merge(model)
+    assert preview(model).layers == {}
+
+
+@pytest.mark.parametrize("what", ["linear", "1d", "2d"])
+def test_weights_that_are_stored_in_another_order(what: str) -> None:
+    """Those of dense layers are merged, those of convolutions are not."""
+    made: dict[str, Any] = {
+        "linear": torch.nn.Linear(8, 6),
+        "1d": torch.nn.Conv1d(8, 6, 3),
+        "2d": torch.nn.Conv2d(8, 6, 3),
+    }
+    layer = made[what]
+    layer.weight.data = layer.weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    model = torch.nn.Sequential(layer)
+    fill(attach(model, LoRA(rank=2, alpha=5, targets="*")))
+    W0, dW = layer.weight.detach().clone(), deltaw.delta(model, "0")
+    if what == "linear":
+        merge(model)
+        torch.testing.assert_close(layer.weight.detach(), W0 + dW)
+        unmerge(model)
+    else:
+        with pytest.raises(MergeError, match=r"0\.weight is stored in another order"):
+            merge(model)
+    assert torch.equal(layer.weight, W0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_vocabulary_of_another_size_is_not_merged(weight: float, ids: torch.Tensor, tmp_path: Path) -> None:
+    base = tiny_llama().eval()
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(99)
+    save(fill(attach(resized, LoRA(rank=4, alpha=10, targets="qv", whole="embed_tokens"))), tmp_path / "a")
+    load(base, tmp_path / "a", name="a")
+    before = bits(base)
+    said = r"embed_tokens\.weight is \[96, 32\], the adapter's vocabulary has 99 tokens: call model.*\(99\) before"
+    with pytest.raises(MergeError, match=said):
+        merge(base, weights={"a": weight})
+    assert all(torch.equal(bits(base)[n], v) for n, v in before.items())
+    assert len(preview(base).layers) == 4  # queries and values
+
+
+def test_adapters_that_no_weight_can_hold_are_named() -> None:
+    model = attach(attach(tiny_llama(), Bottleneck(4), name="inserted"), LoRA(rank=2), name="lora")
+    with pytest.raises(
+        MergeError, match=r"(?s)^Not merged:.*'inserted': a bottleneck.*\nUse such an adapter beside"
+    ) as error:
+        merge(model, weights={"lora": 1.0, "inserted": 1.0})
+    assert "'lora'" not in str(error.value)
+
+
+def test_what_is_to_be_merged_is_said_in_one_way() -> None:
+    model = fill(attach(tiny_llama(), METHOD, name="a"))
+    for wrong, said in (
+        ({"name": "a", "weights": {"a": 1.0}}, "either a name or weights"),
+        ({"weights": {}}, "weights is empty"),
+    ):
+        with pytest.raises(MergeError, match=said):
+            merge(model, **wrong)
+    with deltaw.using(model, "a"), pytest.raises(MergeError, match=r"'a' is in use .*: merge when the block is over"):
+        merge(model)
+    with pytest.raises(MergeError, match="Nothing is merged"):
+        unmerge(model)
+
+
+# --- tied weights ----------------------------------------------------------------------------------------------
+
+
+def test_a_tied_layer_and_what_it_is_tied_to_are_named_in_their_order() -> None:
+    model, _, head = tied_pair()
+    assert list(preview(model).layers) == ["model.embed_tokens"]  # they are one
+    with torch.no_grad():
+        head.A[0, 0] += 1
+    with pytest.raises(MergeError, match=r"model\.embed_tokens\.weight is tied to lm_head\.weight, which"):
+        merge(model)
+
+
+def whole_pair(**adapters: str) -> Any:
+    """A tied model, and adapters of one value for all that they train whole."""
+    model = tiny_llama().eval()
+    for seed, (name, whole) in enumerate(adapters.items()):
+        attach(model, LoRA(rank=2, targets="q", whole=whole), name=name)
+        with torch.no_grad():
+            value = torch.randn(96, 32, generator=torch.Generator().manual_seed(seed))
+            for parameter in parameters(model, name):
+                parameter.copy_(
+                    value if parameter.shape == value.shape else value[: len(parameter), : parameter.shape[1]]
+                )
+    return model
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.5}, {"a": 0.5, "b": 2.0}], ids=str)
+def test_4_one_value_of_tied_layers_is_merged_once(weights: dict[str, float]) -> None:
+    model = whole_pair(a="embed_tokens,lm_head", b="embed_tokens,lm_head")
+    before, W0 = bits(model), model.lm_head.weight.detach().clone()
+    expected = W0 + sum(w * (parameters(model, n)[-1].detach() - W0) for n, w in weights.items())
+    merge(model, weights=weights)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model.lm_head.weight.detach(), expected)
+    unmerge(model)
+    assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
+
+
+@pytest.mark.parametrize("kind", ["values", "one of two", "number", "value and product"])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_values_of_tied_layers_that_differ_are_refused(kind: str, weight: float) -> None:
+    model, weights = whole_pair(a="lm_head", b="lm_head"), {"a": weight}
+    if kind in ("values", "one of two"):
+        head = updates(model, "a" if kind == "values" else "b")["lm_head"]
+        head.weight = torch.nn.Parameter(head.weight.detach() + 0.1)
+        weights |= {} if kind == "values" else {"b": weight}
+    elif kind == "number":
+        fill(attach(model, LoRA(rank=2, targets=["lm_head"]), name="c"), "c")
+        weights["c"] = weight
+    else:
+        fill(attach(model, LoRA(rank=2, targets=["lm_head"], whole="embed_tokens"), name="c"), "c")
+        weights = {"c": weight}
+    before = bits(model)
+    with pytest.raises(MergeError, match=r"embed_tokens\.weight is tied to lm_head\.weight"):
+        merge(model, weights=weights)
+    assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
+
+
+class Tied(torch.nn.Module):
+    """Two layers that share a weight, each stored and read in its own way."""
+
+    def __init__(self, one: str, other: str, d: int) -> None:
+        super().__init__()
+        made = {"linear": torch.nn.Linear(4, d, bias=False), "embedding": torch.nn.Embedding(d, 4)}
+        self.one, self.other = copy.deepcopy(made[one]), copy.deepcopy(made[other])
+        self.other.weight = self.one.weight
+
+
+@pytest.mark.parametrize("d", [4, 6])
+@pytest.mark.parametrize("kinds", [("linear", "linear"), ("linear", "embedding"), ("embedding", "linear")], ids=str)
+def test_4_layers_of_any_kinds_that_share_a_weight(kinds: tuple[str, str], d: int) -> None:
+    torch.manual_seed(0)
+    model = Tied(*kinds, d)
+    fill(attach(model, LoRA(rank=2, alpha=5, targets=["one", "other"])))
+    one, other = (updates(model)[name] for name in ("one", "other"))
+    with torch.no_grad():
+        turned = kinds[0] != kinds[1]
+        other.A.copy_(one.B.t() if turned else one.A)
+        other.B.copy_(one.A.t() if turned else one.B)
+    W0, dW = model.one.weight.detach().clone(), deltaw.delta(model, "one")
+    merge(model)
+    torch.testing.assert_close(model.one.weight.detach(), W0 + (dW.t() if kinds[0] == "embedding" else dW))
+    unmerge(model)
+    assert torch.equal(model.one.weight, W0)
+    with torch.no_grad():
+        other.B[0, 0] += 1
+    with pytest.raises(MergeError, match=r"one\.weight is tied to other\.weight"):
+        merge(model)
+
+
+@pytest.mark.parametrize(("of_one", "of_other"), [(2.0, 2.0), (2.0, 3.0), (3.0, 2.0), (2.0, None), (None, 2.0)])
+def test_sums_of_tied_layers_are_one_where_all_their_terms_are(of_one: Any, of_other: Any) -> None:
+    model = whole_pair(a="lm_head")
+    model.lm_head.requires_grad_(False)
+    for name, layer in (("b", "model.embed_tokens"), ("c", "lm_head")):
+        fill(attach(model, LoRA(rank=2, alpha=5, targets=[layer]), name=name), name)
+    embedding, head = updates(model, "b")["model.embed_tokens"], updates(model, "c")["lm_head"]
+    with torch.no_grad():
+        head.A.copy_(embedding.B.t())
+        head.B.copy_(embedding.A.t())
+    weights = {"a": 0.5} | {name: w for name, w in (("b", of_one), ("c", of_other)) if w is not None}
+    before = bits(model)
+    if of_one == of_other:
+        merge(model, weights=weights)
+        unmerge(model)
+    else:
+        with pytest.raises(MergeError, match=r"embed_tokens\.weight is tied to lm_head\.weight"):
+            merge(model, weights=weights)
+    assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
+
+
+def test_a_bias_that_the_base_lacks_cannot_be_merged() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False))
+    fill(attach(model, LoRA(rank=2, alpha=5, targets="*")))
+    updates(model)["0"].bias = torch.nn.Parameter(torch.ones(4))  # as files of PEFT's lora_bias have it
+    W0 = model[0].weight.detach().clone()
+    with pytest.raises(MergeError, match=r"the base has no 0\.bias that the adapter's could be merged into"):
+        merge(model)
+    assert torch.equal(model[0].weight, W0) and list(preview(model).layers) == ["0"]
+
+
+# --- one of several --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "kind"), [("copy", Copy), ("correction", Correction)])
+def test_4_what_is_kept_of_the_others_is_of_the_same_kind(keep: Any, kind: type) -> None:
+    model = tiny_llama(tied=False).eval()
+    for name, targets in (("a", "attention"), ("b", "mlp")):
+        fill(attach(model, LoRA(rank=2, alpha=5, targets=targets), name=name), name)
+    merge(model, weights={"a": 1.0, "b": 1.0}, keep=keep)
+    unmerge(model, "a")
+    originals = record_of(model).originals
+    assert originals and all(isinstance(kept.original, kind) and "mlp" in name for name, kept in originals.items())
+    merged_by_one = bits(model)
+    unmerge(model)
+    merge(model, "b")
+    assert all(torch.equal(bits(model)[n], v) for n, v in merged_by_one.items())
+
+
+def test_4_the_others_may_change_nothing() -> None:
+    model = fill(attach(tiny_llama().eval(), METHOD, name="a"), "a")
+    before = bits(model)
+    attach(model, METHOD, name="untrained")
+    merge(model, weights={"a": 1.0, "untrained": 1.0})
+    unmerge(model, "a")
+    assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
+    assert list(record_of(model).merged) == ["untrained"]
+
+
+def test_4_what_was_untied_stays_so_where_one_cannot_be_taken_out(ids: torch.Tensor) -> None:
+    model = tiny_llama().eval()
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=3, alpha=7, targets=["lm_head"]), name=name), name, seed=seed)
+    before = snapshot(model)
+    merge(model, weights={"a": 1.0, "b": 0.5}, untie=True)
+    merged = model(ids).logits.detach()
+    B = updates(model, "b")["lm_head"].B
+    good = B.detach().clone()
+    with torch.no_grad():
+        B[0, 0] = float("nan")
+    with pytest.raises(MergeError, match="finite"):
+        unmerge(model, "a")
+    assert torch.equal(model(ids).logits, merged)
+    with torch.no_grad():
+        B.copy_(good)
+    unmerge(model)
+    assert_same(model, before)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from deltaw import DoRA, LoRA, attach, route, using
 from deltaw.attached import updates
 from deltaw.errors import AdapterError
-from tests.conftest import fill
+from deltaw.rows import Rows
+from tests.conftest import fill, tiny_llama
 from tests.test_weights import model_of
 
 
@@ -161,3 +162,165 @@ def test_experts_compute_the_tokens_of_each_rows_own_adapter(name: str) -> None:
     for row, adapter in enumerate(names):
         with using(model, adapter):
             torch.testing.assert_close(together[row], model(ids[row : row + 1]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+# --- one layer, without a model --------------------------------------------------------------------------------
+
+
+def layer_alone(names: list[str | None], **settings: Any) -> tuple[Rows, Any, dict[str, Any]]:
+    """Rows, a layer, and its updates a and b."""
+    model = layer_with(a=lora(**settings), b=lora(**settings))
+    return Rows(names), model.dense, {name: updates(model, name)["dense"] for name in "ab"}
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (6, 40), (3, 5, 40), (6, 2, 40)], ids=str)
+@torch.no_grad()
+def test_a_layers_input_has_the_rows_first_whatever_follows(shape: tuple[int, ...]) -> None:
+    rows, dense, own = layer_alone(["b", None, "a"])
+    x, W0 = torch.randn(*shape), [dense.weight, dense.bias]
+    out = rows.through(dense, own, x, nn.functional.linear(x, *W0))
+    each = shape[0] // 3
+    for row, name in enumerate(rows.names):
+        part = x[row * each : (row + 1) * each]
+        expected = nn.functional.linear(part, *W0) if name is None else own[name].branch(dense, part)
+        torch.testing.assert_close(out[row * each : (row + 1) * each], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [((3,), (3,)), ((4, 40), (4, 24)), ((2, 40), (2, 24)), ((3, 40), (6, 24))], ids=str)
+def test_rows_that_a_layer_cannot_tell_are_refused(sizes: Any) -> None:
+    rows, dense, own = layer_alone(["b", None, "a"])
+    x, out = (torch.zeros(size) for size in sizes)
+    with pytest.raises(AdapterError, match=rf"names 3 rows, but a layer's input is \[{sizes[0][0]}\b.*must be 3,"):
+        rows.through(dense, own, x, out)
+
+
+def called_by(name: str, module: str, function: Any) -> Any:
+    """Call `function` from one of this name, in a module of that name."""
+    scope = {"__name__": module, "function": function}
+    exec(f"def {name}(): return function()", scope)
+    return scope[name]()
+
+
+def test_more_rows_than_names_are_for_generate_of_transformers_alone() -> None:
+    rows, few = Rows(["b", None, "a"]), torch.zeros(3, 7)
+    for x in (few, few[:, :, None], few[:, :, None, None]):
+        rows.check(x, 2)
+    rows.check(few[:, 0], 1)
+    with pytest.raises(AdapterError, match=r"names 3 rows, but a layer's input is \[3\]"):
+        rows.check(few[:, 0], 2)
+    with pytest.raises(AdapterError, match=r"names 1 row, but"):
+        Rows(["a"]).check(few, 2)
+    with pytest.raises(AdapterError, match=r"names 2 rows, but"):
+        Rows(["a", "a"]).check(few, 2)
+    modelling = "transformers.generation.utils"
+    for n in (1, 2, 4, 5, 6, 7, 9):
+        many = torch.zeros(n, 7)
+        for name, module in (("generate", "other"), ("forward", modelling), ("sample", modelling)):
+            with pytest.raises(AdapterError, match=rf"names 3 rows, but a layer's input is \[{n}, 7\]"):
+                called_by(name, module, lambda many=many: rows.check(many, 2))
+        if n in (6, 9):
+            called_by("generate", modelling, lambda many=many: rows.check(many, 2))
+        else:
+            with pytest.raises(AdapterError, match="names 3 rows"):
+                called_by("generate", modelling, lambda many=many: rows.check(many, 2))
+
+
+DTYPES = [
+    (torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float32, torch.float32),
+    (torch.float32, torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16, torch.bfloat16),
+    (torch.float8_e4m3fn, torch.float32, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("stored", "computed", "expected"), DTYPES, ids=str)
+@torch.no_grad()
+def test_stacks_are_in_the_adapters_dtype_where_that_is_less(stored: Any, computed: Any, expected: Any) -> None:
+    rows, dense, own = layer_alone(["b", None, "a"])
+    for update in own.values():
+        update.to(stored)
+    kept: dict[Any, Any] = {}
+    rows.through(dense, own, torch.zeros(3, 40, dtype=computed), torch.zeros(3, 24, dtype=computed), kept)
+    (layer,) = kept.values()
+    assert [(stack.A.dtype, stack.B.dtype) for stack in layer.stacks] == [(expected, expected)]
+
+
+def test_stacks_are_kept_for_one_dtype_while_no_gradient_flows_into_them() -> None:
+    rows, dense, own = layer_alone(["b", None, "a"])
+    x = torch.randn(3, 40)
+    kept: dict[Any, Any] = {}
+
+    def branches(dtype: torch.dtype = torch.float32) -> Tensor:
+        return rows.through(dense, own, x.to(dtype), torch.zeros(3, 24, dtype=dtype), kept)
+
+    for update in own.values():
+        update.requires_grad_(True)
+    first = branches()
+    assert first.requires_grad and not kept
+    with torch.no_grad():
+        assert torch.equal(branches(), first) and len(kept) == 1
+        own["a"].B.mul_(2.0)
+        assert torch.equal(branches(), first)  # within one call of generate nobody changes them
+        double = branches(torch.float64)
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double[2], 2.0 * first[2].double(), atol=1e-5, rtol=1e-5)
+    own["b"].requires_grad_(False)
+    kept.clear()
+    assert branches().requires_grad and not kept
+    own["a"].requires_grad_(False)
+    assert not branches().requires_grad and kept
+
+
+def test_dropout_of_a_layer_is_its_updates_own_and_for_training() -> None:
+    rows, dense, own = layer_alone(["b", None, "a"], dropout=0.5)
+    x = torch.ones(3, 40)
+    for training in (True, False):
+        for update in own.values():
+            update.train(training)
+        once, again = (rows.through(dense, own, x, torch.zeros(3, 24)) for _ in range(2))
+        assert torch.equal(once, again) is not training and once.isfinite().all() and once[0].any() and once[2].any()
+
+
+@torch.no_grad()
+def test_experts_take_tokens_that_are_the_batchs_rows() -> None:
+    model = model_of("Qwen3-MoE")
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2 + seed, alpha=5), name=name), name, seed=seed)
+    experts = model.model.layers[0].mlp.experts
+    own = {name: updates(model, name)["model.layers.0.mlp.experts"] for name in "ab"}
+    chosen = torch.randint(4, (15, 2), generator=torch.Generator().manual_seed(1))
+    x, weights = torch.randn(15, 32), torch.rand(15, 2)
+    rows = Rows(["b", None, "a"])
+    with using(model, None):
+        plain = experts(x, chosen, weights)
+        for given, named in (([x, chosen, weights], {}), ([x], {"top_k_index": chosen, "top_k_weights": weights})):
+            out = rows.by_tokens(experts, own, experts, given, named)
+            torch.testing.assert_close(out[5:10], plain[5:10])
+            for row, name in ((0, "b"), (2, "a")):
+                part = slice(5 * row, 5 * row + 5)
+                expected = own[name].branch(experts, x[part], chosen[part], weights[part])
+                torch.testing.assert_close(out[part], expected, atol=1e-5, rtol=1e-5)
+                assert (out[part] - plain[part]).abs().max() > 1e-3
+    for wrong in ([x], [x[:14], chosen[:14]], [x, chosen[:12]], [x, None], [None, None], [x, torch.tensor(1.0)]):
+        with pytest.raises(AdapterError, match=r"is not given each token of a batch of 3 rows"):
+            rows.by_tokens(experts, own, experts, wrong, {})
+
+
+@torch.no_grad()
+def test_an_adapter_with_a_vocabulary_of_its_own_has_no_batch_with_others() -> None:
+    model = tiny_llama(tied=False).eval()
+    for name in "ab":
+        fill(attach(model, LoRA(rank=2, targets="q", whole="lm_head"), name=name), name)
+    head, own = model.lm_head, {name: updates(model, name)["lm_head"] for name in "ab"}
+    x = torch.randn(6, 4, 32)
+    rows, plain = Rows(["b", "a", None]), torch.randn(6, 4, 96)
+    out = rows.through(head, own, x, plain)
+    assert torch.equal(out[4:], plain[4:])
+    for part, name in ((slice(0, 2), "b"), (slice(2, 4), "a")):
+        torch.testing.assert_close(out[part], own[name].branch(head, x[part]))
+    for count in (95, 99):
+        said = rf"'[ab]' has another vocabulary than the base \(96 tokens, not {count}\)"
+        with pytest.raises(AdapterError, match=said):
+            rows.through(head, own, x, torch.randn(6, 4, count))

@@ -43,8 +43,8 @@ def lowrank_linear(
     seed = _seed() if training and dropout > 0.0 else None
     if W0.requires_grad or (bias is not None and bias.requires_grad):
         return reference(x, W0, bias, A, B, scale, dropout, seed)
-    how = _How(scale, training, dropout, seed)
-    return _together(x, [W0], [bias], A, [B], how)[0]
+    (out,) = _together(x, [W0], [bias], A, [B], _How(scale, training, None if seed is None else (dropout, seed)))
+    return out
 
 
 def lowrank_linears(
@@ -55,7 +55,7 @@ def lowrank_linears(
     x [..., k]; W0 [d, k], bias [d] and B [d, r] of each layer; A [Σr, k], the layers' A's stacked in order → [..., d] of each.
     All in one dtype, without autocast or dropout, W0 and bias frozen.
     """
-    return _together(x, W0s, biases, A, Bs, _How(1.0, True, 0.0, None))
+    return _together(x, W0s, biases, A, Bs, _How(1.0, True, None))
 
 
 def reference(
@@ -80,16 +80,15 @@ class _How:
 
     scale: float
     training: bool
-    dropout: float
-    seed: int | None
-    """Of the dropout mask; None for no dropout."""
+    dropout: tuple[float, int] | None
+    """Its probability, and the seed of its mask."""
 
     def scaled(self, fresh: Tensor) -> Tensor:
         return fresh if self.scale == 1.0 else fresh.mul_(self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
         """The branch's input, or a gradient on its way back through the same mask."""
-        return x if self.seed is None else x * _mask(x, self.dropout, self.seed)
+        return x if self.dropout is None else x * _mask(x, *self.dropout)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -134,7 +133,7 @@ def _forward(
         Bt = B.to(x.dtype).t()
         # F.linear's output is fresh and contiguous, so a view of it can take the branch in place
         flat = out.view(-1, out.shape[-1])
-        if how.training or out.dtype.itemsize < 4:
+        if how.training or out.dtype.itemsize < torch.float32.itemsize:
             flat.addmm_(part, Bt, alpha=how.scale)  # rounded once
         else:
             # Rounded as the formula is written, which is also PEFT's order: its logits come out the same
@@ -191,8 +190,8 @@ class _Fused(torch.autograd.Function):
             stacked = ctx.how.scaled(gB[0] if n == 1 else torch.cat(gB, dim=1))
             if needs_A:
                 dA = (stacked.t() @ ctx.how.dropped(_rows(x))).to(A.dtype)
-            if needs_x and dx is not None:
+            if dx is not None:
                 A = A.to(dx.dtype)
-                dx = dx.addmm_(stacked, A) if ctx.how.seed is None else dx.add_(ctx.how.dropped(stacked @ A))
+                dx = dx.addmm_(stacked, A) if ctx.how.dropout is None else dx.add_(ctx.how.dropped(stacked @ A))
                 dx = dx.view(x.shape)
         return dx, dA, None, *[None] * (2 * n), *dBs

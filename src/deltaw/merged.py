@@ -112,7 +112,7 @@ def _must_change(change: Change, done: MergeStats) -> bool:
 
 def _untie(owner: nn.Module) -> ties.Untied:
     """Give each layer that shares a weight one of its own."""
-    return ties.untie(owner, [names for names in readers(owner).values() if len(names) > 1])
+    return ties.untie(owner, readers(owner).values())
 
 
 def _bytes_of_copies(record: Adapters) -> int:
@@ -283,9 +283,10 @@ def _misfit(owner: nn.Module, name: str, change: Change) -> str | None:
     if own.ndim > 2 and not own.is_contiguous():
         return f"{name} is stored in another order (channels last?): call model.to(memory_format=torch.contiguous_format) first"
     terms = [term for term, _ in change.terms] if isinstance(change, Sum) else [change]
-    others = [t.W.shape for t in terms if isinstance(t, Value) and t.W.shape != matrix_of(owner, name).shape]
-    if others:
-        rows = max(others[0])
+    shape = matrix_of(owner, name).shape
+    other = next((term.W.shape for term in terms if isinstance(term, Value) and term.W.shape != shape), None)
+    if other is not None:
+        rows = max(other)
         return (
             f"{name} is {list(own.shape)}, the adapter's vocabulary has {rows} tokens: "
             f"call model.resize_token_embeddings({rows}) before the adapter is loaded"
@@ -298,16 +299,16 @@ def _tied(owner: nn.Module, changes: dict[str, Change]) -> list[str]:
     of them the same value, of which one is then left in `changes`."""
     problems = []
     for names in readers(owner).values():
-        changed = [n for n in names if n in changes]
-        if len(names) == 1 or not changed:
+        first = next((n for n in names if n in changes), None)
+        if first is None:
             continue
-        others = [n for n in names if n != changed[0]]
-        if all(n in changes and _same_value(owner, changed[0], n, changes) for n in others):
+        others = [n for n in names if n != first]
+        if all(n in changes and _same_value(owner, first, n, changes) for n in others):
             for n in others:
                 del changes[n]
         else:
             problems.append(
-                f"{changed[0]} is tied to {', '.join(others)}, which would change with it: untie them, by "
+                f"{first} is tied to {', '.join(others)}, which would change with it: untie them, by "
                 "merge(model, untie=True) (command line: --untie)"
             )
     return problems

@@ -70,7 +70,7 @@ class _Here(threading.local):
         self.choice: Choice = UNSET
         self.kept: dict[Any, Any] | None = None
         self.passes: list[Pass] = []
-        self.came: tuple[int, Choice] = (-1, UNSET)
+        self.came: tuple[int | None, Choice] = (None, UNSET)
         """The last backward pass that came to a pass's outputs, and what that pass went through."""
         self.plain: Choice = UNSET
         """The choice of the innermost block, where no frame that pauses has one."""
@@ -173,9 +173,9 @@ class Route:
         """A pass of this thread ends, and with it those within."""
         passes = self.here.passes
         if begun in passes:
-            ended = passes[passes.index(begun) :]
-            del passes[-len(ended) :]
-            self.running.difference_update(ended)
+            first = passes.index(begun)
+            self.running.difference_update(passes[first:])
+            del passes[first:]
             last = passes[-1] if passes else None
             self.here.choice, self.here.kept = (UNSET, None) if last is None else (last.choice, last.kept)
 
@@ -204,14 +204,14 @@ class Route:
             return choice if outer in self.backward else UNSET
         if threading.get_ident() in threads:
             return threads[threading.get_ident()]
-        choices = list(threads.values())
-        return choices[0] if all(c is choices[0] for c in choices) else UNSET
+        one, *others = threads.values()
+        return one if all(other is one for other in others) else UNSET
 
     def _check_again(self, choice: Choice) -> None:
         """Raise AdapterError where activations are computed again before the backward pass comes to the outputs of a pass, in
         code that is not where that pass was."""
         choice = _one(choice)
-        if self.last is not UNSET and self.last is not choice and self.last != choice:
+        if self.last is not UNSET and self.last != choice:
             raise AdapterError(
                 "Activations are computed again in a backward pass, and what their forward pass went through cannot be told: the "
                 f"last pass went through {_said(self.last)}, this code goes through {_said(choice)}. Leave the using or route "

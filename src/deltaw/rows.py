@@ -81,8 +81,9 @@ class Rows:
             if kept is not None and not layer.learns:
                 kept["stacks", id(updates)] = layer
         if layer.stacks:
-            flat = out.reshape(n, -1, out.shape[-1])
-            flat = mixed.add_branches(flat, x.reshape(n, -1, x.shape[-1]), layer.stacks, self._order(layer, out.device))
+            (*_, d), (*_, k) = out.shape, x.shape
+            order = self._order(layer, out.device)
+            flat = mixed.add_branches(out.reshape(n, -1, d), x.reshape(n, -1, k), layer.stacks, order)
             out = flat.view(out.shape)
         for name in layer.singly:
             out = self._placed(name, updates[name].branch(module, self._of(name, x)), out)
@@ -127,10 +128,9 @@ class Rows:
                 f"Adapter {name!r} has another vocabulary than the base ({own.shape[-1]} tokens, not {out.shape[-1]}): its rows "
                 "cannot be in one batch with others. Use it by itself."
             )
-        n = len(self.names)
         rows = torch.tensor(self.rows[name], device=out.device)
-        split = out.reshape(n, -1, *out.shape[1:])
-        return split.index_copy(0, rows, own.view(len(rows), *split.shape[1:])).view(out.shape)
+        flat = out.reshape(len(self.names), -1)
+        return flat.index_copy(0, rows, own.reshape(len(rows), -1)).view(out.shape)
 
     def _stacked(self, updates: Mapping[str, Any], out: Tensor) -> Layer:
         """The layer's stacks, and the adapters that are in none."""
@@ -149,7 +149,7 @@ class Rows:
         for name in sorted(self.rows):
             update = updates.get(name)
             if update is not None and update.stackable:
-                key = update.rank, len(self.rows[name]), update.A.dtype, update.dropout if update.training else 0.0
+                key = update.rank, len(self.rows[name]), update.A.dtype, _dropout(update)
                 groups.setdefault(key, []).append(name)
         return tuple(tuple(group) for group in groups.values())
 
@@ -163,7 +163,7 @@ class Rows:
 
 def _in_generate() -> bool:
     """Tell if transformers' `generate`, of whatever model, is waiting for this code."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers"):
             return True
@@ -174,8 +174,13 @@ def _in_generate() -> bool:
 def _stack(updates: Sequence[Any], dtype: torch.dtype) -> Stack:
     """Of updates with one rank and dtype, for a layer that computes in `dtype`; in their own where that is less: it was
     asked for, and is less to read. (But for 8 bits, which have no products.)"""
-    first = updates[0]
+    first, *_ = updates
     stored = first.A.dtype
     working = stored if 1 < stored.itemsize < dtype.itemsize else dtype
     A, B = mixed.stacked([u.A for u in updates], [u.B for u in updates], [u.scale for u in updates], working)
-    return Stack(A, B, first.dropout if first.training else 0.0)
+    return Stack(A, B, _dropout(first))
+
+
+def _dropout(update: Any) -> float:
+    """What an update drops of its input now."""
+    return update.dropout if update.training else 0.0
