@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -251,6 +252,13 @@ def test_the_decoders_loss_is_transformers_own(name: str, tmp_path: Path) -> Non
     assert of_rows.tolist() == sorted(of_rows.tolist()) and set(of_rows.tolist()) == {0, 1}
 
 
+reads_pictures = pytest.mark.skipif(
+    hasattr(transformers.AutoImageProcessor, "_backends"),
+    reason="this transformers reads pictures with torchvision alone",
+)
+
+
+@reads_pictures
 def test_images(tmp_path: Path) -> None:
     processor = image_processor()
     make = lambda _: ViTForImageClassification(  # noqa: E731
@@ -290,6 +298,7 @@ def test_images(tmp_path: Path) -> None:
     assert "there is no picture no/such.png" in str(caught.value)
 
 
+@reads_pictures
 def test_running_statistics_of_the_base_stay_as_they_are(tmp_path: Path) -> None:
     """A pass in training mode changes those of batch norms, which no adapter holds: what is loaded was another model."""
     shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)

@@ -99,9 +99,8 @@ def load_pretrained(
             )  # fmt: skip
         model, info = opened[0].eval().to(where), opened[1]
     except ImportError as error:
-        raise FileError(
-            f"{source} needs a package that is not installed: {error}\nGGUF files need: pip install 'deltaw[gguf]'"
-        ) from error
+        hint = "\nGGUF files need: pip install 'deltaw[gguf]'" if "gguf_file" in arguments else ""
+        raise FileError(f"{source} needs a package that is not installed: {str(error).strip()}{hint}") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FileError(f"{source} cannot be loaded as {kind}: {_first_line(error)}") from error
     new = _new_modules(model, info) if task in HEADED else {}
