@@ -40,7 +40,8 @@ def through_attention(
     groups: dict[str | None, list[int]] = {}
     for row, name in enumerate(rows.names):
         groups.setdefault(name, []).append(row)
-    outputs, weights = [], []
+    outputs: list[Tensor] = []
+    weights: list[Tensor] = []
     for name, own in groups.items():
         taken = {key: _of(own, value, n, _place(key, value, place)) for key, value in given.items()}
         update = updates.get(name) if name is not None else None
@@ -48,12 +49,11 @@ def through_attention(
         with route.within(module, name):  # its output projection is read under the same name
             out, attention = forward(**taken)
         outputs.append(out.movedim(place, 0).unflatten(0, (len(own), -1)))
-        weights.append(attention if attention is None else attention.unflatten(0, (len(own), -1)))
+        if attention is not None:
+            weights.append(attention.unflatten(0, (len(own), -1)))
     order = torch.tensor([row for own in groups.values() for row in own]).argsort().to(outputs[0].device)
     out = torch.cat(outputs)[order].flatten(0, 1).movedim(0, place)
-    if any(each is None for each in weights):
-        return out, None
-    return out, torch.cat(weights)[order].flatten(0, 1)
+    return out, torch.cat(weights)[order].flatten(0, 1) if weights else None
 
 
 def _place(key: str, value: Any, place: int) -> int | None:

@@ -49,7 +49,7 @@ class Begin:
         if isinstance(choice, Rows):
             x = _main_input(module, inputs, named)
             least = 1 if slot_of(module) is None else dimensions(module)
-            given = {**dict(enumerate(inputs)), **named}
+            given: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
             # UNSET: each layer looks at its own input
             choice = UNSET if x is None else choice.of_batch(x, least, given, placeholders_of(_config(module)))
         route.push(module, choice, frame, None if block is None else block.kept)

@@ -77,6 +77,8 @@ class _Seen:
         if first is None or x.shape != first.shape:
             self.places = set()
             return
+        if not x.numel():  # nothing of this batch came here
+            return
         found = {place for place in _places(first, count) if _follows(first, x, place, count, rows, differing)}
         self.places = found if self.places is None else self.places & found
 
@@ -128,6 +130,7 @@ def find(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) ->
                 return [], set()
             for each in seen.values():
                 each.places = each.places if each.call == len(each.calls) else set()
+    seen = {name: each for name, each in seen.items() if any(x.numel() for x in each.calls)}
     _note(owner, seen, key_of(given, count), count)
     mixed = [
         f"{name}: its input is {tuple(each.calls[0].shape)} for a batch of {count}"

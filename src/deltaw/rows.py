@@ -89,6 +89,8 @@ class Rows:
         """The output of a layer, of which `out` [..., d] is the base's part and x [..., k] the input, with each row's branch.
         `kept` may have the layer's stacks. Raises AdapterError where the rows of the batch cannot be told."""
         n = len(self.names)
+        if not x.numel():  # no token of this batch came here
+            return out
         if x.dim() < 2 or x.shape[0] % n or out.shape[0] != x.shape[0]:
             raise self._other_rows(x)
         layer = None if kept is None else kept.get(("stacks", id(updates)))

@@ -136,7 +136,7 @@ def _new_forms_asked(model: nn.Module, record: Adapters) -> Iterator[None]:
     here = threading.get_ident()
 
     def ask(owner: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = {**dict(enumerate(inputs)), **named}
+        given: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
         size = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.dim()), 0)
         key = key_of(given, size)
         if threading.get_ident() != here or key in record.rows_asked or not _open_questions(record, slots):

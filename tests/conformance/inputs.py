@@ -40,7 +40,8 @@ def _complete(model: Any, batch: Batch, wanted: list[str]) -> Batch:
         batch = {**batch, "return_loss": False}
     token = _image_token(model.config)
     if token is not None and "input_ids" in batch and not (batch["input_ids"] == token).any() and _has_images(batch):
-        batch = {**batch, "input_ids": torch.cat([torch.full((ROWS, 1), token), batch["input_ids"]], 1)}
+        places = setting(model.config, "num_query_tokens", default=1)  # a model with queries may not count them
+        batch = {**batch, "input_ids": torch.cat([torch.full((ROWS, places), token), batch["input_ids"]], 1)}
     if "mm_token_type_ids" in wanted and "input_ids" in batch:
         image, video = setting(model.config, "image_token_id"), setting(model.config, "video_token_id")
         tokens = batch["input_ids"]
