@@ -22,7 +22,7 @@ from tests.conformance.settings import CLASSES, SETTINGS, WITHOUT
 
 MOST = 30_000_000
 """Parameters that a model may have."""
-SECONDS = 18
+SECONDS = 12
 """Of processor time for the tries to build it."""
 # The classes of a folder in the order in which they are tried
 ORDER = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,9 +311,16 @@ def checked(check: Callable[[Life], str], life: Life) -> str:
     try:
         return check(life)
     except AdapterError as error:
-        return f"refused: {' '.join(str(error).split())[:400]}"
+        why = f"refused: {' '.join(str(error).split())[:400]}"
     except Exception as error:
-        return said(error)[:400]
+        why = said(error)[:400]
+    return without_folders(why, life.folder)
+
+
+def without_folders(text: str, folder: Path) -> str:
+    """A text that says the same on every machine: this folder, and others for temporary files, by what they are."""
+    text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the folder")
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}{re.escape(os.sep)}[\w.-]+", "a temporary folder", text)
 
 
 def reasons(left_out: Mapping[str, str]) -> dict[str, str]:
