@@ -147,7 +147,7 @@ def small(config: PretrainedConfig, size: Size, extra: Mapping[str, Any] = {}) -
         heads = getattr(config, "num_attention_heads", None)
         same = [n for n, v in _fields(config) if n in ("num_key_value_heads", "n_kv_heads") and v == heads]
         fields |= dict.fromkeys(same, fields["num_attention_heads"])
-    fields |= _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
+    fields |= _layers_of_each_kind(config, size) | ({} if cut is shallow else _small_image(config))
     fields |= _filled(config, fields) if size.filled else {}
     turns = getattr(config, "rope_parameters", None) or {}
     if cut is narrow and _has_sections(type(config)) and not any(isinstance(v, dict) for v in turns.values()):
@@ -223,7 +223,7 @@ def _made(config: PretrainedConfig, fields: dict[str, Any]) -> PretrainedConfig:
         return type(config)(**plain)
 
 
-def _layers_of_each_kind(config: PretrainedConfig) -> dict[str, Any]:
+def _layers_of_each_kind(config: PretrainedConfig, size: Size) -> dict[str, Any]:
     """Lists with an entry for each layer, cut to a layer of each kind (attention, Mamba, experts …), at most six."""
     depth = getattr(config, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 3:
@@ -231,7 +231,11 @@ def _layers_of_each_kind(config: PretrainedConfig) -> dict[str, Any]:
     lists = {
         n: v
         for n, v in _fields(config)
-        if isinstance(v, (list, tuple)) and len(v) == depth and isinstance(v[0], (str, int))
+        if isinstance(v, (list, tuple))
+        and len(v) == depth
+        and isinstance(v[0], (str, int))
+        # Stages have depths and heads of their own
+        and not (size.filled and (DEPTHS.fullmatch(n) or HEADS.fullmatch(n)))
     }
     if not lists:
         return {}
