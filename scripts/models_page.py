@@ -32,7 +32,7 @@ GROUPS = {
 }
 _MIXED = (
     "t",
-    "Layers are given what all rows share (positions), pairs of several rows, or the parts of rows in another order (tokens sorted "
+    "Layers are given what all rows share (positions), pairs of several rows, or parts of rows in another order (tokens sorted "
     "by expert): rows cannot have adapters of their own.",
 )
 # What a check's text holds → the letter and the reason that the page gives
