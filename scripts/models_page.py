@@ -58,6 +58,7 @@ REASONS: dict[str, tuple[str, str]] = {
         "PEFT renames the keys of an adapter as it would a checkpoint's, and then finds them nowhere: it does not read its own "
         "file of this type either.",
     ),
+    "get_input_embeddings": ("g", "PEFT asks for the token embeddings of the model, and its class says that it has none."),
     "incompatible with Mamba": ("p", "PEFT refuses to adapt `out_proj` of Mamba-based models. `targets` without it are read."),
     "Error(s) in loading state_dict": ("q", "PEFT reads the experts of this type with other ranks than the file has."),
     "cannot be used": ("r", "PEFT's file has two updates of one stack of experts, or ranks that its settings do not say."),

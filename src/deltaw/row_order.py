@@ -69,18 +69,21 @@ class _Seen:
     calls: list[Tensor] = field(default_factory=list)
     places: set[int] | None = None
     call: int = 0
+    odd: tuple[int, ...] = ()
+    """The shape of an input in which no dimension has the rows."""
 
     def compare(self, x: Tensor, count: int, rows: Sequence[int], differing: Sequence[bool]) -> None:
         """Take the places away whose parts changed where the batch did not, or did not where it did."""
         first = self.calls[self.call] if self.call < len(self.calls) else None
         self.call += 1
         if first is None or x.shape != first.shape:
-            self.places = set()
+            self.places, self.odd = set(), self.odd or tuple(x.shape)
             return
         if not x.numel():  # nothing of this batch came here
             return
         found = {place for place in _places(first, count) if _follows(first, x, place, count, rows, differing)}
         self.places = found if self.places is None else self.places & found
+        self.odd = self.odd if self.places or self.odd else tuple(x.shape)
 
 
 def _places(x: Tensor, count: int) -> list[int]:
@@ -133,7 +136,7 @@ def find(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) ->
     seen = {name: each for name, each in seen.items() if any(x.numel() for x in each.calls)}
     _note(owner, seen, key_of(given, count), count)
     mixed = [
-        f"{name}: its input is {tuple(each.calls[0].shape)} for a batch of {count}"
+        f"{name}: its input is {each.odd or tuple(each.calls[0].shape)} for a batch of {count}"
         for name, each in seen.items()
         if not each.places
     ]

@@ -16,6 +16,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.errors import DeltaWError
+from deltaw.layers import Weight
+from deltaw.targets import select
 from tests.conformance.configs import CUTS, small
 from tests.conformance.inputs import Batch, batches, with_places
 from tests.conformance.settings import CLASSES, SETTINGS, WITHOUT
@@ -98,12 +101,15 @@ def build(folder: str) -> Built:
 
 @torch.no_grad()
 def depends(built: Built) -> bool:
-    """Whether an output changes with the weights of the dense layers."""
+    """Whether an output changes with the weights of the layers that `all-linear` adapts."""
     model = copy.deepcopy(built.model)
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    try:
+        layers = select(model, "all-linear", 2).layers
+    except DeltaWError:  # it has none
+        return False
     before = outputs(model, built.batch)
-    for layer in layers:
-        layer.weight.mul_(-0.7)
+    for layer in layers.values():
+        (layer.value if isinstance(layer, Weight) else layer.weight).mul_(-0.7)
     after = outputs(model, built.batch)
     pairs = zip(before, after, strict=False)
     return any(a.shape != b.shape or bool(((a - b).abs() > 0).any()) for a, b in pairs)
