@@ -220,6 +220,25 @@ def test_patches_of_other_sizes_do_not_matter_where_no_adapter_sees_them() -> No
     assert_rows(adapted(Seeing(), targets=["text"]), ["a", "b"], **seen(1, 3))
 
 
+class Chunked(nn.Module):
+    """Cuts a sound into pieces of three, each of which is a row to its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dense(x.reshape(-1, 3, 6)).reshape(len(x), -1, 5)
+        return out
+
+
+def test_sounds_of_several_lengths_are_followed_where_a_model_cuts_them_into_pieces() -> None:
+    torch.manual_seed(0)
+    model = adapted(Chunked())
+    for length in (6, 12, 3):
+        assert_rows(model, NAMES, x=torch.randn(4, length, 6))
+
+
 def test_what_says_that_rows_are_of_several_forms() -> None:
     ids, mask = torch.tensor([[7, 3, 9], [3, 7, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
     assert uneven({"input_ids": ids, "attention_mask": mask}, 2, frozenset([3])) == ""

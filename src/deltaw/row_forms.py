@@ -26,7 +26,9 @@ class Form:
         self.count = count
         self.named: Mapping[Any, Any] = {n: v for n, v in named.items() if isinstance(v, Tensor) and v.dim()}
         self.key = key_of(self.named, self.size)
-        self.packed = any(v.is_floating_point() and len(v) != self.size for v in self.named.values())
+        real = [v for v in self.named.values() if v.is_floating_point()]
+        # Texts of any length are of one form, and some models cut them into parts
+        self.sized = bool(real) and all(len(v) == self.size for v in real)
         self.placeholders = placeholders
         self.why: str | None = None
 
@@ -41,7 +43,7 @@ class Form:
         of parts for a row that batches of a form were found to have."""
         size, known = x.shape[rows_at], parts.get(self.key, set())
         here = f"{layer}: its input is {list(x.shape)} in a batch of {self.size} rows"
-        if known and not self.packed and size not in {n * self.size for n in known}:
+        if known and self.sized and size not in {n * self.size for n in known}:
             before = " or ".join(str(n * self.size) for n in sorted(known))
             raise AdapterError(
                 f"{here}, where there were {before} parts of such a batch before. "
@@ -60,9 +62,9 @@ class Form:
 
 
 def key_of(named: Mapping[Any, Any], size: int) -> frozenset[Any]:
-    """Which tensors a batch has, and of what sizes its images and videos are; texts and sounds of any length are alike."""
+    """Which tensors a batch has, and of what sizes its images and sounds are; texts of any length are alike."""
     return frozenset(
-        (name, v.dim(), tuple(v.shape[1:]) if v.is_floating_point() and v.dim() > 3 and len(v) == size else None)
+        (name, v.dim(), tuple(v.shape[1:]) if v.is_floating_point() and len(v) == size else None)
         for name, v in named.items()
         if isinstance(v, Tensor) and v.dim()
     )
