@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "seggpt": {"image_size": [64, 32], "patch_size": 16, "pretrain_image_size": 32},
     "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 5, "no_token_index": 6},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+    "grounding_dino": {"num_queries": 5}, "mm_grounding_dino": {"num_queries": 5},
     "upernet": _resnet("stage1", "stage2", "stage3", "stage4"),
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "autoformer": _AHEAD, "informer": _AHEAD, "time_series_transformer": _AHEAD,
