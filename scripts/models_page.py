@@ -30,7 +30,11 @@ GROUPS = {
     "text": "Texts",
     "other": "Others",
 }
-_MIXED = ("t", "Layers see the time first, or positions that all rows share: rows cannot have adapters of their own.")
+_MIXED = (
+    "t",
+    "Layers are given what all rows share (positions), pairs of several rows, or parts of rows in another order (tokens sorted "
+    "by expert): rows cannot have adapters of their own.",
+)
 # What a check's text holds → the letter and the reason that the page gives
 REASONS: dict[str, tuple[str, str]] = {
     "Experts takes several inputs": (
@@ -38,9 +42,9 @@ REASONS: dict[str, tuple[str, str]] = {
         "Stacked experts see the tokens that are sent to them, of all rows of a batch at once. Adapters that leave the experts "
         'out (`targets="attention"`) can be mixed in a batch.',
     ),
-    "takes several inputs": (
-        "m",
-        "A module with several inputs (`nn.MultiheadAttention`) has no one input with a part for each row.",
+    "reads the weight itself": (
+        "u",
+        "The module around a layer uses its weight without calling it, where an update of PEFT's is not seen. Ours is.",
     ),
     "is read by the module around it": (
         "w",
@@ -54,6 +58,7 @@ REASONS: dict[str, tuple[str, str]] = {
         "PEFT renames the keys of an adapter as it would a checkpoint's, and then finds them nowhere: it does not read its own "
         "file of this type either.",
     ),
+    "get_input_embeddings": ("g", "PEFT asks for the token embeddings of the model, and its class says that it has none."),
     "incompatible with Mamba": ("p", "PEFT refuses to adapt `out_proj` of Mamba-based models. `targets` without it are read."),
     "Error(s) in loading state_dict": ("q", "PEFT reads the experts of this type with other ranks than the file has."),
     "cannot be used": ("r", "PEFT's file has two updates of one stack of experts, or ranks that its settings do not say."),

@@ -5,7 +5,7 @@
     python -m scripts.models_sweep --again            those too whose last result was not good
     python -m scripts.models_sweep llama t5 whisper   these, whatever result they have
 
-Each result is a file in .cache/models, so that a sweep that was stopped goes on. All of them together are written to
+Each result is a file in .cache/models, so that a sweep that was stopped goes on. They are written over those in
 results/models.json at the end, of which scripts/models_page.py makes docs/models.md.
 """
 
@@ -31,7 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must not have thread
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tests.conformance.building import NotBuilt, build, classes, folders  # noqa: E402
-from tests.conformance.checks import look  # noqa: E402
+from tests.conformance.checks import look, without_folders  # noqa: E402
 
 import deltaw  # noqa: E402
 
@@ -50,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
     SINGLE.mkdir(parents=True, exist_ok=True)
-    names = arguments.types or [n for n in folders()[part - 1 :: parts] if wanted(n, again=arguments.again)]
+    rows = known()
+    names = arguments.types or [n for n in folders()[part - 1 :: parts] if wanted(rows.get(n), again=arguments.again)]
     prepare()
     for name in names:
         started = time.monotonic()
@@ -61,11 +62,15 @@ def main() -> None:
     write_results()
 
 
-def wanted(name: str, *, again: bool) -> bool:
-    path = SINGLE / f"{name}.json"
-    if not path.is_file():
+def known() -> dict[str, dict[str, Any]]:
+    """What is known of each type: the committed rows, and those of this machine in their places."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if RESULTS.is_file() else {}
+    return rows | {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(SINGLE.glob("*.json"))}
+
+
+def wanted(row: dict[str, Any] | None, *, again: bool) -> bool:
+    if row is None:
         return True
-    row = json.loads(path.read_text(encoding="utf-8"))
     same = row.get("transformers") == transformers.__version__
     return not same or ("checks" in row and "dense" not in row) or (again and outcome(row) != "✓")
 
@@ -123,14 +128,15 @@ def _report(name: str, writing: int) -> None:
     except NotBuilt as error:
         row["not tried"] = str(error)
     except BaseException as error:
-        row["not tried"] = f"the check itself failed: {type(error).__name__}: {error}"
+        why = f"the check itself failed: {type(error).__name__}: {error}"
+        row["not tried"] = without_folders(why, Path(tempfile.gettempdir()))
     os.write(writing, json.dumps(row).encode())
     os._exit(0)
 
 
 def write_results() -> None:
     """All results that there are, as one file."""
-    rows = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(SINGLE.glob("*.json"))}
+    rows = dict(sorted(known().items()))
     text = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,

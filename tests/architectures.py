@@ -152,7 +152,7 @@ TABLE: tuple[Architecture, ...] = (
             "norm_rel_ebd": "layer_norm", "position_biased_input": False, "pooler_dropout": 0.0,
         },
         classes, BERT | {"q": {"query_proj"}, "k": {"key_proj"}, "v": {"value_proj"}},
-        left_out=head("pooler.dense", "classifier"), rows_refused=r"names 3 rows, but a layer's input is \[1, 16, 32\]",
+        left_out=head("pooler.dense", "classifier"), rows_refused=r"query_proj: its input is \(1, 16, 32\)",
     ),
     # All of its layers are one
     Architecture(

@@ -24,7 +24,7 @@ MAMBA = {
     "we read PEFT's": "ValueError",
 }
 """PEFT adapts no `out_proj` of these."""
-POOLED = {"gradients": "none in 4 of 30: model.vision_tower.head", "rows": "refused: A MultiheadAttention"}
+POOLED = {"gradients": "none in 4 of 30: model.vision_tower.head"}
 """The language model does not read what the vision tower sums up."""
 # Folder → what its checks say; nothing where all is well
 SAMPLE: dict[str, dict[str, str]] = {

@@ -187,3 +187,19 @@ def test_a_model_whose_parameters_are_in_another_order_refuses_what_the_order_de
     with pytest.raises(FileError, match="by this model's order"):
         deltaw.load(model, tmp_path / "a")
     assert_same(model, before)
+
+
+def test_a_mixture_all_of_whose_layers_are_dense_is_read_by_peft(tmp_path: Path) -> None:
+    """PEFT translates the names by the model's type, whether there are stacks or none."""
+    sizes = {key: value for key, value in (SIZES | LATENT).items() if key not in ("mlp_layer_types", "layer_types")}
+    known = set(getattr(CONFIG_MAPPING["deepseek_v3"], "__dataclass_fields__", ()))
+    config = CONFIG_MAPPING["deepseek_v3"](**{key: value for key, value in sizes.items() if key in known})
+    config.first_k_dense_replace = 2
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    assert not any("Experts" in type(m).__name__ for m in base.modules())
+    model = fill(deltaw.attach(copy.deepcopy(base), LoRA(rank=2, alpha=3)), size=0.3)
+    deltaw.save(model, tmp_path)
+    theirs = run(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval())
+    torch.testing.assert_close(theirs, run(model), atol=1e-5, rtol=1e-4)
+    assert (theirs - run(base)).abs().max() > 1e-2

@@ -165,15 +165,29 @@ def test_an_encoder_and_its_decoder_follow_the_rows() -> None:
         assert torch.equal(found[2 * i : 2 * i + 2, :width], own[:, :width])
 
 
-def test_a_model_that_mixes_the_rows_is_refused() -> None:
-    """XLNet's layers see the time first, and the rows of the batch after it."""
+@torch.no_grad()
+def test_layers_that_see_the_time_first_follow_the_rows() -> None:
+    """XLNet's: the rows of the batch are its layers' second dimension."""
     model = XLNetLMHeadModel(XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=4, d_inner=48)).eval()
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2), name=name), name, seed=seed)
+    ids, names = batch(3), ["b", None, "a"]
+    with route(model, names):
+        found = model(ids).logits
+    for row, name in enumerate(names):
+        with using(model, name):
+            torch.testing.assert_close(found[row], model(ids).logits[row], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_mixes_the_rows_is_refused() -> None:
+    model = WithPositions().eval()
     for name in "ab":
         attach(model, LoRA(rank=2), name=name)
-    with pytest.raises(AdapterError, match="cannot be told apart"), route(model, ["a", "b"]):
-        pass
+    with pytest.raises(AdapterError, match=r"(?s)told apart.*places: its input is \(1, 12, 6\)"):  # noqa: SIM117
+        with route(model, ["a", "b"]):
+            model(torch.randn(2, 12, 6))
     with route(model, ["a", "a"]):  # nothing to tell apart
-        pass
+        model(torch.randn(2, 12, 6))
 
 
 def test_what_cannot_be_routed_is_said(many: Any) -> None:
@@ -419,26 +433,27 @@ def test_generate_of_a_model_around_the_adapted_one_expands_the_rows() -> None:
         assert torch.equal(found[i : i + 1, :width], own[:, :width])
 
 
-class TimeFirst(nn.Module):
-    """A layer in the middle sees the time first; the model does not say what inputs it takes."""
+class WithPositions(nn.Module):
+    """A layer is given what all rows share; the model does not say what inputs it takes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.inner, self.places = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.at = nn.Buffer(torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(0)))
 
-    def forward(self, x: torch.Tensor, *, shift: torch.Tensor) -> torch.Tensor:
-        return self.outer(torch.tanh(self.inner((x + shift).transpose(0, 1)).transpose(0, 1)))
+    def forward(self, x: torch.Tensor, *, shift: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner(x if shift is None else x + shift) + self.places(self.at)
 
 
 @torch.no_grad()
 def test_a_model_whose_inputs_are_not_known_is_asked_with_its_first_batch() -> None:
-    model = TimeFirst()
+    model = WithPositions()
     for seed, name in enumerate("ab"):
         fill(attach(model, LoRA(rank=2), name=name), name, seed=seed)
     x, shift = torch.randn(3, 12, 6), torch.randn(3, 12, 6)
     with (
         pytest.raises(
-            AdapterError, match=r"(?s)cannot be told apart.*inner: its input is \(12, 3, 6\) for a batch of 3"
+            AdapterError, match=r"(?s)cannot be told apart.*places: its input is \(1, 12, 6\) for a batch of 3"
         ),
         route(model, ["a", None, "b"]),
     ):

@@ -92,6 +92,10 @@ class Adapters:
     """They say when a pass begins and ends."""
     rows_mixed: list[str] | None = None
     """Layers in which the rows of a batch cannot be told apart, once somebody asked; None: not known."""
+    rows_reached: set[str] = field(default_factory=set)
+    """Layers that were reached when it was asked."""
+    rows_asked: set[Any] = field(default_factory=set)
+    """Forms of the batches with which it was asked (row_forms.py)."""
 
 
 class Names(tuple[str, ...]):
@@ -187,7 +191,10 @@ def apply_plan(
         if slot is None:
             place, _, own_name = layer_name.rpartition(".")
             slot = open_slot(layer, record.route, read=read_outside(model.get_submodule(place), own_name))
+            slot.name = layer_name
             record.rows_mixed = None
+            record.rows_reached.clear()
+            record.rows_asked.clear()
         for parameter in update.parameters():
             parameter.requires_grad_(False)
         update.training = layer.training

@@ -239,9 +239,18 @@ def _config(
 
 def _taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
     """The layers that PEFT does not find by their names in target_modules. From 0.19 on it takes these names, in mixtures of some
-    types, for those of transformers 4's experts, whose stacks it then adapts instead. By their weights it finds them."""
+    types, for those of transformers 4's experts, whose stacks it then adapts instead, also where all layers of a model are
+    dense. By their weights it finds them."""
     stacks = any(weights_of(m) for _, m in live.base_modules(model) if not isinstance(m, nn.MultiheadAttention))
-    return {n for n in modules if n.rsplit(".", 1)[-1] in _EXPERTS_BEFORE} if stacks else set()
+    mixture = stacks or _names_experts(getattr(owner_of(model), "config", None))
+    return {n for n in modules if n.rsplit(".", 1)[-1] in _EXPERTS_BEFORE} if mixture else set()
+
+
+def _names_experts(config: Any) -> bool:
+    """Whether a model of this config's type may have several experts."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    fields = vars(config).items() if hasattr(config, "__dict__") else ()
+    return any("experts" in name and type(value) is int and value > 1 for name, value in fields)
 
 
 def _task(base: Any) -> str | None:

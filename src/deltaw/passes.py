@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from deltaw.eos import TAUGHT, common, extended
 from deltaw.errors import AdapterError
 from deltaw.routes import UNSET, Choice, Pass, names_of, natively
+from deltaw.row_forms import placeholders_of
 from deltaw.rows import Rows
 from deltaw.slots import dimensions, slot_of
 
@@ -49,7 +50,9 @@ class Begin:
         if isinstance(choice, Rows):
             x = _main_input(module, inputs, named)
             least = 1 if slot_of(module) is None else dimensions(module)
-            choice = UNSET if x is None else choice.of_batch(x, least)  # UNSET: each layer looks at its own input
+            given: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
+            # UNSET: each layer looks at its own input
+            choice = UNSET if x is None else choice.of_batch(x, least, given, placeholders_of(_config(module)))
         route.push(module, choice, frame, None if block is None else block.kept)
 
 
@@ -69,6 +72,12 @@ class End:
         if ended is None:
             return
         route.pop(ended)
+        if (
+            isinstance(ended.choice, Rows)
+            and ended.choice.form is not None
+            and not any(begun.choice is ended.choice for begun in passes)
+        ):
+            ended.choice.form.end()
         if torch._C._current_graph_task_id() == -1 and ended.choice is not UNSET:
             route.last = ended.choice
         if torch.is_grad_enabled() and (not passes or passes[-1].of is None):
@@ -193,6 +202,10 @@ def _main_input(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) 
     rest = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor) and value.dim() > 0]
     positional = [value for value in inputs[:1] if isinstance(value, Tensor)]
     return next(iter((*positional, *first, *rest)), None)
+
+
+def _config(module: Any) -> Any:
+    return getattr(module, "config", None)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

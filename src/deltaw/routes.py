@@ -179,6 +179,15 @@ class Route:
             last = passes[-1] if passes else None
             self.here.choice, self.here.kept = (UNSET, None) if last is None else (last.choice, last.kept)
 
+    @contextlib.contextmanager
+    def within(self, of: Any, choice: Choice) -> Iterator[None]:
+        """While open, what this thread computes in the module `of` goes through `choice`, as a part of the pass in progress."""
+        begun = self.push(of, choice, None, self.here.kept)
+        try:
+            yield
+        finally:
+            self.pop(begun)
+
     def drop_stale(self) -> None:
         """Forget passes of this thread that were interrupted."""
         stale = next((begun for begun in self.here.passes if begun.is_over()), None)
@@ -205,7 +214,7 @@ class Route:
         if threading.get_ident() in threads:
             return threads[threading.get_ident()]
         one, *others = threads.values()
-        return one if all(other is one for other in others) else UNSET
+        return one if all(other == one for other in others) else UNSET
 
     def _check_again(self, choice: Choice) -> None:
         """Raise AdapterError where activations are computed again before the backward pass comes to the outputs of a pass, in

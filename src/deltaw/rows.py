@@ -4,6 +4,7 @@ updates by their A, B, scale and dropout; no models.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from deltaw import mixed
 from deltaw.errors import AdapterError
 from deltaw.mixed import Order, Stack
+from deltaw.row_forms import Form
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,26 @@ class Rows:
         self.alike = len(set(self.names)) == 1
         """All rows have the first one's adapter."""
         self.orders: dict[Any, Order] = {}
+        self.form: Form | None = None
+        """The batch of the pass that these rows are of, where that is known."""
 
-    def of_batch(self, x: Tensor, dimensions: int) -> Rows | str | None:
-        """Give what a model with main input x goes through: these rows, or the one adapter that all of them have. Raises
-        AdapterError as `check` does."""
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and self.names == other.names
+
+    def __hash__(self) -> int:
+        return hash(self.names)
+
+    def of_batch(
+        self, x: Tensor, dimensions: int, named: Mapping[Any, Any], placeholders: frozenset[int]
+    ) -> Rows | str | None:
+        """Give what a model with main input x among its inputs `named` goes through: these rows, with the batch's form, or the
+        one adapter that all of them have. Raises AdapterError as `check` does."""
         self.check(x, dimensions)
-        return self.names[0] if self.alike else self
+        if self.alike:
+            return self.names[0]
+        own = copy.copy(self)
+        own.form = Form(x, named, len(self.names), placeholders)
+        return own
 
     def check(self, x: Tensor, dimensions: int) -> None:
         """Raise AdapterError for an input of another number of rows, or with fewer dimensions than one with rows has."""
@@ -73,6 +89,8 @@ class Rows:
         """The output of a layer, of which `out` [..., d] is the base's part and x [..., k] the input, with each row's branch.
         `kept` may have the layer's stacks. Raises AdapterError where the rows of the batch cannot be told."""
         n = len(self.names)
+        if not x.numel():  # no token of this batch came here
+            return out
         if x.dim() < 2 or x.shape[0] % n or out.shape[0] != x.shape[0]:
             raise self._other_rows(x)
         layer = None if kept is None else kept.get(("stacks", id(updates)))
@@ -96,9 +114,8 @@ class Rows:
         order: each adapter's tokens, and those of the base, go through its own experts. `plain` computes the base's. Raises
         AdapterError for other inputs."""
         n, values = len(self.names), [*inputs, *named.values()]
-        T = {value.shape[0] if isinstance(value, Tensor) and value.dim() else None for value in values}
-        tokens = T.pop()
-        if T or tokens is None or tokens % n or len(values) == 1:
+        tokens = _tokens(values)
+        if tokens is None or tokens % n or any(value.shape[0] % n for value in values) or len(values) == 1:
             raise AdapterError(
                 f"A {type(module).__name__} is not given each token of a batch of {n} rows and what a router chose for it: "
                 "its rows cannot have adapters of their own. Adapters that leave it out (targets='attention', say) can be mixed "
@@ -159,6 +176,15 @@ class Rows:
             rows = [[row for name in names for row in self.rows[name]] for names in layer.members]
             self.orders[key] = mixed.order(rows, len(self.names), device)
         return self.orders[key]
+
+
+def _tokens(values: Sequence[Any]) -> int | None:
+    """The one number of tokens T of these inputs, [T, …], [T] or [B, L, …] with B·L = T; None where there are several."""
+    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        return None
+    found = {value.shape[0] * (value.shape[1] if value.dim() == 3 else 1) for value in values}
+    flat = {value.shape[0] for value in values}
+    return flat.pop() if len(flat) == 1 else found.pop() if len(found) == 1 else None
 
 
 def _in_generate() -> bool:

@@ -8,6 +8,7 @@ from typing import Any, SupportsIndex
 from torch import Tensor, nn
 
 from deltaw import quantised
+from deltaw.attention_rows import through_attention
 from deltaw.errors import AdapterError
 from deltaw.layers import inner_class, takes_tokens
 from deltaw.plain import itself, plain_class, remember
@@ -21,6 +22,12 @@ class Slot(nn.Module):
     def __init__(self, route: Route) -> None:
         super().__init__()
         self.route = route
+        self.name = ""
+        """The layer's, in the model."""
+        self.rows_at = 0
+        """The dimension of the layer's input that has the batch's rows."""
+        self.parts: dict[Any, set[int]] = {}
+        """A batch's form → how many parts for a row the layer's input was found to have."""
 
     # Straight into _modules: add_module would refuse adapter names such as "route" or "training"
     def put(self, name: str, update: nn.Module) -> None:
@@ -70,16 +77,12 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
             slot = self._modules[SLOT]
             chosen = slot.route.chosen()
             if type(chosen) is Rows:
-                by_tokens = takes_tokens(self)
-                if slot.route.here.choice is UNSET and not by_tokens:  # the layer is called by itself
+                if slot.route.here.choice is UNSET and not takes_tokens(self):  # the layer is called by itself
                     _check_rows(chosen, self, inputs, named)
                 if not chosen.alike:
                     if not any(name in slot._modules for name in chosen.rows):
                         return plain(self, *inputs, **named)
-                    if by_tokens:
-                        return chosen.by_tokens(self, slot._modules, partial(plain, self), inputs, named)
-                    x = only_input(self, inputs, named)
-                    return chosen.through(self, slot._modules, x, plain(itself(self), x), slot.route.kept())
+                    return _each_row(chosen, slot, self, plain, inputs, named)
                 chosen = chosen.names[0]
             update = slot._modules.get(chosen)
             if update is None:
@@ -98,6 +101,25 @@ def adapted_class(cls: Any, read: tuple[str, ...] = ()) -> type[nn.Module]:
         remember(made, cls, inner, read=bool(read))
         _adapted[cls, read] = made
     return _adapted[cls, read]
+
+
+def _each_row(rows: Rows, slot: Slot, layer: Any, plain: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """An adapted layer's output in a pass whose rows have adapters of their own."""
+    x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+    by_tokens = takes_tokens(layer)
+    if rows.form is not None and x is not None and x.dim() and not (by_tokens and len(x) == rows.form.tokens):
+        rows.form.check(slot.name or plain_class(layer).__name__, x, slot.rows_at, slot.parts)
+    if by_tokens:
+        return rows.by_tokens(layer, slot._modules, partial(plain, layer), inputs, named)
+    if isinstance(layer, nn.MultiheadAttention):
+        own = partial(plain, layer)
+        return through_attention(rows, slot.route, layer, slot._modules, own, inputs, named)
+    x = only_input(layer, inputs, named)
+    out, kept = plain(itself(layer), x), slot.route.kept()
+    if not slot.rows_at:
+        return rows.through(layer, slot._modules, x, out, kept)
+    x, out = x.movedim(slot.rows_at, 0), out.movedim(slot.rows_at, 0)
+    return rows.through(layer, slot._modules, x, out, kept).movedim(0, slot.rows_at)
 
 
 def _check_rows(rows: Rows, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -5,19 +5,18 @@ model's route and nothing else.
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from deltaw import row_order
 from deltaw.attached import Adapters, base_modules, bring, known, merged_names, owner_of, record_of
 from deltaw.errors import AdapterError, ConfigError, listing, nearest
-from deltaw.modes import evaluating
+from deltaw.row_forms import key_of
 from deltaw.rows import Rows
-from deltaw.slots import slot_of
+from deltaw.slots import Slot, slot_of
 
 
 def use(model: nn.Module, name: str | None) -> None:
@@ -78,11 +77,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     bring(record, names)
     rows = Rows(names)
     if not rows.alike:
-        if record.rows_mixed is None:
-            record.rows_mixed = _mixing_layers(model)
-        if record.rows_mixed:
-            raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
-    asked = contextlib.nullcontext() if rows.alike else _first_batch_asked(model, record)
+        _check_rows_apart(model, record)
+    asked = contextlib.nullcontext() if rows.alike else _new_forms_asked(model, record)
     with record.route.block(rows), asked:
         yield
 
@@ -113,104 +109,55 @@ def _record_for_a_block(model: nn.Module) -> Adapters:
     return record_of(model)
 
 
-def _mixing_layers(model: nn.Module) -> list[str] | None:
-    """Adapted layers whose input does not begin with the rows of the batch, found with the inputs that transformers keeps for
-    trying a model of this class out. None for a model that has none, or that needs others besides."""
-    inputs = _two_rows(owner_of(model))
-    return None if inputs is None else _mixed_by(model, (), inputs)
+def _check_rows_apart(model: nn.Module, record: Adapters) -> None:
+    """Raise AdapterError where adapted layers are known to mix the rows of a batch. Where nothing is known yet, it is found with
+    the inputs that transformers keeps for trying a model of this class out."""
+    if record.rows_mixed is None and (inputs := row_order.trial(owner_of(model))) is not None:
+        _note(record, row_order.find(model, (), inputs))
+    if record.rows_mixed:
+        raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
+
+
+def _note(record: Adapters, found: tuple[list[str], set[str]] | None) -> None:
+    if found is not None:
+        mixed, reached = found
+        record.rows_mixed = (record.rows_mixed or []) + mixed
+        record.rows_reached |= reached
 
 
 @contextlib.contextmanager
-def _first_batch_asked(model: nn.Module, record: Adapters) -> Iterator[None]:
-    """Where it is not known yet whether the layers keep rows apart: while open, this thread's first batch tells it. Its pass then
-    raises AdapterError if they do not."""
-    if record.rows_mixed is not None:
+def _new_forms_asked(model: nn.Module, record: Adapters) -> Iterator[None]:
+    """Where it is not known of all layers whether they keep rows apart, and where a model folds images or windows into the batch:
+    while open, this thread's first batch of each form tells it. Its pass then raises AdapterError if they do not."""
+    owner = owner_of(model)
+    slots = {name: slot for name, module in base_modules(owner) if (slot := slot_of(module)) is not None}
+    if not _open_questions(record, slots):
         yield
         return
     here = threading.get_ident()
 
     def ask(owner: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if threading.get_ident() != here or record.rows_mixed is not None:
+        given: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
+        size = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.dim()), 0)
+        key = key_of(given, size)
+        if threading.get_ident() != here or key in record.rows_asked or not _open_questions(record, slots):
             return
-        handle.remove()
-        record.rows_mixed = _mixed_by(owner, inputs, named)
-        if record.rows_mixed:
-            raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
+        record.rows_asked.add(key)  # the passes to come are of the same form
+        found = row_order.find(owner, inputs, named)
+        if found is None:
+            record.rows_asked.discard(key)
+        _note(record, found)
+        _check_rows_apart(model, record)
 
-    handle = owner_of(model).register_forward_pre_hook(ask, with_kwargs=True)
+    handle = owner.register_forward_pre_hook(ask, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-@torch.no_grad()
-def _mixed_by(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[str] | None:
-    """Adapted layers whose input does not begin with the rows of the batch (time-first models, experts that see the tokens
-    sorted), found by passing a batch through the base, with its rows in both orders. None where the model does not take it, and
-    where its rows are all the same."""
-    owner: Any = owner_of(model)
-    batch: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
-    count = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
-    turned = {key: v.flip(0) if _has_rows(v, count) else v for key, v in batch.items()}
-    if count < 2 or all(torch.equal(batch[k], v) for k, v in turned.items() if _has_rows(v, count)):
-        return None
-    seen: list[dict[str, Tensor]] = []
-    with evaluating(owner), record_of(model).route.block(None):
-        for rows in (batch, turned):
-            seen.append({})
-            # A cache would keep what is passed here
-            rows = {key: v if isinstance(v, Tensor) else copy.deepcopy(v) for key, v in rows.items()}
-            places = [rows.pop(i) for i in range(len(inputs))]
-            if not _noted(owner, places, rows, seen[-1]):
-                return None
-    return [
-        f"{name}: its input is {tuple(x.shape)} for a batch of {count}"
-        for name, x in seen[0].items()
-        if not _swapped(x, seen[1].get(name), count)
-    ]
-
-
-def _has_rows(value: Any, count: int) -> bool:
-    """Whether it is a tensor with a part for each of so many rows."""
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-
-
-def _two_rows(model: Any) -> dict[str, Tensor] | None:
-    """The inputs that transformers keeps for trying a model of this class out, two rows of them."""
-    try:
-        device = next(model.parameters()).device
-        return {key: value[:2].to(device) for key, value in model.dummy_inputs.items() if value.shape[0] >= 2}
-    except (AttributeError, TypeError, StopIteration):
-        return None
-
-
-def _noted(model: Any, inputs: Sequence[Any], named: dict[Any, Any], seen: dict[str, Tensor]) -> bool:
-    """Whether the model takes these inputs; what its adapted layers are then given."""
-    here = threading.get_ident()
-
-    def note(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and threading.get_ident() == here:  # other threads may be computing as well
-                seen.setdefault(name, inputs[0])
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(note(n)) for n, m in base_modules(model) if slot_of(m) is not None]
-    try:
-        model(*inputs, **named)
-    except Exception:  # whatever a model raises: it does not take them
-        return False
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return True
-
-
-def _swapped(x: Tensor, other: Tensor | None, count: int) -> bool:
-    """Whether `other` is `x` with the `count` rows of the batch in the other order."""
-    if other is None or x.shape != other.shape or x.dim() < 2 or x.shape[0] % count:
-        return False
-    x, other = x.float(), other.float()
-    parts = x.reshape(count, -1), other.reshape(count, -1).flip(0)
-    return torch.allclose(*parts, rtol=1e-2, atol=1e-3 * float(x.abs().max().clamp_min(1e-12)))
+def _open_questions(record: Adapters, slots: dict[str, Slot]) -> bool:
+    """Whether there are layers that no batch has reached yet, or that were given several parts for a row."""
+    if any(name not in record.rows_reached for name in slots):
+        return True
+    return any(found != {1} for slot in slots.values() if not slot.rows_at for found in slot.parts.values())

@@ -16,6 +16,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.errors import DeltaWError
+from deltaw.layers import Weight
+from deltaw.targets import select
 from tests.conformance.configs import CUTS, small
 from tests.conformance.inputs import Batch, batches, with_places
 from tests.conformance.settings import CLASSES, SETTINGS, WITHOUT
@@ -76,16 +79,40 @@ def classes(folder: str) -> list[type[PreTrainedModel]]:
 def build(folder: str) -> Built:
     """The first class of the folder with dense layers that can be built small and called. Raises NotBuilt."""
     tried: list[str] = []
+    idle: Built | None = None
+    """A model whose dense layers change no output."""
     began = time.process_time()
     for cls in classes(folder)[:6]:
         for alone in (False, True):
             for model, cut in _models(cls, folder, tried):
                 batch = _taken(model, tried, cut, alone=alone)
                 if batch is not None:
-                    return Built(model, batch, cut, tried)
+                    built = Built(model, batch, cut, tried)
+                    if depends(built):
+                        return built
+                    idle = idle or built
+                    break
                 if time.process_time() - began > SECONDS:
                     raise NotBuilt("; ".join(dict.fromkeys(tried)))
+    if idle is not None:
+        return idle
     raise NotBuilt("; ".join(dict.fromkeys(tried)) or "it has no model class")
+
+
+@torch.no_grad()
+def depends(built: Built) -> bool:
+    """Whether an output changes with the weights of the layers that `all-linear` adapts."""
+    model = copy.deepcopy(built.model)
+    try:
+        layers = select(model, "all-linear", 2).layers
+    except DeltaWError:  # it has none
+        return False
+    before = outputs(model, built.batch)
+    for layer in layers.values():
+        (layer.value if isinstance(layer, Weight) else layer.weight).mul_(-0.7)
+    after = outputs(model, built.batch)
+    pairs = zip(before, after, strict=False)
+    return any(a.shape != b.shape or bool(((a - b).abs() > 0).any()) for a, b in pairs)
 
 
 def _models(cls: Any, folder: str, tried: list[str]) -> Iterator[tuple[Any, str]]:

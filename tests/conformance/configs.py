@@ -6,6 +6,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,31 +108,47 @@ def shallow(name: str, value: Any) -> Any:
     return value
 
 
-CUTS: dict[str, Cut] = {
-    "narrow": narrow,
-    "sixteenth": scaled(16),
-    "eighth": scaled(8),
-    "fourth": scaled(4),
-    "shallow": shallow,
+@dataclass(frozen=True)
+class Size:
+    """A way to a small config."""
+
+    cut: Cut
+    lists: bool = True
+    """Lists of sizes are cut too."""
+    filled: bool = False
+    """Numbers of heads and their width are said where the default is to follow from others, and are powers of two."""
+
+
+CUTS: dict[str, Size] = {
+    "narrow": Size(narrow),
+    "sixteenth": Size(scaled(16)),
+    "eighth": Size(scaled(8)),
+    "fourth": Size(scaled(4)),
+    "shallow": Size(shallow),
+    "narrow filled": Size(narrow, filled=True),
+    "narrow but lists": Size(narrow, lists=False, filled=True),
+    "shallow but lists": Size(shallow, lists=False, filled=True),
 }
 
 
-def small(config: PretrainedConfig, cut: Cut, extra: Mapping[str, Any] = {}) -> PretrainedConfig:
+def small(config: PretrainedConfig, size: Size, extra: Mapping[str, Any] = {}) -> PretrainedConfig:
     """A config of the same class with its fields cut, those of its parts likewise, and these `extra` ones as they are; of a part
     they are a dictionary of their own."""
+    cut = size.cut
     fields: dict[str, Any] = {}
     usual = dict(_fields(type(config)()))
     for name, value in _fields(config):
         if isinstance(value, PretrainedConfig):
             of_part = extra.get(name)
-            fields[name] = small(value, cut, of_part if isinstance(of_part, dict) else {})
-        elif (changed := _cut(name, value, cut)) != usual.get(name):
+            fields[name] = small(value, size, of_part if isinstance(of_part, dict) else {})
+        elif (changed := _cut(name, value, size)) != usual.get(name):
             fields[name] = changed
     if "num_attention_heads" in fields:
         heads = getattr(config, "num_attention_heads", None)
         same = [n for n, v in _fields(config) if n in ("num_key_value_heads", "n_kv_heads") and v == heads]
         fields |= dict.fromkeys(same, fields["num_attention_heads"])
-    fields |= _layers_of_each_kind(config) | ({} if cut is shallow else _small_image(config))
+    fields |= _layers_of_each_kind(config, size) | ({} if cut is shallow else _small_image(config))
+    fields |= _filled(config, fields) if size.filled else {}
     turns = getattr(config, "rope_parameters", None) or {}
     if cut is narrow and _has_sections(type(config)) and not any(isinstance(v, dict) for v in turns.values()):
         part = turns.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
@@ -149,15 +166,32 @@ def _has_sections(cls: Any) -> bool:
     return "rope_parameters" in cls.__annotations__ and any("mrope_section" in text for text in code)
 
 
-def _cut(name: str, value: Any, cut: Cut) -> Any:
+def _cut(name: str, value: Any, size: Size) -> Any:
     """A field's value in the small config."""
     if TOKEN.fullmatch(name):
         return value
     if type(value) is int:
-        return cut(name, value)
-    if _are_numbers(value) and not NOT_LISTS.fullmatch(name):
-        return type(value)(min(v, 1) if DEPTHS.fullmatch(name) else cut(name, v) for v in value)
+        return _even(name, size.cut(name, value), size)
+    if _are_numbers(value) and not NOT_LISTS.fullmatch(name) and size.lists:
+        cut = [min(v, 1) if DEPTHS.fullmatch(name) else _even(name, size.cut(name, v), size) for v in value]
+        return type(value)(cut)
     return value
+
+
+def _even(name: str, value: int, size: Size) -> int:
+    """A number of heads as the power of two below it."""
+    heads = HEADS.fullmatch(name) and not HEAD_WIDTH.fullmatch(name)
+    return 1 << (value.bit_length() - 1) if size.filled and heads and value > 0 else value
+
+
+def _filled(config: PretrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What is None and would follow from the other sizes."""
+    known = dict(_fields(config)) | dict(fields)
+    width, heads = (known.get(n) for n in ("hidden_size", "num_attention_heads"))
+    if type(width) is not int or type(heads) is not int:
+        return {}
+    usual = {"head_dim": width // heads, "num_key_value_heads": heads}
+    return {n: v for n, v in usual.items() if n in known and known[n] is None}
 
 
 def _are_numbers(value: Any) -> bool:
@@ -189,7 +223,7 @@ def _made(config: PretrainedConfig, fields: dict[str, Any]) -> PretrainedConfig:
         return type(config)(**plain)
 
 
-def _layers_of_each_kind(config: PretrainedConfig) -> dict[str, Any]:
+def _layers_of_each_kind(config: PretrainedConfig, size: Size) -> dict[str, Any]:
     """Lists with an entry for each layer, cut to a layer of each kind (attention, Mamba, experts …), at most six."""
     depth = getattr(config, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 3:
@@ -197,7 +231,11 @@ def _layers_of_each_kind(config: PretrainedConfig) -> dict[str, Any]:
     lists = {
         n: v
         for n, v in _fields(config)
-        if isinstance(v, (list, tuple)) and len(v) == depth and isinstance(v[0], (str, int))
+        if isinstance(v, (list, tuple))
+        and len(v) == depth
+        and isinstance(v[0], (str, int))
+        # Stages have depths and heads of their own
+        and not (size.filled and (DEPTHS.fullmatch(n) or HEADS.fullmatch(n)))
     }
     if not lists:
         return {}

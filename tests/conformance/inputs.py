@@ -38,13 +38,21 @@ def _complete(model: Any, batch: Batch, wanted: list[str]) -> Batch:
         batch = {**batch, "use_cache": False}
     if "return_loss" in wanted:
         batch = {**batch, "return_loss": False}
+    if "image_attention_mask" in wanted and "pixel_values" in batch and "input_ids" in batch:
+        seen = torch.ones(*batch["input_ids"].shape, batch["pixel_values"].shape[1], dtype=torch.long)
+        batch = {**batch, "image_attention_mask": seen}
     token = _image_token(model.config)
     if token is not None and "input_ids" in batch and not (batch["input_ids"] == token).any() and _has_images(batch):
-        batch = {**batch, "input_ids": torch.cat([torch.full((ROWS, 1), token), batch["input_ids"]], 1)}
+        places = setting(model.config, "num_query_tokens", default=1)  # a model with queries may not count them
+        batch = {**batch, "input_ids": torch.cat([torch.full((ROWS, places), token), batch["input_ids"]], 1)}
     if "mm_token_type_ids" in wanted and "input_ids" in batch:
         image, video = setting(model.config, "image_token_id"), setting(model.config, "video_token_id")
         tokens = batch["input_ids"]
-        batch = {**batch, "mm_token_type_ids": (tokens == image).long() + 2 * (tokens == video).long()}
+        kinds = (0 if image is None else (tokens == image).long()) + (
+            0 if video is None else 2 * (tokens == video).long()
+        )
+        kinds = kinds if isinstance(kinds, Tensor) else torch.zeros_like(tokens)
+        batch = {**batch, "mm_token_type_ids": kinds, "moe_mm_token_type_ids": kinds}
     for mask in ("input_features_mask", "feature_attention_mask"):
         if mask in wanted and "input_features" in batch:
             batch = {**batch, mask: torch.ones(ROWS, batch["input_features"].shape[-1], dtype=torch.long)}
@@ -110,7 +118,8 @@ def _texts(model: Any, wanted: list[str], required: list[str]) -> Batch:
         getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in required
     ):
         target = setting(config, "decoder_vocab_size", "tgt_vocab_size", "vocab_size", default=32)
-        batch["decoder_input_ids"] = ids(target, ROWS, 7, seed=3, without=usual)
+        books = setting(config, "num_codebooks", default=1) if hasattr(config, "audio_encoder") else 1
+        batch["decoder_input_ids"] = ids(target, ROWS * books, 7, seed=3, without=usual)
     if "bbox" in wanted:
         side = setting(config, "max_2d_position_embeddings", default=100)
         corners = torch.randint(1, min(side, 100) // 2, (ROWS, LENGTH, 4), generator=generator())
@@ -141,12 +150,19 @@ def _images(config: PretrainedConfig, wanted: list[str]) -> Iterator[Batch]:
         yield {name: still}
         yield {name: noise(ROWS, frames, channels, *size)}
         yield {name: noise(ROWS, channels, frames, *size)}
+    if "spatial_shapes" in wanted:
+        patch = setting(config, "patch_size", default=16)
+        mask, shapes = torch.ones(ROWS, 16, dtype=torch.long), torch.tensor([[4, 4]] * ROWS)
+        yield {name: noise(ROWS, 16, channels * patch**2), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 def _sides(config: PretrainedConfig) -> list[Any]:
     found = [v for part in parts(config) if (v := vars(part).get("image_size")) is not None]
     found += [v for part in parts(config) if (v := vars(part).get("input_size")) is not None]
+    found += [v for part in parts(config) if (v := vars(part).get("max_img_size")) is not None]
     found = [tuple(v.values()) if isinstance(v, dict) else v for v in found]
+    # An image that is shown above its prompt's
+    found += [(v[1], v[1]) for v in found if isinstance(v, (list, tuple)) and len(v) == 2 and v[0] == 2 * v[1]]
     return [v for v in dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in found) if v] + [64, 224]
 
 
@@ -174,7 +190,10 @@ def _sounds(config: PretrainedConfig, wanted: list[str]) -> Iterator[Batch]:
         yield {"input_values": noise(ROWS, 1, mel, 64)}
     elif "input_features" in wanted:
         mel = setting(
-            config, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", default=16
+            config,
+            *("num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim"),
+            *("feature_projection_input_dim", "num_chroma"),
+            default=16,
         )
         places = setting(config, "max_source_positions", default=64)
         for length in dict.fromkeys((2 * places if places < 2000 else 128, 128, 3000)):
@@ -197,13 +216,56 @@ def _others(model: Any, wanted: list[str], required: list[str]) -> Batch:
             length = setting(config, "context_length", "input_size", default=32)
             lags = max(setting(config, "lags_sequence", default=[0]) or [0])
             channels = setting(config, "num_input_channels", "input_size", default=1)
-            batch["past_values"] = noise(ROWS, length + lags, channels) if channels > 1 else noise(ROWS, length + lags)
+            several = channels > 1 or setting(config, "num_input_channels") is not None
+            batch["past_values"] = noise(ROWS, length + lags, channels) if several else noise(ROWS, length + lags)
             batch["past_time_features"] = noise(ROWS, length + lags, setting(config, "num_time_features", default=0))
             batch["past_observed_mask"] = torch.ones_like(batch["past_values"])
-            ahead = setting(config, "prediction_length", default=4)
+            ahead = setting(config, "prediction_length", "horizon_length", default=4)
             batch["future_values"] = noise(ROWS, ahead)
             batch["future_time_features"] = noise(ROWS, ahead, setting(config, "num_time_features", default=0))
-    return batch
+    return batch | _named(model, wanted, required)
+
+
+def _named(model: Any, wanted: list[str], required: list[str]) -> Batch:
+    """Inputs that only some models have, by their names."""
+    config, batch = model.config, Batch()
+    width = setting(config, "hidden_size", "d_model", default=32)
+    if "visual_feats" in wanted and "visual_pos" in wanted:
+        batch["visual_feats"] = noise(ROWS, 5, setting(config, "visual_feat_dim", default=32))
+        batch["visual_pos"] = noise(ROWS, 5, setting(config, "visual_pos_dim", default=4)).abs()
+    if "flattened_patches" in wanted:
+        places = torch.tensor([[1 + i // 3, 1 + i % 3] for i in range(9)]).expand(ROWS, 9, 2)
+        pixels = noise(ROWS, 9, setting(config, "patch_embed_hidden_size", default=768))
+        batch["flattened_patches"] = torch.cat([places.float(), pixels], 2)
+        batch["decoder_input_ids"] = ids(setting(config, "vocab_size", default=32), ROWS, 7, seed=3)
+    if "context_input_ids" in wanted:
+        documents = setting(config, "n_docs", default=2)
+        batch["context_input_ids"] = ids(setting(config, "vocab_size", default=32), ROWS * documents, LENGTH)
+        batch["context_attention_mask"] = torch.ones(ROWS * documents, LENGTH, dtype=torch.long)
+        batch["doc_scores"] = noise(ROWS, documents)
+    if "state" in required and "actions" in wanted:
+        batch["actions"] = noise(
+            ROWS, setting(config, "chunk_size", default=4), setting(config, "max_action_dim", default=32)
+        )
+    side = setting(config, "image_size", default=[64, 64])
+    side = side[1] if isinstance(side, (list, tuple)) else side
+    makers = {
+        "noise_embeds": lambda: noise(ROWS, 4, width),
+        "context_hidden_states": lambda: noise(ROWS, LENGTH, width),
+        "hidden_states": lambda: noise(ROWS, LENGTH, width),
+        "encoder_hidden_states": lambda: noise(ROWS, LENGTH, width, seed=5),
+        "state": lambda: noise(ROWS, setting(config, "max_state_dim", default=32)),
+        "timestep": lambda: noise(ROWS).sigmoid(),
+        "task_inputs": lambda: ids(
+            setting(config, "text_encoder_vocab_size", default=32), ROWS, setting(config, "task_seq_len", default=7)
+        ),
+        "prompt_pixel_values": lambda: noise(ROWS, 3, side, side),
+        "prompt_masks": lambda: noise(ROWS, 3, side, side, seed=6),
+        "marks": lambda: torch.tensor([[1, 3, 5]] * ROWS),
+        "num_options": lambda: torch.tensor([2] * ROWS),
+        "question_type_ids": lambda: torch.zeros(ROWS, dtype=torch.long),
+    }
+    return batch | {name: make() for name, make in makers.items() if name in required}
 
 
 # --- images within texts ----------------------------------------------------------------------------------------

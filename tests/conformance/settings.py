@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ResNetConfig
+from transformers import BeitConfig, Dinov2Config, ResNetConfig
 
 _AHEAD = {"prediction_length": 4, "context_length": 8}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_state": 16}
@@ -16,6 +16,21 @@ def _resnet(*stages: str) -> dict[str, Any]:
     return {"backbone_config": ResNetConfig(**sizes, out_features=list(stages))}
 
 
+_VISION = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+_DINO = {
+    "backbone_config": Dinov2Config(
+        **_VISION, image_size=56, patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False
+    ),
+    "neck_hidden_sizes": [16, 16, 32, 32], "reassemble_hidden_size": 32,
+}  # fmt: skip
+"""A backbone that gives four of its hidden states."""
+_BEIT = {
+    "backbone_config": BeitConfig(
+        **_VISION, image_size=64, patch_size=16, out_indices=[1, 2, 3, 4], reshape_hidden_states=False
+    )
+}
+_EFFICIENT = {"width_coefficient": 1.0, "depth_coefficient": 0.5, "hidden_dim": 1280, "image_size": 64}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "clipseg": {"extract_layers": [0, 1], "reduce_dim": 16},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
@@ -25,11 +40,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 0}},
     "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGA": 6, "IMGIMGB": 7}},
     "cvt": {"depth": [1, 2, 3]},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "detr": _resnet("stage4"), "conditional_detr": _resnet("stage4"), "dab_detr": _resnet("stage4"),
     "table_transformer": _resnet("stage4"), "deformable_detr": _resnet("stage2", "stage3", "stage4"),
-    "align": {"vision_config": {"image_size": 64}},
+    "align": {"vision_config": _EFFICIENT}, "efficientnet": _EFFICIENT,
+    "depth_anything": _DINO, "prompt_depth_anything": _DINO, "zoedepth": _BEIT,
+    "chmv2": {"backbone_config": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}},
+    "tipsv2_dpt": {"backbone_config": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}},
+    "longcat_flash": {"qk_head_dim": 16}, "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "perceiver": {"d_latents": 32, "d_model": 32, "num_latents": 16, "qk_channels": 32, "v_channels": 32},
+    "seggpt": {"image_size": [64, 32], "patch_size": 16, "pretrain_image_size": 32},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 5, "no_token_index": 6},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+    "grounding_dino": {"num_queries": 5}, "mm_grounding_dino": {"num_queries": 5},
+    "upernet": _resnet("stage1", "stage2", "stage3", "stage4"),
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "autoformer": _AHEAD, "informer": _AHEAD, "time_series_transformer": _AHEAD,
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
