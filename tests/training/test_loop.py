@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw import BitFit, IA3, LoRA, TrainConfig, attach, delta, parameters
+from deltaw import IA3, BitFit, LoRA, TrainConfig, attach, delta, parameters
 from deltaw.attached import owner_of, updates
 from deltaw.data import Example
 from deltaw.errors import TrainError
