@@ -63,6 +63,24 @@ def test_what_llama_cpp_is_given(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.weight.lora_b"].data.copy()), update.B.detach())
 
 
+@pytest.mark.parametrize(("make", "reordered"), [(tiny_llama, ["q", "k"]), (tiny_qwen3, [])], ids=["llama", "qwen3"])
+def test_rows_of_q_and_k_alone_are_reordered_and_of_llama_alone(
+    make: Any, reordered: list[str], tmp_path: Path
+) -> None:
+    """Four heads of queries and two of keys and values, each of eight rows."""
+    make().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    deltaw.save(fill(deltaw.attach(model, deltaw.LoRA(rank=2, alpha=2))), tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "a.gguf", base=tmp_path / "base")
+    written = gguf_lora.read(tmp_path / "a.gguf").factors
+    head = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    for role in "qkvo":
+        B = deltaw.attached.updates(model)[f"model.layers.1.self_attn.{role}_proj"].B.detach()
+        order = torch.cat([head + first for first in range(0, len(B), 8)])
+        theirs = written[f"blk.1.attn_{role if role != 'o' else 'output'}.weight"][1]
+        assert torch.equal(theirs, B[order] if role in reordered else B)
+
+
 @pytest.mark.parametrize(
     ("heads", "theirs"),
     [
