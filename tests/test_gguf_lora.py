@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import deltaw
 from deltaw.converted import _halves, _names, convert
@@ -22,6 +22,14 @@ def tiny_qwen3() -> Any:
         vocab_size=96,
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
+
+
+def tiny_mistral() -> Any:
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96,
+    )  # fmt: skip
+    return MistralForCausalLM(config)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3], ids=["llama", "qwen3"])
@@ -63,10 +71,12 @@ def test_what_llama_cpp_is_given(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.weight.lora_b"].data.copy()), update.B.detach())
 
 
-@pytest.mark.parametrize(("make", "reordered"), [(tiny_llama, ["q", "k"]), (tiny_qwen3, [])], ids=["llama", "qwen3"])
-def test_rows_of_q_and_k_alone_are_reordered_and_of_llama_alone(
-    make: Any, reordered: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("make", "reordered"),
+    [(tiny_llama, "qk"), (tiny_mistral, "qk"), (tiny_qwen3, "")],
+    ids=["llama", "mistral", "qwen3"],
+)
+def test_rows_of_q_and_k_alone_are_reordered_and_of_qwen_none(make: Any, reordered: str, tmp_path: Path) -> None:
     """Four heads of queries and two of keys and values, each of eight rows."""
     make().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -408,6 +408,7 @@ def test_a_step_that_is_not_finite_moves_nothing(on_cuda: bool, steps: int) -> N
             ["patience is 2, and there are no held-out records", "eval_every is 3, and there are no held-out records"],
         ),
         (LoRA(rank=2), {"warmup": 2, "steps": 2}, 0, ["lr is never reached, the warm-up takes 2 of 2 steps"]),
+        (LoRA(rank=2), {"warmup": 5, "steps": 2}, 0, ["lr is never reached, the warm-up takes 5 of 2 steps"]),
         (LoRA(rank=2), {"warmup": 2, "steps": 3}, 0, []),
         (LoRA(rank=2), {"warmup": 2, "steps": 1}, 0, []),
         (LoRA(rank=2), {"warmup": 2, "steps": 2, "minutes": 9.0}, 0, []),
