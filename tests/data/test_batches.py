@@ -72,6 +72,15 @@ def test_a_token_budget_counts_padding_and_splits_no_record(lengths, tokens, epo
         assert len(indices) * padded <= tokens or len(indices) == 1
 
 
+def test_a_token_budget_counts_the_longest_record_wherever_it_is():
+    """Few records are not sorted: the longest one of a batch may be in its middle."""
+    lengths = [8, 8, 64] * 10
+    for seed in range(20):
+        assert all(
+            64 not in b or len(b) <= 2 for b in ([lengths[i] for i in p] for p in plan(lengths, 8, seed, 0, 128))
+        )
+
+
 def test_a_token_budget_is_used():
     chance = random.Random(0)
     lengths = [chance.randint(10, 500) for _ in range(4000)]
