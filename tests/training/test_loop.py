@@ -92,6 +92,10 @@ def test_a_step_in_parts_is_the_step(micro_batch: int) -> None:
     torch.testing.assert_close(moved(micro_batch=micro_batch), moved(), rtol=1e-4, atol=1e-7)
 
 
+def test_checkpointed_activations_give_the_same_step() -> None:
+    torch.testing.assert_close(moved(gradient_checkpointing=True), moved(), rtol=1e-4, atol=1e-7)
+
+
 def test_parts_are_the_rows_in_order() -> None:
     loop = Loop(CompletionLoss(model_of()), RECORDS, (), TrainConfig(micro_batch=3, batch=7, steps=1))
     rows = RECORDS[:7]
