@@ -92,8 +92,16 @@ def test_a_step_in_parts_is_the_step(micro_batch: int) -> None:
     torch.testing.assert_close(moved(micro_batch=micro_batch), moved(), rtol=1e-4, atol=1e-7)
 
 
-def test_checkpointed_activations_give_the_same_step() -> None:
-    torch.testing.assert_close(moved(gradient_checkpointing=True), moved(), rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize(("gradient_checkpointing", "passes"), [(False, 1), (True, 2)])
+def test_checkpointed_activations_are_computed_twice_and_give_the_same_step(
+    gradient_checkpointing: bool, passes: int
+) -> None:
+    model = model_of()
+    before, modes = values_of(model), []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda layer, x: modes.append(layer.training))
+    trained(model, gradient_checkpointing=gradient_checkpointing)
+    torch.testing.assert_close(values_of(model) - before, moved(), rtol=1e-4, atol=1e-7)
+    assert modes.count(True) == passes
 
 
 def test_parts_are_the_rows_in_order() -> None:
