@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import deltaw
 from deltaw.converted import _halves, _names, convert
@@ -22,6 +22,14 @@ def tiny_qwen3() -> Any:
         vocab_size=96,
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
+
+
+def tiny_mistral() -> Any:
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96,
+    )  # fmt: skip
+    return MistralForCausalLM(config)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3], ids=["llama", "qwen3"])
@@ -61,6 +69,26 @@ def test_what_llama_cpp_is_given(tmp_path: Path) -> None:
     ]  # GGUF counts from the inside
     update = deltaw.attached.updates(model)["model.layers.1.mlp.down_proj"]
     assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.weight.lora_b"].data.copy()), update.B.detach())
+
+
+@pytest.mark.parametrize(
+    ("make", "reordered"),
+    [(tiny_llama, "qk"), (tiny_mistral, "qk"), (tiny_qwen3, "")],
+    ids=["llama", "mistral", "qwen3"],
+)
+def test_rows_of_q_and_k_alone_are_reordered_and_of_qwen_none(make: Any, reordered: str, tmp_path: Path) -> None:
+    """Four heads of queries and two of keys and values, each of eight rows."""
+    make().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    deltaw.save(fill(deltaw.attach(model, deltaw.LoRA(rank=2, alpha=2))), tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "a.gguf", base=tmp_path / "base")
+    written = gguf_lora.read(tmp_path / "a.gguf").factors
+    head = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    for role in "qkvo":
+        B = deltaw.attached.updates(model)[f"model.layers.1.self_attn.{role}_proj"].B.detach()
+        order = torch.cat([head + first for first in range(0, len(B), 8)])
+        theirs = written[f"blk.1.attn_{role if role != 'o' else 'output'}.weight"][1]
+        assert torch.equal(theirs, B[order] if role in reordered else B)
 
 
 @pytest.mark.parametrize(

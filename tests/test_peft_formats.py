@@ -616,7 +616,7 @@ PATTERNS = {
     "one layer, then all": {"q_proj": 7, "layers.0.self_attn.q_proj": 3},
     "anchored beside a wildcard": {r"^model\.layers\.0\.self_attn\.q_proj": 5, r".*q_proj": 7},
     "groups and alternatives": {r"layers\.(0|1)\.self_attn\.(q|v)_proj": 9, "v_proj|q_proj": 3, r"(q)_\w+": 2},
-    "a part of a name": {"proj": 3, r"\d\.self_attn\.v_proj": 6},
+    "a part of a name": {"proj": 3, "q_pro": 9, r"\d\.self_attn\.v_proj": 6},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaw import DoRA, LoRA, attach, route, using
+from deltaw import DoRA, LoRA, attach, route, rows, using
 from deltaw.attached import updates
 from deltaw.errors import AdapterError
 from deltaw.rows import Rows
@@ -78,9 +78,9 @@ def test_dropout_is_on_in_training_alone_and_each_adapters_own() -> None:
 
 
 def test_one_adapters_dropout_does_not_reach_anothers_stack() -> None:
-    """Two adapters of one rank and dtype, for as many rows each, one of which drops out."""
+    """Adapters of one rank and dtype, for one row each, of which the second drops nothing out."""
     model = layer_with(a=lora(dropout=0.4), b=lora(dropout=0.0), c=lora(dropout=0.4)).train()
-    names: list[str | None] = ["a", "b", "c", "b"]
+    names: list[str | None] = ["a", "b", "c", None]
     outputs = [routed(model, X, names) for _ in range(2)]
     same = [(outputs[0][row] - outputs[1][row]).abs().max() < 1e-6 for row in range(4)]
     assert same == [False, True, False, True]
@@ -98,6 +98,41 @@ def test_adapters_of_two_dtypes_are_each_computed_in_their_own(dtypes: tuple[Any
     assert out.dtype == base
     loose = torch.bfloat16 in (*dtypes, base)
     torch.testing.assert_close(out, alone(model, X.to(base), names), atol=5e-2 if loose else 1e-5, rtol=2e-2)
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_an_adapter_in_fewer_bits_takes_none_from_another(other: torch.dtype, name: str) -> None:
+    """Both of one rank, for as many rows each."""
+    model = layer_with(a=lora(), b=lora())
+    names: list[str | None] = ["a", "b", "a", "b"]
+    expected = alone(model, X, names)
+    for update in updates(model, name).values():
+        update.to(other)
+    exact = [row for row, own in enumerate(names) if own != name]
+    torch.testing.assert_close(routed(model, X, names)[exact], expected[exact], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "layer", "working"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float32, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_stack_is_in_the_narrower_dtype_that_has_products(
+    stored: torch.dtype, layer: torch.dtype, working: torch.dtype
+) -> None:
+    model = layer_with(a=lora())
+    (update,) = updates(model, "a").values()
+    stack = rows._stack([update.to(stored)], layer)
+    assert stack.A.dtype == stack.B.dtype == working
 
 
 def test_a_change_of_mode_dtype_or_device_memory_is_seen_by_the_next_pass() -> None:

@@ -191,6 +191,19 @@ def test_rates_that_differ_by_little_are_not_one_run(place: Path, tmp_path: Path
     assert [json.loads(p.read_text())["task"]["lr"] for p in runs] == [0.0101, 0.0102]
 
 
+@pytest.mark.parametrize("patience", [None, 9])
+def test_a_runs_loss_is_that_of_the_adapter_it_keeps(place: Path, tmp_path: Path, patience: int | None) -> None:
+    """With patience the best one, else the last."""
+    wild = {"lr": 0.3, "schedule": "constant", "warmup": 0, "clip": 0.0, "eval_every": 1, "patience": patience}
+    config = TrainConfig(out=str(tmp_path / "sweep"), **wild, **BUDGET)
+    (row,) = sweep(str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2", test_most=4)).results[
+        "rows"
+    ]
+    losses = [loss for _, loss in row["valid"]]
+    assert min(losses) < losses[-1]
+    assert row["valid_loss"] == (losses[-1] if patience is None else min(losses))
+
+
 @pytest.mark.slow
 def test_the_worse_half_is_ended_and_said_to_be(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,7 @@
+import dataclasses
+import hashlib
 import itertools
+import json
 import random
 
 import pytest
@@ -6,10 +9,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.config import DataConfig
-from deltaw.data import Example, Order, collate, encode, plan, read
+from deltaw.data import Example, Order, batches, collate, encode, plan, read
 from deltaw.errors import DataError
 
 lengths = st.lists(st.integers(1, 500), max_size=300)
+
+
+def test_a_seeds_batches_stay_the_same_from_version_to_version():
+    """So that a run of old can be had again."""
+    assert plan([7, 9, 30, 8, 17, 64, 1, 24, 25, 16, 40, 33], 3, 0, 0) == [[6, 5, 3], [11, 2, 9], [4, 8, 0], [10, 7, 1]]
+    for count, batch, tokens, known in (
+        (400, 4, None, "963b86698780"),
+        (1275, 1, None, "4fc482291cd4"),
+        (300, 8, 3000, "fadcd36efa9e"),
+    ):
+        chance = random.Random(count)
+        planned = plan([chance.randint(1, 500) for _ in range(count)], batch, 1, 2, tokens)
+        assert hashlib.sha256(json.dumps(planned).encode()).hexdigest()[:12] == known
+
+
+@given(st.integers(1, 3000), st.integers(1, 9), st.integers(1, 60))
+def test_windows_have_nearly_the_same_number_of_batches(count, rows, width):
+    windows = batches._windows(count, rows, width)
+    assert windows[0][0] == 0 and windows[-1][1] == count
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(windows))
+    full = [(end - start) // rows for start, end in windows]
+    assert max(full) <= width and max(full) - min(full) <= 1
+    assert all((end - start) % rows == 0 for start, end in windows[:-1])
+    assert len(windows) == max(1, -(-(count // rows) // width))
+
+
+@pytest.mark.parametrize(("count", "is_sorted"), [(80, False), (87, False), (88, True), (240, True)])
+def test_with_records_for_ten_batches_or_fewer_nothing_is_sorted(count, is_sorted):
+    """A tenth of eleven batches is more than one of them."""
+    sizes = [8 * i for i in range(count)]
+    random.Random(3).shuffle(sizes)
+    rows = [[sizes[i] for i in b] for b in plan(sizes, 8, 0, 0)]
+    assert all(row in (sorted(row), sorted(row, reverse=True)) for row in rows) == is_sorted
+
+
+@pytest.mark.parametrize("tokens", [None, 64])
+def test_no_records_are_no_batches(tokens):
+    assert plan([], 4, 0, 0, tokens) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,6 +70,15 @@ def test_a_token_budget_counts_padding_and_splits_no_record(lengths, tokens, epo
     for indices in planned:
         padded = -(-max(lengths[i] for i in indices) // 8) * 8
         assert len(indices) * padded <= tokens or len(indices) == 1
+
+
+def test_a_token_budget_counts_the_longest_record_wherever_it_is():
+    """Few records are not sorted: the longest one of a batch may be in its middle."""
+    lengths = [8, 8, 64] * 10
+    for seed in range(20):
+        assert all(
+            64 not in b or len(b) <= 2 for b in ([lengths[i] for i in p] for p in plan(lengths, 8, seed, 0, 128))
+        )
 
 
 def test_a_token_budget_is_used():
@@ -178,6 +228,9 @@ def test_collate():
     assert batch.attention_mask.tolist() == [[1, 1, 1, *fill], [1, 1, 0, *fill]]
     assert batch.supervised.tolist() == [[False, True, True, *off], [False, True, False, *off]]
     assert str(batch.supervised.dtype) == "torch.bool" and str(batch.input_ids.dtype) == "torch.int64"
+    assert batch.targets == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.input_ids = batch.attention_mask
 
 
 def test_refusals():

@@ -59,6 +59,20 @@ def test_few_noisy_records_prove_nothing() -> None:
     assert chosen(made({1: 0.0, 16: 0.0}, noise=3.0, n=20), 0.01).rank == 16
 
 
+def test_a_single_item_proves_nothing() -> None:
+    found = chosen(
+        {rank: of_losses(np.array([[loss]]), np.ones(1)) for rank, loss in ((1, 1.0), (2, 1.0), (4, 1.0))}, 0.01
+    )
+    assert found.rank == 4 and not any(t.enough for t in found.tested)
+
+
+def test_a_choice_cannot_be_changed() -> None:
+    found = chosen(made({1: 0.0, 2: 0.0}), 0.01)
+    for part in (found, *found.tested):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.rank = 8  # type: ignore[misc]
+
+
 SPREAD = np.array([[-0.1], [0.0], [0.1]])
 
 

@@ -164,13 +164,23 @@ def test_the_worse_half_ends_at_each_rung() -> None:
     candidates = [(LoRA(rank=2), dataclasses.replace(config, lr=lr)) for lr in rates]
     heard: list[list[Event]] = [[] for _ in candidates]
     loops = [loop_of("llama", model, i, *each, heard[i]) for i, each in enumerate(candidates)]
-    Abreast(loops, 2, rungs=(0.25, 0.5)).run()
+    Abreast(loops, 2, rungs=(0.5, 0.25)).run()
     at = [{e.step: e.values["valid_loss"] for e in own if e.kind == "eval"} for own in heard]
     order = sorted(range(4), key=lambda i: at[i][2])
     assert [loops[i].state.step for i in order[2:]] == [2, 2]
     better, worse = sorted(order[:2], key=lambda i: at[i][4])
     assert (loops[better].state.step, loops[worse].state.step) == (8, 4)
     assert [loop.state.stopped for loop in loops].count("behind") == 3 and not loops[better].state.stopped
+
+
+def test_a_held_out_loss_that_is_not_finite_is_in_the_worse_half() -> None:
+    """With patience there is a better adapter to go back to, so that it is no error."""
+    model = made("llama")
+    config = dataclasses.replace(CONFIG, steps=2, eval_every=2, patience=9)
+    wild = dataclasses.replace(config, optimizer="SGD", lr=1e30, clip=0.0)
+    loops = [loop_of("llama", model, i, LoRA(rank=2), own, []) for i, own in enumerate((wild, config))]
+    Abreast(loops, 2, rungs=(0.5,)).run()
+    assert [loop.state.stopped for loop in loops] == ["behind", ""] and [loop.state.step for loop in loops] == [1, 2]
 
 
 def test_dropout_in_one_pass_follows_from_the_loops_seeds_alone() -> None:

@@ -1,21 +1,23 @@
 """The loop by itself: what one step does to the parameters, what is counted and logged, when it evaluates, and when it stops."""
 
+import dataclasses
 import math
 import resource
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltaw import LoRA, TrainConfig, attach, delta, parameters
+from deltaw import IA3, BitFit, LoRA, TrainConfig, attach, delta, parameters
 from deltaw.attached import owner_of, updates
 from deltaw.data import Example
 from deltaw.errors import TrainError
 from deltaw.training import loop as loop_module
 from deltaw.training.loop import Event, Loop, held_out_loss, peak_memory, relative_norm
 from deltaw.training.loss import CompletionLoss
-from tests.conftest import fill, tiny_llama
+from tests.conftest import fill, tiny_gpt2, tiny_llama
 from tests.training.test_models import examples
 
 RECORDS = examples()
@@ -90,6 +92,18 @@ def test_a_step_in_parts_is_the_step(micro_batch: int) -> None:
     torch.testing.assert_close(moved(micro_batch=micro_batch), moved(), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(("gradient_checkpointing", "passes"), [(False, 1), (True, 2)])
+def test_checkpointed_activations_are_computed_twice_and_give_the_same_step(
+    gradient_checkpointing: bool, passes: int
+) -> None:
+    model = model_of()
+    before, modes = values_of(model), []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda layer, x: modes.append(layer.training))
+    trained(model, gradient_checkpointing=gradient_checkpointing)
+    torch.testing.assert_close(values_of(model) - before, moved(), rtol=1e-4, atol=1e-7)
+    assert modes.count(True) == passes
+
+
 def test_parts_are_the_rows_in_order() -> None:
     loop = Loop(CompletionLoss(model_of()), RECORDS, (), TrainConfig(micro_batch=3, batch=7, steps=1))
     rows = RECORDS[:7]
@@ -125,6 +139,50 @@ def test_counts_are_over_the_whole_run() -> None:
     assert (last["tokens"], last["supervised"]) == (state.tokens, state.supervised)
     assert state.first_loss == steps[0].values["loss"] and state.last_loss == last["loss"]
     assert 0 < state.step_seconds <= state.seconds and state.eval_seconds == 0
+    assert (state.valid_loss, state.best_loss, state.best_step, state.without_gain) == (None, math.inf, 0, 0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        steps[0].step = 2  # type: ignore[misc]
+
+
+class Clock:
+    """Stands still but for passes through a model: so many seconds in training, and four in evaluation."""
+
+    def __init__(self, model: Any, step: float) -> None:
+        self.now, self.step = 1000.0, step
+        model.model.layers[0].register_forward_pre_hook(self.passed)
+
+    def passed(self, module: Any, inputs: Any) -> None:
+        self.now += self.step if module.training else 4.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_seconds_are_those_of_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.setattr(loop_module, "time", Clock(model, 0.25))
+    loop, events = trained(model, valid=RECORDS[:2], steps=4, eval_every=3, log_every=2)
+    state, values = loop.state, [event.values for event in of_kind(events, "step")]  # of steps 1, 2 and 4
+    assert (state.step_seconds, state.eval_seconds, loop.last_evaluation, state.seconds) == (1.0, 12.0, 4.0, 13.0)
+    assert [v["seconds"] for v in values] == [4.25, 4.5, 9.0]
+    assert [v["seconds_left"] for v in values] == [0.75, 0.5, 0.0]
+    one, two, four = (v["tokens"] for v in values)
+    assert [v["tokens_per_second"] for v in values] == [one / 0.25, (two - one) / 0.25, (four - two) / 0.5]
+
+
+def test_the_clock_ends_a_run_at_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.setattr(loop_module, "time", Clock(model, 20.0))
+    loop, events = trained(model, minutes=1.0, steps=None, epochs=100)
+    assert (loop.state.stopped, loop.state.step, loop.state.seconds) == ("minutes", 3, 60.0)
+    assert [event.step for event in of_kind(events, "step")] == [1, 3]
+
+
+def test_a_clock_that_stands_still_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.setattr(loop_module, "time", Clock(model, 0.0))
+    _, events = trained(model, steps=2, log_every=1)
+    assert all(0 < event.values["tokens_per_second"] < math.inf for event in of_kind(events, "step"))
 
 
 def test_speed_and_the_time_left_are_those_of_the_steps() -> None:
@@ -152,6 +210,12 @@ def test_memory_is_the_most_that_this_process_held() -> None:
     assert highest <= peak_memory() < 2 * highest
 
 
+def test_macos_counts_memory_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert highest <= peak_memory() < 2 * highest
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -172,10 +236,12 @@ def test_when_it_evaluates(settings: dict[str, Any], expected: list[int]) -> Non
 def test_evaluations_take_no_more_than_their_share_of_a_timed_run() -> None:
     loop = Loop(CompletionLoss(model_of()), RECORDS, RECORDS[:2], TrainConfig(minutes=10.0, epochs=1000))
     state = loop.state
-    state.step, state.seconds, state.eval_seconds, loop.last_evaluation = 50, 121.0, 14.0, 10.0
+    state.step, state.seconds, state.eval_seconds, loop.last_evaluation = 50, 120.0, 14.0, 10.0
     assert loop._is_time_to_evaluate() and not loop._is_time_to_evaluate()  # the second tenth, once
     state.seconds, loop.last_evaluation = 181.0, 30.0
     assert not loop._is_time_to_evaluate()  # 44 s of 181 s are more than a fifth
+    state.seconds, loop.last_evaluation = 241.0, 30.0
+    assert loop._is_time_to_evaluate()  # of 241 s less
     state.stopped = "minutes"
     assert loop._is_time_to_evaluate()
 
@@ -224,12 +290,32 @@ def test_a_held_out_loss_is_the_mean_over_tokens_whatever_the_batch() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [(4, [8, 4]), (10, [10, 2])])
+def test_held_out_records_come_in_batches_of_eight_at_least(batch: int, sizes: list[int]) -> None:
+    model = model_of()
+    loop = Loop(CompletionLoss(model), RECORDS, RECORDS, TrainConfig(**SGD | {"batch": batch, "steps": 1}))
+    with loop.opened():
+        rows: list[int] = []
+        model.model.layers[0].register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+        loop.evaluate()
+    assert rows == sizes and len(RECORDS) == 12
+
+
 def test_the_relative_norm_is_that_of_all_layers_together() -> None:
     model = model_of()
     layers = updates(model)
     W0 = torch.cat([owner_of(model).get_submodule(name).weight.detach().flatten() for name in layers])
     dW = torch.cat([delta(model, name).flatten() for name in layers])
     assert relative_norm(model) == pytest.approx(float(dW.norm() / W0.norm()), rel=1e-4)
+
+
+def test_what_was_zero_and_is_not_any_more_has_learned() -> None:
+    """Biases of a fresh GPT-2 are zero: a share of nothing was taken for nothing learned."""
+    torch.manual_seed(0)
+    model = attach(tiny_gpt2(layers=1), BitFit())
+    assert relative_norm(model) == 0.0
+    _, events = trained(model, valid=RECORDS[:1], steps=20, eval_every=20)
+    assert relative_norm(model) == math.inf and not of_kind(events, "warning")
 
 
 def test_nothing_learned_is_said_after_twenty_steps_and_not_before() -> None:
@@ -256,6 +342,7 @@ def watched(loss: float, norm: float, scale: float | None) -> None:
         (1.0, math.inf, None, False),
         (1.0, math.nan, 64.0, True),
         (1.0, math.inf, 64.0, True),
+        (1.0, math.inf, 2.0, True),
         (1.0, math.inf, 1.0, False),
     ],
 )
@@ -270,15 +357,85 @@ def test_what_is_not_finite_is_an_error_unless_the_scaler_made_it_so(
         assert "--lr (it was 0.25)" in str(error.value)
 
 
-def test_layers_that_took_no_part_are_counted_and_five_are_named() -> None:
+def with_spares(count: int, targets: str) -> Any:
+    """A model with layers that no pass goes through."""
     torch.manual_seed(0)
     model: Any = tiny_llama()
-    model.spare = torch.nn.ModuleList(torch.nn.Linear(8, 6) for _ in range(6))
-    attach(model, LoRA(rank=2, alpha=3, targets="spare.*,q"))
-    _, events = trained(model, steps=2)
+    model.spare = torch.nn.ModuleList(torch.nn.Linear(8, 6) for _ in range(count))
+    return attach(model, LoRA(rank=2, alpha=3, targets=targets))
+
+
+@pytest.mark.parametrize(("count", "named"), [(1, 1), (5, 5), (6, 5)])
+def test_layers_that_took_no_part_are_counted_and_five_are_named(count: int, named: int) -> None:
+    _, events = trained(with_spares(count, "spare.*,q"), steps=2)
     (warning,) = of_kind(events, "warning")
     text = warning.values["text"]
-    assert text.startswith("6 adapted layers took no part") and text.count("spare.") == 5 and text.endswith("…")
+    assert (
+        warning.step == 0 and text.startswith(f"{count} adapted layers took no part") and text.count("spare.") == named
+    )
+    assert text.endswith("…") == (count > named)
+
+
+def test_where_none_took_part_five_are_named() -> None:
+    with pytest.raises(TrainError, match="No adapted layer took part in the first step") as error:
+        trained(with_spares(7, "spare.*"))
+    assert str(error.value).count("spare.") == 5
+
+
+def unsound(loop: Loop) -> list[Tensor]:
+    """The adapter as three steps left it; the fourth one's activations are no numbers, and it is an error."""
+    kept: list[Tensor] = []
+
+    def meet(event: Event) -> None:
+        if event.kind == "step" and event.step == 3:
+            kept.append(values_of(loop.loss.model))
+            loop.loss.model.model.norm.register_forward_hook(lambda module, inputs, output: output * math.nan)
+
+    loop.on_event = meet
+    with pytest.raises(TrainError, match="The loss is nan and the gradient norm nan at step 4"):
+        loop.run()
+    return kept
+
+
+@pytest.mark.parametrize(("on_cuda", "steps"), [(False, 3), (True, 4)])
+def test_a_step_that_is_not_finite_moves_nothing(on_cuda: bool, steps: int) -> None:
+    """On a GPU it is noticed while the next one is computed."""
+    model = model_of()
+    loop = Loop(CompletionLoss(model), RECORDS, (), TrainConfig(**SGD, steps=9, log_every=1))
+    assert loop.on_cuda is False
+    loop.on_cuda = on_cuda
+    (kept,) = unsound(loop)
+    assert torch.equal(values_of(model), kept) and loop.state.step == steps
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "valid", "lines"),
+    [
+        (LoRA(rank=2), {"lr_ratio": 4.0}, 0, []),
+        (IA3(), {"lr_ratio": 1.0}, 0, []),
+        (IA3(), {"lr_ratio": 4.0}, 0, ["lr_ratio is 4, and the adapter has no B"]),
+        (LoRA(rank=2), {"patience": 2, "eval_every": 3}, 1, []),
+        (
+            LoRA(rank=2),
+            {"patience": 2, "eval_every": 3},
+            0,
+            ["patience is 2, and there are no held-out records", "eval_every is 3, and there are no held-out records"],
+        ),
+        (LoRA(rank=2), {"warmup": 2, "steps": 2}, 0, ["lr is never reached, the warm-up takes 2 of 2 steps"]),
+        (LoRA(rank=2), {"warmup": 5, "steps": 2}, 0, ["lr is never reached, the warm-up takes 5 of 2 steps"]),
+        (LoRA(rank=2), {"warmup": 2, "steps": 3}, 0, []),
+        (LoRA(rank=2), {"warmup": 2, "steps": 1}, 0, []),
+        (LoRA(rank=2), {"warmup": 2, "steps": 2, "minutes": 9.0}, 0, []),
+    ],
+    ids=str,
+)
+def test_settings_without_an_effect_are_said(
+    method: Any, settings: dict[str, Any], valid: int, lines: list[str]
+) -> None:
+    torch.manual_seed(0)
+    _, events = trained(attach(tiny_llama(layers=1), method), valid=RECORDS[:valid], **settings)
+    texts = [event.values["text"] for event in of_kind(events, "warning")]
+    assert texts == [f"A setting has no effect: {line}." for line in lines]
 
 
 def test_examples_are_what_the_order_draws() -> None:

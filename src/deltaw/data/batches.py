@@ -6,6 +6,7 @@ All of it follows from (seed, epoch), so a run resumes at any step without repla
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -61,6 +62,8 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
     for name, value in (("batch", batch), ("batch_tokens", tokens)):
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1.")
+    if not lengths:
+        return []
     # a string seed is hashed with SHA-512, so (0, 1) and (1, 0) do not meet
     chance = random.Random(f"deltaw batches {seed} {epoch}")
     sizes = [padded(length) for length in lengths]
@@ -69,7 +72,7 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
 
     def fits(indices: Sequence[int]) -> bool:
         """Whether these records make one batch. Where they are sorted, the longest is the first or the last."""
-        if tokens is None or len(indices) == 1:
+        if tokens is None:
             return len(indices) <= rows
         ends = indices if width == 1 else (indices[0], indices[-1])
         return len(indices) * max(sizes[i] for i in ends) <= tokens
@@ -91,9 +94,9 @@ def _windows(count: int, rows: int, width: int) -> list[tuple[int, int]]:
     """Where windows of that many records begin and end, all of nearly the same number of batches, at most `width` of `rows`
     records."""
     batches = count // rows
-    number = max(1, math.ceil(batches / width))
-    ends = [batches * (i + 1) // number * rows for i in range(number - 1)] + [count]
-    return list(zip([0, *ends], ends, strict=False)) if count else []
+    number = math.ceil(batches / width)
+    ends = [batches * i // number * rows for i in range(1, number)]
+    return list(itertools.pairwise([0, *ends, count]))
 
 
 def _cut(

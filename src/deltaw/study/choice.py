@@ -8,6 +8,7 @@ one test does, whatever the number of ranks (Maurer et al. 1995), so nothing is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,15 +41,11 @@ class Choice:
 def chosen(losses: Mapping[int, Measured], margin: float) -> Choice:
     """By the losses of each rank on the same items. `margin` is a share of the largest rank's loss, for example 0.01."""
     ranks = sorted(losses)
-    largest = losses[ranks[-1]]
+    largest = losses[max(ranks)]
     most = margin * largest.value
     tested = []
     for rank in ranks:
         difference = losses[rank].less(largest).interval()
         tested.append(Tested(rank, losses[rank].interval(), difference, difference.high <= most))
-    enough = ranks[-1]
-    for each in reversed(tested):
-        if not each.enough:
-            break
-        enough = each.rank
-    return Choice(enough, most, tested)
+    enough = [each.rank for each in itertools.takewhile(lambda each: each.enough, reversed(tested))]
+    return Choice(min(enough, default=max(ranks)), most, tested)

@@ -86,8 +86,8 @@ class Loop:
     config: TrainConfig
     on_event: Callable[[Event], None] = lambda event: None
     should_stop: Callable[[], bool] = lambda: False
-    state: LoopState = field(default_factory=LoopState)
     adapter: str = "default"
+    state: LoopState = field(default_factory=LoopState, init=False)
 
     def __post_init__(self) -> None:
         config, self.model = self.config, self.loss.model
@@ -119,13 +119,12 @@ class Loop:
         with short_row_attention(self.model, longest), self._flat() as self.flat:
             self.optimizer = optimizers.make(self.flat, self.config)
             self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
-            self.began = time.monotonic() - self.state.seconds
+            self.began = time.monotonic()
             to_train(self.model)
-            if self.state.step == 0:
-                self._warn_of_idle_settings()
+            self._warn_of_idle_settings()
             if self.config.gradient_checkpointing:
                 _checkpoint_activations(self.model)
-            if self.valid and self.state.step == 0:
+            if self.valid:
                 self.evaluate()
             try:
                 yield
@@ -291,7 +290,8 @@ class Loop:
         loss = state.valid_loss = held_out_loss(self.loss, self.valid, batch=max(self.config.batch, 8))
         if not math.isfinite(loss) and self.best is None:
             raise _not_finite(f"The loss on held-out records is {loss} after step {state.step}", self.config.lr)
-        self.last_evaluation = time.monotonic() - began
+        ended = time.monotonic()
+        self.last_evaluation, state.seconds = ended - began, ended - self.began
         state.eval_seconds += self.last_evaluation
         if loss < state.best_loss:
             state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
@@ -309,7 +309,7 @@ class Loop:
             )
 
     def _keep_best(self) -> None:
-        if self.best is not None and self.state.best_step != self.state.step:
+        if self.best is not None:
             with torch.no_grad():
                 for parameter, kept in zip(self.trainable, self.best, strict=True):
                     parameter.copy_(kept)
@@ -392,7 +392,7 @@ def relative_norm(model: nn.Module, name: str | None = None) -> float:
     owner = owner_of(model)
     moved = [update.moved(owner.get_submodule(name)) for name, update in updates(model, name).items()]
     dw, w0 = sum(dw for dw, _ in moved), sum(w0 for _, w0 in moved)
-    return (dw / w0) ** 0.5 if w0 else 0.0
+    return (dw / w0) ** 0.5 if w0 else (math.inf if dw else 0.0)
 
 
 def peak_memory() -> int:
