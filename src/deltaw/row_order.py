@@ -107,7 +107,9 @@ def _follows(x: Tensor, other: Tensor, place: int, count: int, rows: Sequence[in
 
 
 @torch.no_grad()
-def find(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[list[str], set[str]] | None:
+def look_for_rows(
+    model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[list[str], set[str]] | None:
     """Pass a batch through the base, as it is and with some of its rows changed, in evaluation and with the same random draws.
     Gives the adapted layers in whose inputs no dimension has the batch's rows (experts that see the tokens sorted, what all rows
     share), said with the shapes, and the names of those that were reached; the others' slots then say where the rows are. Both
@@ -134,7 +136,7 @@ def find(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) ->
             for each in seen.values():
                 each.places = each.places if each.call == len(each.calls) else set()
     seen = {name: each for name, each in seen.items() if any(x.numel() for x in each.calls)}
-    _note(owner, seen, key_of(given, count), count)
+    _note_places(owner, seen, key_of(given, count), count)
     mixed = [
         f"{name}: its input is {each.odd or tuple(each.calls[0].shape)} for a batch of {count}"
         for name, each in seen.items()
@@ -147,7 +149,7 @@ def _tensors(given: Mapping[Any, Any]) -> dict[Any, Tensor]:
     return {n: v for n, v in given.items() if isinstance(v, Tensor) and v.dim()}
 
 
-def _note(model: nn.Module, seen: Mapping[str, _Seen], key: Any, count: int) -> None:
+def _note_places(model: nn.Module, seen: Mapping[str, _Seen], key: Any, count: int) -> None:
     """Write where the rows are into the slots."""
     for name, module in base_modules(model):
         slot, each = slot_of(module), seen.get(name)
@@ -189,7 +191,7 @@ def _passed(model: Any, positional: int, batch: dict[Any, Any], seen: dict[str, 
     return True
 
 
-def trial(model: Any) -> dict[str, Tensor] | None:
+def trial_inputs(model: Any) -> dict[str, Tensor] | None:
     """The inputs that transformers keeps for trying a model of this class out, two rows of them; None for a model without."""
     try:
         device = next(model.parameters()).device

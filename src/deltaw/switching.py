@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw import row_order
 from deltaw.attached import Adapters, base_modules, bring, known, merged_names, owner_of, record_of
 from deltaw.errors import AdapterError, ConfigError, listing, nearest
 from deltaw.row_forms import key_of
+from deltaw.row_order import look_for_rows, trial_inputs
 from deltaw.rows import Rows
 from deltaw.slots import Slot, slot_of
 
@@ -112,8 +112,8 @@ def _record_for_a_block(model: nn.Module) -> Adapters:
 def _check_rows_apart(model: nn.Module, record: Adapters) -> None:
     """Raise AdapterError where adapted layers are known to mix the rows of a batch. Where nothing is known yet, it is found with
     the inputs that transformers keeps for trying a model of this class out."""
-    if record.rows_mixed is None and (inputs := row_order.trial(owner_of(model))) is not None:
-        _note(record, row_order.find(model, (), inputs))
+    if record.rows_mixed is None and (inputs := trial_inputs(owner_of(model))) is not None:
+        _note(record, look_for_rows(model, (), inputs))
     if record.rows_mixed:
         raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
 
@@ -143,7 +143,7 @@ def _new_forms_asked(model: nn.Module, record: Adapters) -> Iterator[None]:
         if threading.get_ident() != here or key in record.rows_asked or not _open_questions(record, slots):
             return
         record.rows_asked.add(key)  # the passes to come are of the same form
-        found = row_order.find(owner, inputs, named)
+        found = look_for_rows(owner, inputs, named)
         if found is None:
             record.rows_asked.discard(key)
         _note(record, found)
