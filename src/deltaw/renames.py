@@ -43,7 +43,7 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
         biases=_by(module, file.biases), rows=_by(module, file.rows), whole=_by(parameter, file.whole),
         copies=_by(parameter, file.copies), originals=_by(parameter, file.originals),
         embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels), metadata=_metadata(module, file),
-        wrapped=None,
+        wrapped=None, unclear=frozenset(map(module, file.unclear)),
     )  # fmt: skip
     found.log()
     return made

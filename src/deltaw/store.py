@@ -23,7 +23,7 @@ from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft_config import method_of, saved_module
 from deltaw.files.tokenizer_files import copy_files, differs, files_in
-from deltaw.fitted import fitted, unlike_in_peft, vocabulary, without_effect_in_peft
+from deltaw.fitted import as_meant, fitted, unlike_in_peft, vocabulary, without_effect_in_peft
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
@@ -195,10 +195,11 @@ def place(
 
 
 def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
-    """An adapter's file by this model's names, which it logs where they are others than the file's."""
+    """An adapter's file by this model's names, which it logs where they are others than the file's; without the layers that PEFT
+    has no modules for on this model."""
     known = dict(live.base_modules(model))
     if isinstance(file, peft.LoRAFile):
-        return renamed(stacked(file, known), known)
+        return as_meant(model, known, renamed(stacked(file, known), known))
     return renamed_method(file, known)
 
 
@@ -245,7 +246,7 @@ def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module]
 
 def read(path: Path) -> peft.LoRAFile | MethodFile:
     """An adapter folder of any method. Raises FileError with every problem of the file itself."""
-    return peft.read(path) if method_of(path) is None else method_file.read(path)
+    return peft.read(path, of_model=True) if method_of(path) is None else method_file.read(path)
 
 
 def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:
