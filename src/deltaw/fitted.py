@@ -95,7 +95,7 @@ def _is_among_all(model: Any, layer: nn.Module | None, file: LoRAFile) -> bool:
         return not parameters_anywhere(file.config).isdisjoint(layer._parameters)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None and file.config.get("task_type") == "SEQ_CLS":
-        head = next((h for n in ("classifier", "score") if (h := getattr(model, n, None)) is not None), None)
+        head = next((h for n in ("score", "classifier") if (h := getattr(model, n, None)) is not None), None)
     return (isinstance(layer, nn.Linear) or kind_of(layer) is Conv1DKind) and layer is not head
 
 

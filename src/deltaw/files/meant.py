@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltaw.files.peft_config import CONFIG
-from deltaw.wrapped_names import unwrapped, unwrapped_pattern
+from deltaw.wrapped_names import other_names, unwrapped, unwrapped_pattern
 
 # PEFT's word for all dense layers but the head, and its word for none
 _ALL, _NONE = "all-linear", "dummy-target-modules"
@@ -58,7 +58,8 @@ def is_meant(layer: str, config: Mapping[str, Any], *, dense: bool, stack: bool)
 def is_target(module: str, config: Mapping[str, Any], *, dense: bool = True) -> bool | None:
     """Whether target_modules means a module of this name, and no other setting takes it out. None where only the model tells."""
     plain = re.sub(r"^(module\.)+", "", module)  # DDP's
-    return _any(*(_chosen(name, config, dense) for name in dict.fromkeys((module, plain))))
+    names = dict.fromkeys((module, plain, *other_names(plain)))
+    return _any(*(_chosen(name, config, dense) for name in names))
 
 
 def by_default_targets(layer: str, config: Mapping[str, Any], *, stack: bool) -> bool:
@@ -71,6 +72,13 @@ def is_all_linear(config: Mapping[str, Any]) -> bool:
     """Whether target_modules is PEFT's word for all dense layers but the head."""
     targets = config.get("target_modules")
     return isinstance(targets, str) and targets.lower() == _ALL
+
+
+def with_tied(answers: Mapping[str, bool | None], config: Mapping[str, Any]) -> dict[str, bool | None]:
+    """`is_meant`'s answers by layer, where PEFT gives an embedding's update to the head that is tied to it, or a head's to it."""
+    outside = [layer for layer in answers if not _NUMBERED.search(layer)]
+    tied = bool(config.get("ensure_weight_tying")) and any(answers[layer] for layer in outside)
+    return {**answers, **(dict.fromkeys(outside, True) if tied else {})}
 
 
 def told_by_name(layer: str, config: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Fingerprint, Outdated
-from deltaw.files.meant import CHOOSING, by_default_targets, is_meant, target_problems, told_by_name
+from deltaw.files.meant import CHOOSING, by_default_targets, is_meant, target_problems, told_by_name, with_tied
 from deltaw.files.peft_config import (
     CONFIG,
     PICKLED,
@@ -224,6 +224,7 @@ def _meant(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path)
         stack = A.ndim == 2 and len(A) != rank_of(layer, config)
         answers[layer] = is_meant(layer, config, dense=dense, stack=stack)
         by_default += [layer] if by_default_targets(layer, config, stack=stack) else []
+    answers = with_tied(answers, config)
     left_out = in_order(layer for layer, answer in answers.items() if answer is False)
     settings = ", ".join(key for key in CHOOSING if config.get(key) is not None)
     if left_out and len(left_out) == len(answers):
