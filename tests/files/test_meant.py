@@ -1,6 +1,7 @@
 """Layers that the settings of a foreign file mean: real PEFT reads the edited file, and we read the same from it."""
 
 import copy
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from deltaw import LoRA, attach, compress, convert, detach, load, save, spectrum
 from deltaw.cli.main import main
 from deltaw.errors import FileError
+from deltaw.files.peft_config import OF_ALL, OF_OTHERS
 from tests.conftest import assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.test_peft_formats import filled, logits, rewritten, tiny_bert, tiny_t5
 
@@ -89,7 +91,8 @@ def test_7_layers_that_the_settings_do_not_mean_are_left_out_as_peft_does(
     theirs: Any
     try:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
-    except RuntimeError:
+    except RuntimeError:  # PEFT gives the one stack the other's A and B
+        assert case == "one stack stays"
         theirs = None
     before = snapshot(model)
     with caplog.at_level(logging.WARNING, "deltaw"):
@@ -104,7 +107,8 @@ def test_7_layers_that_the_settings_do_not_mean_are_left_out_as_peft_does(
     assert len(said) == (left < len(every)), said
     assert not said or f"{len(every) - left} " in said[0]
     save(model, tmp_path / "ours")
-    assert len(json.loads(json.dumps(list(load_file(tmp_path / "ours" / "adapter_model.safetensors"))))) > 0
+    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert len({key.split(".lora_")[0] for key in ours if ".lora_" in key}) == left
 
 
 def test_settings_that_mean_none_of_the_files_layers_are_refused(tmp_path: Path) -> None:
@@ -177,3 +181,34 @@ def test_every_reader_leaves_out_the_same(tmp_path: Path, caplog: pytest.LogCapt
     rewritten(folder, target_modules="all-linear")  # what is the head, only a model tells
     with pytest.raises(FileError, match=r"lm_head: only PEFT, on a model"):
         spectrum(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_7_scales_that_the_settings_do_not_mean_are_left_out(
+    ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = of("llama")
+    made = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    filled(peft.get_peft_model(copy.deepcopy(model), made)).save_pretrained(tmp_path / "a")
+    rewritten(tmp_path / "a", exclude_modules=["v_proj"], something_new=0.5)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    load(model, tmp_path / "a")
+    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), rtol=1e-4, atol=1e-4)
+    assert "2 of the 6 layers" in caplog.text and "something_new = 0.5" in caplog.text
+    with pytest.raises(FileError, match="use_something_new"):
+        load(model, rewritten(tmp_path / "a", use_something_new=True), name="b")
+
+
+@pytest.mark.parametrize(("setting", "said"), [(16, True), (0.5, True), ("mode", True), (None, False), ("", False), (False, False)])
+def test_numbers_and_texts_that_nobody_knows_are_said(
+    setting: Any, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = of("llama")
+    trained(model, {"target_modules": ["q_proj"]}, tmp_path / "a")
+    load(model, rewritten(tmp_path / "a", something_new=setting))
+    assert (f"something_new = {setting!r}, which this version of deltaw does not know" in caplog.text) == said
+
+
+def test_every_setting_of_pefts_other_methods_is_known() -> None:
+    for config, kind in ((peft.IA3Config, "IA3"), (peft.PromptTuningConfig, "PROMPT_TUNING")):
+        assert {f.name for f in dataclasses.fields(config)} <= OF_ALL | OF_OTHERS[kind]

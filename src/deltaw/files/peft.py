@@ -28,6 +28,7 @@ from deltaw.files.fingerprint import Fingerprint, Outdated
 from deltaw.files.meant import CHOOSING, by_default_targets, is_meant, target_problems, told_by_name, with_tied
 from deltaw.files.peft_config import (
     CONFIG,
+    KNOWN,
     PICKLED,
     WEIGHTS,
     method_of,
@@ -40,6 +41,7 @@ from deltaw.files.peft_config import (
     scale_of,
     setting_problems,
     tokens_of,
+    unknown_settings,
 )
 from deltaw.files.peft_keys import PREFIX, Sorted, layer_of, sort, updated_layers
 from deltaw.files.shards import read_tensors
@@ -81,6 +83,7 @@ _LEFT_OUT = (
 _DEFAULTS = (
     "The settings of %s name no target_modules: all of its %d layers are used. PEFT would take its defaults for the model's type."
 )
+UNKNOWN = "The settings of %s have %s, which this version of deltaw does not know: what they change is left out."
 _UNTOLD = "%s: only PEFT, on a model, can tell whether the settings mean it"
 
 _Pair = tuple[Tensor, Tensor]
@@ -172,6 +175,8 @@ def read(folder: Path, *, of_model: bool = False) -> LoRAFile:
     problems = setting_problems(config)
     if problems and config.get("peft_type") != "LORA":
         raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
+    if unknown := unknown_settings(config, KNOWN):
+        log.warning(UNKNOWN, folder, ", ".join(unknown))
     tensors, metadata = tensors_of(folder)
     name = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
     unclear: list[str] = []
@@ -225,18 +230,10 @@ def _meant(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path)
         answers[layer] = is_meant(layer, config, dense=dense, stack=stack)
         by_default += [layer] if by_default_targets(layer, config, stack=stack) else []
     answers = with_tied(answers, config)
-    left_out = in_order(layer for layer, answer in answers.items() if answer is False)
-    settings = ", ".join(key for key in CHOOSING if config.get(key) is not None)
-    if left_out and len(left_out) == len(answers):
-        raise FileError(
-            f"The adapter in {path.parent} cannot be used: its settings ({settings}) mean none of the {len(answers)} layers that "
-            f"{path.name} has A and B of, {shown(left_out)}."
-        )
-    if left_out:
-        log.warning(_LEFT_OUT, len(left_out), len(answers), path.parent, settings, shown(left_out))
+    left_out = said_left_out(answers, config, path)
     if by_default:
         log.warning(_DEFAULTS, path.parent, len(by_default))
-    kept = {key: tensor for key, tensor in tensors.items() if layer_of(key) not in left_out}
+    kept = {key: tensor for key, tensor in tensors.items() if layer_of(key) not in set(left_out)}
     return kept, [layer for layer, answer in answers.items() if answer is None]
 
 
@@ -250,6 +247,20 @@ def _scales(found: Sorted, config: Mapping[str, Any], metadata: Mapping[str, str
         return scales | {n: x for n, x in exact.items() if n in scales and math.isclose(x, scales[n], rel_tol=1e-14)}
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(f"The scales of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
+
+
+def said_left_out(answers: Mapping[str, bool | None], config: Mapping[str, Any], path: Path) -> list[str]:
+    """The layers that `is_meant` answers no for, of which is warned. Raises FileError where it does so for all."""
+    left_out = in_order(layer for layer, answer in answers.items() if answer is False)
+    settings = ", ".join(key for key in CHOOSING if config.get(key) is not None)
+    if left_out and len(left_out) == len(answers):
+        raise FileError(
+            f"The adapter in {path.parent} cannot be used: its settings ({settings}) mean none of the {len(answers)} layers in "
+            f"{path.name}, {shown(left_out)}."
+        )
+    if left_out:
+        log.warning(_LEFT_OUT, len(left_out), len(answers), path.parent, settings, shown(left_out))
+    return left_out
 
 
 def _metadata(adapter: LoRAFile) -> dict[str, str]:
