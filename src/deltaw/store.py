@@ -15,7 +15,7 @@ from torch import nn
 from deltaw import attached as live
 from deltaw import units
 from deltaw.base_identity import base_hash
-from deltaw.ends import taught, teach
+from deltaw.ends import say_without_generate, taught, teach
 from deltaw.errors import FileError, listing
 from deltaw.expert_stacks import stacked
 from deltaw.filed import as_file
@@ -185,6 +185,7 @@ def place(
     ends = peft.ends_of(file, path)
     live.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
     teach(model, name, ends)
+    say_without_generate(model, ends)
     record = live.record_of(model)
     if host:
         record.residency.keep(name, _devices(model, updates))
