@@ -20,6 +20,7 @@ from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, rout
 from deltaw.attached import record_of
 from deltaw.ends import teach
 from deltaw.errors import AdapterError, MergeError
+from deltaw.modes import to_train
 from tests.conftest import assert_same, fill, snapshot, tiny_llama
 
 
@@ -416,7 +417,9 @@ def test_a_route_of_an_inner_model_has_a_name_for_each_prompt_of_the_outer_ones_
 
     torch.manual_seed(3)
     outer: Any = (tiny_llava() if kind == "llava" else tiny_llama()).eval()
-    inner: Any = {"llava": lambda: outer.model.language_model, "body": lambda: outer.model, "itself": lambda: outer}[kind]()
+    inner: Any = {"llava": lambda: outer.model.language_model, "body": lambda: outer.model, "itself": lambda: outer}[
+        kind
+    ]()
     for name, seed in (("a", 3), ("b", 4)):
         fill(attach(inner, LoRA(rank=2), name=name), name, seed=seed)
 
@@ -455,3 +458,25 @@ def test_end_tokens_of_a_model_without_generate_are_said(tmp_path: Path, caplog:
     caplog.clear()
     merge(outer.model)
     assert "end with token 7, and a LlamaModel has no generate" in caplog.text
+
+
+def test_running_statistics_that_a_users_loop_moves_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """They are the base's, and no adapter holds them: what is loaded later was another model."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
+    attach(model, LoRA(rank=2))
+    x = torch.randn(5, 4)
+    model.eval()
+    model(x)
+    to_train(model)
+    before = model[1].running_mean.clone()
+    model(x).sum().backward()
+    assert torch.equal(model[1].running_mean, before) and not caplog.records
+    model.train()
+    for _ in range(3):
+        model(x).sum().backward()
+    (said,) = caplog.records
+    assert "2 norms with running statistics are in training mode (1, 2.1)" in said.getMessage()
+    caplog.clear()
+    plain = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.BatchNorm1d(6, track_running_stats=False))
+    attach(plain, LoRA(rank=2)).train()(x)
+    assert not caplog.records

@@ -528,7 +528,9 @@ def test_texts_with_end_tokens_of_their_own_are_named_before_a_run(kind: str, tm
     tokenizer.pad_token = "<s>"
     tokenizer.save_pretrained(base)
     records[4]["text"] = "red </s> blue red"
-    with pytest.raises(DataError, match=r"1 of \d+ texts cannot be scored .*\n.*records\[4\]: 2 end tokens instead of 1"):
+    with pytest.raises(
+        DataError, match=r"1 of \d+ texts cannot be scored .*\n.*records\[4\]: 2 end tokens instead of 1"
+    ):
         train(base, records, TrainConfig(out=str(tmp_path / "no"), valid_share=0.0))
     assert not (tmp_path / "no").exists()
     records[4]["text"] = "red blue red </s>"  # which the tokenizer adds
@@ -567,5 +569,7 @@ def test_a_pooler_of_another_width_is_one_message_at_opening(tmp_path: Path) -> 
     DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "d")
     tokenizer.save_pretrained(tmp_path / "d")
     for dtype in ("float32", "bfloat16"):
-        with pytest.raises(FileError, match="d cannot score a text: its config has pooler_hidden_size 48 and hidden_size 32"):
+        with pytest.raises(
+            FileError, match="d cannot score a text: its config has pooler_hidden_size 48 and hidden_size 32"
+        ):
             load_pretrained(str(tmp_path / "d"), task="classification", labels=["a", "b"], dtype=dtype)  # type: ignore[arg-type]

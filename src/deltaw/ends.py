@@ -66,8 +66,8 @@ def say_without_generate(model: nn.Module, ends: Ends) -> None:
     """Warn of end tokens for a model that generates nothing by itself: a model around it, which does, is not known here."""
     if ends and not callable(getattr(owner_of(model), "generate", None)):
         log.warning(
-            "The adapter was taught to end with token %s, and a %s has no generate that could stop there: where a model around it "
-            "generates, give that these tokens too (generation_config.eos_token_id).",
+            "The adapter was taught to end with token %s, and a %s has no generate that could stop there: where a model around "
+            "it generates, give that these tokens too (generation_config.eos_token_id).",
             ", ".join(map(str, ends)), type(owner_of(model)).__name__,
         )  # fmt: skip
 

@@ -17,7 +17,18 @@ from deltaw.files.meant import is_all_linear, parameters_anywhere
 from deltaw.files.peft import TWICE, LoRAFile, by_inputs, is_ours, names_in_peft, slices_of
 from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
-from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
+from deltaw.layers import (
+    Conv1DKind,
+    ConvKind,
+    EmbeddingKind,
+    Kind,
+    Weight,
+    as_matrix,
+    kind_of,
+    matrices_of,
+    weights_of,
+    why_not,
+)
 from deltaw.lowrank import merge_, times, wide
 from deltaw.names import in_order, shown
 from deltaw.outside import only_read
@@ -67,7 +78,9 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
 def as_meant(model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile) -> LoRAFile:
     """The file without the layers that PEFT has no module for on this model, of those that it takes a model to tell. Says which.
     The file's names are the model's. Raises FileError where none is left."""
-    left = in_order(n for n in file.unclear & file.factors.keys() if not _is_among_all(owner_of(model), layers.get(n), file))
+    left = in_order(
+        n for n in file.unclear & file.factors.keys() if not _is_among_all(owner_of(model), layers.get(n), file)
+    )
     if not left:
         return file
     setting = "target_modules 'all-linear'" if is_all_linear(file.config) else "target_parameters"
@@ -83,7 +96,7 @@ def as_meant(model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile) 
 
     return replace(
         file, factors=kept(file.factors), scales=kept(file.scales), magnitudes=kept(file.magnitudes), biases=kept(file.biases),
-        copies=kept(file.copies), whole={n: v for n, v in file.whole.items() if n in kept(file.whole) or saved_module(n, file.config)},
+        copies=kept(file.copies), whole=kept(file.whole) | {n: v for n, v in file.whole.items() if saved_module(n, file.config)},
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def check_ends(model: Any, rows: Sequence[Sequence[int]], places: Sequence[str])
     if problems:
         raise DataError(
             listing(f"{len(problems)} of {len(rows)} texts cannot be scored by a {type(model).__name__}:", problems)
-            + "\nIt takes a text's score at its end token, of which all texts must have as many. Take out those that stand in texts."
+            + "\nIt takes a text's score at its end token, of which all texts must have as many: take out those in texts."
         )
 
 
@@ -84,7 +84,11 @@ def _scores_at_end(model: Any) -> bool:
 def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
     """Raise FileError for a classifier whose scores of a text change once it is padded, or that cannot score one."""
     pooled, hidden = (getattr(model.config, name, None) for name in ("pooler_hidden_size", "hidden_size"))
-    if pooled != hidden and any("pooler" in name.split(".") for name, _ in model.named_modules()) and pooled is not None:
+    if (
+        pooled != hidden
+        and any("pooler" in name.split(".") for name, _ in model.named_modules())
+        and pooled is not None
+    ):
         raise FileError(
             f"{source} cannot score a text: its config has pooler_hidden_size {pooled} and hidden_size {hidden}, and its "
             f"{type(model).__name__} gives a pooler of the one size rows of the other. Make both the same in config.json."

@@ -26,6 +26,7 @@ log = logging.getLogger("deltaw")
 
 T = TypeVar("T")
 
+
 def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
     """The file with this model's names (`known`: of its modules) for those layers that go by another one here: without what
     wrappers put into names, or by another version of transformers. It logs which. Raises FileError for two names of one."""

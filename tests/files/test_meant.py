@@ -74,7 +74,9 @@ MODELS["llama untied"] = lambda: tiny_llama(tied=False)
 
 def trained(model: Any, settings: dict[str, Any], folder: Path) -> None:
     """What PEFT saves of an adapter that changes something."""
-    filled(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=10, **settings))).save_pretrained(folder)
+    filled(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=10, **settings))).save_pretrained(
+        folder
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,13 +156,17 @@ def test_settings_without_targets_are_said(tmp_path: Path, caplog: pytest.LogCap
     assert "name no target_modules" in caplog.text
 
 
-def test_a_file_of_deltaw_means_all_that_it_holds(ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_deltaw_means_all_that_it_holds(
+    ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = of("llama")
     fill(attach(model, LoRA(rank=2, alpha=5, targets="qv")))
     expected = logits(model, ids)
     save(model, tmp_path / "a")
     detach(model)
-    load(model, rewritten(tmp_path / "a", target_modules=["q_proj"], exclude_modules=["v_proj"], layers_to_transform=[0]))
+    load(
+        model, rewritten(tmp_path / "a", target_modules=["q_proj"], exclude_modules=["v_proj"], layers_to_transform=[0])
+    )
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=0)
     assert not caplog.records
 
@@ -199,7 +205,9 @@ def test_7_scales_that_the_settings_do_not_mean_are_left_out(
         load(model, rewritten(tmp_path / "a", use_something_new=True), name="b")
 
 
-@pytest.mark.parametrize(("setting", "said"), [(16, True), (0.5, True), ("mode", True), (None, False), ("", False), (False, False)])
+@pytest.mark.parametrize(
+    ("setting", "said"), [(16, True), (0.5, True), ("mode", True), (None, False), ("", False), (False, False)]
+)
 def test_numbers_and_texts_that_nobody_knows_are_said(
     setting: Any, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deltaw.files.peft_config import CONFIG
+from deltaw.files.peft_config import CONFIG, NO_LAYERS
 from deltaw.wrapped_names import other_names, unwrapped, unwrapped_pattern
 
-# PEFT's word for all dense layers but the head, and its word for none
-_ALL, _NONE = "all-linear", "dummy-target-modules"
+# PEFT's word for all dense layers but the head
+_ALL = "all-linear"
 _NUMBERED = re.compile(r"\.\d+\.")
 # The settings that choose layers
 CHOOSING = (
@@ -39,7 +39,9 @@ def target_problems(config: Mapping[str, Any]) -> list[str]:
     if not all(type(number) is int for number in _listed(numbers)):
         problems.append(f"{CONFIG}: layers_to_transform is {numbers!r}; it must be a layer's number or a list of them")
     if isinstance(config.get("target_modules"), str) and not (numbers is None and pattern is None):
-        problems.append(f"{CONFIG}: PEFT takes no layers_to_transform and no layers_pattern where target_modules is a text")
+        problems.append(
+            f"{CONFIG}: PEFT takes no layers_to_transform and no layers_pattern where target_modules is a text"
+        )
     elif pattern and numbers is None:
         problems.append(f"{CONFIG}: PEFT takes no layers_pattern without layers_to_transform")
     return problems
@@ -100,7 +102,7 @@ def _chosen(module: str, config: Mapping[str, Any], dense: bool) -> bool | None:
         return True
     if is_all_linear(config):
         return None if dense else False
-    if targets == _NONE or not _names(targets, module):
+    if targets == NO_LAYERS or not _names(targets, module):
         return False
     return isinstance(targets, str) or _has_number(module, config)
 

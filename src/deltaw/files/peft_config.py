@@ -53,6 +53,8 @@ HARMLESS = {
     "layers_pattern", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "velora_config", "qalora_group_size", "runtime_config", "merge_weights",
 }  # fmt: skip
+# PEFT's target_modules of an adapter without A and B, which it refuses by any other value
+NO_LAYERS = "dummy-target-modules"
 KNOWN = SETTINGS.keys() | READ | HARMLESS
 _NUMBERS = ("r", "lora_alpha")
 
@@ -60,8 +62,8 @@ _NUMBERS = ("r", "lora_alpha")
 OF_OTHERS = {
     "IA3": {"target_modules", "feedforward_modules", "init_ia3_weights"},
     "PROMPT_TUNING": {
-        "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
-        "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+        "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     },
 }  # fmt: skip
 OF_ALL = {
@@ -335,7 +337,7 @@ def config_for(
         "lora_alpha": alpha,
         "rank_pattern": _patterns(ranks, r, others),
         "alpha_pattern": _patterns(alphas, alpha, others),
-        "target_modules": sorted(target_modules),
+        "target_modules": sorted(target_modules) if ranks else NO_LAYERS,
         "target_parameters": None,
         "lora_dropout": dropout,
         "use_rslora": rank_stabilised,

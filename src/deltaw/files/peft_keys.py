@@ -109,7 +109,7 @@ def updated_layers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, boo
 
 
 def layer_of(key: str) -> str | None:
-    """The layer with a low-rank update that a key is of, its A, B and the like or what PEFT's wrapper of it keeps of the base's."""
+    """The layer with a low-rank update that a key is of: its A, B and the like, or what PEFT's wrapper keeps of the base."""
     name = unwrapped(without_peft_prefix(key))
     if match := _PART.fullmatch(name):
         return match["layer"]

@@ -128,7 +128,9 @@ def check_by_files(file: LoRAFile, *, undone: bool = False) -> None:
     and whole modules; and, where the merge is to be `undone`, for DoRA, whose ΔW depends on W0."""
     unclear = [layer for layer in file.unclear if not told_by_name(layer, file.config)]
     if unclear:
-        raise NotByFiles(listing("Whether the adapter's settings mean these layers, only the model can tell:", sorted(unclear)))
+        raise NotByFiles(
+            listing("Whether the adapter's settings mean these layers, only the model can tell:", sorted(unclear))
+        )
     others = [name for name in file.beyond() if undone or name not in file.magnitudes]
     if others:
         kinds = "A and B" if undone else "A and B, and DoRA's magnitudes,"
