@@ -11,13 +11,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from deltaw import LoRA, attach, compress, convert, detach, load, save, spectrum
 from deltaw.cli.main import main
 from deltaw.errors import FileError
 from deltaw.files.peft_config import OF_ALL, OF_OTHERS
-from tests.conftest import assert_same, fill, snapshot, tiny_gpt2, tiny_llama
+from tests.conftest import assert_same, byte_llama, fill, snapshot, tiny_gpt2, tiny_llama
+from tests.data.conftest import tiny_tokenizer
 from tests.test_peft_formats import filled, logits, rewritten, tiny_bert, tiny_t5
 
 
@@ -220,3 +221,21 @@ def test_numbers_and_texts_that_nobody_knows_are_said(
 def test_every_setting_of_pefts_other_methods_is_known() -> None:
     for config, kind in ((peft.IA3Config, "IA3"), (peft.PromptTuningConfig, "PROMPT_TUNING")):
         assert {f.name for f in dataclasses.fields(config)} <= OF_ALL | OF_OTHERS[kind]
+
+
+def test_a_command_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step that read the folder had said it again."""
+    tokenizer = tiny_tokenizer()
+    model = byte_llama(tokenizer).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trained(model, {"target_modules": ["q_proj", "v_proj"]}, tmp_path / "a")
+    rewritten(tmp_path / "a", target_modules=["v_proj"])
+    base, folder = str(tmp_path / "base"), str(tmp_path / "a")
+    assert main(["generate", base, "hi", "--adapter", folder, "--max-new-tokens", "2"]) == 0
+    assert " ".join(capsys.readouterr().err.split()).count("2 of the 4 layers") == 1
+    assert main(["merge", base, folder, "-o", str(tmp_path / "out")]) == 0
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "a").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
