@@ -77,8 +77,10 @@ _OUTDATED = (
     "keys and shapes are checked. Save the adapter again to renew it."
 )
 
-_LEFT_OUT = "%d of the %d layers in %s are left out, as PEFT leaves them out: the settings in adapter_config.json (%s) do not mean %s."
-_DEFAULTS = "The settings of %s name no target_modules: %d layers of it are used without. PEFT would take its defaults for the model."
+_LEFT_OUT = "%d of the %d layers in %s are left out, as PEFT leaves them out: its settings (%s) do not mean %s."
+_DEFAULTS = (
+    "The settings of %s name no target_modules: its %d layers are used. PEFT would take defaults for the type of model."
+)
 UNKNOWN = "The settings of %s have %s, which this version of deltaw does not know: what they change is left out."
 _UNTOLD = "%s: only PEFT, on a model, can tell whether the settings mean it"
 
