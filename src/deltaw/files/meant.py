@@ -104,7 +104,8 @@ def _chosen(module: str, config: Mapping[str, Any], dense: bool) -> bool | None:
         return None if dense else False
     if targets == NO_LAYERS or not _names(targets, module):
         return False
-    return isinstance(targets, str) or _has_number(module, config)
+    # Of a module by its full name PEFT does not ask the number
+    return isinstance(targets, str) or module in map(unwrapped_pattern, targets) or _has_number(module, config)
 
 
 def _has_number(module: str, config: Mapping[str, Any]) -> bool:

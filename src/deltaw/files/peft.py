@@ -25,7 +25,15 @@ from torch import Tensor
 from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Fingerprint, Outdated
-from deltaw.files.meant import CHOOSING, by_default_targets, is_meant, target_problems, told_by_name, with_tied
+from deltaw.files.meant import (
+    CHOOSING,
+    by_default_targets,
+    is_meant,
+    is_target,
+    target_problems,
+    told_by_name,
+    with_tied,
+)
 from deltaw.files.peft_config import (
     CONFIG,
     KNOWN,
@@ -43,7 +51,7 @@ from deltaw.files.peft_config import (
     tokens_of,
     unknown_settings,
 )
-from deltaw.files.peft_keys import PREFIX, Sorted, layer_of, sort, updated_layers
+from deltaw.files.peft_keys import PREFIX, Sorted, layer_of, plain_name, sort, updated_layers
 from deltaw.files.shards import read_tensors
 from deltaw.files.stacks import unstacked
 from deltaw.lowrank import Change, Product, Rescaled
@@ -80,6 +88,9 @@ _OUTDATED = (
 _LEFT_OUT = "%d of the %d layers in %s are left out, as PEFT leaves them out: its settings (%s) do not mean %s."
 _DEFAULTS = (
     "The settings of %s name no target_modules: its %d layers are used. PEFT would take defaults for the type of model."
+)
+_HIDDEN = (
+    "Parameters in %s are left out, as PEFT leaves them out, which has updates of its own around their layers: %s."
 )
 UNKNOWN = "The settings of %s have %s, which this version of deltaw does not know: what they change is left out."
 _UNTOLD = "%s: only PEFT, on a model, can tell whether the settings mean it"
@@ -231,7 +242,16 @@ def _meant(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path)
     left_out = said_left_out(answers, config, path)
     if by_default:
         log.warning(_DEFAULTS, path.parent, len(by_default))
-    kept = {key: tensor for key, tensor in tensors.items() if layer_of(key) not in set(left_out)}
+    gone = {key for key in tensors if layer_of(key) in left_out}
+    hidden = {
+        key: name for key in tensors if (name := plain_name(key)) and is_target(name.rpartition(".")[0], config) is True
+    }
+    hidden = (
+        {key: name for key, name in hidden.items() if name.rpartition(".")[0] not in answers} if not by_default else {}
+    )
+    if hidden:
+        log.warning(_HIDDEN, path.parent, shown(in_order(hidden.values())))
+    kept = {key: tensor for key, tensor in tensors.items() if key not in gone | hidden.keys()}
     return kept, [layer for layer, answer in answers.items() if answer is None]
 
 

@@ -116,6 +116,13 @@ def layer_of(key: str) -> str | None:
     return name.split(".base_layer.")[0] if ".base_layer." in name and ".token_adapter." not in name else None
 
 
+def plain_name(key: str) -> str | None:
+    """The base's own name of a parameter that a key has whole; None where the key is a wrapper's or an update's."""
+    name = unwrapped(without_peft_prefix(key))
+    inside = _ORIGINAL in name or ".base_layer." in name or _WHOLE.search(name) or _ROWS.fullmatch(name)
+    return None if inside or "lora_" in name or "." not in name else name
+
+
 def _leave_out_unused(found: Sorted) -> None:
     """PEFT wraps an `nn.MultiheadAttention` with its output projection inside. Where that is a target by itself too, a second
     update of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training."""
