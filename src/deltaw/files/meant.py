@@ -42,6 +42,8 @@ def target_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"{CONFIG}: PEFT takes no layers_to_transform and no layers_pattern where target_modules is a text"
         )
+    elif is_all_linear(config) and config.get("target_parameters"):
+        problems.append(f"{CONFIG}: what 'all-linear' means beside target_parameters, only PEFT, on a model, can tell")
     elif pattern and numbers is None:
         problems.append(f"{CONFIG}: PEFT takes no layers_pattern without layers_to_transform")
     return problems
