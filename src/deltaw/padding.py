@@ -93,11 +93,6 @@ def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
             f"{source} cannot score a text: its config has pooler_hidden_size {pooled} and hidden_size {hidden}, and its "
             f"{type(model).__name__} gives a pooler of the one size rows of the other. Make both the same in config.json."
         )
-    if _scores_at_end(model) and pad == model.config.eos_token_id:
-        raise FileError(
-            f"{source} cannot score padded texts: its {type(model).__name__} takes a text's score at its last end token, and its "
-            f"tokenizer pads with that token ({pad}). Give the tokenizer a pad_token of its own."
-        )
     try:
         depends = not _masks(model) or _takes_last_place(model) or _changes_with_padding(model, tokenizer, pad)
     except (RuntimeError, ValueError, IndexError) as error:  # the model's own
@@ -105,6 +100,11 @@ def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
             f"{source} cannot score a text: its {type(model).__name__} raises {type(error).__name__}: {error}\n"
             "Do its tokenizer and its config fit the model?"
         ) from error
+    if _scores_at_end(model) and pad == model.config.eos_token_id:
+        raise FileError(
+            f"{source} cannot score padded texts: its {type(model).__name__} takes a text's score at its last end token, and its "
+            f"tokenizer pads with that token ({pad}). Give the tokenizer a pad_token of its own."
+        )
     if depends:
         raise FileError(
             f"The scores of {source} depend on padding: its {type(model).__name__} knows no mask, or takes them from a row's "
