@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
-from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, use, using
+from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, route, save, unmerge, use, using
 from deltaw.attached import record_of
 from deltaw.ends import teach
 from deltaw.errors import AdapterError, MergeError
+from deltaw.modes import to_train
 from tests.conftest import assert_same, fill, snapshot, tiny_llama
 
 
@@ -403,3 +405,78 @@ def test_generate_stops_where_its_adapter_was_taught_to(model: Any, ids: torch.T
         both = model.generate(rows, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, ids.shape[1] :].tolist()
     assert both == [free["a"], free["b"]]
     assert model.generation_config.eos_token_id == own
+
+
+@pytest.mark.parametrize("kind", ["body", "llava", "itself"])
+def test_a_route_of_an_inner_model_has_a_name_for_each_prompt_of_the_outer_ones_generate(
+    kind: str, ids: torch.Tensor
+) -> None:
+    """One name for all prompts was taken, as if generate had made all rows of one."""
+    from tests.conftest import tiny_llama
+    from tests.test_renames import tiny_llava
+
+    torch.manual_seed(3)
+    outer: Any = (tiny_llava() if kind == "llava" else tiny_llama()).eval()
+    inner: Any = {"llava": lambda: outer.model.language_model, "body": lambda: outer.model, "itself": lambda: outer}[
+        kind
+    ]()
+    for name, seed in (("a", 3), ("b", 4)):
+        fill(attach(inner, LoRA(rank=2), name=name), name, seed=seed)
+
+    def generate(**settings: Any) -> torch.Tensor:
+        given = {"attention_mask": torch.ones_like(ids[:2]), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        found: torch.Tensor = outer.generate(input_ids=ids[:2] % 60 + 5, **given, **settings)
+        return found
+
+    for settings in ({}, {"num_beams": 2}):
+        alone = []
+        for name in "ab":
+            with using(inner, name):
+                alone.append(generate(**settings))
+        with route(inner, ["a", "b"]):
+            both = generate(**settings)
+        assert torch.equal(both[0], alone[0][0]) and torch.equal(both[1], alone[1][1])
+        with route(inner, ["a"]), pytest.raises(AdapterError, match="names 1 row"):
+            generate(**settings)
+
+
+def test_end_tokens_of_a_model_without_generate_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tests.conftest import tiny_llama
+
+    outer = tiny_llama().eval()
+    fill(attach(outer, LoRA(rank=2)))
+    save(outer, tmp_path / "whole", ends=[7])
+    detach(outer)
+    fill(attach(outer.model, LoRA(rank=2)))
+    save(outer.model, tmp_path / "body", ends=[7])
+    detach(outer.model)
+    load(outer, tmp_path / "whole")
+    detach(outer)
+    assert not caplog.records
+    load(outer.model, tmp_path / "body")
+    assert "end with token 7, and a LlamaModel has no generate" in caplog.text
+    caplog.clear()
+    merge(outer.model)
+    assert "end with token 7, and a LlamaModel has no generate" in caplog.text
+
+
+def test_running_statistics_that_a_users_loop_moves_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """They are the base's, and no adapter holds them: what is loaded later was another model."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
+    attach(model, LoRA(rank=2))
+    x = torch.randn(5, 4)
+    model.eval()
+    model(x)
+    to_train(model)
+    before = model[1].running_mean.clone()
+    model(x).sum().backward()
+    assert torch.equal(model[1].running_mean, before) and not caplog.records
+    model.train()
+    for _ in range(3):
+        model(x).sum().backward()
+    (said,) = caplog.records
+    assert "2 norms with running statistics are in training mode (1, 2.1)" in said.getMessage()
+    caplog.clear()
+    plain = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.BatchNorm1d(6, track_running_stats=False))
+    attach(plain, LoRA(rank=2)).train()(x)
+    assert not caplog.records

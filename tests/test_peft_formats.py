@@ -691,3 +691,31 @@ def test_A_and_B_of_8_bits(dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path
     merge_files(tmp_path / "base", tmp_path / "b", tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(again, ids), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("llama", {"whole": "model.norm"}), ("llama", {"tokens": [3, 7]}), ("llama", {"whole": "embed_tokens,lm_head"}),
+    ("llama", {"norms": True}), ("llama untied", {"whole": "lm_head"}), ("bert", {"whole": "classifier"}),
+], ids=str)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_7_peft_reads_an_adapter_without_low_rank_updates(
+    kind: str, settings: dict[str, Any], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """It was written with no target_modules, with which PEFT refuses any adapter."""
+    model = model_of(kind)
+    targets = "query" if kind == "bert" else "q_proj"
+    fill(attach(twin := copy.deepcopy(model), LoRA(rank=2, targets=targets, **settings)))
+    save(twin, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if ".lora_" not in k}, path, metadata={"deltaw_format": "1"})
+    load(twin := copy.deepcopy(model), tmp_path / "a")
+    save(twin, tmp_path / "b")
+    expected = logits(twin, ids)
+    assert (expected - logits(model, ids)).abs().max() > 0.1
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "b").eval()
+    torch.testing.assert_close(logits(theirs, ids), expected, rtol=1e-5, atol=1e-5)
+    if settings.get("whole") == "embed_tokens,lm_head":  # which PEFT has put into its base, and saves nothing of
+        return
+    theirs.save_pretrained(tmp_path / "theirs")
+    load(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)

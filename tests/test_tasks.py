@@ -18,10 +18,12 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    BartForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -32,6 +34,7 @@ from transformers import (
     RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -519,3 +522,63 @@ def test_sst2_on_minilm(tmp_path: Path) -> None:
     adapter = str(tmp_path / "run" / "adapter")
     assert main(["eval", base, str(data / "dev.jsonl"), "--adapter", adapter, "--out", str(out), "--most", "300"]) == 0
     assert json.loads(out.read_text())["adapter"]["scores"]["accuracy"]["value"] > 0.7
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_texts_with_end_tokens_of_their_own_are_named_before_a_run(kind: str, tmp_path: Path) -> None:
+    """T5's and BART's classifiers count end tokens: transformers' own ValueError came in the middle of a run."""
+    from tests.data.test_items import tokenizer_of
+
+    tokenizer = tokenizer_of("t5")
+    base = folder_of(CLASSIFIERS_AT_END[kind], tmp_path, tokenizer)
+    records = about(12)
+    with pytest.raises(FileError, match="pads with that token"):
+        train(base, records, TrainConfig(out=str(tmp_path / "no"), valid_share=0.0))
+    tokenizer.pad_token = "<s>"
+    tokenizer.save_pretrained(base)
+    records[4]["text"] = "red </s> blue red"
+    with pytest.raises(
+        DataError, match=r"1 of \d+ texts cannot be scored .*\n.*records\[4\]: 2 end tokens instead of 1"
+    ):
+        train(base, records, TrainConfig(out=str(tmp_path / "no"), valid_share=0.0))
+    assert not (tmp_path / "no").exists()
+    records[4]["text"] = "red blue red </s>"  # which the tokenizer adds
+    train(base, records, TrainConfig(out=str(tmp_path / "run"), epochs=1, valid_share=0.0, samples=0))
+    data = DataConfig(task="classification", labels=["cold", "warm"])
+    loaded = opened(base, data)
+    asked = read([*records, {"text": "a </s> b", "label": "warm"}], data)
+    with pytest.raises(DataError, match=r"records\[12\]: 2 end tokens instead of 1"):
+        evaluate(loaded.model, loaded.tokenizer, asked, data, GenerateConfig())
+    with pytest.raises(DataError, match="2 end tokens instead of 1"):
+        task_of(data).answer(loaded, list(asked), data, GenerateConfig(), lambda n: None)
+
+
+CLASSIFIERS_AT_END = {
+    "t5": lambda v: T5ForSequenceClassification(
+        T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, eos_token_id=end_token())
+    ),
+    "bart": lambda v: BartForSequenceClassification(
+        BartConfig(
+            vocab_size=300, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, eos_token_id=end_token(),
+        )
+    ),
+}  # fmt: skip
+
+
+def end_token() -> int:
+    from tests.data.test_items import tokenizer_of
+
+    return int(tokenizer_of("t5").eos_token_id)
+
+
+def test_a_pooler_of_another_width_is_one_message_at_opening(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = DebertaV2Config(vocab_size=len(tokenizer), pooler_hidden_size=48, max_position_embeddings=66, **SIZE)
+    DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "d")
+    tokenizer.save_pretrained(tmp_path / "d")
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(
+            FileError, match="d cannot score a text: its config has pooler_hidden_size 48 and hidden_size 32"
+        ):
+            load_pretrained(str(tmp_path / "d"), task="classification", labels=["a", "b"], dtype=dtype)  # type: ignore[arg-type]

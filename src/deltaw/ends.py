@@ -4,6 +4,7 @@ it is merged into; the base's own stay beside them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from deltaw.attached import find_record, known, owner_of, record_of
 from deltaw.eos import TAUGHT, Ends, extended, listed
 from deltaw.rows import Rows
+
+log = logging.getLogger("deltaw")
 
 
 def teach(model: nn.Module, name: str, ends: Iterable[int]) -> None:
@@ -51,10 +54,22 @@ def extend(model: nn.Module, names: Iterable[str]) -> tuple[Any, Any] | None:
     config = getattr(model, "generation_config", None) or getattr(owner_of(model), "generation_config", None)
     before = getattr(config, "eos_token_id", None)
     after = extended(before, taught(model, names))
+    if config is None and after != before:
+        say_without_generate(model, taught(model, names))
     if config is None or after == before:
         return None
     config.eos_token_id = after
     return config, before
+
+
+def say_without_generate(model: nn.Module, ends: Ends) -> None:
+    """Warn of end tokens for a model that generates nothing by itself: a model around it, which does, is not known here."""
+    if ends and not callable(getattr(owner_of(model), "generate", None)):
+        log.warning(
+            "The adapter was taught to end with token %s, and a %s has no generate that could stop there: where a model around "
+            "it generates, give that these tokens too (generation_config.eos_token_id).",
+            ", ".join(map(str, ends)), type(owner_of(model)).__name__,
+        )  # fmt: skip
 
 
 def _choice(model: nn.Module) -> Any:

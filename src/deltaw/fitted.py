@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,24 @@ from torch import Tensor, nn
 
 from deltaw.attached import base_modules, dotted, owner_of, readers
 from deltaw.errors import FileError, listing, nearest
-from deltaw.files.peft import TWICE, LoRAFile, by_inputs, names_in_peft, slices_of
+from deltaw.files.meant import is_all_linear, parameters_anywhere
+from deltaw.files.peft import TWICE, LoRAFile, by_inputs, is_ours, names_in_peft, slices_of
 from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
-from deltaw.layers import ConvKind, EmbeddingKind, Kind, Weight, as_matrix, kind_of, matrices_of, weights_of, why_not
+from deltaw.layers import (
+    Conv1DKind,
+    ConvKind,
+    EmbeddingKind,
+    Kind,
+    Weight,
+    as_matrix,
+    kind_of,
+    matrices_of,
+    weights_of,
+    why_not,
+)
 from deltaw.lowrank import merge_, times, wide
-from deltaw.names import shown
+from deltaw.names import in_order, shown
 from deltaw.outside import only_read
 from deltaw.slices import Runs
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
@@ -62,6 +75,43 @@ def vocabulary(model: Any, file: LoRAFile) -> int:
     return max([*(whole or own), *rows], default=0)
 
 
+def as_meant(model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile) -> LoRAFile:
+    """The file without the layers that PEFT has no module for on this model, of those that it takes a model to tell. Says which.
+    The file's names are the model's. Raises FileError where none is left."""
+    left = in_order(
+        n for n in file.unclear & file.factors.keys() if not _is_among_all(owner_of(model), layers.get(n), file)
+    )
+    if not left:
+        return file
+    setting = "target_modules 'all-linear'" if is_all_linear(file.config) else "target_parameters"
+    if len(left) == len(file.factors):
+        raise FileError(f"The adapter's settings ({setting}) mean none of its layers on this model: {shown(left)}.")
+    log.warning(
+        "%d layers of the adapter are left out, as PEFT leaves them out: on this model %s does not mean %s.",
+        len(left), setting, shown(left),
+    )  # fmt: skip
+
+    def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: v for n, v in values.items() if n not in left and n.rpartition(".")[0] not in left}
+
+    return replace(
+        file, factors=kept(file.factors), scales=kept(file.scales), magnitudes=kept(file.magnitudes), biases=kept(file.biases),
+        copies=kept(file.copies), whole=kept(file.whole) | {n: v for n, v in file.whole.items() if saved_module(n, file.config)},
+    )  # fmt: skip
+
+
+def _is_among_all(model: Any, layer: nn.Module | None, file: LoRAFile) -> bool:
+    """Whether PEFT has a module for a layer of which its name does not tell it."""
+    if layer is None:  # which is another problem
+        return True
+    if not is_all_linear(file.config):
+        return not parameters_anywhere(file.config).isdisjoint(layer._parameters)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and file.config.get("task_type") == "SEQ_CLS":
+        head = next((h for n in ("score", "classifier") if (h := getattr(model, n, None)) is not None), None)
+    return (isinstance(layer, nn.Linear) or kind_of(layer) is Conv1DKind) and layer is not head
+
+
 def without_effect_in_peft(name: str, layers: Mapping[str, nn.Module]) -> bool:
     """Whether PEFT does not compute with the update of this layer of a file, since the module around it only reads its weight.
     (It calls an output projection inside its own wrapper of an `nn.MultiheadAttention`, which has another name.)"""
@@ -88,7 +138,7 @@ class _Fitting:
         self, model: nn.Module, layers: Mapping[str, Any], file: LoRAFile, device: torch.device | None
     ) -> None:
         self.model, self.layers, self.file, self.device = model, layers, file, device
-        self.foreign = not any(key.startswith("deltaw_") for key in file.metadata)
+        self.foreign = not is_ours(file.metadata)
         self.updates: dict[str, Update] = {}
         self.unread: list[str] = []
         self.problems: list[str] = []

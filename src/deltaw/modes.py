@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from deltaw.passes import with_statistics
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -24,6 +26,5 @@ def to_train(model: nn.Module) -> None:
     """Put a model in training mode, but for norms with running statistics, which are the base's: a pass in training mode would
     change them, no adapter holds them, and each row would depend on the others of its batch."""
     model.train()
-    for module in model.modules():
-        if getattr(module, "track_running_stats", False):
-            module.eval()
+    for _, module in with_statistics(model):
+        module.eval()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from deltaw.errors import FileError
+from deltaw.errors import DataError, FileError, listing
 from deltaw.modes import evaluating
 from deltaw.plain import plain_class
 from deltaw.positions import most_positions
@@ -54,8 +55,44 @@ def _ends_by_padding(model: Any) -> bool:
     return code is not None and "pad_token_id" in code.co_names
 
 
+def check_ends(model: Any, rows: Sequence[Sequence[int]], places: Sequence[str]) -> None:
+    """Raise DataError with every text, of those that are scored together, that has another number of end tokens than the most
+    have. T5's and BART's classifiers score a text at its last end token, and count these in all rows of a batch."""
+    end = model.config.eos_token_id if _scores_at_end(model) else None
+    if not isinstance(end, int):
+        return
+    counts = [list(row).count(end) for row in rows]
+    usual = max(dict.fromkeys(counts), key=counts.count, default=1)
+    problems = [
+        f"{place}: {n} end tokens instead of {usual}"
+        for place, n in zip(places, counts, strict=True)
+        if n != usual or not n
+    ]
+    if problems:
+        raise DataError(
+            listing(f"{len(problems)} of {len(rows)} texts cannot be scored by a {type(model).__name__}:", problems)
+            + "\nIt takes a text's score at its end token, of which all texts must have as many: take out those in texts."
+        )
+
+
+def _scores_at_end(model: Any) -> bool:
+    """Whether the model's own forward looks for end tokens: an encoder-decoder's with a head for classes."""
+    code = getattr(inspect.unwrap(plain_class(model).forward), "__code__", None)
+    return code is not None and "eos_token_id" in code.co_names
+
+
 def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
     """Raise FileError for a classifier whose scores of a text change once it is padded, or that cannot score one."""
+    pooled, hidden = (getattr(model.config, name, None) for name in ("pooler_hidden_size", "hidden_size"))
+    if (
+        pooled != hidden
+        and any("pooler" in name.split(".") for name, _ in model.named_modules())
+        and pooled is not None
+    ):
+        raise FileError(
+            f"{source} cannot score a text: its config has pooler_hidden_size {pooled} and hidden_size {hidden}, and its "
+            f"{type(model).__name__} gives a pooler of the one size rows of the other. Make both the same in config.json."
+        )
     try:
         depends = not _masks(model) or _takes_last_place(model) or _changes_with_padding(model, tokenizer, pad)
     except (RuntimeError, ValueError, IndexError) as error:  # the model's own
@@ -63,6 +100,11 @@ def _check_padding(model: Any, tokenizer: Any, pad: int, source: str) -> None:
             f"{source} cannot score a text: its {type(model).__name__} raises {type(error).__name__}: {error}\n"
             "Do its tokenizer and its config fit the model?"
         ) from error
+    if _scores_at_end(model) and pad == model.config.eos_token_id:
+        raise FileError(
+            f"{source} cannot score padded texts: its {type(model).__name__} takes a text's score at its last end token, and its "
+            f"tokenizer pads with that token ({pad}). Give the tokenizer a pad_token of its own."
+        )
     if depends:
         raise FileError(
             f"The scores of {source} depend on padding: its {type(model).__name__} knows no mask, or takes them from a row's "
@@ -83,8 +125,6 @@ def _takes_last_place(model: Any) -> bool:
 @torch.no_grad()
 def _changes_with_padding(model: Any, tokenizer: Any, pad: int) -> bool:
     """By one text, alone and padded. In half precision rounding can be that much of small scores, so nothing is told there."""
-    if next(model.parameters()).dtype not in (torch.float32, torch.float64):
-        return False
     ids = torch.tensor([tokenizer("A text.").input_ids])
     more = max(0, min(4, (most_positions(model) or 1 << 30) - ids.shape[1]))
     filled = F.pad(ids, (0, more), value=row_padding(model, pad))
@@ -92,4 +132,5 @@ def _changes_with_padding(model: Any, tokenizer: Any, pad: int) -> bool:
     with evaluating(model):
         alone = model(input_ids=ids.to(model.device)).logits.float()
         padded = model(input_ids=filled.to(model.device), attention_mask=mask.to(model.device)).logits.float()
-    return bool((alone - padded).abs().max() > 0.1 * alone.abs().max())
+    told = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return told and bool((alone - padded).abs().max() > 0.1 * alone.abs().max())

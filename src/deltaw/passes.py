@@ -8,6 +8,7 @@ pass comes to them, what activations that are computed again (checkpointing) wen
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import weakref
@@ -20,10 +21,13 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaw.eos import TAUGHT, common, extended
 from deltaw.errors import AdapterError
+from deltaw.names import shown
 from deltaw.routes import UNSET, Choice, Pass, names_of, natively
 from deltaw.row_forms import placeholders_of
 from deltaw.rows import Rows
 from deltaw.slots import dimensions, slot_of
+
+log = logging.getLogger("deltaw")
 
 GENERATE = "generate"
 
@@ -33,6 +37,8 @@ class Begin:
 
     def __init__(self, record: Any) -> None:
         self.record = record
+        self.looks: bool | None = None
+        """Whether the module has norms that may change the base; None before its first pass."""
 
     @natively
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -44,6 +50,8 @@ class Begin:
         if here.choice is not UNSET:  # a part of a pass
             route.push(module, here.choice, frame, here.kept)
             return
+        if self.looks is not False and not here.passes:
+            self._look(module)
         choice, block = route.taken()
         if block is not None:
             _check_still_there(self.record, choice)
@@ -54,6 +62,18 @@ class Begin:
             # UNSET: each layer looks at its own input
             choice = UNSET if x is None else choice.of_batch(x, least, given, placeholders_of(_config(module)))
         route.push(module, choice, frame, None if block is None else block.kept)
+
+    def _look(self, module: nn.Module) -> None:
+        """Warn, once, where a pass will change running statistics of the base."""
+        norms = with_statistics(module)
+        moving = [name for name, norm in norms if norm.training]
+        self.looks = bool(norms) and not moving
+        if moving:
+            log.warning(
+                "%d norms with running statistics are in training mode (%s): passes change these, which are the base's, and no "
+                "adapter holds them. After model.train(), call eval() on each module whose track_running_stats is true.",
+                len(moving), shown(moving, 2),
+            )  # fmt: skip
 
 
 class End:
@@ -149,6 +169,11 @@ class Generate:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Generate, (self.model(), self.record)
+
+
+def with_statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A model's norms that follow their inputs in training mode, by name."""
+    return [(name, module) for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]
 
 
 def watch(model: nn.Module, record: Any) -> list[RemovableHandle]:

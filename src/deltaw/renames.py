@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,20 +12,19 @@ from typing import Any, TypeVar
 from deltaw.errors import FileError, listing
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft import SLICES, LoRAFile, slices_of
-from deltaw.wrapped_names import common_prefix, found_as, plain_names, unwrapped, unwrapped_pattern, without_peft_prefix
+from deltaw.wrapped_names import (
+    common_prefix,
+    found_as,
+    other_names,
+    plain_names,
+    unwrapped,
+    unwrapped_pattern,
+    without_peft_prefix,
+)
 
 log = logging.getLogger("deltaw")
 
 T = TypeVar("T")
-
-# Beginning of a name → what stands for it now. From version 4.52 on, models of text and images have one `model` around all
-# of their parts, and the head beside it; text models alone were the same before and after
-RENAMES = (
-    (r"language_model\.model\.", "model.language_model."),
-    (r"language_model\.lm_head\b", "lm_head"),
-    (r"model\.(?=layers\.|embed_tokens\b|norm\b)", "model.language_model."),
-    (r"(?=visual\.|vision_tower\.|vision_model\.|multi_modal_projector\.)", "model."),
-)
 
 
 def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
@@ -43,7 +41,7 @@ def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
         biases=_by(module, file.biases), rows=_by(module, file.rows), whole=_by(parameter, file.whole),
         copies=_by(parameter, file.copies), originals=_by(parameter, file.originals),
         embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels), metadata=_metadata(module, file),
-        wrapped=None,
+        wrapped=None, unclear=frozenset(map(module, file.unclear)),
     )  # fmt: skip
     found.log()
     return made
@@ -132,7 +130,7 @@ class Renaming:
             return new
         places = (
             place
-            for other in _others(unwrapped(name.removeprefix(self.outer)))
+            for other in other_names(unwrapped(name.removeprefix(self.outer)))
             if (place := found_as(other, self.known, self.plain)) is not None
         )
         new = next(places, None)
@@ -165,11 +163,6 @@ def _metadata(module: Callable[[str], str], file: LoRAFile) -> dict[str, str]:
     """With the names of the layers that have slices."""
     slices = slices_of(file)
     return {**file.metadata, SLICES: json.dumps(_by(module, slices))} if slices else file.metadata
-
-
-def _others(name: str) -> list[str]:
-    others = [re.sub(f"^{old}", new, name) for old, new in RENAMES if re.match(old, name)]
-    return [*others, name.replace(".block_sparse_moe.", ".mlp.")]  # Mixtral's, in transformers 4
 
 
 def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:

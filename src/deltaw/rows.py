@@ -72,7 +72,7 @@ class Rows:
     def check(self, x: Tensor, dimensions: int) -> None:
         """Raise AdapterError for an input of another number of rows, or with fewer dimensions than one with rows has."""
         n = len(self.names)
-        if x.dim() >= dimensions and (x.shape[0] == n or (x.shape[0] % n == 0 and _in_generate())):
+        if x.dim() >= dimensions and (x.shape[0] == n or (x.shape[0] % n == 0 and _is_expanded(n))):
             return
         raise self._other_rows(x)
 
@@ -187,14 +187,17 @@ def _tokens(values: Sequence[Any]) -> int | None:
     return flat.pop() if len(flat) == 1 else found.pop() if len(found) == 1 else None
 
 
-def _in_generate() -> bool:
-    """Tell if transformers' `generate`, of whatever model, is waiting for this code."""
+def _is_expanded(n: int) -> bool:
+    """Tell if transformers' `generate`, of whatever model, is waiting for this code and was given n prompts: more rows than these
+    are then its own. Its own variable says how many there are; where it has none, that is not known and taken for true."""
     frame: FrameType | None = sys._getframe()
+    given = []
     while frame is not None:
         if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers"):
-            return True
+            given.append(frame.f_locals.get("batch_size"))
         frame = frame.f_back
-    return False
+    told = [count for count in given if isinstance(count, int)]
+    return n in told if told else bool(given)
 
 
 def _stack(updates: Sequence[Any], dtype: torch.dtype) -> Stack:

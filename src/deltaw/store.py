@@ -15,7 +15,7 @@ from torch import nn
 from deltaw import attached as live
 from deltaw import units
 from deltaw.base_identity import base_hash
-from deltaw.ends import taught, teach
+from deltaw.ends import say_without_generate, taught, teach
 from deltaw.errors import FileError, listing
 from deltaw.expert_stacks import stacked
 from deltaw.filed import as_file
@@ -23,7 +23,7 @@ from deltaw.files import method_file, peft
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft_config import method_of, saved_module
 from deltaw.files.tokenizer_files import copy_files, differs, files_in
-from deltaw.fitted import fitted, unlike_in_peft, vocabulary, without_effect_in_peft
+from deltaw.fitted import as_meant, fitted, unlike_in_peft, vocabulary, without_effect_in_peft
 from deltaw.lowrank import delta_norm
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
@@ -185,6 +185,7 @@ def place(
     ends = peft.ends_of(file, path)
     live.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
     teach(model, name, ends)
+    say_without_generate(model, ends)
     record = live.record_of(model)
     if host:
         record.residency.keep(name, _devices(model, updates))
@@ -195,10 +196,11 @@ def place(
 
 
 def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
-    """An adapter's file by this model's names, which it logs where they are others than the file's."""
+    """An adapter's file by this model's names, which it logs where they are others than the file's; without the layers that PEFT
+    has no modules for on this model."""
     known = dict(live.base_modules(model))
     if isinstance(file, peft.LoRAFile):
-        return renamed(stacked(file, known), known)
+        return as_meant(model, known, renamed(stacked(file, known), known))
     return renamed_method(file, known)
 
 
@@ -245,7 +247,7 @@ def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module]
 
 def read(path: Path) -> peft.LoRAFile | MethodFile:
     """An adapter folder of any method. Raises FileError with every problem of the file itself."""
-    return peft.read(path) if method_of(path) is None else method_file.read(path)
+    return peft.read(path, of_model=True) if method_of(path) is None else method_file.read(path)
 
 
 def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:

@@ -25,7 +25,7 @@ from deltaw.errors import DataError, FileError, listing
 from deltaw.files.tokenizer_files import brought, tokens_beyond
 from deltaw.generation import generate, too_long
 from deltaw.modes import evaluating
-from deltaw.padding import row_padding
+from deltaw.padding import check_ends, row_padding
 from deltaw.positions import image_shape, most_positions, within
 from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
@@ -153,7 +153,9 @@ class Classification(Task):
 
     @classmethod
     def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
-        return encode_labelled(records, loaded.tokenizer, data)
+        encoded = encode_labelled(records, loaded.tokenizer, data)
+        check_ends(loaded.model, [e.inputs["input_ids"] for e in encoded.examples], [e.place for e in encoded.examples])
+        return encoded
 
     @classmethod
     def loss(cls, loaded: Pretrained) -> RecordLoss:
@@ -187,7 +189,9 @@ class Classification(Task):
 
     @classmethod
     def _inputs(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[dict[str, Any]]:
-        return texts(records, loaded.tokenizer, data.max_length)[0]
+        inputs = texts(records, loaded.tokenizer, data.max_length)[0]
+        check_ends(loaded.model, [each["input_ids"] for each in inputs], [r.place for r in records])
+        return inputs
 
     @classmethod
     def wanted(cls, record: Record, data: DataConfig) -> Any:

@@ -1,5 +1,5 @@
-"""What torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed put into the names of modules. Knows
-names, no model."""
+"""What torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed put into the names of modules, and what other versions of
+transformers call them. Knows names, no model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ _ANY = rf"(?:(?:{'|'.join((*WRAPPED, _MODULE))})\.)*"
 _PEFT = re.compile(rf"^{_ANY}base_model\.{_ANY}model\.")
 # A name with more parts that may be wrappers is taken as it is
 _MOST = 8
+
+# Beginning of a name → what stands for it now. From version 4.52 on, models of text and images have one `model` around all
+# of their parts, and the head beside it; text models alone were the same before and after
+RENAMES = (
+    (r"language_model\.model\.", "model.language_model."),
+    (r"language_model\.lm_head\b", "lm_head"),
+    (r"model\.(?=layers\.|embed_tokens\b|norm\b)", "model.language_model."),
+    (r"(?=visual\.|vision_tower\.|vision_model\.|multi_modal_projector\.)", "model."),
+)
+
+
+def other_names(name: str) -> list[str]:
+    """What this version of transformers may call a module that another version calls by this name."""
+    others = [re.sub(f"^{old}", new, name) for old, new in RENAMES if re.match(old, name)]
+    return [*others, name.replace(".block_sparse_moe.", ".mlp.")]  # Mixtral's, in transformers 4
 
 
 def without_peft_prefix(key: str) -> str:

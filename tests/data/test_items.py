@@ -109,3 +109,14 @@ def test_a_classifiers_texts_have_each_mark_once(first: str, second: str | None)
     elif not first.endswith("</s>"):
         assert found == "<s>ab</s>cd</s>"
     assert encoded.ends == ()
+
+
+def test_records_without_a_token_are_named() -> None:
+    """An encoder was given a row of no tokens."""
+    tokenizer, config = tokenizer_of("none"), DataConfig()
+    given = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}]
+    with pytest.raises(DataError, match=r"1 of 2 records cannot be encoded:\n.*records\[1\]: its prompt has no token"):
+        encode_seq2seq(read(given, config), tokenizer, config)
+    with pytest.raises(DataError, match="its prompt has no token"):
+        encoder_inputs(list(read(given, config, completions=False)), tokenizer, config)
+    encode_seq2seq(read(given, config), tokenizer_of("t5"), config)  # which has an end token

@@ -27,7 +27,7 @@ def run(command: Inspect) -> None:
     if method_of(folder):
         _show_method(method_file.read(folder), folder, command)
         return
-    file = peft.read(folder)
+    file = peft.read(folder, of_model=True)
     rows = [_row(name, file) for name in file.factors]
     besides = _besides(file)
     size = sum(f.stat().st_size for f in folder.iterdir())

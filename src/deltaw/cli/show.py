@@ -26,6 +26,21 @@ out = Console(highlight=False, markup=False, width=_width)
 err = Console(stderr=True, highlight=False, markup=False)
 
 
+class _Once(logging.Filter):
+    """Passes each warning once a command: several steps of one read the same folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.said
+        if record.levelno >= logging.WARNING:
+            self.said.add(message)
+        return new
+
+
 def quiet_libraries() -> None:
     """Ours speaks through the console; the libraries below us keep their progress bars and chatter to themselves."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,7 +57,9 @@ def quiet_libraries() -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
     ours = logging.getLogger("deltaw")
-    ours.handlers = [RichHandler(console=err, show_time=False, show_path=False, markup=False)]
+    handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
+    handler.addFilter(_Once())
+    ours.handlers = [handler]
     ours.setLevel(logging.INFO)
     ours.propagate = False
     logging.getLogger("deltaw.coverage").setLevel(logging.WARNING)  # commands print it

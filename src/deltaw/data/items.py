@@ -80,6 +80,7 @@ def texts(
     seconds = [bare.end(r.input) for r in records] if any(r.input for r in records) else None
     firsts = [bare.start(r.prompt) if seconds else bare.end(bare.start(r.prompt)) for r in records]
     lengths = [len(ids) for ids in tokenizer(firsts, seconds, verbose=False).input_ids]
+    _check_none_empty(lengths, records, "text")
     encoded = tokenizer(firsts, seconds, truncation=cut, max_length=most if cut else None, verbose=False)
     names = [name for name in encoded if name != "attention_mask"]
     return [{name: list(encoded[name][i]) for name in names} for i in range(len(records))], lengths
@@ -155,8 +156,19 @@ def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfi
     bare = _Bare(tokenizer)
     prompts = [bare.end(bare.start(_prompt(r, config))) for r in records]
     whole = tokenizer(prompts, verbose=False).input_ids
+    _check_none_empty([len(ids) for ids in whole], records, "prompt")
     texts = tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
     return [_parts(list(ids), list(text)) for ids, text in zip(whole, texts, strict=True)]
+
+
+def _check_none_empty(lengths: Sequence[int], records: Sequence[Record], what: str) -> None:
+    """Raise DataError with every record whose row would have no token: a model computes nothing from it."""
+    problems = [f"{r.place}: its {what} has no token" for r, n in zip(records, lengths, strict=True) if not n]
+    if problems:
+        raise DataError(
+            listing(f"{len(problems)} of {len(records)} records cannot be encoded:", problems)
+            + f"\nThis tokenizer adds no token to an empty {what}. Fill it in, or leave these records out."
+        )
 
 
 # Tokens that a tokenizer puts before a text: one or two
@@ -178,7 +190,9 @@ def _decoder_targets(records: Sequence[Record], tokenizer: Any) -> list[list[int
     whole = tokenizer(text_target=completions, verbose=False).input_ids
     texts = tokenizer(text_target=completions, add_special_tokens=False, verbose=False).input_ids
     parts = [_parts(list(ids), list(text)) for ids, text in zip(whole, texts, strict=True)]
-    return [p.ids if end is None or end in p.after else ended(p.ids, tokenizer) for p in parts]
+    targets = [p.ids if end is None or end in p.after else ended(p.ids, tokenizer) for p in parts]
+    _check_none_empty([len(target) for target in targets], records, "completion")
+    return targets
 
 
 class _Bare:

@@ -7,6 +7,7 @@ prompt tuning), the folder is PEFT's, and the settings are in our metadata; PEFT
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,9 +20,22 @@ from torch import Tensor
 
 from deltaw.errors import FileError, listing
 from deltaw.files.atomic import replacing_folder
-from deltaw.files.peft import FORMAT, tensors_of
-from deltaw.files.peft_config import CONFIG, METHOD, WEIGHTS, read_config, saved_module
+from deltaw.files.meant import is_meant, target_problems
+from deltaw.files.peft import FORMAT, UNKNOWN, is_ours, said_left_out, tensors_of
+from deltaw.files.peft_config import (
+    CONFIG,
+    METHOD,
+    OF_ALL,
+    OF_OTHERS,
+    WEIGHTS,
+    read_config,
+    saved_module,
+    unknown_problems,
+    unknown_settings,
+)
 from deltaw.files.peft_keys import PREFIX
+
+log = logging.getLogger("deltaw")
 
 # Metadata: JSON, the method's settings; the base's parameters that the file has values for, and those that it has as differences
 SETTINGS, REPLACED, DIFFERENCES = "deltaw_settings", "deltaw_replaced", "deltaw_differences"
@@ -64,8 +78,23 @@ def read(folder: Path) -> MethodFile:
     if METHOD in config:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         return MethodFile(str(config[METHOD]), _settings(config.get("settings"), folder), plain, config, metadata)
+    tensors = tensors if is_ours(metadata) else _foreign(folder, config, tensors)
     found = (_ia3 if config.get("peft_type") == "IA3" else _prompt)(folder, config, tensors, metadata)
     return found if SETTINGS not in metadata else _with_settings(found, folder)
+
+
+def _foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file of PEFT's that its settings mean. Raises FileError for settings that are not known, or not sound."""
+    known = OF_ALL | OF_OTHERS[config["peft_type"]]
+    problems = unknown_problems(config, known) + (target_problems(config) if config["peft_type"] == "IA3" else [])
+    if problems:
+        raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
+    if unknown := unknown_settings(config, known):
+        log.warning(UNKNOWN, folder, ", ".join(unknown))
+    scaled = {key: match["layer"] for key in tensors if (match := _IA3_KEY.fullmatch(key.removeprefix(PREFIX)))}
+    answers = {layer: is_meant(layer, config, dense=True, stack=False) for layer in scaled.values()}
+    left_out = said_left_out(answers, config, folder / WEIGHTS)
+    return {key: tensor for key, tensor in tensors.items() if scaled.get(key) not in left_out}
 
 
 def _with_settings(file: MethodFile, folder: Path) -> MethodFile:

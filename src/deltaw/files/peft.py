@@ -25,8 +25,18 @@ from torch import Tensor
 from deltaw.errors import BaseMismatch, FileError, listing
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.fingerprint import Fingerprint, Outdated
+from deltaw.files.meant import (
+    CHOOSING,
+    by_default_targets,
+    is_meant,
+    is_target,
+    target_problems,
+    told_by_name,
+    with_tied,
+)
 from deltaw.files.peft_config import (
     CONFIG,
+    KNOWN,
     PICKLED,
     WEIGHTS,
     method_of,
@@ -39,11 +49,13 @@ from deltaw.files.peft_config import (
     scale_of,
     setting_problems,
     tokens_of,
+    unknown_settings,
 )
-from deltaw.files.peft_keys import PREFIX, Sorted, sort
+from deltaw.files.peft_keys import PREFIX, Sorted, layer_of, plain_name, sort, updated_layers
 from deltaw.files.shards import read_tensors
 from deltaw.files.stacks import unstacked
 from deltaw.lowrank import Change, Product, Rescaled
+from deltaw.names import in_order, shown
 from deltaw.slices import Runs
 
 log = logging.getLogger("deltaw")
@@ -72,6 +84,16 @@ _OUTDATED = (
     "%s names its base as an older version of deltaw did, by a sample of its entries, which tells too few bases apart: only its "
     "keys and shapes are checked. Save the adapter again to renew it."
 )
+
+_LEFT_OUT = "%d of the %d layers in %s are left out, as PEFT leaves them out: its settings (%s) do not mean %s."
+_DEFAULTS = (
+    "The settings of %s name no target_modules: its %d layers are used. PEFT would take defaults for the type of model."
+)
+_HIDDEN = (
+    "Parameters in %s are left out, as PEFT leaves them out, which has updates of its own around their layers: %s."
+)
+UNKNOWN = "The settings of %s have %s, which this version of deltaw does not know: what they change is left out."
+_UNTOLD = "%s: only PEFT, on a model, can tell whether the settings mean it"
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -107,6 +129,8 @@ class LoRAFile:
 
     wrapped: str | None = None
     """The first of the file's keys with what torch.compile, DDP and their like put into names, which these are without."""
+    unclear: frozenset[str] = frozenset()
+    """The layers of `factors` of which only a model tells whether PEFT computes with them."""
 
     def rank(self, layer: str) -> int:
         """r; of a stack that of each of its matrices."""
@@ -148,19 +172,30 @@ class LoRAFile:
         return list(dict.fromkeys(named))
 
 
-def read(folder: Path) -> LoRAFile:
-    """Read and check a folder. Raises FileError with every problem: a missing or truncated file, a setting that
-    this reader would misread, a key that it does not know, an A without its B, ranks that differ, values not finite."""
+def read(folder: Path, *, of_model: bool = False) -> LoRAFile:
+    """Read and check a folder. Layers that the settings of a foreign file do not mean are left out, as PEFT leaves them out, with
+    a warning. Those of which only a model tells it are in `unclear` where the reader has one (`of_model`), else refused.
+
+    Raises FileError with every problem: a missing or truncated file, a setting that this reader would misread, a key that it does
+    not know, an A without its B, ranks that differ, values not finite, settings that mean none of the file's layers."""
     if method := method_of(folder):
         raise FileError(f"{folder} holds a {method} adapter: what was asked for works on LoRA's A and B alone.")
     config = read_config(folder)
     problems = setting_problems(config)
     if problems and config.get("peft_type") != "LORA":
         raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
+    if unknown := unknown_settings(config, KNOWN):
+        log.warning(UNKNOWN, folder, ", ".join(unknown))
     tensors, metadata = tensors_of(folder)
+    name = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
+    unclear: list[str] = []
+    if not is_ours(metadata):
+        problems += target_problems(config)
+        if not problems:
+            tensors, unclear = _meant(tensors, config, folder / name)
+            problems += [] if of_model else [_UNTOLD % layer for layer in unclear if not told_by_name(layer, config)]
     found = sort(tensors, biases=config.get("bias") in ("all", "lora_only"))
     _drop_tied_rows(found, config)
-    name = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
     problems += [f"{name}: unexpected key {key!r}" for key in found.unknown]
     problems += [f"{name}: {one!r} and {other!r} are the same tensor's names" for one, other in found.twice]
     if found.unused:
@@ -186,7 +221,38 @@ def read(folder: Path) -> LoRAFile:
         copies=found.copies,
         originals=found.originals,
         wrapped=found.wrapped,
+        unclear=frozenset(unclear),
     )
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether deltaw wrote a file with this metadata."""
+    return any(key.startswith("deltaw_") for key in metadata)
+
+
+def _meant(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """A foreign file's tensors without those of layers that its settings do not mean, and the layers of which only a model tells
+    it. Raises FileError where they mean none."""
+    answers, by_default = dict[str, bool | None](), []
+    for layer, (A, dense) in updated_layers(tensors).items():
+        stack = A.ndim == 2 and len(A) != rank_of(layer, config)
+        answers[layer] = is_meant(layer, config, dense=dense, stack=stack)
+        by_default += [layer] if by_default_targets(layer, config, stack=stack) else []
+    answers = with_tied(answers, config)
+    left_out = said_left_out(answers, config, path)
+    if by_default:
+        log.warning(_DEFAULTS, path.parent, len(by_default))
+    gone = {key for key in tensors if layer_of(key) in left_out}
+    hidden = {
+        key: name for key in tensors if (name := plain_name(key)) and is_target(name.rpartition(".")[0], config) is True
+    }
+    hidden = (
+        {key: name for key, name in hidden.items() if name.rpartition(".")[0] not in answers} if not by_default else {}
+    )
+    if hidden:
+        log.warning(_HIDDEN, path.parent, shown(in_order(hidden.values())))
+    kept = {key: tensor for key, tensor in tensors.items() if key not in gone | hidden.keys()}
+    return kept, [layer for layer, answer in answers.items() if answer is None]
 
 
 def _scales(found: Sorted, config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, float]:
@@ -199,6 +265,20 @@ def _scales(found: Sorted, config: Mapping[str, Any], metadata: Mapping[str, str
         return scales | {n: x for n, x in exact.items() if n in scales and math.isclose(x, scales[n], rel_tol=1e-14)}
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(f"The scales of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
+
+
+def said_left_out(answers: Mapping[str, bool | None], config: Mapping[str, Any], path: Path) -> list[str]:
+    """The layers that `is_meant` answers no for, of which is warned. Raises FileError where it does so for all."""
+    left_out = in_order(layer for layer, answer in answers.items() if answer is False)
+    settings = ", ".join(key for key in CHOOSING if config.get(key) is not None)
+    if left_out and len(left_out) == len(answers):
+        raise FileError(
+            f"The adapter in {path.parent} cannot be used: its settings ({settings}) mean none of the {len(answers)} layers in "
+            f"{path.name}, {shown(left_out)}."
+        )
+    if left_out:
+        log.warning(_LEFT_OUT, len(left_out), len(answers), path.parent, settings, shown(left_out))
+    return left_out
 
 
 def _metadata(adapter: LoRAFile) -> dict[str, str]:

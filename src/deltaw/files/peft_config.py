@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,23 @@ HARMLESS = {
     "layers_pattern", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "velora_config", "qalora_group_size", "runtime_config", "merge_weights",
 }  # fmt: skip
+# PEFT's target_modules of an adapter without A and B, which it refuses by any other value
+NO_LAYERS = "dummy-target-modules"
+KNOWN = SETTINGS.keys() | READ | HARMLESS
 _NUMBERS = ("r", "lora_alpha")
+
+# All that PEFT's config has of the other methods that are read, and what every config has
+OF_OTHERS = {
+    "IA3": {"target_modules", "feedforward_modules", "init_ia3_weights"},
+    "PROMPT_TUNING": {
+        "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    },
+}  # fmt: skip
+OF_ALL = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "modules_to_save", "fan_in_fan_out", "exclude_modules",
+}  # fmt: skip
 
 # The parameters of transformers' experts in the order that their modules have them in. PEFT wraps the last one outermost
 _IN_ORDER = ("gate_up_proj", "down_proj")
@@ -97,13 +113,25 @@ def setting_problems(config: Mapping[str, Any]) -> list[str]:
         for key, (read, why) in SETTINGS.items()
         if key in config and config[key] not in read
     ]
-    problems += [
+    return problems + unknown_problems(config, KNOWN) + _number_problems(config) + _name_problems(config)
+
+
+def unknown_problems(config: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The flags and groups of settings that are not among `known` and are on."""
+    return [
         f"{CONFIG}: {key} is {value!r}: this version of deltaw does not know what that changes"
         for key, value in config.items()
-        if key not in SETTINGS.keys() | READ | HARMLESS
-        and (value is True or (isinstance(value, (dict, list)) and value))
+        if key not in known and (value is True or (isinstance(value, (dict, list)) and value))
     ]
-    return problems + _number_problems(config) + _name_problems(config)
+
+
+def unknown_settings(config: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The numbers and texts that are not among `known`: what they change is not known."""
+    return sorted(
+        f"{key} = {value!r}"
+        for key, value in config.items()
+        if key not in known and not isinstance(value, (bool, dict, list)) and value not in (None, "")
+    )
 
 
 def _number_problems(config: Mapping[str, Any]) -> list[str]:
@@ -309,7 +337,7 @@ def config_for(
         "lora_alpha": alpha,
         "rank_pattern": _patterns(ranks, r, others),
         "alpha_pattern": _patterns(alphas, alpha, others),
-        "target_modules": sorted(target_modules),
+        "target_modules": sorted(target_modules) if ranks else NO_LAYERS,
         "target_parameters": None,
         "lora_dropout": dropout,
         "use_rslora": rank_stabilised,

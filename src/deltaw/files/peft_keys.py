@@ -98,6 +98,31 @@ def sort(tensors: Mapping[str, Tensor], *, biases: bool) -> Sorted:
     return found
 
 
+def updated_layers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, bool]]:
+    """The layers that have an A → it, and whether it is no embedding's and no convolution's."""
+    found = {}
+    for key, tensor in tensors.items():
+        match = _PART.fullmatch(unwrapped(without_peft_prefix(key)))
+        if match is not None and _PARTS[match["part"]] == "A" and match["own"] != "bias":
+            found[match["layer"]] = tensor, "embedding" not in match["part"] and tensor.ndim == 2
+    return found
+
+
+def layer_of(key: str) -> str | None:
+    """The layer with a low-rank update that a key is of: its A, B and the like, or what PEFT's wrapper keeps of the base."""
+    name = unwrapped(without_peft_prefix(key))
+    if match := _PART.fullmatch(name):
+        return match["layer"]
+    return name.split(".base_layer.")[0] if ".base_layer." in name and ".token_adapter." not in name else None
+
+
+def plain_name(key: str) -> str | None:
+    """The base's own name of a parameter that a key has whole; None where the key is a wrapper's or an update's."""
+    name = unwrapped(without_peft_prefix(key))
+    inside = _ORIGINAL in name or ".base_layer." in name or _WHOLE.search(name) or _ROWS.fullmatch(name)
+    return None if inside or "lora_" in name or "." not in name else name
+
+
 def _leave_out_unused(found: Sorted) -> None:
     """PEFT wraps an `nn.MultiheadAttention` with its output projection inside. Where that is a target by itself too, a second
     update of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.fingerprint import DTYPES, Digest, combined, digest
+from deltaw.files.meant import told_by_name
 from deltaw.files.peft import LoRAFile, transposed_layers
 from deltaw.files.shards import DTYPES as CODES
 from deltaw.files.shards import Entry, Shard, read_tensor
@@ -125,6 +126,11 @@ def _parent(layer: str) -> str:
 def check_by_files(file: LoRAFile, *, undone: bool = False) -> None:
     """Raise NotByFiles for an adapter that changes more than files alone tell: embeddings, which a head may share, biases, tokens
     and whole modules; and, where the merge is to be `undone`, for DoRA, whose ΔW depends on W0."""
+    unclear = [layer for layer in file.unclear if not told_by_name(layer, file.config)]
+    if unclear:
+        raise NotByFiles(
+            listing("Whether the adapter's settings mean these layers, only the model can tell:", sorted(unclear))
+        )
     others = [name for name in file.beyond() if undone or name not in file.magnitudes]
     if others:
         kinds = "A and B" if undone else "A and B, and DoRA's magnitudes,"

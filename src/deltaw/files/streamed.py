@@ -202,7 +202,7 @@ def _lora(adapter: Path) -> LoRAFile:
         raise NotByFiles(
             f"{adapter} holds a {method} adapter: on disk LoRA's updates alone are merged, others in memory."
         )
-    return peft.read(adapter)
+    return peft.read(adapter, of_model=True)
 
 
 def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> UnmergedFiles:
