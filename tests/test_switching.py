@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration, XLNetConfig, XLNetLMHeadModel
+from transformers import (
+    GenerationConfig,
+    MusicgenConfig,
+    MusicgenForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, use, using
 from deltaw.attached import updates
@@ -499,3 +507,23 @@ def test_what_is_no_name_is_an_error_of_deltaw(name: Any, many: Any) -> None:
     for names in (3, None):
         with pytest.raises(AdapterError, match="one name for each row of the batch, not one"):
             route(many, names).__enter__()  # type: ignore[arg-type]
+
+
+def test_rows_that_guidance_computes_twice_are_refused() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 24, "num_attention_heads": 2, "num_codebooks": 2}
+    config = MusicgenConfig(
+        text_encoder={"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40},
+        audio_encoder={
+            "model_type": "encodec", "hidden_size": 8, "num_filters": 2, "codebook_size": 32, "codebook_dim": 8,
+            "upsampling_ratios": [2, 2], "target_bandwidths": [1.5], "sampling_rate": 16,
+        },
+        decoder={"vocab_size": 32, "pad_token_id": 31, "bos_token_id": 31, **sizes},
+    )  # fmt: skip
+    model = MusicgenForConditionalGeneration(config).eval()
+    for name in ("a", "b"):
+        attach(model, LoRA(rank=2, targets="*decoder*q_proj"), name=name)
+    ids, options = torch.randint(3, 40, (2, 5)), {"max_new_tokens": 4, "do_sample": False}
+    with route(model, ["a", "b"]):
+        assert len(model.generate(input_ids=ids, guidance_scale=1.0, **options)) == 2
+        with pytest.raises(AdapterError, match="guidance_scale=1"):
+            model.generate(input_ids=ids, guidance_scale=3.0, **options)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from deltaw import mixed
 from deltaw.errors import AdapterError
@@ -77,10 +78,15 @@ class Rows:
         raise self._other_rows(x)
 
     def _other_rows(self, x: Tensor) -> AdapterError:
-        n = len(self.names)
+        n, here = len(self.names), f"The route names {len(self.names)} row{'s'[: len(self.names) != 1]}"
+        if any(_is_guided(values) for values in _generating()):
+            return AdapterError(
+                f"{here}, and guidance computes each row with and without its condition: use one adapter at a time, or "
+                "guidance_scale=1."
+            )
         return AdapterError(
-            f"The route names {n} row{'s'[: n != 1]}, but a layer's input is {list(x.shape)}: its first dimension must be {n}, "
-            "the batch's. Give route one name for each row of the batch."
+            f"{here}, but a layer's input is {list(x.shape)}: its first dimension must be {n}, the batch's. Give route one name "
+            "for each row of the batch."
         )
 
     def through(
@@ -189,15 +195,30 @@ def _tokens(values: Sequence[Any]) -> int | None:
 
 def _is_expanded(n: int) -> bool:
     """Tell if transformers' `generate`, of whatever model, is waiting for this code and was given n prompts: more rows than these
-    are then its own. Its own variable says how many there are; where it has none, that is not known and taken for true."""
+    are then its own, those of a prompt one after the other. Its own variable says how many there are; where it has none, that is
+    not known and taken for true. Guidance puts all prompts' rows without a condition behind those with one: False."""
+    waiting = list(_generating())
+    if any(_is_guided(values) for values in waiting):
+        return False
+    told = [count for values in waiting if isinstance(count := values.get("batch_size"), int)]
+    return n in told if told else bool(waiting)
+
+
+def _generating() -> Iterator[Mapping[str, Any]]:
+    """Yield the variables of each of transformers' `generate` that waits for this code, the innermost first."""
     frame: FrameType | None = sys._getframe()
-    given = []
     while frame is not None:
         if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers"):
-            given.append(frame.f_locals.get("batch_size"))
+            yield frame.f_locals
         frame = frame.f_back
-    told = [count for count in given if isinstance(count, int)]
-    return n in told if told else bool(given)
+
+
+def _is_guided(values: Mapping[str, Any]) -> bool:
+    """Whether a `generate` with these variables computes each row twice, with and without its condition, in one batch."""
+    processors = [
+        type(p).__name__ for value in values.values() if isinstance(value, LogitsProcessorList) for p in value
+    ]
+    return any("ClassifierFreeGuidance" in name and not name.startswith("Unbatched") for name in processors)
 
 
 def _stack(updates: Sequence[Any], dtype: torch.dtype) -> Stack:
