@@ -33,8 +33,7 @@ def run(command: Plan) -> None:
     )
     show.out.print(_sizes(found))
     show.out.print("\nTraining memory", style="bold")
-    for group in show.fitting(found.rows, lambda row: str(row.name), taken=27):
-        show.out.print(_memory(group, settings))
+    show.out.print(_memory(found.rows, settings))
     for text, names in _coverages(found).items():
         show.out.print(f"{', '.join(names)}: {text}", style="dim", soft_wrap=True)
     for row in found.rows:
