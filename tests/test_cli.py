@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -301,6 +302,30 @@ def test_columns_that_do_not_fit_follow_in_another_part(width: int) -> None:
     assert words.count("lora-qv") == words.count("method") > 1
     assert narrow(table, width) == lines
     assert narrow(table, 200)[1].split() == ["lora-qv", *" ".join(amounts).split()]
+
+
+def test_an_interval_is_not_broken() -> None:
+    table = show.table("", "base", "adapter", "adapter less base")
+    table.add_row("loss", "1.441 [0.796, 2.208]", "1.132 [0.481, 2.017]", "-0.310 [-0.522, -0.098]")
+    lines = narrow(table, 70)
+    assert all(len(line) <= 70 for line in lines)
+    assert [re.split(r"\s{2,}", line.strip()) for line in lines[-2:]] == [
+        ["loss", "1.441", "1.132", "-0.310"], ["[0.796, 2.208]", "[0.481, 2.017]", "[-0.522, -0.098]"],
+    ]  # fmt: skip
+
+
+def test_sentences_are_folded_between_words_in_a_terminal() -> None:
+    """The terminal broke them within words; in a file each is one line."""
+    for terminal, expected in (
+        (True, ["/base and /adapter", "switch, /new starts", "over."]),
+        (False, ["/base and /adapter switch, /new starts over."]),
+    ):
+        file = io.StringIO()
+        show.prose(
+            "/base and /adapter switch, /new starts over.",
+            console=Console(file=file, width=20, force_terminal=terminal, highlight=False),
+        )
+        assert [line.rstrip() for line in file.getvalue().splitlines()] == expected
 
 
 def test_headers_give_way_before_names_do() -> None:

@@ -58,6 +58,12 @@ def facts(rows: dict[str, str]) -> None:
         out.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)
 
 
+def prose(text: str, *, style: str | None = None, console: Console | None = None) -> None:
+    """Print sentences: folded between words in a terminal, one line each in a file or a pipe."""
+    console = console or out
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
+
+
 def is_terminal() -> bool:
     return sys.stdout.isatty() and out.is_terminal
 
@@ -74,8 +80,10 @@ class _PlainTable(Table):
         for name_width, group in _parts(names, amounts, most):
             part = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
             for column, width in zip([names, *group], [name_width, *_widths(group, most - name_width)], strict=True):
+                column.width = width
                 part.add_column(column.header, width=width, justify=column.justify, header_style="dim", overflow="fold")
-            for row, *cells in zip(self.rows, names.cells, *(column.cells for column in group), strict=True):
+            shown = [names.cells, *map(_cells, group)]
+            for row, *cells in zip(self.rows, *shown, strict=True):
                 part.add_row(*cells, style=row.style)
             yield part
 
@@ -106,6 +114,12 @@ def _widths(columns: Sequence[Column], room: int) -> list[int]:
         reducible = [i for i, width in enumerate(widths) if width > least[i]]
         widths[max(reducible, key=widths.__getitem__)] -= 1
     return widths
+
+
+def _cells(column: Column) -> list[str]:
+    """Cells with their intervals on lines of their own, where the column is too narrow for both."""
+    apart = column.width is not None and column.width < _widest(column)
+    return [_INTERVAL.sub("\n", str(cell)) if apart else str(cell) for cell in column.cells]
 
 
 def _widest(column: Column, *, parts: bool = False) -> int:

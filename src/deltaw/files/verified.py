@@ -29,8 +29,8 @@ def verify_adapter(base: str | Path, adapter: str | Path) -> str:
     places = places_of(shards, file, base)
     if peft.W0 not in file.metadata:
         raise FileError(
-            f"The adapter in {adapter} fits {base} by its layers' names and shapes, but it names no base (it was not written by "
-            "deltaw): which weights it was trained on cannot be told."
+            f"The adapter in {adapter} fits {base} by its layers' names and shapes, but it has no fingerprint of its base (it "
+            "was not written by deltaw): which weights it was trained on cannot be told."
         )
     verdict = peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
     if verdict == "unknown":
