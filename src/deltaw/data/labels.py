@@ -54,8 +54,7 @@ def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> N
     for record in rest:
         text = _text(record)
         if text in _NO_NAMES or (_is_empty(record) and among_numbers):
-            why = "is infinite" if _overflows(text) else "stands for no label"
-            problems.append(f"{record.place}: {record.label!r} {why}")
+            problems.append(f"{record.place}: {record.label!r} stands for no label")
         elif _WITH_COMMAS.fullmatch(text) and not words:
             problems.append(
                 f"{record.place}: {record.label!r} has a comma; write 1.5 for one and a half, 1000 for a thousand"
