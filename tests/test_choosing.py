@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import deltaw
 from deltaw.cli.main import main
 from deltaw.errors import ConfigError, DataError, FileError
+from deltaw.study import rank_report
 
 WORDS, LENGTH = 60, 24
 TRUE_RANK = 3
@@ -96,6 +97,21 @@ def test_a_planted_rank_is_found(taught: Path) -> None:
     assert layer["rank_90"] == TRUE_RANK and len(layer["values"]) == 8
     page = found.report.read_text()
     assert f"r = {TRUE_RANK}: " in page and "against" in page and json.loads((taught / "run" / "rank.json").read_text())
+
+
+def test_the_base_is_compared_with_the_adapter_in_pairs(taught: Path, tmp_path: Path) -> None:
+    """Texts differ in their losses more than the models do: a base within the adapter's interval was called hardly worse."""
+    options = deltaw.RankConfig(ranks="3", most=8, out=str(tmp_path))
+    results = deltaw.choose_rank(taught / "run", options).results
+    base, whole = results["base"], results["ranks"][-1]["loss"]
+    gain = base["less_adapter"]
+    assert (
+        gain["value"] == pytest.approx(base["loss"] - whole["value"]) and 0 < gain["low"] < gain["value"] < gain["high"]
+    )
+    within = results | {"base": base | {"loss": (whole["value"] + whole["high"]) / 2}}
+    assert "not shown to be better than the base" not in " ".join(rank_report.remarks(within))
+    unclear = results | {"base": base | {"less_adapter": gain | {"low": -0.1}}}
+    assert "not shown to be better than the base" in " ".join(rank_report.remarks(unclear))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 import deltaw
 from deltaw import BitFit, LoRA, Prefix
@@ -28,6 +28,17 @@ def test_roles_counts_and_reasons() -> None:
         "Left out: 2 mlp.down_proj, 2 mlp.gate_proj, 2 mlp.up_proj (not among the targets); lm_head (output head).",
         "Only where they are named: model.embed_tokens.",
     ]
+
+
+def test_an_encoders_and_a_decoders_layers_of_one_name_are_said_once() -> None:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    coverage = (
+        deltaw.summary(deltaw.attach(T5ForConditionalGeneration(T5Config(**sizes)), LoRA(rank=2)))
+        .adapters["default"]
+        .coverage
+    )
+    (said,) = [line for line in coverage.lines() if line.startswith("Only where")]
+    assert said.count("relative_attention_bias") == 1 and "2 SelfAttention.relative_attention_bias" in said
 
 
 def test_weights_without_a_layer_count_by_their_own_names() -> None:

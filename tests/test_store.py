@@ -435,7 +435,7 @@ def test_a_file_without_a_fingerprint_is_a_warning(tiny: Any, tmp_path: Path, ca
     weights = tmp_path / "a" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
     load(plain, tmp_path / "a")
-    assert "names no base" in caplog.text
+    assert "has no fingerprint of its base" in caplog.text
 
 
 def test_what_must_not_be_saved_is_not_and_the_old_file_stays(tiny: Any, tmp_path: Path) -> None:

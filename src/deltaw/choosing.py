@@ -114,7 +114,7 @@ class _Choosing:
             "environment": environment.describe(),
             "records": self._records_used(),
             "loop": _loop_of(self.run),
-            "base": base,
+            "base": base and _beside(*base, cuts[self.ranks[-1]].losses),
             "rank": choice.rank,
             "margin": choice.margin,
             "ranks": self._rows(cuts, choice),
@@ -198,13 +198,13 @@ class _Choosing:
     def _uniform(self, rank: int) -> dict[str, int]:
         return {layer: min(rank, len(own.values)) for layer, own in self.spectra.items()}
 
-    def _base(self) -> dict[str, Any] | None:
+    def _base(self) -> tuple[Measured, dict[str, Any]] | None:
         """Scores without any adapter; None where the model has no head of its own."""
         if self.held.loaded.untrained:
             return None
         losses, scores = self._scores()
         self.on_event(Progress("scored", {"name": "base", "loss": losses.value}))
-        return {"loss": losses.value, "scores": scores}
+        return losses, scores
 
     def _scored(self, name: str, cut: LoRAFile) -> _Cut:
         placed = store.place(self.model, cut, self.run.adapter, name="cut", check_base=False)
@@ -298,6 +298,11 @@ class _Cut:
     file: LoRAFile
     losses: Measured
     scores: dict[str, Any]
+
+
+def _beside(base: Measured, scores: Mapping[str, Any], adapter: Measured) -> dict[str, Any]:
+    """What the base scores, and its loss less the whole adapter's, item by item."""
+    return {"loss": base.value, "scores": dict(scores), "less_adapter": base.less(adapter).interval().plain()}
 
 
 def _ranks(text: str, run: Finished) -> list[int]:

@@ -78,7 +78,11 @@ def coverage(
 
 def _named(names: list[str]) -> str:
     """Layers by the ends of their names, those that differ in a number alone once, with how many there are."""
-    families = [(kind.rpartition("*.")[2], len(alike)) for kind, alike in by_family(names).items()]
-    shown = [f"{count} {end}" if count > 1 else end for end, count in families[:_MOST]]
-    more = sum(count for _, count in families[_MOST:])
+    counts: dict[str, int] = {}
+    for kind, alike in by_family(names).items():
+        end = kind.rpartition("*.")[2]  # an encoder's layers and a decoder's may have the same
+        counts[end] = counts.get(end, 0) + len(alike)
+    ends = list(counts.items())
+    shown = [f"{count} {end}" if count > 1 else end for end, count in ends[:_MOST]]
+    more = sum(count for _, count in ends[_MOST:])
     return ", ".join(shown) + (f" and {more} more" if more else "")

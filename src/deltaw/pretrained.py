@@ -31,6 +31,7 @@ from transformers import (
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, listing, nearest
 from deltaw.files.tokenizer_files import tokens_beyond
+from deltaw.names import in_order
 from deltaw.padding import settle_padding
 from deltaw.positions import vocabulary_size
 
@@ -102,7 +103,7 @@ def load_pretrained(
         hint = "\nGGUF files need: pip install 'deltaw[gguf]'" if "gguf_file" in arguments else ""
         raise FileError(f"{source} needs a package that is not installed: {str(error).strip()}{hint}") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise FileError(f"{source} cannot be loaded as {kind}: {_first_line(error)}") from error
+        raise FileError(f"{_absent(source)}{source} cannot be loaded as {kind}: {_first_line(error)}") from error
     new = _new_modules(model, info) if task in HEADED else {}
     _judge(model, info, new, source)
     if task == "causal":
@@ -119,7 +120,9 @@ def read_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(**locate(source))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FileError(f"{source} has no config that transformers knows: {_first_line(error)}") from error
+        raise FileError(
+            f"{_absent(source)}{source} has no config that transformers knows: {_first_line(error)}"
+        ) from error
 
 
 def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -154,14 +157,13 @@ def _judge(model: Any, info: dict[str, Any], new: Iterable[str], source: str) ->
         for key, there, wanted in info["mismatched_keys"]
         if key.rpartition(".")[0] not in new
     ]
-    problems = [*sorted(lost), *sorted(other), *info["error_msgs"]]
+    problems = [*in_order(lost), *in_order(other), *info["error_msgs"]]
     if problems:
         hints = ["Is it another kind of model (an encoder?), or is a file of it missing?"] * bool(lost)
         hints += ["Was a size in its config.json changed?"] * bool(other)
+        count = "1 weight" if len(problems) == 1 else f"{len(problems)} weights"
         raise FileError(
-            listing(
-                f"{source} lacks {len(problems)} weights of a {type(model).__name__}, which would be random:", problems
-            )
+            listing(f"{source} lacks {count} of a {type(model).__name__}, which would be random:", problems)
             + "".join(f"\n{hint}" for hint in hints)
         )
     body = f"{_body(model)}."
@@ -277,6 +279,11 @@ def locate(source: str) -> dict[str, Any]:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileError(f"There is no model at {source}{nearest(path.name, siblings)}.")
     return {"pretrained_model_name_or_path": source}
+
+
+def _absent(source: str) -> str:
+    """The beginning of a message on a MODEL that was asked of the hub."""
+    return "" if Path(source).expanduser().exists() else f"There is no folder {source} here, and on the hub: "
 
 
 def _adapter_hint(path: Path) -> str:

@@ -136,3 +136,5 @@ def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="holds no safetensors checkpoint"):
         shards.shards_of(tmp_path)
+    with pytest.raises(FileError, match=r"There is no folder .*nowhere"):
+        shards.shards_of(tmp_path / "nowhere")

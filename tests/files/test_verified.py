@@ -1,5 +1,6 @@
 """Which adapter is of which base, and what a merged checkpoint is made of, by their files."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from deltaw.files import peft as peft_files
 from deltaw.files.shards import shards_of
 from deltaw.files.streamed import merge_files
 from deltaw.files.verified import verify_adapter, verify_merged
-from tests.conftest import MAKERS, fill
+from tests.conftest import MAKERS, fill, tiny_llama
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -92,6 +93,15 @@ def test_a_merged_checkpoint(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=f"(?s){name}: 1 of "):
         verify_merged(folder / "merged", folder / "base", folder / "adapter")
     assert main(words) == 4
+
+
+def test_tensors_that_differ_are_named_in_the_order_of_their_layers(tmp_path: Path) -> None:
+    model = fill(deltaw.attach(tiny_llama(layers=11), deltaw.LoRA(rank=2, targets="q")))
+    deltaw.save(model, tmp_path / "adapter")
+    deltaw.detach(model).save_pretrained(tmp_path / "base")
+    with pytest.raises(MergeError) as caught:
+        verify_merged(tmp_path / "base", tmp_path / "base", tmp_path / "adapter")
+    assert [int(n) for n in re.findall(r"layers\.(\d+)\.", str(caught.value))] == list(range(11))
 
 
 def test_the_merge_in_memory_is_verified_too_whatever_its_shards(folder: Path, tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ def run(command: Chat) -> None:
     system = as_trained(DataConfig(system=command.system), adapter).system
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    show.out.print(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim", soft_wrap=True)
+    show.prose(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim")
     from deltaw.data import turn_ends
 
     if not turn_ends(loaded.tokenizer):
-        show.out.print(NO_END, style="yellow", soft_wrap=True)
+        show.prose(NO_END, style="yellow")
     while True:
         try:
             text = show.out.input("[bold cyan]you[/] › ", markup=True).strip()

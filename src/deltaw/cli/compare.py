@@ -22,7 +22,7 @@ def run(command: Compare) -> None:
     rows = comparison.ranked(results)
     metrics = list(next((row["scores"] for row in rows if row.get("scores")), {}))
     for warning in results["warnings"]:
-        show.err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        show.prose(f"warning: {warning}", style="yellow", console=show.err)
     columns = [*comparison.COLUMNS, *metrics, *comparison.beside_columns(results)]
     made = show.table(*columns, title=f"\n{command.model} on {command.data}, scored on {results['sets']['test']}")
     for row in rows:
@@ -33,8 +33,8 @@ def run(command: Compare) -> None:
         for cells in comparison.latency_rows(results):
             timed.add_row(*cells)
         show.out.print(timed)
-    show.out.print(f"\n{comparison.headline(results)}", soft_wrap=True)
-    show.out.print(comparison.note_on_intervals(results), style="dim", soft_wrap=True)
+    show.prose(f"\n{comparison.headline(results)}")
+    show.prose(comparison.note_on_intervals(results), style="dim")
     show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 

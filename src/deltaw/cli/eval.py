@@ -70,7 +70,7 @@ def _warn_of_overlap(records: Any, adapter: str | None) -> None:
     trained = trained_on(training_of(adapter)) if adapter is not None else None
     warning = overlap(records.items, trained.items, "evaluated") if trained is not None else None
     if warning is not None:
-        show.err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        show.prose(f"warning: {warning}", style="yellow", console=show.err)
 
 
 def _metrics(command: Eval, data: Any, form: str) -> list[str]:

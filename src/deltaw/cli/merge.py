@@ -62,9 +62,9 @@ def _merge(command: Merge, out: Path) -> _Done:
     if folder is not None:
         try:
             return _on_disk(command, folder, out)
-        except NotByFiles:
+        except NotByFiles as error:
             if command.reversible:
-                raise
+                raise NotByFiles(f"{error}\nWithout --reversible this is merged in memory.") from error
             show.err.print("By the checkpoint's files alone this cannot be merged: merging in memory.", style="dim")
     elif command.reversible:
         raise ConfigError(

@@ -56,4 +56,4 @@ def warn_of_no_end(loaded: Any, records: Iterable[Any], data: Any) -> None:
         return
     chats = any(template_of(form, loaded.tokenizer, data) == "chat" for form in {record.form for record in records})
     if chats and not turn_ends(loaded.tokenizer):
-        show.err.print(f"warning: {NO_END}", style="yellow", soft_wrap=True)
+        show.prose(f"warning: {NO_END}", style="yellow", console=show.err)

@@ -33,15 +33,14 @@ def run(command: Plan) -> None:
     )
     show.out.print(_sizes(found))
     show.out.print("\nTraining memory", style="bold")
-    for group in show.fitting(found.rows, lambda row: str(row.name), taken=27):
-        show.out.print(_memory(group, settings))
+    show.out.print(_memory(found.rows, settings))
     for text, names in _coverages(found).items():
-        show.out.print(f"{', '.join(names)}: {text}", style="dim", soft_wrap=True)
+        show.prose(f"{', '.join(names)}: {text}", style="dim")
     for row in found.rows:
         for note in _notes(row):
-            show.out.print(f"{row.name}: {note}", style="dim", soft_wrap=True)
+            show.prose(f"{row.name}: {note}", style="dim")
     for name, why in found.failed.items():
-        show.out.print(f"{name} does not fit: {why}", style="yellow", soft_wrap=True)
+        show.prose(f"{name} does not fit: {why}", style="yellow")
 
 
 def _sizes(found: Any) -> Any:

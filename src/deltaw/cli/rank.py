@@ -22,9 +22,9 @@ def run(command: Rank) -> None:
         print(json.dumps(results, indent=1, ensure_ascii=False))
         return
     show.out.print(_table(results, rank_report.metrics_of(results)))
-    show.out.print(f"\n{rank_report.sentence(results)}", soft_wrap=True)
+    show.prose(f"\n{rank_report.sentence(results)}")
     for remark in rank_report.remarks(results):
-        show.out.print(remark, style="dim", soft_wrap=True)
+        show.prose(remark, style="dim")
     show.facts({"report": str(found.report), "results": str(found.report.with_suffix(".json"))})
 
 

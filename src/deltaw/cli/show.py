@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from deltaw.names import by_family, in_order
 
-T = TypeVar("T")
+_INTERVAL = re.compile(r"\s+(?=\[)")
+_NAME_ROOM = 24  # characters of its names that a table keeps beside all of its amounts
+_GAP = 2  # spaces between the columns of a table
 
 # Into a file or a pipe there is no edge to keep within, so no name is broken over two lines
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
@@ -72,33 +75,85 @@ def facts(rows: dict[str, str]) -> None:
         out.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)
 
 
-def fitting(columns: Sequence[T], name: Callable[[T], str], taken: int) -> Iterator[Sequence[T]]:
-    """The columns of one table in groups that fit beside its first one, which takes so many characters; amounts take nine."""
-    group: list[T] = []
-    room = out.width - taken
-    for column in columns:
-        wanted = max(9, len(name(column))) + 2
-        if group and wanted > room:
-            yield group
-            group, room = [], out.width - taken
-        group.append(column)
-        room -= wanted
-    if group:
-        yield group
+def prose(text: str, *, style: str | None = None, console: Console | None = None) -> None:
+    """Print sentences: folded between words in a terminal, one line each in a file or a pipe."""
+    console = console or out
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
 def is_terminal() -> bool:
     return sys.stdout.isatty() and out.is_terminal
 
 
+class _PlainTable(Table):
+    """A table that keeps amounts whole where it is narrow: headers are folded at spaces, values before intervals, then names.
+    Where that is not enough, columns follow in further parts, each beside the names."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.title is not None:  # rich would fold it to the width of the table
+            yield Text(str(self.title), style="bold")
+        names, *amounts = self.columns
+        most = options.max_width - _GAP  # rich counts one after the last column too
+        for name_width, group in _parts(names, amounts, most):
+            part = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+            for column, width in zip([names, *group], [name_width, *_widths(group, most - name_width)], strict=True):
+                column.width = width
+                part.add_column(column.header, width=width, justify=column.justify, header_style="dim", overflow="fold")
+            shown = [names.cells, *map(_cells, group)]
+            for row, *cells in zip(self.rows, *shown, strict=True):
+                part.add_row(*cells, style=row.style)
+            yield part
+
+
+def _parts(names: Column, amounts: Sequence[Column], most: int) -> Iterator[tuple[int, list[Column]]]:
+    """Columns that fit beside the names, and how wide these are. All at once where the names keep _NAME_ROOM characters."""
+    least = [_widest(column, parts=True) + _GAP for column in amounts]
+    name_width, room = _widest(names), most - sum(least)
+    if room >= min(name_width, _NAME_ROOM):
+        yield min(name_width, room), list(amounts)
+        return
+    name_width = max(min(name_width, max(most // 2, _NAME_ROOM), most - max(least)), 1)
+    group: list[Column] = []
+    taken = 0
+    for column, width in zip(amounts, least, strict=True):
+        if group and taken + width > most - name_width:
+            yield name_width, group
+            group, taken = [], 0
+        group.append(column)
+        taken += width
+    yield name_width, group
+
+
+def _widths(columns: Sequence[Column], room: int) -> list[int]:
+    """Characters of each column, the widest ones made narrower until they fit, but no amount breaks."""
+    widths, least = [_widest(column) for column in columns], [_widest(column, parts=True) for column in columns]
+    while sum(widths) + _GAP * len(widths) > room and widths != least:
+        reducible = [i for i, width in enumerate(widths) if width > least[i]]
+        widths[max(reducible, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _cells(column: Column) -> list[str]:
+    """Cells with their intervals on lines of their own, where the column is too narrow for both."""
+    apart = column.width is not None and column.width < _widest(column)
+    return [_INTERVAL.sub("\n", str(cell)) if apart else str(cell) for cell in column.cells]
+
+
+def _widest(column: Column, *, parts: bool = False) -> int:
+    """Characters of a column's widest cell, or of its longest part that is not folded: a word of the header, a value with its
+    unit, an interval."""
+    header, cells = str(column.header), [str(cell) for cell in column.cells]
+    if not parts:
+        return max(map(cell_len, [header, *cells]))
+    pieces = [piece for cell in cells for piece in _INTERVAL.split(cell)]
+    return max((cell_len(piece) for piece in [*header.split(), *pieces]), default=0)
+
+
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table: every column but the first, which has names, is right-aligned, and where it is narrow gives way first."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    """A plain table: the first column has names; all others have amounts, right-aligned and never broken within a number."""
+    made = _PlainTable(title=title)
     for i, name in enumerate(columns):
-        if i == 0:
-            made.add_column(name, header_style="dim", no_wrap=True, overflow="fold")
-        else:
-            made.add_column(name, justify="right", header_style="dim", overflow="fold")
+        made.add_column(name, justify="right" if i else "left")
     return made
 
 

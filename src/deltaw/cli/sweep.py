@@ -24,15 +24,15 @@ def run(command: Sweep) -> None:
         print(json.dumps(done.results, indent=1, ensure_ascii=False))
         return
     for warning in done.results["warnings"]:
-        show.err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        show.prose(f"warning: {warning}", style="yellow", console=show.err)
     metrics = sweep_report.metrics_of(done.results)
     made = show.table(*sweep_report.COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
     for row in sweep_report.ordered(done.results):
         made.add_row(*sweep_report.cells(row, metrics))
     show.out.print(made)
     for sentence in sweep_report.sentences(done.results):
-        show.out.print(f"\n{sentence}", soft_wrap=True)
-    show.out.print(sweep_report.note_on_intervals(done.results), style="dim", soft_wrap=True)
+        show.prose(f"\n{sentence}")
+    show.prose(sweep_report.note_on_intervals(done.results), style="dim")
     show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 
@@ -40,11 +40,11 @@ def _hear(event: Any, status: Any, *, quiet: bool) -> None:
     values = event.values
     if event.kind == "left out":
         if not quiet:
-            show.out.print(f"{values['targets']} is left out: {values['why']}.", style="yellow", soft_wrap=True)
+            show.prose(f"{values['targets']} is left out: {values['why']}.", style="yellow")
     elif event.kind == "width":
         each = "one after the other" if values["width"] == 1 else f"{values['width']} in one pass over the base"
         if not quiet:
-            show.out.print(f"Candidates are trained {each}: {values['why']}.", style="dim", soft_wrap=True)
+            show.prose(f"Candidates are trained {each}: {values['why']}.", style="dim")
     elif event.kind == "started":
         status.update(_named(values))
     elif event.kind == "step":

@@ -48,7 +48,7 @@ class _Lines:
         elif event.kind == "eval":
             show.out.print(f"step {event.step}  held-out loss {values['valid_loss']:.4f}")
         else:
-            show.err.print(f"warning: {values['text']}", style="yellow", soft_wrap=True)
+            show.prose(f"warning: {values['text']}", style="yellow", console=show.err)
 
     def _pace(self, values: dict[str, Any]) -> str:
         """Speed, memory and time left, alike in the bar and in plain lines."""
@@ -94,7 +94,7 @@ def _coverage(values: dict[str, Any]) -> None:
         markup=True,
     )
     for line in values["coverage"]:
-        show.out.print(f"  {line}", style="dim", soft_wrap=True)
+        show.prose(f"  {line}", style="dim")
     what = f"{data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
     if values["task"] not in ("causal", "seq2seq"):
         what = "numbers to predict" if values["labels"] is None else f"{len(values['labels'])} classes"
@@ -106,7 +106,7 @@ def _coverage(values: dict[str, Any]) -> None:
         markup=True,
     )
     held = f"held out: {values['sets']['valid']}" if values["sets"]["valid"] else "nothing is held out"
-    show.out.print(f"Trained on {values['sets']['train']}; {held}.", soft_wrap=True)
+    show.prose(f"Trained on {values['sets']['train']}; {held}.")
     if values.get("expected_memory"):
         show.out.print(_memory(values["expected_memory"]), soft_wrap=True, markup=True)
 

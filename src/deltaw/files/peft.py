@@ -79,7 +79,7 @@ _UNUSED = "and the like are left out: PEFT computes with the update inside the a
 # it is half of what it means
 TWICE = 2.0
 
-_NO_BASE = "%s names no base (it was not written by deltaw): only its keys and shapes are checked."
+_NO_BASE = "%s has no fingerprint of its base (it was not written by deltaw): only its keys and shapes are checked."
 _OUTDATED = (
     "%s names its base as an older version of deltaw did, by a sample of its entries, which tells too few bases apart: only its "
     "keys and shapes are checked. Save the adapter again to renew it."

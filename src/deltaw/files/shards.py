@@ -58,6 +58,8 @@ def shards_of(folder: Path) -> list[Shard]:
     """The shards of the checkpoint in `folder`. Raises FileError with everything wrong: no safetensors, a shard that is missing
     or damaged, an index that names other tensors than the shards hold."""
     if not (folder / INDEX).is_file():
+        if not folder.is_dir():
+            raise FileError(f"There is no folder {folder}.")
         if not (folder / SINGLE).is_file():
             raise FileError(f"{folder} holds no safetensors checkpoint: neither {SINGLE} nor {INDEX} is in it.")
         return [read_header(folder / SINGLE)]

@@ -17,6 +17,7 @@ from deltaw.files.fingerprint import bits_of
 from deltaw.files.places import check_by_files, hash_of_layers, places_of
 from deltaw.files.shards import PIECE, Entry, Shard, read_tensor, shards_of
 from deltaw.lowrank import merge_
+from deltaw.names import in_order
 
 
 def verify_adapter(base: str | Path, adapter: str | Path) -> str:
@@ -28,8 +29,8 @@ def verify_adapter(base: str | Path, adapter: str | Path) -> str:
     places = places_of(shards, file, base)
     if peft.W0 not in file.metadata:
         raise FileError(
-            f"The adapter in {adapter} fits {base} by its layers' names and shapes, but it names no base (it was not written by "
-            "deltaw): which weights it was trained on cannot be told."
+            f"The adapter in {adapter} fits {base} by its layers' names and shapes, but it has no fingerprint of its base (it "
+            "was not written by deltaw): which weights it was trained on cannot be told."
         )
     verdict = peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
     if verdict == "unknown":
@@ -52,15 +53,16 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
     layers = {place.untied or place.tensor: layer for layer, place in places.items()}
     theirs, own = _entries(shards_of(merged)), _entries(base_shards)
     own |= {place.untied: own[place.tensor] for place in places.values() if place.untied}
-    problems = [f"{name} is missing" for name in own.keys() - theirs.keys()]
-    problems += [f"{name} is not in the base" for name in theirs.keys() - own.keys()]
+    problems = {name: f"{name} is missing" for name in own.keys() - theirs.keys()}
+    problems |= {name: f"{name} is not in the base" for name in theirs.keys() - own.keys()}
     for name in own.keys() & theirs.keys():
         layer = layers.get(name)
         merge = None if layer is None else lambda W, at=layer: merge_(places[at].W0(W), file.change(at))
         if why := _unequal(own[name], theirs[name], merge):
-            problems.append(f"{name}{why}")
+            problems[name] = f"{name}{why}"
     if problems:
-        raise MergeError(listing(f"{merged} is not {base} with {adapter} merged into it:", sorted(problems)))
+        lines = [problems[name] for name in in_order(problems)]
+        raise MergeError(listing(f"{merged} is not {base} with {adapter} merged into it:", lines))
     return len(layers)
 
 

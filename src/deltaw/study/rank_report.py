@@ -48,10 +48,10 @@ def remarks(results: Values) -> list[str]:
         )
     found += [f"{said}." for said in why_no_smaller(results["ranks"], results["rank"], results["margin"])]
     base = results["base"]
-    whole = results["ranks"][-1]["loss"]
-    if base is not None and base["loss"] <= whole["high"]:
+    if base is not None and not base["less_adapter"]["low"] > 0:
         found.append(
-            f"The adapter is hardly better than the base, whose loss is {base['loss']:.3f}: what rank it needs says little."
+            f"The adapter is not shown to be better than the base, whose loss is {base['loss']:.3f}: "
+            "what rank it needs says little."
         )
     if results["records"]["stopped_by"]:
         found.append("The run was stopped by these records (--patience), so their losses are a little too good.")
