@@ -2,9 +2,10 @@
 
     pip install cosmic-ray
     python benchmarks/mutants.py                     # 320 mutants, two at a time
-    python benchmarks/mutants.py --sample 40 fused   # one module
+    python benchmarks/mutants.py fused               # one module's part of these
 
-Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines. The mutants are
+Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines; modules that were not
+tried stay there as they were. The mutants are
 cosmic-ray's: another operator, comparison, number or keyword, a removed `not`, decorator or loop. Those that change annotations
 or protocols only, which are never evaluated, are left out, as are `is` for `==` and those that want a variable's name. No file is
 changed: a forked process imports the mutated source in the module's place.
@@ -18,17 +19,19 @@ import difflib
 import importlib
 import importlib.abc
 import importlib.machinery
+import json
 import multiprocessing
 import os
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
+
+import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS: Mapping[str, tuple[str, ...]] = {
@@ -81,12 +84,14 @@ def main() -> None:
     modules = chosen.modules or list(TESTS)
     if unknown := [name for name in modules if name not in TESTS]:
         parser.error(f"no tests are listed for {', '.join(unknown)}; modules: {', '.join(TESTS)}")
-    mutants = sample([mutant for name in modules for mutant in mutants_of(name)], chosen.sample, chosen.seed)
+    mutants = [
+        m for m in sample({name: mutants_of(name) for name in TESTS}, chosen.sample, chosen.seed) if m.module in modules
+    ]
     preload()
     limits = {name: 20 + 4 * clean_run(name) for name in modules}
     with ThreadPoolExecutor(chosen.jobs) as pool:
         verdicts = list(pool.map(lambda mutant: judged(mutant, limits[mutant.module]), mutants))
-    report(verdicts, chosen.seed, whole=not chosen.modules)
+    report(verdicts, chosen.sample, chosen.seed)
 
 
 def mutants_of(module: str) -> list[Mutant]:
@@ -134,14 +139,14 @@ def lines_changed(source: str, changed: str) -> tuple[str, ...]:
     return tuple(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
-def sample(mutants: Sequence[Mutant], size: int, seed: int) -> list[Mutant]:
-    """A seeded sample, from each module as many as its share of all mutants."""
-    chance, by_module = random.Random(seed), Counter(mutant.module for mutant in mutants)
-    picked: list[Mutant] = []
-    for module, count in by_module.items():
-        share = min(count, max(1, round(size * count / len(mutants))))
-        picked += chance.sample([mutant for mutant in mutants if mutant.module == module], share)
-    return picked
+def sample(mutants: Mapping[str, Sequence[Mutant]], size: int, seed: int) -> list[Mutant]:
+    """A seeded sample, from each module as many as its share of all mutants; the same whichever modules are tried together."""
+    every = sum(len(of_module) for of_module in mutants.values())
+    return [
+        mutant
+        for name, of_module in mutants.items()
+        for mutant in random.Random(f"{seed} {name}").sample(of_module, max(1, round(size * len(of_module) / every)))
+    ]
 
 
 def preload() -> None:
@@ -218,30 +223,19 @@ def path_of(module: str) -> Path:
     return ROOT / "src" / "deltaw" / f"{module.replace('.', '/')}.py"
 
 
-def report(verdicts: Sequence[Verdict], seed: int, *, whole: bool) -> None:
-    """Print the shares; write results/mutants.json when all modules were tried."""
-    noticed = [verdict for verdict in verdicts if verdict.outcome != "survived"]
-    modules = {
-        name: {
-            "mutants": sum(verdict.module == name for verdict in verdicts),
-            "noticed": sum(verdict.module == name for verdict in noticed),
-        }
-        for name in dict.fromkeys(verdict.module for verdict in verdicts)
-    }
-    result = {
-        "seed": seed,
-        "mutants": len(verdicts),
-        "noticed": len(noticed),
-        "share": round(len(noticed) / len(verdicts), 3),
-        "modules": modules,
-        "survivors": [asdict(verdict) for verdict in verdicts if verdict.outcome == "survived"],
-    }
-    if whole:
-        import machine
-
-        machine.write("mutants", result)
-    else:
-        print({key: result[key] for key in ("mutants", "noticed", "share")})
+def report(verdicts: Sequence[Verdict], size: int, seed: int) -> None:
+    """Write results/mutants.json: the modules that were tried, and those that stand there of the same sample."""
+    path = machine.RESULTS / "mutants.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    modules = before["modules"] if (before.get("sample"), before.get("seed")) == (size, seed) else {}
+    for name in dict.fromkeys(verdict.module for verdict in verdicts):
+        tried = [verdict for verdict in verdicts if verdict.module == name]
+        survivors = [asdict(verdict) for verdict in tried if verdict.outcome == "survived"]
+        noticed = len(tried) - len(survivors)
+        modules[name] = {"tests": TESTS[name], "mutants": len(tried), "noticed": noticed, "survivors": survivors}
+    every, noticed = (sum(module[key] for module in modules.values()) for key in ("mutants", "noticed"))
+    share = round(noticed / every, 3)
+    machine.write("mutants", {"sample": size, "seed": seed, "share": share, "modules": modules})
 
 
 if __name__ == "__main__":

@@ -343,6 +343,24 @@ def test_experts_take_tokens_that_are_the_batchs_rows() -> None:
             rows.by_tokens(experts, own, experts, wrong, {})
 
 
+def test_experts_may_get_rows_of_tokens_beside_what_was_chosen_for_each() -> None:
+    rows, module = Rows(["a", None, "a"]), torch.nn.Identity()
+    x, weights = torch.randn(3, 5, 4), torch.randn(15, 2)
+    plain = lambda x, weights: x.flatten(0, 1) * weights.sum(1, keepdim=True)  # noqa: E731
+    assert torch.equal(rows.by_tokens(module, {}, plain, [x], {"weights": weights}), plain(x, weights))
+    several = torch.randn(6, 5, 4), torch.randn(30, 2)  # two parts for a row
+    assert torch.equal(rows.by_tokens(module, {}, plain, several, {}), plain(*several))
+    for wrong in (
+        [x, weights[:12]],
+        [x[:, :4], weights],
+        [x, weights.unsqueeze(0)],
+        [x[:2], weights],
+        [x[:2], weights[:10]],
+    ):
+        with pytest.raises(AdapterError, match="is not given each token of a batch of 3 rows"):
+            rows.by_tokens(module, {}, plain, wrong, {})
+
+
 @torch.no_grad()
 def test_an_adapter_with_a_vocabulary_of_its_own_has_no_batch_with_others() -> None:
     model = tiny_llama(tied=False).eval()
