@@ -35,11 +35,11 @@ import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS: Mapping[str, tuple[str, ...]] = {
-    "fused": ("tests/test_fused.py",),
-    "rows": ("tests/test_rows.py", "tests/test_switching.py"),
-    "routes": ("tests/test_routes.py", "tests/test_passes.py", "tests/test_switching.py"),
+    "fused": ("tests/layers/ops/test_linear.py",),
+    "rows": ("tests/layers/ops/test_rows.py", "tests/test_switching.py"),
+    "routes": ("tests/layers/test_routing.py", "tests/test_passes.py", "tests/test_switching.py"),
     "merged": ("tests/test_merged.py",),
-    "originals": ("tests/test_originals.py", "tests/test_residual.py"),
+    "originals": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
     "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/test_run.py"),
     "data.batches": ("tests/data/test_batches.py",),
     "study.choice": ("tests/study/test_choice.py",),

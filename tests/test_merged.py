@@ -10,15 +10,16 @@ import torch
 import transformers as hf
 
 import deltaw
-from deltaw import Bottleneck, LoRA, attach, detach, load, lowrank, merge, parameters, save, unmerge, use
+from deltaw import Bottleneck, LoRA, attach, detach, load, merge, parameters, save, unmerge, use
 from deltaw.attached import base_parameters, record_of, updates
 from deltaw.base_identity import base_fingerprint
 from deltaw.ends import teach
 from deltaw.errors import MergeError
+from deltaw.layers.ops import merging
+from deltaw.layers.ops.undo import Copy, Correction
 from deltaw.merged import preview, settle
-from deltaw.originals import Copy, Correction
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
-from tests.test_quantised import packed
+from tests.layers.test_quantised import packed
 
 METHOD = LoRA(rank=4, alpha=10)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -223,7 +224,7 @@ def test_4_a_merged_model_gives_each_adapter_back(tiny: Any, keep: Any) -> None:
 def test_a_merge_that_is_interrupted_leaves_the_model(tiny: Any, keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = bits(tiny)
     fill(attach(tiny, METHOD))
-    genuine, count = lowrank._dot, 0
+    genuine, count = merging._dot, 0
 
     def interrupted(a: torch.Tensor, b: torch.Tensor) -> float:
         nonlocal count
@@ -232,7 +233,7 @@ def test_a_merge_that_is_interrupted_leaves_the_model(tiny: Any, keep: Any, monk
             raise KeyboardInterrupt
         return genuine(a, b)
 
-    monkeypatch.setattr(lowrank, "_dot", interrupted)
+    monkeypatch.setattr(merging, "_dot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(tiny, keep=keep)
     assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())

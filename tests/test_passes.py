@@ -20,7 +20,7 @@ from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, rout
 from deltaw.attached import record_of
 from deltaw.ends import teach
 from deltaw.errors import AdapterError, MergeError
-from deltaw.modes import to_train
+from deltaw.layers.tree import to_train
 from tests.conftest import assert_same, fill, snapshot, tiny_llama
 
 

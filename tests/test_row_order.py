@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from deltaw import LoRA, attach, route, using
 from deltaw.errors import AdapterError
-from deltaw.row_forms import placeholders_of, uneven
-from deltaw.slots import slot_of
+from deltaw.layers.ops.row_forms import placeholders_of, uneven
+from deltaw.layers.patch import slot_of
 from tests.conftest import fill
 
 NAMES: list[str | None] = ["a", None, "b", "a"]

@@ -552,10 +552,10 @@ def test_a_seed_reaches_dropout_and_nothing_else_does(small: Any, tmp_path: Path
 
 
 def test_masks_differ_from_step_to_step(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaw import fused
+    from deltaw.layers.ops import linear
 
-    seeds, real = [], fused._seed
-    monkeypatch.setattr(fused, "_seed", lambda: seeds.append(real()) or seeds[-1])
+    seeds, real = [], linear._seed
+    monkeypatch.setattr(linear, "_seed", lambda: seeds.append(real()) or seeds[-1])
     learnt(*small, quick(tmp_path, steps=3, valid_share=0.0))
     assert len(seeds) >= 3 * 14 and len(set(seeds[-42:])) == 42
 

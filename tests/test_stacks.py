@@ -18,7 +18,7 @@ from deltaw.errors import AdapterError, FileError
 from deltaw.files import peft
 from deltaw.files.peft_keys import sort
 from deltaw.files.stacks import in_file, unstacked
-from deltaw.lowrank import delta_norm
+from deltaw.layers.ops.merging import delta_norm
 from tests.conftest import fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_comparing import RECORDS

@@ -13,7 +13,7 @@ import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, unmerge, use, using
 from deltaw.attached import updates
 from deltaw.errors import AdapterError, FileError, TargetError
-from deltaw.layers import Weight
+from deltaw.layers.kinds import Weight
 from deltaw.targets import select
 from deltaw.updates import Sliced
 from deltaw.weights import OnWeights, Stack

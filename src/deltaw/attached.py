@@ -16,29 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltaw.checksums import difference
 from deltaw.coverage import Coverage, coverage
 from deltaw.errors import AdapterError, MergeError, listing, nearest
-from deltaw.layers import as_matrix, as_stored, in_few_bits, weights_of
-from deltaw.lowrank import dense
-from deltaw.originals import Copy, Kept, Original
-from deltaw.outside import read_outside
+from deltaw.layers.kinds import as_stored, in_few_bits, weights_of
+from deltaw.layers.ops.checksums import difference
+from deltaw.layers.ops.merging import dense
+from deltaw.layers.ops.residency import Residency
+from deltaw.layers.ops.rows import Rows
+from deltaw.layers.ops.undo import Copy, Kept, Original
+from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
+from deltaw.layers.routing import Route
+from deltaw.layers.ties import Untied, tie
+from deltaw.layers.tree import RECORD, base_modules, dotted, matrix_of, owner_of, place_of
 from deltaw.passes import unwatch, watch
-from deltaw.reached import uncalled
-from deltaw.residency import Residency
-from deltaw.routes import Route
-from deltaw.rows import Rows
-from deltaw.slots import Slot, close_slot, open_slot, slot_of
-from deltaw.ties import Untied, tie
 from deltaw.updates import LowRank, Update
-from deltaw.wrapped_names import WRAPPED
 
 log = logging.getLogger("deltaw")
 coverage_log = logging.getLogger("deltaw.coverage")
-
-RECORD = "_deltaw"
-# Classes that wrap a model as its child `module`, of packages that need not be installed
-_ENGINES = ("DeepSpeedEngine", "PipelineEngine", "DeepSpeedHybridEngine")
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class Adapters:
     rows_reached: set[str] = field(default_factory=set)
     """Layers that were reached when it was asked."""
     rows_asked: set[Any] = field(default_factory=set)
-    """Forms of the batches with which it was asked (row_forms.py)."""
+    """Forms of the batches with which it was asked (layers/ops/row_forms.py)."""
 
 
 class Names(tuple[str, ...]):
@@ -372,23 +366,6 @@ def _why_not_unmerged(owner: nn.Module, problems: Mapping[str, str], originals: 
     )  # fmt: skip
 
 
-def matrix_of(owner: nn.Module, name: str) -> Tensor:
-    """A parameter by its dotted name, as the matrix that merges work on: a view of it. What is kept in few bits cannot be merged
-    into; of that it is what the bits stand for."""
-    layer, own_name = place_of(owner, name)
-    if form := in_few_bits(layer, own_name):
-        return form.dense(layer, torch.float32)
-    parameter = layer._parameters[own_name]
-    assert parameter is not None
-    return as_matrix(layer, own_name, parameter.detach())
-
-
-def place_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has the parameter of this dotted name, and its own name for it."""
-    layer_name, _, own_name = name.rpartition(".")
-    return owner.get_submodule(layer_name), own_name
-
-
 # --- look -------------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +412,7 @@ def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
     change = found[module].changes(at).get(own)
     if change is None:
         raise AdapterError(f"The adapter leaves the weight of {layer!r} as it is.")
-    dW = dense(change, _before_merge(model, dotted(module, own)))
+    dW = dense(change, before_merge(model, dotted(module, own)))
     return as_stored(at, own, dW) if own in weights_of(at) else dW
 
 
@@ -450,7 +427,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]
     merged = record.originals if record else {}
     for name, parameter in named_parameters(model):
         if name in merged:
-            yield name, parameter, as_stored(*place_of(owner_of(model), name), _before_merge(model, name))
+            yield name, parameter, as_stored(*place_of(owner_of(model), name), before_merge(model, name))
         else:
             yield name, parameter, parameter
 
@@ -474,12 +451,7 @@ def readers(model: nn.Module, *, now: bool = False) -> dict[nn.Parameter, list[s
     return found
 
 
-def dotted(module_name: str, own_name: str) -> str:
-    """The full name of a module's parameter."""
-    return f"{module_name}.{own_name}" if module_name else own_name
-
-
-def _before_merge(model: nn.Module, name: str) -> Tensor:
+def before_merge(model: nn.Module, name: str) -> Tensor:
     """A parameter as a matrix, as it was before a merge. Raises MergeError where that cannot be told any more."""
     owner = owner_of(model)
     kept = record_of(model).originals.get(name)
@@ -490,34 +462,6 @@ def _before_merge(model: nn.Module, name: str) -> Tensor:
     return kept.original.restored(matrix_of(owner, name))
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the base in its own order, each module once; not the adapters', whose number may be large."""
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", owner_of(model))]
-    while waiting:
-        name, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module
-        children = [(f"{name}.{own}" if name else own, child) for own, child in module._modules.items()]
-        waiting += [(n, c) for n, c in reversed(children) if c is not None and not isinstance(c, Slot)]
-
-
-def names_of(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Name of each module that its model has under several names (`self.b = self.a`) → all names by which code may call it."""
-    known = {id(module): name for name, module in modules.items()}
-    names: dict[str, list[str]] = {}
-    for place, parent in modules.items():
-        for own, child in parent._modules.items():
-            if id(child) in known:
-                names.setdefault(known[id(child)], []).append(dotted(place, own))
-    several = {name: others for name, others in names.items() if len(others) > 1}
-    silent = uncalled(modules, [n for others in several.values() for n in others]) if several else set()
-    called = {name: [n for n in others if n not in silent] for name, others in several.items()}
-    return {name: others for name, others in called.items() if len(others) > 1}
-
-
 # --- the record -------------------------------------------------------------------------------------------------
 
 
@@ -525,20 +469,6 @@ def find_record(model: nn.Module) -> Adapters | None:
     """The model's record, also through a wrapper (DDP, torch.compile); None when no adapter is attached."""
     owner = owner_of(model)
     return owner.__dict__.get(RECORD)
-
-
-def owner_of(model: nn.Module) -> nn.Module:
-    """The module whose dotted names are the base's own and that holds the record: what a wrapper (torch.compile, DataParallel,
-    DDP) wraps; else the part of the model that has a record; else the model."""
-    while (wrapped := _wrapped(model)) is not None:
-        model = wrapped
-    return next((m for m in model.modules() if RECORD in m.__dict__), model)
-
-
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or type(model).__name__ in _ENGINES:
-        return model._modules["module"]
-    return next((child for name in WRAPPED if (child := model._modules.get(name)) is not None), None)
 
 
 def record_of(model: nn.Module) -> Adapters:

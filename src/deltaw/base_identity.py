@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deltaw.attached import base_tensors, owner_of, place_of, readers
-from deltaw.checksums import Stamp, content_of, stamp
+from deltaw.attached import base_tensors, readers
 from deltaw.files.fingerprint import DTYPES, FORMS, Digest, Fingerprint, combined, digest
-from deltaw.layers import in_few_bits
+from deltaw.layers.kinds import in_few_bits
+from deltaw.layers.ops.checksums import Stamp, content_of, stamp
+from deltaw.layers.tree import owner_of, place_of
 
 log = logging.getLogger("deltaw")
 

@@ -29,6 +29,7 @@ from deltaw.files import peft
 from deltaw.files.atomic import write_text
 from deltaw.files.peft import LoRAFile
 from deltaw.finished import Finished, finished, parameters_of
+from deltaw.layers import tree
 from deltaw.planning import plan
 from deltaw.preparing import HeldOut, held_out
 from deltaw.renames import renamed
@@ -164,7 +165,7 @@ class _Choosing:
 
     def _name_layers(self) -> None:
         """As this version of the model's code has them."""
-        file = renamed(self.run.file, dict(attached.base_modules(self.model)))
+        file = renamed(self.run.file, dict(tree.base_modules(self.model)))
         if file.factors.keys() != self.run.file.factors.keys():
             self.run = dataclasses.replace(self.run, file=file, triples=triples_of(file, self.run.adapter))
             self.spectra = spectra_of(self.run.triples)

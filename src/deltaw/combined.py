@@ -13,26 +13,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import (
-    Plan,
-    apply_plan,
-    base_modules,
-    check_free,
-    dotted,
-    known,
-    matrix_of,
-    owner_of,
-    problems_of_weights,
-    record_of,
-    updates,
-)
+from deltaw.attached import Plan, apply_plan, check_free, known, problems_of_weights, record_of, updates
 from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError, listing
-from deltaw.lowrank import Product, dense, wide
+from deltaw.layers.ops.merging import Product, dense, wide
+from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
+from deltaw.layers.tree import base_modules, dotted, matrix_of, owner_of
 from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
 from deltaw.scaled import AddedBias, Scaled
-from deltaw.svd import Truncated, of_factors, of_matrix
 from deltaw.updates import LowRank, Replaced, ReplacedRows, Update, with_room
 from deltaw.weights import OnWeights
 

@@ -18,8 +18,8 @@ from deltaw.files.peft import SLICES, LoRAFile, names_in_peft
 from deltaw.files.peft_config import CONFIG, PICKLED, WEIGHTS, config_for
 from deltaw.files.stacks import in_file
 from deltaw.files.tokenizer_files import copy_files
+from deltaw.layers.ops.svd import Triples
 from deltaw.spectra import Spectrum, spectra_of, triples_of
-from deltaw.svd import Triples
 from deltaw.units import parse_size
 
 _Value = TypeVar("_Value")

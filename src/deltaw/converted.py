@@ -17,10 +17,9 @@ from deltaw.files.atomic import replacing
 from deltaw.files.gguf_lora import GGUFLoRA
 from deltaw.files.peft import SLICES, LoRAFile
 from deltaw.files.peft_config import config_for
-from deltaw.layers import kind_of
-from deltaw.slices import Runs
+from deltaw.layers.kinds import Runs, kind_of
+from deltaw.layers.names import found_as
 from deltaw.updates import sliced_rows
-from deltaw.wrapped_names import found_as
 
 _LORALIB = (".pt", ".bin", ".ckpt", ".pth")
 _ORIGIN = "deltaw_converted_from"

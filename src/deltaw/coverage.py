@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import nn
 
-from deltaw.names import by_family
+from deltaw.layers.names import by_family
 from deltaw.targets import WHERE_NAMED, left_out, role
 from deltaw.updates import Update
 from deltaw.weights import OnWeights

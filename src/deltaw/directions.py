@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import attached
 from deltaw.errors import FileError
 from deltaw.finished import Finished
-from deltaw.names import by_family
-from deltaw.study.subspaces import amplified, by_chance, right_directions, similarity
+from deltaw.layers import tree
+from deltaw.layers.names import by_family
+from deltaw.layers.ops.svd import amplified, by_chance, right_directions, similarity
 from deltaw.targets import role
 
 # Of a map's rows and columns
@@ -67,7 +67,7 @@ def _of_layer(one: Finished, other: Finished, layer: str) -> dict[str, float]:
 
 def amplifications(model: nn.Module, one: Finished, rank: int) -> list[dict[str, Any]]:
     """Table 7 of the paper for the first `rank` directions: of each kind of layer the one in the middle of the model."""
-    owner = attached.owner_of(model)
+    owner = tree.owner_of(model)
     found = []
     for layers in by_family(_of_layers(one)).values():
         layer = layers[len(layers) // 2]
@@ -88,6 +88,6 @@ def _of_layers(one: Finished) -> list[str]:
 def _weight(owner: nn.Module, layer: str) -> torch.Tensor | None:
     """W of a layer by its name in an adapter's file; None of what is no layer with a weight of its own."""
     try:
-        return attached.matrix_of(owner, f"{layer}.weight")
+        return tree.matrix_of(owner, f"{layer}.weight")
     except (AttributeError, KeyError, AssertionError):
         return None

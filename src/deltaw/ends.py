@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.attached import find_record, known, owner_of, record_of
+from deltaw.attached import find_record, known, record_of
 from deltaw.eos import TAUGHT, Ends, extended, listed
-from deltaw.rows import Rows
+from deltaw.layers.ops.rows import Rows
+from deltaw.layers.tree import owner_of
 
 log = logging.getLogger("deltaw")
 

@@ -12,7 +12,7 @@ import torch
 
 from deltaw import available_memory, units
 from deltaw.data.batches import padded
-from deltaw.plain import plain_class
+from deltaw.layers.unwrap import plain_class
 from deltaw.preparing import Prepared
 from deltaw.study.dry_step import step
 from deltaw.study.planned_memory import Memory, Taken, memory_of

@@ -16,8 +16,8 @@ from deltaw.errors import FileError, listing
 from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import exactly
 from deltaw.files.stacks import in_file
-from deltaw.layers import Weight, weights_of
-from deltaw.lowrank import times
+from deltaw.layers.kinds import Weight, weights_of
+from deltaw.layers.ops.merging import times
 from deltaw.renames import Renaming
 
 log = logging.getLogger("deltaw")

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import Plan, adapters, apply_plan, check_free, dotted, named_parameters, owner_of
+from deltaw.attached import Plan, adapters, apply_plan, check_free, named_parameters
 from deltaw.ends import own_ends, teach
 from deltaw.errors import AdapterError, FileError, listing
-from deltaw.layers import Kind, Weight, kind_of
+from deltaw.layers.kinds import Kind, Weight, kind_of
+from deltaw.layers.ops.svd import Truncated, of_matrix
+from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.lora import LoRA
-from deltaw.svd import Truncated, of_matrix
 from deltaw.targets import Layer, select
 from deltaw.updates import LowRank, Update
 from deltaw.weights import OnWeights, Stack

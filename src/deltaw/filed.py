@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw import attached as live
-from deltaw.attached import dotted, owner_of, readers
+from deltaw import attached
+from deltaw.attached import readers
 from deltaw.base_identity import base_fingerprint, weights_fingerprint
 from deltaw.errors import AdapterError, listing
 from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAFile
 from deltaw.files.peft_config import config_for
 from deltaw.files.stacks import in_file
-from deltaw.layers import Conv1DKind, ConvKind, EmbeddingKind, matrices_of, weights_of
-from deltaw.lowrank import times
+from deltaw.layers import tree
+from deltaw.layers.kinds import Conv1DKind, ConvKind, EmbeddingKind, matrices_of, weights_of
+from deltaw.layers.ops.merging import times
+from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.lora import LoRA
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
 from deltaw.version import __version__
@@ -32,11 +34,11 @@ _EXPERTS_BEFORE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"
 
 def as_file(model: nn.Module, name: str) -> LoRAFile:
     """Adapter `name` in PEFT's terms. Raises AdapterError for a method or a mix of updates that has none."""
-    updates, owner = live.updates(model, name), owner_of(model)
+    updates, owner = attached.updates(model, name), owner_of(model)
     low_rank = {n: u for n, u in updates.items() if isinstance(u, LowRank)}
     weights = _of_weights(owner, updates)
     keys = {n: _key(owner, n, weights) for n in low_rank}
-    method = live.record_of(model).attached[name].method
+    method = attached.record_of(model).attached[name].method
     _check(method, updates)
     whole, modules = _whole(model, {n: u for n, u in updates.items() if isinstance(u, Replaced)})
     whole_biases, biases = _biases(owner, low_rank)
@@ -154,7 +156,7 @@ def _whole(model: nn.Module, updates: dict[str, Replaced]) -> tuple[dict[str, Te
 def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """What the base's module `name`, and those inside it, have in a checkpoint, by names in the model."""
     found: dict[str, Tensor] = {}
-    for place, module in live.base_modules(model):
+    for place, module in tree.base_modules(model):
         if place == name or place.startswith(f"{name}."):
             kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
             tensors = {**module._parameters, **kept}
@@ -241,7 +243,7 @@ def _taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
     """The layers that PEFT does not find by their names in target_modules. From 0.19 on it takes these names, in mixtures of some
     types, for those of transformers 4's experts, whose stacks it then adapts instead, also where all layers of a model are
     dense. By their weights it finds them."""
-    stacks = any(weights_of(m) for _, m in live.base_modules(model) if not isinstance(m, nn.MultiheadAttention))
+    stacks = any(weights_of(m) for _, m in tree.base_modules(model) if not isinstance(m, nn.MultiheadAttention))
     mixture = stacks or _names_experts(getattr(owner_of(model), "config", None))
     return {n for n in modules if n.rsplit(".", 1)[-1] in _EXPERTS_BEFORE} if mixture else set()
 
@@ -266,5 +268,5 @@ def _target_modules(model: nn.Module, updates: set[str]) -> list[str]:
     """The shortest list that PEFT reads as exactly these layers: the last parts of their names where no other module
     ends so, else the full names."""
     ends = {name.rsplit(".", 1)[-1] for name in updates}
-    matched = {name for name, _ in live.base_modules(model) if name.rsplit(".", 1)[-1] in ends}
+    matched = {name for name, _ in tree.base_modules(model) if name.rsplit(".", 1)[-1] in ends}
     return sorted(ends if matched == updates else updates)

@@ -13,10 +13,10 @@ from deltaw.errors import ConfigError, FileError
 from deltaw.files import peft
 from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import method_of
+from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.spectra import triples_of
-from deltaw.svd import Triples
 from deltaw.tasks import of_adapter
 
 

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import base_modules, dotted, owner_of, readers
+from deltaw.attached import readers
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.meant import is_all_linear, parameters_anywhere
 from deltaw.files.peft import TWICE, LoRAFile, by_inputs, is_ours, names_in_peft, slices_of
 from deltaw.files.peft_config import rank_of, saved_module, tokens_of
 from deltaw.files.stacks import transposed_in_file, unstacked
-from deltaw.layers import (
+from deltaw.layers.kinds import (
     Conv1DKind,
     ConvKind,
     EmbeddingKind,
     Kind,
+    Runs,
     Weight,
     as_matrix,
     kind_of,
@@ -29,10 +30,10 @@ from deltaw.layers import (
     weights_of,
     why_not,
 )
-from deltaw.lowrank import merge_, times, wide
-from deltaw.names import in_order, shown
-from deltaw.outside import only_read
-from deltaw.slices import Runs
+from deltaw.layers.names import in_order, shown
+from deltaw.layers.ops.merging import merge_, times, wide
+from deltaw.layers.patch import only_read
+from deltaw.layers.tree import base_modules, dotted, owner_of
 from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
 from deltaw.weights import OnWeights, Stack
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from deltaw.chance import devices_of, seeded
 from deltaw.config import GenerateConfig
 from deltaw.ends import in_use, own_ends, routed, taught
 from deltaw.eos import listed
 from deltaw.errors import AdapterError, DataError
-from deltaw.modes import evaluating
+from deltaw.layers.ops.seeding import devices_of, seeded
+from deltaw.layers.tree import evaluating
 from deltaw.positions import most_positions
 from deltaw.pretrained import pad_id
 from deltaw.switching import route

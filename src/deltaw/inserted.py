@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.layers import kind_of, shape, why_bypassed
-from deltaw.lowrank import Change, delta_norm
-from deltaw.plain import own_forward
+from deltaw.layers.kinds import kind_of, shape, why_bypassed
+from deltaw.layers.ops.merging import Change, delta_norm
+from deltaw.layers.unwrap import own_forward
 from deltaw.updates import Update
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaw.errors import MergeError, listing
-from deltaw.lowrank import MergeStats
-from deltaw.names import family
+from deltaw.layers.names import family
+from deltaw.layers.ops.merging import MergeStats
 
 
 @dataclass(frozen=True)

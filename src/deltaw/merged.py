@@ -1,5 +1,5 @@
 """Merge adapters into the base's weights, and take them out again bit for bit. With attached.py the only code that edits
-a model; the arithmetic is lowrank.py's.
+a model; the arithmetic is layers/ops/merging.py's.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from deltaw import ties
 from deltaw.attached import (
     Adapters,
     Changed,
     detach,
-    dotted,
     in_open_block,
     in_use,
     known,
     lost,
-    matrix_of,
     merged_names,
-    owner_of,
-    place_of,
     problems_of_weights,
     put_back,
     readers,
@@ -32,13 +27,15 @@ from deltaw.attached import (
     tie_again,
     updates,
 )
-from deltaw.checksums import stamp
 from deltaw.ends import extend
 from deltaw.errors import MergeError, listing
-from deltaw.layers import in_few_bits
-from deltaw.lowrank import Change, MergeStats, Product, Sum, Times, Value, merge_, merge_stats, summed
+from deltaw.layers import ties
+from deltaw.layers.kinds import in_few_bits
+from deltaw.layers.ops.checksums import stamp
+from deltaw.layers.ops.merging import Change, MergeStats, Product, Sum, Times, Value, merge_, merge_stats, summed
+from deltaw.layers.ops.undo import Copy, Correction, Kept, Original, merge_correctably_
+from deltaw.layers.tree import dotted, matrix_of, owner_of, place_of
 from deltaw.merge_report import MergeReport, check_merged
-from deltaw.originals import Copy, Correction, Kept, Original, merge_correctably_
 
 
 def merge(

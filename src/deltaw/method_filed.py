@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw import attached as live
-from deltaw.attached import dotted, owner_of, readers
+from deltaw import attached
+from deltaw.attached import readers
 from deltaw.base_identity import base_fingerprint
 from deltaw.config import from_mapping, to_mapping
 from deltaw.differences import as_difference, from_difference, is_beside, problems_with
@@ -20,7 +20,9 @@ from deltaw.errors import AdapterError, DeltaWError, FileError, listing, nearest
 from deltaw.files.method_file import DIFFERENCES, PROMPT, REPLACED, MethodFile
 from deltaw.files.peft import BASE, FORMAT
 from deltaw.files.peft_config import METHOD
-from deltaw.layers import Conv1DKind, kind_of
+from deltaw.layers import tree
+from deltaw.layers.kinds import Conv1DKind, kind_of
+from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.full import Full
 from deltaw.methods.registry import method_class, name_of
 from deltaw.prefixes import Prepended
@@ -33,11 +35,11 @@ from deltaw.wholes import inside
 def as_method_file(model: nn.Module, name: str) -> MethodFile:
     """Adapter `name` as a file: PEFT's, where PEFT has one for all that it trains. Raises AdapterError for a method that is not
     one of deltaw's."""
-    method = live.record_of(model).attached[name].method
+    method = attached.record_of(model).attached[name].method
     known = name_of(method)
     if known is None:
         raise AdapterError(f"{type(method).__name__} has no file format: it is none of deltaw's methods.")
-    updates = live.updates(model, name)
+    updates = attached.updates(model, name)
     tensors = _tensors(updates)
     differences = _as_differences(model, tensors, method) if isinstance(method, Full) else set()
     replaced = _replaced(updates) - _all_names(model, differences)
@@ -80,7 +82,7 @@ def _as_differences(model: nn.Module, tensors: dict[str, Tensor], method: Full) 
     """Puts differences from the base into the place of tensors, except of the modules that are kept whole; their names."""
     if method.kept != "difference":
         return set()
-    whole = inside(dict(live.base_modules(model)), method.whole)
+    whole = inside(dict(tree.base_modules(model)), method.whole)
     pairs = [pair for pair in _with_base(model, tensors) if pair[0].rpartition(".")[0] not in whole]
     for name, W, W0 in pairs:
         tensors |= as_difference(name, W.detach(), W0)
@@ -90,7 +92,7 @@ def _as_differences(model: nn.Module, tensors: dict[str, Tensor], method: Full) 
 def _with_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the base's under any of whose names it is)."""
     names = readers(model)
-    base = {n: tensor.detach() for _, parameter, tensor in live.base_tensors(model) for n in names[parameter]}
+    base = {n: tensor.detach() for _, parameter, tensor in attached.base_tensors(model) for n in names[parameter]}
     return ((name, tensor, base[name]) for name, tensor in tensors.items() if name in base)
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from deltaw.errors import DataError, FileError, listing
-from deltaw.modes import evaluating
-from deltaw.plain import plain_class
+from deltaw.layers.tree import evaluating
+from deltaw.layers.unwrap import plain_class
 from deltaw.positions import most_positions
 
 log = logging.getLogger("deltaw")

@@ -21,11 +21,12 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaw.eos import TAUGHT, common, extended
 from deltaw.errors import AdapterError
-from deltaw.names import shown
-from deltaw.routes import UNSET, Choice, Pass, names_of, natively
-from deltaw.row_forms import placeholders_of
-from deltaw.rows import Rows
-from deltaw.slots import dimensions, slot_of
+from deltaw.layers.names import shown
+from deltaw.layers.ops.row_forms import placeholders_of
+from deltaw.layers.ops.rows import Rows
+from deltaw.layers.patch import dimensions, slot_of
+from deltaw.layers.routing import UNSET, Choice, Pass, names_of, natively
+from deltaw.layers.tree import with_statistics
 
 log = logging.getLogger("deltaw")
 
@@ -169,11 +170,6 @@ class Generate:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Generate, (self.model(), self.record)
-
-
-def with_statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """A model's norms that follow their inputs in training mode, by name."""
-    return [(name, module) for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]
 
 
 def watch(model: nn.Module, record: Any) -> list[RemovableHandle]:

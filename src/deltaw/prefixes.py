@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from deltaw.errors import AdapterError
-from deltaw.layers import why_bypassed
-from deltaw.lowrank import Change
-from deltaw.plain import plain_class
+from deltaw.layers.kinds import why_bypassed
+from deltaw.layers.ops.merging import Change
+from deltaw.layers.unwrap import plain_class
 from deltaw.updates import Update, square
 
 _UNMERGEABLE = "a prefix is part of the input, which no weight can hold"

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from deltaw import attached
-from deltaw.chance import seeded
 from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.data import Encoded, Records, held_out_split, read
 from deltaw.data.hold_out import hold_out, sample
@@ -20,6 +19,7 @@ from deltaw.data.items import Item
 from deltaw.data.prompts import described, overlap
 from deltaw.data.sources import is_path, local
 from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, listing
+from deltaw.layers.ops.seeding import seeded
 from deltaw.padding import settle_padding
 from deltaw.positions import vocabulary_size
 from deltaw.pretrained import (

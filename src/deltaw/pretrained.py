@@ -31,7 +31,7 @@ from transformers import (
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, listing, nearest
 from deltaw.files.tokenizer_files import tokens_beyond
-from deltaw.names import in_order
+from deltaw.layers.names import in_order
 from deltaw.padding import settle_padding
 from deltaw.positions import vocabulary_size
 

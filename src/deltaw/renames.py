@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from deltaw.errors import FileError, listing
 from deltaw.files.method_file import MethodFile
 from deltaw.files.peft import SLICES, LoRAFile, slices_of
-from deltaw.wrapped_names import (
+from deltaw.layers.names import (
     common_prefix,
     found_as,
     other_names,

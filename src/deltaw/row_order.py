@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import base_modules, owner_of, record_of
-from deltaw.modes import evaluating
-from deltaw.row_forms import key_of, placeholders_of, uneven
-from deltaw.slots import slot_of
+from deltaw.attached import record_of
+from deltaw.layers.ops.row_forms import key_of, placeholders_of, uneven
+from deltaw.layers.patch import slot_of
+from deltaw.layers.tree import base_modules, evaluating, owner_of
 
 _CLOSE = 1e-3
 """How far an input that no row of which was changed may be off, as a share of its largest entry."""

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from deltaw import attached, store, summaries
-from deltaw.chance import seeded
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record, as_said
 from deltaw.ends import teach
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.expected_memory import expected
 from deltaw.files.atomic import write_text
+from deltaw.layers.ops.seeding import seeded
 from deltaw.merge_report import MergeReport
 from deltaw.merged import preview
 from deltaw.methods.lora import LoRA

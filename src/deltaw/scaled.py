@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.layers import as_stored, kind_of, shape, why_not
-from deltaw.lowrank import Change, Times, Value
-from deltaw.plain import itself, own_forward
-from deltaw.slots import only_input
+from deltaw.layers.kinds import as_stored, kind_of, shape, why_not
+from deltaw.layers.ops.merging import Change, Times, Value
+from deltaw.layers.patch import only_input
+from deltaw.layers.unwrap import itself, own_forward
 from deltaw.updates import Update, square
 
 

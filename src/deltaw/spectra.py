@@ -15,8 +15,8 @@ from pathlib import Path
 from deltaw.errors import FileError
 from deltaw.files import peft
 from deltaw.files.peft import LoRAFile
-from deltaw.names import in_order
-from deltaw.svd import Triples, triples
+from deltaw.layers.names import in_order
+from deltaw.layers.ops.svd import Triples, triples
 
 
 @dataclass(frozen=True)

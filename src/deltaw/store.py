@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import attached as live
-from deltaw import units
+from deltaw import attached, units
 from deltaw.base_identity import base_hash
 from deltaw.ends import say_without_generate, taught, teach
 from deltaw.errors import FileError, listing
@@ -24,13 +23,14 @@ from deltaw.files.method_file import MethodFile
 from deltaw.files.peft_config import method_of, saved_module
 from deltaw.files.tokenizer_files import copy_files, differs, files_in
 from deltaw.fitted import as_meant, fitted, unlike_in_peft, vocabulary, without_effect_in_peft
-from deltaw.lowrank import delta_norm
+from deltaw.layers import tree
+from deltaw.layers.names import shown
+from deltaw.layers.ops.merging import delta_norm
+from deltaw.layers.reached import never_called
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-from deltaw.names import shown
 from deltaw.positions import vocabulary_size
-from deltaw.reached import never_called
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 from deltaw.updates import Update, low_rank_parts
 
@@ -61,8 +61,8 @@ def save(
     Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
     differs; a folder that was at `path` is then still there.
     """
-    record = live.record_of(model)
-    adapter = record.attached[live.known(record, name)]
+    record = attached.record_of(model)
+    adapter = record.attached[attached.known(record, name)]
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
     if ends is not None:
@@ -80,14 +80,14 @@ def save(
     if dead:
         raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
     file.metadata.update(kept)
-    _say_what_peft_computes_otherwise(file, dict(live.base_modules(model)))
+    _say_what_peft_computes_otherwise(file, dict(tree.base_modules(model)))
     written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
     _say_what_is_large(written, file)
     return written
 
 
 def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, nn.Module]) -> None:
-    for layer, others in live.names_of(layers).items():
+    for layer, others in tree.names_of(layers).items():
         if layer in file.factors:
             names = ", ".join(others)
             log.warning(
@@ -103,10 +103,10 @@ def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, 
             log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
 
 
-def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:
+def _tokenizer_writer(model: nn.Module, adapter: attached.Attached, tokenizer: Any) -> Callable[[Path], None]:
     """What puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
     origin = adapter.metadata.get(TOKENIZER) if tokenizer is None else None
-    source = getattr(getattr(live.owner_of(model), "config", None), "_name_or_path", None)
+    source = getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
 
     def write(folder: Path) -> None:
         if origin is not None and not files_in(origin):
@@ -160,12 +160,12 @@ def place(
     check_base: bool = True, dtype: torch.dtype | None = None, host: bool = False,
 ) -> str:  # fmt: skip
     """`load`, of what was read from `path` before."""
-    layers = dict(live.base_modules(model))
+    layers = dict(tree.base_modules(model))
     file = named_for(model, file)
-    taken = live.adapters(model)
+    taken = attached.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")
-    live.check_free(model, name)
+    attached.check_free(model, name)
     if check_base:
         peft.check_base(file, path, peft.BASE, partial(base_hash, model, without=file.replaced()))
     device = torch.device("cpu") if host else None
@@ -181,16 +181,16 @@ def place(
         metadata[TOKENIZER] = path
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
-    plan = live.Plan(updates, layers=layers)
+    plan = attached.Plan(updates, layers=layers)
     ends = peft.ends_of(file, path)
-    live.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
+    attached.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
     teach(model, name, ends)
     say_without_generate(model, ends)
-    record = live.record_of(model)
+    record = attached.record_of(model)
     if host:
         record.residency.keep(name, _devices(model, updates))
     if activate:
-        live.bring(record, [name])
+        attached.bring(record, [name])
         record.route.choose(name)
     return name
 
@@ -198,7 +198,7 @@ def place(
 def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
     """An adapter's file by this model's names, which it logs where they are others than the file's; without the layers that PEFT
     has no modules for on this model."""
-    known = dict(live.base_modules(model))
+    known = dict(tree.base_modules(model))
     if isinstance(file, peft.LoRAFile):
         return as_meant(model, known, renamed(stacked(file, known), known))
     return renamed_method(file, known)
@@ -220,7 +220,7 @@ def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Pat
     problems = [
         f"{name!r} is one module under the names {', '.join(others)}: PEFT adapts the calls by the first name alone, deltaw all "
         f"calls. Make {others[-1]!r} a module of its own with the same weight (copy.deepcopy, then assign the weight)"
-        for name, others in live.names_of(layers).items()
+        for name, others in tree.names_of(layers).items()
         if name in named
     ]
     if problems:
@@ -252,7 +252,7 @@ def read(path: Path) -> peft.LoRAFile | MethodFile:
 
 def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:
     """Each parameter of the updates, and the device that it is used on."""
-    owner = live.owner_of(model)
+    owner = tree.owner_of(model)
     for name, update in updates.items():
         device = next(owner.get_submodule(name).parameters()).device
         for parameter in update.parameters():

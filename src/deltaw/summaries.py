@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deltaw.attached import adapters, coverage_of, named_parameters, owner_of, parameters, place_of, record_of, updates
+from deltaw.attached import adapters, coverage_of, named_parameters, parameters, record_of, updates
 from deltaw.coverage import Coverage
 from deltaw.ends import taught
-from deltaw.layers import QuantisedKind, in_few_bits
+from deltaw.layers.kinds import QuantisedKind, in_few_bits
+from deltaw.layers.tree import owner_of, place_of
 from deltaw.updates import low_rank_parts
 
 

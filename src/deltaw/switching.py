@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.attached import Adapters, base_modules, bring, known, merged_names, owner_of, record_of
+from deltaw.attached import Adapters, bring, known, merged_names, record_of
 from deltaw.errors import AdapterError, ConfigError, listing, nearest
-from deltaw.row_forms import key_of
+from deltaw.layers.ops.row_forms import key_of
+from deltaw.layers.ops.rows import Rows
+from deltaw.layers.patch import Slot, slot_of
+from deltaw.layers.tree import base_modules, owner_of
 from deltaw.row_order import look_for_rows, trial_inputs
-from deltaw.rows import Rows
-from deltaw.slots import Slot, slot_of
 
 
 def use(model: nn.Module, name: str | None) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.layers import KINDS, Weight, kind_of, shape, weights_of, why_not
-from deltaw.plain import plain_class
-from deltaw.reached import never_called, without_gradient
-from deltaw.slices import Runs, overlapping, parts_of, runs_of
+from deltaw.layers.kinds import KINDS, Runs, Weight, kind_of, shape, weights_of, why_not
+from deltaw.layers.reached import never_called, without_gradient
+from deltaw.layers.slices import overlapping, parts_of, runs_of
+from deltaw.layers.unwrap import plain_class
 
 Targets = str | Sequence[str] | Mapping[str, int]
 

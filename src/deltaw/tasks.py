@@ -24,7 +24,7 @@ from deltaw.data.labels import are_quantities, class_indices, class_name, class_
 from deltaw.errors import DataError, FileError, listing
 from deltaw.files.tokenizer_files import brought, tokens_beyond
 from deltaw.generation import generate, too_long
-from deltaw.modes import evaluating
+from deltaw.layers.tree import evaluating
 from deltaw.padding import check_ends, row_padding
 from deltaw.positions import image_shape, most_positions, within
 from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary

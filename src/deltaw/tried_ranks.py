@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.chance import seeded
 from deltaw.config import SweepConfig
 from deltaw.errors import ConfigError, TargetError, listing
+from deltaw.layers.ops.seeding import seeded
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError
-from deltaw.layers import Kind, as_matrix, as_stored, why_bypassed, why_not
-from deltaw.lowrank import Change, Product, Rescaled, Value, delta_norm
-from deltaw.plain import itself, own_forward, shell
-from deltaw.slices import Runs
-from deltaw.slots import only_input, slot_of
+from deltaw.layers.kinds import Kind, Runs, as_matrix, as_stored, why_bypassed, why_not
+from deltaw.layers.ops.merging import Change, Product, Rescaled, Value, delta_norm
+from deltaw.layers.patch import only_input, slot_of
+from deltaw.layers.unwrap import itself, own_forward, shell
 
 
 class Update(nn.Module, ABC):

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.experts import Unformed
-from deltaw.layers import Kind, matrices_of, why_bypassed
-from deltaw.lowrank import Change, Product, Stacked
-from deltaw.plain import plain_class, shell
+from deltaw.layers.kinds import Kind, matrices_of, why_bypassed
+from deltaw.layers.ops.experts import Unformed
+from deltaw.layers.ops.merging import Change, Product, Stacked
+from deltaw.layers.unwrap import plain_class, shell
 from deltaw.updates import LowRank, Update, square
 
 
 class OnWeights(Update):
     """Updates of weights that are only parameters of their module, whose forward uses them: by the parameter's own name, a
     `LowRank` or `Sliced` of a matrix, or a `Stack` of several. In their places the forward gets W0 + ΔW: of a matrix it is formed
-    in each pass, and its gradient has W0's shape; of a stack its products with tokens are computed by the branch (experts.py)."""
+    in each pass, and its gradient has W0's shape; of a stack its products with tokens are computed by the branch (layers/ops/experts.py)."""
 
     def __init__(self, parts: Mapping[str, LowRank]) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import TargetError, listing, nearest
-from deltaw.plain import plain_class
+from deltaw.layers.unwrap import plain_class
 from deltaw.updates import Replaced, ReplacedRows, Update
 
 Modules = Mapping[str, nn.Module]

@@ -9,7 +9,7 @@ import torch
 from deltaw import attached, available_memory
 from deltaw.errors import AdapterError
 from deltaw.expected_memory import expected
-from deltaw.modes import evaluating
+from deltaw.layers.tree import evaluating
 from deltaw.preparing import Prepared
 from deltaw.switching import route
 from deltaw.tasks import task_of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.errors import DeltaWError
-from deltaw.layers import Weight
+from deltaw.layers.kinds import Weight
 from deltaw.targets import select
 from tests.conformance.configs import CUTS, small
 from tests.conformance.inputs import Batch, batches, with_places

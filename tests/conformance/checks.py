@@ -18,9 +18,8 @@ import deltaw
 from deltaw import LoRA
 from deltaw.attached import updates
 from deltaw.errors import AdapterError, DeltaWError
-from deltaw.layers import Weight
-from deltaw.outside import read_outside
-from deltaw.slots import slot_of
+from deltaw.layers.kinds import Weight
+from deltaw.layers.patch import read_outside, slot_of
 from deltaw.targets import select
 from tests.conformance.building import Built, called, outputs, said, tensors
 from tests.conformance.inputs import ROWS

@@ -96,13 +96,13 @@ def test_layers_that_read_the_same_tensor_are_found(name: str, expected: list[li
 
 
 def test_they_share_one_product_with_their_stacked_As(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaw import fused
+    from deltaw.layers.ops import linear
 
     model = prepared(tiny_llama)
     stacked: list[int] = []
-    plain = fused.lowrank_linears
+    plain = linear.lowrank_linears
     monkeypatch.setattr(
-        fused, "lowrank_linears", lambda x, W0s, b, A, Bs: (stacked.append(len(A)), plain(x, W0s, b, A, Bs))[1]
+        linear, "lowrank_linears", lambda x, W0s, b, A, Bs: (stacked.append(len(A)), plain(x, W0s, b, A, Bs))[1]
     )
     with flat_of(model, ids):
         measure(model, ids)

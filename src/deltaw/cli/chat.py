@@ -74,10 +74,10 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     """The reply, shown as it is written."""
     import torch
 
-    from deltaw.chance import mixed
     from deltaw.data import Message, prompt_ids, turn_ends
     from deltaw.ends import in_use
     from deltaw.generation import drawing, settings, too_long, until_end
+    from deltaw.layers.ops.seeding import mixed
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], command.generation, loaded.model)

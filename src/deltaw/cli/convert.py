@@ -10,7 +10,7 @@ from deltaw.cli import show
 from deltaw.cli.flags import Convert
 from deltaw.cli.merge import new_folder
 from deltaw.errors import ConfigError
-from deltaw.names import in_order
+from deltaw.layers.names import in_order
 
 
 def run(command: Convert) -> None:

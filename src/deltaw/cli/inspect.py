@@ -103,7 +103,7 @@ def _besides(file: LoRAFile) -> dict[str, Tensor]:
 
 def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = False) -> Any:
     """A line for those that differ in their layer's number alone; None where there are no tensors."""
-    from deltaw.names import family
+    from deltaw.layers.names import family
 
     groups: dict[tuple[str, str], list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -118,7 +118,7 @@ def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = Fa
 
 
 def _row(name: str, file: LoRAFile) -> dict[str, Any]:
-    from deltaw.lowrank import delta_norm
+    from deltaw.layers.ops.merging import delta_norm
 
     (A, B), scale = file.matrices(name), file.scales[name]
     shape = f"{B.shape[-2]}×{A.shape[-1]}"
@@ -131,7 +131,7 @@ def _row(name: str, file: LoRAFile) -> dict[str, Any]:
 
 def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Layers that differ only in their number, shape and rank being equal, as one row of averages."""
-    from deltaw.names import family
+    from deltaw.layers.names import family
 
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Column, Table
 from rich.text import Text
 
-from deltaw.names import by_family, in_order
+from deltaw.layers.names import by_family, in_order
 
 _INTERVAL = re.compile(r"\s+(?=\[)")
 _NAME_ROOM = 24  # characters of its names that a table keeps beside all of its amounts

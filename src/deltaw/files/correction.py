@@ -2,7 +2,7 @@
 model code, no arithmetic.
 
 A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8,
-row by row, and its escapes, little-endian integers as wide as the tensor's entries (residual.py). Of files beside the weights
+row by row, and its escapes, little-endian integers as wide as the tensor's entries (layers/ops/residual.py). Of files beside the weights
 that the merge replaced (a tokenizer, a config), the base's are in it too.
 """
 
@@ -20,7 +20,7 @@ import torch
 
 from deltaw.errors import FileError
 from deltaw.files.shards import PIECE, tensor_over
-from deltaw.residual import EFFORT, Residual
+from deltaw.layers.ops.residual import EFFORT, Residual
 
 NAME = "base.correction"
 FORMAT = 2

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.checksums import content_of, octets
+from deltaw.layers.ops.checksums import content_of, octets
 
 EXACT, DTYPES = "exact", "dtypes"
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}

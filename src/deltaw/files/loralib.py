@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import FileError, listing
-from deltaw.slices import Runs
-from deltaw.wrapped_names import unwrapped
+from deltaw.layers.kinds import Runs
+from deltaw.layers.names import unwrapped
 
 log = logging.getLogger("deltaw")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltaw.files.peft_config import CONFIG, NO_LAYERS
-from deltaw.wrapped_names import other_names, unwrapped, unwrapped_pattern
+from deltaw.layers.names import other_names, unwrapped, unwrapped_pattern
 
 # PEFT's word for all dense layers but the head
 _ALL = "all-linear"

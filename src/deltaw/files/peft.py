@@ -54,9 +54,9 @@ from deltaw.files.peft_config import (
 from deltaw.files.peft_keys import PREFIX, Sorted, layer_of, plain_name, sort, updated_layers
 from deltaw.files.shards import read_tensors
 from deltaw.files.stacks import unstacked
-from deltaw.lowrank import Change, Product, Rescaled
-from deltaw.names import in_order, shown
-from deltaw.slices import Runs
+from deltaw.layers.kinds import Runs
+from deltaw.layers.names import in_order, shown
+from deltaw.layers.ops.merging import Change, Product, Rescaled
 
 log = logging.getLogger("deltaw")
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaw.errors import FileError
-from deltaw.wrapped_names import unwrapped
+from deltaw.layers.names import unwrapped
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

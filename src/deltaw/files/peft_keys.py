@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deltaw.wrapped_names import unwrapped, without_peft_prefix
+from deltaw.layers.names import unwrapped, without_peft_prefix
 
 PREFIX = "base_model.model."
 

@@ -17,7 +17,7 @@ from deltaw.files.meant import told_by_name
 from deltaw.files.peft import LoRAFile, transposed_layers
 from deltaw.files.shards import DTYPES as CODES
 from deltaw.files.shards import Entry, Shard, read_tensor
-from deltaw.wrapped_names import found_as, unwrapped
+from deltaw.layers.names import found_as, unwrapped
 
 _TIES = "tie_word_embeddings"
 # transformers' models with Conv1D layers, whose weights are stored [k, d]

@@ -1,7 +1,7 @@
 """Merge an adapter into a checkpoint on disk, and take it out again, one tensor in memory at a time. No model code: layers are
 found by the names of their tensors.
 
-The arithmetic is that of a merge in memory (lowrank.py), so the bits are too. With a correction file, what was written can be
+The arithmetic is that of a merge in memory (layers/ops/merging.py), so the bits are too. With a correction file, what was written can be
 turned back into the base's own bytes, which is checked by their hash.
 """
 
@@ -26,10 +26,10 @@ from deltaw.files.peft import LoRAFile
 from deltaw.files.peft_config import method_of
 from deltaw.files.places import NotByFiles, Place, check_by_files, hash_of_layers, places_of, stored_twice
 from deltaw.files.shards import INDEX, Other, Rewritten, Shard, rewrite, shards_of, with_tensors
-from deltaw.lowrank import MergeStats, merge_, merge_reversibly_, restore_, restored_within
+from deltaw.layers.ops.merging import MergeStats, merge_, merge_reversibly_, restore_, restored_within
+from deltaw.layers.ops.residual import integers_of
+from deltaw.layers.ties import untied_config
 from deltaw.merge_report import check_merged
-from deltaw.residual import integers_of
-from deltaw.ties import untied_config
 
 # Weights in other formats than the one that is merged: stale beside it
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors"}

@@ -16,8 +16,8 @@ from deltaw.files import peft
 from deltaw.files.fingerprint import bits_of
 from deltaw.files.places import check_by_files, hash_of_layers, places_of
 from deltaw.files.shards import PIECE, Entry, Shard, read_tensor, shards_of
-from deltaw.lowrank import merge_
-from deltaw.names import in_order
+from deltaw.layers.names import in_order
+from deltaw.layers.ops.merging import merge_
 
 
 def verify_adapter(base: str | Path, adapter: str | Path) -> str:

@@ -28,14 +28,14 @@ class Beside:
 
     def trained_whole(self, model: nn.Module) -> set[str]:
         """The modules that `whole` names, and all inside them."""
-        from deltaw.attached import base_modules
+        from deltaw.layers.tree import base_modules
         from deltaw.wholes import inside
 
         return inside(dict(base_modules(model)), self.whole)
 
     def beside(self, model: nn.Module, updates: Mapping[str, Update]) -> dict[str, Update]:
         """The updates that these settings mean, on modules other than those of `updates`. Raises TargetError."""
-        from deltaw.attached import base_modules
+        from deltaw.layers.tree import base_modules
         from deltaw.wholes import with_wholes
 
         return with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates, norms=self.norms)

@@ -26,8 +26,9 @@ class BitFit(Beside):
 
     def plan(self, model: nn.Module) -> Plan:
         """Each bias in fp32 (float64 on a float64 base). Raises TargetError where the model has none."""
-        from deltaw.attached import Plan, base_modules
+        from deltaw.attached import Plan
         from deltaw.errors import TargetError
+        from deltaw.layers.tree import base_modules
         from deltaw.wholes import biases
 
         updates = self.beside(model, {})
@@ -43,7 +44,7 @@ class BitFit(Beside):
     def _added(self, model: nn.Module, taken: Mapping[str, Update]) -> dict[str, Update]:
         import torch
 
-        from deltaw.layers import Weight, shape
+        from deltaw.layers.kinds import Weight, shape
         from deltaw.scaled import AddedBias
         from deltaw.targets import select
 

@@ -79,7 +79,7 @@ def _width(name: str, layer: Layer, kind: str) -> tuple[int, Tensor]:
     """Of what a layer that ends a part of a block puts out, and its weight. Raises TargetError where nothing can stand behind
     it."""
     from deltaw.errors import TargetError
-    from deltaw.layers import Weight, shape
+    from deltaw.layers.kinds import Weight, shape
 
     if not isinstance(layer, Weight):
         weight = layer._parameters["weight"]

@@ -12,7 +12,7 @@ from deltaw.methods.lora import LoRA
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from deltaw.layers import Weight
+    from deltaw.layers.kinds import Weight
     from deltaw.methods.lora import Slices
     from deltaw.updates import LowRank, Update
 
@@ -30,7 +30,7 @@ class DoRA(LoRA):
             )
 
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
-        from deltaw.layers import kind_of, padding_token
+        from deltaw.layers.kinds import kind_of, padding_token
         from deltaw.updates import LowRankRescaled, row_norms
 
         if slices:

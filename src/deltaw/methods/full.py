@@ -28,7 +28,8 @@ class Full:
     def plan(self, model: nn.Module) -> Plan:
         """A value for each parameter, fp32 (float64 on a float64 base); ties stay. Raises TargetError for modules that there
         are not."""
-        from deltaw.attached import Plan, base_modules
+        from deltaw.attached import Plan
+        from deltaw.layers.tree import base_modules
         from deltaw.wholes import everything, with_wholes
 
         modules = dict(base_modules(model))

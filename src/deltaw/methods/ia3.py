@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deltaw.attached import Plan
-    from deltaw.slices import Runs
+    from deltaw.layers.kinds import Runs
     from deltaw.targets import Layer
     from deltaw.updates import Update
 
@@ -52,7 +52,7 @@ class IA3(Beside):
 
 def _update(name: str, layer: Layer, slices: dict[str, Runs], *, inputs: bool) -> Update:
     from deltaw.errors import TargetError
-    from deltaw.layers import Weight, kind_of, shape
+    from deltaw.layers.kinds import Weight, kind_of, shape
     from deltaw.scaled import Scaled, ones
     from deltaw.updates import places_of
 

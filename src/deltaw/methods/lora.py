@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deltaw.attached import Plan
-    from deltaw.layers import Weight
-    from deltaw.slices import Runs
+    from deltaw.layers.kinds import Runs, Weight
     from deltaw.targets import Layer
     from deltaw.updates import LowRank, Update
 
@@ -63,7 +62,7 @@ class LoRA(Beside):
     def plan(self, model: nn.Module) -> Plan:
         """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
         float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
-        from deltaw.layers import Weight
+        from deltaw.layers.kinds import Weight
         from deltaw.targets import select
         from deltaw.weights import OnWeights
 
@@ -103,7 +102,7 @@ class LoRA(Beside):
         """A [r, k], B [d, r]; of n slices A [n·r, k], B [Σ rows, r]; of E matrices A [E, r, k], B [E, d, r]."""
         import torch
 
-        from deltaw.layers import Weight, padding_token, shape
+        from deltaw.layers.kinds import Weight, padding_token, shape
         from deltaw.updates import INITS
 
         W0 = layer.value if isinstance(layer, Weight) else layer._parameters["weight"]
@@ -124,7 +123,7 @@ class LoRA(Beside):
 
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
         """The update that these become on a layer, or on some slices of it."""
-        from deltaw.layers import kind_of, padding_token, shape
+        from deltaw.layers.kinds import kind_of, padding_token, shape
         from deltaw.updates import LowRank, Recentred, Sliced
 
         kind = kind_of(layer)
@@ -139,7 +138,7 @@ class LoRA(Beside):
     def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
         """The update that these become on a weight that has no layer of its own. Raises TargetError."""
         from deltaw.errors import TargetError
-        from deltaw.layers import Kind
+        from deltaw.layers.kinds import Kind
         from deltaw.updates import LowRank, Sliced
         from deltaw.weights import Stack
 
@@ -163,7 +162,7 @@ def _principal(
     """A and B of which scale·BA is the part of W0 [d, k] with its r largest singular values; in the dtype and rank of `A`. The
     column of a `padding` token counts as zero. Raises TargetError for slices of a layer."""
     from deltaw.errors import TargetError
-    from deltaw.svd import of_matrix
+    from deltaw.layers.ops.svd import of_matrix
 
     if slices:
         raise TargetError(f"A pissa start is of whole layers: it has no form for slices of one ({', '.join(slices)}).")

@@ -14,7 +14,7 @@ from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, Records, as_said, references
 from deltaw.data.prompts import item_numbers
 from deltaw.errors import DataError
-from deltaw.modes import evaluating
+from deltaw.layers.tree import evaluating
 from deltaw.positions import within
 from deltaw.pretrained import Pretrained
 from deltaw.study.metrics import (

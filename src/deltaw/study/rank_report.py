@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaw import units
 from deltaw.environment import in_words
-from deltaw.names import brief, by_family
+from deltaw.layers.names import brief, by_family
 from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import BY_ITEM, ONE_SEED, interval, score
 from deltaw.study.hints import hints

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.slots import slot_of
+from deltaw.layers.patch import slot_of
 
 # Bounds a chunk's logits to 64 MB of fp32, whatever the vocabulary
 _CHUNK_ELEMENTS = 1 << 24

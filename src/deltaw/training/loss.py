@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
-from deltaw.modes import evaluating
+from deltaw.layers.tree import evaluating
 from deltaw.positions import most_positions
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from deltaw import fused
+from deltaw.layers.ops import linear
 from deltaw.updates import LowRank
 
 Branch = Callable[[Any, Tensor], Tensor]
@@ -123,7 +123,7 @@ class Together:
     def _compute(self, x: Tensor) -> None:
         members = self.members
         biases = [m.layer.bias for m in members]
-        outputs = fused.lowrank_linears(x, [m.W0 for m in members], biases, self.A, [m.B for m in members])
+        outputs = linear.lowrank_linears(x, [m.W0 for m in members], biases, self.A, [m.B for m in members])
         self.x, self.version, self.kept = x, x._version, dict(enumerate(outputs))
 
     def _forget(self) -> None:
