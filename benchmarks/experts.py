@@ -29,7 +29,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 import deltaw
 import machine
 import own_process
-from deltaw.weights import Stack
+from deltaw.methods.updates.weights import Stack
 
 WAYS = ("floor", "deltaw", "formed", "peft")
 RANK, ALPHA = 8, 16

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import deltaw
 from deltaw.comparing import Progress, compare
-from deltaw.contestants import DEFAULT
+from deltaw.methods.registry import DEFAULT
 from setups import Setup, glue, write
 
 OUT = Path(".cache/compared")

@@ -70,7 +70,7 @@ def main() -> None:
 def row(job: Job, clock: race.Clock) -> None:
     """`deltaw.train` as a comparison calls it."""
     import deltaw
-    from deltaw.contestants import contestants
+    from deltaw.methods.registry import contestants
 
     (contestant,) = contestants(job.name)
     method = contestant.method

@@ -100,7 +100,7 @@ def measured(folder: str, setting: Setting) -> dict[str, int]:
     """Bytes that this process holds: before the model is opened, with it and its adapter, and at most in a training step."""
     import deltaw
     import deltaw.run
-    from deltaw.contestants import contestants
+    from deltaw.methods.registry import contestants
 
     found = {"process": own_process.held("VmRSS")}
 

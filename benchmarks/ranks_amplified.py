@@ -13,8 +13,8 @@ import argparse
 import machine
 from deltaw.directions import amplifications
 from deltaw.finished import finished
+from deltaw.methods.targets import role
 from deltaw.pretrained import load_pretrained
-from deltaw.targets import role
 from ranks_swept import OUT, RANKS
 
 OF_RANKS = (4, 64)

@@ -18,7 +18,7 @@ import deltaw
 from deltaw import LoRA
 from deltaw.attached import updates
 from deltaw.errors import AdapterError, TargetError
-from deltaw.targets import PRESETS, ROLES, select
+from deltaw.methods.targets import PRESETS, ROLES, select
 from tests.architectures import ROWS, TABLE, Architecture
 from tests.conftest import ROOT, assert_same, bits, covering, fill, snapshot
 

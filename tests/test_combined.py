@@ -12,10 +12,10 @@ from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, Prefix, attach, de
 from deltaw.attached import updates
 from deltaw.combined import combine
 from deltaw.errors import AdapterError, MergeError
-from deltaw.updates import Sliced
+from deltaw.methods.updates.lowrank import Sliced
 from tests.conftest import bits, fill, tiny_gpt2, tiny_llama
-from tests.test_updates import METHODS
-from tests.test_weights import model_of, run
+from tests.methods.updates.test_updates import METHODS
+from tests.methods.updates.test_weights import model_of, run
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from deltaw import three_sets
 from deltaw.cli import main
 from deltaw.comparing import compare
 from deltaw.config import CompareConfig, DataConfig, TrainConfig
-from deltaw.contestants import DEFAULT, QUICK, contestants, rates
 from deltaw.environment import describe
 from deltaw.errors import ConfigError, DataError
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.lora import LoRA
+from deltaw.methods.registry import DEFAULT, QUICK, contestants, rates
 from deltaw.scoring import scoring_of
 from deltaw.study.comparison import comparison_report, headline, ranked
 from deltaw.study.report import render

@@ -11,7 +11,7 @@ from deltaw.attached import updates
 from deltaw.errors import AdapterError, FileError
 from deltaw.extracted import extract
 from tests.conftest import bits, fill, tiny_llama
-from tests.test_weights import model_of, run
+from tests.methods.updates.test_weights import model_of, run
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from deltaw.combined import combine
 from deltaw.errors import AdapterError, TargetError
 from tests.architectures import TABLE
 from tests.conftest import assert_same, bits, pairwise, snapshot, tiny_gpt2, tiny_llama
-from tests.test_weights import Attention, mixtral, oss
+from tests.methods.updates.test_weights import Attention, mixtral, oss
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_llama(tied=False),

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,31 +28,13 @@ from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
 from deltaw.layers.routing import Route
 from deltaw.layers.ties import Untied, tie
 from deltaw.layers.tree import RECORD, base_modules, dotted, matrix_of, owner_of, place_of
+from deltaw.methods.plan import Method, Plan
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.passes import unwatch, watch
-from deltaw.updates import LowRank, Update
 
 log = logging.getLogger("deltaw")
 coverage_log = logging.getLogger("deltaw.coverage")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a method wants done to a model, as data: nothing has been changed yet."""
-
-    updates: Mapping[str, Update]
-    """Layer name → its update."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Layer name → why this dense weight takes no update."""
-    layers: Mapping[str, nn.Module] | None = None
-    """All of the model's layers by name, where that each update fits its own has been looked at."""
-
-
-class Method(Protocol):
-    """What a method's config must be able to do. `LoRA` is one."""
-
-    def plan(self, model: nn.Module) -> Plan:
-        """The updates for this model. Raises TargetError or ConfigError; changes nothing."""
-        ...
 
 
 @dataclass

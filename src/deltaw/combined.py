@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import Plan, apply_plan, check_free, known, problems_of_weights, record_of, updates
+from deltaw.attached import apply_plan, check_free, known, problems_of_weights, record_of, updates
 from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError, listing
 from deltaw.layers.ops.merging import Product, dense, wide
@@ -21,9 +21,13 @@ from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
 from deltaw.layers.tree import base_modules, dotted, matrix_of, owner_of
 from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
-from deltaw.scaled import AddedBias, Scaled
-from deltaw.updates import LowRank, Replaced, ReplacedRows, Update, with_room
-from deltaw.weights import OnWeights
+from deltaw.methods.plan import Plan
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.bitfit import AddedBias
+from deltaw.methods.updates.ia3 import Scaled
+from deltaw.methods.updates.lowrank import LowRank, with_room
+from deltaw.methods.updates.weights import OnWeights
+from deltaw.methods.updates.whole import Replaced, ReplacedRows
 
 How = Literal["sum", "ties", "dare"]
 

@@ -19,7 +19,7 @@ from deltaw.files.peft import SLICES, LoRAFile
 from deltaw.files.peft_config import config_for
 from deltaw.layers.kinds import Runs, kind_of
 from deltaw.layers.names import found_as
-from deltaw.updates import sliced_rows
+from deltaw.methods.updates.lowrank import sliced_rows
 
 _LORALIB = (".pt", ".bin", ".ckpt", ".pth")
 _ORIGIN = "deltaw_converted_from"

@@ -10,9 +10,9 @@ from functools import cached_property
 from torch import nn
 
 from deltaw.layers.names import by_family
-from deltaw.targets import WHERE_NAMED, left_out, role
-from deltaw.updates import Update
-from deltaw.weights import OnWeights
+from deltaw.methods.targets import WHERE_NAMED, left_out, role
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.weights import OnWeights
 
 _NOT_DENSE = ("is not a dense layer that deltaw adapts",)
 _MOST = 4

@@ -14,7 +14,7 @@ from deltaw.finished import Finished
 from deltaw.layers import tree
 from deltaw.layers.names import by_family
 from deltaw.layers.ops.svd import amplified, by_chance, right_directions, similarity
-from deltaw.targets import role
+from deltaw.methods.targets import role
 
 # Of a map's rows and columns
 _MOST = 32

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import Plan, adapters, apply_plan, check_free, named_parameters
+from deltaw.attached import adapters, apply_plan, check_free, named_parameters
 from deltaw.ends import own_ends, teach
 from deltaw.errors import AdapterError, FileError, listing
 from deltaw.layers.kinds import Kind, Weight, kind_of
 from deltaw.layers.ops.svd import Truncated, of_matrix
 from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.lora import LoRA
-from deltaw.targets import Layer, select
-from deltaw.updates import LowRank, Update
-from deltaw.weights import OnWeights, Stack
+from deltaw.methods.plan import Plan
+from deltaw.methods.targets import Layer, select
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.lowrank import LowRank
+from deltaw.methods.updates.weights import OnWeights, Stack
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ from deltaw.layers.kinds import Conv1DKind, ConvKind, EmbeddingKind, matrices_of
 from deltaw.layers.ops.merging import times
 from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.lora import LoRA
-from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.dora import LowRankRescaled
+from deltaw.methods.updates.lowrank import LowRank, Sliced
+from deltaw.methods.updates.weights import OnWeights
+from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.version import __version__
-from deltaw.weights import OnWeights
 
 log = logging.getLogger("deltaw")
 

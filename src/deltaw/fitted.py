@@ -34,8 +34,11 @@ from deltaw.layers.names import in_order, shown
 from deltaw.layers.ops.merging import merge_, times, wide
 from deltaw.layers.patch import only_read
 from deltaw.layers.tree import base_modules, dotted, owner_of
-from deltaw.updates import LowRank, LowRankRescaled, Replaced, ReplacedRows, Sliced, Update, sliced_rows
-from deltaw.weights import OnWeights, Stack
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.dora import LowRankRescaled
+from deltaw.methods.updates.lowrank import LowRank, Sliced, sliced_rows
+from deltaw.methods.updates.weights import OnWeights, Stack
+from deltaw.methods.updates.whole import Replaced, ReplacedRows
 
 log = logging.getLogger("deltaw")
 

@@ -25,11 +25,12 @@ from deltaw.layers.kinds import Conv1DKind, kind_of
 from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.full import Full
 from deltaw.methods.registry import method_class, name_of
-from deltaw.prefixes import Prepended
-from deltaw.scaled import Scaled
-from deltaw.updates import Replaced, ReplacedRows, Update
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.ia3 import Scaled
+from deltaw.methods.updates.prefix import Prepended
+from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.methods.whole import inside
 from deltaw.version import __version__
-from deltaw.wholes import inside
 
 
 def as_method_file(model: nn.Module, name: str) -> MethodFile:

@@ -26,12 +26,12 @@ from transformers import (
 
 from deltaw import available_memory
 from deltaw.config import PlanConfig, Task, TrainConfig
-from deltaw.contestants import DEFAULT, contestants
 from deltaw.data.batches import padded
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.errors import ConfigError, FileError, TargetError, nearest
 from deltaw.methods.bitfit import BitFit
+from deltaw.methods.registry import DEFAULT, contestants
 from deltaw.positions import most_positions
 from deltaw.preparing import with_head
 from deltaw.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config

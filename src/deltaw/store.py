@@ -30,9 +30,11 @@ from deltaw.layers.reached import never_called
 from deltaw.method_filed import as_method_file, method_in, restored
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.methods.plan import Plan
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.lowrank import low_rank_parts
 from deltaw.positions import vocabulary_size
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
-from deltaw.updates import Update, low_rank_parts
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
@@ -181,7 +183,7 @@ def place(
         metadata[TOKENIZER] = path
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
-    plan = attached.Plan(updates, layers=layers)
+    plan = Plan(updates, layers=layers)
     ends = peft.ends_of(file, path)
     attached.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
     teach(model, name, ends)

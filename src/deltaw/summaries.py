@@ -11,7 +11,7 @@ from deltaw.coverage import Coverage
 from deltaw.ends import taught
 from deltaw.layers.kinds import QuantisedKind, in_few_bits
 from deltaw.layers.tree import owner_of, place_of
-from deltaw.updates import low_rank_parts
+from deltaw.methods.updates.lowrank import low_rank_parts
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from deltaw.errors import DataError, FileError, listing
 from deltaw.files.tokenizer_files import brought, tokens_beyond
 from deltaw.generation import generate, too_long
 from deltaw.layers.tree import evaluating
+from deltaw.methods.updates.whole import Replaced
 from deltaw.padding import check_ends, row_padding
 from deltaw.positions import image_shape, most_positions, within
 from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
-from deltaw.updates import Replaced
 
 log = logging.getLogger("deltaw")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from deltaw.errors import DeltaWError
 from deltaw.layers.kinds import Weight
-from deltaw.targets import select
+from deltaw.methods.targets import select
 from tests.conformance.configs import CUTS, small
 from tests.conformance.inputs import Batch, batches, with_places
 from tests.conformance.settings import CLASSES, SETTINGS, WITHOUT

@@ -20,7 +20,7 @@ from deltaw.attached import updates
 from deltaw.errors import AdapterError, DeltaWError
 from deltaw.layers.kinds import Weight
 from deltaw.layers.patch import read_outside, slot_of
-from deltaw.targets import select
+from deltaw.methods.targets import select
 from tests.conformance.building import Built, called, outputs, said, tensors
 from tests.conformance.inputs import ROWS
 from tests.conftest import assert_same, bits, fill, snapshot

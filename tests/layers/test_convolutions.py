@@ -11,7 +11,7 @@ import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, merge_files, parameters, route, save, unmerge, using
 from deltaw.attached import updates
 from deltaw.errors import FileError, MergeError
-from deltaw.targets import select
+from deltaw.methods.targets import select
 from tests.conftest import assert_same, bits, fill, snapshot
 
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {

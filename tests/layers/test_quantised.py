@@ -20,7 +20,7 @@ from deltaw.errors import BaseMismatch, MergeError, TargetError
 from deltaw.layers.kinds import QuantisedKind, kind_of, shape
 from deltaw.layers.quantised import form_of
 from deltaw.layers.tree import base_modules
-from deltaw.targets import select
+from deltaw.methods.targets import select
 from deltaw.training.flat import Flat
 from deltaw.training.together import same_input
 from tests.conftest import fill

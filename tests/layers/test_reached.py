@@ -26,7 +26,7 @@ from deltaw import LoRA
 from deltaw.attached import updates
 from deltaw.errors import TargetError
 from deltaw.layers.reached import never_called, without_gradient
-from deltaw.targets import select
+from deltaw.methods.targets import select
 from tests import architectures
 from tests.conftest import tiny_gpt2, tiny_llama
 

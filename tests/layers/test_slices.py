@@ -16,8 +16,8 @@ from deltaw.errors import AdapterError, FileError, TargetError
 from deltaw.files import peft
 from deltaw.layers.kinds import shape
 from deltaw.layers.slices import parts_of, runs_of
-from deltaw.targets import select
-from deltaw.updates import LowRank, Sliced
+from deltaw.methods.targets import select
+from deltaw.methods.updates.lowrank import LowRank, Sliced
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_run import RECORDS, quick

@@ -18,7 +18,7 @@ from deltaw.training.item_loss import ClassLoss, DecoderLoss
 from deltaw.training.loop import Event, Loop
 from deltaw.training.loss import CompletionLoss
 from tests.conftest import assert_same, covering, snapshot, tiny_gpt2, tiny_llama
-from tests.test_weights import model_of
+from tests.methods.updates.test_weights import model_of
 
 CONFIG = TrainConfig(steps=6, batch=3, lr=1e-2, dtype="float32", log_every=1, eval_every=3)
 CANDIDATES = [

@@ -15,7 +15,7 @@ from deltaw.data import Example, Order, collate
 from deltaw.training.loop import Loop
 from deltaw.training.loss import CompletionLoss
 from tests.conftest import tiny_llama
-from tests.test_updates import METHODS
+from tests.methods.updates.test_updates import METHODS
 
 KINDS = [
     "afmoe", "bart", "bert", "bigbird_pegasus", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "electra",

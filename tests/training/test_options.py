@@ -14,13 +14,13 @@ import deltaw
 from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, TrainConfig, attach
 from deltaw.attached import parameters, updates
 from deltaw.errors import AdapterError, ConfigError, TargetError
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.run import train
 from deltaw.training import optimizers
 from deltaw.training.flat import Flat
-from deltaw.updates import LowRank
 from tests.conftest import byte_llama, tiny_gpt2, tiny_llama
 from tests.data.conftest import tiny_tokenizer
-from tests.test_weights import Encoder, mixtral
+from tests.methods.updates.test_weights import Encoder, mixtral
 
 IDS = torch.arange(4, 37).view(3, 11)
 SETTINGS: dict[str, Any] = {"rank": 3, "alpha": 7, "dropout": 0.0}

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltaw.methods.beside import Beside
+from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaw.attached import Plan
-    from deltaw.updates import Update
+    from deltaw.methods.plan import Plan
+    from deltaw.methods.updates.base import Update
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class BitFit(Beside):
 
     def plan(self, model: nn.Module) -> Plan:
         """Each bias in fp32 (float64 on a float64 base). Raises TargetError where the model has none."""
-        from deltaw.attached import Plan
         from deltaw.errors import TargetError
         from deltaw.layers.tree import base_modules
-        from deltaw.wholes import biases
+        from deltaw.methods.plan import Plan
+        from deltaw.methods.whole import biases
 
         updates = self.beside(model, {})
         own = biases(dict(base_modules(model)), updates)
@@ -45,8 +45,8 @@ class BitFit(Beside):
         import torch
 
         from deltaw.layers.kinds import Weight, shape
-        from deltaw.scaled import AddedBias
-        from deltaw.targets import select
+        from deltaw.methods.targets import select
+        from deltaw.methods.updates.bitfit import AddedBias
 
         made: dict[str, Update] = {}
         for name, layer in select(model, "all-linear", 1).layers.items():

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import check
-from deltaw.methods.beside import Beside
+from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from deltaw.attached import Plan
-    from deltaw.targets import Layer
-    from deltaw.updates import Update
+    from deltaw.methods.plan import Plan
+    from deltaw.methods.targets import Layer
+    from deltaw.methods.updates.base import Update
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Bottleneck(Beside):
         zero, so that nothing changes at the start; fp32 (float64 on a float64 base). Raises TargetError."""
         import torch
 
-        from deltaw.inserted import Inserted
-        from deltaw.updates import gaussian
+        from deltaw.methods.updates.bottleneck import Inserted
+        from deltaw.methods.updates.lowrank import gaussian
 
         updates: dict[str, Update] = {}
         for name, (d, weight) in self._places(model).items():
@@ -58,7 +58,7 @@ class Bottleneck(Beside):
     def _places(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
         """Where the adapters go → the width of what comes out there, and a weight that has its device and precision."""
         from deltaw.errors import TargetError
-        from deltaw.targets import blocks_of, select
+        from deltaw.methods.targets import blocks_of, select
 
         blocks = blocks_of(model)
         if not blocks:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from deltaw.layers.kinds import Weight
     from deltaw.methods.lora import Slices
-    from deltaw.updates import LowRank, Update
+    from deltaw.methods.updates.base import Update
+    from deltaw.methods.updates.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class DoRA(LoRA):
 
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
         from deltaw.layers.kinds import kind_of, padding_token
-        from deltaw.updates import LowRankRescaled, row_norms
+        from deltaw.methods.updates.dora import LowRankRescaled, row_norms
 
         if slices:
             raise TargetError(

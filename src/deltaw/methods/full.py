@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaw.attached import Plan
+    from deltaw.methods.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Full:
     def plan(self, model: nn.Module) -> Plan:
         """A value for each parameter, fp32 (float64 on a float64 base); ties stay. Raises TargetError for modules that there
         are not."""
-        from deltaw.attached import Plan
         from deltaw.layers.tree import base_modules
-        from deltaw.wholes import everything, with_wholes
+        from deltaw.methods.plan import Plan
+        from deltaw.methods.whole import everything, with_wholes
 
         modules = dict(base_modules(model))
         with_wholes(modules, self.whole, "", {})

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deltaw.config import check
-from deltaw.methods.beside import Beside
+from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaw.attached import Plan
     from deltaw.layers.kinds import Runs
-    from deltaw.targets import Layer
-    from deltaw.updates import Update
+    from deltaw.methods.plan import Plan
+    from deltaw.methods.targets import Layer
+    from deltaw.methods.updates.base import Update
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class IA3(Beside):
     def plan(self, model: nn.Module) -> Plan:
         """A vector for each layer, fp32 (float64 on a float64 base). Raises TargetError."""
         from deltaw.errors import TargetError
-        from deltaw.targets import select
+        from deltaw.methods.targets import select
 
         updates: dict[str, Update] = {}
         left_out: dict[str, str] = {}
@@ -53,8 +53,8 @@ class IA3(Beside):
 def _update(name: str, layer: Layer, slices: dict[str, Runs], *, inputs: bool) -> Update:
     from deltaw.errors import TargetError
     from deltaw.layers.kinds import Weight, kind_of, shape
-    from deltaw.scaled import Scaled, ones
-    from deltaw.updates import places_of
+    from deltaw.methods.updates.ia3 import Scaled, ones
+    from deltaw.methods.updates.lowrank import places_of
 
     kind = None if isinstance(layer, Weight) else kind_of(layer)
     if isinstance(layer, Weight) or kind is None or not kind.multiplies:

@@ -1,5 +1,5 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): ΔW = (α/r)·BA, A Gaussian and B zero at the start. Knows how its settings
-become updates; reads the model only through targets.py and layers.py. Imports torch only when a plan is made."""
+become updates; reads the model only through methods/targets.py and layers.py. Imports torch only when a plan is made."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
 from deltaw.errors import ConfigError
-from deltaw.methods.beside import Beside
+from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from deltaw.attached import Plan
     from deltaw.layers.kinds import Runs, Weight
-    from deltaw.targets import Layer
-    from deltaw.updates import LowRank, Update
+    from deltaw.methods.plan import Plan
+    from deltaw.methods.targets import Layer
+    from deltaw.methods.updates.base import Update
+    from deltaw.methods.updates.lowrank import LowRank
 
     Slices = Mapping[str, Runs]
 
@@ -63,8 +64,8 @@ class LoRA(Beside):
         """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
         float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
         from deltaw.layers.kinds import Weight
-        from deltaw.targets import select
-        from deltaw.weights import OnWeights
+        from deltaw.methods.targets import select
+        from deltaw.methods.updates.weights import OnWeights
 
         selection = select(model, self.targets, self.rank, without=self.trained_whole(model))
         self._check_dropout(model, selection.ranks)
@@ -103,7 +104,7 @@ class LoRA(Beside):
         import torch
 
         from deltaw.layers.kinds import Weight, padding_token, shape
-        from deltaw.updates import INITS
+        from deltaw.methods.updates.lowrank import INITS
 
         W0 = layer.value if isinstance(layer, Weight) else layer._parameters["weight"]
         assert W0 is not None
@@ -124,7 +125,7 @@ class LoRA(Beside):
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
         """The update that these become on a layer, or on some slices of it."""
         from deltaw.layers.kinds import kind_of, padding_token, shape
-        from deltaw.updates import LowRank, Recentred, Sliced
+        from deltaw.methods.updates.lowrank import LowRank, Recentred, Sliced
 
         kind = kind_of(layer)
         assert kind is not None
@@ -139,8 +140,8 @@ class LoRA(Beside):
         """The update that these become on a weight that has no layer of its own. Raises TargetError."""
         from deltaw.errors import TargetError
         from deltaw.layers.kinds import Kind
-        from deltaw.updates import LowRank, Sliced
-        from deltaw.weights import Stack
+        from deltaw.methods.updates.lowrank import LowRank, Sliced
+        from deltaw.methods.updates.weights import Stack
 
         if self.init == "pissa":
             raise TargetError(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaw.config import check
-from deltaw.methods.beside import Beside
+from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaw.attached import Plan
-    from deltaw.updates import Update
+    from deltaw.methods.plan import Plan
+    from deltaw.methods.updates.base import Update
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Prefix(Beside):
         import torch
 
         from deltaw.errors import TargetError
-        from deltaw.prefixes import PrefixOfBlock, Prepended
-        from deltaw.targets import blocks_of
+        from deltaw.methods.targets import blocks_of
+        from deltaw.methods.updates.prefix import PrefixOfBlock, Prepended
 
         name, body = _body(model)
         embedding = body.get_input_embeddings().weight

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from deltaw.attached import attach, detach
 from deltaw.config import TrainConfig
+from deltaw.methods.targets import blocks_of
 from deltaw.study.live_memory import Live, StandIns
-from deltaw.targets import blocks_of
 from deltaw.training import head as heads
 from deltaw.training.attention import short_row_attention
 from deltaw.training.head import AfterHead

@@ -15,9 +15,9 @@ from torch import nn
 from deltaw.attached import attach, detach
 from deltaw.config import TrainConfig
 from deltaw.errors import DeltaWError
+from deltaw.methods.targets import blocks_of
 from deltaw.study.dry_step import Step, step
 from deltaw.summaries import AdapterSummary, summary
-from deltaw.targets import blocks_of
 from deltaw.training.optimizers import ADAM_STATE
 
 log = logging.getLogger("deltaw")

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.training.together import Branch, Member, Together, elsewhere
-from deltaw.updates import LowRank, Update
 
 _Key = tuple[torch.device, torch.dtype, torch.dtype]
 """Device, dtype of the parameter, dtype that its layer computes in."""

@@ -22,13 +22,13 @@ from deltaw.data import Order
 from deltaw.errors import TrainError
 from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.training import optimizers
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat
 from deltaw.training.loss import Loss
 from deltaw.training.schedule import lr_factor, progress
 from deltaw.training.together import same_input
-from deltaw.updates import LowRank
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deltaw.layers.ops import linear
-from deltaw.updates import LowRank
+from deltaw.methods.updates.lowrank import LowRank
 
 Branch = Callable[[Any, Tensor], Tensor]
 """Layer and x → the layer's output with its update."""

@@ -16,7 +16,7 @@ from deltaw.attached import updates
 from deltaw.errors import AdapterError
 from deltaw.layers.ops.experts import Unformed, grouped_by_kernel
 from tests.conftest import fill
-from tests.test_weights import IDS, model_of, run
+from tests.methods.updates.test_weights import IDS, model_of, run
 
 E, M, N, R, SCALE = 5, 12, 8, 3, 1.7
 MIXTURES = ["Mixtral", "Qwen3-MoE", "GPT-OSS"]

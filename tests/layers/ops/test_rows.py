@@ -14,7 +14,7 @@ from deltaw.errors import AdapterError
 from deltaw.layers.ops import rows
 from deltaw.layers.ops.rows import Rows
 from tests.conftest import fill, tiny_llama
-from tests.test_weights import model_of
+from tests.methods.updates.test_weights import model_of
 
 
 class Layer(nn.Module):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaw.attached import Plan
-    from deltaw.updates import Update
+    from deltaw.methods.plan import Plan
+    from deltaw.methods.updates.base import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,20 @@ class Beside:
     def trained_whole(self, model: nn.Module) -> set[str]:
         """The modules that `whole` names, and all inside them."""
         from deltaw.layers.tree import base_modules
-        from deltaw.wholes import inside
+        from deltaw.methods.whole import inside
 
         return inside(dict(base_modules(model)), self.whole)
 
     def beside(self, model: nn.Module, updates: Mapping[str, Update]) -> dict[str, Update]:
         """The updates that these settings mean, on modules other than those of `updates`. Raises TargetError."""
         from deltaw.layers.tree import base_modules
-        from deltaw.wholes import with_wholes
+        from deltaw.methods.whole import with_wholes
 
         return with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates, norms=self.norms)
 
     def planned(self, model: nn.Module, updates: Mapping[str, Update], left_out: Mapping[str, str] = {}) -> Plan:
         """The plan of a method's own updates and of these. Raises TargetError."""
-        from deltaw.attached import Plan
+        from deltaw.methods.plan import Plan
 
         more = self.beside(model, updates)
         return Plan({**updates, **more}, {n: why for n, why in left_out.items() if n not in more})

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deltaw.errors import TargetError, listing, nearest
 from deltaw.layers.unwrap import plain_class
-from deltaw.updates import Replaced, ReplacedRows, Update
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.whole import Replaced, ReplacedRows
 
 Modules = Mapping[str, nn.Module]
 """Name → module of the base, without those of adapters."""

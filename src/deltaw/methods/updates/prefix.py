@@ -20,7 +20,7 @@ from deltaw.errors import AdapterError
 from deltaw.layers.kinds import why_bypassed
 from deltaw.layers.ops.merging import Change
 from deltaw.layers.unwrap import plain_class
-from deltaw.updates import Update, square
+from deltaw.methods.updates.base import Update, square
 
 _UNMERGEABLE = "a prefix is part of the input, which no weight can hold"
 

@@ -1,65 +1,19 @@
-"""What an adapter adds to one layer: a low-rank update, DoRA's, a trained value in place of the layer's own. Knows one layer,
-never a model.
-
-An update is a module in the layer's slot. It computes the layer's output (`branch`), says what merging it would make of the
-layer's parameters (`changes`), and why it does not fit a layer (`misfit`).
-"""
+"""LoRA's update of one layer, ΔW = scale·BA: of a whole weight, of slices of a fused one, or from another start."""
 
 from __future__ import annotations
 
-import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError
-from deltaw.layers.kinds import Kind, Runs, as_matrix, as_stored, why_bypassed, why_not
-from deltaw.layers.ops.merging import Change, Product, Rescaled, Value, delta_norm
-from deltaw.layers.patch import only_input, slot_of
-from deltaw.layers.unwrap import itself, own_forward, shell
-
-
-class Update(nn.Module, ABC):
-    """What all of them can do."""
-
-    stackable = False
-    """Rows of a batch that have updates of one rank can be computed as one product with their stacked A's and B's."""
-    unmergeable: ClassVar[str] = ""
-    """Why no merge can take it."""
-
-    @abstractmethod
-    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
-        """The layer's output with this update."""
-
-    @abstractmethod
-    def changes(self, layer: Any) -> dict[str, Change]:
-        """The layer's own name of a parameter → what a merge makes of it, as the matrix that `as_matrix` reads it as."""
-
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        """The layer's parameter with this update, for modules that read it without calling the layer."""
-        own: Tensor | None = layer._parameters[own_name]
-        return own
-
-    def low_rank(self) -> dict[str, LowRank]:
-        """The low-rank updates that it is made of, by the layer's own names of the parameters that they are of."""
-        return {}
-
-    def values(self) -> dict[str, nn.Parameter]:
-        """The values that it has in place of the layer's own, by the layer's own names of these parameters."""
-        return {}
-
-    @abstractmethod
-    def misfit(self, layer: Any) -> str | None:
-        """Why this update cannot go on this layer."""
-
-    @abstractmethod
-    def moved(self, layer: Any) -> tuple[float, float]:
-        """‖ΔW‖² and ‖W0‖² over the parameters that it changes; of a low-rank update by A and B alone."""
+from deltaw.layers.kinds import Kind, Runs, as_stored, why_not
+from deltaw.layers.ops.merging import Change, Product, Value, delta_norm
+from deltaw.layers.patch import only_input
+from deltaw.methods.updates.base import Update, square
 
 
 class LowRank(Update):
@@ -312,190 +266,12 @@ class Recentred(LowRank):
         return torch.cat([self.own_B, -self.start_B], 1)
 
 
-class LowRankRescaled(LowRank):
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m·(W0 + ΔW) / ‖W0 + ΔW‖, row by row, with a trained magnitude m [d]. As in
-    the paper (§4.3), no gradient flows through the norm."""
-
-    def __init__(
-        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
-        bias: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(kind, A, B, scale, dropout, bias)
-        self.magnitude = nn.Parameter(magnitude)
-
-    def alone(self, layer: Any, x: Tensor) -> Tensor:
-        out = self._sum(layer, x, None)
-        out = (out * self.kind.per_output(layer, self.magnitude / self.norm(layer))).to(out.dtype)
-        bias = layer._parameters.get("bias") if self.bias is None else self.bias
-        return out if bias is None else _plus(out, self.kind.per_output(layer, bias))
-
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        if own_name != "weight":
-            return super().parameter(layer, own_name)
-        W0 = self.W0(layer)
-        return as_stored(layer, own_name, self.weight(W0) * (self.magnitude / self.norm(layer)).to(W0.dtype)[:, None])
-
-    @torch.no_grad()
-    def norm(self, layer: Any) -> Tensor:
-        """‖W0 + ΔW‖ by rows, [d] in fp32 or wider. Computed anew in each pass: no count of changes sees all who write to a
-        tensor (`.data`, an optimizer in C). `generate` alone computes it once."""
-        slot = slot_of(layer)
-        kept = None if slot is None else slot.route.kept()
-        norm = None if kept is None else kept.get(("norm", id(self)))
-        if norm is None:
-            norm = row_norms(self.W0(layer), self.A, self.B, self.scale)
-            if kept is not None:
-                kept["norm", id(self)] = norm
-        return norm
-
-    @property
-    def exact_product(self) -> Product | None:
-        return None
-
-    def changes(self, layer: Any) -> dict[str, Change]:
-        return super().changes(layer) | {"weight": Rescaled(self.product, self.magnitude)}
-
-    def other_shape(self, layer: Any) -> str | None:
-        if why := super().other_shape(layer):
-            return why
-        d = self.B.shape[0]
-        return None if self.magnitude.shape == (d,) else f"its magnitude is {list(self.magnitude.shape)}, not [{d}]"
-
-
 # Entries of W0 that are widened at once
 _WIDENED = 1 << 22
 
 
-def row_norms(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """‖W0 + scale·BA‖ by rows, [d] in fp32 or wider whatever autocast says, without forming the sum: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖²
-    in O(d·k·r)."""
-    wide = torch.promote_types(W0.dtype, torch.float32)
-    device = W0.device.type
-    with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-        A, B = A.to(wide), B.to(wide) * scale
-        squares = ((B @ (A @ A.t())) * B).sum(1)
-        height = W0.shape[0] if W0.dtype == wide else max(1, _WIDENED // W0.shape[1])
-        parts = []
-        for rows, own in zip(W0.split(height), B.split(height), strict=True):
-            w = rows.to(wide)
-            parts.append(torch.linalg.vector_norm(w, dim=1).square() + 2 * ((w @ A.t()) * own).sum(1))
-        return (squares + torch.cat(parts)).clamp_min(0).sqrt()
-
-
 def _plus(out: Tensor, bias: Tensor) -> Tensor:
     return out + bias.to(out.dtype)
-
-
-class Replaced(Update):
-    """Other values in place of a module's own parameters: a head or an embedding that is trained whole, a trained bias. An
-    embedding or an output layer may have another number of tokens than the base's."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for own_name, value in values.items():
-            self._parameters[own_name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-
-    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
-        values = {}
-        for own_name, value in self._parameters.items():
-            assert value is not None
-            values[own_name] = value.to(layer._parameters[own_name].dtype)
-        return own_forward(layer)(shell(layer, values), *inputs, **named)
-
-    def values(self) -> dict[str, nn.Parameter]:
-        return {n: value for n, value in self._parameters.items() if value is not None}
-
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        own, value = layer._parameters[own_name], self._parameters.get(own_name)
-        return own if value is None else value.to(own.dtype)
-
-    def changes(self, layer: Any) -> dict[str, Change]:
-        return {n: Value(as_matrix(layer, n, v.detach())) for n, v in self._parameters.items() if v is not None}
-
-    def misfit(self, layer: Any) -> str | None:
-        if why := why_bypassed(layer):
-            return why
-        for own_name, value in self._parameters.items():
-            own = layer._parameters.get(own_name)
-            if own is None or value is None:
-                return f"it has no parameter {own_name!r}"
-            first = 1 if isinstance(layer, (nn.Embedding, nn.Linear)) else 0  # a vocabulary of another size
-            if own.ndim != value.ndim or own.shape[first:] != value.shape[first:]:
-                return f"its {own_name} is {list(own.shape)}, the adapter's {list(value.shape)}"
-        return None
-
-    def moved(self, layer: Any) -> tuple[float, float]:
-        pairs = [(value, layer._parameters[n]) for n, value in self._parameters.items() if value is not None]
-        alike = [(value, own) for value, own in pairs if value.shape == own.shape]
-        return sum(square(value - own) for value, own in alike), sum(square(own) for _, own in alike)
-
-
-class ReplacedRows(Update):
-    """Other rows for some tokens of an embedding, or of an output layer: `rows` [n, d] for the tokens `indices` [n], in order.
-    Tokens from the end of the vocabulary on are added to it."""
-
-    indices: Tensor
-
-    def __init__(self, indices: Tensor, rows: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("indices", indices)
-        self.rows = rows if isinstance(rows, nn.Parameter) else nn.Parameter(rows)
-
-    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
-        x = only_input(layer, inputs, named)
-        return self._embedded(layer, x) if isinstance(layer, nn.Embedding) else self._logits(layer, x)
-
-    def _embedded(self, layer: Any, ids: Tensor) -> Tensor:
-        forward = own_forward(layer)
-        out = forward(itself(layer), ids.clamp(max=layer._parameters["weight"].shape[0] - 1))
-        place = torch.searchsorted(self.indices, ids).clamp_(max=len(self.indices) - 1)
-        own = shell(layer, {"weight": self.rows.to(out.dtype)})
-        own.padding_idx = None
-        return torch.where((self.indices[place] == ids)[..., None], forward(own, place), out)
-
-    def _logits(self, layer: Any, x: Tensor) -> Tensor:
-        out = own_forward(layer)(itself(layer), x)
-        known = self.indices < out.shape[-1]
-        own = F.linear(x, self.rows.to(x.dtype))
-        bias = layer._parameters.get("bias")
-        if bias is not None:
-            own = own + F.pad(bias, (0, len(known)))[self.indices]
-        out = out.index_copy(-1, self.indices[known], own[..., known])
-        return torch.cat([out, own[..., ~known]], dim=-1)
-
-    def changes(self, layer: Any) -> dict[str, Change]:
-        return {"weight": Value(as_matrix(layer, "weight", self._weight(layer).detach()))}
-
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        return self._weight(layer) if own_name == "weight" else super().parameter(layer, own_name)
-
-    def _weight(self, layer: Any) -> Tensor:
-        W = layer._parameters["weight"]
-        return with_room(W, self.indices).index_copy(0, self.indices, self.rows.to(W))
-
-    def misfit(self, layer: Any) -> str | None:
-        if why := why_bypassed(layer):
-            return why
-        if not isinstance(layer, (nn.Embedding, nn.Linear)):
-            return f"a {type(layer).__name__} has no rows of tokens"
-        W: Any = layer._parameters["weight"]
-        if self.rows.ndim != 2 or self.rows.shape != (len(self.indices), W.shape[1]):
-            return f"its rows have {W.shape[1]} entries, the adapter's are {list(self.rows.shape)}"
-        more = added(W, self.indices)
-        if int((self.indices >= W.shape[0]).sum()) != more:
-            return f"the adapter adds tokens up to {int(self.indices[-1])}, but not all from {W.shape[0]} on"
-        return None
-
-    def moved(self, layer: Any) -> tuple[float, float]:
-        W = layer._parameters["weight"]
-        known = self.indices < W.shape[0]
-        own = W[self.indices[known]]
-        return square(self.rows[known] - own), square(own)
-
-
-def square(value: Tensor) -> float:
-    """‖value‖², in fp32."""
-    return float(value.detach().float().square().sum())
 
 
 def added(weight: Tensor, indices: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltaw.layers.kinds import kind_of, shape, why_bypassed
 from deltaw.layers.ops.merging import Change, delta_norm
 from deltaw.layers.unwrap import own_forward
-from deltaw.updates import Update
+from deltaw.methods.updates.base import Update
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = dict(

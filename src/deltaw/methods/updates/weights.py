@@ -14,7 +14,8 @@ from deltaw.layers.kinds import Kind, matrices_of, why_bypassed
 from deltaw.layers.ops.experts import Unformed
 from deltaw.layers.ops.merging import Change, Product, Stacked
 from deltaw.layers.unwrap import plain_class, shell
-from deltaw.updates import LowRank, Update, square
+from deltaw.methods.updates.base import Update, square
+from deltaw.methods.updates.lowrank import LowRank
 
 
 class OnWeights(Update):

@@ -10,7 +10,8 @@ import torch
 from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, route, save, unmerge, using
 from deltaw.attached import updates
 from deltaw.methods.dora import DoRA
-from deltaw.updates import INITS, Replaced
+from deltaw.methods.updates.lowrank import INITS
+from deltaw.methods.updates.whole import Replaced
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHODS = {
@@ -192,7 +193,7 @@ def test_a_norm_is_computed_outside_of_autocast_and_inference_mode(model: Any, i
 
 @torch.no_grad()
 def test_generate_computes_a_norm_once(model: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaw import updates as module
+    from deltaw.methods.updates import dora as module
 
     genuine, count = module.row_norms, 0
 
@@ -202,7 +203,7 @@ def test_generate_computes_a_norm_once(model: Any, ids: torch.Tensor, monkeypatc
         return genuine(*given)
 
     fill(attach(model, DoRA(rank=3, alpha=5)))
-    monkeypatch.setattr("deltaw.updates.row_norms", counted)
+    monkeypatch.setattr("deltaw.methods.updates.dora.row_norms", counted)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     first = model.generate(ids, **settings)
     assert count == len(updates(model))

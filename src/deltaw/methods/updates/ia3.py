@@ -1,6 +1,4 @@
-"""(IA)³'s update of one layer: its outputs, or its inputs, times a trained vector; and a bias for layers that have none. Knows
-one layer, never a model.
-"""
+"""(IA)³'s update of one layer: its outputs, or its inputs, times a trained vector (Liu et al. 2022, arXiv 2205.05638)."""
 
 from __future__ import annotations
 
@@ -10,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.layers.kinds import as_stored, kind_of, shape, why_not
-from deltaw.layers.ops.merging import Change, Times, Value
+from deltaw.layers.ops.merging import Change, Times
 from deltaw.layers.patch import only_input
 from deltaw.layers.unwrap import itself, own_forward
-from deltaw.updates import Update, square
+from deltaw.methods.updates.base import Update
 
 
 class Scaled(Update):
@@ -76,38 +74,6 @@ class Scaled(Update):
         W0, l = kind.W0(layer), self.whole(layer).detach()  # noqa: E741
         squares = W0.float().square().sum(0 if self.inputs else 1)
         return float(((l - 1).float().square() * squares).sum()), float(squares.sum())
-
-
-class AddedBias(Update):
-    """A bias [d] for a dense layer that has none: what BitFit trains where the base lacks biases."""
-
-    def __init__(self, bias: Tensor) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-
-    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
-        out = own_forward(layer)(itself(layer), *inputs, **named)
-        return out + self.bias.to(out.dtype)
-
-    def values(self) -> dict[str, nn.Parameter]:
-        return {"bias": self.bias}
-
-    def changes(self, layer: Any) -> dict[str, Change]:
-        return {"bias": Value(self.bias.detach().reshape(1, -1))}
-
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
-        if own_name != "bias":
-            return super().parameter(layer, own_name)
-        return self.bias.to(layer._parameters["weight"].dtype)
-
-    def misfit(self, layer: Any) -> str | None:
-        if why := why_not(layer):
-            return why
-        d = shape(layer)[0]
-        return None if len(self.bias) == d else f"the bias is [{len(self.bias)}], the layer has {d} outputs"
-
-    def moved(self, layer: Any) -> tuple[float, float]:
-        return square(self.bias), square(layer._parameters["weight"])
 
 
 def ones(n: int, like: Tensor) -> Tensor:

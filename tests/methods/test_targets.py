@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from deltaw.errors import TargetError
-from deltaw.targets import role, select
+from deltaw.methods.targets import role, select
 from tests.conftest import tiny_gpt2, tiny_llama
 
 PER_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

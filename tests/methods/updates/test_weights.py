@@ -14,9 +14,9 @@ from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, s
 from deltaw.attached import updates
 from deltaw.errors import AdapterError, FileError, TargetError
 from deltaw.layers.kinds import Weight
-from deltaw.targets import select
-from deltaw.updates import Sliced
-from deltaw.weights import OnWeights, Stack
+from deltaw.methods.targets import select
+from deltaw.methods.updates.lowrank import Sliced
+from deltaw.methods.updates.weights import OnWeights, Stack
 from tests.conftest import assert_same, bits, fill, snapshot
 
 SIZES = {

@@ -1,0 +1,1 @@
+"""What a method's plan puts on a layer, one file a method."""
