@@ -40,9 +40,9 @@ from deltaw.cli.opening import as_trained
 from deltaw.cli.train import progress
 from deltaw.config import from_mapping
 from deltaw.data import read
-from deltaw.pretrained import Pretrained, load_pretrained
+from deltaw.model.pretrained import Pretrained, load_pretrained
+from deltaw.model.switch import using
 from deltaw.study.evaluate import Evaluation, evaluate
-from deltaw.switching import using
 from train_step import TRL_FASTEST
 
 HERE = Path(__file__).resolve().parent

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import deltaw
 import machine
 from adapters import attach_random
-from deltaw.attached import record_of
+from deltaw.model.record import record_of
 from deltaw.study.charts import Chart, Series
 from deltaw.study.report import Report, write
 from race import synchronize

@@ -36,9 +36,9 @@ import machine
 ROOT = Path(__file__).resolve().parents[1]
 TESTS: Mapping[str, tuple[str, ...]] = {
     "fused": ("tests/layers/ops/test_linear.py",),
-    "rows": ("tests/layers/ops/test_rows.py", "tests/test_switching.py"),
-    "routes": ("tests/layers/test_routing.py", "tests/test_passes.py", "tests/test_switching.py"),
-    "merged": ("tests/test_merged.py",),
+    "rows": ("tests/layers/ops/test_rows.py", "tests/model/test_switch.py"),
+    "routes": ("tests/layers/test_routing.py", "tests/model/test_passes.py", "tests/model/test_switch.py"),
+    "merged": ("tests/model/test_merge.py",),
     "originals": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
     "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/test_run.py"),
     "data.batches": ("tests/data/test_batches.py",),

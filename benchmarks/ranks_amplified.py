@@ -14,7 +14,7 @@ import machine
 from deltaw.directions import amplifications
 from deltaw.finished import finished
 from deltaw.methods.targets import role
-from deltaw.pretrained import load_pretrained
+from deltaw.model.pretrained import load_pretrained
 from ranks_swept import OUT, RANKS
 
 OF_RANKS = (4, 64)

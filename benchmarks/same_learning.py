@@ -26,7 +26,7 @@ import deltaw
 import machine
 from deltaw.config import DataConfig
 from deltaw.data import Example, Order, collate, encode, read
-from deltaw.pretrained import load_pretrained
+from deltaw.model.pretrained import load_pretrained
 from deltaw.training.loop import Event, Loop
 from deltaw.training.loss import CompletionLoss
 from deltaw.training.schedule import lr_factor

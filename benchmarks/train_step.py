@@ -287,7 +287,7 @@ def opened(job: Job, dtype: str = "float32") -> tuple[Any, Any, list[Any]]:
     """Model, tokenizer and encoded records."""
     from deltaw.config import DataConfig
     from deltaw.data import encode, read
-    from deltaw.pretrained import load_pretrained
+    from deltaw.model.pretrained import load_pretrained
 
     loaded = load_pretrained(job.model, dtype=dtype, to_train=True)  # type: ignore[arg-type]
     records = read(str(Path(job.data) / "train.jsonl"), DataConfig())
@@ -297,7 +297,7 @@ def opened(job: Job, dtype: str = "float32") -> tuple[Any, Any, list[Any]]:
 def planned(job: Job, tokenizer: Any, examples: list[Any]) -> Any:
     """deltaw's batches: the same plan, padding and order."""
     from deltaw.data import collate, plan
-    from deltaw.pretrained import pad_id
+    from deltaw.model.pretrained import pad_id
 
     batches = plan([len(e.input_ids) for e in examples], job.case.batch, SEED, 0)
     for indices in batches[: job.steps]:

@@ -108,7 +108,7 @@ def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.2) -> Any:
     """Give every A and B of the adapter random values, as if it had been trained."""
-    from deltaw.attached import parameters
+    from deltaw.model.summary import parameters
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 import deltaw
 from deltaw import LoRA
-from deltaw.attached import updates
 from deltaw.errors import AdapterError, TargetError
 from deltaw.methods.targets import PRESETS, ROLES, select
+from deltaw.model.summary import updates
 from tests.architectures import ROWS, TABLE, Architecture
 from tests.conftest import ROOT, assert_same, bits, covering, fill, snapshot
 

@@ -31,7 +31,7 @@ def dense(model: Any) -> dict[str, torch.Tensor]:
 
 
 def peft_layers(model: Any) -> list[str]:
-    from deltaw.attached import updates
+    from deltaw.model.summary import updates
 
     return list(updates(model))
 

@@ -44,7 +44,7 @@ def test_there_and_back(make: Any, method: Any, tmp_path: Path) -> None:
     convert(tmp_path / "adapter", tmp_path / "a.gguf", base=tmp_path / "base")
     convert(tmp_path / "a.gguf", tmp_path / "back", base=tmp_path / "base")
     deltaw.load(model, tmp_path / "back", name="back")
-    for layer in deltaw.attached.updates(model, "default"):
+    for layer in deltaw.model.summary.updates(model, "default"):
         torch.testing.assert_close(
             deltaw.delta(model, layer, "back"), deltaw.delta(model, layer, "default"), atol=1e-6, rtol=1e-5
         )
@@ -67,7 +67,7 @@ def test_what_llama_cpp_is_given(tmp_path: Path) -> None:
         56,
         4,
     ]  # GGUF counts from the inside
-    update = deltaw.attached.updates(model)["model.layers.1.mlp.down_proj"]
+    update = deltaw.model.summary.updates(model)["model.layers.1.mlp.down_proj"]
     assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.weight.lora_b"].data.copy()), update.B.detach())
 
 
@@ -85,7 +85,7 @@ def test_rows_of_q_and_k_alone_are_reordered_and_of_qwen_none(make: Any, reorder
     written = gguf_lora.read(tmp_path / "a.gguf").factors
     head = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
     for role in "qkvo":
-        B = deltaw.attached.updates(model)[f"model.layers.1.self_attn.{role}_proj"].B.detach()
+        B = deltaw.model.summary.updates(model)[f"model.layers.1.self_attn.{role}_proj"].B.detach()
         order = torch.cat([head + first for first in range(0, len(B), 8)])
         theirs = written[f"blk.1.attn_{role if role != 'o' else 'output'}.weight"][1]
         assert torch.equal(theirs, B[order] if role in reordered else B)

@@ -132,7 +132,7 @@ def test_a_run_learns_there_and_its_file_is_good_here(tmp_path: Path, dtype: str
 
 def test_a_run_and_its_samples_leave_the_gpus_random_numbers(tmp_path: Path) -> None:
     from deltaw.config import GenerateConfig
-    from deltaw.generation import generate
+    from deltaw.model.generate import generate
 
     tokenizer = tiny_tokenizer(CHATML)
     model = byte_llama(tokenizer, tie_word_embeddings=True).cuda()

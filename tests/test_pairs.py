@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, save, unmerge, use, using
-from deltaw.attached import updates
-from deltaw.combined import combine
 from deltaw.errors import AdapterError, TargetError
+from deltaw.model.combine import combine
+from deltaw.model.summary import updates
 from tests.architectures import TABLE
 from tests.conftest import assert_same, bits, pairwise, snapshot, tiny_gpt2, tiny_llama
 from tests.methods.updates.test_weights import Attention, mixtral, oss

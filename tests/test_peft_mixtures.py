@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import deltaw
 from deltaw import LoRA
-from deltaw.attached import updates
 from deltaw.errors import FileError
 from deltaw.files import peft as peft_files
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, fill, snapshot
 
 # Before, its conversion is for other versions of transformers, or there is none

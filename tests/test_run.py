@@ -604,6 +604,6 @@ def test_a_new_head_is_drawn_by_the_seed_alone(small: Any, tmp_path: Path) -> No
     for seed in (1, 1, 2):
         config = quick(tmp_path, steps=1, lr=1e-9, seed=seed, overwrite=True)
         result = deltaw.train(str(tmp_path / "base"), rows, config, method=METHOD)
-        heads.append(deltaw.attached.updates(result.model)["score"].weight.detach().clone())
+        heads.append(deltaw.model.summary.updates(result.model)["score"].weight.detach().clone())
         torch.testing.assert_close(torch.get_rng_state(), before)
     assert torch.allclose(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-3)

@@ -17,11 +17,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
-from deltaw.attached import named_parameters, updates
 from deltaw.base_identity import base_fingerprint
 from deltaw.errors import AdapterError, BaseMismatch, ConfigError, FileError
 from deltaw.files import peft as peft_files
 from deltaw.files.peft_config import SETTINGS as SETTINGS_READ
+from deltaw.model.record import named_parameters
+from deltaw.model.summary import updates
 from deltaw.store import training_of
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 
@@ -464,7 +465,7 @@ def test_resized_vocabulary_round_trip(tmp_path: Path, ids: torch.Tensor) -> Non
 
 @pytest.mark.slow
 def test_7_on_the_real_smollm2_both_ways(smollm2: Path, tmp_path: Path) -> None:
-    from deltaw.pretrained import load_pretrained
+    from deltaw.model.pretrained import load_pretrained
 
     loaded = load_pretrained(str(smollm2))
     model = loaded.model

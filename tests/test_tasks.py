@@ -46,7 +46,7 @@ from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import read
 from deltaw.data.items import encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
-from deltaw.pretrained import load_pretrained
+from deltaw.model.pretrained import load_pretrained
 from deltaw.run import train
 from deltaw.study.evaluate import evaluate
 from deltaw.tasks import TASKS, of_adapter, opened, recognised, task_of
@@ -347,7 +347,7 @@ def test_methods_train_the_head_with_them(tmp_path: Path) -> None:
             result.model, loaded.tokenizer, read(about(20, 5), data), data, GenerateConfig(), metrics=["loss"]
         )
         assert one.scores["loss"].value == pytest.approx(two.scores["loss"].value, abs=1e-5)
-        trained = [n for n in deltaw.attached.updates(loaded.model) if n.startswith("classifier")]
+        trained = [n for n in deltaw.model.summary.updates(loaded.model) if n.startswith("classifier")]
         assert trained, type(method)
 
 

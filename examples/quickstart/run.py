@@ -24,18 +24,18 @@ import torch
 
 import deltaw
 from deltaw import units
-from deltaw.attached import base_parameters
 from deltaw.cli import show
 from deltaw.cli.train import progress
 from deltaw.data import encode_prompt, read
 from deltaw.errors import DeltaWError, FileError
 from deltaw.files.atomic import replacing_folder
-from deltaw.pretrained import load_pretrained, save_pretrained
+from deltaw.model.pretrained import load_pretrained, save_pretrained
+from deltaw.model.record import base_parameters
+from deltaw.model.switch import using
 from deltaw.study.evaluate import Evaluation, evaluate
 from deltaw.study.report import Table
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import run_report
-from deltaw.switching import using
 
 HERE = Path(__file__).resolve().parents[2]
 DATA = deltaw.DataConfig(template="chat", system="Answer in JSON.")

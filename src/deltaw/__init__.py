@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
-    from deltaw.attached import (
-        adapters,
-        attach,
-        delta,
-        detach,
-        parameters,
-    )
     from deltaw.choosing import RankChoice, choose_rank
-    from deltaw.combined import combine
     from deltaw.comparing import Comparison, compare
     from deltaw.compressed import Compressed, compress
     from deltaw.config import (
@@ -33,10 +25,7 @@ if TYPE_CHECKING:
     )
     from deltaw.converted import convert
     from deltaw.errors import DeltaWError
-    from deltaw.extracted import extract
     from deltaw.files.streamed import merge_files, unmerge_files
-    from deltaw.merge_report import MergeReport
-    from deltaw.merged import merge, unmerge
     from deltaw.methods.bitfit import BitFit
     from deltaw.methods.bottleneck import Bottleneck
     from deltaw.methods.dora import DoRA
@@ -44,13 +33,17 @@ if TYPE_CHECKING:
     from deltaw.methods.ia3 import IA3
     from deltaw.methods.lora import LoRA
     from deltaw.methods.prefix import Prefix
+    from deltaw.model.attach import attach, detach
+    from deltaw.model.combine import combine
+    from deltaw.model.extract import extract
+    from deltaw.model.merge import MergeReport, merge, unmerge
+    from deltaw.model.summary import Summary, adapters, delta, parameters, summary
+    from deltaw.model.switch import keep_on_device, route, use, using
     from deltaw.planning import Planned, plan
     from deltaw.run import RunResult, train
     from deltaw.spectra import Spectrum, spectrum
     from deltaw.store import load, save
-    from deltaw.summaries import Summary, summary
     from deltaw.sweeping import Sweep, sweep
-    from deltaw.switching import keep_on_device, route, use, using
 
 _HOME = {
     "DeltaWError": "errors",

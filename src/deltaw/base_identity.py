@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deltaw.attached import base_tensors, readers
 from deltaw.files.fingerprint import DTYPES, FORMS, Digest, Fingerprint, combined, digest
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.ops.checksums import Stamp, content_of, stamp
 from deltaw.layers.tree import owner_of, place_of
+from deltaw.model.record import base_tensors, readers
 
 log = logging.getLogger("deltaw")
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deltaw import attached, environment, store
+from deltaw import environment, store
 from deltaw.compressed import allocated, truncated
 from deltaw.config import GenerateConfig, PlanConfig, RankConfig, to_mapping
 from deltaw.confirming import check_confirmable, confirmed
@@ -30,6 +30,8 @@ from deltaw.files.atomic import write_text
 from deltaw.files.peft import LoRAFile
 from deltaw.finished import Finished, finished, parameters_of
 from deltaw.layers import tree
+from deltaw.model import attach
+from deltaw.model.switch import using
 from deltaw.planning import plan
 from deltaw.preparing import HeldOut, held_out
 from deltaw.renames import renamed
@@ -41,7 +43,6 @@ from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
 from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.sweeping import Progress as SweepProgress
-from deltaw.switching import using
 from deltaw.tasks import equip, task_of
 from deltaw.training.optimizers import ADAM_STATE
 from deltaw.tried_ranks import numbers
@@ -160,7 +161,7 @@ class _Choosing:
             config = dataclasses.replace(config, valid=records)
         held = held_out(model, data, config, self.config.most)
         loaded = equip(held.loaded, run.adapter)
-        attached.detach(loaded.model)
+        attach.detach(loaded.model)
         return dataclasses.replace(held, loaded=loaded)
 
     def _name_layers(self) -> None:
@@ -213,7 +214,7 @@ class _Choosing:
             with using(self.model, placed):
                 found = _Cut(cut, *self._scores())
         finally:
-            attached.detach(self.model, placed)
+            attach.detach(self.model, placed)
         self.on_event(Progress("scored", {"name": name, "loss": found.losses.value}))
         return found
 

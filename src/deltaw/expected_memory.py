@@ -13,10 +13,10 @@ import torch
 from deltaw import available_memory, units
 from deltaw.data.batches import padded
 from deltaw.layers.unwrap import plain_class
+from deltaw.model.summary import summary
 from deltaw.preparing import Prepared
 from deltaw.study.dry_step import step
 from deltaw.study.planned_memory import Memory, Taken, memory_of
-from deltaw.summaries import summary
 from deltaw.tasks import task_of
 
 log = logging.getLogger("deltaw")

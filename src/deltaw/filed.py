@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw import attached
-from deltaw.attached import readers
 from deltaw.base_identity import base_fingerprint, weights_fingerprint
 from deltaw.errors import AdapterError, listing
 from deltaw.files.peft import BASE, FORMAT, SLICES, TRANSPOSED, TWICE, W0, LoRAFile
@@ -27,6 +25,8 @@ from deltaw.methods.updates.dora import LowRankRescaled
 from deltaw.methods.updates.lowrank import LowRank, Sliced
 from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.model import record, summary
+from deltaw.model.record import readers
 from deltaw.version import __version__
 
 log = logging.getLogger("deltaw")
@@ -37,11 +37,11 @@ _EXPERTS_BEFORE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"
 
 def as_file(model: nn.Module, name: str) -> LoRAFile:
     """Adapter `name` in PEFT's terms. Raises AdapterError for a method or a mix of updates that has none."""
-    updates, owner = attached.updates(model, name), owner_of(model)
+    updates, owner = summary.updates(model, name), owner_of(model)
     low_rank = {n: u for n, u in updates.items() if isinstance(u, LowRank)}
     weights = _of_weights(owner, updates)
     keys = {n: _key(owner, n, weights) for n in low_rank}
-    method = attached.record_of(model).attached[name].method
+    method = record.record_of(model).attached[name].method
     _check(method, updates)
     whole, modules = _whole(model, {n: u for n, u in updates.items() if isinstance(u, Replaced)})
     whole_biases, biases = _biases(owner, low_rank)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import readers
 from deltaw.errors import FileError, listing, nearest
 from deltaw.files.meant import is_all_linear, parameters_anywhere
 from deltaw.files.peft import TWICE, LoRAFile, by_inputs, is_ours, names_in_peft, slices_of
@@ -39,6 +38,7 @@ from deltaw.methods.updates.dora import LowRankRescaled
 from deltaw.methods.updates.lowrank import LowRank, Sliced, sliced_rows
 from deltaw.methods.updates.weights import OnWeights, Stack
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.model.record import readers
 
 log = logging.getLogger("deltaw")
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw import attached
-from deltaw.attached import readers
 from deltaw.base_identity import base_fingerprint
 from deltaw.config import from_mapping, to_mapping
 from deltaw.differences import as_difference, from_difference, is_beside, problems_with
@@ -30,17 +28,19 @@ from deltaw.methods.updates.ia3 import Scaled
 from deltaw.methods.updates.prefix import Prepended
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.methods.whole import inside
+from deltaw.model import record, summary
+from deltaw.model.record import readers
 from deltaw.version import __version__
 
 
 def as_method_file(model: nn.Module, name: str) -> MethodFile:
     """Adapter `name` as a file: PEFT's, where PEFT has one for all that it trains. Raises AdapterError for a method that is not
     one of deltaw's."""
-    method = attached.record_of(model).attached[name].method
+    method = record.record_of(model).attached[name].method
     known = name_of(method)
     if known is None:
         raise AdapterError(f"{type(method).__name__} has no file format: it is none of deltaw's methods.")
-    updates = attached.updates(model, name)
+    updates = summary.updates(model, name)
     tensors = _tensors(updates)
     differences = _as_differences(model, tensors, method) if isinstance(method, Full) else set()
     replaced = _replaced(updates) - _all_names(model, differences)
@@ -93,7 +93,7 @@ def _as_differences(model: nn.Module, tensors: dict[str, Tensor], method: Full) 
 def _with_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the base's under any of whose names it is)."""
     names = readers(model)
-    base = {n: tensor.detach() for _, parameter, tensor in attached.base_tensors(model) for n in names[parameter]}
+    base = {n: tensor.detach() for _, parameter, tensor in record.base_tensors(model) for n in names[parameter]}
     return ((name, tensor, base[name]) for name, tensor in tensors.items() if name in base)
 
 

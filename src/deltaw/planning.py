@@ -32,9 +32,9 @@ from deltaw.data.items import Item
 from deltaw.errors import ConfigError, FileError, TargetError, nearest
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.registry import DEFAULT, contestants
-from deltaw.positions import most_positions
+from deltaw.model.inputs import most_positions
+from deltaw.model.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
 from deltaw.preparing import with_head
-from deltaw.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
 from deltaw.study.planned_memory import Memory, Taken, counts, largest, memory_of, taken
 from deltaw.study.presets import PRESETS
 from deltaw.tasks import TASKS

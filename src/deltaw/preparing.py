@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deltaw import attached
 from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.data import Encoded, Records, held_out_split, read
 from deltaw.data.hold_out import hold_out, sample
@@ -20,16 +19,9 @@ from deltaw.data.prompts import described, overlap
 from deltaw.data.sources import is_path, local
 from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, listing
 from deltaw.layers.ops.seeding import seeded
-from deltaw.padding import settle_padding
-from deltaw.positions import vocabulary_size
-from deltaw.pretrained import (
-    HEADED,
-    Pretrained,
-    check_vocabulary,
-    head_of,
-    pad_id,
-    read_config,
-)
+from deltaw.model import summary
+from deltaw.model.inputs import settle_padding, vocabulary_size
+from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
 from deltaw.tasks import opened, prepared, recognised, task_of
 
 log = logging.getLogger("deltaw")
@@ -187,7 +179,7 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
         return loaded
     if tokenizer is None:
         raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
-    if "default" in attached.adapters(model):
+    if "default" in summary.adapters(model):
         raise AdapterError("The model has an adapter 'default' already: detach it first.")
     outputs = getattr(model.config, "num_labels", None)
     if labels is not None and outputs != len(labels):

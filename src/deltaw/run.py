@@ -21,23 +21,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import attached, store, summaries
+from deltaw import store
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record, as_said
-from deltaw.ends import teach
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.expected_memory import expected
 from deltaw.files.atomic import write_text
 from deltaw.layers.ops.seeding import seeded
-from deltaw.merge_report import MergeReport
-from deltaw.merged import preview
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import name_of
+from deltaw.model import attach
+from deltaw.model import summary as sizes
+from deltaw.model.ends import teach
+from deltaw.model.merge import MergeReport, preview
+from deltaw.model.summary import Summary, parameters
+from deltaw.model.switch import use, using
 from deltaw.preparing import Prepared, prepare
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
-from deltaw.summaries import Summary
-from deltaw.switching import use, using
 from deltaw.tasks import TASKS, task_of
 from deltaw.training.abreast import Abreast
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
@@ -157,7 +158,7 @@ def _attach(prepared: Prepared, name: str) -> None:
     """The adapter on its model, drawn from the run's seed, with the end tokens of what it will be taught."""
     model = prepared.loaded.model
     with seeded(prepared.config.seed):
-        attached.attach(model, prepared.method, name=name)
+        attach.attach(model, prepared.method, name=name)
     teach(model, name, prepared.encoded.ends)
 
 
@@ -257,7 +258,7 @@ class _Run:
         return {**named, **to_mapping(self.prepared.method), **to_mapping(self.config)}
 
     def _report_coverage(self) -> None:
-        summary = summaries.summary(self.loaded.model)
+        summary = sizes.summary(self.loaded.model)
         adapter = summary.adapters[self.name]
         self.expected = expected(self.prepared)
         self._hear(Event("start", 0, {
@@ -308,7 +309,7 @@ class _Run:
         store.save(model, self.folder / ADAPTER, name=self.name, training=self.settings, tokenizer=tokenizer)
 
     def _save_if_sound(self) -> None:
-        if all(bool(torch.isfinite(p).all()) for p in attached.parameters(self.loaded.model, self.name)):
+        if all(bool(torch.isfinite(p).all()) for p in parameters(self.loaded.model, self.name)):
             self._save()
 
     def _finish(self, state: LoopState, samples: list[Sampled]) -> RunResult:
@@ -320,7 +321,7 @@ class _Run:
             tokenizer=self.loaded.tokenizer,
             settings=self.settings,
             state=state,
-            summary=summaries.summary(self.loaded.model),
+            summary=sizes.summary(self.loaded.model),
             merge=preview(self.loaded.model),
             data=dataclasses.asdict(self.prepared.encoded.counts),
             sets=dataclasses.asdict(self.prepared.sets),

@@ -10,7 +10,7 @@ from deltaw import three_sets
 from deltaw.config import DataConfig
 from deltaw.data import Records, read
 from deltaw.data.prompts import described, overlap
-from deltaw.pretrained import read_config
+from deltaw.model.pretrained import read_config
 from deltaw.study.evaluate import metrics_of
 from deltaw.study.metrics import check_metrics, installed
 from deltaw.tasks import check_labels, recognised, task_of

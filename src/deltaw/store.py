@@ -1,4 +1,4 @@
-"""An attached adapter ↔ its folder: the glue between attached.py, which edits models, and files/, which knows none."""
+"""An attached adapter ↔ its folder: the glue between model/attach.py, which edits models, and files/, which knows none."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import attached, units
+from deltaw import units
 from deltaw.base_identity import base_hash
-from deltaw.ends import say_without_generate, taught, teach
 from deltaw.errors import FileError, listing
 from deltaw.expert_stacks import stacked
 from deltaw.filed import as_file
@@ -33,7 +32,10 @@ from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Plan
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.lowrank import low_rank_parts
-from deltaw.positions import vocabulary_size
+from deltaw.model import attach, summary
+from deltaw.model import record as live
+from deltaw.model.ends import say_without_generate, taught, teach
+from deltaw.model.inputs import vocabulary_size
 from deltaw.renames import plainly_named, plainly_named_method, renamed, renamed_method
 
 TRAINING = "deltaw_training"
@@ -63,8 +65,8 @@ def save(
     Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
     differs; a folder that was at `path` is then still there.
     """
-    record = attached.record_of(model)
-    adapter = record.attached[attached.known(record, name)]
+    record = live.record_of(model)
+    adapter = record.attached[live.known(record, name)]
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
     if ends is not None:
@@ -105,7 +107,7 @@ def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, 
             log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
 
 
-def _tokenizer_writer(model: nn.Module, adapter: attached.Attached, tokenizer: Any) -> Callable[[Path], None]:
+def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:
     """What puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
     origin = adapter.metadata.get(TOKENIZER) if tokenizer is None else None
     source = getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
@@ -164,10 +166,10 @@ def place(
     """`load`, of what was read from `path` before."""
     layers = dict(tree.base_modules(model))
     file = named_for(model, file)
-    taken = attached.adapters(model)
+    taken = summary.adapters(model)
     if name is None:
         name = "default" if "default" not in taken else path.name.replace(".", "_")
-    attached.check_free(model, name)
+    live.check_free(model, name)
     if check_base:
         peft.check_base(file, path, peft.BASE, partial(base_hash, model, without=file.replaced()))
     device = torch.device("cpu") if host else None
@@ -185,14 +187,14 @@ def place(
         metadata["rounding"] = _stored_as(updates, dtype)
     plan = Plan(updates, layers=layers)
     ends = peft.ends_of(file, path)
-    attached.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
+    attach.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
     teach(model, name, ends)
     say_without_generate(model, ends)
-    record = attached.record_of(model)
+    record = live.record_of(model)
     if host:
         record.residency.keep(name, _devices(model, updates))
     if activate:
-        attached.bring(record, [name])
+        live.bring(record, [name])
         record.route.choose(name)
     return name
 

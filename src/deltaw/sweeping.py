@@ -18,13 +18,15 @@ from urllib.parse import quote
 
 import numpy as np
 
-from deltaw import attached, environment, three_sets
+from deltaw import environment, three_sets
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.directions import alike, in_common
 from deltaw.errors import DataError, TrainError
 from deltaw.files.atomic import write_text
 from deltaw.finished import finished
+from deltaw.model import attach
+from deltaw.model.switch import use
 from deltaw.preparing import Prepared, prepare, with_head
 from deltaw.resuming import claim, read_json, run_settings
 from deltaw.run import RunResult, run_abreast
@@ -36,7 +38,6 @@ from deltaw.study.metrics import MORE_IS_BETTER, of_scores, row_of
 from deltaw.study.report import write as write_report
 from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.study.sweep_report import sweep_report
-from deltaw.switching import use
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
 from deltaw.widths import width_of
 
@@ -257,7 +258,7 @@ class _Sweep:
                 for i, (task, result) in enumerate(zip(tasks, results, strict=True))
             }
         finally:
-            attached.detach(base.loaded.model)
+            attach.detach(base.loaded.model)
 
     def _kept(self, base: Prepared, task: Task, number: int, result: RunResult | TrainError) -> dict[str, Any]:
         """A run's score, written beside it."""

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 
 from deltaw import store
-from deltaw.attached import updates
 from deltaw.config import DataConfig, DType, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, prompt_ends, template_of
 from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError, FileError, listing
-from deltaw.files.tokenizer_files import brought, tokens_beyond
-from deltaw.generation import generate, too_long
+from deltaw.files.tokenizer_files import brought
 from deltaw.layers.tree import evaluating
 from deltaw.methods.updates.whole import Replaced
-from deltaw.padding import check_ends, row_padding
-from deltaw.positions import image_shape, most_positions, within
-from deltaw.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary
+from deltaw.model.generate import generate, too_long
+from deltaw.model.inputs import check_ends, image_shape, most_positions, row_padding, tokens_beyond, within
+from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, resize_vocabulary
+from deltaw.model.summary import updates
 from deltaw.training.item_loss import ClassLoss, DecoderLoss, RecordLoss, SquaredLoss
 from deltaw.training.loss import CompletionLoss, Loss
 

@@ -28,7 +28,7 @@ def main(folder: Path) -> int:
 def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each task: its name, batch, the base's seconds and the others' ratios to it."""
     from deltaw import store
-    from deltaw.attached import updates
+    from deltaw.model.summary import updates
     from deltaw.study import latency
     from deltaw.tasks import Causal, of_adapter, opened, task_of
 

@@ -6,12 +6,13 @@ import dataclasses
 
 import torch
 
-from deltaw import attached, available_memory
+from deltaw import available_memory
 from deltaw.errors import AdapterError
 from deltaw.expected_memory import expected
 from deltaw.layers.tree import evaluating
+from deltaw.model import attach
+from deltaw.model.switch import route
 from deltaw.preparing import Prepared
-from deltaw.switching import route
 from deltaw.tasks import task_of
 
 # Of the free memory; the rest is for what is not foreseen
@@ -52,11 +53,11 @@ def _why_apart(prepared: Prepared) -> str | None:
         loss(loss.collate(examples[:1]))  # its first call, which tries the ways to the loss
         try:
             for name in names:
-                attached.attach(model, method, name=name)
+                attach.attach(model, method, name=name)
             with route(model, names):
                 loss.each(loss.collate([examples[0], examples[-1]]))
         except AdapterError as error:
             return str(error)
         finally:
-            attached.detach(model)
+            attach.detach(model)
     return None

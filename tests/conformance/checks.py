@@ -16,11 +16,11 @@ from torch import Tensor
 
 import deltaw
 from deltaw import LoRA
-from deltaw.attached import updates
 from deltaw.errors import AdapterError, DeltaWError
 from deltaw.layers.kinds import Weight
 from deltaw.layers.patch import read_outside, slot_of
 from deltaw.methods.targets import select
+from deltaw.model.summary import updates
 from tests.conformance.building import Built, called, outputs, said, tensors
 from tests.conformance.inputs import ROWS
 from tests.conftest import assert_same, bits, fill, snapshot

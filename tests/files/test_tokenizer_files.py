@@ -19,7 +19,7 @@ from deltaw.cli import main
 from deltaw.errors import BaseMismatch, ConfigError
 from deltaw.files.places import NotByFiles
 from deltaw.files.tokenizer_files import brought, differs, files_in
-from deltaw.pretrained import load_pretrained
+from deltaw.model.pretrained import load_pretrained
 from deltaw.tasks import equip
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer

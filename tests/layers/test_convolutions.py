@@ -9,9 +9,9 @@ from torch import nn
 
 import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, merge_files, parameters, route, save, unmerge, using
-from deltaw.attached import updates
 from deltaw.errors import FileError, MergeError
 from deltaw.methods.targets import select
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot
 
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {

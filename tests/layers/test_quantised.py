@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, use, using
-from deltaw.attached import updates
 from deltaw.base_identity import base_fingerprint
 from deltaw.errors import BaseMismatch, MergeError, TargetError
 from deltaw.layers.kinds import QuantisedKind, kind_of, shape
 from deltaw.layers.quantised import form_of
 from deltaw.layers.tree import base_modules
 from deltaw.methods.targets import select
+from deltaw.model.summary import updates
 from deltaw.training.flat import Flat
 from deltaw.training.together import same_input
 from tests.conftest import fill

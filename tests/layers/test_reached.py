@@ -23,10 +23,10 @@ from transformers import (
 
 import deltaw
 from deltaw import LoRA
-from deltaw.attached import updates
 from deltaw.errors import TargetError
 from deltaw.layers.reached import never_called, without_gradient
 from deltaw.methods.targets import select
+from deltaw.model.summary import updates
 from tests import architectures
 from tests.conftest import tiny_gpt2, tiny_llama
 

@@ -11,13 +11,13 @@ from torch import nn
 
 import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, unmerge, using
-from deltaw.attached import updates
 from deltaw.errors import AdapterError, FileError, TargetError
 from deltaw.files import peft
 from deltaw.layers.kinds import shape
 from deltaw.layers.slices import parts_of, runs_of
 from deltaw.methods.targets import select
 from deltaw.methods.updates.lowrank import LowRank, Sliced
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_run import RECORDS, quick

@@ -19,7 +19,6 @@ from torch import nn
 
 import deltaw
 from deltaw import DoRA, LoRA
-from deltaw.attached import updates
 from deltaw.differences import as_difference, from_difference, problems_with
 from deltaw.errors import FileError, MergeError, TargetError
 from deltaw.files import method_file
@@ -30,6 +29,7 @@ from deltaw.methods.full import Full
 from deltaw.methods.ia3 import IA3
 from deltaw.methods.prefix import Prefix
 from deltaw.methods.registry import METHODS
+from deltaw.model.summary import updates
 from tests.architectures import DECODER, ENCODER, SEQ2SEQ
 from tests.conftest import assert_same, bits, covering, snapshot, tiny_gpt2, tiny_llama
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deltaw import LoRA, attach, detach, load, merge, parameters, save, unmerge
-from deltaw.attached import updates
 from deltaw.errors import BaseMismatch, FileError, MergeError
 from deltaw.methods.dora import DoRA
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.test_peft_formats import tiny_bert
 

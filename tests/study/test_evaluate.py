@@ -13,10 +13,10 @@ from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import encode, encode_prompt, read
 from deltaw.data.items import encode_labelled
 from deltaw.errors import DataError
-from deltaw.generation import generate, settings
-from deltaw.pretrained import pad_id
+from deltaw.model.generate import generate, settings
+from deltaw.model.pretrained import pad_id
+from deltaw.model.switch import using
 from deltaw.study.evaluate import evaluate
-from deltaw.switching import using
 from deltaw.tasks import opened
 from deltaw.training.item_loss import ClassLoss
 from tests.conftest import byte_llama, fill

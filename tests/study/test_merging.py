@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 from deltaw.errors import BaseMismatch, MergeError
-from deltaw.pretrained import save_pretrained
+from deltaw.model.pretrained import save_pretrained
 from deltaw.study import merging
 from tests.conftest import MAKERS, fill
 from tests.data.conftest import CHATML, tiny_tokenizer

@@ -10,9 +10,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from deltaw import DoRA, LoRA, TrainConfig, attach, detach
-from deltaw.attached import updates
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
+from deltaw.model.summary import updates
 from deltaw.training.abreast import Abreast
 from deltaw.training.item_loss import ClassLoss, DecoderLoss
 from deltaw.training.loop import Event, Loop

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
 
 from deltaw import LoRA, attach
-from deltaw.attached import parameters, updates
+from deltaw.model.summary import parameters, updates
 from deltaw.training.flat import Flat
 from deltaw.training.together import same_input
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_llama

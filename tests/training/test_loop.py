@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from deltaw import IA3, BitFit, LoRA, TrainConfig, attach, delta, parameters
-from deltaw.attached import updates
 from deltaw.data import Example
 from deltaw.errors import TrainError
 from deltaw.layers.tree import owner_of
+from deltaw.model.summary import updates
 from deltaw.training import loop as loop_module
 from deltaw.training.loop import Event, Loop, held_out_loss, peak_memory, relative_norm
 from deltaw.training.loss import CompletionLoss

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from deltaw import LoRA, attach
-from deltaw.attached import parameters
 from deltaw.data import Batch, Example, collate
+from deltaw.model.summary import parameters
 from deltaw.training import head as head_module
 from deltaw.training.head import AfterHead, chunked_cross_entropy
 from deltaw.training.loss import CompletionLoss

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deltaw import LoRA, TrainConfig, attach
-from deltaw.attached import parameters, updates
 from deltaw.config import Optimizer
+from deltaw.model.summary import parameters, updates
 from deltaw.training import optimizers
 from deltaw.training.flat import Flat
 from tests.conftest import fill, tiny_llama

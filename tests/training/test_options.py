@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, TrainConfig, attach
-from deltaw.attached import parameters, updates
 from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.methods.updates.lowrank import LowRank
+from deltaw.model.summary import parameters, updates
 from deltaw.run import train
 from deltaw.training import optimizers
 from deltaw.training.flat import Flat

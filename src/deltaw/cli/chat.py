@@ -53,8 +53,8 @@ def run(command: Chat) -> None:
 
 
 def _switch(model: Any, on: bool, adapter: str | None) -> None:
-    from deltaw.attached import adapters
-    from deltaw.switching import use
+    from deltaw.model.summary import adapters
+    from deltaw.model.switch import use
 
     if adapter is None:
         show.out.print("There is no adapter: start with --adapter FOLDER.", style="dim")
@@ -65,7 +65,7 @@ def _switch(model: Any, on: bool, adapter: str | None) -> None:
 
 def _in_use(loaded: Any) -> Any:
     """The model with the tokenizer of what is switched on, the base or the adapter."""
-    from deltaw.attached import adapters
+    from deltaw.model.summary import adapters
 
     return loaded if adapters(loaded.model).active else loaded.of_base()
 
@@ -75,9 +75,9 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     import torch
 
     from deltaw.data import Message, prompt_ids, turn_ends
-    from deltaw.ends import in_use
-    from deltaw.generation import drawing, settings, too_long, until_end
     from deltaw.layers.ops.seeding import mixed
+    from deltaw.model.ends import in_use
+    from deltaw.model.generate import drawing, settings, too_long, until_end
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], command.generation, loaded.model)
@@ -104,7 +104,7 @@ def _streamer(tokenizer: Any, asked: Any) -> Any:
     """Shows a reply as it is written, up to what ends it."""
     from transformers import TextStreamer
 
-    from deltaw.generation import until_end
+    from deltaw.model.generate import until_end
 
     class Reply(TextStreamer):
         def put(self, value: Any) -> None:

@@ -20,7 +20,7 @@ def run(command: Eval) -> None:
     from deltaw.data import read
     from deltaw.data.hold_out import first
     from deltaw.files.atomic import check_place, write_text
-    from deltaw.pretrained import HEADED, read_config
+    from deltaw.model.pretrained import HEADED, read_config
     from deltaw.tasks import recognised
 
     if command.out is not None:
@@ -86,9 +86,9 @@ def _metrics(command: Eval, data: Any, form: str) -> list[str]:
 
 def _evaluate(loaded: Any, records: Any, data: Any, command: Eval, metrics: list[str]) -> dict[str, Any]:
     """Evaluation of the base, of the adapter, or of both."""
-    from deltaw.attached import adapters
+    from deltaw.model.summary import adapters
+    from deltaw.model.switch import using
     from deltaw.study.evaluate import evaluate
-    from deltaw.switching import using
 
     names = ["base"] * command.base + ["adapter"] * (command.opening.adapter is not None)
     found = {}

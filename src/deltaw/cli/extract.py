@@ -10,8 +10,8 @@ from deltaw.cli.merge import new_folder
 def run(command: Extract) -> None:
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
-    from deltaw.extracted import extract
-    from deltaw.pretrained import load_pretrained
+    from deltaw.model.extract import extract
+    from deltaw.model.pretrained import load_pretrained
     from deltaw.store import save
 
     base = load_pretrained(command.base, device="cpu").model

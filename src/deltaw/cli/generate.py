@@ -21,7 +21,7 @@ def run(command: Generate) -> None:
     if command.out is not None:
         check_place(Path(command.out))
     records = _records(command)
-    from deltaw.positions import within
+    from deltaw.model.inputs import within
     from deltaw.tasks import task_of
 
     data = as_trained(command.data, command.opening.adapter, command.model)

@@ -85,8 +85,8 @@ def _merge(command: Merge, out: Path) -> _Done:
 
 def _checkpoint(command: Merge) -> Path | None:
     """The folder of safetensors that can be merged as it lies; None where a model has to be opened."""
-    from deltaw.files.hub import is_hub_id, snapshot
     from deltaw.files.shards import INDEX, SINGLE
+    from deltaw.model.pretrained import is_hub_id, snapshot
 
     if command.dtype != "auto":
         return None
@@ -96,7 +96,7 @@ def _checkpoint(command: Merge) -> Path | None:
 
 def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
     from deltaw.files.streamed import merge_files
-    from deltaw.merge_report import MergeReport
+    from deltaw.model.merge import MergeReport
 
     done = _Done(None, 0)
     adapter = Path(command.adapter)
@@ -122,7 +122,7 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
 
 
 def _table(report: Any, all_layers: bool) -> Any:
-    from deltaw.merge_report import MergeReport
+    from deltaw.model.merge import MergeReport
     from deltaw.study.run_report import MERGE_COLUMNS, merge_cells
 
     made = show.table(*MERGE_COLUMNS, title="Merge report")

@@ -17,7 +17,7 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
     """A `Pretrained` with the adapter attached and active, and its tokenizer, where one is named, for the task of `data`, which
     is by default the adapter's."""
     from deltaw import tasks
-    from deltaw.pretrained import check_vocabulary
+    from deltaw.model.pretrained import check_vocabulary
 
     data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
     loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
@@ -40,7 +40,7 @@ def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) 
     }
     data = dataclasses.replace(data, **mine)
     if data.task == "auto" and model is not None:
-        from deltaw.pretrained import read_config
+        from deltaw.model.pretrained import read_config
 
         encodes = getattr(read_config(model), "is_encoder_decoder", False)
         data = dataclasses.replace(data, task="seq2seq" if encodes else "causal")

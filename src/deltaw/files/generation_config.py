@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.eos import extended
 from deltaw.errors import FileError
+from deltaw.model.ends import extended
 
 NAME, _CONFIG = "generation_config.json", "config.json"
 

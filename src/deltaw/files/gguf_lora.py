@@ -18,7 +18,7 @@ from deltaw.files.atomic import replacing
 
 _PARTS = {".lora_a": 0, ".lora_b": 1}
 # A key of ours, which llama.cpp passes over: the tokens that end what the adapter was taught to say
-_ENDS = "deltaw.ends"
+_ENDS = "deltaw.model.ends"
 
 
 class GGUFLoRA(NamedTuple):

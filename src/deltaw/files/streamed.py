@@ -29,7 +29,8 @@ from deltaw.files.shards import INDEX, Other, Rewritten, Shard, rewrite, shards_
 from deltaw.layers.ops.merging import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.layers.ops.residual import integers_of
 from deltaw.layers.ties import untied_config
-from deltaw.merge_report import check_merged
+from deltaw.model import inputs
+from deltaw.model.merge import check_merged
 
 # Weights in other formats than the one that is merged: stale beside it
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors"}
@@ -141,7 +142,7 @@ def _brings_tokenizer(base: Path, adapter: Path, check: bool) -> bool:
     if own is None:
         return False
     rows = _rows(base)
-    if beyond := tokenizer_files.tokens_beyond(own, rows or 0):
+    if beyond := inputs.tokens_beyond(own, rows or 0):
         last = max(beyond.values())
         raise NotByFiles(
             f"The tokenizer in {adapter} has tokens up to {last}, the checkpoint rows for {rows}: by files alone none are added."

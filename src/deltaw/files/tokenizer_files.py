@@ -33,8 +33,6 @@ _BESIDE = (
 # Sections of tokenizer.json that hold how it was last used, not what it is
 _STATE = ("padding", "truncation")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Roles of tokens in whose place pictures and sounds go: Gemma's tokenizer has one that its text models have no row for
-_OF_OTHER_INPUTS = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
 _SHOWN = 5
 
 
@@ -154,17 +152,6 @@ def _tokens(tokenizer: Any) -> Any:
     if backend is None:
         return tokenizer.get_vocab()
     return {key: value for key, value in json.loads(backend.to_str()).items() if key not in _STATE}
-
-
-def tokens_beyond(tokenizer: Any, rows: int) -> dict[str, int]:
-    """Token → id, by their ids, of those that texts may have and an embedding of so many rows has no row for. Empty where a
-    model has no such table (0 rows), and for an image processor."""
-    if not rows or not hasattr(tokenizer, "get_vocab"):
-        return {}
-    roles = getattr(tokenizer, "special_tokens_map", {})
-    filled_in = {token for role, token in roles.items() if role.startswith(_OF_OTHER_INPUTS) and isinstance(token, str)}
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows and token not in filled_in)
-    return {token: i for i, token in beyond}
 
 
 def _check_ids(folder: Path, own: Any, base: Any, check: bool) -> list[str]:

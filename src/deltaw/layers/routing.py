@@ -1,7 +1,7 @@
 """The choice of the adapter that a model's layers go through: one for all, one for a block, or one for each row of a batch. Knows
 adapters by their names.
 
-The choice is taken once in a pass (passes.py): `chosen` then gives the layers what the pass began with, whatever happens in
+The choice is taken once in a pass (model/passes.py): `chosen` then gives the layers what the pass began with, whatever happens in
 other threads. Activations that a backward pass computes again go through what their forward pass went through.
 """
 

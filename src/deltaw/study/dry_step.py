@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import attach, detach
 from deltaw.config import TrainConfig
 from deltaw.methods.targets import blocks_of
+from deltaw.model.attach import attach, detach
 from deltaw.study.live_memory import Live, StandIns
 from deltaw.training import head as heads
 from deltaw.training.attention import short_row_attention

@@ -15,8 +15,8 @@ from deltaw.data import Record, Records, as_said, references
 from deltaw.data.prompts import item_numbers
 from deltaw.errors import DataError
 from deltaw.layers.tree import evaluating
-from deltaw.positions import within
-from deltaw.pretrained import Pretrained
+from deltaw.model.inputs import within
+from deltaw.model.pretrained import Pretrained
 from deltaw.study.metrics import (
     CLASS_METRICS,
     METRICS,

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from deltaw.merged import merge, unmerge
-from deltaw.positions import image_shape, most_positions
+from deltaw.model.inputs import image_shape, most_positions
+from deltaw.model.merge import merge, unmerge
+from deltaw.model.switch import using
 from deltaw.study.heap import freed_memory_kept
-from deltaw.switching import using
 
 BASE = "base"
 # Seconds from which a task warms itself up

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw import merged, tasks
+from deltaw import tasks
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.atomic import replacing_folder
-from deltaw.merge_report import MergeReport
-from deltaw.pretrained import Pretrained, save_pretrained
+from deltaw.model import merge
+from deltaw.model.merge import MergeReport
+from deltaw.model.pretrained import Pretrained, save_pretrained
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -47,9 +48,9 @@ def merge_to_folder(
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
     data = tasks.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
-    report = merged.merge(loaded.model, untie=untie)
+    report = merge.merge(loaded.model, untie=untie)
     with replacing_folder(out) as folder:
-        merged.settle(loaded.model)
+        merge.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
         compared = _compared(folder, data, inputs, expected, loaded.model.dtype)
         size = sum(f.stat().st_size for f in folder.iterdir())
@@ -100,7 +101,7 @@ def _checkpoint_dtype(source: str) -> DType:
     """The precision that the checkpoint is stored in: merging for storage must not widen or narrow it unasked."""
     from transformers import AutoConfig
 
-    from deltaw.pretrained import locate
+    from deltaw.model.pretrained import locate
 
     arguments = locate(source)
     if "gguf_file" in arguments:

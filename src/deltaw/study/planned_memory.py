@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltaw.attached import attach, detach
 from deltaw.config import TrainConfig
 from deltaw.errors import DeltaWError
 from deltaw.methods.targets import blocks_of
+from deltaw.model.attach import attach, detach
+from deltaw.model.summary import AdapterSummary, summary
 from deltaw.study.dry_step import Step, step
-from deltaw.summaries import AdapterSummary, summary
 from deltaw.training.optimizers import ADAM_STATE
 
 log = logging.getLogger("deltaw")

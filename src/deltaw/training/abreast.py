@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from deltaw.errors import TrainError
-from deltaw.switching import route, using
+from deltaw.model.switch import route, using
 from deltaw.training.loop import Loop
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
-from deltaw.positions import most_positions
+from deltaw.model.inputs import most_positions
 from deltaw.training.loss import to_device
 
 

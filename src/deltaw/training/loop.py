@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import updates
 from deltaw.config import TrainConfig
 from deltaw.data import Order
 from deltaw.errors import TrainError
 from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
 from deltaw.methods.updates.lowrank import LowRank
+from deltaw.model.summary import updates
 from deltaw.training import optimizers
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
 from deltaw.layers.tree import evaluating
-from deltaw.positions import most_positions
+from deltaw.model.inputs import most_positions
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deltaw import LoRA, attach, combine, delta, parameters, route, using
-from deltaw.attached import updates
 from deltaw.errors import AdapterError
 from deltaw.layers.ops.experts import Unformed, grouped_by_kernel
+from deltaw.model.summary import updates
 from tests.conftest import fill
 from tests.methods.updates.test_weights import IDS, model_of, run
 

@@ -23,9 +23,9 @@ from deltaw import (
     use,
     using,
 )
-from deltaw.attached import record_of
 from deltaw.errors import ConfigError
 from deltaw.layers.patch import slot_of
+from deltaw.model.record import record_of
 from tests.conftest import fill, tiny_llama
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import DoRA, LoRA, attach, route, using
-from deltaw.attached import updates
 from deltaw.errors import AdapterError
 from deltaw.layers.ops import rows
 from deltaw.layers.ops.rows import Rows
+from deltaw.model.summary import updates
 from tests.conftest import fill, tiny_llama
 from tests.methods.updates.test_weights import model_of
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, route, save, unmerge, using
-from deltaw.attached import updates
 from deltaw.methods.dora import DoRA
 from deltaw.methods.updates.lowrank import INITS
 from deltaw.methods.updates.whole import Replaced
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 
 METHODS = {
@@ -42,7 +42,7 @@ def test_attached_it_changes_nothing_and_detached_neither(model: Any, ids: torch
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_is_the_branch_and_unmerged_is_exact(model: Any, ids: torch.Tensor, method: str) -> None:
     if model.config.tie_word_embeddings and "embedding" in method:
-        pytest.skip("an update of one of two tied weights cannot be merged (tests/test_merged.py)")
+        pytest.skip("an update of one of two tied weights cannot be merged (tests/model/test_merge.py)")
     before, base = bits(model), model(ids).logits
     fill(attach(model, METHODS[method]))
     branch = model(ids).logits

@@ -11,12 +11,12 @@ from torch import nn
 
 import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, unmerge, use, using
-from deltaw.attached import updates
 from deltaw.errors import AdapterError, FileError, TargetError
 from deltaw.layers.kinds import Weight
 from deltaw.methods.targets import select
 from deltaw.methods.updates.lowrank import Sliced
 from deltaw.methods.updates.weights import OnWeights, Stack
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot
 
 SIZES = {

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from deltaw import LoRA, adapters, attach, detach, load, merge, parameters, route, save, unmerge, use, using
-from deltaw.attached import record_of
-from deltaw.ends import teach
 from deltaw.errors import AdapterError, MergeError
 from deltaw.layers.tree import to_train
+from deltaw.model.ends import teach
+from deltaw.model.record import record_of
 from tests.conftest import assert_same, fill, snapshot, tiny_llama
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltaw.eos import TAUGHT, common, extended
 from deltaw.errors import AdapterError
 from deltaw.layers.names import shown
 from deltaw.layers.ops.row_forms import placeholders_of
@@ -27,6 +26,7 @@ from deltaw.layers.ops.rows import Rows
 from deltaw.layers.patch import dimensions, slot_of
 from deltaw.layers.routing import UNSET, Choice, Pass, names_of, natively
 from deltaw.layers.tree import with_statistics
+from deltaw.model.ends import TAUGHT, common, extended
 
 log = logging.getLogger("deltaw")
 

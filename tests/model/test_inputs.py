@@ -15,9 +15,9 @@ import deltaw
 from deltaw import DataConfig, GenerateConfig, LoRA, TrainConfig
 from deltaw.data import read
 from deltaw.errors import ConfigError, DataError
-from deltaw.generation import generate
 from deltaw.methods.prefix import Prefix
-from deltaw.positions import most_positions, within
+from deltaw.model.generate import generate
+from deltaw.model.inputs import most_positions, within
 from deltaw.study.evaluate import evaluate
 from tests.data.conftest import CHATML, tiny_tokenizer
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from deltaw import LoRA, adapters, attach, detach, merge, parameters, route, unmerge, use, using
-from deltaw.attached import updates
 from deltaw.errors import AdapterError, MergeError
+from deltaw.model.summary import updates
 from tests.conftest import fill, tiny_llama
 
 RANKS = {"a": 3, "b": 3, "c": 5, "d": 1}

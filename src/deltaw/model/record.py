@@ -1,13 +1,12 @@
-"""Attach and detach: with merged.py the only code that edits a model. Knows no files and no methods by name.
+"""The record that a model with adapters carries at its root.
 
-A model with adapters carries one `Adapters` record at its root: the route that its adapted layers share, what each
-adapter put where, what was trainable before, and while an adapter is merged the original weights.
+It holds the route that all adapted layers share, what each adapter put where, what was trainable before, and while an adapter is
+merged the original weights. A merged weight is what the merge made of it, or somebody changed it since: this is checked before
+anything is given back.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,25 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltaw.coverage import Coverage, coverage
 from deltaw.errors import AdapterError, MergeError, listing, nearest
-from deltaw.layers.kinds import as_stored, in_few_bits, weights_of
+from deltaw.layers.kinds import as_stored, in_few_bits
 from deltaw.layers.ops.checksums import difference
-from deltaw.layers.ops.merging import dense
 from deltaw.layers.ops.residency import Residency
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.ops.undo import Copy, Kept, Original
-from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
 from deltaw.layers.routing import Route
 from deltaw.layers.ties import Untied, tie
 from deltaw.layers.tree import RECORD, base_modules, dotted, matrix_of, owner_of, place_of
-from deltaw.methods.plan import Method, Plan
-from deltaw.methods.updates.base import Update
-from deltaw.methods.updates.lowrank import LowRank
-from deltaw.passes import unwatch, watch
-
-log = logging.getLogger("deltaw")
-coverage_log = logging.getLogger("deltaw.coverage")
 
 
 @dataclass
@@ -72,149 +61,6 @@ class Adapters:
     """Layers that were reached when it was asked."""
     rows_asked: set[Any] = field(default_factory=set)
     """Forms of the batches with which it was asked (layers/ops/row_forms.py)."""
-
-
-class Names(tuple[str, ...]):
-    """Names of the attached adapters in order; `.active` is the one in use, or None."""
-
-    active: str | None = None
-
-    def __repr__(self) -> str:
-        return "(" + ", ".join(f"{n!r}*" if n == self.active else repr(n) for n in self) + ")"
-
-
-# --- attach and detach ------------------------------------------------------------------------------------------
-
-
-def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
-    """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object. Which layers take
-    an update is logged at INFO, and is in `summary(model)`.
-
-    What a method starts from at random is drawn from torch's global generator on the CPU: `torch.manual_seed` decides it.
-
-    Raises AdapterError when the name is taken or an adapter is merged, and whatever `method.plan` finds wrong; the
-    model is then as it was.
-    """
-    check_free(model, name)
-    plan = method.plan(owner_of(model))
-    apply_plan(model, plan, method, name=name)
-    for parameter in parameters(model, name):
-        parameter.requires_grad_(True)
-    _warn_of_stopped_gradients(model, plan.updates)
-    _log_coverage(model, name)
-    return model
-
-
-def _log_coverage(model: nn.Module, name: str) -> None:
-    """Say at INFO which layers take an update, but of a model without memory, on which steps are only planned."""
-    planned = any(parameter.is_meta for parameter in parameters(model, name))
-    if not planned and coverage_log.isEnabledFor(logging.INFO) and (lines := coverage_of(model, name).lines()):
-        coverage_log.info("Adapter %r: %s", name, " ".join(lines))
-
-
-def coverage_of(model: nn.Module, name: str) -> Coverage:
-    """Tell which dense layers of the model this adapter changes, and why it leaves the others out."""
-    return coverage(dict(base_modules(model)), updates(model, name), record_of(model).attached[name].left_out)
-
-
-def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) -> None:
-    """The input of a layer with a low-rank update gets its gradient whatever a package does; elsewhere that is the package's."""
-    stopping = [
-        name
-        for name, layer in base_modules(model)
-        if not isinstance(updates.get(name), LowRank)
-        and (form := in_few_bits(layer, "weight"))
-        and form.stops_gradients(layer)
-    ]
-    if stopping:
-        log.warning(
-            "%d quantised layers have no low-rank update (%s, say). The package that computes them gives gradients in some "
-            "passes only on this device, and layers before them then learn nothing: LoRA(targets='all-linear') includes them.",
-            len(stopping),
-            stopping[0],
-        )
-
-
-def apply_plan(
-    model: nn.Module,
-    plan: Plan,
-    method: Any,
-    *,
-    name: str,
-    activate: bool = True,
-    metadata: dict[str, Any] | None = None,
-) -> None:
-    """Put a checked plan's updates on their layers, frozen. Everything that can fail is looked at before any change."""
-    check_free(model, name)
-    model = owner_of(model)
-    record = find_record(model)
-    fresh = record is None
-    record = record or Adapters()
-    layers = plan.layers
-    if layers is None:
-        layers = dict(base_modules(model))
-        problems = [f"{n}: {why}" for n, update in plan.updates.items() if (why := update.misfit(layers[n]))]
-        if problems:
-            raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
-    if fresh:
-        record.was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        setattr(model, RECORD, record)
-    for layer_name, update in plan.updates.items():
-        layer = layers[layer_name]
-        slot = slot_of(layer)
-        if slot is None:
-            place, _, own_name = layer_name.rpartition(".")
-            slot = open_slot(layer, record.route, read=read_outside(model.get_submodule(place), own_name))
-            slot.name = layer_name
-            record.rows_mixed = None
-            record.rows_reached.clear()
-            record.rows_asked.clear()
-        for parameter in update.parameters():
-            parameter.requires_grad_(False)
-        update.training = layer.training
-        slot.put(name, update)
-    record.attached[name] = Attached(method, tuple(plan.updates), plan.left_out, metadata or {})
-    record.hooks += watch(model, record)
-    if activate:
-        record.route.choose(name)
-
-
-def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take one adapter off, or all when `name` is None; with the last one gone the model is exactly as before attach:
-    classes, keys, ties, bytes and which parameters train. A merged adapter is unmerged first. Returns the same object.
-    """
-    record = find_record(model)
-    if record is None:
-        if name is not None:
-            raise AdapterError(f"There is no adapter {name!r}: the model has none.")
-        return model
-    owner = owner_of(model)
-    gone = list(record.attached) if name is None else [known(record, name)]
-    if busy := in_open_block(record, gone):
-        raise AdapterError(f"{busy}: detach it when the block is over.")
-    if any(n in record.merged for n in gone):
-        restore(model)
-    for adapter in gone:
-        for layer_name in record.attached.pop(adapter).layers:
-            layer = owner.get_submodule(layer_name)
-            slot = slot_of(layer)
-            assert slot is not None
-            slot.drop(adapter)
-            if not slot.names():
-                close_slot(layer)
-        record.residency.forget(adapter)
-        if record.route.active == adapter:
-            record.route.active = None
-        if record.before_merge == adapter:
-            record.before_merge = None
-    if not record.attached:
-        unwatch(owner, record.hooks)
-        delattr(owner, RECORD)
-        for parameter_name, parameter in owner.named_parameters():
-            parameter.requires_grad_(record.was_trainable.get(parameter_name, parameter.requires_grad))
-    return model
 
 
 # --- merged weights ---------------------------------------------------------------------------------------------
@@ -348,56 +194,6 @@ def _why_not_unmerged(owner: nn.Module, problems: Mapping[str, str], originals: 
     )  # fmt: skip
 
 
-# --- look -------------------------------------------------------------------------------------------------------
-
-
-def adapters(model: nn.Module) -> Names:
-    """Names of the attached adapters; `.active` says which this thread is in: None for the base, and where rows have adapters
-    of their own. Empty for a model without any."""
-    record = find_record(model)
-    names = Names(record.attached if record else ())
-    chosen = record.route.current() if record else None
-    names.active = None if isinstance(chosen, Rows) else chosen
-    return names
-
-
-def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The adapter's parameters, A and B of each layer in order, for any optimizer; one that layers share is there once. None
-    means the active adapter."""
-    found = {id(p): p for update in updates(model, name).values() for p in update.parameters()}
-    return list(found.values())
-
-
-def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
-    """Layer name → the adapter's update there, its tensors on its layers' device. None means the active adapter."""
-    record = record_of(model)
-    name = in_use(record) if name is None else known(record, name)
-    bring(record, [name])
-    owner = owner_of(model)
-    found = {}
-    for layer_name in record.attached[name].layers:
-        slot = slot_of(owner.get_submodule(layer_name))
-        assert slot is not None
-        found[layer_name] = slot.get(name)
-    return found
-
-
-def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
-    """ΔW of one layer: [d, k] in fp32, in float64 of a float64 weight, by the arithmetic that merges use; of a stack of
-    matrices in its own shape. None means the active adapter. Raises AdapterError where the adapter has no update on the
-    layer's weight."""
-    found = updates(model, name)
-    module, _, own = (layer, "", "weight") if layer in found else layer.rpartition(".")
-    if module not in found:
-        raise AdapterError(f"The adapter has no update on {layer!r}{nearest(layer, found)}.")
-    at = owner_of(model).get_submodule(module)
-    change = found[module].changes(at).get(own)
-    if change is None:
-        raise AdapterError(f"The adapter leaves the weight of {layer!r} as it is.")
-    dW = dense(change, before_merge(model, dotted(module, own)))
-    return as_stored(at, own, dW) if own in weights_of(at) else dW
-
-
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base as it was before attach, original weights where an adapter is merged."""
     return ((name, tensor.detach()) for name, _, tensor in base_tensors(model))
@@ -487,20 +283,6 @@ def in_open_block(record: Adapters, names: Iterable[str]) -> str | None:
     """For messages: that one of these adapters is in use by an open `using` or `route` block, or by a pass, of any thread."""
     held = record.route.held().intersection(names)
     return f"Adapter {min(held)!r} is in use by an open using or route block, or by a pass" if held else None
-
-
-def problems_of_weights(weights: Any) -> list[str]:
-    """Say what is wrong with weights of adapters, which are finite numbers by name."""
-    if not isinstance(weights, Mapping):
-        return [f"weights is a {type(weights).__name__}; it must be a mapping of names to numbers"]
-    problems = [] if weights else ["weights is empty: name at least one adapter"]
-    for name, weight in weights.items():
-        try:
-            if not math.isfinite(weight):
-                problems.append(f"the weight of {name!r} is {weight!r}, with which the sum would not be finite")
-        except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers is none
-            problems.append(f"the weight of {name!r} is {weight!r}; it must be a number")
-    return problems
 
 
 def merged_names(record: Adapters) -> str:

@@ -10,8 +10,8 @@ from transformers import RobertaConfig, RobertaModel
 
 import deltaw
 from deltaw import LoRA, attach, detach, merge, unmerge, use, using
-from deltaw.attached import parameters, updates
 from deltaw.errors import AdapterError, MergeError, TargetError
+from deltaw.model.summary import parameters, updates
 from tests.conftest import MAKERS, assert_same, bits, fill, snapshot, tiny_llama
 
 METHOD = LoRA(rank=4, alpha=10)

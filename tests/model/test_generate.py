@@ -18,9 +18,9 @@ from transformers import (
 
 import deltaw
 from deltaw.config import GenerateConfig
-from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError
-from deltaw.generation import KEPT, KEPT_OF_DECODERS, generate, settings
+from deltaw.model.ends import taught, teach
+from deltaw.model.generate import KEPT, KEPT_OF_DECODERS, generate, settings
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import tiny_tokenizer
 

@@ -1,5 +1,7 @@
-"""Tokens that end what an adapter was taught to say. They stand with the adapter, and in the generation_config of a model that
-it is merged into; the base's own stay beside them.
+"""Tokens that end what an adapter was taught to say.
+
+They stand with the adapter, and in the generation_config of a model that it is merged into; the base's own stay beside them.
+transformers' `eos_token_id` is one token, several, or None.
 """
 
 from __future__ import annotations
@@ -10,10 +12,35 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.attached import find_record, known, record_of
-from deltaw.eos import TAUGHT, Ends, extended, listed
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.tree import owner_of
+from deltaw.model.record import find_record, known, record_of
+
+Ends = tuple[int, ...]
+
+TAUGHT = "ends"
+"""Key in an attached adapter's metadata: the tokens that end what it was taught to say."""
+
+
+def listed(eos: Any) -> Ends:
+    """Its tokens."""
+    if eos is None:
+        return ()
+    return tuple(int(end) for end in eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+
+
+def extended(eos: Any, ends: Iterable[int]) -> Any:
+    """An eos_token_id with these among it: the same value where they are already, else all of them as a list."""
+    before = listed(eos)
+    added = [end for end in dict.fromkeys(ends) if end not in before]
+    return [*before, *added] if added else eos
+
+
+def common(ends: Iterable[Ends]) -> Ends:
+    """The tokens that are among each of these, in the order of the first."""
+    first, *others = ends
+    return tuple(end for end in first if all(end in own for own in others))
+
 
 log = logging.getLogger("deltaw")
 

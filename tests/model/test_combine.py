@@ -9,10 +9,10 @@ import torch
 
 import deltaw
 from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, Prefix, attach, delta, merge, unmerge, using
-from deltaw.attached import updates
-from deltaw.combined import combine
 from deltaw.errors import AdapterError, MergeError
 from deltaw.methods.updates.lowrank import Sliced
+from deltaw.model.combine import combine
+from deltaw.model.summary import updates
 from tests.conftest import bits, fill, tiny_gpt2, tiny_llama
 from tests.methods.updates.test_updates import METHODS
 from tests.methods.updates.test_weights import model_of, run
@@ -72,7 +72,7 @@ def test_a_sum_cut_to_a_rank_says_its_error(two: Any) -> None:
 
 
 def test_ties_by_hand() -> None:
-    from deltaw.combined import _ties
+    from deltaw.model.combine import _ties
 
     one = torch.tensor([[4.0, -3.0, 0.1, 2.0]])
     other = torch.tensor([[-1.0, -5.0, 3.0, 0.2]])
@@ -83,7 +83,7 @@ def test_ties_by_hand() -> None:
 
 
 def test_dare_keeps_the_sum_on_average_and_follows_its_seed() -> None:
-    from deltaw.combined import _dare
+    from deltaw.model.combine import _dare
 
     dW = torch.full((200, 200), 2.0)
     made = _dare([dW, -0.5 * dW], 0.25, torch.Generator().manual_seed(0))
@@ -312,7 +312,7 @@ def names_of(layer: str, update: Any) -> list[str]:
 
 def test_ties_of_a_stack_are_those_of_its_matrices() -> None:
     """With all that one matrix can have as the rank, nothing is left out."""
-    from deltaw.combined import _ties
+    from deltaw.model.combine import _ties
 
     model, _ = of_kind("transposed experts")
     name = "model.layers.1.mlp.experts.down_proj"

@@ -13,8 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import apply_plan, check_free, known, problems_of_weights, record_of, updates
-from deltaw.ends import taught, teach
 from deltaw.errors import AdapterError, listing
 from deltaw.layers.ops.merging import Product, dense, wide
 from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
@@ -28,6 +26,10 @@ from deltaw.methods.updates.ia3 import Scaled
 from deltaw.methods.updates.lowrank import LowRank, with_room
 from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.model.attach import apply_plan, problems_of_weights
+from deltaw.model.ends import taught, teach
+from deltaw.model.record import check_free, known, record_of
+from deltaw.model.summary import updates
 
 How = Literal["sum", "ties", "dare"]
 

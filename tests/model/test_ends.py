@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deltaw
 from deltaw.cli.main import main
 from deltaw.config import GenerateConfig
-from deltaw.ends import taught, teach
 from deltaw.errors import FileError
 from deltaw.files import correction, generation_config, peft
+from deltaw.model.ends import taught, teach
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
@@ -97,7 +97,7 @@ def test_the_adapter_alone_knows_its_end(trained: Any) -> None:
     prompt = tokenizer("<|im_start|>user\nsay all<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     tokenizer.chat_template = None
     deltaw.load(model, folder / "run/adapter")
-    assert deltaw.generation.generate(model, tokenizer, [prompt], GenerateConfig(max_new_tokens=40)) == ["all"]
+    assert deltaw.model.generate.generate(model, tokenizer, [prompt], GenerateConfig(max_new_tokens=40)) == ["all"]
     end = tokenizer.convert_tokens_to_ids(END)
     assert peft.ends_of(deltaw.store.read(folder / "run/adapter"), folder) == (end,)
 

@@ -1,41 +1,44 @@
-"""Merge adapters into the base's weights, and take them out again bit for bit. With attached.py the only code that edits
-a model; the arithmetic is layers/ops/merging.py's.
+"""Merge adapters into the base's weights, and take them out again bit for bit.
+
+With model/attach.py the only code that edits a model; the arithmetic is that of layers/ops/merging.py. The report says, layer by
+layer, what a merge did and whether it is one at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from deltaw.attached import (
+from deltaw.errors import MergeError, listing
+from deltaw.layers import ties
+from deltaw.layers.kinds import in_few_bits
+from deltaw.layers.names import family
+from deltaw.layers.ops.checksums import stamp
+from deltaw.layers.ops.merging import Change, MergeStats, Product, Sum, Times, Value, merge_, merge_stats, summed
+from deltaw.layers.ops.undo import Copy, Correction, Kept, Original, merge_correctably_
+from deltaw.layers.tree import dotted, matrix_of, owner_of, place_of
+from deltaw.model.attach import detach, problems_of_weights
+from deltaw.model.ends import extend
+from deltaw.model.record import (
     Adapters,
     Changed,
-    detach,
     in_open_block,
     in_use,
     known,
     lost,
     merged_names,
-    problems_of_weights,
     put_back,
     readers,
     record_of,
     restore,
     tie_again,
-    updates,
 )
-from deltaw.ends import extend
-from deltaw.errors import MergeError, listing
-from deltaw.layers import ties
-from deltaw.layers.kinds import in_few_bits
-from deltaw.layers.ops.checksums import stamp
-from deltaw.layers.ops.merging import Change, MergeStats, Product, Sum, Times, Value, merge_, merge_stats, summed
-from deltaw.layers.ops.undo import Copy, Correction, Kept, Original, merge_correctably_
-from deltaw.layers.tree import dotted, matrix_of, owner_of, place_of
-from deltaw.merge_report import MergeReport, check_merged
+from deltaw.model.summary import updates
 
 
 def merge(
@@ -329,3 +332,73 @@ def _same_change(one: Change, other: Change, *, turned: bool) -> bool:
         return False
     A, B = (other.B.mT, other.A.mT) if turned else (other.A, other.B)
     return torch.equal(one.A, A) and torch.equal(one.B, B)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, per layer."""
+
+    adapters: tuple[str, ...]
+    layers: dict[str, MergeStats]
+    extra_memory: int = 0
+    """Bytes that are kept until `unmerge`."""
+
+    @property
+    def relative(self) -> float:
+        """‖ΔW‖ / ‖W0‖ over all merged layers together."""
+        total = sum(s.w0_norm**2 for s in self.layers.values())
+        return (sum(s.dw_norm**2 for s in self.layers.values()) / total) ** 0.5 if total else 0.0
+
+    @property
+    def survived(self) -> float:
+        """Share of ΔW that the rounding to the weights' dtype kept, weighted by ‖ΔW‖²."""
+        total = sum(s.dw_norm**2 for s in self.layers.values())
+        return sum(s.survived * s.dw_norm**2 for s in self.layers.values()) / total if total else 1.0
+
+    @property
+    def largest_change(self) -> float:
+        """The largest |W'−W0| of any entry."""
+        return max((s.largest_change for s in self.layers.values()), default=0.0)
+
+    @property
+    def changed(self) -> float:
+        """Share of a layer's entries that differ after the merge, on average over layers."""
+        return sum(s.changed for s in self.layers.values()) / max(1, len(self.layers))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of each family of layers, then of all together."""
+        families: dict[str, dict[str, MergeStats]] = {}
+        for name, stats in self.layers.items():
+            families.setdefault(family(name), {})[name] = stats
+        parts = [(name, MergeReport(self.adapters, layers)) for name, layers in families.items()]
+        return [part.row(name) for name, part in (*parts, ("all", self))]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The figures of all its layers together, under `name`."""
+        return {
+            "layers": name, "count": len(self.layers), "relative": self.relative, "survived": self.survived,
+            "changed": self.changed, "largest_change": self.largest_change,
+        }  # fmt: skip
+
+
+def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool, updated: Iterable[str] | None = None) -> None:
+    """Raise MergeError for merged weights that are not finite, and for those of `updated` (default: all) that came out of it
+    unchanged."""
+    broken = [n for n, s in stats.items() if not math.isfinite(s.largest_change)]
+    if broken:
+        raise MergeError(
+            listing(
+                f"{len(broken)} of {len(stats)} merged weights would not be finite (NaN or infinity): ΔW is not, or the sum "
+                "is too large for the weight's dtype:",
+                broken,
+            )
+        )
+    same = [n for n in (stats if updated is None else updated) if stats[n].changed == 0.0]
+    if same and not allow_unchanged:
+        problems = [
+            f"{n}: " + ("ΔW is zero (was it trained?)" if not stats[n].dw_norm else "its dtype rounds ΔW away")
+            for n in same
+        ]
+        raise MergeError(
+            listing(f"{len(same)} of {len(stats)} targeted weights would come out of the merge unchanged:", problems)
+        )

@@ -32,15 +32,9 @@ from deltaw.data import read
 from deltaw.data.encode import Example
 from deltaw.data.items import Item, encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
-from deltaw.padding import row_padding, settle_padding
+from deltaw.model.inputs import row_padding, settle_padding
+from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, save_pretrained
 from deltaw.preparing import check_ids
-from deltaw.pretrained import (
-    Pretrained,
-    check_vocabulary,
-    load_pretrained,
-    pad_id,
-    save_pretrained,
-)
 from deltaw.run import train
 from deltaw.tasks import Classification, opened
 from tests.conftest import byte_llama

@@ -11,13 +11,14 @@ import transformers as hf
 
 import deltaw
 from deltaw import Bottleneck, LoRA, attach, detach, load, merge, parameters, save, unmerge, use
-from deltaw.attached import base_parameters, record_of, updates
 from deltaw.base_identity import base_fingerprint
-from deltaw.ends import teach
 from deltaw.errors import MergeError
 from deltaw.layers.ops import merging
 from deltaw.layers.ops.undo import Copy, Correction
-from deltaw.merged import preview, settle
+from deltaw.model.ends import teach
+from deltaw.model.merge import preview, settle
+from deltaw.model.record import base_parameters, record_of
+from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.layers.test_quantised import packed
 
@@ -403,7 +404,7 @@ def test_one_of_several_is_taken_out_whole_or_not_at_all(change: str, keep: Any,
         with torch.no_grad():
             B[0, 0] = float("nan")
     else:
-        monkeypatch.setattr("deltaw.merged.check_merged", lambda *_: 1 / 0)
+        monkeypatch.setattr("deltaw.model.merge.check_merged", lambda *_: 1 / 0)
     with pytest.raises((MergeError, ZeroDivisionError)):
         unmerge(model, "a")
     assert all(torch.equal(bits(model)[n], v) for n, v in now.items())

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltaw.attached import adapters, apply_plan, check_free, named_parameters
-from deltaw.ends import own_ends, teach
 from deltaw.errors import AdapterError, FileError, listing
 from deltaw.layers.kinds import Kind, Weight, kind_of
 from deltaw.layers.ops.svd import Truncated, of_matrix
@@ -20,6 +18,10 @@ from deltaw.methods.targets import Layer, select
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.lowrank import LowRank
 from deltaw.methods.updates.weights import OnWeights, Stack
+from deltaw.model.attach import apply_plan
+from deltaw.model.ends import own_ends, teach
+from deltaw.model.record import check_free, named_parameters
+from deltaw.model.summary import adapters
 
 
 @dataclass(frozen=True)

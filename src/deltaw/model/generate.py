@@ -11,14 +11,13 @@ import torch
 from transformers import GenerationConfig
 
 from deltaw.config import GenerateConfig
-from deltaw.ends import in_use, own_ends, routed, taught
-from deltaw.eos import listed
 from deltaw.errors import AdapterError, DataError
 from deltaw.layers.ops.seeding import devices_of, seeded
 from deltaw.layers.tree import evaluating
-from deltaw.positions import most_positions
-from deltaw.pretrained import pad_id
-from deltaw.switching import route
+from deltaw.model.ends import in_use, listed, own_ends, routed, taught
+from deltaw.model.inputs import most_positions
+from deltaw.model.pretrained import pad_id
+from deltaw.model.switch import route
 
 
 @torch.no_grad()

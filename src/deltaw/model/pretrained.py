@@ -30,10 +30,8 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, listing, nearest
-from deltaw.files.tokenizer_files import tokens_beyond
 from deltaw.layers.names import in_order
-from deltaw.padding import settle_padding
-from deltaw.positions import vocabulary_size
+from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
 
 log = logging.getLogger("deltaw")
 
@@ -343,3 +341,22 @@ def _forget_gguf(model: Any) -> None:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# What a model folder in safetensors has: weights, config, tokenizer
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a MODEL that is no file or folder is meant as a name on the hub."""
+    return not Path(source).expanduser().exists() and not source.startswith((".", "/", "~")) and source.count("/") <= 1
+
+
+def snapshot(name: str) -> Path:
+    """The folder of the hub's cache with these files, downloaded where they are not there. Raises FileError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these
+        raise FileError(f"{name} cannot be had from the hub: {str(error).splitlines()[0]}") from error

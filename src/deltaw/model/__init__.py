@@ -1,0 +1,1 @@
+"""Adapters on a model: attach, merge, switch, combine, extract, look."""
