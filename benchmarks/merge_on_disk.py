@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 
 import machine
-from deltaw.files import peft
-from deltaw.files.peft_config import config_for
-from deltaw.files.places import fingerprint_of_layers, places_of
-from deltaw.files.shards import shards_of
+from deltaw.files.formats import peft
+from deltaw.files.formats.peft_config import config_for
+from deltaw.files.formats.safetensors import shards_of
+from deltaw.files.locate import fingerprint_of_layers, places_of
 
 HIDDEN, KV, INNER, VOCABULARY = 4096, 1024, 14336, 128256
 SHAPES = {

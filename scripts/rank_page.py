@@ -13,8 +13,8 @@ from typing import Any
 
 from scripts.evidence_page import RESULTS, ROOT, of_several, read, table
 
-from deltaw import units
 from deltaw.environment import in_words
+from deltaw.files import units
 from deltaw.study.comparison import interval, score
 
 TEXT, PAGE = ROOT / "scripts" / "rank_page.md", ROOT / "docs" / "rank.md"

@@ -408,7 +408,7 @@ def test_flags_win_over_yaml(place: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("rank: 2\nsteps: 2\nlr: 1e-3\nsamples: 0\n")
     words = ["train", str(place / "model"), str(place / "data.jsonl"), "--config", str(tmp_path / "c.yaml")]
     assert main([*words, "--rank", "3", "--out", str(tmp_path / "run")]) == 0
-    from deltaw.files.peft import read
+    from deltaw.files.formats.peft import read
 
     assert {A.shape[0] for A, _ in read(tmp_path / "run" / "adapter").factors.values()} == {3}
 

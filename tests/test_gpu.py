@@ -10,7 +10,7 @@ import torch
 
 import deltaw
 from deltaw import DoRA, LoRA, attach, load, merge, parameters, route, save, unmerge, use, using
-from deltaw.base_identity import base_fingerprint
+from deltaw.files.identity import base_fingerprint
 from tests.conftest import bits, byte_llama, fill, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_run import METHOD, RECORDS, quick

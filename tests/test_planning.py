@@ -15,9 +15,9 @@ import deltaw
 from deltaw import available_memory
 from deltaw.cli.main import main
 from deltaw.errors import ConfigError, FileError
+from deltaw.files.units import parse_size
 from deltaw.study.planned_memory import largest
 from deltaw.study.presets import PRESETS
-from deltaw.units import parse_size
 from tests.conftest import byte_llama, tiny_gpt2, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_comparing import RECORDS

@@ -13,7 +13,7 @@ import deltaw
 from deltaw.cli import main
 from deltaw.config import SweepConfig, TrainConfig
 from deltaw.errors import ConfigError, TargetError
-from deltaw.files.peft import tensors_of
+from deltaw.files.formats.peft import tensors_of
 from deltaw.sweeping import sweep
 from deltaw.tried_ranks import candidates, choices, learning_rates, numbers
 from tests.conftest import byte_llama, tiny_llama

@@ -23,12 +23,12 @@ import toolcalls
 import torch
 
 import deltaw
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.train import progress
 from deltaw.data import encode_prompt, read
 from deltaw.errors import DeltaWError, FileError
-from deltaw.files.atomic import replacing_folder
+from deltaw.files import units
+from deltaw.files.formats.atomic import replacing_folder
 from deltaw.model.pretrained import load_pretrained, save_pretrained
 from deltaw.model.record import base_parameters
 from deltaw.model.switch import using

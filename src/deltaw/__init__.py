@@ -13,7 +13,6 @@ from deltaw.version import __version__
 if TYPE_CHECKING:
     from deltaw.choosing import RankChoice, choose_rank
     from deltaw.comparing import Comparison, compare
-    from deltaw.compressed import Compressed, compress
     from deltaw.config import (
         CompareConfig,
         DataConfig,
@@ -23,9 +22,12 @@ if TYPE_CHECKING:
         SweepConfig,
         TrainConfig,
     )
-    from deltaw.converted import convert
     from deltaw.errors import DeltaWError
-    from deltaw.files.streamed import merge_files, unmerge_files
+    from deltaw.files.compress import Compressed, compress
+    from deltaw.files.convert import convert
+    from deltaw.files.merge import merge_files, unmerge_files
+    from deltaw.files.spectrum import Spectrum, spectrum
+    from deltaw.files.store import load, save
     from deltaw.methods.bitfit import BitFit
     from deltaw.methods.bottleneck import Bottleneck
     from deltaw.methods.dora import DoRA
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from deltaw.model.switch import keep_on_device, route, use, using
     from deltaw.planning import Planned, plan
     from deltaw.run import RunResult, train
-    from deltaw.spectra import Spectrum, spectrum
-    from deltaw.store import load, save
     from deltaw.sweeping import Sweep, sweep
 
 _HOME = {

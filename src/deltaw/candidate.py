@@ -23,7 +23,7 @@ TASK, SCORE = "candidate.json", "score.json"
 
 def main(folder: Path) -> int:
     """Exit code: 0, or that of the error, which is in score.json."""
-    from deltaw.files.atomic import write_text
+    from deltaw.files.formats.atomic import write_text
 
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
     try:

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deltaw import environment, store
-from deltaw.compressed import allocated, truncated
+from deltaw import environment
 from deltaw.config import GenerateConfig, PlanConfig, RankConfig, to_mapping
 from deltaw.confirming import check_confirmable, confirmed
 from deltaw.data.batches import padded
@@ -25,18 +24,20 @@ from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
 from deltaw.directions import alike, amplifications
 from deltaw.errors import ConfigError, DataError, DeltaWError, listing
-from deltaw.files import peft
-from deltaw.files.atomic import write_text
-from deltaw.files.peft import LoRAFile
+from deltaw.files import store
+from deltaw.files.compress import allocated, truncated
+from deltaw.files.formats import peft
+from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.peft import LoRAFile
+from deltaw.files.renames import renamed
+from deltaw.files.spectrum import Spectrum, spectra_of, triples_of
 from deltaw.finished import Finished, finished, parameters_of
 from deltaw.layers import tree
 from deltaw.model import attach
 from deltaw.model.switch import using
 from deltaw.planning import plan
 from deltaw.preparing import HeldOut, held_out
-from deltaw.renames import renamed
 from deltaw.scoring import metrics_for
-from deltaw.spectra import Spectrum, spectra_of, triples_of
 from deltaw.study.choice import Choice, chosen
 from deltaw.study.evaluate import evaluate
 from deltaw.study.rank_report import rank_report

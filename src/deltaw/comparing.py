@@ -22,7 +22,7 @@ from typing import Any, Literal
 from deltaw import candidate, environment, three_sets, timing
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError, Interrupted, TrainError
-from deltaw.files.atomic import write_text
+from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, QUICK, Contestant, contestants, described, rates
 from deltaw.resuming import claim, read_json, run_settings
 from deltaw.scoring import scoring_of

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from deltaw import available_memory, units
+from deltaw import available_memory
 from deltaw.data.batches import padded
+from deltaw.files import units
 from deltaw.layers.unwrap import plain_class
 from deltaw.model.summary import summary
 from deltaw.preparing import Prepared

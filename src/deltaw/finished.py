@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaw import store
 from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.errors import ConfigError, FileError
-from deltaw.files import peft
-from deltaw.files.peft import LoRAFile
-from deltaw.files.peft_config import method_of
+from deltaw.files import store
+from deltaw.files.formats import peft
+from deltaw.files.formats.peft import LoRAFile
+from deltaw.files.formats.peft_config import method_of
+from deltaw.files.spectrum import triples_of
 from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-from deltaw.spectra import triples_of
 from deltaw.tasks import of_adapter
 
 

@@ -30,6 +30,7 @@ from deltaw.data.batches import padded
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.errors import ConfigError, FileError, TargetError, nearest
+from deltaw.files.units import parse_size
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.registry import DEFAULT, contestants
 from deltaw.model.inputs import most_positions
@@ -38,7 +39,6 @@ from deltaw.preparing import with_head
 from deltaw.study.planned_memory import Memory, Taken, counts, largest, memory_of, taken
 from deltaw.study.presets import PRESETS
 from deltaw.tasks import TASKS
-from deltaw.units import parse_size
 
 _OPENERS: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification,

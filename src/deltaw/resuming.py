@@ -10,7 +10,7 @@ from typing import Any
 
 from deltaw.config import TrainConfig, to_mapping
 from deltaw.errors import ConfigError
-from deltaw.files.atomic import write_text
+from deltaw.files.formats.atomic import write_text
 
 
 def run_settings(config: TrainConfig) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import store
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record, as_said
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.expected_memory import expected
-from deltaw.files.atomic import write_text
+from deltaw.files import store
+from deltaw.files.formats.atomic import write_text
 from deltaw.layers.ops.seeding import seeded
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import name_of

@@ -23,7 +23,7 @@ from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.directions import alike, in_common
 from deltaw.errors import DataError, TrainError
-from deltaw.files.atomic import write_text
+from deltaw.files.formats.atomic import write_text
 from deltaw.finished import finished
 from deltaw.model import attach
 from deltaw.model.switch import use

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deltaw import store
 from deltaw.config import DataConfig, DType, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, prompt_ends, template_of
 from deltaw.data.images import pixels
 from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError, FileError, listing
-from deltaw.files.tokenizer_files import brought
+from deltaw.files import store
+from deltaw.files.formats.model_folder import brought
 from deltaw.layers.tree import evaluating
 from deltaw.methods.updates.whole import Replaced
 from deltaw.model.generate import generate, too_long

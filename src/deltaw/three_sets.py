@@ -18,7 +18,7 @@ from deltaw.data.prompts import described, items_in
 from deltaw.data.records import Records, checked
 from deltaw.data.sources import HELD_OUT, is_path, rows, splits
 from deltaw.errors import DataError
-from deltaw.files.atomic import write_text
+from deltaw.files.formats.atomic import write_text
 
 NAMES = ("train", "valid", "test")
 # Of the records, where there are no splits: held out, and to score at the end; and never more than so many

@@ -18,7 +18,7 @@ _ROUNDS = 9
 
 def main(folder: Path) -> int:
     """Exit code."""
-    from deltaw.files.atomic import write_text
+    from deltaw.files.formats.atomic import write_text
 
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
     write_text(folder / RESULT, json.dumps({"task": task, "rows": run(task)}, indent=1, ensure_ascii=False) + "\n")
@@ -27,7 +27,7 @@ def main(folder: Path) -> int:
 
 def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each task: its name, batch, the base's seconds and the others' ratios to it."""
-    from deltaw import store
+    from deltaw.files import store
     from deltaw.model.summary import updates
     from deltaw.study import latency
     from deltaw.tasks import Causal, of_adapter, opened, task_of

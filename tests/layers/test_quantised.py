@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, use, using
-from deltaw.base_identity import base_fingerprint
 from deltaw.errors import BaseMismatch, MergeError, TargetError
+from deltaw.files.identity import base_fingerprint
 from deltaw.layers.kinds import QuantisedKind, kind_of, shape
 from deltaw.layers.quantised import form_of
 from deltaw.layers.tree import base_modules

@@ -12,7 +12,7 @@ from torch import nn
 import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, unmerge, using
 from deltaw.errors import AdapterError, FileError, TargetError
-from deltaw.files import peft
+from deltaw.files.formats import peft
 from deltaw.layers.kinds import shape
 from deltaw.layers.slices import parts_of, runs_of
 from deltaw.methods.targets import select

@@ -19,10 +19,10 @@ from torch import nn
 
 import deltaw
 from deltaw import DoRA, LoRA
-from deltaw.differences import as_difference, from_difference, problems_with
 from deltaw.errors import FileError, MergeError, TargetError
-from deltaw.files import method_file
-from deltaw.files.peft import tensors_of
+from deltaw.files.formats import method_file
+from deltaw.files.formats.method_file import as_difference, from_difference, problems_with
+from deltaw.files.formats.peft import tensors_of
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.full import Full

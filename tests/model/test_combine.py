@@ -285,7 +285,7 @@ def test_what_is_combined_is_what_merging_several_makes(kind: str, weights: dict
         torch.testing.assert_close(both[name], W, rtol=1e-4, atol=1e-5, msg=name)
         assert bool((W - before[name]).any()) == bool((both[name] - before[name]).any())
     if kind == "lora and bitfit" and weights != {"a": -1.0}:
-        return  # values beside low-rank updates of other layers: a LoRA with biases, whose file is tests/test_store.py's
+        return  # values beside low-rank updates of other layers: a LoRA with biases, whose file is tests/files/test_store.py's
     deltaw.load(model, deltaw.save(model, tmp_path / "both", name="both"), name="back")
     torch.testing.assert_close(outputs(model, "back"), outputs(model, "both"), rtol=1e-4, atol=1e-4)
 

@@ -11,8 +11,8 @@ import transformers as hf
 
 import deltaw
 from deltaw import Bottleneck, LoRA, attach, detach, load, merge, parameters, save, unmerge, use
-from deltaw.base_identity import base_fingerprint
 from deltaw.errors import MergeError
+from deltaw.files.identity import base_fingerprint
 from deltaw.layers.ops import merging
 from deltaw.layers.ops.undo import Copy, Correction
 from deltaw.model.ends import teach

@@ -413,7 +413,7 @@ def test_a_route_of_an_inner_model_has_a_name_for_each_prompt_of_the_outer_ones_
 ) -> None:
     """One name for all prompts was taken, as if generate had made all rows of one."""
     from tests.conftest import tiny_llama
-    from tests.test_renames import tiny_llava
+    from tests.files.test_renames import tiny_llava
 
     torch.manual_seed(3)
     outer: Any = (tiny_llava() if kind == "llava" else tiny_llama()).eval()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Compare
+from deltaw.files import units
 
 
 def run(command: Compare) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Compress
 from deltaw.cli.merge import new_folder
+from deltaw.files import units
 
 
 def run(command: Compress) -> None:
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
-    from deltaw.compressed import compress
+    from deltaw.files.compress import compress
 
     done = compress(command.adapter, out, rank=command.rank, energy=command.energy, size=command.bytes)
     if command.json:

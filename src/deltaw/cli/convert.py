@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Convert
 from deltaw.cli.merge import new_folder
 from deltaw.errors import ConfigError
+from deltaw.files import units
 from deltaw.layers.names import in_order
 
 
@@ -23,8 +23,8 @@ def run(command: Convert) -> None:
         new_folder(command.out, command.overwrite)
     elif out.is_dir() or (out.exists() and not command.overwrite):
         raise ConfigError(f"{out} is there already. Choose another --out, or pass --overwrite to replace a file.")
-    from deltaw.converted import alpha_for_loralib, convert
-    from deltaw.files.peft import read
+    from deltaw.files.convert import alpha_for_loralib, convert
+    from deltaw.files.formats.peft import read
 
     parts = [part.strip() for part in (command.parts or "").split(",") if part.strip()]
     convert(command.source, out, alpha=command.alpha, parts=parts, base=command.base)

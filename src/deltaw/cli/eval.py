@@ -8,18 +8,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Eval
 from deltaw.cli.opening import as_trained, open_model, warn_of_no_end
 from deltaw.errors import ConfigError
+from deltaw.files import units
 
 
 def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
     from deltaw.data.hold_out import first
-    from deltaw.files.atomic import check_place, write_text
+    from deltaw.files.formats.atomic import check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
     from deltaw.tasks import recognised
 
@@ -64,8 +64,8 @@ def _as_told(evaluation: Any) -> dict[str, Any]:
 def _warn_of_overlap(records: Any, adapter: str | None) -> None:
     """Say how many prompts the adapter was trained on, where its training data is here."""
     from deltaw.data.prompts import overlap
+    from deltaw.files.store import training_of
     from deltaw.preparing import trained_on
-    from deltaw.store import training_of
 
     trained = trained_on(training_of(adapter)) if adapter is not None else None
     warning = overlap(records.items, trained.items, "evaluated") if trained is not None else None

@@ -10,9 +10,9 @@ from deltaw.cli.merge import new_folder
 def run(command: Extract) -> None:
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
+    from deltaw.files.store import save
     from deltaw.model.extract import extract
     from deltaw.model.pretrained import load_pretrained
-    from deltaw.store import save
 
     base = load_pretrained(command.base, device="cpu").model
     tuned = load_pretrained(command.tuned, device="cpu").model

@@ -16,7 +16,7 @@ def run(command: Generate) -> None:
     show.quiet_libraries()
     if command.prompt is not None and command.file is not None:
         raise ConfigError("Give either a prompt or --file, not both.")
-    from deltaw.files.atomic import check_place, write_text
+    from deltaw.files.formats.atomic import check_place, write_text
 
     if command.out is not None:
         check_place(Path(command.out))

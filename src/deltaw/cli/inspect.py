@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Inspect
+from deltaw.files import units
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltaw.files.method_file import MethodFile
-    from deltaw.files.peft import LoRAFile
+    from deltaw.files.formats.method_file import MethodFile
+    from deltaw.files.formats.peft import LoRAFile
 
 
 def run(command: Inspect) -> None:
     show.quiet_libraries()
-    from deltaw.files import method_file, peft
-    from deltaw.files.peft_config import method_of
+    from deltaw.files.formats import method_file, peft
+    from deltaw.files.formats.peft_config import method_of
 
     folder = Path(command.adapter)
     if method_of(folder):
@@ -86,7 +86,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
 
 def _ends(file: LoRAFile | MethodFile, folder: Path) -> dict[str, str]:
     """The tokens that end what the adapter was taught to say, where it says so."""
-    from deltaw.files import peft
+    from deltaw.files.formats import peft
 
     ends = peft.ends_of(file, folder)
     return {"end tokens": ", ".join(map(str, ends))} if ends else {}

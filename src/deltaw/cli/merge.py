@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Merge
 from deltaw.errors import ConfigError
+from deltaw.files import units
 
 # Bytes of a checkpoint up to which merged logits are compared unasked: loading twice that takes seconds
 _SMALL = 2e9
@@ -56,7 +56,7 @@ def new_folder(name: str, overwrite: bool) -> Path:
 
 
 def _merge(command: Merge, out: Path) -> _Done:
-    from deltaw.files.places import NotByFiles
+    from deltaw.files.locate import NotByFiles
 
     folder = _checkpoint(command)
     if folder is not None:
@@ -85,7 +85,7 @@ def _merge(command: Merge, out: Path) -> _Done:
 
 def _checkpoint(command: Merge) -> Path | None:
     """The folder of safetensors that can be merged as it lies; None where a model has to be opened."""
-    from deltaw.files.shards import INDEX, SINGLE
+    from deltaw.files.formats.safetensors import INDEX, SINGLE
     from deltaw.model.pretrained import is_hub_id, snapshot
 
     if command.dtype != "auto":
@@ -95,7 +95,7 @@ def _checkpoint(command: Merge) -> Path | None:
 
 
 def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
-    from deltaw.files.streamed import merge_files
+    from deltaw.files.merge import merge_files
     from deltaw.model.merge import MergeReport
 
     done = _Done(None, 0)

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Plan
+from deltaw.files import units
 
 SIZES = ("method", "trained", "share", "adapter", "with optimizer")
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working", "heap")

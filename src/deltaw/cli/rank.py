@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deltaw import units
 from deltaw.cli import show
 from deltaw.cli.flags import Rank
+from deltaw.files import units
 
 
 def run(command: Rank) -> None:

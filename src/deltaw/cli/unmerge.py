@@ -10,7 +10,7 @@ from deltaw.cli.merge import new_folder
 def run(command: Unmerge) -> None:
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
-    from deltaw.files.streamed import unmerge_files
+    from deltaw.files.merge import unmerge_files
 
     done = unmerge_files(command.merged, command.adapter, out)
     show.out.print(f"Base: {out}  ({done.layers} layers restored)", soft_wrap=True)

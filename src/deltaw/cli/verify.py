@@ -10,12 +10,12 @@ from deltaw.errors import ConfigError
 def run(command: Verify) -> None:
     show.quiet_libraries()
     if command.of is not None and command.base is None and command.adapter is None:
-        from deltaw.files.verified import verify_adapter
+        from deltaw.files.verify import verify_adapter
 
         how = "bit for bit" if verify_adapter(command.model, command.of) == "same" else "in another precision"
         show.out.print(f"Yes: {command.of} was trained on the weights of {command.model}, {how}.", soft_wrap=True)
     elif command.of is None and command.base is not None and command.adapter is not None:
-        from deltaw.files.verified import verify_merged
+        from deltaw.files.verify import verify_merged
 
         layers = verify_merged(command.model, command.base, command.adapter)
         show.out.print(

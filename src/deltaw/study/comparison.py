@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaw import units
 from deltaw.environment import in_words
+from deltaw.files import units
 from deltaw.study.metrics import MORE_IS_BETTER
 from deltaw.study.report import Chart, Report, Series, Table
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaw import tasks
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
-from deltaw.files.atomic import replacing_folder
+from deltaw.files.formats.atomic import replacing_folder
 from deltaw.model import merge
 from deltaw.model.merge import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaw import units
 from deltaw.environment import in_words
+from deltaw.files import units
 from deltaw.layers.names import brief, by_family
 from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import BY_ITEM, ONE_SEED, interval, score

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.files.atomic import write_text
+from deltaw.files.formats.atomic import write_text
 from deltaw.study.charts import Chart, Series, render_chart
 from deltaw.study.examples import Sample, render_examples
 from deltaw.study.heatmap import HeatMap, render_map

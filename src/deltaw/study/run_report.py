@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw import units
+from deltaw.files import units
 from deltaw.study.report import Chart, Report, Sample, Series, Table
 from deltaw.version import __version__
 

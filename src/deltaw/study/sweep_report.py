@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaw import units
 from deltaw.environment import in_words
+from deltaw.files import units
 from deltaw.study.alike_report import alike_maps, alike_tables
 from deltaw.study.comparison import BY_ITEM, interval, score, seeds_note
 from deltaw.study.report import Chart, Report, Series, Table

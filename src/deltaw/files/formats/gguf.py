@@ -1,0 +1,114 @@
+"""LoRA adapters as llama.cpp reads them: a GGUF file of `<tensor>.lora_a` [r, k] and `<tensor>.lora_b` [d, r] by llama.cpp's
+own names, with one α for all. No model code. Needs the gguf package.
+
+llama.cpp multiplies BA by α/r with each tensor's own r. Where an adapter's scales differ from that, the rest goes into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import FileError, listing
+from deltaw.files.formats.atomic import replacing
+
+_PARTS = {".lora_a": 0, ".lora_b": 1}
+# A key of ours, which llama.cpp passes over: the tokens that end what the adapter was taught to say
+_ENDS = "deltaw.model.ends"
+
+
+class GGUFLoRA(NamedTuple):
+    """What is in a file."""
+
+    arch: str
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """llama.cpp's name of a tensor → A [r, k], B [d, r], float32."""
+    scales: dict[str, float]
+    ends: tuple[int, ...] = ()
+    """The tokens that end what it was taught to say."""
+
+
+def package() -> Any:
+    """The gguf package. Raises FileError where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise FileError("GGUF files need a package that is not installed: pip install 'deltaw[gguf]'") from error
+    return gguf
+
+
+def write(path: Path, adapter: GGUFLoRA) -> None:
+    """Write the file atomically, in float32."""
+    gguf = package()
+    alpha = _alpha(adapter)
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, adapter.arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if adapter.ends:
+            writer.add_array(_ENDS, list(adapter.ends))
+        for name, (A, B) in adapter.factors.items():
+            rest = adapter.scales[name] / (alpha / A.shape[0])
+            writer.add_tensor(f"{name}.lora_a", A.detach().float().contiguous().numpy())
+            writer.add_tensor(f"{name}.lora_b", (B.detach().float() * rest).contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _alpha(adapter: GGUFLoRA) -> float:
+    """The α that most layers have: their B's stay as they are."""
+    alphas = [round(adapter.scales[name] * A.shape[0], 6) for name, (A, _) in adapter.factors.items()]
+    alpha = max(dict.fromkeys(alphas), key=alphas.count)
+    return alpha or 1.0  # llama.cpp takes 0 for "no scaling"
+
+
+def read(path: Path) -> GGUFLoRA:
+    """Read and check a file. Raises FileError with everything wrong."""
+    gguf = package()
+    try:
+        file = gguf.GGUFReader(path)
+        settings = {
+            key: file.get_field(key)
+            for key in ("general.type", "adapter.type", "adapter.lora.alpha", "general.architecture", _ENDS)
+        }
+        kind, form, alpha, arch, ends = (field.contents() if field is not None else None for field in settings.values())
+    except (OSError, ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} cannot be read as a GGUF file: {error}") from error
+    if kind != "adapter" or form != "lora" or arch is None or alpha is None:
+        raise FileError(f"{path} is no LoRA adapter: its general.type is {kind!r}, its adapter.type {form!r}.")
+    pairs: dict[str, dict[int, Tensor]] = {}
+    problems = []
+    for tensor in file.tensors:
+        base, end = tensor.name[:-7], tensor.name[-7:]
+        if end not in _PARTS:
+            problems.append(f"{tensor.name} is no A or B")
+        elif tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            problems.append(f"{tensor.name} is {tensor.tensor_type.name}; F32 and F16 are read")
+        else:
+            pairs.setdefault(base, {})[_PARTS[end]] = torch.from_numpy(tensor.data.copy()).float()
+    problems += [why for name, pair in pairs.items() if (why := _misfit(name, pair))]
+    if not pairs:
+        problems.append("there is no A or B in it")
+    if problems:
+        raise FileError(listing(f"{path} cannot be used:", problems))
+    factors = {name: (pair[0], pair[1]) for name, pair in pairs.items()}
+    scales = {name: (alpha / A.shape[0] if alpha else 1.0) for name, (A, _) in factors.items()}
+    return GGUFLoRA(arch, factors, scales, tuple(int(end) for end in ends or ()))
+
+
+def _misfit(name: str, pair: Mapping[int, Tensor]) -> str | None:
+    if len(pair) < 2:
+        return f"{name} has no lora_{'b' if 0 in pair else 'a'}"
+    A, B = pair[0], pair[1]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        return f"{name}: A is {list(A.shape)} and B {list(B.shape)}; they must be [r, k] and [d, r]"
+    return (
+        None if bool(torch.isfinite(A).all() and torch.isfinite(B).all()) else f"{name} has values that are not finite"
+    )

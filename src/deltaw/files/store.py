@@ -1,0 +1,313 @@
+"""An attached adapter ↔ its folder: the glue between model/attach.py, which edits models, and files/, which knows none."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.errors import FileError, listing
+from deltaw.files import units
+from deltaw.files.formats import method_file, peft
+from deltaw.files.formats.method_file import MethodFile
+from deltaw.files.formats.model_folder import copy_files, differs, files_in
+from deltaw.files.formats.peft_config import method_of, saved_module
+from deltaw.files.identity import base_hash
+from deltaw.files.pack import as_file, as_method_file
+from deltaw.files.renames import plainly_named, plainly_named_method, renamed, renamed_method, stacked
+from deltaw.files.unpack import (
+    as_meant,
+    fitted,
+    method_in,
+    restored,
+    unlike_in_peft,
+    vocabulary,
+    without_effect_in_peft,
+)
+from deltaw.layers import tree
+from deltaw.layers.names import shown
+from deltaw.layers.ops.merging import delta_norm
+from deltaw.layers.reached import never_called
+from deltaw.methods.dora import DoRA
+from deltaw.methods.lora import LoRA
+from deltaw.methods.plan import Plan
+from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.lowrank import low_rank_parts
+from deltaw.model import attach, summary
+from deltaw.model import record as live
+from deltaw.model.ends import say_without_generate, taught, teach
+from deltaw.model.inputs import vocabulary_size
+
+TRAINING = "deltaw_training"
+"""Metadata: JSON, how the adapter was trained."""
+
+TOKENIZER = "tokenizer"
+"""Metadata of an attached adapter: the folder that it was loaded from, where that has a tokenizer."""
+
+log = logging.getLogger("deltaw")
+
+# A file that is smaller than this needs no explanation
+_SMALL = 10_000_000
+
+
+def save(
+    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    ends: Sequence[int] | None = None,
+) -> Path:  # fmt: skip
+    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata, and so are
+    `ends`, the ids of the tokens that end what it was taught to say (default: those that are known of it), at which generation
+    and merged models stop. Of modules that are trained whole it logs when they make up most of a large file.
+
+    A `tokenizer` that has other tokens or another chat template than the base's goes into the folder, where `deltaw` and PEFT's
+    users look for it. An adapter that was loaded from a folder with a tokenizer takes that along.
+
+    Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
+    differs; a folder that was at `path` is then still there.
+    """
+    record = live.record_of(model)
+    adapter = record.attached[live.known(record, name)]
+    training = adapter.metadata.get("training") if training is None else training
+    kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
+    if ends is not None:
+        teach(model, name, ends)
+    if known := taught(model, [name]):
+        kept[peft.ENDS] = json.dumps(known)
+    if not isinstance(adapter.method, LoRA):
+        other = plainly_named_method(as_method_file(model, name))
+        other.metadata.update(kept)
+        return method_file.write(Path(path), other, _tokenizer_writer(model, adapter, tokenizer))
+    file = plainly_named(as_file(model, name))
+    dead = [
+        layer for layer, (A, B) in file.factors.items() if not A.any() and not (layer in file.embeddings and B.any())
+    ]
+    if dead:
+        raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
+    file.metadata.update(kept)
+    _say_what_peft_computes_otherwise(file, dict(tree.base_modules(model)))
+    written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
+    _say_what_is_large(written, file)
+    return written
+
+
+def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, nn.Module]) -> None:
+    for layer, others in tree.names_of(layers).items():
+        if layer in file.factors:
+            names = ", ".join(others)
+            log.warning(
+                "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
+            )
+    if dead := [layer for layer in file.factors if without_effect_in_peft(layer, layers)]:
+        log.warning(
+            "PEFT does not compute with the updates of %s, which the modules around them only read; deltaw does.",
+            shown(dead),
+        )
+    for layer in file.factors:
+        if layer in layers and (why := unlike_in_peft(layers[layer])):
+            log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
+
+
+def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:
+    """What puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
+    origin = adapter.metadata.get(TOKENIZER) if tokenizer is None else None
+    source = getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
+
+    def write(folder: Path) -> None:
+        if origin is not None and not files_in(origin):
+            log.warning("The tokenizer in %s is no longer there: %s is saved without one.", origin, folder.name)
+        elif origin is not None and differs(origin, source):
+            copy_files(origin, folder)
+        elif hasattr(tokenizer, "get_vocab") and differs(tokenizer, source):  # an image processor has no tokens
+            tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def _say_what_is_large(path: Path, file: peft.LoRAFile) -> None:
+    whole = {name: value.numel() * value.element_size() for name, value in file.whole.items()}
+    size = (path / peft.WEIGHTS).stat().st_size
+    if size > _SMALL and sum(whole.values()) > size / 2:
+        largest = max(whole, key=lambda name: whole[name])
+        log.warning(
+            "%s of the adapter's %s are parameters that are trained whole, most of all %s. Where only some tokens' rows matter, "
+            "LoRA(tokens=…) trains and stores those alone.", units.size(sum(whole.values())), units.size(size), largest,
+        )  # fmt: skip
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    activate: bool = True,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
+    host: bool = False,
+) -> str:
+    """Attach the adapter in folder `path`, not trainable, and make it active. Returns its name: `name`, or "default", or
+    the folder's name where that is taken.
+
+    Everything is checked before the model is touched. Raises FileError with all problems of the file, layers that the
+    model lacks (with the nearest names) and shapes that differ; BaseMismatch when the file says it belongs to other base
+    weights (`check_base=False` overrides). A file without a fingerprint (not ours) is a logged warning.
+
+    `dtype` stores A and B in that precision instead of the file's, bfloat16 say in half the bytes; what it costs is in
+    `summary(model).adapters[name].rounding`. Modules that the adapter has whole are kept in the base's dtype. With `host` the
+    adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
+    """
+    path = Path(path)
+    return place(model, read(path), path, name=name, activate=activate, check_base=check_base, dtype=dtype, host=host)
+
+
+def place(
+    model: nn.Module, file: peft.LoRAFile | MethodFile, path: Path, *, name: str | None = None, activate: bool = True,
+    check_base: bool = True, dtype: torch.dtype | None = None, host: bool = False,
+) -> str:  # fmt: skip
+    """`load`, of what was read from `path` before."""
+    layers = dict(tree.base_modules(model))
+    file = named_for(model, file)
+    taken = summary.adapters(model)
+    if name is None:
+        name = "default" if "default" not in taken else path.name.replace(".", "_")
+    live.check_free(model, name)
+    if check_base:
+        peft.check_base(file, path, peft.BASE, partial(base_hash, model, without=file.replaced()))
+    device = torch.device("cpu") if host else None
+    if isinstance(file, peft.LoRAFile):
+        _check_names(file, layers, path)
+        updates, method = fitted(model, layers, file, path, device=device), _method(file)
+        _say_what_has_no_effect(file, layers, path)
+    else:
+        updates, method = restored(model, file, path, device=device), method_in(file, path)
+    training = _training(file, path)
+    metadata: dict[str, Any] = {"training": training} if training else {}
+    if files_in(path):
+        metadata[TOKENIZER] = path
+    if dtype is not None:
+        metadata["rounding"] = _stored_as(updates, dtype)
+    plan = Plan(updates, layers=layers)
+    ends = peft.ends_of(file, path)
+    attach.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
+    teach(model, name, ends)
+    say_without_generate(model, ends)
+    record = live.record_of(model)
+    if host:
+        record.residency.keep(name, _devices(model, updates))
+    if activate:
+        live.bring(record, [name])
+        record.route.choose(name)
+    return name
+
+
+def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
+    """An adapter's file by this model's names, which it logs where they are others than the file's; without the layers that PEFT
+    has no modules for on this model."""
+    known = dict(tree.base_modules(model))
+    if isinstance(file, peft.LoRAFile):
+        return as_meant(model, known, renamed(stacked(file, known), known))
+    return renamed_method(file, known)
+
+
+def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:
+    """How many tokens the model has rows for with this adapter, whose names are the model's."""
+    if isinstance(file, peft.LoRAFile):
+        return vocabulary(model, file)
+    return vocabulary_size(model) or 0
+
+
+def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise FileError where PEFT adapts some calls of a module and deltaw would adapt all of them. A file of deltaw means all."""
+    if "deltaw_format" in file.metadata:
+        return
+    saved = [name.rpartition(".")[0] for name in file.whole if saved_module(name, file.config)]
+    named = {*file.factors, *saved}
+    problems = [
+        f"{name!r} is one module under the names {', '.join(others)}: PEFT adapts the calls by the first name alone, deltaw all "
+        f"calls. Make {others[-1]!r} a module of its own with the same weight (copy.deepcopy, then assign the weight)"
+        for name, others in tree.names_of(layers).items()
+        if name in named
+    ]
+    if problems:
+        raise FileError(listing(f"The adapter in {path} means another model than this; nothing was changed:", problems))
+
+
+def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Warn of an adapter that changes nothing, and of updates on modules that no forward calls."""
+    if not file.changes_anything:
+        log.warning(
+            "The adapter in %s changes nothing: B is zero in all of its %d layers, as before the first step of a training.",
+            path,
+            len(file.factors),
+        )
+    silent = never_called(layers).intersection(file.factors)
+    if silent:
+        names = ", ".join(sorted(silent)[:5])
+        log.warning(
+            "The adapter in %s has updates that change no output, since no forward calls their modules: %s.",
+            path,
+            names,
+        )
+
+
+def read(path: Path) -> peft.LoRAFile | MethodFile:
+    """An adapter folder of any method. Raises FileError with every problem of the file itself."""
+    return peft.read(path, of_model=True) if method_of(path) is None else method_file.read(path)
+
+
+def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:
+    """Each parameter of the updates, and the device that it is used on."""
+    owner = tree.owner_of(model)
+    for name, update in updates.items():
+        device = next(owner.get_submodule(name).parameters()).device
+        for parameter in update.parameters():
+            yield parameter, device
+
+
+def training_of(path: str | Path) -> dict[str, Any]:
+    """What the adapter's file says about how it was trained (prompt template, data form …); empty for foreign files."""
+    return _training(read(Path(path)), Path(path))
+
+
+def _training(file: peft.LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.metadata.get(TRAINING, "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise FileError(f"{path}: the training settings in the metadata of {peft.WEIGHTS} are damaged.")
+    return found
+
+
+def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
+    """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
+    error = total = 0.0
+    for update in low_rank_parts(updates):
+        A, B = update.A.detach(), update.B.detach()
+        for letter, value in update.factors().items():
+            update._parameters[update.made_of[letter]] = nn.Parameter(value.detach().to(dtype))
+        stored = update.A.detach(), update.B.detach()
+        both = torch.cat([A.double(), stored[0].double()], dim=-2), torch.cat([B.double(), -stored[1].double()], dim=-1)
+        error += delta_norm(*both, update.scale) ** 2
+        total += delta_norm(A, B, update.scale) ** 2
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def _method(file: peft.LoRAFile) -> LoRA:
+    """The settings a file was made with, as far as it says them."""
+    config = file.config
+    made = LoRA(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        targets={layer: file.rank(layer) for layer in file.factors},
+        dropout=float(config.get("lora_dropout") or 0.0),
+        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        whole=sorted({name.rsplit(".", 1)[0] for name in file.whole}),
+        tokens=sorted({int(i) for indices, _ in file.rows.values() for i in indices}),
+    )
+    return DoRA(**vars(made)) if file.magnitudes else made

@@ -1,0 +1,140 @@
+"""Safetensors as they lie on disk: what is sound is read as safetensors reads it, what is not is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from deltaw.errors import FileError
+from deltaw.files.formats import safetensors
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "a": torch.randn(5, 3),
+        "b": torch.randn(7).to(torch.bfloat16),
+        "empty": torch.empty(0, 4),
+        "ids": torch.arange(6),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+    }
+
+
+@pytest.fixture
+def path(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def test_every_tensor_is_read_as_it_was_written(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    shard = safetensors.read_header(path)
+    assert shard.entries.keys() == tensors.keys()
+    with path.open("rb") as file:
+        for name, entry in shard.entries.items():
+            _, found = safetensors.read_tensor(file, entry)
+            assert found.dtype == tensors[name].dtype and torch.equal(found, tensors[name])
+
+
+def test_rewriting_changes_what_it_is_told_and_no_other_byte(path: Path, tmp_path: Path) -> None:
+    shard = safetensors.read_header(path)
+    out = tmp_path / "out.safetensors"
+    same = safetensors.rewrite(shard, out, {}, digest=True)
+    assert out.read_bytes() == path.read_bytes() and same.before == same.after
+    done = safetensors.rewrite(shard, out, {"b": lambda tensor: tensor.neg_()}, digest=True)
+    entry = shard.entries["b"]
+    old, new = path.read_bytes(), out.read_bytes()
+    assert (
+        old[: entry.start] == new[: entry.start] and old[entry.start + entry.size :] == new[entry.start + entry.size :]
+    )
+    assert done.before == same.before != done.after
+    with path.open("rb") as before, out.open("rb") as after:
+        assert torch.equal(safetensors.read_tensor(after, entry)[1], -safetensors.read_tensor(before, entry)[1])
+
+
+@given(cut=st.integers(0, 10_000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_cut_anywhere_is_refused(path: Path, cut: int) -> None:
+    whole = path.read_bytes()
+    short = path.with_name("short.safetensors")
+    short.write_bytes(whole[: cut % len(whole)])
+    with pytest.raises(FileError, match=r"short\.safetensors"):
+        safetensors.read_header(short)
+
+
+@given(noise=st.binary(max_size=300))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_noise_is_refused(tmp_path: Path, noise: bytes) -> None:
+    (tmp_path / "noise.safetensors").write_bytes(noise)
+    with pytest.raises(FileError, match="no sound safetensors file"):
+        safetensors.read_header(tmp_path / "noise.safetensors")
+
+
+def with_header(path: Path, header: object, body: bytes) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, "does not begin where"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "but has 8 bytes"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "tensors end at"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
+        ([1, 2], "no sound safetensors"),
+    ],
+)
+def test_a_header_that_does_not_fill_its_file_is_refused(tmp_path: Path, header: object, what: str) -> None:
+    with pytest.raises(FileError, match=what):
+        safetensors.read_header(with_header(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def sharded(folder: Path) -> Path:
+    for name in "ab":
+        save_file({name: torch.ones(2)}, folder / f"{name}.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (folder / safetensors.INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def test_shards_by_their_index(tmp_path: Path) -> None:
+    assert [list(s.entries) for s in safetensors.shards_of(sharded(tmp_path))] == [["a"], ["b"]]
+
+
+def test_every_problem_of_a_checkpoint_is_in_one_error(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    (folder / "a.safetensors").write_bytes(b"nothing")
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(FileError) as caught:
+        safetensors.shards_of(folder)
+    assert "a.safetensors" in str(caught.value) and "b.safetensors" in str(caught.value)
+
+
+def test_an_index_that_names_other_tensors_is_refused(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    save_file({"c": torch.ones(2)}, folder / "b.safetensors")
+    with pytest.raises(FileError) as caught:
+        safetensors.shards_of(folder)
+    assert "places b in b.safetensors" in str(caught.value) and "holds c" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "{", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 3}}']
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / safetensors.INDEX).write_text(text)
+    with pytest.raises(FileError, match=r"model\.safetensors\.index\.json"):
+        safetensors.shards_of(tmp_path)
+
+
+def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="holds no safetensors checkpoint"):
+        safetensors.shards_of(tmp_path)
+    with pytest.raises(FileError, match=r"There is no folder .*nowhere"):
+        safetensors.shards_of(tmp_path / "nowhere")
