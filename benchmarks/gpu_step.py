@@ -101,7 +101,7 @@ def deltaw_row(case: Case, clock: Clock) -> None:
 
 def floor_row(case: Case, clock: Clock) -> None:
     """Forward and activation gradients through the frozen base, with deltaw's loss."""
-    from deltaw.training.loss import CompletionLoss
+    from deltaw.training.losses import CompletionLoss
     from rows import floor
 
     model = floor(random_llama(case.shape, seed=SEED)).train()

@@ -28,8 +28,8 @@ from deltaw.config import DataConfig
 from deltaw.data import Example, Order, collate, encode, read
 from deltaw.model.pretrained import load_pretrained
 from deltaw.training.loop import Event, Loop
-from deltaw.training.loss import CompletionLoss
-from deltaw.training.schedule import lr_factor
+from deltaw.training.losses import CompletionLoss
+from deltaw.training.optim import lr_factor
 from rows import completion
 
 HERE = Path(__file__).resolve().parent

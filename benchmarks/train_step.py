@@ -182,7 +182,7 @@ def deltaw_row(job: Job, clock: Clock, **settings: Any) -> None:
 def floor_row(job: Job, clock: Clock) -> None:
     """Forward and activation gradients through the frozen base on deltaw's own batches."""
     from deltaw.training.attention import short_row_attention
-    from deltaw.training.loss import CompletionLoss
+    from deltaw.training.losses import CompletionLoss
     from rows import floor
 
     model, tokenizer, examples = opened(job, dtype=job.case.dtype)

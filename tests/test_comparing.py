@@ -24,7 +24,7 @@ from deltaw.study.comparison import comparison_report, headline, ranked
 from deltaw.study.report import render
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
-from tests.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
+from tests.training.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
 
 WORDS = ["red", "blue", "green", "white", "black", "brown"]
 RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]

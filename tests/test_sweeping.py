@@ -19,7 +19,7 @@ from deltaw.tried_ranks import candidates, choices, learning_rates, numbers
 from tests.conftest import byte_llama, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.test_comparing import RECORDS
-from tests.test_tasks import TEXTS, about, folder_of, write
+from tests.training.test_tasks import TEXTS, about, folder_of, write
 
 BUDGET = {"steps": 5, "batch": 4, "valid_most": 4, "dtype": "float32"}
 

@@ -36,7 +36,6 @@ from deltaw.layers import tree
 from deltaw.model import attach
 from deltaw.model.switch import using
 from deltaw.planning import plan
-from deltaw.preparing import HeldOut, held_out
 from deltaw.scoring import metrics_for
 from deltaw.study.choice import Choice, chosen
 from deltaw.study.evaluate import evaluate
@@ -44,8 +43,10 @@ from deltaw.study.rank_report import rank_report
 from deltaw.study.report import write as write_report
 from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.sweeping import Progress as SweepProgress
-from deltaw.tasks import equip, task_of
-from deltaw.training.optimizers import ADAM_STATE
+from deltaw.training.opening import equip
+from deltaw.training.optim import ADAM_STATE
+from deltaw.training.prepare import HeldOut, held_out
+from deltaw.training.tasks import task_of
 from deltaw.tried_ranks import numbers
 
 log = logging.getLogger("deltaw")

@@ -15,10 +15,10 @@ from deltaw.data.batches import padded
 from deltaw.files import units
 from deltaw.layers.unwrap import plain_class
 from deltaw.model.summary import summary
-from deltaw.preparing import Prepared
 from deltaw.study.dry_step import step
 from deltaw.study.planned_memory import Memory, Taken, memory_of
-from deltaw.tasks import task_of
+from deltaw.training.prepare import Prepared
+from deltaw.training.tasks import task_of
 
 log = logging.getLogger("deltaw")
 

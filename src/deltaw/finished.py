@@ -17,7 +17,7 @@ from deltaw.files.spectrum import triples_of
 from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-from deltaw.tasks import of_adapter
+from deltaw.training.opening import of_adapter
 
 
 @dataclass(frozen=True)

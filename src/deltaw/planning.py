@@ -35,10 +35,10 @@ from deltaw.methods.bitfit import BitFit
 from deltaw.methods.registry import DEFAULT, contestants
 from deltaw.model.inputs import most_positions
 from deltaw.model.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
-from deltaw.preparing import with_head
 from deltaw.study.planned_memory import Memory, Taken, counts, largest, memory_of, taken
 from deltaw.study.presets import PRESETS
-from deltaw.tasks import TASKS
+from deltaw.training.prepare import with_head
+from deltaw.training.tasks import TASKS
 
 _OPENERS: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification,

@@ -36,13 +36,13 @@ from deltaw.model.ends import teach
 from deltaw.model.merge import MergeReport, preview
 from deltaw.model.summary import Summary, parameters
 from deltaw.model.switch import use, using
-from deltaw.preparing import Prepared, prepare
 from deltaw.study.report import write as write_report
 from deltaw.study.run_report import Sampled, run_report
-from deltaw.tasks import TASKS, task_of
 from deltaw.training.abreast import Abreast
 from deltaw.training.loop import Event, Loop, LoopState, peak_memory
-from deltaw.training.optimizers import ADAM_STATE
+from deltaw.training.optim import ADAM_STATE
+from deltaw.training.prepare import Prepared, prepare
+from deltaw.training.tasks import TASKS, task_of
 
 ADAPTER, CONFIG, LOG, RESULT, REPORT = "adapter", "config.yaml", "log.jsonl", "result.json", "report.html"
 _SAMPLE = GenerateConfig(max_new_tokens=96)

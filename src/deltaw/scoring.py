@@ -13,7 +13,7 @@ from deltaw.data.prompts import described, overlap
 from deltaw.model.pretrained import read_config
 from deltaw.study.evaluate import metrics_of
 from deltaw.study.metrics import check_metrics, installed
-from deltaw.tasks import check_labels, recognised, task_of
+from deltaw.training.tasks import check_labels, recognised, task_of
 
 # By default the last one that is installed ranks
 _USUAL = {

@@ -27,7 +27,6 @@ from deltaw.files.formats.atomic import write_text
 from deltaw.finished import finished
 from deltaw.model import attach
 from deltaw.model.switch import use
-from deltaw.preparing import Prepared, prepare, with_head
 from deltaw.resuming import claim, read_json, run_settings
 from deltaw.run import RunResult, run_abreast
 from deltaw.scoring import scoring_of
@@ -38,6 +37,7 @@ from deltaw.study.metrics import MORE_IS_BETTER, of_scores, row_of
 from deltaw.study.report import write as write_report
 from deltaw.study.resampling import Measured, of_losses, shortened
 from deltaw.study.sweep_report import sweep_report
+from deltaw.training.prepare import Prepared, prepare, with_head
 from deltaw.tried_ranks import Candidate, candidates, learning_rates
 from deltaw.widths import width_of
 

@@ -30,7 +30,8 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     from deltaw.files import store
     from deltaw.model.summary import updates
     from deltaw.study import latency
-    from deltaw.tasks import Causal, of_adapter, opened, task_of
+    from deltaw.training.opening import of_adapter, opened
+    from deltaw.training.tasks import Causal, task_of
 
     data = of_adapter(next(iter(task["adapters"].values())))  # of one comparison, so all alike
     model = opened(task["model"], data, dtype=task["dtype"], device=task["device"]).model.eval()

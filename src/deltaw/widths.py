@@ -12,8 +12,8 @@ from deltaw.expected_memory import expected
 from deltaw.layers.tree import evaluating
 from deltaw.model import attach
 from deltaw.model.switch import route
-from deltaw.preparing import Prepared
-from deltaw.tasks import task_of
+from deltaw.training.prepare import Prepared
+from deltaw.training.tasks import task_of
 
 # Of the free memory; the rest is for what is not foreseen
 _USED = 0.8

@@ -9,7 +9,7 @@ from deltaw.data import read
 from deltaw.data.forms import Record
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, number, quantities
 from deltaw.errors import DataError
-from deltaw.tasks import check_labels, recognised
+from deltaw.training.tasks import check_labels, recognised
 
 DECIMALS = ["1.5", "2", "3.25", "4", "0.5", "-1.75", "2e-1"]
 

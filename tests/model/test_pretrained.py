@@ -34,9 +34,10 @@ from deltaw.data.items import Item, encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.model.inputs import row_padding, settle_padding
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, save_pretrained
-from deltaw.preparing import check_ids
 from deltaw.run import train
-from deltaw.tasks import Classification, opened
+from deltaw.training.opening import opened
+from deltaw.training.prepare import check_ids
+from deltaw.training.tasks import Classification
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 

@@ -17,11 +17,11 @@ from deltaw.model.generate import generate, settings
 from deltaw.model.pretrained import pad_id
 from deltaw.model.switch import using
 from deltaw.study.evaluate import evaluate
-from deltaw.tasks import opened
-from deltaw.training.item_loss import ClassLoss
+from deltaw.training.losses import ClassLoss
+from deltaw.training.opening import opened
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
-from tests.test_tasks import TEXTS, about, folder_of
+from tests.training.test_tasks import TEXTS, about, folder_of
 
 DATA = DataConfig(template="plain")
 RECORDS = [

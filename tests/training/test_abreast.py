@@ -14,9 +14,8 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.model.summary import updates
 from deltaw.training.abreast import Abreast
-from deltaw.training.item_loss import ClassLoss, DecoderLoss
 from deltaw.training.loop import Event, Loop
-from deltaw.training.loss import CompletionLoss
+from deltaw.training.losses import ClassLoss, CompletionLoss, DecoderLoss
 from tests.conftest import assert_same, covering, snapshot, tiny_gpt2, tiny_llama
 from tests.methods.updates.test_weights import model_of
 

@@ -17,7 +17,7 @@ from deltaw.layers.tree import owner_of
 from deltaw.model.summary import updates
 from deltaw.training import loop as loop_module
 from deltaw.training.loop import Event, Loop, held_out_loss, peak_memory, relative_norm
-from deltaw.training.loss import CompletionLoss
+from deltaw.training.losses import CompletionLoss
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 from tests.training.test_models import examples
 

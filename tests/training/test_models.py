@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltaw import LoRA, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
 from deltaw.training.loop import Loop
-from deltaw.training.loss import CompletionLoss
+from deltaw.training.losses import CompletionLoss
 from tests.conftest import tiny_llama
 from tests.methods.updates.test_updates import METHODS
 

@@ -16,7 +16,7 @@ from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.methods.updates.lowrank import LowRank
 from deltaw.model.summary import parameters, updates
 from deltaw.run import train
-from deltaw.training import optimizers
+from deltaw.training import optim
 from deltaw.training.flat import Flat
 from tests.conftest import byte_llama, tiny_gpt2, tiny_llama
 from tests.data.conftest import tiny_tokenizer
@@ -68,9 +68,9 @@ def out(model: Any) -> Tensor:
 def stepped(model: Any, config: TrainConfig, count: int = 2) -> dict[str, Tensor]:
     """The adapter's parameters after some steps, by their names."""
     with opened(model) as flat:
-        optimizer = optimizers.make(flat, config)
+        optimizer = optim.make(flat, config)
         for _ in range(count):
-            optimizers.set_lr(optimizer, config.lr)
+            optim.set_lr(optimizer, config.lr)
             out(model).square().mean().backward()
             flat.add_gradients()
             optimizer.step()
@@ -108,7 +108,7 @@ def test_matrices_decay_and_vectors_do_not(kind: str) -> None:
     model = built(kind)
     start = named(model)
     with opened(model) as flat:
-        optimizers.make(flat, TrainConfig(lr=0.1, weight_decay=0.5)).step()  # without any gradient
+        optim.make(flat, TrainConfig(lr=0.1, weight_decay=0.5)).step()  # without any gradient
     for name, value in named(model).items():
         torch.testing.assert_close(value, start[name] * (1.0 if value.ndim < 2 else 1 - 0.1 * 0.5), msg=name)
 
@@ -119,7 +119,7 @@ def test_other_methods_vectors_do_not_decay_either(method: Any) -> None:
     model = attach(tiny_llama(), method).train()
     start = named(model)
     with opened(model) as flat:
-        optimizers.make(flat, TrainConfig(lr=0.1, weight_decay=0.5)).step()
+        optim.make(flat, TrainConfig(lr=0.1, weight_decay=0.5)).step()
     assert all(torch.equal(v, start[n]) == (v.ndim < 2 or not v.any()) for n, v in named(model).items())
 
 

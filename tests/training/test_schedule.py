@@ -3,7 +3,7 @@
 import pytest
 
 from deltaw import TrainConfig
-from deltaw.training.schedule import lr_factor
+from deltaw.training.optim import lr_factor
 
 
 def factors(config, steps, total, seconds_a_step=0.0):

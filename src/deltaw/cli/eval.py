@@ -21,7 +21,7 @@ def run(command: Eval) -> None:
     from deltaw.data.hold_out import first
     from deltaw.files.formats.atomic import check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
-    from deltaw.tasks import recognised
+    from deltaw.training.tasks import recognised
 
     if command.out is not None:
         check_place(Path(command.out))
@@ -65,7 +65,7 @@ def _warn_of_overlap(records: Any, adapter: str | None) -> None:
     """Say how many prompts the adapter was trained on, where its training data is here."""
     from deltaw.data.prompts import overlap
     from deltaw.files.store import training_of
-    from deltaw.preparing import trained_on
+    from deltaw.training.prepare import trained_on
 
     trained = trained_on(training_of(adapter)) if adapter is not None else None
     warning = overlap(records.items, trained.items, "evaluated") if trained is not None else None

@@ -22,7 +22,7 @@ def run(command: Generate) -> None:
         check_place(Path(command.out))
     records = _records(command)
     from deltaw.model.inputs import within
-    from deltaw.tasks import task_of
+    from deltaw.training.tasks import task_of
 
     data = as_trained(command.data, command.opening.adapter, command.model)
     loaded = open_model(command.model, command.opening, data)

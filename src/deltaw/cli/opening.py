@@ -16,13 +16,13 @@ NO_END = "The chat template ends turns in no token to stop at: replies may run o
 def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Any:
     """A `Pretrained` with the adapter attached and active, and its tokenizer, where one is named, for the task of `data`, which
     is by default the adapter's."""
-    from deltaw import tasks
     from deltaw.model.pretrained import check_vocabulary
+    from deltaw.training.opening import equip, opened
 
     data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
-    loaded = tasks.opened(source, data, dtype=opening.dtype, device=opening.device)
+    loaded = opened(source, data, dtype=opening.dtype, device=opening.device)
     if opening.adapter is not None:
-        return tasks.equip(loaded, opening.adapter, check_base=not opening.any_base)
+        return equip(loaded, opening.adapter, check_base=not opening.any_base)
     check_vocabulary(loaded.model, loaded.tokenizer, loaded.name)
     return loaded
 
@@ -30,9 +30,9 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
 def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) -> DataConfig:
     """`data` with the adapter's own task and prompt settings where the user gave none, and the task of `model` where that has
     only one: a completion, of one with an encoder and a decoder."""
-    from deltaw import tasks
+    from deltaw.training.opening import of_adapter
 
-    default, own = DataConfig(), tasks.of_adapter(adapter)
+    default, own = DataConfig(), of_adapter(adapter)
     mine = {
         field.name: getattr(own, field.name)
         for field in dataclasses.fields(data)
@@ -50,7 +50,7 @@ def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) 
 def warn_of_no_end(loaded: Any, records: Iterable[Any], data: Any) -> None:
     """Say where the chat template that these records' prompts go through ends its turns in plain text."""
     from deltaw.data import template_of, turn_ends
-    from deltaw.tasks import Causal, task_of
+    from deltaw.training.tasks import Causal, task_of
 
     if task_of(data) is not Causal:
         return

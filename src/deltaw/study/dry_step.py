@@ -25,7 +25,7 @@ from deltaw.training import head as heads
 from deltaw.training.attention import short_row_attention
 from deltaw.training.head import AfterHead
 from deltaw.training.loop import Loop
-from deltaw.training.loss import CompletionLoss, Loss
+from deltaw.training.losses import CompletionLoss, Loss
 
 # So many blocks are run as they are
 _FEW = 6

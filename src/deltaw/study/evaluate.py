@@ -27,8 +27,8 @@ from deltaw.study.metrics import (
     ratio,
 )
 from deltaw.study.resampling import ItemScore
-from deltaw.tasks import Classification, Task, task_of
-from deltaw.training.loss import Loss
+from deltaw.training.losses import Loss
+from deltaw.training.tasks import Classification, Task, task_of
 
 _OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
 _OF_LOSSES = {"loss", "perplexity"}

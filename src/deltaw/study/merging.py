@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw import tasks
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.formats.atomic import replacing_folder
 from deltaw.model import merge
 from deltaw.model.merge import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained
+from deltaw.training import opening
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -46,7 +46,7 @@ def merge_to_folder(
     """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
     safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
-    data = tasks.of_adapter(adapter)
+    data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
     report = merge.merge(loaded.model, untie=untie)
     with replacing_folder(out) as folder:
@@ -60,7 +60,7 @@ def merge_to_folder(
 def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True) -> Compared:
     """The merged model in `folder` beside the unmerged one. Raises MergeError when they differ by more than rounding."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source), check_base)
-    data = tasks.of_adapter(adapter)
+    data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
     dtype = loaded.model.dtype
     del loaded  # the two models are not in memory together
@@ -69,14 +69,14 @@ def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True
 
 def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
     """The base with the adapter on it, and with as many tokens as the adapter has."""
-    loaded = tasks.opened(source, tasks.of_adapter(adapter), dtype=dtype, device="cpu")
-    return tasks.equip(loaded, adapter, check_base=check_base, resize=True)
+    loaded = opening.opened(source, opening.of_adapter(adapter), dtype=dtype, device="cpu")
+    return opening.equip(loaded, adapter, check_base=check_base, resize=True)
 
 
 @torch.no_grad()
 def _logits(loaded: Pretrained, data: DataConfig) -> tuple[dict[str, Tensor], Tensor]:
     """Of the model as it is, on what models are compared on."""
-    inputs = tasks.probe(loaded, data)
+    inputs = opening.probe(loaded, data)
     return inputs, loaded.model(**inputs).logits.float()
 
 
@@ -84,7 +84,7 @@ def _logits(loaded: Pretrained, data: DataConfig) -> tuple[dict[str, Tensor], Te
 def _compared(
     folder: Path, data: DataConfig, inputs: dict[str, Tensor], expected: Tensor, dtype: torch.dtype
 ) -> Compared:
-    again = tasks.opened(str(folder), data, dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
+    again = opening.opened(str(folder), data, dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
     found = again.model(**inputs).logits.float()
     drift = float((found - expected).abs().max())
     limit = _TOLERANCE.get(dtype, 1e-3) * max(1.0, float(expected.abs().max()))

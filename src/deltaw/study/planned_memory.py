@@ -18,7 +18,7 @@ from deltaw.methods.targets import blocks_of
 from deltaw.model.attach import attach, detach
 from deltaw.model.summary import AdapterSummary, summary
 from deltaw.study.dry_step import Step, step
-from deltaw.training.optimizers import ADAM_STATE
+from deltaw.training.optim import ADAM_STATE
 
 log = logging.getLogger("deltaw")
 

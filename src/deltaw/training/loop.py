@@ -23,11 +23,11 @@ from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
 from deltaw.methods.updates.lowrank import LowRank
 from deltaw.model.summary import updates
-from deltaw.training import optimizers
+from deltaw.training import optim
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat
-from deltaw.training.loss import Loss
-from deltaw.training.schedule import lr_factor, progress
+from deltaw.training.losses import Loss
+from deltaw.training.optim import lr_factor, progress
 from deltaw.training.together import same_input
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
@@ -117,7 +117,7 @@ class Loop:
         """While open, steps may be taken; on leaving, the adapter is what was learned."""
         longest = max(e.length for e in (*self.examples, *self.valid))
         with short_row_attention(self.model, longest), self._flat() as self.flat:
-            self.optimizer = optimizers.make(self.flat, self.config)
+            self.optimizer = optim.make(self.flat, self.config)
             self.trainable = [*self.flat.parameters("A"), *self.flat.parameters("B")]
             self.began = time.monotonic()
             to_train(self.model)
@@ -200,7 +200,7 @@ class Loop:
     def learn(self, rows: Sequence[Any], loss: Tensor, supervised: int) -> dict[str, Any]:
         """The optimizer's step, with the gradients that are there: of the mean loss of that many predictions over `rows`."""
         lr = self.config.lr * lr_factor(self.config, self.state.step, self.total_steps, self.state.seconds)
-        optimizers.set_lr(self.optimizer, lr)
+        optim.set_lr(self.optimizer, lr)
         if self.state.step == 0:
             self._check_reached()
         self.scaler.unscale_(self.optimizer)

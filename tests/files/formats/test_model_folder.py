@@ -20,7 +20,7 @@ from deltaw.errors import BaseMismatch, ConfigError
 from deltaw.files.formats.model_folder import brought, differs, files_in
 from deltaw.files.locate import NotByFiles
 from deltaw.model.pretrained import load_pretrained
-from deltaw.tasks import equip
+from deltaw.training.opening import equip
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 

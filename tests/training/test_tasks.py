@@ -49,7 +49,8 @@ from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.model.pretrained import load_pretrained
 from deltaw.run import train
 from deltaw.study.evaluate import evaluate
-from deltaw.tasks import TASKS, of_adapter, opened, recognised, task_of
+from deltaw.training.opening import of_adapter, opened
+from deltaw.training.tasks import TASKS, recognised, task_of
 from tests.data.conftest import tiny_tokenizer
 
 COLOURS = ["red", "green", "blue", "white"]
@@ -512,7 +513,7 @@ def minilm() -> str:
 
 @pytest.mark.slow
 def test_sst2_on_minilm(tmp_path: Path) -> None:
-    data = Path(os.environ.get("DELTAW_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sst2"
+    data = Path(os.environ.get("DELTAW_DATA", Path(__file__).parents[3] / "shared" / "data")) / "sst2"
     if not data.is_dir():
         pytest.skip(f"the data set is not at {data}")
     base = minilm()

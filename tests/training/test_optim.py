@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaw import LoRA, TrainConfig, attach
 from deltaw.config import Optimizer
 from deltaw.model.summary import parameters, updates
-from deltaw.training import optimizers
+from deltaw.training import optim
 from deltaw.training.flat import Flat
 from tests.conftest import fill, tiny_llama
 
@@ -32,9 +32,9 @@ def one_by_one(model: Any) -> Flat:
 def steps(model: Any, ids: Tensor, config: TrainConfig, count: int = 4) -> list[Tensor]:
     """A and B after some steps as the loop takes them."""
     with one_by_one(model) as flat:
-        optimizer = optimizers.make(flat, config)
+        optimizer = optim.make(flat, config)
         for number in range(count):
-            optimizers.set_lr(optimizer, config.lr / (number + 1))
+            optim.set_lr(optimizer, config.lr / (number + 1))
             model(ids).logits.pow(2).mean().backward()
             flat.add_gradients()
             optimizer.step()
@@ -84,5 +84,5 @@ def test_by_default_nothing_decays(ids: Tensor) -> None:
     model = prepared()
     start = [p.detach().clone() for p in parameters(model)]
     with one_by_one(model) as flat:
-        optimizers.make(flat, config).step()  # without any gradient
+        optim.make(flat, config).step()  # without any gradient
     assert all(torch.equal(p, before) for p, before in zip(parameters(model), start, strict=True))

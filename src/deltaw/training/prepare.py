@@ -22,7 +22,8 @@ from deltaw.layers.ops.seeding import seeded
 from deltaw.model import summary
 from deltaw.model.inputs import settle_padding, vocabulary_size
 from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
-from deltaw.tasks import opened, prepared, recognised, task_of
+from deltaw.training.opening import opened, prepared
+from deltaw.training.tasks import recognised, task_of
 
 log = logging.getLogger("deltaw")
 # Of fewer records none are held out

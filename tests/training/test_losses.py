@@ -22,7 +22,7 @@ from deltaw.data import Batch, Example, collate
 from deltaw.model.summary import parameters
 from deltaw.training import head as head_module
 from deltaw.training.head import AfterHead, chunked_cross_entropy
-from deltaw.training.loss import CompletionLoss
+from deltaw.training.losses import CompletionLoss
 from tests.conftest import MAKERS, fill, tiny_llama
 
 EXAMPLES = [

@@ -1,7 +1,8 @@
-"""The optimizers of `torch.optim` by their names, over the adapter's parameters. Knows nothing of losses or schedules."""
+"""The optimizers of `torch.optim` by their names, and the learning rate at each point of a run."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,3 +54,29 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of A; B's follows by its ratio."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["ratio"]
+
+
+def _clock(config: TrainConfig, seconds: float) -> float:
+    """Share of `config.minutes` that has passed; 0 where no clock runs."""
+    return seconds / (config.minutes * 60) if config.minutes else 0.0
+
+
+def progress(config: TrainConfig, step: int, total_steps: int, seconds: float) -> float:
+    """Share of the run that is done, by steps or by the clock (`config.minutes`), whichever is further on."""
+    return max(step / total_steps, _clock(config, seconds))
+
+
+def lr_factor(config: TrainConfig, step: int, total_steps: int, seconds: float) -> float:
+    """Share of the peak learning rate for the step that follows `step` steps and `seconds` of training: warm-up, then the
+    schedule, by steps done or by the clock (`config.minutes`), whichever is further on."""
+    share = config.warmup if config.warmup < 1 else 0.0  # of the clock: a warm-up given in steps knows no clock
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    clock = _clock(config, seconds)
+    warmed = max((step + 1) / (warmup + 1), clock / share if share else 0.0)
+    if warmed < 1:
+        return warmed
+    if config.schedule == "constant":
+        return 1.0
+    by_steps = (step - warmup) / max(1.0, total_steps - warmup)
+    done = min(1.0, max(0.0, by_steps, (clock - share) / (1.0 - share)))
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

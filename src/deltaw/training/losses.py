@@ -1,8 +1,10 @@
-"""Σ −log p(y_t | x, y_<t) over the supervised tokens of a batch, without a [tokens, vocabulary] tensor.
+"""Σ −log p(y_t | x, y_<t) over the supervised tokens of a batch, without a [tokens, vocabulary] tensor; and the losses of tasks
+other than the next token.
 
-The model's body runs over all tokens, its vocabulary head at supervised positions only. What the model does to its logits
+For a causal model the loss is computed from the hidden states before the head, at supervised positions alone. What a model does
 after the head (a scale, a soft cap) is tried out once, on a few tokens, against the model's own logits; where nothing known
-gives those, they are used themselves: slower, the same value.
+gives those, they are used themselves: slower, the same value. The losses of a class, of a quantity and of the tokens that a
+decoder is to say are those of each prediction, by the model's own logits in fp32.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
+from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
 from deltaw.layers.tree import evaluating
 from deltaw.model.inputs import most_positions
 from deltaw.training import head as heads
@@ -150,3 +153,76 @@ def _split(model: Any) -> tuple[nn.Module | None, Any]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     sound = isinstance(body, nn.Module) and body is not model and isinstance(getattr(head, "weight", None), Tensor)
     return (body, head) if sound else (None, None)
+
+
+class ItemLoss:
+    """What the losses of items share. `logits` is the model's answer to a batch."""
+
+    def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        self.most = most_positions(model)
+
+    def collate(self, items: Sequence[Item]) -> ItemBatch:
+        """Right-padded, within the model's positions."""
+        return collate_items(items, self.pad_id, self.most)
+
+    def __call__(self, batch: ItemBatch) -> tuple[Tensor, int]:
+        """(sum of the batch's losses as an fp32 scalar, their number)."""
+        losses, _ = self.each(batch)
+        return losses.sum(), losses.numel()
+
+    def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
+        """The loss of each prediction, fp32 [n], and the row that each is of, int64 [n] on the CPU."""
+        raise NotImplementedError
+
+    def logits(self, batch: ItemBatch, **more: Any) -> Tensor:
+        """The model's, in fp32 or wider."""
+        first = next(self.model.parameters())
+        inputs = {name: to_device(first.device, t) for name, t in batch.inputs.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(first.dtype)
+        out: Tensor = self.model(**inputs, **more).logits
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+class RecordLoss(ItemLoss):
+    """One prediction for each record."""
+
+    def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
+        logits = self.logits(batch)
+        return self.of(logits, to_device(logits.device, batch.target)), torch.arange(len(batch.target))
+
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of each record [n], of the model's logits [n, outputs] and what they should say [n]."""
+        raise NotImplementedError
+
+
+class ClassLoss(RecordLoss):
+    """−log p(class | x) for each record."""
+
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="none")
+
+
+class SquaredLoss(RecordLoss):
+    """(ŷ − y)² for each record."""
+
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        return (logits[:, 0] - target).square()
+
+
+class DecoderLoss(ItemLoss):
+    """−log p(y_t | x, y_<t) for each token of the completions, of a model with an encoder for x and a decoder for y."""
+
+    def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
+        rows, columns = (batch.target != IGNORED).nonzero(as_tuple=True)
+        model: Any = self.model
+        target = to_device(next(model.parameters()).device, batch.target)
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            said = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=target)}
+        else:
+            said = {"labels": target}  # with which every such model shifts its own
+        logits = self.logits(batch, **said, use_cache=False)
+        at = to_device(logits.device, rows), to_device(logits.device, columns)
+        return F.cross_entropy(logits[at], target[at], reduction="none"), rows
