@@ -42,7 +42,7 @@ from deltaw.config import from_mapping
 from deltaw.data import read
 from deltaw.model.pretrained import Pretrained, load_pretrained
 from deltaw.model.switch import using
-from deltaw.study.evaluate import Evaluation, evaluate
+from deltaw.runs.evaluation.evaluate import Evaluation, evaluate
 from train_step import TRL_FASTEST
 
 HERE = Path(__file__).resolve().parent

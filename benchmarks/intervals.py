@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 import machine
-from deltaw.study.choice import chosen
-from deltaw.study.compared import compared
-from deltaw.study.resampling import RESAMPLES, Array, Measured, of_losses
+from deltaw.runs.evaluation.bootstrap import RESAMPLES, Array, Measured, chosen, compared, of_losses
 
 MARGIN, NOISE = 0.01, 0.1
 ITEMS, CORRELATIONS, RUNS, SEEDS = (5, 10, 20, 300), (0.3, 0.45, 0.6), (1, 2, 3, 5), (0.0, 0.5, 1.0, 3.0)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import deltaw
 import machine
 from deltaw import Bottleneck, LoRA
-from deltaw.study import latency
+from deltaw.runs.evaluation import latency
 
 METHODS = {
     "LoRA": LoRA(rank=8),

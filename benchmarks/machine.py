@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deltaw.environment import describe
+from deltaw.runs.memory.machine import describe
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -29,8 +29,8 @@ import deltaw
 import machine
 from adapters import attach_random
 from deltaw.model.record import record_of
-from deltaw.study.charts import Chart, Series
-from deltaw.study.report import Report, write
+from deltaw.runs.reports.charts import Chart, Series
+from deltaw.runs.reports.page import Report, write
 from race import synchronize
 from shapes import LLAMA, random_llama
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import deltaw
-from deltaw.comparing import Progress, compare
 from deltaw.methods.registry import DEFAULT
+from deltaw.runs.compare import Progress, compare
 from setups import Setup, glue, write
 
 OUT = Path(".cache/compared")

@@ -35,14 +35,14 @@ import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS: Mapping[str, tuple[str, ...]] = {
-    "fused": ("tests/layers/ops/test_linear.py",),
-    "rows": ("tests/layers/ops/test_rows.py", "tests/model/test_switch.py"),
-    "routes": ("tests/layers/test_routing.py", "tests/model/test_passes.py", "tests/model/test_switch.py"),
-    "merged": ("tests/model/test_merge.py",),
-    "originals": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
-    "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/test_run.py"),
+    "layers.ops.linear": ("tests/layers/ops/test_linear.py",),
+    "layers.ops.rows": ("tests/layers/ops/test_rows.py", "tests/model/test_switch.py"),
+    "layers.routing": ("tests/layers/test_routing.py", "tests/model/test_passes.py", "tests/model/test_switch.py"),
+    "model.merge": ("tests/model/test_merge.py",),
+    "layers.ops.undo": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
+    "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/runs/test_train.py"),
     "data.batches": ("tests/data/test_batches.py",),
-    "study.choice": ("tests/study/test_choice.py",),
+    "runs.evaluation.bootstrap": ("tests/runs/evaluation/test_choice.py",),
 }
 """Modules of deltaw, and the tests that are theirs."""
 SAME = ("_Eq_Is", "_NotEq_IsNot")

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 
 import machine
-from deltaw.directions import amplifications
-from deltaw.finished import finished
 from deltaw.methods.targets import role
 from deltaw.model.pretrained import load_pretrained
+from deltaw.runs.directions import amplifications
+from deltaw.runs.folder import finished
 from ranks_swept import OUT, RANKS
 
 OF_RANKS = (4, 64)

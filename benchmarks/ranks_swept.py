@@ -22,7 +22,7 @@ from typing import Any
 
 import deltaw
 import machine
-from deltaw.sweeping import Progress, choices_of, compared_of, losses_of, sweep
+from deltaw.runs.sweep import Progress, choices_of, compared_of, losses_of, sweep
 from setups import Setup, glue, write
 
 OUT = Path(".cache/swept")

@@ -14,9 +14,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from deltaw.environment import in_words
-from deltaw.study.comparison import COLUMNS, cells, headline, mean, metric_of, ranked, score
-from deltaw.study.student import quantile
+from deltaw.runs.evaluation.bootstrap import quantile
+from deltaw.runs.memory.machine import in_words
+from deltaw.runs.reports.compare import COLUMNS, cells, headline, mean, metric_of, ranked, score
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "evidence.md"

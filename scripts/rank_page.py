@@ -13,9 +13,9 @@ from typing import Any
 
 from scripts.evidence_page import RESULTS, ROOT, of_several, read, table
 
-from deltaw.environment import in_words
 from deltaw.files import units
-from deltaw.study.comparison import interval, score
+from deltaw.runs.memory.machine import in_words
+from deltaw.runs.reports.compare import interval, score
 
 TEXT, PAGE = ROOT / "scripts" / "rank_page.md", ROOT / "docs" / "rank.md"
 NAMES = ("e2e", "requests", "sst2", "cola")

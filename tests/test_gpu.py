@@ -13,7 +13,7 @@ from deltaw import DoRA, LoRA, attach, load, merge, parameters, route, save, unm
 from deltaw.files.identity import base_fingerprint
 from tests.conftest import bits, byte_llama, fill, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
-from tests.test_run import METHOD, RECORDS, quick
+from tests.runs.test_train import METHOD, RECORDS, quick
 
 pytestmark = pytest.mark.gpu
 

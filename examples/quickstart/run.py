@@ -32,10 +32,10 @@ from deltaw.files.formats.atomic import replacing_folder
 from deltaw.model.pretrained import load_pretrained, save_pretrained
 from deltaw.model.record import base_parameters
 from deltaw.model.switch import using
-from deltaw.study.evaluate import Evaluation, evaluate
-from deltaw.study.report import Table
-from deltaw.study.report import write as write_report
-from deltaw.study.run_report import run_report
+from deltaw.runs.evaluation.evaluate import Evaluation, evaluate
+from deltaw.runs.reports.page import Table
+from deltaw.runs.reports.page import write as write_report
+from deltaw.runs.reports.train import run_report
 
 HERE = Path(__file__).resolve().parents[2]
 DATA = deltaw.DataConfig(template="chat", system="Answer in JSON.")

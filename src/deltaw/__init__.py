@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
-    from deltaw.choosing import RankChoice, choose_rank
-    from deltaw.comparing import Comparison, compare
     from deltaw.config import (
         CompareConfig,
         DataConfig,
@@ -41,9 +39,11 @@ if TYPE_CHECKING:
     from deltaw.model.merge import MergeReport, merge, unmerge
     from deltaw.model.summary import Summary, adapters, delta, parameters, summary
     from deltaw.model.switch import keep_on_device, route, use, using
-    from deltaw.planning import Planned, plan
-    from deltaw.run import RunResult, train
-    from deltaw.sweeping import Sweep, sweep
+    from deltaw.runs.compare import Comparison, compare
+    from deltaw.runs.memory.plan import Planned, plan
+    from deltaw.runs.rank import RankChoice, choose_rank
+    from deltaw.runs.sweep import Sweep, sweep
+    from deltaw.runs.train import RunResult, train
 
 _HOME = {
     "DeltaWError": "errors",

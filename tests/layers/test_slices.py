@@ -20,7 +20,7 @@ from deltaw.methods.updates.lowrank import LowRank, Sliced
 from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
-from tests.test_run import RECORDS, quick
+from tests.runs.test_train import RECORDS, quick
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}

@@ -18,7 +18,7 @@ from deltaw.errors import ConfigError, DataError
 from deltaw.methods.prefix import Prefix
 from deltaw.model.generate import generate
 from deltaw.model.inputs import most_positions, within
-from deltaw.study.evaluate import evaluate
+from deltaw.runs.evaluation.evaluate import evaluate
 from tests.data.conftest import CHATML, tiny_tokenizer
 
 LONG = [{"prompt": "long " * 20 + f"{i}", "completion": f"answer {i}"} for i in range(24)]

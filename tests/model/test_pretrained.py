@@ -34,7 +34,7 @@ from deltaw.data.items import Item, encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.model.inputs import row_padding, settle_padding
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, save_pretrained
-from deltaw.run import train
+from deltaw.runs.train import train
 from deltaw.training.opening import opened
 from deltaw.training.prepare import check_ids
 from deltaw.training.tasks import Classification

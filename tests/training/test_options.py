@@ -15,7 +15,7 @@ from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, TrainConfig, attac
 from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.methods.updates.lowrank import LowRank
 from deltaw.model.summary import parameters, updates
-from deltaw.run import train
+from deltaw.runs.train import train
 from deltaw.training import optim
 from deltaw.training.flat import Flat
 from tests.conftest import byte_llama, tiny_gpt2, tiny_llama

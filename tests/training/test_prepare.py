@@ -15,7 +15,7 @@ from deltaw.data.prompts import item_of
 from deltaw.errors import DataError
 from deltaw.files.store import training_of
 from deltaw.methods.lora import LoRA
-from deltaw.sweeping import sweep
+from deltaw.runs.sweep import sweep
 from deltaw.training.prepare import held_out, prepare, trained_on
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer

@@ -47,8 +47,8 @@ from deltaw.data import read
 from deltaw.data.items import encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.model.pretrained import load_pretrained
-from deltaw.run import train
-from deltaw.study.evaluate import evaluate
+from deltaw.runs.evaluation.evaluate import evaluate
+from deltaw.runs.train import train
 from deltaw.training.opening import of_adapter, opened
 from deltaw.training.tasks import TASKS, recognised, task_of
 from tests.data.conftest import tiny_tokenizer

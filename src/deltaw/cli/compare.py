@@ -11,30 +11,30 @@ from deltaw.files import units
 
 def run(command: Compare) -> None:
     show.quiet_libraries()
-    from deltaw.comparing import compare
-    from deltaw.study import comparison
+    from deltaw.runs.compare import compare
+    from deltaw.runs.reports import compare as report
 
     with show.err.status("getting ready …") as status:
         done = compare(
             command.model, command.data, command.run, command.compare, on_event=lambda event: _hear(event, status)
         )
     results = done.results
-    rows = comparison.ranked(results)
+    rows = report.ranked(results)
     metrics = list(next((row["scores"] for row in rows if row.get("scores")), {}))
     for warning in results["warnings"]:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)
-    columns = [*comparison.COLUMNS, *metrics, *comparison.beside_columns(results)]
+    columns = [*report.COLUMNS, *metrics, *report.beside_columns(results)]
     made = show.table(*columns, title=f"\n{command.model} on {command.data}, scored on {results['sets']['test']}")
     for row in rows:
-        made.add_row(*comparison.cells(row, metrics), *comparison.beside(row, results))
+        made.add_row(*report.cells(row, metrics), *report.beside(row, results))
     show.out.print(made)
     if results["latency"]:
-        timed = show.table("", *comparison.latency_columns(results), title="\nInference, over the base's time")
-        for cells in comparison.latency_rows(results):
+        timed = show.table("", *report.latency_columns(results), title="\nInference, over the base's time")
+        for cells in report.latency_rows(results):
             timed.add_row(*cells)
         show.out.print(timed)
-    show.prose(f"\n{comparison.headline(results)}")
-    show.prose(comparison.note_on_intervals(results), style="dim")
+    show.prose(f"\n{report.headline(results)}")
+    show.prose(report.note_on_intervals(results), style="dim")
     show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 

@@ -75,8 +75,8 @@ def _warn_of_overlap(records: Any, adapter: str | None) -> None:
 
 def _metrics(command: Eval, data: Any, form: str) -> list[str]:
     """The metrics asked for, else all that records of this form allow. Raises ConfigError for one that is not known."""
-    from deltaw.study.evaluate import metrics_of
-    from deltaw.study.metrics import check_metrics
+    from deltaw.runs.evaluation.evaluate import metrics_of
+    from deltaw.runs.evaluation.metrics import check_metrics
 
     known = metrics_of(data, form)
     given = [m.strip() for m in (command.metrics or "").split(",") if m.strip()]
@@ -88,7 +88,7 @@ def _evaluate(loaded: Any, records: Any, data: Any, command: Eval, metrics: list
     """Evaluation of the base, of the adapter, or of both."""
     from deltaw.model.summary import adapters
     from deltaw.model.switch import using
-    from deltaw.study.evaluate import evaluate
+    from deltaw.runs.evaluation.evaluate import evaluate
 
     names = ["base"] * command.base + ["adapter"] * (command.opening.adapter is not None)
     found = {}
@@ -122,7 +122,7 @@ def _table(found: dict[str, Any], metrics: list[str], command: Eval) -> Any:
 
 def _difference(base: Any, adapter: Any) -> str:
     """In pairs, on the same items."""
-    from deltaw.study.resampling import paired
+    from deltaw.runs.evaluation.bootstrap import paired
 
     found = paired(adapter, base)
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

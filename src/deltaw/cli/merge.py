@@ -70,7 +70,7 @@ def _merge(command: Merge, out: Path) -> _Done:
         raise ConfigError(
             "--reversible gives a file's own bytes back, so it needs a checkpoint in safetensors and --dtype auto."
         )
-    from deltaw.study.merging import merge_to_folder
+    from deltaw.runs.export import merge_to_folder
 
     made = merge_to_folder(
         command.model,
@@ -104,7 +104,7 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
     def look(folder: Path) -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if command.check == "on" or (command.check == "auto" and size <= _SMALL):
-            from deltaw.study.merging import compare
+            from deltaw.runs.export import compare
 
             done.compared = compare(str(base), adapter, folder, check_base=not command.any_base)
 
@@ -123,7 +123,7 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
 
 def _table(report: Any, all_layers: bool) -> Any:
     from deltaw.model.merge import MergeReport
-    from deltaw.study.run_report import MERGE_COLUMNS, merge_cells
+    from deltaw.runs.reports.train import MERGE_COLUMNS, merge_cells
 
     made = show.table(*MERGE_COLUMNS, title="Merge report")
     alone = [MergeReport(report.adapters, {name: stats}).row(name) for name, stats in report.layers.items()]

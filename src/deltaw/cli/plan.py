@@ -17,7 +17,7 @@ PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations
 
 def run(command: Plan) -> None:
     show.quiet_libraries()
-    from deltaw.planning import plan
+    from deltaw.runs.memory.plan import plan
 
     with show.err.status("planning …"):
         found = plan(command.model, command.plan)

@@ -12,8 +12,8 @@ from deltaw.files import units
 
 def run(command: Rank) -> None:
     show.quiet_libraries()
-    from deltaw.choosing import choose_rank
-    from deltaw.study import rank_report
+    from deltaw.runs.rank import choose_rank
+    from deltaw.runs.reports import rank
 
     with show.err.status("reading the run …") as status:
         found = choose_rank(command.run, command.rank, on_event=lambda event: _hear(event, status))
@@ -21,16 +21,16 @@ def run(command: Rank) -> None:
     if command.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
         return
-    show.out.print(_table(results, rank_report.metrics_of(results)))
-    show.prose(f"\n{rank_report.sentence(results)}")
-    for remark in rank_report.remarks(results):
+    show.out.print(_table(results, rank.metrics_of(results)))
+    show.prose(f"\n{rank.sentence(results)}")
+    for remark in rank.remarks(results):
         show.prose(remark, style="dim")
     show.facts({"report": str(found.report), "results": str(found.report.with_suffix(".json"))})
 
 
 def _table(results: dict[str, Any], metrics: list[str]) -> Any:
     """Without what the report has room for."""
-    from deltaw.study.comparison import score
+    from deltaw.runs.reports.compare import score
 
     largest = results["ranks"][-1]["rank"]
     made = show.table("r", "parameters", "adapter", "loss", f"less r = {largest}'s", "enough", *metrics)

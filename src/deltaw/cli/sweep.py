@@ -12,8 +12,8 @@ from deltaw.files import units
 
 def run(command: Sweep) -> None:
     show.quiet_libraries()
-    from deltaw.study import sweep_report
-    from deltaw.sweeping import sweep
+    from deltaw.runs.reports.sweep import COLUMNS, cells, metrics_of, note_on_intervals, ordered, sentences
+    from deltaw.runs.sweep import sweep
 
     with show.err.status("getting ready …") as status:
         done = sweep(
@@ -25,14 +25,14 @@ def run(command: Sweep) -> None:
         return
     for warning in done.results["warnings"]:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)
-    metrics = sweep_report.metrics_of(done.results)
-    made = show.table(*sweep_report.COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
-    for row in sweep_report.ordered(done.results):
-        made.add_row(*sweep_report.cells(row, metrics))
+    metrics = metrics_of(done.results)
+    made = show.table(*COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
+    for row in ordered(done.results):
+        made.add_row(*cells(row, metrics))
     show.out.print(made)
-    for sentence in sweep_report.sentences(done.results):
+    for sentence in sentences(done.results):
         show.prose(f"\n{sentence}")
-    show.prose(sweep_report.note_on_intervals(done.results), style="dim")
+    show.prose(note_on_intervals(done.results), style="dim")
     show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
 
 

@@ -11,7 +11,7 @@ from deltaw.files import units
 
 def run(command: Train) -> None:
     show.quiet_libraries()
-    from deltaw.run import train
+    from deltaw.runs.train import train
 
     with progress() as view:
         result = train(command.model, command.data, command.run, method=command.settings, on_event=view.hear)
@@ -119,7 +119,7 @@ def _memory(parts: dict[str, int]) -> str:
 
 
 def _summary(result: Any, command: Train) -> None:
-    from deltaw.study.run_report import next_commands
+    from deltaw.runs.reports.train import next_commands
 
     state, figures = result.state, result.figures()
     show.out.print()

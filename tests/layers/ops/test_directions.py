@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaw.layers.ops.svd import amplified, by_chance, right_directions, similarity, triples
-from deltaw.study.heatmap import HeatMap, render_map
+from deltaw.runs.reports.heatmap import HeatMap, render_map
 
 
 def orthonormal(n: int, k: int, seed: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import deltaw
 from deltaw.config import SweepConfig
 from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.model.pretrained import load_pretrained
-from deltaw.tried_ranks import candidates
+from deltaw.runs.candidates import candidates
 from tests.conftest import byte_llama, fill, tiny_llama
 from tests.data.conftest import tiny_tokenizer
 

@@ -1,0 +1,181 @@
+"""How good is this model on these records? Loss of the references and scores of what it answers. Prints nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from deltaw.config import DataConfig, GenerateConfig
+from deltaw.data import Record, Records, as_said, references
+from deltaw.data.prompts import item_numbers
+from deltaw.errors import DataError
+from deltaw.layers.tree import evaluating
+from deltaw.model.inputs import within
+from deltaw.model.pretrained import Pretrained
+from deltaw.runs.evaluation.bootstrap import ItemScore
+from deltaw.runs.evaluation.metrics import (
+    CLASS_METRICS,
+    METRICS,
+    NUMBER_METRICS,
+    TEXT_METRICS,
+    check_metrics,
+    perplexity,
+    ratio,
+)
+from deltaw.training.losses import Loss
+from deltaw.training.tasks import Classification, Task, task_of
+
+_OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
+_OF_LOSSES = {"loss", "perplexity"}
+
+
+class RecordLosses(NamedTuple):
+    """Of each record the sum of its predictions' losses, and their number."""
+
+    sums: list[float]
+    counts: list[float]
+    items: list[int]
+    """The number of its item: records with the same prompt are of one."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model, as it stood (base, adapter or merged), on one set of records."""
+
+    records: int
+    """How many were scored."""
+    items: int
+    """How many items they are of: what intervals resample."""
+    scores: dict[str, ItemScore]
+    predictions: list[str]
+    """One for each distinct prompt, or labelled record; empty where only the loss of texts was asked for."""
+    losses: RecordLosses | None
+    """None where that of texts was not asked for."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Records grouped by prompt."""
+
+    records: list[Record]
+    """One of each prompt."""
+    references: list[list[str]]
+    items: list[int]
+    """The number of each prompt's item."""
+
+    @classmethod
+    def of(cls, records: Any) -> Questions:
+        """Records with equal prompts become one question with several references."""
+        pairs = references(records)
+        asked = [record for record, _ in pairs]
+        return cls(asked, [list(refs) for _, refs in pairs], item_numbers(asked))
+
+
+def metrics_of(data: DataConfig, form: str = "") -> tuple[str, ...]:
+    """All metrics of the task that the settings say; records of form text have no prompt to answer."""
+    names = _OF_ANSWERS[task_of(data).answers]
+    return tuple(m for m in names if form != "text" or m not in TEXT_METRICS)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    data: DataConfig,
+    generation: GenerateConfig,
+    *,
+    metrics: Sequence[str] | None = None,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Score the model with whatever adapter is active, by `data.task`. Loss is of each prediction over all records. Exact
+    match, BLEU and ROUGE-L are of one generated completion for each distinct prompt; accuracy and its like of each record's
+    likeliest class, by the same pass as the loss. Intervals resample items. Default: all metrics of the task.
+
+    Raises ConfigError for an unknown metric, and DataError where a loss is not finite: no score would say anything then."""
+    known = metrics_of(data, records.form)
+    metrics = known if metrics is None else metrics
+    check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
+    data, task = within(data, model), task_of(data)
+    loaded = Pretrained(model, tokenizer, "")
+    began = time.monotonic()
+    given = (loaded, records, data, generation, metrics, on_done)
+    judged = _of_labels(task, *given) if issubclass(task, Classification) else _of_texts(task, *given)
+    scored, items, predictions, scores, losses = judged
+    _check_finite(losses)
+    if losses is not None and _OF_LOSSES & set(metrics):
+        scores["loss"] = ratio(*losses)
+        scores["perplexity"] = perplexity(scores["loss"])
+    return Evaluation(scored, items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
+
+
+def _check_finite(losses: RecordLosses | None) -> None:
+    if losses is None:
+        return
+    bad = sum(not math.isfinite(each) for each in losses.sums)
+    if bad:
+        raise DataError(
+            f"The loss of {bad} of {len(losses.sums)} records is not finite under this model: it has weights that are too "
+            "large or not numbers, or its dtype is too narrow for them.\nTry --dtype float32; if that changes nothing, its "
+            "training went wrong."
+        )
+
+
+_Judged = tuple[int, int, list[str], dict[str, ItemScore], RecordLosses | None]
+
+
+def _of_texts(
+    task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+    metrics: Sequence[str], on_done: Callable[[int], None],
+) -> _Judged:  # fmt: skip
+    """Of a completion for each distinct prompt, and the loss of all completions that there are."""
+    losses, said = None, list[str]()
+    if _OF_LOSSES & set(metrics):
+        encoded = task.encode(records, loaded, data)
+        items = item_numbers(records.only(encoded.records).items)
+        losses = record_losses(task.loss(loaded), encoded.examples, generation.batch, items)
+    scores, answered = dict[str, ItemScore](), [m for m in metrics if m in TEXT_METRICS]
+    if answered:
+        asked = Questions.of(records)
+        said = task.answer(loaded, asked.records, data, generation, on_done)
+        plain = iter(as_said([text for texts in asked.references for text in texts], loaded.tokenizer))
+        wanted = [[next(plain) for _ in texts] for texts in asked.references]
+        scores = {m: TEXT_METRICS[m](said, wanted, asked.items) for m in answered}
+    return len(records), len(set(item_numbers(records.items))), said, scores, losses
+
+
+def _of_labels(
+    task: type[Classification], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+    metrics: Sequence[str], on_done: Callable[[int], None],
+) -> _Judged:  # fmt: skip
+    """Of each record's class or quantity."""
+    encoded = task.encode(records, loaded, data)
+    examples, items = encoded.examples, item_numbers(records.only(encoded.records).items)
+    logits, wanted = task.logits(loaded, examples, generation.batch, on_done), [e.target for e in examples]
+    said, labels = task.answers_of(logits), len(data.labels or [])
+    if task.answers == "number":
+        scores = {m: NUMBER_METRICS[m](said, wanted, items) for m in metrics if m in NUMBER_METRICS}
+    else:
+        scores = {m: CLASS_METRICS[m](said, wanted, labels, items) for m in metrics if m in CLASS_METRICS}
+    losses = task.loss(loaded).of(logits, torch.tensor(wanted)).tolist()
+    told = [task.said(a, data) for a in said]
+    return len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items)
+
+
+@torch.no_grad()
+def record_losses(loss: Loss, examples: Sequence[Any], batch: int, items: list[int]) -> RecordLosses:
+    """The losses of each example, which is of this item."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
+    with evaluating(loss.model):
+        for start in range(0, len(order), batch):
+            own = torch.tensor(order[start : start + batch])
+            losses, of_row = loss.each(loss.collate([examples[i] for i in own]))
+            sums.index_add_(0, own[of_row], losses.double().cpu())
+            counts[own] += torch.bincount(of_row, minlength=len(own))
+    return RecordLosses(sums.tolist(), counts.tolist(), items)

@@ -1,0 +1,198 @@
+"""A report as one self-contained HTML file. Knows how to show; nothing of models, runs or where a figure comes from.
+
+The page loads nothing: style and script are inline, and its content policy names just those two by their hash, so that
+even a hole in the escaping would not let data run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltaw.files.formats.atomic import write_text
+from deltaw.runs.reports.charts import Chart, Series, render_chart
+from deltaw.runs.reports.examples import Sample, render_examples
+from deltaw.runs.reports.heatmap import HeatMap, render_map
+from deltaw.runs.reports.markup import tag, text
+
+__all__ = ["Chart", "HeatMap", "Report", "Sample", "Series", "Table", "render", "write"]
+
+_FOLD_ROWS = 24
+_LONG_WORD, _BRIEF = 30, 24
+_NUMBER = re.compile(
+    r"[−+-]?\d[\d,.]*(e[−+-]?\d+)?\s?(%|×|[kMGT]?B?|m?s|min)?(\s*[\[(±–].*)?"  # 0.94 [0.90, 0.97], 4.9 MB, 2e-4, 96%
+    r"|\[[\s\d.,−+-]*\]|[—–-]?|nan|[−+-]?inf",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns. A cell is text as it shall be read, or a number."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says, in plain values. What is empty is not shown."""
+
+    title: str
+    headline: str
+    facts: Sequence[tuple[str, str, str]] = ()
+    """Label, value, note."""
+    curves: Sequence[Chart] = ()
+    maps: Sequence[HeatMap] = ()
+    examples: Sequence[Sample] = ()
+    tables: Sequence[Table] = ()
+    warnings: Sequence[str] = ()
+    commands: Sequence[str] = ()
+    footer: str = ""
+
+
+def render(report: Report) -> str:
+    """The page."""
+    css, script = _resource("report.css"), _resource("report.js")
+    policy = (
+        f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    )
+    head = [
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        tag("title", text(report.title)),
+        f"<style>{css}</style>",
+    ]
+    sections = [_header(report), _warnings(report.warnings), _facts(report.facts), _charts(report.curves)]
+    sections += [
+        _maps(report.maps),
+        render_examples(report.examples),
+        _tables(report.tables),
+        _commands(report.commands),
+    ]
+    foot = tag("footer", tag("p", text(report.footer))) if report.footer else ""
+    body = tag("main", "\n".join(s for s in sections if s)) + foot + f"<script>{script}</script>"
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{"".join(head)}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def write(report: Report, path: Path) -> Path:
+    """The page as `path`, atomically: after a crash the old file or the new one is there, never half of one."""
+    return write_text(Path(path), render(report))
+
+
+def _resource(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _hash(inline: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
+
+
+def _section(title: str, inner: str, kind: str) -> str:
+    return tag("section", tag("h2", title, id=kind) + inner, cls=kind, aria_labelledby=kind)
+
+
+def _header(report: Report) -> str:
+    mark = tag("span", "ΔW", cls="mark", aria_hidden="true")
+    return tag(
+        "header", tag("h1", mark + tag("span", text(report.title))) + tag("p", text(report.headline), cls="headline")
+    )
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    if not warnings:
+        return ""
+    title = "1 warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
+    return _section(title, tag("ul", "".join(tag("li", text(w)) for w in warnings)), "warnings")
+
+
+def _facts(facts: Sequence[tuple[str, str, str]]) -> str:
+    """Cards in even rows of at most five."""
+    if not facts:
+        return ""
+    across = math.ceil(len(facts) / math.ceil(len(facts) / 5))
+    cards = []
+    for label, value, note in facts:
+        small = tag("dd", text(note), cls="note") if note else ""
+        cards.append(tag("div", tag("dt", text(label)) + tag("dd", text(value), cls="value") + small))
+    return tag("section", tag("dl", "".join(cards), cls=f"across-{across}"), cls="facts", aria_label="Key figures")
+
+
+def _charts(charts: Sequence[Chart]) -> str:
+    """The first chart and those with bars take the full width; the others share rows of two or three."""
+    if not charts:
+        return ""
+    wide = [i == 0 or any(s.style == "bars" for s in c.series) for i, c in enumerate(charts)]
+    narrow = wide.count(False)
+    across = 3 if narrow % 3 == 0 else 2
+    if narrow % across:
+        wide[len(wide) - 1 - wide[::-1].index(False)] = True
+    # Narrow ones first after the hero, so that no row is left half empty
+    order = sorted(range(len(charts)), key=lambda i: i > 0 and wide[i])
+    figures = "".join(render_chart(charts[i], wide=wide[i]) for i in order)
+    return _section("Curves", tag("div", figures, cls=f"charts across-{across}"), "curves")
+
+
+def _maps(maps: Sequence[HeatMap]) -> str:
+    if not maps:
+        return ""
+    figures = "".join(map(render_map, maps))
+    return _section("Directions", tag("div", figures, cls=f"charts across-{min(3, len(maps))}"), "maps")
+
+
+def _tables(tables: Sequence[Table]) -> str:
+    return _section("Details", tag("div", "".join(map(_table, tables)), cls="tables"), "details") if tables else ""
+
+
+def _table(table: Table) -> str:
+    """A long one is folded; each scrolls in a box of its own, so the page never does sideways."""
+    cells = [[_cell(c) for c in row] for row in table.rows]
+    width = max([len(table.columns), *map(len, cells)])
+    numeric = [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells if i < len(row)) for i in range(width)]
+    kind = ["num" if n else None for n in numeric]
+    head = "".join(tag("th", text(c), scope="col", cls=k) for c, k in zip(table.columns, kind, strict=False))
+    rows = "".join(tag("tr", "".join(_td(c, k) for c, k in zip(r, kind, strict=False))) for r in cells)
+    inner = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows))
+    box = tag("div", inner, cls="scroll", tabindex=0, role="region", aria_label=table.title)
+    count = len(cells)
+    if not cells:
+        box = tag("p", "No rows.", cls="empty")
+    elif count > _FOLD_ROWS:
+        box = tag("details", tag("summary", f"All {count:,} rows") + box)
+    note = tag("p", text(table.note), cls="note") if table.note else ""
+    return tag("article", tag("h3", text(table.title)) + note + box, cls="small" if width <= 2 else "wide")
+
+
+def _words(command: str) -> str:
+    """A line may break between words only, not after the hyphens of a flag."""
+    return "".join(text(w) if not w or w.isspace() else tag("span", text(w)) for w in re.split(r"(\s+)", command))
+
+
+def _td(cell: str, kind: str | None) -> str:
+    """Only words that are too long for a column may break anywhere."""
+    long = any(len(w) > _LONG_WORD for w in cell.split())
+    return tag("td", text(cell), cls=kind or ("long" if long else "brief" if len(cell) <= _BRIEF else None))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}").replace("-", "−", 1)
+
+
+def _commands(commands: Sequence[str]) -> str:
+    if not commands:
+        return ""
+    lines = "".join(tag("li", tag("div", tag("code", _words(c)), cls="command")) for c in commands)
+    return _section("Next", tag("ol", lines), "next")
