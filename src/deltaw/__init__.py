@@ -6,9 +6,14 @@ Names are imported when first used, so that `import deltaw` and the command line
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from deltaw.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from deltaw.config import (
@@ -163,3 +168,44 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# --- pickles of version 0.1 and before, which name modules that have moved -------------------------------------------
+
+_MOVED = {
+    "attached": ("model.record",),
+    "checksums": ("layers.ops.checksums",),
+    "inserted": ("methods.updates.bottleneck",),
+    "lowrank": ("layers.ops.merging",),
+    "originals": ("layers.ops.undo",),
+    "passes": ("model.passes",),
+    "prefixes": ("methods.updates.prefix",),
+    "residency": ("layers.ops.residency",),
+    "residual": ("layers.ops.residual",),
+    "routes": ("layers.routing",),
+    "scaled": ("methods.updates.ia3", "methods.updates.bitfit"),
+    "slots": ("layers.patch",),
+    "ties": ("layers.ties",),
+    "updates": ("methods.updates.lowrank", "methods.updates.dora", "methods.updates.whole"),
+    "weights": ("methods.updates.weights",),
+}
+"""Module that a pickle names → those where its classes are now."""
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a moved module's classes where they are now."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return importlib.machinery.ModuleSpec(fullname, self) if package == "deltaw" and name in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        for home in _MOVED[module.__name__.rpartition(".")[2]]:
+            vars(module).update(
+                {n: v for n, v in vars(importlib.import_module(f"deltaw.{home}")).items() if n[:2] != "__"}
+            )
+
+
+sys.meta_path.append(_Moved())

@@ -11,10 +11,10 @@ from typing import Any
 
 import tyro
 
+from deltaw import __version__
 from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
 from deltaw.config import from_mapping
 from deltaw.errors import ConfigError, DeltaWError, FileError, nearest
-from deltaw.version import __version__
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
 

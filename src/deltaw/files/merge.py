@@ -1,8 +1,8 @@
 """Merge an adapter into a checkpoint on disk, and take it out again, one tensor in memory at a time. No model code: layers are
 found by the names of their tensors.
 
-The arithmetic is that of a merge in memory (layers/ops/merging.py), so the bits are too. With a correction file, what was written can be
-turned back into the base's own bytes, which is checked by their hash.
+The arithmetic is that of a merge in memory (layers/ops/merging.py), so the bits are too. With a correction file, what was
+written can be turned back into the base's own bytes, which is checked by their hash.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltaw import __version__
 from deltaw.config import to_mapping
 from deltaw.errors import AdapterError, listing
 from deltaw.files.formats.method_file import (
@@ -40,7 +41,6 @@ from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.methods.whole import inside
 from deltaw.model import record, summary
 from deltaw.model.record import readers
-from deltaw.version import __version__
 
 log = logging.getLogger("deltaw")
 

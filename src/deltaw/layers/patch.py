@@ -1,9 +1,10 @@
 """The slot in which an adapted layer keeps its updates, the class that calls them, and modules that would not.
 
 An adapted layer stays the same object and becomes an instance of a dynamic subclass of its own class, whose forward adds the
-active update; closing the slot gives the class back. Some modules use the parameters of layers inside them without calling these:
-Mamba multiplies by `self.dt_proj.weight`, WavLM's attention hands its projections' weights to a function. What the forward of such
-a layer adds is nowhere then; that a module does so is found in its own code. Knows one layer or module, never a model.
+active update; closing the slot gives the class back. Some modules use the parameters of layers inside them without calling
+these: Mamba multiplies by `self.dt_proj.weight`, WavLM's attention hands its projections' weights to a function. What the
+forward of such a layer adds is nowhere then; that a module does so is found in its own code. Knows one layer or module, never a
+model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which rows of a fused layer's output are whose: q, k and v, or gate and up, in one layer. Reads a model's modules by their
 classes, changes nothing.
 
-In one product with several roles they stand one after the other (GPT-2, Phi-3), or head by head (GPT-NeoX, BLOOM). Which of these
-a class of transformers does is read in its forward, and kept in `LAYOUTS`; tests/layers/test_slices.py holds each against the model.
+In one product with several roles they stand one after the other (GPT-2, Phi-3), or head by head (GPT-NeoX, BLOOM). Which of
+these a class of transformers does is read in its forward, and kept in `LAYOUTS`; tests/layers/test_slices.py holds each against
+the model.
 """
 
 from __future__ import annotations

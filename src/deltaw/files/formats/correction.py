@@ -1,9 +1,9 @@
 """The correction file of a reversible merge: beside a merged checkpoint and its adapter, all that the base's bytes need. No
 model code, no arithmetic.
 
-A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8,
-row by row, and its escapes, little-endian integers as wide as the tensor's entries (layers/ops/residual.py). Of files beside the weights
-that the merge replaced (a tokenizer, a config), the base's are in it too.
+A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8, row by
+row, and its escapes, little-endian integers as wide as the tensor's entries (layers/ops/residual.py). Of files beside the
+weights that the merge replaced (a tokenizer, a config), the base's are in it too.
 """
 
 from __future__ import annotations

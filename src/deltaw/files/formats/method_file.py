@@ -1,8 +1,8 @@
 """Adapter folders of methods other than LoRA: a method's name, its settings, and the tensors that it trained. No model code.
 
 The settings say which tensors there are; the file has them by the names of their modules. Where PEFT has the method ((IA)³,
-prompt tuning), the folder is PEFT's, and the settings are in our metadata; PEFT's own folders have them in their config. Values in
-place of a base's own are kept as differences from them, which give them back bit for bit.
+prompt tuning), the folder is PEFT's, and the settings are in our metadata; PEFT's own folders have them in their config. Values
+in place of a base's own are kept as differences from them, which give them back bit for bit.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from deltaw.methods.updates.lowrank import LowRank
 
 class OnWeights(Update):
     """Updates of weights that are only parameters of their module, whose forward uses them: by the parameter's own name, a
-    `LowRank` or `Sliced` of a matrix, or a `Stack` of several. In their places the forward gets W0 + ΔW: of a matrix it is formed
-    in each pass, and its gradient has W0's shape; of a stack its products with tokens are computed by the branch (layers/ops/experts.py)."""
+    `LowRank` or `Sliced` of a matrix, or a `Stack` of several. In their places the forward gets W0 + ΔW: of a matrix it is
+    formed in each pass, and its gradient has W0's shape; of a stack its products with tokens are computed by the branch
+    (layers/ops/experts.py)."""
 
     def __init__(self, parts: Mapping[str, LowRank]) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deltaw.version import __version__
+from deltaw import __version__
 
 _CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
 

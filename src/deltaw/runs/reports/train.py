@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw import __version__
 from deltaw.files import units
 from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
-from deltaw.version import __version__
 
 _SMOOTH = 0.9
 # What a loss in this unit is
