@@ -98,8 +98,9 @@ def compared(plan: dict[str, Any], found: dict[str, int]) -> dict[str, Any]:
 
 def measured(folder: str, setting: Setting) -> dict[str, int]:
     """Bytes that this process holds: before the model is opened, with it and its adapter, and at most in a training step."""
-    import deltaw
     import deltaw.run
+
+    import deltaw
     from deltaw.methods.registry import contestants
 
     found = {"process": own_process.held("VmRSS")}

@@ -50,7 +50,7 @@ def test_weights_without_a_layer_count_by_their_own_names() -> None:
 
 
 def test_it_is_logged_once_at_attach(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="deltaw.model.summary"):
+    with caplog.at_level(logging.INFO, logger="deltaw.coverage"):
         deltaw.attach(tiny_llama(), LoRA(rank=2), name="mine")
     said = [r.getMessage() for r in caplog.records if "dense layers" in r.getMessage()]
     assert said == [

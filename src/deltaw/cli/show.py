@@ -65,7 +65,7 @@ def quiet_libraries() -> None:
     ours.handlers = [handler]
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    logging.getLogger("deltaw.model.summary").setLevel(logging.WARNING)  # commands print it
+    logging.getLogger("deltaw.coverage").setLevel(logging.WARNING)  # commands print it
 
 
 def facts(rows: dict[str, str]) -> None:

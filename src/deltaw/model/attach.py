@@ -21,10 +21,7 @@ from deltaw.model.record import Adapters, Attached, check_free, find_record, in_
 from deltaw.model.summary import coverage_of, parameters
 
 log = logging.getLogger("deltaw")
-coverage_log = logging.getLogger("deltaw.model.summary")
-
-
-# --- attach and detach ------------------------------------------------------------------------------------------
+coverage_log = logging.getLogger("deltaw.coverage")
 
 
 def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
