@@ -364,7 +364,7 @@ def test_no_package_is_imported_for_a_model_without_such_layers() -> None:
 
     code = (
         "import sys, torch, deltaw\n"
-        "from deltaw.layers import kind_of\n"
+        "from deltaw.layers.kinds import kind_of\n"
         "before = set(sys.modules)\n"
         "deltaw.attach(torch.nn.Sequential(torch.nn.Linear(6, 4)), deltaw.LoRA(rank=2, targets='0'))\n"
         "assert not {'bitsandbytes', 'torchao'} & (set(sys.modules) - before)\n"
