@@ -344,6 +344,13 @@ def test_experts_take_tokens_that_are_the_batchs_rows() -> None:
             rows.by_tokens(experts, own, experts, wrong, {})
 
 
+def test_routes_of_the_same_names_are_the_same() -> None:
+    one = Rows(["a", None, "b"])
+    assert one == Rows(["a", None, "b"]) and hash(one) == hash(Rows(["a", None, "b"]))
+    for other in (Rows(["b", None, "a"]), Rows(["a", None]), ("a", None, "b"), "a", None):
+        assert one != other
+
+
 def test_experts_may_get_rows_of_tokens_beside_what_was_chosen_for_each() -> None:
     rows, module = Rows(["a", None, "a"]), torch.nn.Identity()
     x, weights = torch.randn(3, 5, 4), torch.randn(15, 2)
