@@ -1,6 +1,8 @@
 """The shape of the code: imports point downward, only cli/ prints, the public names are the documented ones."""
 
 import ast
+import io
+import pickle
 import re
 import subprocess
 import sys
@@ -130,6 +132,25 @@ def test_public_names_are_the_documented_ones() -> None:
     assert all(getattr(deltaw, name).__doc__ for name in documented)
     modules = {p.stem for p in SRC.glob("*.py")} | {p.name for p in SRC.iterdir() if p.is_dir()}
     assert not modules & set(deltaw.__all__), "a module of that name would hide the function"
+
+
+BEFORE = {
+    "attached": "Adapters Attached", "checksums": "Stamp", "inserted": "Inserted", "lowrank": "Product",
+    "layers": "Kind LinearKind Conv1DKind EmbeddingKind QuantisedKind Conv1dKind Conv2dKind Conv3dKind",
+    "originals": "Copy Correction Kept", "passes": "Begin End Generate", "prefixes": "Prepended PrefixOfBlock",
+    "residency": "Residency", "residual": "Residual", "routes": "Route", "scaled": "AddedBias Scaled", "slots": "Slot _unpickled",
+    "ties": "Untied", "updates": "LowRank LowRankRescaled Recentred Replaced ReplacedRows Sliced", "weights": "OnWeights Stack",
+    "methods.lora": "LoRA", "methods.dora": "DoRA", "methods.ia3": "IA3", "methods.full": "Full", "methods.prefix": "Prefix",
+    "methods.bitfit": "BitFit", "methods.bottleneck": "Bottleneck",
+}  # fmt: skip
+"""Modules and names in pickles of models from before modules moved."""
+
+
+@pytest.mark.parametrize("module", BEFORE)
+def test_pickles_of_the_build_before_find_their_classes(module: str) -> None:
+    reader = pickle.Unpickler(io.BytesIO())
+    for name in BEFORE[module].split():
+        assert reader.find_class(f"deltaw.{module}", name).__name__ == name
 
 
 def test_help_needs_no_torch_and_knows_every_command() -> None:
