@@ -37,7 +37,7 @@ from shapes import LLAMA, random_llama
 TARGETS = {"q,v": "q,v", "all-linear": "all-linear"}
 CACHED, PREFILL = 64, 16
 # Of decoding, in one turn
-STEPS = 4
+STEPS = 16
 
 
 def main() -> None:

@@ -527,3 +527,31 @@ def test_rows_that_guidance_computes_twice_are_refused() -> None:
         assert len(model.generate(input_ids=ids, guidance_scale=1.0, **options)) == 2
         with pytest.raises(AdapterError, match="guidance_scale=1"):
             model.generate(input_ids=ids, guidance_scale=3.0, **options)
+
+
+@torch.no_grad()
+def test_a_route_that_another_thread_closes_leaves_the_pass_in_progress_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    for name in ("a", "b"):
+        attach(model, LoRA(rank=2, targets="0,1"), name=name)
+    opened, close, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def elsewhere() -> None:
+        with route(model, ["a", "b"]):
+            opened.set()
+            close.wait(9)
+        closed.set()
+
+    def closes(*_: object) -> None:  # PyTorch has listed the hooks of this pass by now
+        close.set()
+        assert closed.wait(9)
+
+    use(model, None)
+    x = torch.randn(3, 6)
+    plain = model(x)
+    model.register_forward_pre_hook(closes)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert opened.wait(9)
+    assert torch.equal(model(x), plain)
+    thread.join()

@@ -23,6 +23,9 @@ from deltaw.layers.patch import Slot, slot_of
 from deltaw.layers.tree import base_modules, evaluating, owner_of
 from deltaw.model.record import Adapters, bring, known, merged_names, record_of
 
+_REMOVED: Mapping[str, Any] = {}
+"""What a hook that another thread has removed gets for named inputs: PyTorch calls it in the pass in progress, without them."""
+
 
 def use(model: nn.Module, name: str | None) -> None:
     """Make another attached adapter active; None is the base. One write, whatever the number of layers and adapters.
@@ -141,7 +144,7 @@ def _new_forms_asked(model: nn.Module, record: Adapters) -> Iterator[None]:
         return
     here = threading.get_ident()
 
-    def ask(owner: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def ask(owner: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any] = _REMOVED) -> None:
         given: dict[Any, Any] = {**dict(enumerate(inputs)), **named}
         size = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.dim()), 0)
         key = key_of(given, size)
@@ -314,7 +317,7 @@ def _passed(model: Any, positional: int, batch: dict[Any, Any], seen: dict[str, 
     here = threading.get_ident()
 
     def note(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any] = _REMOVED) -> None:
             x = next((v for v in (*inputs, *named.values()) if isinstance(v, Tensor)), None)
             if x is None or threading.get_ident() != here:  # other threads may be computing as well
                 return
