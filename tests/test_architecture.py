@@ -70,7 +70,7 @@ def test_imports_point_downward(path: Path) -> None:
 
 
 def test_the_house_is_small_enough_to_remember() -> None:
-    top = [p.name for p in SRC.iterdir() if p.name != "__pycache__"]
+    top = [p.name for p in SRC.iterdir() if p.is_file() or (p / "__init__.py").is_file()]
     assert len(top) <= 13, sorted(top)
     for folder in {p.parent for p in FILES} - {SRC / "cli"}:  # a file for each command
         files = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
