@@ -43,9 +43,9 @@ class Ending:
     """How a turn ends in tokens."""
 
     tokens: tuple[int, ...]
-    """What a model can stop at: the template's tokens there that are each one whole, not part of ordinary text."""
+    """Tokens that a model can stop at: those of the template there that are each one whole, not part of ordinary text."""
     learnt: tuple[int, ...]
-    """Those of them that are supervised."""
+    """The supervised ones of them."""
     text: str
     """What stands there, without the content where that can be told."""
 

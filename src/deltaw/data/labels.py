@@ -18,7 +18,7 @@ from deltaw.errors import DataError, listing, nearest
 
 _MOST_CLASSES = 1000
 _UNLABELLED = {"<na>", "nat", "null", "nil", "none", "na", "n/a", "n.a.", "(blank)", "(null)", "missing", "\\n"}
-"""How programs write, in text, that there is no value; in lower case."""
+"""Texts by which programs say that there is no value, in lower case."""
 _NO_VALUE = re.compile(r"[+-]?(nan|inf|infinity)\b.*|[+-]?1\.#(s?nan|qnan|inf|ind).*|#[a-z/_0]+[!?]?", re.IGNORECASE)
 """Numbers that cannot be used, and errors of a spreadsheet: nan(ind), -inf, 1.#QNAN, #DIV/0!."""
 _NO_NAMES = {"nan", "NaN", "NAN", "<NA>", "NaT", "null", "NULL", "None"}

@@ -1,1 +1,1 @@
-"""What is on disk: atomic writes, adapter folders in PEFT's format, fingerprints. No model code."""
+"""A live adapter ↔ its folder: store, pack, unpack, compress, convert, merge and verify on disk."""

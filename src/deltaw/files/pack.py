@@ -170,7 +170,7 @@ def _whole(model: nn.Module, updates: dict[str, Replaced]) -> tuple[dict[str, Te
 
 
 def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What the base's module `name`, and those inside it, have in a checkpoint, by names in the model."""
+    """Tensors that the base's module `name`, and those inside it, have in a checkpoint, by names in the model."""
     found: dict[str, Tensor] = {}
     for place, module in tree.base_modules(model):
         if place == name or place.startswith(f"{name}."):
@@ -181,7 +181,7 @@ def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _biases(owner: nn.Module, updates: dict[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of layers with A and B: name of a bias of the base → its value; and of layers that have none, layer name → b, of which
+    """Biases of layers with A and B: name in the base → its value; and of layers that have none, layer name → b, of which
     scale·b is the bias."""
     whole: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}

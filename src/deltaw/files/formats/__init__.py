@@ -1,1 +1,1 @@
-"""What is on disk. Knows no model."""
+"""The formats on disk: safetensors, PEFT, GGUF, loralib, corrections, fingerprints. Know no model."""

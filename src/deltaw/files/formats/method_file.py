@@ -220,7 +220,7 @@ def from_difference(name: str, tensors: Mapping[str, Tensor], W0: Tensor) -> Ten
 
 
 def problems_with(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the entries beside differences, in words."""
+    """Say what is wrong with the entries beside differences."""
     found = []
     for name, dW in tensors.items():
         where, entries = tensors.get(name + _WHERE), tensors.get(name + _ENTRIES)

@@ -1,4 +1,4 @@
-"""What a model's or an adapter's folder holds beside weights: its tokenizer and chat template, and at which tokens it stops.
+"""Files beside the weights of a model or an adapter: its tokenizer and chat template, and at which tokens it stops.
 
 A tokenizer in an adapter's folder is used where it is another one than the base's. No model code.
 """

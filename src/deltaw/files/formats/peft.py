@@ -102,7 +102,7 @@ class LoRAFile:
     """A low-rank adapter as it is on disk, its tensors on the CPU."""
 
     factors: dict[str, _Pair]
-    """Layer name → A [r, k], B [d, r]; of a stack of E matrices A [E·r, k], B [d, r·E] (see stacks.py)."""
+    """Layer name → A [r, k], B [d, r]; of a stack of E matrices A [E·r, k], B [d, r·E] (see peft_keys.py)."""
     scales: dict[str, float]
     """Layer name → the factor of BA."""
     config: dict[str, Any]

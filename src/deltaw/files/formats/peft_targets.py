@@ -1,4 +1,4 @@
-"""Which layers the settings of a foreign adapter mean. No model code.
+"""The layers that the settings of a foreign adapter mean. No model code.
 
 PEFT (0.21) makes the adapter's modules from target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save
 and target_parameters alone. A key of the file without such a module is passed over. Files of deltaw mean all that they hold.
@@ -23,7 +23,7 @@ CHOOSING = (
 
 
 def target_problems(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the settings that choose layers, and which of them PEFT refuses together."""
+    """List what is wrong with the settings that choose layers, and which of them PEFT refuses together."""
     problems = [
         f"{CONFIG}: {key} is {config[key]!r}; it must be a list of names or a regular expression"
         for key in ("target_modules", "exclude_modules")
