@@ -223,7 +223,7 @@ def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:
 
 def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
     """Raise FileError where PEFT adapts some calls of a module and deltaw would adapt all of them. A file of deltaw means all."""
-    if "deltaw_format" in file.metadata:
+    if peft.is_ours(file.metadata):
         return
     saved = [name.rpartition(".")[0] for name in file.whole if saved_module(name, file.config)]
     named = {*file.factors, *saved}

@@ -520,12 +520,12 @@ def names_in_peft(layer: str, file: LoRAFile) -> list[str]:
     """The name that PEFT's patterns know a layer of the file by; several where the file does not say which one it is. Files of
     ours do: they have a module's parameters in its own order, of which PEFT wraps the last one outermost."""
     names = pattern_names(layer, file.config)
-    return [names[-1 - layer.count(".base_layer")]] if len(names) > 1 and "deltaw_format" in file.metadata else names
+    return [names[-1 - layer.count(".base_layer")]] if len(names) > 1 and is_ours(file.metadata) else names
 
 
 def by_inputs(file: LoRAFile) -> bool:
     """Whether PEFT wrote the file before 0.19, which took every stack's matrices for [k, d]."""
-    if "deltaw_format" in file.metadata:
+    if is_ours(file.metadata):
         return False
     numbers = re.match(r"(\d+)\.(\d+)", str(file.config.get("peft_version") or "0.17"))
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 19)
@@ -533,7 +533,7 @@ def by_inputs(file: LoRAFile) -> bool:
 
 def transposed_layers(file: LoRAFile) -> set[str] | None:
     """The layers whose weights are stored [k, d], by our own metadata; None in foreign files."""
-    if "deltaw_format" not in file.metadata:
+    if not is_ours(file.metadata):
         return None
     try:
         return set(json.loads(file.metadata.get(TRANSPOSED, "[]")))
