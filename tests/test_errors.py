@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 
 import pytest
 
 from deltaw import errors
-from deltaw.errors import DeltaWError, listing, nearest
+from deltaw.errors import DeltaWError, first_line, listing, nearest
 
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, DeltaWError)]
 
@@ -47,3 +48,18 @@ def test_a_listing_holds_every_problem_or_says_how_many_more() -> None:
     assert listing("Bad:", ["a", "b"]) == "Bad:\n  - a\n  - b"
     long = listing("Bad:", [f"problem {i}" for i in range(25)])
     assert long.count("\n  - ") == 20 and "5 more" in long
+
+
+def test_problems_are_kept_as_they_were_given() -> None:
+    error = DeltaWError("Bad:", ["a", "b\nand its reason"], "Do this.")
+    assert error.problems == ["a", "b\nand its reason"]
+    assert str(error) == "Bad:\n  - a\n  - b\nand its reason\nDo this."
+    assert DeltaWError("One thing.").problems == ["One thing."]
+    assert pickle.loads(pickle.dumps(error)).problems == error.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("\n  first \nsecond", "first"), ("", "ValueError"), ("x" * 999, "x" * 300)]
+)
+def test_the_first_line_is_one_that_says_something(text: str, line: str) -> None:
+    assert first_line(ValueError(text)) == line

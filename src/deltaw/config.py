@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from deltaw.errors import ConfigError, listing, nearest
+from deltaw.errors import ConfigError, nearest
 
 Form = Literal["auto", "prompt", "chat", "instruction", "text", "labelled", "image"]
 Task = Literal["auto", "causal", "classification", "regression", "seq2seq", "image"]
@@ -327,7 +327,7 @@ def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
         elif value is not given:
             object.__setattr__(config, field.name, value)
     if problems:
-        raise ConfigError(listing(f"{type(config).__name__} cannot be used:", problems))
+        raise ConfigError(f"{type(config).__name__} cannot be used:", problems)
 
 
 def _within(value: float, low: float | None, high: float | None) -> bool:
@@ -387,7 +387,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "confi
     problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
     config = _build(cls, values, where, problems)
     if problems:
-        raise ConfigError(listing("The configuration cannot be used:", problems))
+        raise ConfigError("The configuration cannot be used:", problems)
     return config
 
 
@@ -408,7 +408,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[s
     try:
         return cls(**arguments)
     except (ConfigError, TypeError) as error:
-        problems.extend(line.removeprefix("  - ") for line in str(error).splitlines()[1:] or [str(error)])
+        problems += error.problems if isinstance(error, ConfigError) else [str(error)]
         return cls.__new__(cls)
 
 

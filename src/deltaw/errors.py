@@ -21,9 +21,20 @@ from collections.abc import Iterable, Sequence
 
 
 class DeltaWError(Exception):
-    """Root of the tree. `exit_code` is what the command line returns."""
+    """Root of the tree. `exit_code` is what the command line returns.
+
+    message: what is wrong, or with `problems` their heading. problems: one line each, shown as a list. advice: lines that
+    follow it.
+    """
 
     exit_code = 1
+    problems: list[str]
+    """Each thing that is wrong; the message itself where it has no list."""
+
+    def __init__(self, message: str = "", problems: Sequence[str] = (), advice: str = "") -> None:
+        text = listing(message, problems) if problems else message
+        super().__init__(f"{text}\n{advice}" if advice else text)
+        self.problems = list(problems) or [text]
 
 
 class ConfigError(DeltaWError):
@@ -74,3 +85,9 @@ def listing(head: str, problems: Sequence[str], *, most: int = 20) -> str:
     if len(problems) > most:
         lines.append(f"  … and {len(problems) - most} more")
     return "\n".join([head, *lines])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty, at most 300 characters; the error's class where there is none."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line[:300]

@@ -21,7 +21,7 @@ from deltaw.config import (
     TrainConfig,
     keys,
 )
-from deltaw.errors import ConfigError, listing, nearest
+from deltaw.errors import ConfigError, nearest
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import METHODS, method_class
 
@@ -345,7 +345,7 @@ def check_flags(command: str, cls: type, words: Sequence[str]) -> None:
             problems.append(f"unknown flag --{name}{where}{near}")
     if problems:
         usage = " ".join(("deltaw", command, *positional.values()))
-        raise ConfigError(listing("These flags cannot be used:", problems) + f"\nUsage: {usage} [flags]; see --help.")
+        raise ConfigError("These flags cannot be used:", problems, f"Usage: {usage} [flags]; see --help.")
 
 
 def _metadata(hint: object) -> tuple[typing.Any, ...]:

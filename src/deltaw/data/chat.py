@@ -20,7 +20,7 @@ from typing import Any
 
 from deltaw.data.endings import Ending, Ids, Turn, tokens_of
 from deltaw.data.forms import Message
-from deltaw.errors import DataError, listing
+from deltaw.errors import DataError
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENIZED_AT_ONCE = 2000  # texts per call: enough to keep the threads busy, little enough to keep memory flat
@@ -88,7 +88,7 @@ def _encoded(conversations: Sequence[Sequence[Message]], tokenizer: Any, places:
                 problems.append(f"{place}: {error}")
     if problems:
         share = f"{len(problems)} of {len(conversations)} records"
-        raise DataError(listing(f"The assistant's tokens cannot be told exactly in {share}:", problems))
+        raise DataError(f"The assistant's tokens cannot be told exactly in {share}:", problems)
     return encoded
 
 

@@ -20,7 +20,7 @@ from deltaw.data import chat
 from deltaw.data.endings import Ending, problem, taught
 from deltaw.data.forms import Message, Record
 from deltaw.data.records import Records
-from deltaw.errors import DataError, listing
+from deltaw.errors import DataError
 
 INSTRUCTION = "### Instruction:\n{prompt}\n\n### Response:\n"
 """What a plain instruction record without an input is prompted with; `separator` follows."""
@@ -105,9 +105,7 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
         examples.append(whole)
         numbers.append(number)
     if problems:
-        raise DataError(
-            listing(f"{records.source}: {len(problems)} of {len(records)} records cannot be encoded:", problems)
-        )
+        raise DataError(f"{records.source}: {len(problems)} of {len(records)} records cannot be encoded:", problems)
     if not examples:
         raise DataError(
             f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
@@ -157,7 +155,7 @@ def template_of(form: str, tokenizer: Any, config: DataConfig) -> str:
         if form == "text" and config.separator:
             problems.append(f"separator {config.separator!r} has no effect on text records; remove it")
     if problems:
-        raise DataError(listing(f"The template {template!r} does not fit {form} records here:", problems))
+        raise DataError(f"The template {template!r} does not fit {form} records here:", problems)
     return template
 
 
@@ -240,7 +238,7 @@ def _plains(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list
         mask[0] = False  # the first token of a text without BOS: nothing predicts it
         found.append(Example(before + answer, mask, record.place))
     if problems:
-        raise DataError(listing(f"{len(problems)} of {len(items)} records cannot be encoded:", problems))
+        raise DataError(f"{len(problems)} of {len(items)} records cannot be encoded:", problems)
     return found
 
 

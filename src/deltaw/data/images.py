@@ -10,7 +10,7 @@ import numpy as np
 
 from deltaw.data.forms import Record
 from deltaw.data.sources import show
-from deltaw.errors import DataError, FileError, listing
+from deltaw.errors import DataError, FileError, first_line
 
 
 def pixels(records: Sequence[Record], processor: Any) -> list[Any]:
@@ -22,11 +22,9 @@ def pixels(records: Sequence[Record], processor: Any) -> list[Any]:
             picture = opened(record.image)
             found.append(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32))
         except (DataError, FileError, OSError, ValueError, TypeError) as error:
-            problems.append(f"{record.place}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            problems.append(f"{record.place}: {first_line(error)}")
     if problems:
-        raise DataError(
-            listing(f"{len(problems)} of {len(records)} records have a picture that cannot be used:", problems)
-        )
+        raise DataError(f"{len(problems)} of {len(records)} records have a picture that cannot be used:", problems)
     return found
 
 

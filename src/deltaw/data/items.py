@@ -22,7 +22,7 @@ from deltaw.data.forms import Record
 from deltaw.data.images import pixels
 from deltaw.data.labels import class_indices, quantities
 from deltaw.data.records import Records
-from deltaw.errors import DataError, listing
+from deltaw.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,8 +166,9 @@ def _check_none_empty(lengths: Sequence[int], records: Sequence[Record], what: s
     problems = [f"{r.place}: its {what} has no token" for r, n in zip(records, lengths, strict=True) if not n]
     if problems:
         raise DataError(
-            listing(f"{len(problems)} of {len(records)} records cannot be encoded:", problems)
-            + f"\nThis tokenizer adds no token to an empty {what}. Fill it in, or leave these records out."
+            f"{len(problems)} of {len(records)} records cannot be encoded:",
+            problems,
+            f"This tokenizer adds no token to an empty {what}. Fill it in, or leave these records out.",
         )
 
 
@@ -236,9 +237,7 @@ def _kept(items: list[Item], lengths: Sequence[int], records: Records, config: D
             "or set too_long: truncate or drop"
             for i in long
         ]
-        raise DataError(
-            listing(f"{records.source}: {len(long)} of {len(records)} records cannot be encoded:", problems)
-        )
+        raise DataError(f"{records.source}: {len(long)} of {len(records)} records cannot be encoded:", problems)
     dropped = set(long) if config.too_long == "drop" else set()
     numbers = [i for i in range(len(items)) if i not in dropped]
     kept = [items[i] for i in numbers]

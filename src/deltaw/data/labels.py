@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaw.data.forms import Record
-from deltaw.errors import DataError, listing, nearest
+from deltaw.errors import DataError, nearest
 
 _MOST_CLASSES = 1000
 _UNLABELLED = {"<na>", "nat", "null", "nil", "none", "na", "n/a", "n.a.", "(blank)", "(null)", "missing", "\\n"}
@@ -63,8 +63,9 @@ def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> N
             problems.append(f"{record.place}: {record.label!r} is no number, and others are decimals")
     if problems:
         raise DataError(
-            listing(f"{source}: {len(problems)} of {len(records)} labels do not fit the others:", problems)
-            + "\nFill them in or leave these records out. If they are classes, name all classes with labels."
+            f"{source}: {len(problems)} of {len(records)} labels do not fit the others:",
+            problems,
+            "Fill them in or leave these records out. If they are classes, name all classes with labels.",
         )
 
 
@@ -143,7 +144,7 @@ def class_indices(records: Sequence[Record], names: Sequence[str], source: str) 
     ]
     if problems:
         few = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-        raise DataError(listing(f"{source}: {len(problems)} records are of classes other than {few}:", problems))
+        raise DataError(f"{source}: {len(problems)} records are of classes other than {few}:", problems)
     return [known[class_name(r.label)] for r in records]
 
 
@@ -157,5 +158,5 @@ def quantities(records: Sequence[Record], source: str) -> list[float]:
         if v is None
     ]
     if problems:
-        raise DataError(listing(f"{source}: {len(problems)} labels are no numbers:", problems))
+        raise DataError(f"{source}: {len(problems)} labels are no numbers:", problems)
     return [v for v in values if v is not None]

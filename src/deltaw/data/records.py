@@ -12,7 +12,7 @@ from deltaw.config import DataConfig
 from deltaw.data import forms, sources
 from deltaw.data.forms import Record
 from deltaw.data.prompts import question_of
-from deltaw.errors import DataError, listing
+from deltaw.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -63,7 +63,7 @@ def checked(
     if not total:
         raise DataError(f"{name}: no records in it. Each record is one JSON object a line, one CSV row, or one dict.")
     if not rows:
-        raise DataError(listing(f"{name}: none of its {total} records can be read:", problems))
+        raise DataError(f"{name}: none of its {total} records can be read:", problems)
     form = config.form
     resolved: str = form
     if form == "auto":
@@ -78,7 +78,7 @@ def checked(
     if problems:
         bad = total - len(items)
         head = f"{name}: {bad} of {total} records cannot be used as {resolved} records ({forms.FIELDS[resolved]}):"
-        raise DataError(listing(head, sorted(problems, key=_by_place)))
+        raise DataError(head, sorted(problems, key=_by_place))
     return Records(items, resolved, name)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import DataError, listing, nearest
+from deltaw.errors import DataError, first_line, nearest
 
 Row = tuple[str, dict[str, Any]]
 Read = tuple[list[Row], list[str]]
@@ -126,7 +126,7 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
         if len({p.suffix for p in group}) > 1 or (len(group) > 1 and any(p.stem == name for p in group))
     ]
     if unclear:
-        raise DataError(listing(f"{folder}: several files claim one split. Keep one of each, or name a file:", unclear))
+        raise DataError(f"{folder}: several files claim one split. Keep one of each, or name a file:", unclear)
     if "train" not in found and "all" in found:
         found = {"train": found.pop("all"), **found}
     return found
@@ -256,7 +256,7 @@ def _parquet(path: Path) -> Read:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not a readable parquet file: {first_line(error)}") from error
     return [(f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist())], []
 
 
@@ -278,7 +278,7 @@ def _hub(name: str, split: str) -> tuple[list[Row], list[str], str]:
     except Exception as error:  # the library and its network layers raise dozens of types
         raise DataError(
             f"{name!r} is not a local file or folder, and the hub data set could not be loaded (split {split!r}): "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return (*_memory(data, f"{name}/{split}"), f"{name} ({split})")
 
@@ -291,7 +291,7 @@ def _hub_splits(name: str) -> list[str]:
     except Exception as error:  # as above
         raise DataError(
             f"{name!r} is not a local file or folder, and the hub does not list its splits: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -329,8 +329,4 @@ def _not_json(error: Exception) -> str:
         cut = " The line is cut off or spread over lines" if short else ""
         hint = f"{cut}; a record is one whole object." if cut else ""
         return f"not JSON: {error.msg} at column {error.colno}.{hint}"
-    return f"not JSON that can be read: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+    return f"not JSON that can be read: {first_line(error)}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, FileError, listing
+from deltaw.errors import ConfigError, FileError
 from deltaw.files.formats import loralib, peft
 from deltaw.files.formats.atomic import replacing
 from deltaw.files.formats.gguf import GGUFLoRA, package, read, write
@@ -154,7 +154,7 @@ def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
         f"{layer}: a stack of matrices" for layer in file.factors if file.rank(layer) != len(file.factors[layer][0])
     ]
     if problems:
-        raise FileError(listing(f"loralib has no form for what is in {src}:", problems))
+        raise FileError(f"loralib has no form for what is in {src}:", problems)
     slices, chosen = peft.slices_of(file), alpha_for_loralib(file) if alpha is None else alpha
     state: dict[str, Tensor] = dict(file.whole)
     for layer, (A, B) in file.factors.items():
@@ -192,12 +192,12 @@ def _merged_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
 def _to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     file = peft.read(src)
     if others := file.beyond():
-        raise FileError(listing(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others))
+        raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)
     arch, names, reorder = _names(base or file.config.get("base_model_name_or_path"))
     layers = {layer: found_as(layer, names, {}) for layer in file.factors}
     unknown = [layer for layer, name in layers.items() if name is None]
     if unknown:
-        raise FileError(listing(f"llama.cpp has no tensor for these layers of {src}:", unknown))
+        raise FileError(f"llama.cpp has no tensor for these layers of {src}:", unknown)
     theirs = {layer: names[name] for layer, name in layers.items() if name is not None}
     factors = {theirs[n]: (A, reorder(theirs[n], B, False)) for n, (A, B) in file.factors.items()}
     scales = {theirs[n]: scale for n, scale in file.scales.items()}
@@ -213,7 +213,7 @@ def _from_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Pat
     layers = {theirs: own for own, theirs in names.items()}
     unknown = [name for name in file.factors if name not in layers]
     if unknown:
-        raise FileError(listing(f"The base has no layer for these tensors of {src}:", unknown))
+        raise FileError(f"The base has no layer for these tensors of {src}:", unknown)
     factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
     return _write(dst, factors, {layers[n]: scale for n, scale in file.scales.items()}, "gguf", file.ends)
 

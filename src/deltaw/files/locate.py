@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, listing, nearest
+from deltaw.errors import FileError, nearest
 from deltaw.files.formats.fingerprint import DTYPES, Digest, combined, digest
 from deltaw.files.formats.peft import LoRAFile, transposed_layers
 from deltaw.files.formats.peft_targets import told_by_name
@@ -73,7 +73,7 @@ def places_of(shards: list[Shard], file: LoRAFile, folder: Path, *, untie: bool 
     if unclear or problems:
         error = FileError if problems else NotByFiles
         head = f"The adapter does not fit the checkpoint in {folder}; nothing was written:"
-        raise error(listing(head, [*unclear, *problems]))
+        raise error(head, [*unclear, *problems])
     named = {layer: f"{unwrapped(layer)}.weight" if layer in heads else None for layer in tensors}
     return {layer: Place(name, bool(transposed[layer]), named[layer]) for layer, name in tensors.items()}
 
@@ -128,15 +128,11 @@ def check_by_files(file: LoRAFile, *, undone: bool = False) -> None:
     and whole modules; and, where the merge is to be `undone`, for DoRA, whose ΔW depends on W0."""
     unclear = [layer for layer in file.unclear if not told_by_name(layer, file.config)]
     if unclear:
-        raise NotByFiles(
-            listing("Whether the adapter's settings mean these layers, only the model can tell:", sorted(unclear))
-        )
+        raise NotByFiles("Whether the adapter's settings mean these layers, only the model can tell:", sorted(unclear))
     others = [name for name in file.beyond() if undone or name not in file.magnitudes]
     if others:
         kinds = "A and B" if undone else "A and B, and DoRA's magnitudes,"
-        raise NotByFiles(
-            listing(f"By files alone only {kinds} of dense layers are merged; this adapter has more, for", others)
-        )
+        raise NotByFiles(f"By files alone only {kinds} of dense layers are merged; this adapter has more, for", others)
 
 
 def _twins(tensors: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

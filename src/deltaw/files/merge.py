@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.errors import MergeError, listing
+from deltaw.errors import MergeError
 from deltaw.files.formats import correction, model_folder, peft
 from deltaw.files.formats.atomic import replacing_folder
 from deltaw.files.formats.fingerprint import EXACT, Digest, bytes_of, combined, digest
@@ -89,7 +89,7 @@ def merge_files(
     places, ends = places_of(shards, file, base, untie=untie), peft.ends_of(file, adapter)
     twice = stored_twice(shards, places, base)
     if twice and not untie:
-        raise NotByFiles(listing("The checkpoint has weights twice that its model ties, and one would change:", twice))
+        raise NotByFiles("The checkpoint has weights twice that its model ties, and one would change:", twice)
     if check_base:
         peft.check_base(file, adapter, peft.W0, partial(hash_of_layers, shards, places))
     brings_tokenizer = _brings_tokenizer(base, adapter, check_base)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltaw import __version__
 from deltaw.config import to_mapping
-from deltaw.errors import AdapterError, listing
+from deltaw.errors import AdapterError
 from deltaw.files.formats.method_file import (
     DIFFERENCES,
     PROMPT,
@@ -122,7 +122,7 @@ def _check(method: Any, updates: dict[str, Update]) -> None:
     if len(rescaled) > 1:
         others += [n for n, u in updates.items() if isinstance(u, LowRankRescaled)]
     if others:
-        raise AdapterError(listing("Not saved: PEFT's format has no such updates beside the adapter's others:", others))
+        raise AdapterError("Not saved: PEFT's format has no such updates beside the adapter's others:", others)
 
 
 def _metadata(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError
 from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.peft import SLICES, LoRAFile, slices_of
 from deltaw.files.formats.peft_config import exactly
@@ -184,7 +184,7 @@ def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:
         f"{' and '.join(map(repr, old))} are {name!r} in this model" for name, old in names.items() if len(old) > 1
     ]
     if twice:
-        raise FileError(listing("The adapter's file has two updates of one layer:", twice))
+        raise FileError("The adapter's file has two updates of one layer:", twice)
     return {name: values[old[0]] for name, old in names.items()}
 
 
@@ -227,9 +227,7 @@ def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
         f"{module}.{own}": _one(file, layers[module], own, those, problems) for (module, own), those in single.items()
     }
     if problems:
-        raise FileError(
-            listing("The adapter has updates of single experts that do not make up this model's stacks:", problems)
-        )
+        raise FileError("The adapter has updates of single experts that do not make up this model's stacks:", problems)
     renaming.log()
     if file.config.get("use_rslora"):
         log.warning(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError
 from deltaw.files import units
 from deltaw.files.formats import method_file, peft
 from deltaw.files.formats.method_file import MethodFile
@@ -88,7 +88,7 @@ def save(
         layer for layer, (A, B) in file.factors.items() if not A.any() and not (layer in file.embeddings and B.any())
     ]
     if dead:
-        raise FileError(listing("Not saved: A is all zero, so nothing could be learned, in", dead))
+        raise FileError("Not saved: A is all zero, so nothing could be learned, in", dead)
     file.metadata.update(kept)
     _say_what_peft_computes_otherwise(file, dict(tree.base_modules(model)))
     written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
@@ -234,7 +234,7 @@ def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Pat
         if name in named
     ]
     if problems:
-        raise FileError(listing(f"The adapter in {path} means another model than this; nothing was changed:", problems))
+        raise FileError(f"The adapter in {path} means another model than this; nothing was changed:", problems)
 
 
 def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:

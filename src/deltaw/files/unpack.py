@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.config import from_mapping
-from deltaw.errors import DeltaWError, FileError, listing, nearest
+from deltaw.errors import DeltaWError, FileError, nearest
 from deltaw.files.formats.method_file import (
     PROMPT,
     MethodFile,
@@ -75,7 +75,7 @@ def fitted(
         if why := update.other_shape(layer) if isinstance(update, LowRank) else update.misfit(layer):
             problems.append(f"{name!r}: {why}")
     if problems:
-        raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
+        raise FileError(f"The adapter in {path} does not fit this model; nothing was changed:", problems)
     return {n: fitting.updates[n] for n in fitting.layers if n in fitting.updates}
 
 
@@ -488,7 +488,7 @@ def restored(
     ]
     problems += problems_with({n: t for n, t in given.items() if n in differences | beside})
     if problems:
-        raise FileError(listing(f"The adapter in {path} does not fit this model; nothing was changed:", problems))
+        raise FileError(f"The adapter in {path} does not fit this model; nothing was changed:", problems)
     given |= {n: from_difference(n, given, W0) for n, _, W0 in with_base(model, given) if n in differences}
     whole = {id(p) for u in updates.values() if isinstance(u, (Replaced, ReplacedRows)) for p in u.parameters()}
     named = {n: p for p, names in readers(model).items() for n in names}

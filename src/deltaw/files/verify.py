@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, MergeError, listing
+from deltaw.errors import FileError, MergeError
 from deltaw.files.formats import peft
 from deltaw.files.formats.fingerprint import bits_of
 from deltaw.files.formats.safetensors import PIECE, Entry, Shard, read_tensor, shards_of
@@ -62,7 +62,7 @@ def verify_merged(merged: str | Path, base: str | Path, adapter: str | Path) -> 
             problems[name] = f"{name}{why}"
     if problems:
         lines = [problems[name] for name in in_order(problems)]
-        raise MergeError(listing(f"{merged} is not {base} with {adapter} merged into it:", lines))
+        raise MergeError(f"{merged} is not {base} with {adapter} merged into it:", lines)
     return len(layers)
 
 

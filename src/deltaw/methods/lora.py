@@ -86,17 +86,15 @@ class LoRA(Beside):
         """Raise TargetError for dropout on an output projection that PyTorch's attention reads without calling it."""
         from torch import nn
 
-        from deltaw.errors import TargetError, listing
+        from deltaw.errors import TargetError
 
         parents = {n: model.get_submodule(n.rpartition(".")[0]) for n in names if n.endswith("out_proj")}
         read = [n for n, parent in parents.items() if isinstance(parent, nn.MultiheadAttention)]
         if self.dropout and read:
             raise TargetError(
-                listing(
-                    "nn.MultiheadAttention uses the weights of these layers without calling them, so there is no input of a "
-                    "branch that dropout could act on. Set dropout to 0, or leave them out of targets:",
-                    read,
-                )
+                "nn.MultiheadAttention uses the weights of these layers without calling them, so there is no input of a "
+                "branch that dropout could act on. Set dropout to 0, or leave them out of targets:",
+                read,
             )
 
     def _start(self, layer: Layer, rank: int, slices: Slices) -> tuple[Tensor, Tensor]:

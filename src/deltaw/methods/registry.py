@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from deltaw.config import from_mapping
-from deltaw.errors import ConfigError, DeltaWError, listing, nearest
+from deltaw.errors import ConfigError, DeltaWError, nearest
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.dora import DoRA
@@ -84,7 +84,7 @@ def contestants(text: str) -> list[Contestant]:
         try:
             made = _contestant(entry.strip())
         except DeltaWError as error:
-            problems += [line.removeprefix("  - ") for line in str(error).splitlines()[1:] or [str(error)]]
+            problems += error.problems
             continue
         if made.name in found:
             problems.append(f"{made.name!r} is there twice")
@@ -92,7 +92,7 @@ def contestants(text: str) -> list[Contestant]:
     if not found and not problems:
         problems.append("there is none")
     if problems:
-        raise ConfigError(listing("These methods cannot be compared:", problems))
+        raise ConfigError("These methods cannot be compared:", problems)
     return list(found.values())
 
 
@@ -110,7 +110,7 @@ def _contestant(entry: str) -> Contestant:
     known = {f.name for f in fields(METHODS[method])}
     unknown = [f"{entry}: unknown setting {k!r}{nearest(k, known)}" for k in given if k not in known]
     if unknown:
-        raise ConfigError(listing("", unknown))
+        raise ConfigError("", unknown)
     return Contestant(entry, from_mapping(METHODS[method], {**settings, **given}, where=entry), lr)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.errors import TargetError, listing, nearest
+from deltaw.errors import TargetError, nearest
 from deltaw.layers.kinds import KINDS, Runs, Weight, kind_of, shape, weights_of, why_not
 from deltaw.layers.reached import never_called, without_gradient
 from deltaw.layers.slices import overlapping, parts_of, runs_of
@@ -126,8 +126,9 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
     if problems:
         known = ", ".join(sorted({_kind(n) for n in body})) or "none"
         raise TargetError(
-            listing("These targets do not fit the model:", problems)
-            + f"\nIts dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down."
+            "These targets do not fit the model:",
+            problems,
+            f"Its dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down.",
         )
     ordered = {n: ranks[n] for n in dense if n in ranks}
     return Selection(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import TargetError, listing, nearest
+from deltaw.errors import TargetError, nearest
 from deltaw.layers.unwrap import plain_class
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
@@ -51,7 +51,7 @@ def with_wholes(
     if tokens not in ("", ()):
         made |= _rows(modules, tokens, {**updates, **made}, problems)
     if problems:
-        raise TargetError(listing("These settings do not fit the model:", problems))
+        raise TargetError("These settings do not fit the model:", problems)
     return made
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.errors import AdapterError, listing
+from deltaw.errors import AdapterError
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
 from deltaw.layers.tree import RECORD, base_modules, owner_of
@@ -88,7 +88,7 @@ def apply_plan(
         layers = dict(base_modules(model))
         problems = [f"{n}: {why}" for n, update in plan.updates.items() if (why := update.misfit(layers[n]))]
         if problems:
-            raise AdapterError(listing(f"Adapter {name!r} does not fit this model:", problems))
+            raise AdapterError(f"Adapter {name!r} does not fit this model:", problems)
     if fresh:
         record.was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import AdapterError, listing
+from deltaw.errors import AdapterError
 from deltaw.layers.ops.merging import Product, dense, wide
 from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
 from deltaw.layers.tree import base_modules, dotted, matrix_of, owner_of
@@ -92,7 +92,7 @@ def combine(
     layers = {n: _Layer(owner_of(model), n, terms) for n, terms in _terms(model, weights).items()}
     problems = [f"{n or 'the model'}: {problem}" for n, layer in layers.items() if (problem := layer.problem(recipe))]
     if problems:
-        raise AdapterError(listing("These adapters cannot be combined so:", problems))
+        raise AdapterError("These adapters cannot be combined so:", problems)
     shared: _Shared = {}
     sums = {n: layer.combined(recipe, shared) for n, layer in layers.items()}
     combined = {n: update for n, (update, _) in sums.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import AdapterError, FileError, listing
+from deltaw.errors import AdapterError, FileError
 from deltaw.layers.kinds import Kind, Weight, kind_of
 from deltaw.layers.ops.svd import Truncated, of_matrix
 from deltaw.layers.tree import dotted, owner_of
@@ -71,7 +71,7 @@ def extract(
     _check_alike(before, after)
     selection = select(owner_of(base), targets, rank or 1)
     if selection.slices:
-        raise AdapterError(listing("extract takes whole layers; these targets mean slices of", [*selection.slices]))
+        raise AdapterError("extract takes whole layers; these targets mean slices of", [*selection.slices])
     updates: dict[str, Update] = {}
     errors: dict[str, float] = {}
     unchanged = []
@@ -137,4 +137,4 @@ def _check_alike(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Para
         if before[n].shape != after[n].shape
     ]
     if problems:
-        raise FileError(listing("The two models are not of one architecture:", sorted(problems)))
+        raise FileError("The two models are not of one architecture:", sorted(problems))

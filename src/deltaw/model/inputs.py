@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltaw.config import DataConfig
-from deltaw.errors import ConfigError, DataError, FileError, listing
+from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.layers.tree import evaluating
 from deltaw.layers.unwrap import plain_class
 from deltaw.model.record import find_record
@@ -131,8 +131,9 @@ def check_ends(model: Any, rows: Sequence[Sequence[int]], places: Sequence[str])
     ]
     if problems:
         raise DataError(
-            listing(f"{len(problems)} of {len(rows)} texts cannot be scored by a {type(model).__name__}:", problems)
-            + "\nIt takes a text's score at its end token, of which all texts must have as many: take out those in texts."
+            f"{len(problems)} of {len(rows)} texts cannot be scored by a {type(model).__name__}:",
+            problems,
+            "It takes a text's score at its end token, of which all texts must have as many: take out those in texts.",
         )
 
 

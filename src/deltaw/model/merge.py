@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from deltaw.errors import MergeError, listing
+from deltaw.errors import MergeError
 from deltaw.layers import ties
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.names import family
@@ -243,8 +243,7 @@ def _check_mergeable(model: nn.Module, record: Adapters, names: Iterable[str]) -
     problems = [f"{name!r}: {why}" for name, own in whys.items() for why in sorted(own)]
     if problems:
         raise MergeError(
-            listing("Not merged:", problems)
-            + "\nUse such an adapter beside the model, as it is: use(model, name), load and save."
+            "Not merged:", problems, "Use such an adapter beside the model, as it is: use(model, name), load and save."
         )
 
 
@@ -269,7 +268,7 @@ def _check_possible(owner: nn.Module, changes: dict[str, Change], *, untie: bool
     tied = _tied(owner, changes)
     problems += [] if untie else tied
     if problems:
-        raise MergeError(listing("This adapter cannot be merged as the model stands:", problems))
+        raise MergeError("This adapter cannot be merged as the model stands:", problems)
     return bool(tied)
 
 
@@ -387,11 +386,9 @@ def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool, updated
     broken = [n for n, s in stats.items() if not math.isfinite(s.largest_change)]
     if broken:
         raise MergeError(
-            listing(
-                f"{len(broken)} of {len(stats)} merged weights would not be finite (NaN or infinity): ΔW is not, or the sum "
-                "is too large for the weight's dtype:",
-                broken,
-            )
+            f"{len(broken)} of {len(stats)} merged weights would not be finite (NaN or infinity): ΔW is not, or the sum "
+            "is too large for the weight's dtype:",
+            broken,
         )
     same = [n for n in (stats if updated is None else updated) if stats[n].changed == 0.0]
     if same and not allow_unchanged:
@@ -400,5 +397,5 @@ def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool, updated
             for n in same
         ]
         raise MergeError(
-            listing(f"{len(same)} of {len(stats)} targeted weights would come out of the merge unchanged:", problems)
+            f"{len(same)} of {len(stats)} targeted weights would come out of the merge unchanged:", problems
         )

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from deltaw.config import DType, Task
-from deltaw.errors import ConfigError, FileError, listing, nearest
+from deltaw.errors import ConfigError, FileError, first_line, nearest
 from deltaw.layers.names import in_order
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
 
@@ -101,7 +101,7 @@ def load_pretrained(
         hint = "\nGGUF files need: pip install 'deltaw[gguf]'" if "gguf_file" in arguments else ""
         raise FileError(f"{source} needs a package that is not installed: {str(error).strip()}{hint}") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise FileError(f"{_absent(source)}{source} cannot be loaded as {kind}: {_first_line(error)}") from error
+        raise FileError(f"{_absent(source)}{source} cannot be loaded as {kind}: {first_line(error)}") from error
     new = _new_modules(model, info) if task in HEADED else {}
     _judge(model, info, new, source)
     if task == "causal":
@@ -119,7 +119,7 @@ def read_config(source: str) -> Any:
         return AutoConfig.from_pretrained(**locate(source))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise FileError(
-            f"{_absent(source)}{source} has no config that transformers knows: {_first_line(error)}"
+            f"{_absent(source)}{source} has no config that transformers knows: {first_line(error)}"
         ) from error
 
 
@@ -161,8 +161,7 @@ def _judge(model: Any, info: dict[str, Any], new: Iterable[str], source: str) ->
         hints += ["Was a size in its config.json changed?"] * bool(other)
         count = "1 weight" if len(problems) == 1 else f"{len(problems)} weights"
         raise FileError(
-            listing(f"{source} lacks {count} of a {type(model).__name__}, which would be random:", problems)
-            + "".join(f"\n{hint}" for hint in hints)
+            f"{source} lacks {count} of a {type(model).__name__}, which would be random:", problems, "\n".join(hints)
         )
     body = f"{_body(model)}."
     unread = sorted(k for k in info["unexpected_keys"] if k.startswith(body) and "pooler" not in k.split("."))
@@ -255,7 +254,7 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise FileError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+        raise FileError(f"device {device!r} cannot be used: {first_line(error)}") from error
     return chosen
 
 
@@ -339,10 +338,6 @@ def _forget_gguf(model: Any) -> None:
     model.is_quantized = False
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 # What a model folder in safetensors has: weights, config, tokenizer
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -359,4 +354,4 @@ def snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:  # the hub's own errors are of these
-        raise FileError(f"{name} cannot be had from the hub: {str(error).splitlines()[0]}") from error
+        raise FileError(f"{name} cannot be had from the hub: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import AdapterError, ConfigError, listing, nearest
+from deltaw.errors import AdapterError, ConfigError, nearest
 from deltaw.layers.ops.row_forms import key_of, placeholders_of, uneven
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.patch import Slot, slot_of
@@ -77,9 +77,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     unknown = [n for n in names if n is not None and not (isinstance(n, str) and n in record.attached)]
     if unknown:
         problems = [*dict.fromkeys(f"{name!r}{nearest(str(name), record.attached)}" for name in unknown)]
-        raise AdapterError(
-            listing("There is no adapter of these names:", problems) + f"\nAttached: {', '.join(record.attached)}."
-        )
+        raise AdapterError("There is no adapter of these names:", problems, f"Attached: {', '.join(record.attached)}.")
     for name in dict.fromkeys(names):
         _check(record, name)
     bring(record, names)
@@ -123,7 +121,7 @@ def _check_rows_apart(model: nn.Module, record: Adapters) -> None:
     if record.rows_mixed is None and (inputs := trial_inputs(owner_of(model))) is not None:
         _note(record, look_for_rows(model, (), inputs))
     if record.rows_mixed:
-        raise AdapterError(listing("The rows of a batch cannot be told apart in these layers:", record.rows_mixed))
+        raise AdapterError("The rows of a batch cannot be told apart in these layers:", record.rows_mixed)
 
 
 def _note(record: Adapters, found: tuple[list[str], set[str]] | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deltaw.config import SweepConfig
-from deltaw.errors import AdapterError, ConfigError, TargetError, listing
+from deltaw.errors import AdapterError, ConfigError, TargetError
 from deltaw.layers.ops.seeding import seeded
 from deltaw.layers.tree import evaluating
 from deltaw.methods.dora import DoRA
@@ -61,7 +61,7 @@ def candidates(options: SweepConfig, model: Any) -> Tried:
     learning_rates(options, 1.0, problems)
     count = None if options.budget is None else _count(options.budget, problems)
     if problems:
-        raise ConfigError(listing("This sweep cannot be made:", problems))
+        raise ConfigError("This sweep cannot be made:", problems)
     targets = choices(options)
     if count is not None:
         return _of_budget(count, options, targets, ranks[0], model)
@@ -128,7 +128,7 @@ def _of_budget(count: int, options: SweepConfig, targets: Sequence[str], first: 
             left_out[each] = f"{count:,} parameters would be r = {rank}, more than its layers have rows or columns"
     if not found:
         reasons = [f"{each}: {why}" for each, why in left_out.items()]
-        raise TargetError(listing("No choice of targets can hold this budget:", reasons))
+        raise TargetError("No choice of targets can hold this budget:", reasons)
     return Tried(found, left_out)
 
 

@@ -20,7 +20,7 @@ from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, T
 from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
-from deltaw.errors import ConfigError, DataError, DeltaWError, listing
+from deltaw.errors import ConfigError, DataError, DeltaWError
 from deltaw.files import store
 from deltaw.files.compress import allocated, truncated
 from deltaw.files.formats import peft
@@ -157,7 +157,7 @@ class _Choosing:
         if data is None:
             problems.append("the records: give held-out ones as a file with --records")
         if model is None or data is None:
-            raise ConfigError(listing(f"{run.adapter} does not say what it was trained on:", problems))
+            raise ConfigError(f"{run.adapter} does not say what it was trained on:", problems)
         if records is not None:
             config = dataclasses.replace(config, valid=records)
         held = held_out(model, data, config, self.config.most)
@@ -317,7 +317,7 @@ def _ranks(text: str, run: Finished) -> list[int]:
     found = numbers(text, int, "ranks", problems)
     problems += [f"ranks: {rank} is more than the adapter has ({own})" for rank in found if rank > own]
     if problems:
-        raise ConfigError(listing("The adapter cannot be cut to these ranks:", problems))
+        raise ConfigError("The adapter cannot be cut to these ranks:", problems)
     return sorted({*found, own})
 
 
@@ -344,7 +344,7 @@ def check_confirmable(run: Finished) -> None:
         problems.append("tokens or norms were trained too")
     problems += [f"its {key} is not a file, folder or hub name" for key in ("model", "data") if run.named(key) is None]
     if problems:
-        raise ConfigError(listing(f"{run.path} cannot be confirmed by training again:", problems))
+        raise ConfigError(f"{run.path} cannot be confirmed by training again:", problems)
 
 
 def confirmed(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaw.config import DataConfig, DType
 from deltaw.data import template_of
-from deltaw.errors import DataError, FileError, listing
+from deltaw.errors import DataError, FileError
 from deltaw.files import store
 from deltaw.files.formats.model_folder import brought
 from deltaw.methods.updates.whole import Replaced
@@ -75,11 +75,9 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
     lacking = [n for n in loaded.untrained if not isinstance(own.get(n), Replaced)]
     if lacking:
         raise FileError(
-            listing(
-                f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:",
-                lacking,
-            )
-            + "\nTheir values would be random. Was the adapter trained on another checkpoint, one with these layers?"
+            f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:",
+            lacking,
+            "Their values would be random. Was the adapter trained on another checkpoint, one with these layers?",
         )
     if tokenizer is None:
         return loaded

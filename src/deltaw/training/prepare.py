@@ -17,7 +17,7 @@ from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.items import Item
 from deltaw.data.prompts import described, overlap
 from deltaw.data.sources import is_path, local
-from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, listing
+from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError
 from deltaw.layers.ops.seeding import seeded
 from deltaw.model import summary
 from deltaw.model.inputs import settle_padding, vocabulary_size
@@ -103,8 +103,7 @@ def check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
                 problems.append(f"{example.place}: its {name} go up to {max(ids)}, the model has embeddings for {size}")
     if problems:
         raise DataError(
-            listing(f"{len(problems)} records do not fit {loaded.name}:", problems)
-            + "\nIs the tokenizer that of another model?"
+            f"{len(problems)} records do not fit {loaded.name}:", problems, "Is the tokenizer that of another model?"
         )
 
 

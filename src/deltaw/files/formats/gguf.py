@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError
 from deltaw.files.formats.atomic import replacing
 
 _PARTS = {".lora_a": 0, ".lora_b": 1}
@@ -97,7 +97,7 @@ def read(path: Path) -> GGUFLoRA:
     if not pairs:
         problems.append("there is no A or B in it")
     if problems:
-        raise FileError(listing(f"{path} cannot be used:", problems))
+        raise FileError(f"{path} cannot be used:", problems)
     factors = {name: (pair[0], pair[1]) for name, pair in pairs.items()}
     scales = {name: (alpha / A.shape[0] if alpha else 1.0) for name, (A, _) in factors.items()}
     return GGUFLoRA(arch, factors, scales, tuple(int(end) for end in ends or ()))

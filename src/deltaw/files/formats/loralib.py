@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError, first_line
 from deltaw.layers.kinds import Runs
 from deltaw.layers.names import unwrapped
 
@@ -73,7 +73,7 @@ def read(path: Path, *, alpha: float | None, parts: Sequence[str] = (), layers: 
     reading.go()
     problems += reading.problems
     if problems:
-        raise FileError(listing(f"{path} cannot be converted:", problems))
+        raise FileError(f"{path} cannot be converted:", problems)
     return reading.found
 
 
@@ -94,7 +94,7 @@ def _load(path: Path) -> Mapping[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise FileError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
     for wrapper in ("model_state_dict", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):

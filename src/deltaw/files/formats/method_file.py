@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError
 from deltaw.files.formats.atomic import replacing_folder
 from deltaw.files.formats.peft import FORMAT, UNKNOWN, is_ours, said_left_out, tensors_of
 from deltaw.files.formats.peft_config import (
@@ -75,7 +75,7 @@ def read(folder: Path) -> MethodFile:
     tensors, metadata = tensors_of(folder)
     bad = [key for key, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
-        raise FileError(listing(f"The adapter in {folder} cannot be used: values are not finite in", bad))
+        raise FileError(f"The adapter in {folder} cannot be used: values are not finite in", bad)
     if METHOD in config:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         return MethodFile(str(config[METHOD]), _settings(config.get("settings"), folder), plain, config, metadata)
@@ -89,7 +89,7 @@ def _foreign(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     known = OF_ALL | OF_OTHERS[config["peft_type"]]
     problems = unknown_problems(config, known) + (target_problems(config) if config["peft_type"] == "IA3" else [])
     if problems:
-        raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
+        raise FileError(f"The adapter in {folder} cannot be used:", problems)
     if unknown := unknown_settings(config, known):
         log.warning(UNKNOWN, folder, ", ".join(unknown))
     scaled = {key: match["layer"] for key in tensors if (match := _IA3_KEY.fullmatch(key.removeprefix(PREFIX)))}
@@ -128,9 +128,7 @@ def _ia3(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], me
         else:
             problems.append(f"unexpected key {key!r}")
     if problems or not found:
-        raise FileError(
-            listing(f"The adapter in {folder} cannot be used:", problems or [f"{WEIGHTS} has no vectors of (IA)³"])
-        )
+        raise FileError(f"The adapter in {folder} cannot be used:", problems or [f"{WEIGHTS} has no vectors of (IA)³"])
     layers = [name.removesuffix(".l") for name in found if name.endswith(".l")]
     settings = {
         "targets": [layer for layer in layers if layer not in inputs],
@@ -166,7 +164,7 @@ def write(folder: Path, file: MethodFile, beside: Callable[[Path], None] = lambd
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _keys(file).items()}
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise FileError(listing("Not saved: values are not finite (NaN or infinity) in", bad))
+        raise FileError("Not saved: values are not finite (NaN or infinity) in", bad)
     metadata = {"format": "pt", "deltaw_format": FORMAT, SETTINGS: json.dumps(file.settings), **file.metadata}
     with replacing_folder(folder) as temporary:
         text = json.dumps(file.config, indent=2, sort_keys=True, ensure_ascii=False)

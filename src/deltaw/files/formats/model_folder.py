@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import BaseMismatch, FileError, listing
+from deltaw.errors import BaseMismatch, FileError, first_line, listing
 from deltaw.model.ends import extended
 
 log = logging.getLogger("deltaw")
@@ -55,7 +55,7 @@ def open_tokenizer(source: str | Path, **arguments: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source), **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise FileError(
             f"The tokenizer in {source} cannot be opened: {reason}\nBeside an adapter: without its files the base's is used."
         ) from error

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.errors import BaseMismatch, FileError, listing
+from deltaw.errors import BaseMismatch, FileError, first_line
 from deltaw.files.formats.atomic import replacing_folder
 from deltaw.files.formats.fingerprint import Fingerprint, Outdated
 from deltaw.files.formats.peft_config import (
@@ -182,7 +182,7 @@ def read(folder: Path, *, of_model: bool = False) -> LoRAFile:
     config = read_config(folder)
     problems = setting_problems(config)
     if problems and config.get("peft_type") != "LORA":
-        raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
+        raise FileError(f"The adapter in {folder} cannot be used:", problems)
     if unknown := unknown_settings(config, KNOWN):
         log.warning(UNKNOWN, folder, ", ".join(unknown))
     tensors, metadata = tensors_of(folder)
@@ -205,7 +205,7 @@ def read(folder: Path, *, of_model: bool = False) -> LoRAFile:
     if not problems:
         problems = _disagreements(found, config, name)
     if problems:
-        raise FileError(listing(f"The adapter in {folder} cannot be used:", problems))
+        raise FileError(f"The adapter in {folder} cannot be used:", problems)
     return LoRAFile(
         factors={layer: (parts["A"], parts["B"]) for layer, parts in found.parts.items()},
         scales=_scales(found, config, metadata),
@@ -318,7 +318,7 @@ def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lamb
     tensors = _stored(adapter)
     bad = [key for key, tensor in tensors.items() if not _all(tensor)]
     if bad:
-        raise FileError(listing("Not saved: values are not finite (NaN or infinity) in", bad))
+        raise FileError("Not saved: values are not finite (NaN or infinity) in", bad)
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(_config_text(adapter), encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata=_metadata(adapter))
@@ -394,7 +394,7 @@ def tensors_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise FileError(f"{path} cannot be read as weights alone: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise FileError(f"{path} holds no tensors by their names.")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, listing
+from deltaw.errors import FileError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -76,7 +76,7 @@ def shards_of(folder: Path) -> list[Shard]:
         problems += [f"{INDEX} places {t} in {f}, which lacks it" for t, f in placed.items() if found.get(t) != f]
         problems += [f"{f} holds {t}, which {INDEX} does not name" for t, f in found.items() if t not in placed]
     if problems:
-        raise FileError(listing(f"The checkpoint in {folder} cannot be used:", problems))
+        raise FileError(f"The checkpoint in {folder} cannot be used:", problems)
     return shards
 
 
@@ -147,7 +147,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     shard = read_header(path)
     unknown = [f"{name} is {entry.dtype}" for name, entry in shard.entries.items() if entry.dtype not in DTYPES]
     if unknown:
-        raise FileError(listing(f"{path} has tensors of a dtype that is not known:", unknown))
+        raise FileError(f"{path} has tensors of a dtype that is not known:", unknown)
     begin = len(shard.header)
     size = path.stat().st_size - begin
     # Pages of its own, which go back to the system with the last tensor: the C library would keep them for itself. Not the

@@ -28,7 +28,7 @@ from deltaw.config import PlanConfig, Task, TrainConfig
 from deltaw.data.batches import padded
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
-from deltaw.errors import ConfigError, FileError, TargetError, nearest
+from deltaw.errors import ConfigError, FileError, TargetError, first_line, nearest
 from deltaw.files.units import parse_size
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.registry import DEFAULT, contestants
@@ -215,9 +215,7 @@ class _Planner:
             with torch.device("meta"):
                 return _OPENERS[self.task].from_config(copy.deepcopy(self.settings), dtype=self.dtype).eval()
         except (ValueError, KeyError, ImportError) as error:
-            raise FileError(
-                f"{self.name} cannot be opened for task {self.task}: {str(error).splitlines()[0]}"
-            ) from error
+            raise FileError(f"{self.name} cannot be opened for task {self.task}: {first_line(error)}") from error
 
     def row(self, name: str, method: Any, room: int | None) -> PlannedMethod:
         """Raises TargetError where the method does not fit the model."""
