@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -136,6 +138,16 @@ def test_a_new_method_is_known_to_the_command_line_yaml_and_comparisons(toy: typ
     assert (strong.kind, strong.method, strong.lr) == ("toy", Toy(strength=5.0), 0.5)
     assert own.method == Toy(refuses=True) and described(own.method) == {"refuses": True}
     assert method_class("toy") is Toy and name_of(Toy()) == "toy"
+
+
+def test_methods_and_their_settings_are_known_without_torch() -> None:
+    code = (
+        "import sys, deltaw\n"
+        "from deltaw.methods.registry import DEFAULT, contestants\n"
+        "contestants(DEFAULT), deltaw.LoRA(rank=4), deltaw.Full()\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
