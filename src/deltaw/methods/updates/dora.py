@@ -19,7 +19,7 @@ class LowRankRescaled(LowRank):
     the paper (§4.3), no gradient flows through the norm."""
 
     def __init__(
-        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
+        self, kind: Kind, A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
         bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(kind, A, B, scale, dropout, bias)

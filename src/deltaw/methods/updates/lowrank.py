@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError
-from deltaw.layers.kinds import Kind, Runs, as_stored, why_not
+from deltaw.layers.kinds import Kind, Runs, as_stored, kind_named, why_not
 from deltaw.layers.ops.merging import Change, Product, Value, delta_norm
 from deltaw.layers.patch import only_input
 from deltaw.methods.updates.base import Update, square
@@ -20,7 +20,7 @@ class LowRank(Update):
     """The update (A, B, scale) of one dense layer: A [r, k], B [d, r]; its ΔW is scale·B·A. With a bias [d], the layer has that
     in place of its own, if it has one."""
 
-    kind: type[Kind]
+    kind: Kind
     A: nn.Parameter
     B: nn.Parameter
     bias: nn.Parameter | None
@@ -30,13 +30,19 @@ class LowRank(Update):
     """While a training loop runs: computes what `branch` would, layer and x → output, together with other layers'."""
 
     def __init__(
-        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None
+        self, kind: Kind, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         super().__init__()
         # Straight into their places: an adapter has hundreds of these, and a module's own way of setting takes its time
         vars(self).update(kind=kind, scale=scale, dropout=dropout)
         self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
         self._parameters["bias"] = None if bias is None else nn.Parameter(bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or a copy. Pickles of version 0.1 hold the kind's class, not its instance."""
+        if isinstance(state["kind"], type):
+            state = {**state, "kind": kind_named(state["kind"].__name__)}
+        super().__setstate__(state)
 
     @property
     def rank(self) -> int:
@@ -172,7 +178,7 @@ class Sliced(LowRank):
     d: int
 
     def __init__(
-        self, kind: type[Kind], A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int,
+        self, kind: Kind, A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int,
         dropout: float = 0.0, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         """A [n·r, k] and B_rows [Σ rows, r] in the order of `slices` (name → rows of the layer's d outputs)."""
@@ -249,7 +255,7 @@ class Recentred(LowRank):
     start_A: Tensor
     start_B: Tensor
 
-    def __init__(self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, kind: Kind, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__(kind, A, B, scale, dropout)
         self._parameters = {"own_A": self._parameters["A"], "own_B": self._parameters["B"], "bias": None}
         self.register_buffer("start_A", A.detach().clone())
