@@ -72,8 +72,8 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         | {n: in_file(u.A, u.B) for n, (_, u) in weights.items()},
         scales={keys[n]: u.scale for n, u in low_rank.items()} | {n: u.scale for n, (_, u) in weights.items()},
         config=_config(model, method, {keys[n]: u for n, u in low_rank.items()}, weights, others),
-        embeddings=frozenset(n for n, u in low_rank.items() if u.kind is EmbeddingKind),
-        kernels={n: _kernel(owner, n) for n, u in low_rank.items() if issubclass(u.kind, ConvKind)},
+        embeddings=frozenset(n for n, u in low_rank.items() if isinstance(u.kind, EmbeddingKind)),
+        kernels={n: _kernel(owner, n) for n, u in low_rank.items() if isinstance(u.kind, ConvKind)},
         magnitudes=magnitudes,
         biases=biases,
         rows=rows,
@@ -138,7 +138,7 @@ def _metadata(
         W0: weights_fingerprint(model, [in_file[key] for key in sorted(in_file)]),
     }
     made |= {key: str(value) for key, value in fingerprints.items() if value is not None}
-    transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
+    transposed = [n for n, u in low_rank.items() if isinstance(u.kind, Conv1DKind)]
     every = low_rank | {n: u for n, (_, u) in weights.items()}
     slices = {n: u.slices for n, u in every.items() if u.slices}
     made |= {TRANSPOSED: json.dumps(transposed)} if transposed else {}
@@ -247,7 +247,7 @@ def _config(
         target_modules=_target_modules(model, modules - by_weight),
         dropout=0.0 if by_weight else method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
-        transposed=bool(updates) and all(u.kind is Conv1DKind for u in updates.values()),
+        transposed=bool(updates) and all(isinstance(u.kind, Conv1DKind) for u in updates.values()),
         target_parameters=[*parameters, *(f"{n}.weight" for n in sorted(by_weight))] or None,
         base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         task=_task(base),
@@ -369,10 +369,11 @@ def _as_ia3(model: nn.Module, file: MethodFile, updates: Mapping[str, Update], b
     if not scaled or not all(u.covers(owner.get_submodule(n)) for n, u in others.items()) or tied & _replaced(others):
         return None
     inputs = frozenset(n for n, u in scaled.items() if u.inputs)
-    kinds = {kind_of(owner.get_submodule(n)) for n in scaled}
+    kinds = [kind_of(owner.get_submodule(n)) for n in scaled]
+    turned = bool(kinds) and all(isinstance(kind, Conv1DKind) for kind in kinds)
     config = {
         "peft_type": "IA3", "task_type": None, "base_model_name_or_path": base, "target_modules": sorted(scaled),
-        "feedforward_modules": sorted(inputs), "fan_in_fan_out": kinds == {Conv1DKind}, "modules_to_save": sorted(others) or None,
+        "feedforward_modules": sorted(inputs), "fan_in_fan_out": turned, "modules_to_save": sorted(others) or None,
         "init_ia3_weights": True, "inference_mode": True,
     }  # fmt: skip
     tensors = {f"{n}.l": u.whole(owner.get_submodule(n)) for n, u in scaled.items()}

@@ -33,7 +33,7 @@ from deltaw.files.unpack import (
 from deltaw.layers import tree
 from deltaw.layers.names import shown
 from deltaw.layers.ops.merging import delta_norm
-from deltaw.layers.reached import never_called
+from deltaw.layers.source import never_called
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Plan

@@ -11,7 +11,8 @@ from torch import nn
 
 from deltaw.errors import AdapterError
 from deltaw.layers.kinds import in_few_bits
-from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
+from deltaw.layers.patch import close_slot, open_slot, slot_of
+from deltaw.layers.source import read_outside
 from deltaw.layers.tree import RECORD, base_modules, owner_of
 from deltaw.methods.plan import Method, Plan
 from deltaw.methods.updates.base import Update

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, FileError
-from deltaw.layers.kinds import Kind, Weight, kind_of
+from deltaw.layers.kinds import PARAMETER, Weight, kind_of
 from deltaw.layers.ops.svd import Truncated, of_matrix
 from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.lora import LoRA
@@ -121,7 +121,7 @@ def _put(updates: dict[str, Update], name: str, layer: Layer, near: Truncated) -
     if isinstance(layer, Weight):
         part = Stack(near.A, near.B, 1.0, transposed=layer.transposed) if near.A.ndim == 3 else None
         module_name = name.removesuffix(layer.own).removesuffix(".")
-        put_on_weight(updates, module_name, layer.own, part or LowRank(Kind, near.A, near.B, 1.0))
+        put_on_weight(updates, module_name, layer.own, part or LowRank(PARAMETER, near.A, near.B, 1.0))
         return
     kind = kind_of(layer)
     assert kind is not None

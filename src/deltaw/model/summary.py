@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, nearest
-from deltaw.layers.kinds import QuantisedKind, as_stored, in_few_bits, weights_of
+from deltaw.layers.kinds import QUANTISED, as_stored, in_few_bits, weights_of
 from deltaw.layers.names import by_family
 from deltaw.layers.ops.merging import dense
 from deltaw.layers.ops.rows import Rows
@@ -155,7 +155,7 @@ def _size(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, int]:
     form = in_few_bits(layer, own)
     if form is None:
         return parameter.numel(), parameter.numel() * parameter.element_size()
-    d, k = QuantisedKind.shape(layer)
+    d, k = QUANTISED.shape(layer)
     return d * k, sum(t.numel() * t.element_size() for t in form.stored(layer))
 
 
