@@ -17,7 +17,7 @@ from tests.methods.updates.test_weights import model_of, run
 @pytest.fixture
 def tuned(tiny: Any) -> Any:
     """The model with an update of rank 3 merged in for good."""
-    from deltaw.model.merge import settle
+    from deltaw.model.merging.merge import settle
 
     model = copy.deepcopy(tiny)
     fill(deltaw.attach(model, deltaw.LoRA(rank=3, alpha=4.5, targets="attention")), size=0.1)
@@ -72,7 +72,7 @@ def test_what_cannot_be_extracted_leaves_the_base(tiny: Any, tuned: Any) -> None
 @pytest.mark.parametrize("kind", ["Mixtral", "GPT-OSS", "encoder", "attention"])
 def test_weights_without_a_layer_are_extracted(kind: str) -> None:
     """With the defaults, on experts (also stored [k, d]) and on PyTorch's attention."""
-    from deltaw.model.merge import settle
+    from deltaw.model.merging.merge import settle
 
     base = model_of(kind)
     model = copy.deepcopy(base)

@@ -16,8 +16,9 @@ from deltaw.files.identity import base_fingerprint
 from deltaw.layers.ops import merging
 from deltaw.layers.ops.undo import Copy, Correction
 from deltaw.model.ends import teach
-from deltaw.model.merge import preview, settle
-from deltaw.model.record import base_parameters, record_of
+from deltaw.model.merging.kept import base_parameters
+from deltaw.model.merging.merge import preview, settle
+from deltaw.model.record import record_of
 from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.layers.test_quantised import packed
@@ -404,7 +405,7 @@ def test_one_of_several_is_taken_out_whole_or_not_at_all(change: str, keep: Any,
         with torch.no_grad():
             B[0, 0] = float("nan")
     else:
-        monkeypatch.setattr("deltaw.model.merge.check_merged", lambda *_: 1 / 0)
+        monkeypatch.setattr("deltaw.model.merging.merge.check_merged", lambda *_: 1 / 0)
     with pytest.raises((MergeError, ZeroDivisionError)):
         unmerge(model, "a")
     assert all(torch.equal(bits(model)[n], v) for n, v in now.items())
@@ -645,13 +646,13 @@ def test_what_becomes_of_changed_weights_is_said_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(2, "0, 1"), (3, "0, 1, 2"), (4, "0, 1, 2 and 1 others"), (6, "0, 1, 2 and 3 others")]
+    ("count", "said"), [(2, "0, 1"), (3, "0, 1, 2"), (4, "0, 1, 2 and 1 more"), (6, "0, 1, 2 and 3 more")]
 )
 def test_layers_in_few_bits_are_named_up_to_three(count: int, said: str) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the dev extra has it)")
     model = torch.nn.Sequential(*(packed(torch.nn.Linear(64, 64), "nf4") for _ in range(count))).eval()
     fill(attach(model, LoRA(rank=2, alpha=5, targets="*")))
-    with pytest.raises(MergeError, match=rf"the weights of {said} are in few bits \(\w"):
+    with pytest.raises(MergeError, match=rf"the weights of {said} are quantised \(\w"):
         merge(model)
     assert preview(model).layers == {}
 
