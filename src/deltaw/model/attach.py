@@ -84,8 +84,8 @@ def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) 
     ]
     if stopping:
         log.warning(
-            "%d quantised layers have no low-rank update (%s, for example). The package that computes them gives gradients in some "
-            "passes only on this device, and layers before them then learn nothing. The targets all-linear include them.",
+            "%d quantised layers have no low-rank update (%s, for example). The package that computes them gives gradients in "
+            "some passes only on this device, and layers before them then learn nothing. The targets all-linear include them.",
             len(stopping),
             stopping[0],
         )

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from deltaw.config import GenerateConfig
 from deltaw.errors import AdapterError, DataError
+from deltaw.layers.names import shown
 from deltaw.layers.ops.seeding import devices_of, seeded
 from deltaw.layers.tree import evaluating
 from deltaw.model.ends import Ends, in_use, listed, own_ends, routed, taught
@@ -113,13 +114,12 @@ def too_long(prompts: Sequence[Sequence[int]], config: GenerateConfig, model: nn
     most = most_positions(model)
     has_encoder = _has_encoder(model)  # the prompt then has positions of its own
     needed = [max(len(p), config.max_new_tokens) if has_encoder else len(p) + config.max_new_tokens for p in prompts]
-    numbers = [i + 1 for i, n in enumerate(needed) if most is not None and n > most]
+    numbers = [str(i + 1) for i, n in enumerate(needed) if most is not None and n > most]
     if not numbers:
         return None
     longest = max(len(p) for p in prompts)
-    first_numbers = ", ".join(map(str, numbers[:10])) + (" …" if len(numbers) > 10 else "")
     return (
-        f"{len(numbers)} of {len(prompts)} prompts (number {first_numbers}; the longest has {longest} tokens) and their "
+        f"{len(numbers)} of {len(prompts)} prompts (number {shown(numbers, 10)}; the longest has {longest} tokens) and their "
         f"completions of up to {config.max_new_tokens} new tokens do not fit the model's {most} positions. Shorten the prompts, "
         "or ask for fewer new tokens: --max-new-tokens on the command line, max_new_tokens in Python."
     )

@@ -13,7 +13,6 @@ import math
 import timeit
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -31,7 +30,7 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, first_line, nearest
-from deltaw.layers.names import in_order
+from deltaw.layers.names import in_order, shown
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
 
 if TYPE_CHECKING:
@@ -246,9 +245,7 @@ def check_vocabulary(model: nn.Module, tokenizer: object, source: str, rows: int
     """
     known = (vocabulary_size(model) or 0) if rows is None else rows
     if beyond := tokens_beyond(tokenizer, known):
-        few = ", ".join(f"{token!r} ({i})" for token, i in islice(beyond.items(), 5)) + (
-            " …" if len(beyond) > 5 else ""
-        )
+        few = shown([f"{token!r} ({i})" for token, i in beyond.items()], 5)
         size = max(beyond.values()) + 1
         raise ConfigError(
             f"The tokenizer of {source} has {size:,} tokens, the model's embedding {known:,} rows: there are none for {few}.\n"
