@@ -71,7 +71,7 @@ def test_a_sum_cut_to_a_rank_says_its_error(two: Any) -> None:
     assert max(combine(two, {"a": 2.0, "b": 1.0}, name="whole", rank=6).errors.values()) < 1e-6
 
 
-def test_ties_by_hand() -> None:
+def test_ties_trims_elects_and_averages_as_by_hand() -> None:
     one = torch.tensor([[4.0, -3.0, 0.1, 2.0]])
     other = torch.tensor([[-1.0, -5.0, 3.0, 0.2]])
     # the larger half of each: (4, −3, 0, 0) and (0, −5, 3, 0); the signs agree or are alone
@@ -97,7 +97,7 @@ def test_ties_and_dare_make_adapters_that_can_be_saved(two: Any, how: Any, tmp_p
         assert torch.equal(delta(two, layer, "mix"), delta(two, layer, "back"))
 
 
-def test_what_is_wrong_is_said_at_once(two: Any) -> None:
+def test_all_settings_that_are_wrong_are_one_error(two: Any) -> None:
     with pytest.raises(AdapterError, match=r"(?s)needs a rank.*density is 2"):
         combine(two, {"a": 1.0}, name="x", how="ties", density=2.0)
     with pytest.raises(AdapterError, match=r"taken|attached already"):
@@ -142,7 +142,7 @@ def test_every_method_combines_to_what_merging_several_makes(method: str, ids: t
     torch.testing.assert_close(branch, model(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_biases_combine(ids: torch.Tensor) -> None:
+def test_biases_are_combined(ids: torch.Tensor) -> None:
     torch.manual_seed(1)
     model = tiny_gpt2().eval()
     for seed, name in enumerate(WEIGHTS):

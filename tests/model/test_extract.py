@@ -41,11 +41,11 @@ def test_a_smaller_rank_has_the_error_that_it_says(tiny: Any, tuned: Any) -> Non
         assert found.errors[layer] == pytest.approx(missing, abs=1e-4) and missing > 0.01
 
 
-def test_energy_chooses_ranks(tiny: Any, tuned: Any) -> None:
+def test_energy_chooses_the_smallest_ranks_that_hold_it(tiny: Any, tuned: Any) -> None:
     assert set(extract(tiny, tuned, energy=0.9999).ranks.values()) == {3}
 
 
-def test_what_differs_besides_is_said(tiny: Any, tuned: Any) -> None:
+def test_parameters_that_differ_besides_are_named(tiny: Any, tuned: Any) -> None:
     with torch.no_grad():
         tuned.get_input_embeddings().weight[3] += 1.0
     assert extract(tiny, tuned, rank=3).others == (next(n for n, p in tiny.named_parameters()),)

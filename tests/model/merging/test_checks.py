@@ -20,10 +20,11 @@ from tests.layers.test_quantised import packed
 METHOD = LoRA(rank=4, alpha=10)
 
 
+@pytest.mark.slow  # bitsandbytes takes seconds to import
 @pytest.mark.parametrize(
     ("count", "said"), [(2, "0, 1"), (3, "0, 1, 2"), (4, "0, 1, 2 and 1 more"), (6, "0, 1, 2 and 3 more")]
 )
-def test_layers_in_few_bits_are_named_up_to_three(count: int, said: str) -> None:
+def test_quantised_layers_are_refused_and_named_up_to_three(count: int, said: str) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the dev extra has it)")
     model = torch.nn.Sequential(*(packed(torch.nn.Linear(64, 64), "nf4") for _ in range(count))).eval()
     fill(attach(model, LoRA(rank=2, alpha=5, targets="*")))
@@ -33,7 +34,7 @@ def test_layers_in_few_bits_are_named_up_to_three(count: int, said: str) -> None
 
 
 @pytest.mark.parametrize("what", ["linear", "1d", "2d"])
-def test_weights_that_are_stored_in_another_order(what: str) -> None:
+def test_weights_stored_in_another_order_are_merged_if_dense_and_refused_if_convolutions(what: str) -> None:
     """Those of dense layers are merged, those of convolutions are not."""
     made: dict[str, Any] = {
         "linear": torch.nn.Linear(8, 6),
@@ -79,7 +80,7 @@ def test_adapters_that_no_weight_can_hold_are_named() -> None:
     assert "'lora'" not in str(error.value)
 
 
-def test_what_is_to_be_merged_is_said_in_one_way() -> None:
+def test_a_merge_takes_a_name_or_weights_and_no_open_block() -> None:
     model = fill(attach(tiny_llama(), METHOD, name="a"))
     for wrong, said in (
         ({"name": "a", "weights": {"a": 1.0}}, "either a name or weights"),

@@ -87,9 +87,7 @@ def test_weights_that_changed_while_merged_are_refused_and_nothing_is_touched(ch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_4_a_correction_gives_the_same_bits_back_in_less_memory(
-    tiny: Any, ids: torch.Tensor, dtype: torch.dtype
-) -> None:
+def test_a_correction_gives_the_same_bits_back_in_less_memory(tiny: Any, ids: torch.Tensor, dtype: torch.dtype) -> None:
     tiny.to(dtype)
     before = bits(tiny)
     fill(attach(tiny, METHOD), size=0.02)
@@ -110,7 +108,7 @@ def test_4_a_correction_gives_the_same_bits_back_in_less_memory(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_4_a_correction_of_one_16_bit_form_is_not_applied_to_another(dtype: torch.dtype, tmp_path: Any) -> None:
+def test_a_correction_of_one_16_bit_form_is_not_applied_to_another(dtype: torch.dtype, tmp_path: Any) -> None:
     model, before = merged_model("correction", dtype)
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     model.to(torch.float32)
@@ -155,7 +153,7 @@ def test_copies_go_back_on_request_whatever_was_done_since(ids: torch.Tensor) ->
 
 
 @pytest.mark.parametrize("keep", ["copy", "correction"])
-def test_4_what_leaves_the_bits_leaves_the_way_back(keep: Any) -> None:
+def test_whatever_leaves_the_merged_bits_leaves_them_restorable(keep: Any) -> None:
     def assigned(model: Any) -> Any:
         state = {n: v.clone() for n, v in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
@@ -177,7 +175,7 @@ def test_4_what_leaves_the_bits_leaves_the_way_back(keep: Any) -> None:
         assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
 
 
-def test_4_a_weight_that_was_tied_when_merged_is_given_back_twice_when_it_is_untied(ids: torch.Tensor) -> None:
+def test_a_weight_that_was_tied_when_merged_is_given_back_twice_when_it_is_untied(ids: torch.Tensor) -> None:
     torch.manual_seed(1)
     model = tiny_llama(tied=True).eval()
     before = model.lm_head.weight.detach().clone()
@@ -194,7 +192,7 @@ def test_4_a_weight_that_was_tied_when_merged_is_given_back_twice_when_it_is_unt
         unmerge(model)
 
 
-def test_what_becomes_of_changed_weights_is_said_by_its_name() -> None:
+def test_changed_is_a_keyword_of_unmerge_alone() -> None:
     model = fill(attach(tiny_llama().eval(), METHOD))
     merge(model)
     with pytest.raises(TypeError):

@@ -26,7 +26,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_3_branch_is_merged_and_4_unmerge_is_exact(tiny: Any, ids: torch.Tensor, dtype: torch.dtype) -> None:
+def test_a_merge_computes_what_the_branch_did_and_unmerging_is_exact(
+    tiny: Any, ids: torch.Tensor, dtype: torch.dtype
+) -> None:
     tiny.to(dtype)
     before, base = bits(tiny), tiny(ids).logits
     fill(attach(tiny, METHOD))
@@ -44,7 +46,7 @@ def test_3_branch_is_merged_and_4_unmerge_is_exact(tiny: Any, ids: torch.Tensor,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_4_unmerge_is_exact_after_many_merges_and_switches(tiny: Any, dtype: torch.dtype) -> None:
+def test_unmerge_is_exact_after_many_merges_and_switches(tiny: Any, dtype: torch.dtype) -> None:
     tiny.to(dtype)
     before = bits(tiny)
     fill(attach(tiny, METHOD, name="a"), seed=1)
@@ -56,7 +58,7 @@ def test_4_unmerge_is_exact_after_many_merges_and_switches(tiny: Any, dtype: tor
         assert all(torch.equal(bits(tiny)[n], v) for n, v in before.items())
 
 
-def test_weighted_merge_is_the_sum_of_the_deltas(tiny: Any) -> None:
+def test_a_weighted_merge_is_the_sum_of_the_deltas(tiny: Any) -> None:
     fill(attach(tiny, METHOD, name="a"), seed=1)
     fill(attach(tiny, LoRA(rank=2, alpha=7), name="b"), seed=2)
     layer = next(iter(updates(tiny, "a")))
@@ -101,7 +103,7 @@ def test_settle_makes_a_merge_final(tiny: Any, ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("keep", ["copy", "correction"])
-def test_4_a_merged_model_gives_each_adapter_back(tiny: Any, keep: Any) -> None:
+def test_each_merged_adapter_can_be_taken_out_alone(tiny: Any, keep: Any) -> None:
     before = bits(tiny)
     for i, name in enumerate("abc"):
         fill(attach(tiny, METHOD, name=name), name, seed=i)
@@ -233,7 +235,7 @@ def test_a_merged_model_stops_where_what_was_added_to_it_was_taught_to(weight: f
 
 
 @pytest.mark.parametrize(("keep", "kind"), [("copy", Copy), ("correction", Correction)])
-def test_4_what_is_kept_of_the_others_is_of_the_same_kind(keep: Any, kind: type) -> None:
+def test_what_is_kept_of_the_others_is_of_the_same_kind(keep: Any, kind: type) -> None:
     model = tiny_llama(tied=False).eval()
     for name, targets in (("a", "attention"), ("b", "mlp")):
         fill(attach(model, LoRA(rank=2, alpha=5, targets=targets), name=name), name)
@@ -247,7 +249,7 @@ def test_4_what_is_kept_of_the_others_is_of_the_same_kind(keep: Any, kind: type)
     assert all(torch.equal(bits(model)[n], v) for n, v in merged_by_one.items())
 
 
-def test_4_the_others_may_change_nothing() -> None:
+def test_adapters_that_stay_merged_may_change_nothing() -> None:
     model = fill(attach(tiny_llama().eval(), METHOD, name="a"), "a")
     before = bits(model)
     attach(model, METHOD, name="untrained")

@@ -88,7 +88,7 @@ def test_a_tied_head_can_be_adapted_but_not_merged_in_place(ids: torch.Tensor) -
 @pytest.mark.parametrize("what", ["head", "embedding", "both", "whole"])
 @pytest.mark.parametrize("kind", list(EMBEDDINGS))
 @pytest.mark.filterwarnings("ignore")
-def test_4_what_is_tied_is_untied_saved_and_tied_again(kind: str, what: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_what_is_tied_is_untied_saved_and_tied_again(kind: str, what: str, ids: torch.Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = untied_models()[kind]().eval()
     before, config = snapshot(model), model.config.to_json_string()
@@ -128,7 +128,7 @@ def test_4_what_is_tied_is_untied_saved_and_tied_again(kind: str, what: str, ids
     assert torch.equal(model(**inputs).logits.detach(), expected)
 
 
-def test_4_several_adapters_of_tied_layers(ids: torch.Tensor) -> None:
+def test_several_adapters_of_tied_layers_are_merged_and_taken_out(ids: torch.Tensor) -> None:
     torch.manual_seed(0)
     model = tiny_llama().eval()
     for name, layer in (("a", "lm_head"), ("b", "model.embed_tokens"), ("c", "lm_head")):
@@ -146,7 +146,7 @@ def test_4_several_adapters_of_tied_layers(ids: torch.Tensor) -> None:
     assert all(torch.equal(p, plain[n]) for n, p in bits(model).items())
 
 
-def test_4_a_merge_that_fails_after_untying_ties_again() -> None:
+def test_a_merge_that_fails_after_untying_ties_again() -> None:
     model = tiny_llama().eval()
     attach(model, LoRA(rank=3, alpha=7, targets=["lm_head"]))  # ΔW is zero
     before = snapshot(model)
@@ -176,7 +176,7 @@ def tied_pair() -> tuple[Any, Any, Any]:
     return model, embedding, head
 
 
-def test_4_one_update_of_tied_layers_is_merged_once(ids: torch.Tensor) -> None:
+def test_one_update_of_tied_layers_is_merged_once(ids: torch.Tensor) -> None:
     model, _, _ = tied_pair()
     expected, before = model(ids).logits.detach(), bits(model)
     merge(model)
@@ -222,7 +222,7 @@ def whole_pair(**adapters: str) -> Any:
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.5}, {"a": 0.5, "b": 2.0}], ids=str)
-def test_4_one_value_of_tied_layers_is_merged_once(weights: dict[str, float]) -> None:
+def test_one_value_of_tied_layers_is_merged_once(weights: dict[str, float]) -> None:
     model = whole_pair(a="embed_tokens,lm_head", b="embed_tokens,lm_head")
     before, W0 = bits(model), model.lm_head.weight.detach().clone()
     expected = W0 + sum(w * (parameters(model, n)[-1].detach() - W0) for n, w in weights.items())
@@ -265,7 +265,7 @@ class Tied(torch.nn.Module):
 
 @pytest.mark.parametrize("d", [4, 6])
 @pytest.mark.parametrize("kinds", [("linear", "linear"), ("linear", "embedding"), ("embedding", "linear")], ids=str)
-def test_4_layers_of_any_kinds_that_share_a_weight(kinds: tuple[str, str], d: int) -> None:
+def test_layers_of_any_kinds_that_share_a_weight_are_merged_once(kinds: tuple[str, str], d: int) -> None:
     torch.manual_seed(0)
     model = Tied(*kinds, d)
     fill(attach(model, LoRA(rank=2, alpha=5, targets=["one", "other"])))
@@ -306,7 +306,7 @@ def test_sums_of_tied_layers_are_one_where_all_their_terms_are(of_one: Any, of_o
     assert all(torch.equal(bits(model)[n], v) for n, v in before.items())
 
 
-def test_4_what_was_untied_stays_so_where_one_cannot_be_taken_out(ids: torch.Tensor) -> None:
+def test_what_was_untied_stays_so_where_one_cannot_be_taken_out(ids: torch.Tensor) -> None:
     model = tiny_llama().eval()
     for seed, name in enumerate("ab"):
         fill(attach(model, LoRA(rank=3, alpha=7, targets=["lm_head"]), name=name), name, seed=seed)
