@@ -38,7 +38,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "layers.ops.linear": ("tests/layers/ops/test_linear.py",),
     "layers.ops.rows": ("tests/layers/ops/test_rows.py", "tests/model/test_switch.py"),
     "layers.routing": ("tests/layers/test_routing.py", "tests/model/test_passes.py", "tests/model/test_switch.py"),
-    "model.merge": ("tests/model/test_merge.py",),
+    "model.merging.merge": ("tests/model/merging",),
     "layers.ops.undo": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
     "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/runs/test_train.py"),
     "data.batches": ("tests/data/test_batches.py",),

@@ -29,8 +29,8 @@ from deltaw.data import encode_prompt, read
 from deltaw.errors import DeltaWError, FileError
 from deltaw.files import units
 from deltaw.files.formats.atomic import replacing_folder
+from deltaw.model.merging.kept import base_parameters
 from deltaw.model.pretrained import load_pretrained, save_pretrained
-from deltaw.model.record import base_parameters
 from deltaw.model.switch import using
 from deltaw.runs.evaluation.evaluate import Evaluation, evaluate
 from deltaw.runs.reports.page import Table

@@ -221,7 +221,7 @@ def test_a_merge_is_refused_and_says_what_to_do(model: Any, ids: torch.Tensor, t
     fill(attach(model, METHOD))
     save(model, tmp_path / "a")
     was, branch = contents(model), logits(model, ids)
-    with pytest.raises(MergeError, match=r"11 others are in few bits .*\n.*--any-base"):
+    with pytest.raises(MergeError, match=r"11 more are quantised .*\n.*--any-base"):
         merge(model)
     assert torch.equal(logits(model, ids), branch)
     assert all(torch.equal(a, b) for a, b in zip(contents(model), was, strict=True))
@@ -356,7 +356,7 @@ def test_layers_that_stop_gradients_are_warned_of(caplog: pytest.LogCaptureFixtu
         attach(copy.deepcopy(model), METHOD)
         assert not caplog.records
         attach(model, LoRA(rank=2, targets="qv"))
-    assert "10 quantised layers have no low-rank update (model.layers.0.self_attn.k_proj, say)" in caplog.text
+    assert "10 quantised layers have no low-rank update (model.layers.0.self_attn.k_proj, for example)" in caplog.text
 
 
 def test_codes_that_a_cpu_has_reordered_are_the_same_codes() -> None:

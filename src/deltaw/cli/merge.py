@@ -96,7 +96,7 @@ def _checkpoint(command: Merge) -> Path | None:
 
 def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
     from deltaw.files.merge import merge_files
-    from deltaw.model.merge import MergeReport
+    from deltaw.model.merging.report import MergeReport
 
     done = _Done(None, 0)
     adapter = Path(command.adapter)
@@ -122,7 +122,7 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Done:
 
 
 def _table(report: Any, all_layers: bool) -> Any:
-    from deltaw.model.merge import MergeReport
+    from deltaw.model.merging.report import MergeReport
     from deltaw.runs.reports.train import MERGE_COLUMNS, merge_cells
 
     made = show.table(*MERGE_COLUMNS, title="Merge report")

@@ -40,6 +40,7 @@ from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.methods.whole import inside
 from deltaw.model import record, summary
+from deltaw.model.merging.kept import base_tensors
 from deltaw.model.record import readers
 
 log = logging.getLogger("deltaw")
@@ -56,6 +57,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
     keys = {n: _key(owner, n, weights) for n in low_rank}
     method = record.record_of(model).attached[name].method
     _check(method, updates)
+    assert isinstance(method, LoRA)
     whole, modules = _whole(model, {n: u for n, u in updates.items() if isinstance(u, Replaced)})
     whole_biases, biases = _biases(owner, low_rank)
     rows = _rows(model, {n: u for n, u in updates.items() if isinstance(u, ReplacedRows)})
@@ -347,7 +349,7 @@ def _as_differences(model: nn.Module, tensors: dict[str, Tensor], method: Full) 
 def with_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the base's under any of whose names it is)."""
     names = readers(model)
-    base = {n: tensor.detach() for _, parameter, tensor in record.base_tensors(model) for n in names[parameter]}
+    base = {n: tensor.detach() for _, parameter, tensor in base_tensors(model) for n in names[parameter]}
     return ((name, tensor, base[name]) for name, tensor in tensors.items() if name in base)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.formats.atomic import replacing_folder
-from deltaw.model import merge
-from deltaw.model.merge import MergeReport
+from deltaw.model.merging import merge
+from deltaw.model.merging.report import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained
 from deltaw.training import opening
 

@@ -32,7 +32,8 @@ from deltaw.methods.registry import name_of
 from deltaw.model import attach
 from deltaw.model import summary as sizes
 from deltaw.model.ends import teach
-from deltaw.model.merge import MergeReport, preview
+from deltaw.model.merging.merge import preview
+from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary, parameters
 from deltaw.model.switch import use, using
 from deltaw.runs.memory.expected import expected
@@ -304,7 +305,7 @@ class _Run:
         return [self.task.said(answer, self.config.data) for answer in said]
 
     def _save(self) -> None:
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer if self.loaded.given else None
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer if self.loaded.handed_over else None
         store.save(model, self.folder / ADAPTER, name=self.name, training=self.settings, tokenizer=tokenizer)
 
     def _save_if_sound(self) -> None:

@@ -193,7 +193,7 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
         check_vocabulary(model, tokenizer, name)
     if task in ("classification", "regression"):
         settle_padding(model, tokenizer, pad_id(tokenizer), name, scored=True, own=False)
-    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), given=True)
+    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), handed_over=True)
 
 
 def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
