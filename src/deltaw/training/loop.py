@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from deltaw.training.events import Evaluated, Event, Stepped, Warned
 from deltaw.training.flat import Flat
 from deltaw.training.losses import Loss
 from deltaw.training.optim import lr_factor, progress
-from deltaw.training.together import same_input
+from deltaw.training.together import Dense, same_input
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -206,7 +206,7 @@ def _flat(plan: LoopPlan) -> Flat:
     with evaluating(model), torch.no_grad():
         plan.loss(one)  # the first call tries the ways to the loss, which would count as calls of the layers
         groups = same_input(plain, lambda: plan.loss(one))
-    layers = {name: owner_of(model).get_submodule(name) for name in plain}
+    layers = {name: cast(Dense, owner_of(model).get_submodule(name)) for name in plain}
     return Flat(layers, plain, groups, {n: u for n, u in of_adapter.items() if n not in plain})
 
 
@@ -250,7 +250,7 @@ def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
     mean = total / supervised
     if not mean.requires_grad:
         _refuse_untrained([*updates(loop.plan.model, loop.plan.adapter)])
-    loop.scaler.scale(mean).backward()
+    torch.autograd.backward(loop.scaler.scale(mean))
     loop.flat.add_gradients()
     return mean.detach()
 
@@ -428,7 +428,7 @@ class Watched:
         """[2] on the CPU, once `copied`"""
         if self.pair.is_cuda:
             self.here = torch.empty(2, pin_memory=True).copy_(self.pair, non_blocking=True)
-            self.copied = torch.cuda.Event()
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.copied.record()
 
     def check(self, scaler: torch.amp.GradScaler) -> None:
