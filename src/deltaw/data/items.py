@@ -11,9 +11,9 @@ A text that has the tokenizer's own first or last token already gets no second o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deltaw.config import DataConfig
 from deltaw.data.batches import padded
@@ -25,8 +25,12 @@ from deltaw.data.records import Records
 from deltaw.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
+Input: TypeAlias = "list[int] | NDArray[np.float32] | Tensor"
+"""A number for each token, or a picture."""
 IGNORED = -100
 """In place of a target where there is none: padding."""
 
@@ -35,7 +39,7 @@ IGNORED = -100
 class Item:
     """A record as a model takes it."""
 
-    inputs: dict[str, Any]
+    inputs: Mapping[str, Input]
     """By the model's own names: a list of whole numbers for each token, or an array."""
     target: int | float | list[int] | None
     place: str

@@ -197,9 +197,9 @@ class _Run:
             before = self._sample(chosen, None)
             state = self._train()
         after = self._sample(chosen, self.name)
-        wanted = [self.task.wanted(r, self.config.data) for r in chosen]
+        wanted: Sequence[str | None] = [self.task.wanted(r, self.config.data) for r in chosen]
         if self.task.answers == "text":
-            wanted = as_said(wanted, self.loaded.tokenizer)
+            wanted = as_said([w or "" for w in wanted], self.loaded.tokenizer)
         together = zip(chosen, wanted, before, after, strict=True)
         return self._finish(state, [Sampled(r.question, w, b, a) for r, w, b, a in together])
 

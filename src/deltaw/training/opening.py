@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from deltaw.errors import DataError, FileError
 from deltaw.files import store
 from deltaw.files.formats.model_folder import brought
 from deltaw.methods.updates.whole import Replaced
-from deltaw.model.inputs import image_shape, most_positions, within
+from deltaw.model.inputs import image_shape, most_positions, tokens_beyond, within
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, resize_vocabulary
 from deltaw.model.summary import updates
-from deltaw.training.tasks import _KEPT, Image, Seq2Seq, _with_new, task_of
+from deltaw.training.tasks import Image, Seq2Seq, task_of
+
+log = logging.getLogger("deltaw")
+
+# Settings that an adapter expects as they were in its training
+_KEPT = ("template", "separator", "system", "task", "labels")
 
 
 def of_adapter(folder: str | Path | None) -> DataConfig:
@@ -88,18 +94,30 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
     return dataclasses.replace(loaded, tokenizer=tokenizer, base_tokenizer=base)
 
 
+def _with_new(tokenizer: Any, rows: int, folder: Path) -> int:
+    """How many rows an embedding needs for the adapter's and its tokenizer's tokens. Warn of those that neither the adapter nor
+    the base has a row for."""
+    if not (lacking := tokens_beyond(tokenizer, rows)):
+        return rows
+    log.warning(
+        "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s get the mean of all others.",
+        folder, max(lacking.values()), rows, ", ".join(list(lacking)[:5]) + (" …" if len(lacking) > 5 else ""),
+    )  # fmt: skip
+    return max(lacking.values()) + 1
+
+
 @torch.no_grad()
 def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
     """One row of inputs to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go;
     noise in place of an image."""
     model, chance = loaded.model, torch.Generator().manual_seed(0)
-    if task_of(data) is Image:
+    if isinstance(task_of(data), Image):
         noise = torch.randn(1, *image_shape(model), generator=chance)
         return {"pixel_values": noise.to(model.device, model.dtype)}
     text = loaded.tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
     walk = torch.randint(0, model.config.get_text_config().vocab_size, (64,), generator=chance).tolist()
     ids = torch.tensor([[*text, *walk][: most_positions(model)]], device=model.device)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if task_of(data) is Seq2Seq else {})
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if isinstance(task_of(data), Seq2Seq) else {})
 
 
 def prepared(data: DataConfig, form: str, loaded: Pretrained, taken: int = 0) -> DataConfig:
