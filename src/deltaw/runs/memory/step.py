@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +113,8 @@ def _of_blocks(
     model: Any, method: Any, examples: Sequence[Any], config: TrainConfig, device: str,
     loss_of: Callable[[Any], Loss], blocks: int | None,
 ) -> Step:  # fmt: skip
-    with _only(model, blocks), _chosen_attention(model, device, examples), torch.random.fork_rng(devices=[]):
+    longest = max(e.length for e in examples)
+    with _only(model, blocks), short_row_attention(model, longest, device), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             attach(model, method)
         try:
@@ -125,21 +125,6 @@ def _of_blocks(
         finally:
             detach(model)
             model.eval()
-
-
-@contextlib.contextmanager
-def _chosen_attention(model: Any, device: str, examples: Sequence[Any]) -> Iterator[None]:
-    """The attention that the loop would choose on that device: it asks a parameter for device and precision."""
-    there = SimpleNamespace(
-        config=getattr(model, "config", None),
-        parameters=lambda: iter([torch.empty(0, dtype=next(model.parameters()).dtype, device="cpu")]),
-        set_attn_implementation=getattr(model, "set_attn_implementation", None),
-    )
-    if device != "cpu":
-        yield
-        return
-    with short_row_attention(there, max(e.length for e in examples)):
-        yield
 
 
 def _choose_path(loss: CompletionLoss) -> None:
