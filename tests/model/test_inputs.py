@@ -183,8 +183,8 @@ def test_a_classifiers_scores_do_not_depend_on_padding(
     ]
     records = read([{"text": t, "label": "a"} for t in texts], data)
     items = encode_labelled(records, loaded.tokenizer, data).examples
-    together = Classification.logits(loaded, items, 6, lambda done: None)
-    alone = Classification.logits(loaded, items, 1, lambda done: None)
+    together = Classification().logits(loaded, items, 6, lambda done: None)
+    alone = Classification().logits(loaded, items, 1, lambda done: None)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-3  # other texts, other scores
     # what is saved is scored by transformers alone as here, padded on either side

@@ -106,7 +106,7 @@ def _given(name: str | None, source: str | Path, data: DataConfig) -> _Set | Non
 
 def _records(source: str | Path, split: str | None, data: DataConfig) -> _Set:
     found, problems, name = rows(source, split, None)
-    return _Set(checked(found, problems, name, data), [fields for _, fields in found])
+    return _Set(checked(found, problems, name, data), [dict(fields) for _, fields in found])
 
 
 def _cut(part: _Set, count: int, *, seed: int) -> tuple[_Set, _Set]:

@@ -42,7 +42,7 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     mergeable = [n for n in names if all(u.exact_product is not None for u in updates(model, n).values())]
     ways = latency.ways(model, list(names), merged=mergeable[:1])
     tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in task["passes"]}
-    if task_of(data) is Causal:
+    if isinstance(task_of(data), Causal):
         tasks |= {("decode, 8 tokens", b, 64): latency.decoding(model, b) for b in task["decoding"]}
     rows = []
     for (what, batch, length), each in tasks.items():

@@ -39,9 +39,9 @@ from deltaw.model.switch import use, using
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
-from deltaw.training.abreast import Abreast
+from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Started, Warned
-from deltaw.training.loop import Loop, LoopState, peak_memory
+from deltaw.training.loop import LoopPlan, LoopState, peak_memory, run_loop
 from deltaw.training.optim import ADAM_STATE
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.tasks import TASKS, task_of
@@ -136,7 +136,7 @@ def run_abreast(
     on_event: Callable[[int, Event], None] = lambda number, event: None,
 ) -> list[RunResult | TrainError]:
     """Train several that were prepared over one model, in one pass as many as `width`, each into its run folder; a loss that is
-    not finite ends its own run alone. `rungs`: where the worse half ends (see `Abreast`); `on_event` hears which one an event
+    not finite ends its own run alone. `rungs`: where the worse half ends (see `run_loops`); `on_event` hears which one an event
     is of. The adapters stay attached, as "0", "1" …, and the last one is active. Raises Interrupted after Ctrl-C."""
     runs = []
     for number, each in enumerate(prepared):
@@ -146,13 +146,12 @@ def run_abreast(
         stopping = stack.enter_context(_ctrl_c())
         for each_run in runs:
             stack.enter_context(each_run.begun())
-        together = Abreast([each_run.loop(stopping) for each_run in runs], width, rungs)
-        together.run()
-    if any(loop.state.stopped == "interrupted" for loop in together.loops):
+        ended = run_loops([each_run.plan(stopping) for each_run in runs], width, rungs)
+    if any(state.stopped == "interrupted" for state in ended.states):
         raise Interrupted("Stopped; what was finished is kept.")
     return [
-        together.failed.get(each_run.name) or each_run.ended(loop.state)
-        for each_run, loop in zip(runs, together.loops, strict=True)
+        ended.failed.get(each_run.name) or each_run.ended(state)
+        for each_run, state in zip(runs, ended.states, strict=True)
     ]
 
 
@@ -199,9 +198,9 @@ class _Run:
             before = self._sample(chosen, None)
             state = self._train()
         after = self._sample(chosen, self.name)
-        wanted = [self.task.wanted(r, self.config.data) for r in chosen]
+        wanted: Sequence[str | None] = [self.task.wanted(r, self.config.data) for r in chosen]
         if self.task.answers == "text":
-            wanted = as_said(wanted, self.loaded.tokenizer)
+            wanted = as_said([w or "" for w in wanted], self.loaded.tokenizer)
         together = zip(chosen, wanted, before, after, strict=True)
         return self._finish(state, [Sampled(r.question, w, b, a) for r, w, b, a in together])
 
@@ -219,14 +218,14 @@ class _Run:
     def _train(self) -> LoopState:
         """The loop, and the adapter saved, however the loop ends. Raises Interrupted after Ctrl-C."""
         with _ctrl_c() as stopping:
-            loop = self.loop(stopping)
+            plan, state = self.plan(stopping), LoopState()
             try:
-                state = loop.run()
+                run_loop(plan, state)
             except BaseException as error:
                 self._save_if_sound()
                 if _out_of_memory(error):
                     raise TrainError(
-                        f"Out of memory after {loop.state.step} steps. The adapter so far is in {self.folder / ADAPTER}.\n"
+                        f"Out of memory after {state.step} steps. The adapter so far is in {self.folder / ADAPTER}.\n"
                         "Try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, a smaller --max-length, "
                         "or --dtype bfloat16."
                     ) from error
@@ -234,15 +233,15 @@ class _Run:
             self._save()
         if state.stopped == "interrupted":
             raise Interrupted(
-                f"Stopped after step {state.step} of {loop.total_steps}; the adapter so far is in {self.folder / ADAPTER}.\n"
+                f"Stopped after step {state.step} of {plan.total_steps}; the adapter so far is in {self.folder / ADAPTER}.\n"
                 f"Use it with --adapter {self.folder / ADAPTER}, or start again:\n"
                 f"  deltaw train --config {self.folder / CONFIG} --overwrite"
             )
         return state
 
-    def loop(self, stopping: Callable[[], bool]) -> Loop:
-        """Of this run; `stopping` says whether it was asked to stop."""
-        return Loop(
+    def plan(self, stopping: Callable[[], bool]) -> LoopPlan:
+        """Of this run's loop; `stopping` says whether it was asked to stop."""
+        return LoopPlan(
             self.task.loss(self.loaded),
             self.prepared.encoded.examples,
             self.prepared.valid.examples if self.prepared.valid else (),
