@@ -17,9 +17,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.base import Update, own_tensor
 from deltaw.methods.updates.lowrank import LowRank, low_rank_parts
-from deltaw.training.together import Branch, Dense, Member, Together, elsewhere
+from deltaw.training.together import Branch, Member, Together, elsewhere
 
 _LETTERS = ("A", "B")
 _Key = tuple[torch.device, torch.dtype, torch.dtype]
@@ -63,7 +63,7 @@ class Flat:
 
     def __init__(
         self,
-        layers: Mapping[str, Dense],
+        layers: Mapping[str, nn.Module],
         updates: Mapping[str, LowRank],
         groups: Sequence[Sequence[str]],
         others: Mapping[str, Update] = MappingProxyType({}),
@@ -172,10 +172,10 @@ def _factors(update: LowRank) -> dict[str, nn.Parameter]:
     return {"A": update.A, "B": update.B}
 
 
-def _key(layer: Dense, update: LowRank, letter: str) -> _Key:
+def _key(layer: nn.Module, update: LowRank, letter: str) -> _Key:
     parameter = _factors(update)[letter]
     # A quantised weight does not say what its layer computes in: its branch rounds A and B itself
-    working = layer.weight.dtype if update.kind.as_it_is else parameter.dtype
+    working = own_tensor(layer, "weight").dtype if update.kind.as_it_is else parameter.dtype
     return parameter.device, parameter.dtype, working
 
 

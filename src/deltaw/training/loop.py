@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from deltaw.training.events import Evaluated, Event, Stepped, Warned
 from deltaw.training.flat import Flat
 from deltaw.training.losses import Loss
 from deltaw.training.optim import lr_factor, progress
-from deltaw.training.together import Dense, same_input
+from deltaw.training.together import same_input
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -205,7 +205,7 @@ def _flat(plan: LoopPlan) -> Flat:
     with evaluating(model), torch.no_grad():
         plan.loss(one)  # the first call tries the ways to the loss, which would count as calls of the layers
         groups = same_input(plain, lambda: plan.loss(one))
-    layers = {name: cast(Dense, owner_of(model).get_submodule(name)) for name in plain}
+    layers = {name: owner_of(model).get_submodule(name) for name in plain}
     return Flat(layers, plain, groups, {n: u for n, u in of_adapter.items() if n not in plain})
 
 

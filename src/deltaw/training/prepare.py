@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import nn
 
 from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.data import Encoded, Example, Records, held_out_split, read
@@ -19,6 +18,7 @@ from deltaw.data.prompts import described, overlap
 from deltaw.data.sources import Source, is_path, local
 from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError
 from deltaw.layers.ops.seeding import seeded
+from deltaw.methods.plan import Method
 from deltaw.model import summary
 from deltaw.model.inputs import settle_padding, vocabulary_size
 from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
@@ -26,9 +26,9 @@ from deltaw.training.opening import opened, prepared
 from deltaw.training.tasks import recognised, task_of
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Model: TypeAlias = "str | Path | nn.Module"
+Model: TypeAlias = "str | Path | PreTrainedModel"
 """A model's name, folder or GGUF file, or a loaded model."""
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor"
 log = logging.getLogger("deltaw")
@@ -209,7 +209,9 @@ def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> P
     if task != "image":
         check_vocabulary(model, tokenizer, name)
     if task in ("classification", "regression"):
-        settle_padding(model, tokenizer, pad_id(tokenizer), name, scored=True, own=False)
+        settle_padding(
+            model, cast("PreTrainedTokenizerBase", tokenizer), pad_id(tokenizer), name, scored=True, own=False
+        )
     return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), handed_over=True)
 
 

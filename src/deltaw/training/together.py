@@ -12,22 +12,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.layers.ops import linear
 from deltaw.methods.updates.lowrank import LowRank
 
-
-class Dense(Protocol):
-    """A layer that multiplies by a matrix: torch's, transformers', or a quantising package's."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-Branch = Callable[[Dense, Tensor], Tensor]
+Branch = Callable[[nn.Module, Tensor], Tensor]
 """Layer and x [..., k] → the layer's output with its update, [..., d]."""
 
 
@@ -50,7 +42,7 @@ def same_input(updates: Mapping[str, LowRank], forward: Callable[[], object]) ->
     """
     calls: list[tuple[str, Tensor, int]] = []
 
-    def note(name: str, layer: Dense, x: Tensor) -> Tensor:
+    def note(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         calls.append((name, x, x._version))  # x is held, so that no later tensor gets its identity
         return updates[name].alone(layer, x)
 
@@ -76,7 +68,7 @@ def same_input(updates: Mapping[str, LowRank], forward: Callable[[], object]) ->
 class Member:
     """One layer of a group."""
 
-    layer: Dense
+    layer: nn.Module
     update: LowRank
     rows: slice
     """Of the group's A, which is scaled already."""
@@ -113,7 +105,7 @@ class Together:
         self.version = 0
         """Of `x`, when `kept` was computed: in-place changes count it up."""
 
-    def branch(self, place: int, layer: Dense, x: Tensor) -> Tensor:
+    def branch(self, place: int, layer: nn.Module, x: Tensor) -> Tensor:
         """Return the output of the member in this place: x [..., k] → [..., d]."""
         member = self.members[place]
         if not member.update.training:
@@ -134,7 +126,7 @@ class Together:
     def _alone(self, member: Member, x: Tensor) -> Tensor:
         A = self.A if len(self.members) == 1 else self.A[member.rows]
         part = _Part(A, member.B, member.update.dropout)
-        return member.update.kind.branch(member.layer, x, part, member.layer.bias)
+        return member.update.kind.branch(member.layer, x, part, member.layer._parameters.get("bias"))
 
     def _compute(self, x: Tensor) -> None:
         members = self.members
