@@ -13,9 +13,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from deltaw.cli import main
 from deltaw.config import CompareConfig, DataConfig, TrainConfig
 from deltaw.errors import ConfigError, DataError
-from deltaw.methods.bottleneck import Bottleneck
-from deltaw.methods.lora import LoRA
-from deltaw.methods.registry import DEFAULT, QUICK, contestants, rates
 from deltaw.runs import splits
 from deltaw.runs.compare import compare
 from deltaw.runs.memory.machine import describe
@@ -28,25 +25,6 @@ from tests.training.test_tasks import SIZE, TEXTS, about, folder_of, image_proce
 
 WORDS = ["red", "blue", "green", "white", "black", "brown"]
 RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
-
-
-def test_contestants_are_read_as_they_are_written() -> None:
-    found = contestants("lora, lora(rank=64), bottleneck(size=16;kind=lin,lr=2e-3)")
-    assert [c.name for c in found] == ["lora", "lora(rank=64)", "bottleneck(size=16;kind=lin,lr=2e-3)"]
-    assert found[1].method == LoRA(rank=64) and found[2].method == Bottleneck(size=16, kind="lin")
-    assert found[2].lr == 2e-3 and found[2].kind == "bottleneck"
-    assert len(contestants(DEFAULT)) == 9 and len(contestants(QUICK)) == 5
-    assert rates(1e-3, 3) == pytest.approx([1e-3 / 3, 1e-3, 3e-3]) and rates(1e-3, 1) == [1e-3]
-
-
-def test_all_that_is_wrong_with_contestants_is_said() -> None:
-    with pytest.raises(ConfigError) as error:
-        contestants("lorra,lora(rnk=3),lora(rank=0),bitfit,bitfit,lora(rank)")
-    for part in ("'lorra' (did you mean", "unknown setting 'rnk' (did you mean 'rank'", "rank is 0", "'bitfit' is there twice",
-                 "'rank' is no setting"):  # fmt: skip
-        assert part in str(error.value)
-    with pytest.raises(ConfigError, match="there is none"):
-        contestants(" , ")
 
 
 @pytest.fixture(scope="module")

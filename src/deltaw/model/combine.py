@@ -6,7 +6,6 @@ Attaches the result and changes nothing else.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,15 +17,13 @@ from deltaw.errors import AdapterError
 from deltaw.layers.ops.merging import Product, dense, wide
 from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
 from deltaw.layers.tree import base_modules, dotted, matrix_of, owner_of
-from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method, Plan
-from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.base import UNALIKE, Sums, Update
 from deltaw.methods.updates.bitfit import AddedBias
-from deltaw.methods.updates.ia3 import Scaled
-from deltaw.methods.updates.lowrank import LowRank, with_room
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.methods.updates.weights import OnWeights
-from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.methods.updates.whole import Replaced
 from deltaw.model.attach import apply_plan
 from deltaw.model.ends import taught, teach
 from deltaw.model.record import check_free, known, problems_of_weights, record_of
@@ -113,7 +110,7 @@ def combine(
     problems = [f"{site.name or 'the model'}: {why}" for site in sites if (why := _why_not(site, recipe))]
     if problems:
         raise AdapterError("These adapters cannot be combined so:", problems)
-    shared: _Shared = {}
+    shared: Sums = {}
     combined: dict[str, Update] = {}
     errors: dict[str, float] = {}
     for site in sites:
@@ -157,7 +154,7 @@ def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for name, update in combined.items():
         for own, part in update.low_rank().items():
-            ranks[name if isinstance(update, LowRank) else dotted(name, own)] = part.rank
+            ranks[dotted(name, own) if update.of_weights else name] = part.rank
     return ranks
 
 
@@ -166,13 +163,9 @@ def _method(methods: Sequence[Method], combined: Mapping[str, Update], ranks: Ma
     first = methods[0]
     if not isinstance(first, LoRA) and all(method == first for method in methods):
         return first
-    ia3s = [method for method in methods if isinstance(method, IA3)]
-    if len(ia3s) == len(methods):
-        scaled = {n: update.inputs for n, update in combined.items() if isinstance(update, Scaled)}
-        outputs, inputs = ([n for n, of_inputs in scaled.items() if of_inputs is side] for side in (False, True))
-        settings = [dataclasses.replace(method, targets=outputs, inputs=inputs) for method in ia3s]
-        if all(other == settings[0] for other in settings):
-            return settings[0]
+    settings = [method.of_layers(combined) for method in methods]
+    if settings[0] is not None and all(other == settings[0] for other in settings):
+        return settings[0]
     return LoRA(rank=max(ranks.values(), default=1), targets=dict(ranks))
 
 
@@ -181,8 +174,6 @@ def _method(methods: Sequence[Method], combined: Mapping[str, Update], ranks: Ma
 
 _Terms = list[tuple[Update, float]]
 """Updates and their weights."""
-_Shared = dict[tuple[tuple[int, float], ...], nn.Parameter]
-"""Sums by the identity of what was summed: layers that share a parameter share it in the result too."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +203,7 @@ class _Site:
     @property
     def is_layer(self) -> bool:
         """It is a layer, with at most one low-rank update; not a module with weights of its own."""
-        return not any(isinstance(update, OnWeights) for update in self.updates)
+        return not any(update.of_weights for update in self.updates)
 
 
 def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
@@ -230,33 +221,31 @@ def _why_not(site: _Site, recipe: _Recipe) -> str | None:
     low_rank, values = site.low_rank, site.values
     if whys := {update.unmergeable for update in site.updates if update.unmergeable}:
         return "; ".join(sorted(whys)) + ", and which has no sum"
-    kinds = {type(u) if isinstance(u, (Scaled, ReplacedRows)) else Update for u in site.updates}
-    if len(kinds) > 1 or set(low_rank) & set(values):
-        return "some of the adapters train it whole, others by an update; merge(model, weights=…) can add them up"
+    first, *others = site.updates
+    if why := next(filter(None, (first.why_no_sum(other) for other in others)), None):
+        return why
+    if set(low_rank) & set(values):
+        return UNALIKE
     if low_rank and set(values) - ({"bias"} if site.is_layer else set()):
         return (
             f"some of the adapters have an update of its {', '.join(low_rank)}, others values of its {', '.join(values)}, "
             "and no update holds both; merge(model, weights=…) can add them up"
         )
-    if len({u.inputs for u in site.updates if isinstance(u, Scaled)}) > 1:
-        return "some of the adapters scale its inputs, others its outputs; merge(model, weights=…) can add them up"
     if not low_rank and recipe.how != "sum":
-        scaled = isinstance(site.updates[0], Scaled)
-        return f"it is {'scaled' if scaled else 'trained whole'}, which {recipe.how} is not defined for"
+        return f"it is {first.done_to_layer}, which {recipe.how} is not defined for"
     inexact = any(part.exact_product is None for u in site.updates for part in u.low_rank().values())
     return "the ΔW of DoRA has no rank of its own: give a rank" if recipe.rank is None and inexact else None
 
 
 @torch.no_grad()
-def _combined(site: _Site, recipe: _Recipe, shared: _Shared) -> tuple[Update, dict[str, float]]:
+def _combined(site: _Site, recipe: _Recipe, shared: Sums) -> tuple[Update, dict[str, float]]:
     """Return a layer's combined update, and the error that its rank leaves.
 
     Errors go by the name of the layer, or of each of its weights that have no layer.
     """
-    if isinstance(site.updates[0], ReplacedRows):
-        return _summed_rows(site, shared), {site.name: 0.0}
-    if isinstance(site.updates[0], Scaled):
-        return _summed_scales(site), {site.name: 0.0}
+    first = site.updates[0]
+    if first.own_sum:
+        return first.summed(site.layer, site.terms, shared), {site.name: 0.0}
     values = {own: _summed_value(site, own, shared) for own in site.values}
     if not site.low_rank:
         adds_bias = site.layer._parameters.get("bias") is None and "bias" in values
@@ -354,10 +343,10 @@ def dare_of(dWs: Sequence[Tensor], density: float, generator: torch.Generator) -
     return total
 
 
-# --- values, rows and scales --------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------
 
 
-def _summed_value(site: _Site, own: str, shared: _Shared) -> nn.Parameter:
+def _summed_value(site: _Site, own: str, shared: Sums) -> nn.Parameter:
     """Return the base's value plus, times their weights, what the updates add to it; a vocabulary is as large as the largest."""
     terms = [(value, weight) for update, weight in site.terms if (value := update.values().get(own)) is not None]
     key = tuple((id(value), weight) for value, weight in terms)
@@ -379,34 +368,3 @@ def _summed(base: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
         rows = slice(len(value)) if value.ndim else ...
         total[rows] += weight * (value.to(dtype) - base[rows])
     return total
-
-
-def _summed_scales(site: _Site) -> Scaled:
-    """Return l = 1 + Σ weight·(l − 1), since ΔW = (l − 1) ⊙ W0."""
-    terms = [(update, weight) for update, weight in site.terms if isinstance(update, Scaled)]
-    first = terms[0][0]
-    rows = [u.rows for u, _ in terms if first.rows is not None and u.rows is not None and first.rows.equal(u.rows)]
-    alike = len(rows) == len(terms)
-    vectors = [(u.l if alike else u.whole(site.layer), weight) for u, weight in terms]
-    total = torch.ones_like(vectors[0][0])
-    for vector, weight in vectors:
-        total += weight * (vector - 1)
-    return Scaled(total, inputs=first.inputs, rows=first.rows if alike else None)
-
-
-def _summed_rows(site: _Site, shared: _Shared) -> ReplacedRows:
-    """Return all rows that the updates replace: the base's plus, times their weights, what the updates add to them."""
-    terms = [(update, weight) for update, weight in site.terms if isinstance(update, ReplacedRows)]
-    indices = torch.cat([u.indices for u, _ in terms]).unique()  # type: ignore[no-untyped-call]
-    key = tuple((id(update.rows), weight) for update, weight in terms)
-    if key not in shared:
-        weight_before = site.layer._parameters["weight"]
-        assert weight_before is not None
-        W0 = weight_before.detach()
-        base = with_room(W0.to(wide(W0.dtype)), indices)[indices]
-        rows = base.clone()
-        for update, weight in terms:
-            place = torch.searchsorted(indices, update.indices)
-            rows[place] += weight * (update.rows.detach().to(base.dtype) - base[place])
-        shared[key] = nn.Parameter(rows)
-    return ReplacedRows(indices, shared[key])

@@ -58,7 +58,7 @@ def _taken_by_padding(model: nn.Module, most: int) -> int:
 def _taken_by_prefix(model: nn.Module) -> int:
     """Return the positions of the longest prefix that is attached: which adapter a row will go through is not known here."""
     record = find_record(model) if isinstance(model, nn.Module) else None
-    return max((getattr(a.method, "positions", 0) for a in record.attached.values()), default=0) if record else 0
+    return max((a.method.positions for a in record.attached.values()), default=0) if record else 0
 
 
 def within(data: DataConfig, model: nn.Module, taken: int = 0) -> DataConfig:

@@ -8,7 +8,6 @@ own, because the most memory that a process has held is of all that it has done.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import statistics
@@ -55,13 +54,11 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     notes: list[str] = []
     try:
         result = train(task["model"], task["train"], config, method=method, on_event=hear)
-    except TargetError as error:
-        if task["method"] != "bitfit" or method.add:
+    except TargetError:
+        if (instead := method.instead()) is None:
             raise
-        notes.append(f"{str(error).split(' (')[0]}: its dense layers were given biases.")
-        result = train(
-            task["model"], task["train"], config, method=dataclasses.replace(method, add=True), on_event=hear
-        )
+        notes.append(instead.note)
+        result = train(task["model"], task["train"], config, method=instead.method, on_event=hear)
     speeds = [line for line in result.log if line["event"] == "step"]
     figures = result.figures()
     torch.set_grad_enabled(False)
