@@ -42,13 +42,14 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     from deltaw.config import TrainConfig, from_mapping
     from deltaw.methods.registry import method_class
     from deltaw.runs.train import train
+    from deltaw.training.events import Event, Started
 
     method = from_mapping(method_class(task["method"]), task["settings"], where=task["name"])
     config = from_mapping(TrainConfig, {**task["run"], "out": str(folder / "run"), "overwrite": True}, where="run")
     memory = _Memory()
 
-    def hear(event: Any) -> None:
-        if event.kind == "start":
+    def hear(event: Event) -> None:
+        if isinstance(event, Started):
             memory.loaded()
 
     notes: list[str] = []
