@@ -164,7 +164,7 @@ def _method(methods: Sequence[Method], combined: Mapping[str, Update], ranks: Ma
     if not isinstance(first, LoRA) and all(method == first for method in methods):
         return first
     settings = [method.of_layers(combined) for method in methods]
-    if settings[0] is not None and all(method == settings[0] for method in settings):
+    if settings[0] is not None and all(other == settings[0] for other in settings):
         return settings[0]
     return LoRA(rank=max(ranks.values(), default=1), targets=dict(ranks))
 
@@ -243,8 +243,9 @@ def _combined(site: _Site, recipe: _Recipe, shared: Sums) -> tuple[Update, dict[
 
     Errors go by the name of the layer, or of each of its weights that have no layer.
     """
-    if site.updates[0].own_sum:
-        return site.updates[0].summed(site.layer, site.terms, shared), {site.name: 0.0}
+    first = site.updates[0]
+    if first.own_sum:
+        return first.summed(site.layer, site.terms, shared), {site.name: 0.0}
     values = {own: _summed_value(site, own, shared) for own in site.values}
     if not site.low_rank:
         adds_bias = site.layer._parameters.get("bias") is None and "bias" in values
@@ -342,7 +343,7 @@ def dare_of(dWs: Sequence[Tensor], density: float, generator: torch.Generator) -
     return total
 
 
-# --- values --------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------
 
 
 def _summed_value(site: _Site, own: str, shared: Sums) -> nn.Parameter:
