@@ -11,13 +11,13 @@ import pytest
 from tests.conftest import ROOT, byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 
 
 def example(name: str) -> str:
-    found = re.search(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return found[1]
+    block = re.search(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    return block[1]
 
 
 def test_the_sixty_seconds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,11 +41,18 @@ def test_both_languages_show_the_same_code_commands_and_figures() -> None:
     assert plain(example("README.md")) == plain(example("README.ko.md"))
     english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
     for pattern in (r"^\| `deltaw [^|]*\|", r"\]\(results/[^)]*\)", r"\d[\d.,]*\d"):
-        found = [sorted(set(re.findall(pattern, text, re.MULTILINE))) for text in (english, korean)]
-        assert found[0] == found[1]
+        ours, theirs = (sorted(set(re.findall(pattern, text, re.MULTILINE))) for text in (english, korean))
+        assert ours == theirs
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_every_result_has_its_command() -> None:
+    """benchmarks/README.md names the command behind each file that README.md quotes."""
+    quoted = set(re.findall(r"\]\(results/([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    commands = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert quoted and not {name for name in quoted if name not in commands}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name if p.parent != ROOT / "benchmarks" else "benchmarks")
 def test_no_link_is_dead(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (document.parent / link).exists()]
