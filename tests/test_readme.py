@@ -52,7 +52,7 @@ def test_every_result_has_its_command() -> None:
     assert quoted and not {name for name in quoted if name not in commands}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name if p.parent != ROOT / "benchmarks" else "benchmarks")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_link_is_dead(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (document.parent / link).exists()]
