@@ -45,6 +45,17 @@ def test_both_languages_show_the_same_code_commands_and_figures() -> None:
         assert ours == theirs
 
 
+def test_the_design_names_files_that_exist() -> None:
+    """A path in docs/design.md is of src/deltaw/ or of the clone; a name alone follows a path of the same folder."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    roots = (ROOT / "src" / "deltaw", ROOT / "src", ROOT)
+    paths = set(re.findall(r"[\w./]*\w/\w+\.py\b", text)) - {"deltaw/merge.py"}  # which would hide a function
+    assert len(paths) > 40
+    assert not {path for path in paths if not any((root / path).is_file() for root in roots)}
+    alone = set(re.findall(r"(?<![\w/])\w+\.py\b", text))
+    assert not alone - {file.name for file in roots[0].rglob("*.py")}
+
+
 def test_every_result_has_its_command() -> None:
     """benchmarks/README.md names the command behind each file that README.md quotes."""
     quoted = set(re.findall(r"\]\(results/([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
