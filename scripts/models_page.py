@@ -223,7 +223,7 @@ def untried(rows: dict[str, dict[str, Any]]) -> str:
     said = f"## Without dense layers\n\n{', '.join(without)}: nothing for `all-linear` to adapt.\n\n" if without else ""
     failed = {n: r["not tried"] for n, r in rows.items() if "not tried" in r}
     if failed:
-        said += "## Not tried\n\nNo small model of these could be built or called here. Beside each: why the first try failed.\n\n"
+        said += "## Not tried\n\nNo small model of these could be built or called here. Why the first try failed:\n\n"
         said += "".join(f"- `{name}`: {first(why)}\n" for name, why in failed.items())
     return said
 
