@@ -14,7 +14,8 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.model.summary import updates
 from deltaw.training.abreast import Abreast
-from deltaw.training.loop import Event, Loop
+from deltaw.training.events import Evaluated, Event
+from deltaw.training.loop import Loop
 from deltaw.training.losses import ClassLoss, CompletionLoss, DecoderLoss
 from tests.conftest import assert_same, covering, snapshot, tiny_gpt2, tiny_llama
 from tests.methods.updates.test_weights import model_of
@@ -106,8 +107,8 @@ def check(task: str, candidates: Any, width: int) -> None:
         assert [(e.kind, e.step) for e in heard[number]] == [(e.kind, e.step) for e in events]
         for key in ("loss", "grad_norm", "supervised", "valid_loss"):
             for mine, theirs in zip(heard[number], events, strict=True):
-                if key in theirs.values:
-                    assert mine.values[key] == pytest.approx(theirs.values[key], rel=1e-3)
+                if hasattr(theirs, key):
+                    assert getattr(mine, key) == pytest.approx(getattr(theirs, key), rel=1e-3)
     detach(model)
     if before is not None:
         assert_same(model, before)
@@ -164,7 +165,7 @@ def test_the_worse_half_ends_at_each_rung() -> None:
     heard: list[list[Event]] = [[] for _ in candidates]
     loops = [loop_of("llama", model, i, *each, heard[i]) for i, each in enumerate(candidates)]
     Abreast(loops, 2, rungs=(0.5, 0.25)).run()
-    at = [{e.step: e.values["valid_loss"] for e in own if e.kind == "eval"} for own in heard]
+    at = [{e.step: e.valid_loss for e in own if isinstance(e, Evaluated)} for own in heard]
     order = sorted(range(4), key=lambda i: at[i][2])
     assert [loops[i].state.step for i in order[2:]] == [2, 2]
     better, worse = sorted(order[:2], key=lambda i: at[i][4])
@@ -219,7 +220,7 @@ def test_of_an_odd_number_the_middle_one_goes_on(count: int, left: int) -> None:
         for i, lr in enumerate(rates)
     ]
     Abreast(loops, 2, rungs=(0.5,)).run()
-    at = [next(e.values["valid_loss"] for e in own if e.kind == "eval" and e.step == 1) for own in heard]
+    at = [next(e.valid_loss for e in own if isinstance(e, Evaluated) and e.step == 1) for own in heard]
     worst = sorted(range(count), key=lambda i: at[i])[left:]
     assert {i for i, loop in enumerate(loops) if loop.state.stopped == "behind"} == set(worst)
     assert [loop.state.step for i, loop in enumerate(loops) if i not in worst] == [2] * left

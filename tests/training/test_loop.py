@@ -4,7 +4,7 @@ import dataclasses
 import math
 import resource
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,11 +16,13 @@ from deltaw.errors import TrainError
 from deltaw.layers.tree import owner_of
 from deltaw.model.summary import updates
 from deltaw.training import loop as loop_module
-from deltaw.training.loop import Event, Loop, held_out_loss, peak_memory, relative_norm
+from deltaw.training.events import Evaluated, Event, Stepped, Warned
+from deltaw.training.loop import Loop, held_out_loss, peak_memory, relative_norm
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 from tests.training.test_models import examples
 
+T = TypeVar("T")
 RECORDS = examples()
 SGD: dict[str, Any] = {"optimizer": "SGD", "lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0, "batch": 4}
 
@@ -48,8 +50,8 @@ def moved(**changes: Any) -> Tensor:
     return values_of(model) - before
 
 
-def of_kind(events: list[Event], kind: str) -> list[Event]:
-    return [event for event in events if event.kind == kind]
+def of_kind(events: list[Event], kind: type[T]) -> list[T]:
+    return [event for event in events if isinstance(event, kind)]
 
 
 def test_a_gradient_longer_than_clip_is_shortened_to_it_and_a_shorter_one_is_left() -> None:
@@ -63,7 +65,7 @@ def test_a_gradient_longer_than_clip_is_shortened_to_it_and_a_shorter_one_is_lef
 def test_the_log_tells_the_norm_before_clipping() -> None:
     model = model_of()
     _, events = trained(model, clip=1e-3)
-    norm = of_kind(events, "step")[0].values["grad_norm"]
+    norm = of_kind(events, Stepped)[0].grad_norm
     assert norm == pytest.approx(float(moved().norm()) / 0.1, rel=1e-4) and norm > 1e-3
 
 
@@ -72,7 +74,7 @@ def test_a_step_is_as_long_as_the_schedule_says() -> None:
     torch.testing.assert_close(moved(warmup=4, steps=1), moved() / 5, rtol=1e-4, atol=1e-7)
     model = model_of()
     _, events = trained(model, schedule="linear", steps=4, log_every=1, lr=0.4)
-    rates = [event.values["lr"] for event in of_kind(events, "step")]
+    rates = [event.lr for event in of_kind(events, Stepped)]
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
@@ -117,7 +119,7 @@ def test_steps_are_in_training_mode_evaluations_are_not_and_at_the_end_it_is_off
     modes: list[bool] = []
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
     _, events = trained(model, valid=RECORDS[:2], steps=2, eval_every=1)
-    assert len(of_kind(events, "eval")) == 3 and not model.training
+    assert len(of_kind(events, Evaluated)) == 3 and not model.training
     # A look at one record with the layers' inputs, then evaluation, and a step and an evaluation twice
     assert [mode for mode, before in zip(modes, [None, *modes], strict=False) if mode is not before] == [
         False, True, False, True, False,
@@ -130,15 +132,15 @@ def test_steps_are_in_training_mode_evaluations_are_not_and_at_the_end_it_is_off
 def test_counts_are_over_the_whole_run() -> None:
     loop, events = trained(model_of(), steps=5, log_every=2)
     rows = [loop.examples[i] for step in range(5) for i in loop.order.at(step)]
-    state, steps = loop.state, of_kind(events, "step")
+    state, steps = loop.state, of_kind(events, Stepped)
     assert (state.step, state.records) == (5, len(rows))
     assert state.tokens == sum(row.length for row in rows)
     assert state.supervised == sum(sum(row.supervised[1:]) for row in rows)
     assert [event.step for event in steps] == [1, 2, 4, 5]
-    assert [event.values["total_steps"] for event in steps] == [5] * 4
-    last = steps[-1].values
-    assert (last["tokens"], last["supervised"]) == (state.tokens, state.supervised)
-    assert state.first_loss == steps[0].values["loss"] and state.last_loss == last["loss"]
+    assert [event.total_steps for event in steps] == [5] * 4
+    last = steps[-1]
+    assert (last.tokens, last.supervised) == (state.tokens, state.supervised)
+    assert state.first_loss == steps[0].loss and state.last_loss == last.loss
     assert 0 < state.step_seconds <= state.seconds and state.eval_seconds == 0
     assert (state.valid_loss, state.best_loss, state.best_step, state.without_gain) == (None, math.inf, 0, 0)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -163,12 +165,12 @@ def test_seconds_are_those_of_steps_and_evaluations(monkeypatch: pytest.MonkeyPa
     model = model_of()
     monkeypatch.setattr(loop_module, "time", Clock(model, 0.25))
     loop, events = trained(model, valid=RECORDS[:2], steps=4, eval_every=3, log_every=2)
-    state, values = loop.state, [event.values for event in of_kind(events, "step")]  # of steps 1, 2 and 4
+    state, steps = loop.state, of_kind(events, Stepped)  # of steps 1, 2 and 4
     assert (state.step_seconds, state.eval_seconds, loop.last_evaluation, state.seconds) == (1.0, 12.0, 4.0, 13.0)
-    assert [v["seconds"] for v in values] == [4.25, 4.5, 9.0]
-    assert [v["seconds_left"] for v in values] == [0.75, 0.5, 0.0]
-    one, two, four = (v["tokens"] for v in values)
-    assert [v["tokens_per_second"] for v in values] == [one / 0.25, (two - one) / 0.25, (four - two) / 0.5]
+    assert [event.seconds for event in steps] == [4.25, 4.5, 9.0]
+    assert [event.seconds_left for event in steps] == [0.75, 0.5, 0.0]
+    one, two, four = (event.tokens for event in steps)
+    assert [event.tokens_per_second for event in steps] == [one / 0.25, (two - one) / 0.25, (four - two) / 0.5]
 
 
 def test_the_clock_ends_a_run_at_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,24 +178,24 @@ def test_the_clock_ends_a_run_at_its_minutes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(loop_module, "time", Clock(model, 20.0))
     loop, events = trained(model, minutes=1.0, steps=None, epochs=100)
     assert (loop.state.stopped, loop.state.step, loop.state.seconds) == ("minutes", 3, 60.0)
-    assert [event.step for event in of_kind(events, "step")] == [1, 3]
+    assert [event.step for event in of_kind(events, Stepped)] == [1, 3]
 
 
 def test_a_clock_that_stands_still_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     monkeypatch.setattr(loop_module, "time", Clock(model, 0.0))
     _, events = trained(model, steps=2, log_every=1)
-    assert all(0 < event.values["tokens_per_second"] < math.inf for event in of_kind(events, "step"))
+    assert all(0 < event.tokens_per_second < math.inf for event in of_kind(events, Stepped))
 
 
 def test_speed_and_the_time_left_are_those_of_the_steps() -> None:
     loop, events = trained(model_of(), steps=4, log_every=2)
-    one, two, four = of_kind(events, "step")
-    assert four.values["seconds_left"] == 0.0
-    assert 0 < two.values["seconds_left"] < loop.state.seconds * 4
-    tokens = four.values["tokens"] - two.values["tokens"]
-    assert four.values["tokens_per_second"] > tokens / loop.state.step_seconds
-    assert one.values["seconds_left"] > 0
+    one, two, four = of_kind(events, Stepped)
+    assert four.seconds_left == 0.0
+    assert 0 < two.seconds_left < loop.state.seconds * 4
+    tokens = four.tokens - two.tokens
+    assert four.tokens_per_second > tokens / loop.state.step_seconds
+    assert one.seconds_left > 0
     loop.state.step, loop.state.step_seconds, loop.total_steps = 2, 3.0, 8
     assert loop._seconds_left() == 9.0
 
@@ -228,9 +230,9 @@ def test_macos_counts_memory_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_when_it_evaluates(settings: dict[str, Any], expected: list[int]) -> None:
     _, events = trained(model_of(), valid=RECORDS[:2], **({"steps": 7} | settings))
-    assert [event.step for event in of_kind(events, "eval")] == expected
-    losses = [event.values["valid_loss"] for event in of_kind(events, "eval")]
-    bests = [event.values["best_loss"] for event in of_kind(events, "eval")]
+    assert [event.step for event in of_kind(events, Evaluated)] == expected
+    losses = [event.valid_loss for event in of_kind(events, Evaluated)]
+    bests = [event.best_loss for event in of_kind(events, Evaluated)]
     assert bests == [min(losses[: i + 1]) for i in range(len(losses))]
 
 
@@ -251,7 +253,7 @@ def test_evaluations_take_no_more_than_their_share_of_a_timed_run() -> None:
 def test_patience_counts_evaluations_without_gain(patience: int) -> None:
     loop, events = trained(model_of(), valid=RECORDS[:3], lr=1e-30, patience=patience, eval_every=2, steps=50)
     assert loop.state.stopped == "early" and loop.state.step == 2 * patience
-    assert [event.step for event in of_kind(events, "eval")] == [2 * i for i in range(patience + 1)]
+    assert [event.step for event in of_kind(events, Evaluated)] == [2 * i for i in range(patience + 1)]
 
 
 def test_the_best_adapter_is_kept_where_it_was_not_the_last() -> None:
@@ -271,11 +273,11 @@ def test_being_asked_to_stop_ends_it_after_the_step_without_an_evaluation() -> N
     model = model_of()
     loop = Loop(
         CompletionLoss(model), RECORDS, RECORDS[:2], TrainConfig(**SGD, steps=9, eval_every=1), events.append,
-        lambda: len(of_kind(events, "eval")) == 3,
+        lambda: len(of_kind(events, Evaluated)) == 3,
     )  # fmt: skip
     assert loop.run().stopped == "interrupted"
-    assert loop.state.step == 3 and [event.step for event in of_kind(events, "eval")] == [0, 1, 2]
-    assert of_kind(events, "step")[-1].step == 3
+    assert loop.state.step == 3 and [event.step for event in of_kind(events, Evaluated)] == [0, 1, 2]
+    assert of_kind(events, Stepped)[-1].step == 3
 
 
 def test_a_held_out_loss_is_the_mean_over_tokens_whatever_the_batch() -> None:
@@ -316,7 +318,7 @@ def test_what_was_zero_and_is_not_any_more_has_learned() -> None:
     model = attach(tiny_gpt2(layers=1), BitFit())
     assert relative_norm(model) == 0.0
     _, events = trained(model, valid=RECORDS[:1], steps=20, eval_every=20)
-    assert relative_norm(model) == math.inf and not of_kind(events, "warning")
+    assert relative_norm(model) == math.inf and not of_kind(events, Warned)
 
 
 def test_nothing_learned_is_said_after_twenty_steps_and_not_before() -> None:
@@ -324,9 +326,9 @@ def test_nothing_learned_is_said_after_twenty_steps_and_not_before() -> None:
         torch.manual_seed(0)
         model = attach(tiny_llama(layers=1), LoRA(rank=2, alpha=3, targets="v"))
         _, events = trained(model, valid=RECORDS[:1], lr=1e-30, steps=steps, eval_every=steps)
-        assert any("nothing is learned" in event.values["text"] for event in of_kind(events, "warning")) == warned
+        assert any("nothing is learned" in event.text for event in of_kind(events, Warned)) == warned
     _, events = trained(model_of(), valid=RECORDS[:1], lr=1e-30, steps=20, eval_every=20)
-    assert not of_kind(events, "warning")
+    assert not of_kind(events, Warned)
 
 
 def watched(loss: float, norm: float, scale: float | None) -> None:
@@ -369,8 +371,8 @@ def with_spares(count: int, targets: str) -> Any:
 @pytest.mark.parametrize(("count", "named"), [(1, 1), (5, 5), (6, 5)])
 def test_layers_that_took_no_part_are_counted_and_five_are_named(count: int, named: int) -> None:
     _, events = trained(with_spares(count, "spare.*,q"), steps=2)
-    (warning,) = of_kind(events, "warning")
-    text = warning.values["text"]
+    (warning,) = of_kind(events, Warned)
+    text = warning.text
     assert (
         warning.step == 0 and text.startswith(f"{count} adapted layers took no part") and text.count("spare.") == named
     )
@@ -388,7 +390,7 @@ def unsound(loop: Loop) -> list[Tensor]:
     kept: list[Tensor] = []
 
     def meet(event: Event) -> None:
-        if event.kind == "step" and event.step == 3:
+        if isinstance(event, Stepped) and event.step == 3:
             kept.append(values_of(loop.loss.model))
             loop.loss.model.model.norm.register_forward_hook(lambda module, inputs, output: output * math.nan)
 
@@ -435,7 +437,7 @@ def test_settings_without_an_effect_are_said(
 ) -> None:
     torch.manual_seed(0)
     _, events = trained(attach(tiny_llama(layers=1), method), valid=RECORDS[:valid], **settings)
-    texts = [event.values["text"] for event in of_kind(events, "warning")]
+    texts = [event.text for event in of_kind(events, Warned)]
     assert texts == [f"A setting has no effect: {line}." for line in lines]
 
 

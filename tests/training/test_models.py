@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw import LoRA, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
+from deltaw.training.events import Stepped
 from deltaw.training.loop import Loop
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import tiny_llama
@@ -110,7 +111,7 @@ def steps_agree(model: Any) -> None:
         examples(),
         (),
         config,
-        lambda event: losses.append(event.values["loss"]) if event.kind == "step" else None,
+        lambda event: losses.append(event.loss) if isinstance(event, Stepped) else None,
     ).run()
     torch.testing.assert_close(losses, plain_steps(twin, examples(), config), rtol=1e-4, atol=1e-4)
 

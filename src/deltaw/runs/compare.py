@@ -22,7 +22,7 @@ from typing import Any, Literal
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.formats.atomic import write_text
-from deltaw.methods.registry import DEFAULT, QUICK, Contestant, contestants, described, rates
+from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
 from deltaw.runs import splits, timing, worker
 from deltaw.runs.evaluation.bootstrap import Measured, compared
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER, of_scores, row_of
@@ -183,7 +183,7 @@ class _Comparison:
     def _latencies(self, best: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.options.latency or not best:
             return []
-        runs = {name: run for name, run in best.items() if run["task"]["method"] != "full"}
+        runs = {name: run for name, run in best.items() if not METHODS[run["task"]["method"]].trains_everything}
         task: dict[str, Any] = {
             "model": self.model, "dtype": "float32" if self.config.dtype == "auto" else self.config.dtype,
             "device": self.config.device,

@@ -36,6 +36,7 @@ from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.sweep import sweep_report
 from deltaw.runs.scoring import scoring_of
 from deltaw.runs.train import RunResult, run_abreast
+from deltaw.training.events import Event, Stepped
 from deltaw.training.prepare import Prepared, prepare, with_head
 
 SETTINGS, RESULTS, REPORT, SCORE = "sweep.json", "results.json", "report.html", "score.json"
@@ -274,9 +275,9 @@ class _Sweep:
         self.on_event(Progress("finished", task.named() | done | {"fresh": True}))
         return done
 
-    def _hear(self, event: Any, values: dict[str, Any]) -> None:
-        if event.kind == "step":
-            self.on_event(Progress("step", {**event.values, **values, "step": event.step}))
+    def _hear(self, event: Event, values: dict[str, Any]) -> None:
+        if isinstance(event, Stepped):
+            self.on_event(Progress("step", {**dataclasses.asdict(event), **values}))
 
     def _scored(self, base: Prepared, result: RunResult) -> dict[str, Any]:
         figures, state = result.figures(), result.state

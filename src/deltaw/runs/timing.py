@@ -39,7 +39,7 @@ def run(task: dict[str, Any]) -> list[dict[str, Any]]:
     for i, (name, adapter) in enumerate(task["adapters"].items()):  # a name may hold dots
         names[f"m{i}"] = name
         store.load(model, adapter, name=f"m{i}", activate=False)
-    mergeable = [n for n in names if all(type(u).__name__ in ("LowRank", "Sliced") for u in updates(model, n).values())]
+    mergeable = [n for n in names if all(u.exact_product is not None for u in updates(model, n).values())]
     ways = latency.ways(model, list(names), merged=mergeable[:1])
     tasks = {("forward", b, n): latency.forward(model, b, n) for b, n in task["passes"]}
     if task_of(data) is Causal:

@@ -39,7 +39,8 @@ from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
 from deltaw.training.abreast import Abreast
-from deltaw.training.loop import Event, Loop, LoopState, peak_memory
+from deltaw.training.events import Event, Started, Warned
+from deltaw.training.loop import Loop, LoopState, peak_memory
 from deltaw.training.optim import ADAM_STATE
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.tasks import TASKS, task_of
@@ -261,28 +262,26 @@ class _Run:
         summary = sizes.summary(self.loaded.model)
         adapter = summary.adapters[self.name]
         self.expected = expected(self.prepared)
-        self._hear(Event("start", 0, {
-            "layers": adapter.layers, "parameters": adapter.parameters, "share": adapter.share, "left_out": adapter.left_out,
-            "coverage": adapter.coverage.lines(),
-            "task": self.task.name, "counted": self.task.counted, "labels": self.config.data.labels,
-            "data": dataclasses.asdict(self.prepared.encoded.counts), "base_bytes": summary.base_bytes,
-            "sets": dataclasses.asdict(self.prepared.sets),
-            "expected_memory": None if self.expected is None else self.expected.figures(),
-        }))  # fmt: skip
+        self._hear(Started(
+            0, layers=adapter.layers, parameters=adapter.parameters, share=adapter.share, left_out=adapter.left_out,
+            coverage=adapter.coverage.lines(), task=self.task.name, counted=self.task.counted, labels=self.config.data.labels,
+            data=self.prepared.encoded.counts, base_bytes=summary.base_bytes, sets=self.prepared.sets,
+            expected_memory=None if self.expected is None else self.expected.figures(),
+        ))  # fmt: skip
         if self.prepared.sets.overlap is not None:
-            self._hear(Event("warning", 0, {"text": self.prepared.sets.overlap}))
+            self._hear(Warned(0, self.prepared.sets.overlap))
         if self.expected is not None and self.expected.missing:
-            self._hear(Event("warning", 0, {"text": self.expected.warning()}))
+            self._hear(Warned(0, self.expected.warning()))
         if self.prepared.encoded.note:
-            self._hear(Event("warning", 0, {"text": self.prepared.encoded.note}))
+            self._hear(Warned(0, self.prepared.encoded.note))
 
     def _hear(self, event: Event) -> None:
-        line = {"event": event.kind, "step": event.step, **event.values}
+        line = event.to_json()
         self.log.append(line)
         self.log_file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.log_file.flush()
-        if event.kind == "warning":
-            self.warnings.append(event.values["text"])
+        if isinstance(event, Warned):
+            self.warnings.append(event.text)
         self.on_event(event)
 
     def _chosen_samples(self) -> list[Record]:

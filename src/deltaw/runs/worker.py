@@ -8,7 +8,6 @@ own, because the most memory that a process has held is of all that it has done.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import statistics
@@ -43,25 +42,24 @@ def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     from deltaw.config import TrainConfig, from_mapping
     from deltaw.methods.registry import method_class
     from deltaw.runs.train import train
+    from deltaw.training.events import Event, Started
 
     method = from_mapping(method_class(task["method"]), task["settings"], where=task["name"])
     config = from_mapping(TrainConfig, {**task["run"], "out": str(folder / "run"), "overwrite": True}, where="run")
     memory = _Memory()
 
-    def hear(event: Any) -> None:
-        if event.kind == "start":
+    def hear(event: Event) -> None:
+        if isinstance(event, Started):
             memory.loaded()
 
     notes: list[str] = []
     try:
         result = train(task["model"], task["train"], config, method=method, on_event=hear)
-    except TargetError as error:
-        if task["method"] != "bitfit" or method.add:
+    except TargetError:
+        if (instead := method.instead()) is None:
             raise
-        notes.append(f"{str(error).split(' (')[0]}: its dense layers were given biases.")
-        result = train(
-            task["model"], task["train"], config, method=dataclasses.replace(method, add=True), on_event=hear
-        )
+        notes.append(instead.note)
+        result = train(task["model"], task["train"], config, method=instead.method, on_event=hear)
     speeds = [line for line in result.log if line["event"] == "step"]
     figures = result.figures()
     torch.set_grad_enabled(False)

@@ -21,10 +21,10 @@ from deltaw.data import Order
 from deltaw.errors import TrainError
 from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
-from deltaw.methods.updates.lowrank import LowRank
 from deltaw.model.summary import updates
 from deltaw.training import optim
 from deltaw.training.attention import short_row_attention
+from deltaw.training.events import Evaluated, Event, Stepped, Warned
 from deltaw.training.flat import Flat
 from deltaw.training.losses import Loss
 from deltaw.training.optim import lr_factor, progress
@@ -34,15 +34,6 @@ from deltaw.training.together import same_input
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
 # Where the time is set, the share of it so far that evaluations may come to for one more to be made before the end
 _EVALUATING = 0.2
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened, for whoever logs or shows it."""
-
-    kind: Literal["start", "step", "eval", "warning"]
-    step: int
-    values: dict[str, Any]
 
 
 @dataclass
@@ -137,7 +128,7 @@ class Loop:
     def _flat(self) -> Flat:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
         every = updates(self.model, self.adapter)
-        plain = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
+        plain = {n: plain for n, u in every.items() if (plain := u.plain) is not None}
         one = self.loss.collate(self.examples[:1])
         with evaluating(self.model), torch.no_grad():
             self.loss(one)  # its first call, which tries the ways to the loss
@@ -301,7 +292,7 @@ class Loop:
             state.without_gain += 1
             if self.config.patience and state.without_gain >= self.config.patience:
                 state.stopped = "early"
-        self.on_event(Event("eval", state.step, {"valid_loss": loss, "best_loss": state.best_loss}))
+        self.on_event(Evaluated(state.step, loss, state.best_loss))
         if state.step >= _AFTER_STEPS and relative_norm(self.model, self.adapter) < _NOTHING_LEARNED:
             self._warn(
                 f"‖ΔW‖/‖W0‖ is still below {_NOTHING_LEARNED:g} after {state.step} steps: nothing is learned. "
@@ -322,14 +313,13 @@ class Loop:
         state.last_loss = (state.loss_sum - before.loss_sum) / (state.supervised - before.supervised)
         state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
         norm = float(values["grad_norm"])
-        values = {"loss": state.last_loss, "lr": values["lr"], "grad_norm": norm if math.isfinite(norm) else None}
         speed = (state.tokens - before.tokens) / max(state.step_seconds - before.step_seconds, 1e-9)
         self._logged = replace(state)
-        more = {
-            "seconds": state.seconds, "tokens": state.tokens, "supervised": state.supervised, "tokens_per_second": speed,
-            "memory": peak_memory(), "seconds_left": self._seconds_left(),
-        }  # fmt: skip
-        self.on_event(Event("step", state.step, {**values, **more, "total_steps": self.total_steps}))
+        self.on_event(Stepped(
+            state.step, state.last_loss, values["lr"], norm if math.isfinite(norm) else None, state.seconds, state.tokens,
+            state.supervised, tokens_per_second=speed, memory=peak_memory(), seconds_left=self._seconds_left(),
+            total_steps=self.total_steps,
+        ))  # fmt: skip
 
     def _seconds_left(self) -> float:
         """By the steps to come or by the clock, whichever ends first."""
@@ -338,7 +328,7 @@ class Loop:
         return min(left, max(0.0, self.config.minutes * 60 - state.seconds)) if self.config.minutes else left
 
     def _warn(self, text: str) -> None:
-        self.on_event(Event("warning", self.state.step, {"text": text}))
+        self.on_event(Warned(self.state.step, text))
 
 
 class _Watched:

@@ -200,11 +200,11 @@ def test_training_says_its_memory_and_warns(room: int | None, tmp_path: Path, mo
     tokenizer = tiny_tokenizer(CHATML)
     config = deltaw.TrainConfig(out=str(tmp_path / "run"), steps=2, batch=2, samples=0, device="cpu", dtype="float32")
     deltaw.train(byte_llama(tokenizer), RECORDS, config, tokenizer=tokenizer, on_event=heard.append)
-    (start,) = [e.values for e in heard if e.kind == "start"]
-    parts = dict(start["expected_memory"])
+    (start,) = [e for e in heard if e.kind == "start"]
+    parts = dict(start.expected_memory)
     total, _ = parts.pop("total"), parts.pop("logits")  # which is part of what is at work
-    assert total == sum(parts.values()) and parts["optimizer"] == pytest.approx(8 * start["parameters"], rel=0.05)
-    warned = [e.values["text"] for e in heard if e.kind == "warning" and "may run out of memory" in e.values["text"]]
+    assert total == sum(parts.values()) and parts["optimizer"] == pytest.approx(8 * start.parameters, rel=0.05)
+    warned = [e.text for e in heard if e.kind == "warning" and "may run out of memory" in e.text]
     assert len(warned) == (room is not None)
 
 
