@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import io
 import pickle
 import re
@@ -74,6 +75,41 @@ def test_imports_point_downward(path: Path) -> None:
     lower = ROOMS[: ROOMS.index(room) + 1]
     upward = {name for name in imports(path) if (other := room_of(name)) is not None and other not in lower}
     assert not upward, f"{module_of(path)} imports upward: {upward}"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples/quickstart", "scripts"])
+def test_programs_beside_the_package_import_what_there_is(folder: str) -> None:
+    """Benchmarks are run seldom: what moves in src/deltaw moves in them."""
+    names = {
+        (node.module or "", alias.name)
+        for path in sorted((ROOT / folder).glob("*.py"))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deltaw"
+        for alias in node.names
+    }
+    assert names
+    missing = [f"{module}.{name}" for module, name in sorted(names) if not has(module, name)]
+    assert not missing
+
+
+def has(module: str, name: str) -> bool:
+    """Return True if the module has the name, or is a package with a module of that name."""
+    try:
+        if hasattr(importlib.import_module(module), name):
+            return True
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def test_mutants_are_tried_against_tests_that_there_are() -> None:
+    tree = tree_of(ROOT / "benchmarks" / "mutants.py")
+    table = next(n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "TESTS")
+    assert table is not None
+    for module, tests in ast.literal_eval(table).items():
+        assert (SRC / f"{module.replace('.', '/')}.py").is_file(), module
+        assert all((ROOT / test).is_file() for test in tests), module
 
 
 def test_no_folder_has_more_files_than_one_remembers() -> None:
