@@ -1,11 +1,11 @@
-"""Methods compared on real data, for docs/evidence.md: SmolLM2 on E2E, MiniLM on four tasks of GLUE.
+"""Compare methods on real data, for docs/evidence.md: SmolLM2 on E2E, MiniLM on four tasks of GLUE.
 
     python benchmarks/methods_compared.py e2e --model .cache/smollm2 --data E2E
-    python benchmarks/methods_compared.py cola --model MINILM --data COLA --at-once 8      # that many methods side by side
+    python benchmarks/methods_compared.py cola --model MINILM --data COLA --at-once 8      # eight methods side by side
 
-MODEL and DATA are folders. Every method gets the same records in the same order and the same number of steps, on CoLA at
+MODEL and DATA are folders. Every method gets the same records in the same order, and the same number of steps. On CoLA each has
 three learning rates a factor of three apart; the best one on held-out records is scored on the test records. What is finished in
-.cache/compared is not done again. Writes results/compare_NAME.json.
+.cache/compared is not repeated. Writes results/compare_NAME.json.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Do the tests notice a fault? A seeded sample of small faults, planted one at a time, each against its file's own tests.
+"""Count the faults that the tests notice: a seeded sample of small ones, planted one at a time, each against its file's tests.
 
     pip install cosmic-ray
     python benchmarks/mutants.py                     # 320 mutants, two at a time
-    python benchmarks/mutants.py fused               # one module's part of these
+    python benchmarks/mutants.py layers.ops.linear   # one module's part of these
 
-Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines; modules that were not
-tried stay there as they were. The mutants are
-cosmic-ray's: another operator, comparison, number or keyword, a removed `not`, decorator or loop. Those that change annotations
-or protocols only, which are never evaluated, are left out, as are `is` for `==` and those that want a variable's name. No file is
-changed: a forked process imports the mutated source in the module's place.
+Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines. Modules that were
+not tried keep their old results. The mutants are cosmic-ray's: another operator, comparison, number or keyword, a removed
+`not`, decorator or loop. Three kinds are left out: changed annotations and protocols, which are never evaluated, `is` for
+`==`, and those that need a variable's name. No file is changed: a forked process imports the mutated source in the module's
+place.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How ΔW lies to W, as in the paper's Table 7: of the first seed's runs at r = 4 and r = 64 that benchmarks/ranks_swept.py has
-made, for q and v in the middle of the model (section 7.3).
+"""Measure how ΔW lies to W, as in the paper's Table 7 (section 7.3), for q and v in the middle of the model.
 
     python benchmarks/ranks_amplified.py e2e --model SMOLLM2
 
-Writes results/amplified_NAME.json. Adapters are not committed: this goes after ranks_swept.py on the same machine.
+Uses the first seed's runs at r = 4 and r = 64 of benchmarks/ranks_swept.py. Adapters are not committed, so run this after it
+on the same machine. Writes results/amplified_NAME.json.
 """
 
 from __future__ import annotations

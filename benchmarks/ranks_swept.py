@@ -1,14 +1,15 @@
-"""Ranks tried on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA; r = 1,
-2, 4, 8, 16, 64, three seeds each. And which weights to train: q,v alone over the same ranks, and six choices of equal parameters.
+"""Train ranks on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA.
 
     python benchmarks/ranks_swept.py e2e --model SMOLLM2 --data E2E
     python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
-    python benchmarks/ranks_swept.py cola --model MINILM --data COLA                # cola_budget, cola_qv; of all four
-
+    python benchmarks/ranks_swept.py cola --model MINILM --data COLA            # also cola_budget, cola_qv; so for all four
     python benchmarks/ranks_swept.py e2e --again         # results/sweep_e2e.json anew from results/swept/e2e.json: no training
 
-MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run
-came to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
+MODEL and DATA are folders. Ranks are 1, 2, 4, 8, 16 and 64, with three seeds each; α is 8 and the learning rate one for all.
+NAME_qv trains q and v alone over the same ranks, NAME_budget six choices of weights with equal parameters.
+
+Writes results/sweep_NAME.json, and each run's scores as results/swept/NAME.json. From there a sweep resumes, on another machine
+too. The runs themselves are in .cache/swept.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Together:
 
     def _compute(self, x: Tensor) -> None:
         members = self.members
-        biases = [m.layer.bias for m in members]
+        biases = [m.layer._parameters.get("bias") for m in members]
         outputs = linear.lowrank_linears(x, [m.W0 for m in members], biases, self.A, [m.B for m in members])
         self.x, self.version, self.kept = x, x._version, dict(enumerate(outputs))
 
