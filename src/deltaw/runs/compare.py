@@ -22,7 +22,7 @@ from typing import NamedTuple
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.formats.atomic import write_text
-from deltaw.methods.registry import DEFAULT, QUICK, Contestant, contestants, described, rates
+from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
 from deltaw.runs import splits, study, worker
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
@@ -303,7 +303,8 @@ def _latencies(
     begun: Study, options: CompareConfig, entries: Sequence[_Entry], on_event: Callable[[CompareEvent], None]
 ) -> list[LatencyRow]:
     """Time inference with each method's adapter, unless that is done already. A fully fine-tuned model is as fast as the base."""
-    trained = {e.contestant.name: e.runs[0].folder for e in entries if e.runs and e.contestant.kind != "full"}
+    timeable = [entry for entry in entries if entry.runs and not METHODS[entry.contestant.kind].trains_everything]
+    trained = {entry.contestant.name: entry.runs[0].folder for entry in timeable}
     if not options.latency or not trained:
         return []
     timed = _QUICK_TIMED if options.quick else _TIMED
@@ -329,8 +330,8 @@ def _latencies(
 def _in_a_process(part: str, folder: Path, result: str) -> None:
     """Do a part of the comparison in a process, to its end. What it prints goes to FOLDER/output.txt.
 
-    part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted after Ctrl-C, and TrainError where
-    the process ended without a result.
+    part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted after Ctrl-C, and TrainError
+    where the process ended without a result.
     """
     (folder / result).unlink(missing_ok=True)  # one of other settings
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -20,6 +20,7 @@ from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.errors import DataError, TrainError
 from deltaw.files.formats.atomic import write_text
+from deltaw.methods.lora import LoRA
 from deltaw.model import attach
 from deltaw.model.switch import use
 from deltaw.runs import splits, study
@@ -167,7 +168,7 @@ class _Base:
             self._prepared = None  # one model at a time
             study = self._study
             config = dataclasses.replace(study.config, seed=seed, valid=study.records("valid"), data=study.scoring.data)
-            self._prepared = prepare(self._model, study.records("train"), config, None)
+            self._prepared = prepare(self._model, study.records("train"), config, LoRA())
         return self._prepared
 
     def width(self, asked: int | None, tasks: Sequence[Task], on_event: Callable[[SweepEvent], None]) -> int:

@@ -184,7 +184,6 @@ def _timing(folder: Path) -> int:
 def timed(task: TimingTask) -> list[LatencyRow]:
     """Time passes and decoding with the base alone, with each adapter, and with the first one that merges merged."""
     from deltaw.files import store
-    from deltaw.methods.updates.lowrank import LowRank, Sliced
     from deltaw.model.summary import updates
     from deltaw.runs.evaluation import latency
     from deltaw.training.opening import of_adapter, opened
@@ -196,8 +195,7 @@ def timed(task: TimingTask) -> list[LatencyRow]:
     for i, (name, adapter) in enumerate(task.adapters.items()):
         shown[f"m{i}"] = name  # an adapter's name may hold no dot, a method's may
         store.load(model, adapter, name=f"m{i}", activate=False)
-    plain = (LowRank, Sliced)  # DoRA merges too, but slower to the same weights
-    merged = [n for n in shown if all(type(u) in plain for u in updates(model, n).values())][:1]
+    merged = [n for n in shown if all(u.exact_product is not None for u in updates(model, n).values())][:1]
     ways = latency.ways(model, list(shown), merged=merged)
     shown |= {f"{name}, merged": f"{shown[name]}, merged" for name in merged}
     jobs = {("forward", rows, length): latency.forward(model, rows, length) for rows, length in task.passes}

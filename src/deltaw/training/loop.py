@@ -21,7 +21,6 @@ from deltaw.data import Order
 from deltaw.errors import TrainError
 from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
-from deltaw.methods.updates.lowrank import LowRank
 from deltaw.model.summary import updates
 from deltaw.training import optim
 from deltaw.training.attention import short_row_attention
@@ -129,7 +128,7 @@ class Loop:
     def _flat(self) -> Flat:
         """A and B in flat buffers, and the layers that read the same tensor found by a forward pass over one record."""
         every = updates(self.model, self.adapter)
-        plain = {n: u for n, u in every.items() if isinstance(u, LowRank) and u.plain}
+        plain = {n: plain for n, u in every.items() if (plain := u.plain) is not None}
         one = self.loss.collate(self.examples[:1])
         with evaluating(self.model), torch.no_grad():
             self.loss(one)  # its first call, which tries the ways to the loss

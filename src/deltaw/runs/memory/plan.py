@@ -8,7 +8,6 @@ device, where tensors have shapes and no memory.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.errors import ConfigError, FileError, TargetError, first_line, nearest
 from deltaw.files.units import parse_size
-from deltaw.methods.bitfit import BitFit
 from deltaw.methods.registry import DEFAULT, contestants
 from deltaw.model.inputs import most_positions
 from deltaw.model.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
@@ -226,9 +224,9 @@ class _Planner:
         try:
             adapter = counts(model, method)
         except TargetError:
-            if not isinstance(method, BitFit) or method.add:
+            if (instead := method.instead()) is None:
                 raise
-            method, note = dataclasses.replace(method, add=True), "The model has no biases: its dense layers get some."
+            method, note = instead
             adapter = counts(model, method)
         parameters, size = adapter.parameters, adapter.bytes
         rows = self.config.batch

@@ -135,7 +135,7 @@ def sweep_report(results: SweepResults) -> Report:
         warnings=[
             *results.warnings,
             *(f"{targets} was left out: {why}." for targets, why in results.left_out.items()),
-            *(f"{row.name} failed: {failed.error}" for row, failed in results.failed),
+            *(f"{row.name} failed: {row.best.error}" for row in rows if isinstance(row.best, Failed)),
         ],
         footer=in_words(results.environment),
     )
