@@ -28,7 +28,7 @@ from deltaw.config import DataConfig
 from deltaw.data import Example, Order, collate, encode, read
 from deltaw.model.pretrained import load_pretrained
 from deltaw.training.events import Event, Stepped
-from deltaw.training.loop import Loop
+from deltaw.training.loop import LoopPlan, run_loop
 from deltaw.training.losses import CompletionLoss
 from deltaw.training.optim import lr_factor
 from rows import completion
@@ -95,7 +95,7 @@ def deltaw_row(
     deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16))
     if dtype == "float32":
         deltaw.save(model, Path(folder) / "start")
-    Loop(CompletionLoss(model), train, (), config, on_event=hear).run()
+    run_loop(LoopPlan(CompletionLoss(model), train, (), config, on_event=hear))
     adapter = deltaw.save(model, Path(folder) / dtype)
     fresh = load_pretrained(name, dtype="float32").model
     deltaw.load(fresh, adapter)

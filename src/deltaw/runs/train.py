@@ -41,9 +41,9 @@ from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
 from deltaw.runs.results.train import RunFigures
-from deltaw.training.abreast import Abreast
+from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Started, Warned
-from deltaw.training.loop import Loop, LoopState, peak_memory
+from deltaw.training.loop import LoopPlan, LoopState, peak_memory, run_loop
 from deltaw.training.optim import ADAM_STATE
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.tasks import task_of
@@ -192,7 +192,7 @@ def run_abreast(
     Args:
         prepared: the runs, each with a folder of its own. Their adapters stay attached, as "0", "1" …, the last one active.
         width: how many of them share a pass at most.
-        rungs: where the worse half ends (see `Abreast`).
+        rungs: where the worse half ends (see `run_loops`).
         on_event: called with the number of a run and its event.
 
     Returns:
@@ -205,16 +205,14 @@ def run_abreast(
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_ctrl_c())
         journals = [stack.enter_context(_recorded(job, partial(on_event, i))) for i, job in enumerate(jobs)]
-        loops = [_loop(job, journal, stopping) for job, journal in zip(jobs, journals, strict=True)]
-        together = Abreast(loops, width, rungs)
-        together.run()
-    if any(loop.state.stopped == "interrupted" for loop in loops):
+        plans = [_plan(job, journal, stopping) for job, journal in zip(jobs, journals, strict=True)]
+        ended = run_loops(plans, width, rungs)
+    if any(state.stopped == "interrupted" for state in ended.states):
         raise Interrupted("Stopped; what was finished is kept.")
-    results: list[RunResult | TrainError] = []
-    for job, journal, loop in zip(jobs, journals, loops, strict=True):
-        error = together.failed.get(job.adapter)
-        results.append(error if error is not None else _saved_and_finished(job, journal, loop.state))
-    return results
+    return [
+        ended.failed.get(job.adapter) or _saved_and_finished(job, journal, state)
+        for job, journal, state in zip(jobs, journals, ended.states, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -312,10 +310,10 @@ def _opening_events(job: _Job) -> Iterator[Event]:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def _loop(job: _Job, journal: _Journal, stopping: Callable[[], bool]) -> Loop:
-    """Return the run's loop. stopping: says whether it was asked to stop."""
+def _plan(job: _Job, journal: _Journal, stopping: Callable[[], bool]) -> LoopPlan:
+    """Return the plan of the run's loop. stopping: says whether it was asked to stop."""
     prepared = job.prepared
-    return Loop(
+    return LoopPlan(
         task_of(prepared.config.data).loss(prepared.loaded),
         prepared.encoded.examples,
         prepared.valid.examples if prepared.valid else (),
@@ -330,15 +328,15 @@ def _train(job: _Job, journal: _Journal) -> LoopState:
     """Run the loop and save the adapter, however the loop ends. Raises Interrupted after Ctrl-C, and TrainError."""
     adapter = job.folder.adapter
     with _ctrl_c() as stopping:
-        loop = _loop(job, journal, stopping)
+        plan, state = _plan(job, journal, stopping), LoopState()
         try:
-            state = loop.run()
+            run_loop(plan, state)
         except BaseException as error:
             if all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter)):
                 _save(job)
             if _out_of_memory(error):
                 raise TrainError(
-                    f"Out of memory after {loop.state.step} steps. The adapter so far is in {adapter}.\n"
+                    f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
                     "Try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, a smaller --max-length, "
                     "or --dtype bfloat16."
                 ) from error
@@ -346,7 +344,7 @@ def _train(job: _Job, journal: _Journal) -> LoopState:
         _save(job)
     if state.stopped == "interrupted":
         raise Interrupted(
-            f"Stopped after step {state.step} of {loop.total_steps}; the adapter so far is in {adapter}.\n"
+            f"Stopped after step {state.step} of {plan.total_steps}; the adapter so far is in {adapter}.\n"
             f"Use it with --adapter {adapter}, or start again:\n"
             f"  deltaw train --config {job.folder.config} --overwrite"
         )
