@@ -30,6 +30,7 @@ from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent
 from deltaw.runs.folder import RunFolder, read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.compare import comparison_report
+from deltaw.runs.results import JsonObject
 from deltaw.runs.results.compare import (
     BestRun,
     CandidateScore,
@@ -86,7 +87,7 @@ class Comparison:
     """A row for each method, the methods beside the best, and how long inference takes with each."""
 
     @property
-    def results(self) -> dict[str, object]:
+    def results(self) -> JsonObject:
         """The plain values of results.json."""
         return self.outcome.to_json()
 
@@ -221,7 +222,7 @@ def _outcome(
     if outcome is None:
         on_event(CandidateStarted(contestant.name, lr, seed))
         _write(folder / worker.CANDIDATE, task)
-        _in_a_process("candidate", folder, worker.SCORE)
+        in_a_process("candidate", folder, worker.SCORE)
         outcome = _kept(folder, task)
     assert outcome is not None
     on_event(CandidateFinished(contestant.name, lr, seed, outcome, fresh))
@@ -321,13 +322,13 @@ def _latencies(
     if kept is None or kept["task"] != task:
         on_event(TimingStarted(list(trained)))
         _write(begun.folder / worker.TIMING, task)
-        _in_a_process("timing", begun.folder, worker.LATENCY)
+        in_a_process("timing", begun.folder, worker.LATENCY)
         kept = read_json(begun.folder / worker.LATENCY)
     assert kept is not None
     return [LatencyRow.from_json(row) for row in kept["rows"]]
 
 
-def _in_a_process(part: str, folder: Path, result: str) -> None:
+def in_a_process(part: str, folder: Path, result: str) -> None:
     """Do a part of the comparison in a process, to its end. What it prints goes to FOLDER/output.txt.
 
     part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted after Ctrl-C, and TrainError

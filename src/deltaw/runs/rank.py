@@ -90,7 +90,7 @@ class RankChoice:
     """Each rank's loss and cost, the spectrum of each layer, and whether training again confirmed the choice."""
 
     @property
-    def results(self) -> dict[str, object]:
+    def results(self) -> JsonObject:
         """The plain values of rank.json."""
         return self.outcome.to_json()
 

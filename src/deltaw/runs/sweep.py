@@ -87,7 +87,7 @@ class Sweep:
         return self.outcome.choices
 
     @property
-    def results(self) -> dict[str, object]:
+    def results(self) -> JsonObject:
         """The plain values of results.json."""
         return self.outcome.to_json()
 

@@ -40,6 +40,7 @@ from deltaw.runs.folder import RunFolder, refuse_a_file
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
+from deltaw.runs.results import JsonObject
 from deltaw.runs.results.train import RunFigures
 from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Started, Warned
@@ -118,11 +119,11 @@ class RunResult:
         return self.outcome.peak_memory
 
     @property
-    def log(self) -> list[dict[str, object]]:
+    def log(self) -> list[JsonObject]:
         """The lines of log.jsonl as plain values."""
         return [event.to_json() for event in self.events]
 
-    def figures(self) -> dict[str, object]:
+    def figures(self) -> JsonObject:
         """Return the plain values of result.json."""
         return self.outcome.to_json()
 

@@ -20,7 +20,7 @@ from deltaw.runs.memory.parts import largest
 from deltaw.runs.memory.presets import PRESETS
 from tests.conftest import byte_llama, tiny_gpt2, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
-from tests.runs.test_compare import RECORDS
+from tests.runs.conftest import RECORDS
 
 SMALL = deltaw.PlanConfig(methods="lora,full", batch=2, length=32, dtype="float32", device="cpu")
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
