@@ -76,7 +76,8 @@ def main() -> None:
 def deltaw_row(case: Case, clock: Clock) -> None:
     """The loop that `deltaw.train` runs."""
     import deltaw
-    from deltaw.training.loop import Loop
+    from deltaw.training.loop import LoopPlan, LoopState, drawing, opened, take_step
+    from deltaw.training.losses import CompletionLoss
 
     model = random_llama(case.shape, seed=SEED)
     deltaw.attach(model, deltaw.LoRA(rank=case.rank, alpha=16))
@@ -84,19 +85,13 @@ def deltaw_row(case: Case, clock: Clock) -> None:
     config = deltaw.TrainConfig(batch=case.batch, steps=steps, log_every=1, seed=SEED)
     supervised = case.batch * (case.length - case.length // 2)
 
-    class Timed(Loop):
-        def _step(self) -> dict[str, Any]:
-            values = super()._step()
-            clock.step(case.batch * case.length, supervised, self.losses / supervised)
-            return values
-
-        def _log(self, values: dict[str, Any]) -> None:
-            """Reads nothing from the GPU: a run logs every tenth step."""
-            self.losses.zero_()
-
-    loop = Timed(model, records(case), (), config, 0)
     clock.start()
-    loop.run()
+    with opened(LoopPlan(CompletionLoss(model), records(case), (), config), LoopState()) as loop:
+        while loop.goes_on:
+            with drawing(loop):
+                take_step(loop)
+            clock.step(case.batch * case.length, supervised, loop.losses / supervised)
+            loop.losses.zero_()  # no line of the log, which would read it from the GPU: a run logs every tenth step
 
 
 def floor_row(case: Case, clock: Clock) -> None:

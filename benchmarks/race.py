@@ -14,7 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaw.training.events import Event
 
 # Rows with the same batches, whose times are compared turn by turn
 PAIRED = ("deltaw", "floor")
@@ -46,17 +49,18 @@ class Clock:
             self._tell(seconds=seconds, tokens=self.tokens, supervised=self.supervised, loss=float(loss), peak=_peak())
             self._wait()
 
-    def follow(self) -> Callable[[Any], None]:
+    def follow(self) -> Callable[[Event], None]:
         """What `deltaw.train` is to tell its events to, with a line logged for each step."""
+        from deltaw.training.events import Started, Stepped
+
         counted = [0, 0]
 
-        def hear(event: Any) -> None:
-            if event.kind == "start":
+        def hear(event: Event) -> None:
+            if isinstance(event, Started):
                 self.start()
-            elif event.kind == "step":
-                tokens, supervised = event.values["tokens"], event.values["supervised"]
-                self.step(tokens - counted[0], supervised - counted[1], event.values["loss"])
-                counted[:] = tokens, supervised
+            elif isinstance(event, Stepped):
+                self.step(event.tokens - counted[0], event.supervised - counted[1], event.loss)
+                counted[:] = event.tokens, event.supervised
 
         return hear
 

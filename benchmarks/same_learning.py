@@ -27,7 +27,8 @@ import machine
 from deltaw.config import DataConfig
 from deltaw.data import Example, Order, collate, encode, read
 from deltaw.model.pretrained import load_pretrained
-from deltaw.training.loop import Event, Loop
+from deltaw.training.events import Event, Stepped
+from deltaw.training.loop import LoopPlan, run_loop
 from deltaw.training.losses import CompletionLoss
 from deltaw.training.optim import lr_factor
 from rows import completion
@@ -86,15 +87,15 @@ def deltaw_row(
     losses: list[float] = []
 
     def hear(event: Event) -> None:
-        if event.kind == "step":
-            losses.append(event.values["loss"])
+        if isinstance(event, Stepped):
+            losses.append(event.loss)
 
     model = load_pretrained(name, dtype=dtype, to_train=True).model  # type: ignore[arg-type]
     torch.manual_seed(SEED)
     deltaw.attach(model, deltaw.LoRA(rank=8, alpha=16))
     if dtype == "float32":
         deltaw.save(model, Path(folder) / "start")
-    Loop(CompletionLoss(model), train, (), config, on_event=hear).run()
+    run_loop(LoopPlan(CompletionLoss(model), train, (), config, on_event=hear))
     adapter = deltaw.save(model, Path(folder) / dtype)
     fresh = load_pretrained(name, dtype="float32").model
     deltaw.load(fresh, adapter)

@@ -13,8 +13,9 @@ from deltaw import DoRA, LoRA, TrainConfig, attach, detach
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.model.summary import updates
-from deltaw.training.abreast import Abreast
-from deltaw.training.loop import Event, Loop
+from deltaw.training.abreast import run_loops
+from deltaw.training.events import Evaluated, Event
+from deltaw.training.loop import LoopPlan, run_loop
 from deltaw.training.losses import ClassLoss, CompletionLoss, DecoderLoss
 from tests.conftest import assert_same, covering, snapshot, tiny_gpt2, tiny_llama
 from tests.methods.updates.test_weights import model_of
@@ -69,12 +70,12 @@ def made(task: str) -> Any:
     return TASKS[task][0]().eval()
 
 
-def loop_of(task: str, model: Any, number: int, method: Any, config: TrainConfig, heard: list[Event]) -> Loop:
+def plan_of(task: str, model: Any, number: int, method: Any, config: TrainConfig, heard: list[Event]) -> LoopPlan:
     _, loss, records = TASKS[task]
     torch.manual_seed(config.seed)
     attach(model, method, name=str(number))
     examples = records()
-    return Loop(loss(model), examples[:10], examples[10:], config, on_event=heard.append, adapter=str(number))
+    return LoopPlan(loss(model), examples[:10], examples[10:], config, on_event=heard.append, adapter=str(number))
 
 
 def learned(model: Any, name: str) -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ def alone(task: str, candidates: Any) -> list[tuple[dict[str, torch.Tensor], lis
     found = []
     for number, (method, config) in enumerate(candidates):
         model, heard = made(task), []
-        loop_of(task, model, number, method, config, heard).run()
+        run_loop(plan_of(task, model, number, method, config, heard))
         found.append((learned(model, str(number)), heard))
     return found
 
@@ -95,10 +96,8 @@ def check(task: str, candidates: Any, width: int) -> None:
     model = made(task)
     before = None if candidates[0][1].gradient_checkpointing else snapshot(model)  # that stays on
     heard: list[list[Event]] = [[] for _ in candidates]
-    loops = [loop_of(task, model, i, *each, heard[i]) for i, each in enumerate(candidates)]
-    together = Abreast(loops, width)
-    together.run()
-    assert not together.failed
+    plans = [plan_of(task, model, i, *each, heard[i]) for i, each in enumerate(candidates)]
+    assert not run_loops(plans, width).failed
     for number, (parameters, events) in enumerate(alone(task, candidates)):
         ours = learned(model, str(number))
         for name, expected in parameters.items():
@@ -106,8 +105,8 @@ def check(task: str, candidates: Any, width: int) -> None:
         assert [(e.kind, e.step) for e in heard[number]] == [(e.kind, e.step) for e in events]
         for key in ("loss", "grad_norm", "supervised", "valid_loss"):
             for mine, theirs in zip(heard[number], events, strict=True):
-                if key in theirs.values:
-                    assert mine.values[key] == pytest.approx(theirs.values[key], rel=1e-3)
+                if hasattr(theirs, key):
+                    assert getattr(mine, key) == pytest.approx(getattr(theirs, key), rel=1e-3)
     detach(model)
     if before is not None:
         assert_same(model, before)
@@ -145,11 +144,9 @@ def test_a_loss_that_is_not_finite_ends_its_own_run_alone() -> None:
     wild = dataclasses.replace(CONFIG, optimizer="SGD", lr=1e30, clip=0.0)
     heard: list[Event] = []
     candidates = [CANDIDATES[1], (LoRA(rank=4), wild), CANDIDATES[3]]
-    loops = [loop_of("llama", model, i, *each, heard) for i, each in enumerate(candidates)]
-    together = Abreast(loops, 3)
-    together.run()
-    assert list(together.failed) == ["1"] and "lr" in str(together.failed["1"])
-    assert [loop.state.stopped for loop in loops] == ["", "failed", ""]
+    ended = run_loops([plan_of("llama", model, i, *each, heard) for i, each in enumerate(candidates)], 3)
+    assert list(ended.failed) == ["1"] and "lr" in str(ended.failed["1"])
+    assert [state.stopped for state in ended.states] == ["", "failed", ""]
     for number in (0, 2):
         (expected, _), *_ = alone("llama", [candidates[number]])
         for name, value in learned(model, str(number)).items():
@@ -162,14 +159,14 @@ def test_the_worse_half_ends_at_each_rung() -> None:
     config = dataclasses.replace(CONFIG, steps=8, eval_every=8)
     candidates = [(LoRA(rank=2), dataclasses.replace(config, lr=lr)) for lr in rates]
     heard: list[list[Event]] = [[] for _ in candidates]
-    loops = [loop_of("llama", model, i, *each, heard[i]) for i, each in enumerate(candidates)]
-    Abreast(loops, 2, rungs=(0.5, 0.25)).run()
-    at = [{e.step: e.values["valid_loss"] for e in own if e.kind == "eval"} for own in heard]
+    plans = [plan_of("llama", model, i, *each, heard[i]) for i, each in enumerate(candidates)]
+    states = run_loops(plans, 2, rungs=(0.5, 0.25)).states
+    at = [{e.step: e.valid_loss for e in own if isinstance(e, Evaluated)} for own in heard]
     order = sorted(range(4), key=lambda i: at[i][2])
-    assert [loops[i].state.step for i in order[2:]] == [2, 2]
+    assert [states[i].step for i in order[2:]] == [2, 2]
     better, worse = sorted(order[:2], key=lambda i: at[i][4])
-    assert (loops[better].state.step, loops[worse].state.step) == (8, 4)
-    assert [loop.state.stopped for loop in loops].count("behind") == 3 and not loops[better].state.stopped
+    assert (states[better].step, states[worse].step) == (8, 4)
+    assert [state.stopped for state in states].count("behind") == 3 and not states[better].stopped
 
 
 def test_a_held_out_loss_that_is_not_finite_is_in_the_worse_half() -> None:
@@ -177,25 +174,25 @@ def test_a_held_out_loss_that_is_not_finite_is_in_the_worse_half() -> None:
     model = made("llama")
     config = dataclasses.replace(CONFIG, steps=2, eval_every=2, patience=9)
     wild = dataclasses.replace(config, optimizer="SGD", lr=1e30, clip=0.0)
-    loops = [loop_of("llama", model, i, LoRA(rank=2), own, []) for i, own in enumerate((wild, config))]
-    Abreast(loops, 2, rungs=(0.5,)).run()
-    assert [loop.state.stopped for loop in loops] == ["behind", ""] and [loop.state.step for loop in loops] == [1, 2]
+    plans = [plan_of("llama", model, i, LoRA(rank=2), own, []) for i, own in enumerate((wild, config))]
+    states = run_loops(plans, 2, rungs=(0.5,)).states
+    assert [state.stopped for state in states] == ["behind", ""] and [state.step for state in states] == [1, 2]
 
 
 def test_dropout_in_one_pass_follows_from_the_loops_seeds_alone() -> None:
-    """All records in each batch and one A for all, so that a seed decides nothing but the masks."""
+    """One record ten times and one A for all, so that a seed decides nothing but the masks."""
 
     def trained(seeds: tuple[int, int], dropout: float, drawn: int) -> list[dict[str, torch.Tensor]]:
         model = made("llama")
-        loops = []
+        plans = []
         for number, seed in enumerate(seeds):
             config = dataclasses.replace(CONFIG, batch=10, steps=3)
-            loop = loop_of("llama", model, number, LoRA(rank=3, alpha=4, dropout=dropout), config, [])
-            loop.config = dataclasses.replace(config, seed=seed)
-            loops.append(loop)
+            plan = plan_of("llama", model, number, LoRA(rank=3, alpha=4, dropout=dropout), config, [])
+            alike = [plan.examples[0]] * 10
+            plans.append(dataclasses.replace(plan, examples=alike, config=dataclasses.replace(config, seed=seed)))
         torch.manual_seed(drawn)
         state = torch.get_rng_state()
-        Abreast(loops, 2).run()
+        run_loops(plans, 2)
         assert torch.equal(torch.get_rng_state(), state)
         return [learned(model, str(number)) for number in range(2)]
 
@@ -214,12 +211,12 @@ def test_of_an_odd_number_the_middle_one_goes_on(count: int, left: int) -> None:
     config = dataclasses.replace(CONFIG, steps=2, eval_every=2)
     rates = (1e-6, 1e-2, 3e-3, 1e-5, 1e-3)[:count]
     heard: list[list[Event]] = [[] for _ in rates]
-    loops = [
-        loop_of("llama", model, i, LoRA(rank=2), dataclasses.replace(config, lr=lr), heard[i])
+    plans = [
+        plan_of("llama", model, i, LoRA(rank=2), dataclasses.replace(config, lr=lr), heard[i])
         for i, lr in enumerate(rates)
     ]
-    Abreast(loops, 2, rungs=(0.5,)).run()
-    at = [next(e.values["valid_loss"] for e in own if e.kind == "eval" and e.step == 1) for own in heard]
+    states = run_loops(plans, 2, rungs=(0.5,)).states
+    at = [next(e.valid_loss for e in own if isinstance(e, Evaluated) and e.step == 1) for own in heard]
     worst = sorted(range(count), key=lambda i: at[i])[left:]
-    assert {i for i, loop in enumerate(loops) if loop.state.stopped == "behind"} == set(worst)
-    assert [loop.state.step for i, loop in enumerate(loops) if i not in worst] == [2] * left
+    assert {i for i, state in enumerate(states) if state.stopped == "behind"} == set(worst)
+    assert [state.step for i, state in enumerate(states) if i not in worst] == [2] * left

@@ -4,7 +4,10 @@ import dataclasses
 import math
 import resource
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,12 +18,25 @@ from deltaw.data import Example
 from deltaw.errors import TrainError
 from deltaw.layers.tree import owner_of
 from deltaw.model.summary import updates
-from deltaw.training import loop as loop_module
-from deltaw.training.loop import Event, Loop, held_out_loss, peak_memory, relative_norm
+from deltaw.training.events import Evaluated, Event, Stepped, Warned
+from deltaw.training.loop import (
+    LoopPlan,
+    LoopState,
+    Watched,
+    evaluate,
+    held_out_loss,
+    opened,
+    peak_memory,
+    relative_norm,
+    run_loop,
+    seconds_left,
+    should_evaluate,
+)
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 from tests.training.test_models import examples
 
+T = TypeVar("T")
 RECORDS = examples()
 SGD: dict[str, Any] = {"optimizer": "SGD", "lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0, "batch": 4}
 
@@ -34,11 +50,16 @@ def values_of(model: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in parameters(model)])
 
 
-def trained(model: Any, *, valid: Any = (), **changes: Any) -> tuple[Loop, list[Event]]:
+def planned(model: Any, valid: Any = (), **settings: Any) -> LoopPlan:
+    return LoopPlan(CompletionLoss(model), RECORDS, valid, TrainConfig(**settings))
+
+
+def trained(
+    model: Any, *, valid: Any = (), clock: Callable[[], float] = time.monotonic, **changes: Any
+) -> tuple[LoopState, list[Event]]:
     events: list[Event] = []
-    loop = Loop(CompletionLoss(model), RECORDS, valid, TrainConfig(**(SGD | {"steps": 1} | changes)), events.append)
-    loop.run()
-    return loop, events
+    plan = planned(model, valid, **(SGD | {"steps": 1} | changes))
+    return run_loop(replace(plan, on_event=events.append, clock=clock)), events
 
 
 def moved(**changes: Any) -> Tensor:
@@ -48,8 +69,8 @@ def moved(**changes: Any) -> Tensor:
     return values_of(model) - before
 
 
-def of_kind(events: list[Event], kind: str) -> list[Event]:
-    return [event for event in events if event.kind == kind]
+def of_kind(events: list[Event], kind: type[T]) -> list[T]:
+    return [event for event in events if isinstance(event, kind)]
 
 
 def test_a_gradient_longer_than_clip_is_shortened_to_it_and_a_shorter_one_is_left() -> None:
@@ -63,7 +84,7 @@ def test_a_gradient_longer_than_clip_is_shortened_to_it_and_a_shorter_one_is_lef
 def test_the_log_tells_the_norm_before_clipping() -> None:
     model = model_of()
     _, events = trained(model, clip=1e-3)
-    norm = of_kind(events, "step")[0].values["grad_norm"]
+    norm = of_kind(events, Stepped)[0].grad_norm
     assert norm == pytest.approx(float(moved().norm()) / 0.1, rel=1e-4) and norm > 1e-3
 
 
@@ -72,7 +93,7 @@ def test_a_step_is_as_long_as_the_schedule_says() -> None:
     torch.testing.assert_close(moved(warmup=4, steps=1), moved() / 5, rtol=1e-4, atol=1e-7)
     model = model_of()
     _, events = trained(model, schedule="linear", steps=4, log_every=1, lr=0.4)
-    rates = [event.values["lr"] for event in of_kind(events, "step")]
+    rates = [event.lr for event in of_kind(events, Stepped)]
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
@@ -106,10 +127,9 @@ def test_checkpointed_activations_are_computed_twice_and_give_the_same_step(
 
 
 def test_parts_are_the_rows_in_order() -> None:
-    loop = Loop(CompletionLoss(model_of()), RECORDS, (), TrainConfig(micro_batch=3, batch=7, steps=1))
-    rows = RECORDS[:7]
-    assert [len(part) for part in loop.parts(rows)] == [3, 3, 1]
-    assert [row for part in loop.parts(rows) for row in part] == rows
+    plan, rows = planned(model_of(), micro_batch=3, batch=7, steps=1), RECORDS[:7]
+    assert [len(part) for part in plan.parts(rows)] == [3, 3, 1]
+    assert [row for part in plan.parts(rows) for row in part] == rows
 
 
 def test_steps_are_in_training_mode_evaluations_are_not_and_at_the_end_it_is_off() -> None:
@@ -117,7 +137,7 @@ def test_steps_are_in_training_mode_evaluations_are_not_and_at_the_end_it_is_off
     modes: list[bool] = []
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
     _, events = trained(model, valid=RECORDS[:2], steps=2, eval_every=1)
-    assert len(of_kind(events, "eval")) == 3 and not model.training
+    assert len(of_kind(events, Evaluated)) == 3 and not model.training
     # A look at one record with the layers' inputs, then evaluation, and a step and an evaluation twice
     assert [mode for mode, before in zip(modes, [None, *modes], strict=False) if mode is not before] == [
         False, True, False, True, False,
@@ -128,17 +148,18 @@ def test_steps_are_in_training_mode_evaluations_are_not_and_at_the_end_it_is_off
 
 
 def test_counts_are_over_the_whole_run() -> None:
-    loop, events = trained(model_of(), steps=5, log_every=2)
-    rows = [loop.examples[i] for step in range(5) for i in loop.order.at(step)]
-    state, steps = loop.state, of_kind(events, "step")
+    model = model_of()
+    state, events = trained(model, steps=5, log_every=2)
+    plan, steps = planned(model, **SGD), of_kind(events, Stepped)
+    rows = [row for number in range(5) for row in plan.drawn(number)]
     assert (state.step, state.records) == (5, len(rows))
     assert state.tokens == sum(row.length for row in rows)
     assert state.supervised == sum(sum(row.supervised[1:]) for row in rows)
     assert [event.step for event in steps] == [1, 2, 4, 5]
-    assert [event.values["total_steps"] for event in steps] == [5] * 4
-    last = steps[-1].values
-    assert (last["tokens"], last["supervised"]) == (state.tokens, state.supervised)
-    assert state.first_loss == steps[0].values["loss"] and state.last_loss == last["loss"]
+    assert [event.total_steps for event in steps] == [5] * 4
+    last = steps[-1]
+    assert (last.tokens, last.supervised) == (state.tokens, state.supervised)
+    assert state.first_loss == steps[0].loss and state.last_loss == last.loss
     assert 0 < state.step_seconds <= state.seconds and state.eval_seconds == 0
     assert (state.valid_loss, state.best_loss, state.best_step, state.without_gain) == (None, math.inf, 0, 0)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -146,7 +167,7 @@ def test_counts_are_over_the_whole_run() -> None:
 
 
 class Clock:
-    """Stands still but for passes through a model: so many seconds in training, and four in evaluation."""
+    """A clock that moves with passes through a model: so many seconds in training, and four in evaluation."""
 
     def __init__(self, model: Any, step: float) -> None:
         self.now, self.step = 1000.0, step
@@ -155,55 +176,51 @@ class Clock:
     def passed(self, module: Any, inputs: Any) -> None:
         self.now += self.step if module.training else 4.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
-def test_seconds_are_those_of_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_those_of_steps_and_evaluations() -> None:
     model = model_of()
-    monkeypatch.setattr(loop_module, "time", Clock(model, 0.25))
-    loop, events = trained(model, valid=RECORDS[:2], steps=4, eval_every=3, log_every=2)
-    state, values = loop.state, [event.values for event in of_kind(events, "step")]  # of steps 1, 2 and 4
-    assert (state.step_seconds, state.eval_seconds, loop.last_evaluation, state.seconds) == (1.0, 12.0, 4.0, 13.0)
-    assert [v["seconds"] for v in values] == [4.25, 4.5, 9.0]
-    assert [v["seconds_left"] for v in values] == [0.75, 0.5, 0.0]
-    one, two, four = (v["tokens"] for v in values)
-    assert [v["tokens_per_second"] for v in values] == [one / 0.25, (two - one) / 0.25, (four - two) / 0.5]
+    clock = Clock(model, 0.25)
+    state, events = trained(model, valid=RECORDS[:2], clock=clock, steps=4, eval_every=3, log_every=2)
+    steps = of_kind(events, Stepped)  # of steps 1, 2 and 4
+    assert (state.step_seconds, state.eval_seconds, state.seconds) == (1.0, 12.0, 13.0)
+    assert [event.seconds for event in steps] == [4.25, 4.5, 9.0]
+    assert [event.seconds_left for event in steps] == [0.75, 0.5, 0.0]
+    one, two, four = (event.tokens for event in steps)
+    assert [event.tokens_per_second for event in steps] == [one / 0.25, (two - one) / 0.25, (four - two) / 0.5]
 
 
-def test_the_clock_ends_a_run_at_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_ends_a_run_at_its_minutes() -> None:
     model = model_of()
-    monkeypatch.setattr(loop_module, "time", Clock(model, 20.0))
-    loop, events = trained(model, minutes=1.0, steps=None, epochs=100)
-    assert (loop.state.stopped, loop.state.step, loop.state.seconds) == ("minutes", 3, 60.0)
-    assert [event.step for event in of_kind(events, "step")] == [1, 3]
+    state, events = trained(model, clock=Clock(model, 20.0), minutes=1.0, steps=None, epochs=100)
+    assert (state.stopped, state.step, state.seconds) == ("minutes", 3, 60.0)
+    assert [event.step for event in of_kind(events, Stepped)] == [1, 3]
 
 
-def test_a_clock_that_stands_still_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_stands_still_is_no_error() -> None:
     model = model_of()
-    monkeypatch.setattr(loop_module, "time", Clock(model, 0.0))
-    _, events = trained(model, steps=2, log_every=1)
-    assert all(0 < event.values["tokens_per_second"] < math.inf for event in of_kind(events, "step"))
+    _, events = trained(model, clock=Clock(model, 0.0), steps=2, log_every=1)
+    assert all(0 < event.tokens_per_second < math.inf for event in of_kind(events, Stepped))
 
 
 def test_speed_and_the_time_left_are_those_of_the_steps() -> None:
-    loop, events = trained(model_of(), steps=4, log_every=2)
-    one, two, four = of_kind(events, "step")
-    assert four.values["seconds_left"] == 0.0
-    assert 0 < two.values["seconds_left"] < loop.state.seconds * 4
-    tokens = four.values["tokens"] - two.values["tokens"]
-    assert four.values["tokens_per_second"] > tokens / loop.state.step_seconds
-    assert one.values["seconds_left"] > 0
-    loop.state.step, loop.state.step_seconds, loop.total_steps = 2, 3.0, 8
-    assert loop._seconds_left() == 9.0
+    model = model_of()
+    state, events = trained(model, steps=4, log_every=2)
+    one, two, four = of_kind(events, Stepped)
+    assert four.seconds_left == 0.0
+    assert 0 < two.seconds_left < state.seconds * 4
+    tokens = four.tokens - two.tokens
+    assert four.tokens_per_second > tokens / state.step_seconds
+    assert one.seconds_left > 0
+    assert seconds_left(planned(model, steps=8), LoopState(step=2, step_seconds=3.0)) == 9.0
 
 
-def test_what_is_left_by_the_clock() -> None:
-    loop = Loop(CompletionLoss(model_of()), RECORDS, (), TrainConfig(minutes=1.0, epochs=100))
-    loop.state.step, loop.state.step_seconds, loop.state.seconds = 2, 30.0, 50.0
-    assert loop._seconds_left() == 10.0
-    loop.state.seconds = 70.0
-    assert loop._seconds_left() == 0.0
+@pytest.mark.parametrize(("seconds", "left"), [(50.0, 10.0), (70.0, 0.0)])
+def test_a_timed_run_has_the_seconds_left_that_its_clock_says(seconds: float, left: float) -> None:
+    plan = planned(model_of(), minutes=1.0, epochs=100)
+    assert seconds_left(plan, LoopState(step=2, step_seconds=30.0, seconds=seconds)) == left
 
 
 def test_memory_is_the_most_that_this_process_held() -> None:
@@ -228,54 +245,52 @@ def test_macos_counts_memory_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_when_it_evaluates(settings: dict[str, Any], expected: list[int]) -> None:
     _, events = trained(model_of(), valid=RECORDS[:2], **({"steps": 7} | settings))
-    assert [event.step for event in of_kind(events, "eval")] == expected
-    losses = [event.values["valid_loss"] for event in of_kind(events, "eval")]
-    bests = [event.values["best_loss"] for event in of_kind(events, "eval")]
+    assert [event.step for event in of_kind(events, Evaluated)] == expected
+    losses = [event.valid_loss for event in of_kind(events, Evaluated)]
+    bests = [event.best_loss for event in of_kind(events, Evaluated)]
     assert bests == [min(losses[: i + 1]) for i in range(len(losses))]
 
 
 def test_evaluations_take_no_more_than_their_share_of_a_timed_run() -> None:
-    loop = Loop(CompletionLoss(model_of()), RECORDS, RECORDS[:2], TrainConfig(minutes=10.0, epochs=1000))
-    state = loop.state
-    state.step, state.seconds, state.eval_seconds, loop.last_evaluation = 50, 120.0, 14.0, 10.0
-    assert loop._is_time_to_evaluate() and not loop._is_time_to_evaluate()  # the second tenth, once
-    state.seconds, loop.last_evaluation = 181.0, 30.0
-    assert not loop._is_time_to_evaluate()  # 44 s of 181 s are more than a fifth
-    state.seconds, loop.last_evaluation = 241.0, 30.0
-    assert loop._is_time_to_evaluate()  # of 241 s less
-    state.stopped = "minutes"
-    assert loop._is_time_to_evaluate()
+    plan = planned(model_of(), RECORDS[:2], minutes=10.0, epochs=1000)
+
+    def due(seconds: float, last: float, tenths: int, **changes: Any) -> bool:
+        state = LoopState(step=50, seconds=seconds, eval_seconds=14.0, tenths=tenths, **changes)
+        return should_evaluate(plan, state, last)
+
+    assert due(120.0, 10.0, tenths=1) and not due(120.0, 10.0, tenths=2)  # the second tenth, once
+    assert not due(181.0, 30.0, tenths=2)  # 44 s of 181 s are more than a fifth
+    assert due(241.0, 30.0, tenths=3)  # of 241 s less
+    assert due(241.0, 30.0, tenths=4, stopped="minutes")
 
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_patience_counts_evaluations_without_gain(patience: int) -> None:
-    loop, events = trained(model_of(), valid=RECORDS[:3], lr=1e-30, patience=patience, eval_every=2, steps=50)
-    assert loop.state.stopped == "early" and loop.state.step == 2 * patience
-    assert [event.step for event in of_kind(events, "eval")] == [2 * i for i in range(patience + 1)]
+    state, events = trained(model_of(), valid=RECORDS[:3], lr=1e-30, patience=patience, eval_every=2, steps=50)
+    assert state.stopped == "early" and state.step == 2 * patience
+    assert [event.step for event in of_kind(events, Evaluated)] == [2 * i for i in range(patience + 1)]
 
 
 def test_the_best_adapter_is_kept_where_it_was_not_the_last() -> None:
     model = model_of()
-    loop, _ = trained(model, valid=RECORDS[:3], lr=60.0, patience=2, eval_every=1, steps=9)
-    assert loop.state.best_step < loop.state.step and loop.state.stopped == "early"
+    state, _ = trained(model, valid=RECORDS[:3], lr=60.0, patience=2, eval_every=1, steps=9)
+    assert state.best_step < state.step and state.stopped == "early"
     kept = held_out_loss(CompletionLoss(model), RECORDS[:3], batch=8)
-    assert kept == pytest.approx(loop.state.best_loss, rel=1e-5)
+    assert kept == pytest.approx(state.best_loss, rel=1e-5)
     without = model_of()
-    loop, _ = trained(without, valid=RECORDS[:3], lr=60.0, eval_every=1, steps=loop.state.step)
-    assert held_out_loss(CompletionLoss(without), RECORDS[:3], batch=8) == pytest.approx(loop.state.valid_loss)
-    assert loop.state.valid_loss is not None and loop.state.valid_loss > loop.state.best_loss
+    state, _ = trained(without, valid=RECORDS[:3], lr=60.0, eval_every=1, steps=state.step)
+    assert held_out_loss(CompletionLoss(without), RECORDS[:3], batch=8) == pytest.approx(state.valid_loss)
+    assert state.valid_loss is not None and state.valid_loss > state.best_loss
 
 
 def test_being_asked_to_stop_ends_it_after_the_step_without_an_evaluation() -> None:
     events: list[Event] = []
-    model = model_of()
-    loop = Loop(
-        CompletionLoss(model), RECORDS, RECORDS[:2], TrainConfig(**SGD, steps=9, eval_every=1), events.append,
-        lambda: len(of_kind(events, "eval")) == 3,
-    )  # fmt: skip
-    assert loop.run().stopped == "interrupted"
-    assert loop.state.step == 3 and [event.step for event in of_kind(events, "eval")] == [0, 1, 2]
-    assert of_kind(events, "step")[-1].step == 3
+    plan = planned(model_of(), RECORDS[:2], **SGD, steps=9, eval_every=1)
+    asked = replace(plan, on_event=events.append, should_stop=lambda: len(of_kind(events, Evaluated)) == 3)
+    state = run_loop(asked)
+    assert state.stopped == "interrupted"
+    assert state.step == 3 and [event.step for event in of_kind(events, Evaluated)] == [0, 1, 2]
+    assert of_kind(events, Stepped)[-1].step == 3
 
 
 def test_a_held_out_loss_is_the_mean_over_tokens_whatever_the_batch() -> None:
@@ -294,11 +309,10 @@ def test_a_held_out_loss_is_the_mean_over_tokens_whatever_the_batch() -> None:
 @pytest.mark.parametrize(("batch", "sizes"), [(4, [8, 4]), (10, [10, 2])])
 def test_held_out_records_come_in_batches_of_eight_at_least(batch: int, sizes: list[int]) -> None:
     model = model_of()
-    loop = Loop(CompletionLoss(model), RECORDS, RECORDS, TrainConfig(**SGD | {"batch": batch, "steps": 1}))
-    with loop.opened():
+    with opened(planned(model, RECORDS, **SGD | {"batch": batch, "steps": 1}), LoopState()) as loop:
         rows: list[int] = []
         model.model.layers[0].register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-        loop.evaluate()
+        evaluate(loop)
     assert rows == sizes and len(RECORDS) == 12
 
 
@@ -316,7 +330,7 @@ def test_what_was_zero_and_is_not_any_more_has_learned() -> None:
     model = attach(tiny_gpt2(layers=1), BitFit())
     assert relative_norm(model) == 0.0
     _, events = trained(model, valid=RECORDS[:1], steps=20, eval_every=20)
-    assert relative_norm(model) == math.inf and not of_kind(events, "warning")
+    assert relative_norm(model) == math.inf and not of_kind(events, Warned)
 
 
 def test_nothing_learned_is_said_after_twenty_steps_and_not_before() -> None:
@@ -324,14 +338,14 @@ def test_nothing_learned_is_said_after_twenty_steps_and_not_before() -> None:
         torch.manual_seed(0)
         model = attach(tiny_llama(layers=1), LoRA(rank=2, alpha=3, targets="v"))
         _, events = trained(model, valid=RECORDS[:1], lr=1e-30, steps=steps, eval_every=steps)
-        assert any("nothing is learned" in event.values["text"] for event in of_kind(events, "warning")) == warned
+        assert any("nothing is learned" in event.text for event in of_kind(events, Warned)) == warned
     _, events = trained(model_of(), valid=RECORDS[:1], lr=1e-30, steps=20, eval_every=20)
-    assert not of_kind(events, "warning")
+    assert not of_kind(events, Warned)
 
 
 def watched(loss: float, norm: float, scale: float | None) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
-    loop_module._Watched(4, torch.tensor(loss), torch.tensor(norm), 0.25).check(scaler)
+    Watched(4, torch.tensor(loss), torch.tensor(norm), 0.25).check(scaler)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +383,8 @@ def with_spares(count: int, targets: str) -> Any:
 @pytest.mark.parametrize(("count", "named"), [(1, 1), (5, 5), (6, 5)])
 def test_layers_that_took_no_part_are_counted_and_five_are_named(count: int, named: int) -> None:
     _, events = trained(with_spares(count, "spare.*,q"), steps=2)
-    (warning,) = of_kind(events, "warning")
-    text = warning.values["text"]
+    (warning,) = of_kind(events, Warned)
+    text = warning.text
     assert (
         warning.step == 0 and text.startswith(f"{count} adapted layers took no part") and text.count("spare.") == named
     )
@@ -383,30 +397,30 @@ def test_where_none_took_part_five_are_named() -> None:
     assert str(error.value).count("spare.") == 5
 
 
-def unsound(loop: Loop) -> list[Tensor]:
-    """The adapter as three steps left it; the fourth one's activations are no numbers, and it is an error."""
-    kept: list[Tensor] = []
+@pytest.mark.parametrize(("late", "steps"), [(False, 3), (True, 4)])
+def test_a_step_that_is_not_finite_moves_nothing(late: bool, steps: int) -> None:
+    """On a GPU it is noticed while the next one is computed."""
+    model, state = model_of(), LoopState()
+    before: list[Tensor] = []
 
     def meet(event: Event) -> None:
-        if event.kind == "step" and event.step == 3:
-            kept.append(values_of(loop.loss.model))
-            loop.loss.model.model.norm.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        if isinstance(event, Stepped) and event.step == 3:
+            before.append(values_of(model))
+            model.model.norm.register_forward_hook(lambda module, inputs, output: output * math.nan)
 
-    loop.on_event = meet
+    plan = replace(planned(model, **SGD, steps=9, log_every=1), on_event=meet, check_late=late)
     with pytest.raises(TrainError, match="The loss is nan and the gradient norm nan at step 4"):
-        loop.run()
-    return kept
+        run_loop(plan, state)
+    assert torch.equal(values_of(model), before[0]) and state.step == steps
 
 
-@pytest.mark.parametrize(("on_cuda", "steps"), [(False, 3), (True, 4)])
-def test_a_step_that_is_not_finite_moves_nothing(on_cuda: bool, steps: int) -> None:
-    """On a GPU it is noticed while the next one is computed."""
-    model = model_of()
-    loop = Loop(CompletionLoss(model), RECORDS, (), TrainConfig(**SGD, steps=9, log_every=1))
-    assert loop.on_cuda is False
-    loop.on_cuda = on_cuda
-    (kept,) = unsound(loop)
-    assert torch.equal(values_of(model), kept) and loop.state.step == steps
+def test_checking_late_changes_no_bit() -> None:
+    learned = []
+    for late in (False, True):
+        model = model_of()
+        run_loop(replace(planned(model, **SGD, steps=4), check_late=late))
+        learned.append(values_of(model))
+    assert torch.equal(*learned)
 
 
 @pytest.mark.parametrize(
@@ -435,12 +449,28 @@ def test_settings_without_an_effect_are_said(
 ) -> None:
     torch.manual_seed(0)
     _, events = trained(attach(tiny_llama(layers=1), method), valid=RECORDS[:valid], **settings)
-    texts = [event.values["text"] for event in of_kind(events, "warning")]
+    texts = [event.text for event in of_kind(events, Warned)]
     assert texts == [f"A setting has no effect: {line}." for line in lines]
 
 
 def test_examples_are_what_the_order_draws() -> None:
-    loop = Loop(CompletionLoss(model_of()), RECORDS, (), TrainConfig(batch=5, steps=3, seed=7))
-    loop.state.step = 1
-    drawn: list[Example] = loop.drawn()
-    assert drawn == [RECORDS[i] for i in loop.order.at(1)] and drawn
+    plan = planned(model_of(), batch=5, steps=3, seed=7)
+    drawn: list[Example] = plan.drawn(1)
+    assert drawn == [RECORDS[i] for i in plan.order.at(1)] and drawn
+
+
+class Bare(torch.nn.Module):
+    """A model without any way to compute activations again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama(layers=1)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
+
+
+def test_a_model_that_cannot_checkpoint_is_refused_by_name() -> None:
+    model = attach(Bare(), LoRA(rank=2, alpha=3, targets="q"))
+    with pytest.raises(TrainError, match="A Bare has no way to compute activations again"):
+        trained(model, gradient_checkpointing=True)

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw import LoRA, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
-from deltaw.training.loop import Loop
+from deltaw.training.events import Event, Stepped
+from deltaw.training.loop import LoopPlan, run_loop
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import tiny_llama
 from tests.methods.updates.test_updates import METHODS
@@ -105,13 +106,12 @@ def steps_agree(model: Any) -> None:
     twin = copy.deepcopy(model)
     config = TrainConfig(batch=4, steps=3, lr=5e-3, warmup=0, schedule="constant", clip=0.0, log_every=1)
     losses: list[float] = []
-    Loop(
-        CompletionLoss(model),
-        examples(),
-        (),
-        config,
-        lambda event: losses.append(event.values["loss"]) if event.kind == "step" else None,
-    ).run()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Stepped):
+            losses.append(event.loss)
+
+    run_loop(LoopPlan(CompletionLoss(model), examples(), (), config, hear))
     torch.testing.assert_close(losses, plain_steps(twin, examples(), config), rtol=1e-4, atol=1e-4)
 
     def learned(of: Any) -> Tensor:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Train
 from deltaw.files import units
+from deltaw.training.events import Evaluated, Event, Started, Stepped
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from deltaw.runs.train import RunResult
 
 
 def run(command: Train) -> None:
@@ -34,26 +41,24 @@ class _Lines:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def hear(self, event: Any) -> None:
-        values = event.values
-        if event.kind == "start":
-            self.counted = values["counted"]
-            _coverage(values)
-        elif event.kind == "step":
+    def hear(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.counted = event.counted
+            _coverage(event)
+        elif isinstance(event, Stepped):
             show.out.print(
-                f"step {event.step}/{values['total_steps']}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{self._pace(values)}",
+                f"step {event.step}/{event.total_steps}  loss {event.loss:.4f}  lr {event.lr:.2e}  {self._pace(event)}",
                 soft_wrap=True,
             )
-        elif event.kind == "eval":
-            show.out.print(f"step {event.step}  held-out loss {values['valid_loss']:.4f}")
+        elif isinstance(event, Evaluated):
+            show.out.print(f"step {event.step}  held-out loss {event.valid_loss:.4f}")
         else:
-            show.prose(f"warning: {values['text']}", style="yellow", console=show.err)
+            show.prose(f"warning: {event.text}", style="yellow", console=show.err)
 
-    def _pace(self, values: dict[str, Any]) -> str:
+    def _pace(self, event: Stepped) -> str:
         """Speed, memory and time left, alike in the bar and in plain lines."""
-        left = units.duration(values["seconds_left"])
-        return f"{values['tokens_per_second']:.0f} {self.counted}/s  {units.size(values['memory'])}  {left} left"
+        left = units.duration(event.seconds_left)
+        return f"{event.tokens_per_second:.0f} {self.counted}/s  {units.size(event.memory)}  {left} left"
 
 
 class _Live(_Lines):
@@ -66,78 +71,74 @@ class _Live(_Lines):
             TextColumn("[bold]training"), BarColumn(bar_width=24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.description}"), console=show.out,
         )  # fmt: skip
-        self.task: Any = None
+        self.task: TaskID | None = None
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def hear(self, event: Any) -> None:
-        if event.kind != "step":
+    def hear(self, event: Event) -> None:
+        if not isinstance(event, Stepped):
             super().hear(event)
             return
-        values = event.values
         if self.task is None:
             self.progress.start()
-            self.task = self.progress.add_task("", total=values["total_steps"])
-        self.progress.update(
-            self.task, completed=event.step, description=f"loss {values['loss']:.4f}  {self._pace(values)}"
-        )
+            self.task = self.progress.add_task("", total=event.total_steps)
+        self.progress.update(self.task, completed=event.step, description=f"loss {event.loss:.4f}  {self._pace(event)}")
 
 
-def _coverage(values: dict[str, Any]) -> None:
+def _coverage(event: Started) -> None:
     """What will train, what will not and why, and what the data came to."""
-    data = values["data"]
+    data = event.data
     show.out.print(
-        f"[bold]{values['layers']}[/] layers take an update: {values['parameters']:,} parameters, "
-        f"{values['share']:.2%} of the base's.",
+        f"[bold]{event.layers}[/] layers take an update: {event.parameters:,} parameters, {event.share:.2%} of the base's.",
         soft_wrap=True,
         markup=True,
     )
-    for line in values["coverage"]:
+    for line in event.coverage:
         show.prose(f"  {line}", style="dim")
-    what = f"{data['tokens']:,} tokens, {data['supervised']:,} of them supervised"
-    if values["task"] not in ("causal", "seq2seq"):
-        what = "numbers to predict" if values["labels"] is None else f"{len(values['labels'])} classes"
-        what += "" if values["task"] == "image" else f", {data['tokens']:,} tokens"
+    what = f"{data.tokens:,} tokens, {data.supervised:,} of them supervised"
+    if event.task not in ("causal", "seq2seq"):
+        what = "numbers to predict" if event.labels is None else f"{len(event.labels)} classes"
+        what += "" if event.task == "image" else f", {data.tokens:,} tokens"
     show.out.print(
-        f"[bold]{data['kept']:,}[/] records, {what}"
-        f" (truncated {data['truncated']}, dropped {data['dropped']}, longest {data['longest']}).",
+        f"[bold]{data.kept:,}[/] records, {what}"
+        f" (truncated {data.truncated}, dropped {data.dropped}, longest {data.longest}).",
         soft_wrap=True,
         markup=True,
     )
-    held = f"held out: {values['sets']['valid']}" if values["sets"]["valid"] else "nothing is held out"
-    show.prose(f"Trained on {values['sets']['train']}; {held}.")
-    if values.get("expected_memory"):
-        show.out.print(_memory(values["expected_memory"]), soft_wrap=True, markup=True)
+    held = f"held out: {event.sets.valid}" if event.sets.valid else "nothing is held out"
+    show.prose(f"Trained on {event.sets.train}; {held}.")
+    if event.expected_memory:
+        show.out.print(_memory(event.expected_memory), soft_wrap=True, markup=True)
 
 
-def _memory(parts: dict[str, int]) -> str:
+def _memory(parts: Mapping[str, int]) -> str:
     """The expected peak and its parts, the process aside where it is none of ours (on a GPU)."""
     names = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working", "heap")
     listed = ", ".join(f"{name} {units.size(parts[name])}" for name in names if parts[name])
     return f"About [bold]{units.size(parts['total'])}[/] of memory at the peak: {listed}."
 
 
-def _summary(result: Any, command: Train) -> None:
+def _summary(result: RunResult, command: Train) -> None:
+    """Show what came out, and what to try next."""
     from deltaw.runs.reports.train import next_commands
 
-    state, figures = result.state, result.figures()
+    state, outcome = result.state, result.outcome
     show.out.print()
     if state.stopped in ("early", "minutes"):
         why = "the held-out loss no longer fell" if state.stopped == "early" else "the time was up"
         show.out.print(f"Stopped after step {state.step}: {why}.")
     facts = {"training loss": f"{state.first_loss:.4f} → {state.last_loss:.4f}"}
-    evals = [line for line in result.log if line["event"] == "eval"]
-    if evals:
-        first, last = evals[0]["valid_loss"], evals[-1]["valid_loss"]
+    held_out = [event.valid_loss for event in result.events if isinstance(event, Evaluated)]
+    if held_out:
         best = f"best {state.best_loss:.4f} at step {state.best_step}"
-        facts["held-out loss"] = f"{first:.4f} → {last:.4f} ({best})"
-    sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
+        facts["held-out loss"] = f"{held_out[0]:.4f} → {held_out[-1]:.4f} ({best})"
+    speed = state.tokens / max(state.step_seconds, 1e-9)
     facts |= {
-        "time": f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} {figures['counted']}/s",
-        "peak memory": units.size(figures["peak_memory"]),
-        "‖ΔW‖ / ‖W0‖": f"{figures['relative_norm']:.4f}",
-        "adapter": f"{result.adapter}  {sizes[0]} (base {sizes[1]})",
+        "time": f"{units.duration(state.seconds)}, {speed:.0f} {outcome.counted}/s",
+        "peak memory": units.size(outcome.peak_memory),
+        "‖ΔW‖ / ‖W0‖": f"{outcome.relative_norm:.4f}",
+        "adapter": f"{result.adapter}  {units.size(outcome.adapter_bytes)} (base {units.size(outcome.base_bytes)})",
         "report": str(result.report),
     }
     show.facts(facts)

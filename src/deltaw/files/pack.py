@@ -34,7 +34,7 @@ from deltaw.methods.registry import name_of
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.dora import LowRankRescaled
 from deltaw.methods.updates.ia3 import Scaled
-from deltaw.methods.updates.lowrank import LowRank, Sliced
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.methods.updates.prefix import Prepended
 from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
@@ -118,8 +118,8 @@ def _check(method: Any, updates: dict[str, Update]) -> None:
     if not isinstance(method, LoRA):
         raise AdapterError(f"{type(method).__name__} has no file format yet.")
     others = [n for n, u in updates.items() if not isinstance(u, (LowRank, OnWeights, Replaced, ReplacedRows))]
-    rescaled = {type(u) for u in updates.values() if isinstance(u, LowRank)}
-    if len(rescaled) > 1:
+    low_rank = [u for u in updates.values() if isinstance(u, LowRank)]
+    if len({isinstance(u, LowRankRescaled) for u in low_rank}) > 1:
         others += [n for n, u in updates.items() if isinstance(u, LowRankRescaled)]
     if others:
         raise AdapterError("Not saved: PEFT's format has no such updates beside the adapter's others:", others)
@@ -140,7 +140,7 @@ def _metadata(
     made |= {key: str(value) for key, value in fingerprints.items() if value is not None}
     transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
     every = low_rank | {n: u for n, (_, u) in weights.items()}
-    slices = {n: u.slices for n, u in every.items() if isinstance(u, Sliced)}
+    slices = {n: u.slices for n, u in every.items() if u.slices}
     made |= {TRANSPOSED: json.dumps(transposed)} if transposed else {}
     return made | ({SLICES: json.dumps(slices)} if slices else {})
 
@@ -319,8 +319,7 @@ def _with(file: MethodFile, config: dict[str, Any], **others: Any) -> MethodFile
 
 def _replaced(updates: Mapping[str, Update]) -> set[str]:
     """The base's parameters that the adapter has values for."""
-    found = {dotted(n, own) for n, u in updates.items() if isinstance(u, Replaced) for own in u._parameters}
-    return found | {dotted(n, "weight") for n, u in updates.items() if isinstance(u, ReplacedRows)}
+    return {dotted(n, own) for n, u in updates.items() for own in u.replaced()}
 
 
 def tensors_in(updates: Mapping[str, Update]) -> dict[str, Tensor]:
@@ -367,11 +366,7 @@ def _as_ia3(model: nn.Module, file: MethodFile, updates: Mapping[str, Update], b
     others = {n: u for n, u in updates.items() if n not in scaled}
     owner = owner_of(model)
     tied = {n for names in readers(model).values() if len(names) > 1 for n in names}
-    if (
-        not scaled
-        or not all(_is_whole(owner.get_submodule(n), u) for n, u in others.items())
-        or tied & _replaced(others)
-    ):
+    if not scaled or not all(u.covers(owner.get_submodule(n)) for n, u in others.items()) or tied & _replaced(others):
         return None
     inputs = frozenset(n for n, u in scaled.items() if u.inputs)
     kinds = {kind_of(owner.get_submodule(n)) for n in scaled}
@@ -382,11 +377,6 @@ def _as_ia3(model: nn.Module, file: MethodFile, updates: Mapping[str, Update], b
     }  # fmt: skip
     tensors = {f"{n}.l": u.whole(owner.get_submodule(n)) for n, u in scaled.items()}
     return _with(file, config, tensors=file.tensors | tensors, inputs=inputs)
-
-
-def _is_whole(module: nn.Module, update: Update) -> bool:
-    own = {n for n, p in module._parameters.items() if p is not None}
-    return isinstance(update, Replaced) and own == set(update._parameters)
 
 
 def _as_prompt(model: Any, file: MethodFile, updates: Mapping[str, Update], base: str | None) -> MethodFile | None:

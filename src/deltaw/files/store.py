@@ -289,8 +289,7 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     error = total = 0.0
     for update in low_rank_parts(updates):
         A, B = update.A.detach(), update.B.detach()
-        for letter, value in update.factors().items():
-            update._parameters[update.made_of[letter]] = nn.Parameter(value.detach().to(dtype))
+        update.keep_in(dtype)
         stored = update.A.detach(), update.B.detach()
         both = torch.cat([A.double(), stored[0].double()], dim=-2), torch.cat([B.double(), -stored[1].double()], dim=-1)
         error += delta_norm(*both, update.scale) ** 2

@@ -48,7 +48,7 @@ from deltaw.methods.updates.dora import LowRankRescaled
 from deltaw.methods.updates.ia3 import Scaled
 from deltaw.methods.updates.lowrank import LowRank, Sliced, sliced_rows
 from deltaw.methods.updates.prefix import Prepended
-from deltaw.methods.updates.weights import OnWeights, Stack
+from deltaw.methods.updates.weights import Stack, put_on_weight
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.model.record import readers
 
@@ -72,7 +72,7 @@ def fitted(
         ]
     for name, update in fitting.updates.items():
         layer = fitting.layers[name]  # which a low-rank update's kind was found for
-        if why := update.other_shape(layer) if isinstance(update, LowRank) else update.misfit(layer):
+        if why := update.other_shape(layer):
             problems.append(f"{name!r}: {why}")
     if problems:
         raise FileError(f"The adapter in {path} does not fit this model; nothing was changed:", problems)
@@ -249,11 +249,8 @@ class _Fitting:
             part = Sliced(Kind, A, rows, scale, slices, B.shape[0])
         else:
             part = LowRank(Kind, A, B, scale)
-        of_module = self.updates.setdefault(module_name, OnWeights({}))
-        if not isinstance(of_module, OnWeights) or own in of_module._modules:
+        if not put_on_weight(self.updates, module_name, own, part):
             self._twice(name, dotted(module_name, own))
-            return
-        of_module._modules[own] = part
 
     def _twice(self, name: str, layer_name: str) -> None:
         self.problems.append(f"{layer_name!r} has a second update in the file, by the name {name!r}")
@@ -490,7 +487,7 @@ def restored(
     if problems:
         raise FileError(f"The adapter in {path} does not fit this model; nothing was changed:", problems)
     given |= {n: from_difference(n, given, W0) for n, _, W0 in with_base(model, given) if n in differences}
-    whole = {id(p) for u in updates.values() if isinstance(u, (Replaced, ReplacedRows)) for p in u.parameters()}
+    whole = {id(p) for u in updates.values() for p in u.replaced().values()}
     named = {n: p for p, names in readers(model).items() for n in names}
     for name, parameter in planned.items():
         value = given[name]

@@ -13,19 +13,43 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import check
+from deltaw.methods.plan import Plan, Preset, register
 from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from deltaw.methods.plan import Plan
     from deltaw.methods.targets import Layer
     from deltaw.methods.updates.base import Update
 
 
+@register(
+    "bottleneck",
+    lr=1e-3,
+    presets={
+        "houlsby": Preset(lr=1e-3, settings={"kind": "houlsby", "size": 32, "norms": True}),
+        "pfeiffer": Preset(lr=2e-3, settings={"kind": "pfeiffer", "size": 64}),
+        "lin": Preset(lr=2e-3, settings={"kind": "lin", "size": 64}),
+        "adapterdrop": Preset(lr=1e-3, settings={"kind": "houlsby", "size": 32, "drop": 5}),
+    },
+)
 @dataclass(frozen=True)
 class Bottleneck(Beside):
-    """Adapter layers."""
+    """Adapter layers behind parts of each block: h + up·f(down·h + b) + c (Houlsby et al. 2019, arXiv 1902.00751, §2.1).
+
+    Trains down [m, d], b [m], up [d, m] and c [d] at each place, up and the biases zero at the start.
+
+    Raises:
+        ConfigError: A setting is out of range.
+
+    Example:
+        >>> import deltaw
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("model")
+        >>> model = deltaw.attach(model, deltaw.Bottleneck(size=4, kind="pfeiffer"))
+        >>> deltaw.summary(model).adapters["default"].parameters  # of 2 blocks: 2·32·4 + 4 + 32
+        584
+    """
 
     size: int = 64
     """Width m of the bottleneck."""
@@ -41,8 +65,11 @@ class Bottleneck(Beside):
         check(self, size=(1, None), drop=(0, None))
 
     def plan(self, model: nn.Module) -> Plan:
-        """An adapter for each place: the first layer drawn from torch's global generator in the places' order, the second one
-        zero, so that nothing changes at the start; fp32 (float64 on a float64 base). Raises TargetError."""
+        """Return an adapter for each place, fp32 (float64 on a float64 base).
+
+        `down` is drawn from torch's global generator in the places' order. `up` is zero, so that nothing changes at the start.
+        Raises TargetError where the model has no such places.
+        """
         import torch
 
         from deltaw.methods.updates.bottleneck import Inserted
@@ -56,7 +83,7 @@ class Bottleneck(Beside):
         return self.planned(model, updates)
 
     def _places(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-        """Where the adapters go → the width of what comes out there, and a weight that has its device and precision."""
+        """Return module name → the width d of its output, and a weight that has its device and dtype. Raises TargetError."""
         from deltaw.errors import TargetError
         from deltaw.methods.targets import blocks_of, select
 
@@ -67,17 +94,16 @@ class Bottleneck(Beside):
             raise TargetError(
                 f"drop is {self.drop}, and the model has {1 + max(blocks.values())} blocks: none is left."
             )
-        found: dict[str, tuple[int, Tensor]] = {}
+        places: dict[str, tuple[int, Tensor]] = {}
         for name, layer in select(model, "o,down" if self.kind == "houlsby" else "down", 1).layers.items():
             block = next((block for block in blocks if name.startswith(f"{block}.")), None)
             if block is not None and blocks[block] >= self.drop:
-                found[block if self.kind == "lin" else name] = _width(name, layer, self.kind)
-        return found
+                places[block if self.kind == "lin" else name] = _width(name, layer, self.kind)
+        return places
 
 
 def _width(name: str, layer: Layer, kind: str) -> tuple[int, Tensor]:
-    """Of what a layer that ends a part of a block puts out, and its weight. Raises TargetError where nothing can stand behind
-    it."""
+    """Return the width of a layer's output, and its weight. Raises TargetError for a layer that nothing can stand behind."""
     from deltaw.errors import TargetError
     from deltaw.layers.kinds import Weight, shape
 

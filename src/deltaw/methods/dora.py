@@ -1,5 +1,5 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m·(W0 + ΔW) / ‖W0 + ΔW‖ by rows, ΔW = (α/r)·BA. LoRA's settings, and a trained
-magnitude m for each output of a layer, ‖W0‖ at the start. Knows how its settings become updates."""
+"""DoRA (Liu et al. 2024, arXiv 2402.09353, §4): W' = m·(W0 + ΔW) / ‖W0 + ΔW‖ by rows, ΔW = (α/r)·BA. LoRA's settings, and a
+trained magnitude m for each output of a layer, ‖W0‖ at the start. Knows how its settings become updates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltaw.errors import ConfigError, TargetError
 from deltaw.methods.lora import LoRA
+from deltaw.methods.plan import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,9 +19,26 @@ if TYPE_CHECKING:
     from deltaw.methods.updates.lowrank import LowRank
 
 
+@register("dora", lr=1.5e-3)
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """Weight-decomposed low-rank adaptation."""
+    """Weight-decomposed low-rank adaptation: W' = m·(W0 + ΔW) / ‖W0 + ΔW‖ row by row (Liu et al. 2024, arXiv 2402.09353, §4).
+
+    Trains A [r, k] and B [d, r] of each layer as `LoRA` does, and its magnitude m [d], which starts at ‖W0‖.
+
+    Its settings are those of LoRA, without the init pissa and without slices of layers.
+
+    Raises:
+        ConfigError: A setting is out of range, or init is "pissa".
+
+    Example:
+        >>> import deltaw
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("model")
+        >>> model = deltaw.attach(model, deltaw.DoRA(rank=4, targets="q"))
+        >>> {n.rpartition(".")[2]: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+        {'A': (4, 32), 'B': (32, 4), 'magnitude': (32,)}
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,6 +49,7 @@ class DoRA(LoRA):
             )
 
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
+        """Return the update of a layer that starts from this A and B. Raises TargetError for slices of one."""
         from deltaw.layers.kinds import kind_of, padding_token
         from deltaw.methods.updates.dora import LowRankRescaled, row_norms
 
@@ -51,6 +70,7 @@ class DoRA(LoRA):
         return LowRankRescaled(kind, A, B, scale, magnitude, self.dropout)
 
     def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
+        """Raise TargetError: DoRA has no form for weights without a layer."""
         raise TargetError(
             f"DoRA has no form for {weight.own} of a {type(weight.module).__name__}, a weight without a layer of its own: use "
             "LoRA."

@@ -1,27 +1,41 @@
-"""(IA)³ (Liu et al. 2022, arXiv 2205.05638): keys, values and what goes into a feed-forward's last layer, each times a trained
-vector that starts at one. Knows how its settings become updates."""
+"""(IA)³ (Liu et al. 2022, arXiv 2205.05638, §3.3): keys, values and the input of a feed-forward's last layer, each times a
+trained vector that starts at one. Knows how its settings become updates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from deltaw.config import check
+from deltaw.methods.plan import Plan, register
 from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deltaw.layers.kinds import Runs
-    from deltaw.methods.plan import Plan
     from deltaw.methods.targets import Layer
     from deltaw.methods.updates.base import Update
 
 
+@register("ia3", lr=2e-2)
 @dataclass(frozen=True)
 class IA3(Beside):
-    """Infused adapter by inhibiting and amplifying inner activations."""
+    """(IA)³, infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, arXiv 2205.05638, §3.3).
+
+    Trains a vector l for each layer: [d] for its outputs, l ⊙ (W0x + b), or [k] for its inputs, W0(l ⊙ x) + b.
+
+    Raises:
+        ConfigError: A setting is of a wrong type.
+
+    Example:
+        >>> import deltaw
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.IA3())
+        >>> [tuple(p.shape) for p in deltaw.parameters(model)[:3]]  # of k, v and down in the first block
+        [(16,), (16,), (56,)]
+    """
 
     targets: str | Sequence[str] = "k,v"
     """Layers whose outputs are scaled: roles, names or globs, several with commas; slices of a fused layer."""
@@ -32,7 +46,7 @@ class IA3(Beside):
         check(self)
 
     def plan(self, model: nn.Module) -> Plan:
-        """A vector for each layer, fp32 (float64 on a float64 base). Raises TargetError."""
+        """Return a vector for each layer, fp32 (float64 on a float64 base). Raises TargetError."""
         from deltaw.errors import TargetError
         from deltaw.methods.targets import select
 
@@ -49,8 +63,16 @@ class IA3(Beside):
                 updates[name] = _update(name, layer, selection.slices.get(name, {}), inputs=inputs)
         return self.planned(model, updates, {n: why for n, why in left_out.items() if n not in updates})
 
+    def of_layers(self, updates: Mapping[str, Update]) -> IA3:
+        from deltaw.methods.updates.ia3 import Scaled
 
-def _update(name: str, layer: Layer, slices: dict[str, Runs], *, inputs: bool) -> Update:
+        scaled = {name: update.inputs for name, update in updates.items() if isinstance(update, Scaled)}
+        outputs, inputs = ([name for name, side in scaled.items() if side is wanted] for wanted in (False, True))
+        return replace(self, targets=outputs, inputs=inputs)
+
+
+def _update(name: str, layer: Layer, slices: Mapping[str, Runs], *, inputs: bool) -> Update:
+    """Return a vector of ones for a layer or its slices. Raises TargetError for a layer that has no form of (IA)³."""
     from deltaw.errors import TargetError
     from deltaw.layers.kinds import Weight, kind_of, shape
     from deltaw.methods.updates.ia3 import Scaled, ones

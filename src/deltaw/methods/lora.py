@@ -1,5 +1,5 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): ΔW = (α/r)·BA, A Gaussian and B zero at the start. Knows how its settings
-become updates; reads the model only through methods/targets.py and layers.py. Imports torch only when a plan is made."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, §4.1): ΔW = (α/r)·BA, A Gaussian and B zero at the start. Knows how its settings
+become updates. Imports torch only when a plan is made."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from deltaw.config import ABOVE_ZERO, BELOW_ONE, check
 from deltaw.errors import ConfigError
+from deltaw.methods.plan import Plan, Preset, register
 from deltaw.methods.shared import Beside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deltaw.layers.kinds import Runs, Weight
-    from deltaw.methods.plan import Plan
     from deltaw.methods.targets import Layer
     from deltaw.methods.updates.base import Update
     from deltaw.methods.updates.lowrank import LowRank
@@ -27,9 +27,25 @@ if TYPE_CHECKING:
 _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
+@register("lora", lr=1.5e-3, presets={"lora-qv": Preset(lr=3e-3, settings={"targets": "qv"})})
 @dataclass(frozen=True)
 class LoRA(Beside):
-    """Low-rank adaptation: h = W0x + (α/r)·BAx."""
+    """Low-rank adaptation: h = W0x + (α/r)·BAx (Hu et al. 2021, arXiv 2106.09685, §4.1).
+
+    Trains A [r, k] and B [d, r] of each layer with a weight W0 [d, k]; BA is zero at the start.
+
+    Raises:
+        ConfigError: A setting is out of range.
+
+    Example:
+        >>> import deltaw
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("model")
+        >>> model = deltaw.attach(model, deltaw.LoRA(rank=4, alpha=8, targets="q,v"))
+        >>> adapter = deltaw.summary(model).adapters["default"]
+        >>> adapter.parameters  # of 2 blocks: 4·(32 + 32) for q, 4·(32 + 16) for v
+        896
+    """
 
     rank: int = 8
     """r of every targeted layer, where targets gives none of its own."""
@@ -51,7 +67,7 @@ class LoRA(Beside):
         check(self, rank=(1, None), alpha=(ABOVE_ZERO, _LARGEST), dropout=(0.0, BELOW_ONE))
 
     def scale(self, rank: int) -> float:
-        """The factor of BA on a layer of this rank. Raises ConfigError where float32 has no such number."""
+        """Return the factor of BA on a layer of this rank. Raises ConfigError where float32 has no such number."""
         alpha = rank if self.alpha is None else self.alpha
         scale = alpha / rank if self.scaling == "alpha/r" else alpha / rank**0.5
         if scale < _SMALLEST:
@@ -61,11 +77,14 @@ class LoRA(Beside):
         return scale
 
     def plan(self, model: nn.Module) -> Plan:
-        """An update for each targeted layer: A drawn from torch's global generator in layer order, B zero, both
-        float32 on the layer's device (float64 on a float64 base). Raises TargetError."""
+        """Return an update for each targeted layer, float32 on the layer's device (float64 on a float64 base).
+
+        A is drawn from torch's global generator in the layers' order, B is zero. Raises TargetError where `targets` does not fit
+        the model, and for layers that have no form of these settings.
+        """
         from deltaw.layers.kinds import Weight
         from deltaw.methods.targets import select
-        from deltaw.methods.updates.weights import OnWeights
+        from deltaw.methods.updates.weights import put_on_weight
 
         selection = select(model, self.targets, self.rank, without=self.trained_whole(model))
         self._check_dropout(model, selection.ranks)
@@ -75,9 +94,7 @@ class LoRA(Beside):
             A, B = self._start(layer, rank, slices)
             if isinstance(layer, Weight):
                 module = name.removesuffix(layer.own).removesuffix(".")
-                of_module = updates.setdefault(module, OnWeights({}))
-                assert isinstance(of_module, OnWeights)
-                of_module._modules[layer.own] = self.on_weight(layer, A, B, self.scale(rank), slices)
+                put_on_weight(updates, module, layer.own, self.on_weight(layer, A, B, self.scale(rank), slices))
             else:
                 updates[name] = self.update(layer, A, B, self.scale(rank), slices)
         return self.planned(model, updates, selection.left_out)
@@ -98,7 +115,7 @@ class LoRA(Beside):
             )
 
     def _start(self, layer: Layer, rank: int, slices: Slices) -> tuple[Tensor, Tensor]:
-        """A [r, k], B [d, r]; of n slices A [n·r, k], B [Σ rows, r]; of E matrices A [E, r, k], B [E, d, r]."""
+        """Return A [r, k] and B [d, r]; of n slices [n·r, k] and [Σ rows, r]; of E matrices [E, r, k] and [E, d, r]."""
         import torch
 
         from deltaw.layers.kinds import Weight, padding_token, shape
@@ -121,7 +138,7 @@ class LoRA(Beside):
         return start, torch.zeros(rows, rank, device=W0.device, dtype=dtype)
 
     def update(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Update:
-        """The update that these become on a layer, or on some slices of it."""
+        """Return the update of a layer, or of some slices of it, that starts from this A and B. Raises TargetError."""
         from deltaw.layers.kinds import kind_of, padding_token, shape
         from deltaw.methods.updates.lowrank import LowRank, Recentred, Sliced
 
@@ -135,7 +152,7 @@ class LoRA(Beside):
         return LowRank(kind, A, B, scale, self.dropout)
 
     def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
-        """The update that these become on a weight that has no layer of its own. Raises TargetError."""
+        """Return the update of a weight that has no layer of its own. Raises TargetError for settings that need a layer."""
         from deltaw.errors import TargetError
         from deltaw.layers.kinds import Kind
         from deltaw.methods.updates.lowrank import LowRank, Sliced
@@ -158,8 +175,10 @@ class LoRA(Beside):
 def _principal(
     W0: Tensor, A: Tensor, scale: float, slices: Slices, padding: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A and B of which scale·BA is the part of W0 [d, k] with its r largest singular values; in the dtype and rank of `A`. The
-    column of a `padding` token counts as zero. Raises TargetError for slices of a layer."""
+    """Return A [r, k] and B [d, r] whose scale·BA is the part of W0 [d, k] with its r largest singular values.
+
+    They have the dtype and rank of `A`. The column of a `padding` token counts as zero. Raises TargetError for slices of a layer.
+    """
     from deltaw.errors import TargetError
     from deltaw.layers.ops.svd import of_matrix
 

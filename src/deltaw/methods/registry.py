@@ -1,58 +1,40 @@
-"""The methods by the names that the command line, files and comparisons have for them. Imports no torch."""
+"""The methods by their names, and what a comparison is asked to compare. Imports no torch.
+
+The methods are imported here, and each of them registers itself (`plan.register`). A new one is one more import.
+"""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from deltaw.config import from_mapping
 from deltaw.errors import ConfigError, DeltaWError, nearest
-from deltaw.methods.bitfit import BitFit
-from deltaw.methods.bottleneck import Bottleneck
-from deltaw.methods.dora import DoRA
-from deltaw.methods.full import Full
-from deltaw.methods.ia3 import IA3
-from deltaw.methods.lora import LoRA
-from deltaw.methods.prefix import Prefix
 
-METHODS: dict[str, type[Any]] = {
-    "lora": LoRA, "dora": DoRA, "bitfit": BitFit, "bottleneck": Bottleneck, "prefix": Prefix, "ia3": IA3, "full": Full,
-}  # fmt: skip
+# Help and messages list the methods in this order
+# isort: off
+from deltaw.methods import lora, dora, bitfit, bottleneck, prefix, ia3, full  # noqa: F401
+
+# isort: on
+from deltaw.methods.plan import METHODS, PRESETS, Method
+
+DEFAULT = "full,bitfit,houlsby,pfeiffer,prefix,ia3,lora-qv,lora,dora"
+"""What `compare` and `plan` take where nothing else is asked for."""
+QUICK = "full,bitfit,houlsby,lora-qv,lora"
+"""What `compare --quick` takes."""
 
 
-def method_class(name: str) -> type[Any]:
-    """Raises ConfigError for a name that there is not."""
+def method_class(name: str) -> type[Method]:
+    """Return the method of this name. Raises ConfigError for a name that no method has."""
     if name not in METHODS:
         raise ConfigError(f"There is no method {name!r}{nearest(name, METHODS)}. Methods: {', '.join(METHODS)}.")
     return METHODS[name]
 
 
-def name_of(method: Any) -> str | None:
-    """A method's name; None for one that is not ours."""
+def name_of(method: Method) -> str | None:
+    """Return a method's name; None for one that is not registered."""
     return next((name for name, cls in METHODS.items() if type(method) is cls), None)
-
-
-# Name → method, its settings, its usual learning rate: between the best ones of SmolLM2-135M on E2E and of MiniLM on CoLA
-# (docs/evidence.md). The fewer parameters, the higher; a model of billions wants less, hence --lrs
-_KNOWN: dict[str, tuple[str, dict[str, Any], float]] = {
-    "full": ("full", {}, 1e-4),
-    "bitfit": ("bitfit", {}, 4e-3),
-    "houlsby": ("bottleneck", {"kind": "houlsby", "size": 32, "norms": True}, 1e-3),
-    "pfeiffer": ("bottleneck", {"kind": "pfeiffer", "size": 64}, 2e-3),
-    "lin": ("bottleneck", {"kind": "lin", "size": 64}, 2e-3),
-    "adapterdrop": ("bottleneck", {"kind": "houlsby", "size": 32, "drop": 5}, 1e-3),
-    "prefix": ("prefix", {"where": "layers"}, 1e-2),
-    "prompt": ("prefix", {"where": "embedding"}, 1e-2),
-    "ia3": ("ia3", {}, 2e-2),
-    "lora-qv": ("lora", {"targets": "qv"}, 3e-3),
-    "lora": ("lora", {}, 1.5e-3),
-    "dora": ("dora", {}, 1.5e-3),
-}
-DEFAULT = "full,bitfit,houlsby,pfeiffer,prefix,ia3,lora-qv,lora,dora"
-QUICK = "full,bitfit,houlsby,lora-qv,lora"
-_ENTRY = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*")
 
 
 @dataclass(frozen=True)
@@ -60,84 +42,97 @@ class Contestant:
     """A method with its settings in a comparison."""
 
     name: str
-    """As it was written."""
-    method: Any
+    """The entry as it was written."""
+    kind: str
+    """The method's name in the registry."""
+    method: Method
     lr: float
-    """Its usual learning rate."""
-
-    @property
-    def kind(self) -> str:
-        """The method's name in the registry."""
-        name = name_of(self.method)
-        assert name is not None
-        return name
+    """Its usual peak learning rate."""
 
 
 def contestants(text: str) -> list[Contestant]:
-    """From "full,lora,lora(rank=64),bottleneck(size=16,kind=lin,lr=1e-3)": names of this file or of methods, in brackets
-    settings in place of theirs. Raises ConfigError with everything wrong."""
-    found: dict[str, Contestant] = {}
+    """Return what a text like "full,lora(rank=64),bottleneck(size=16;kind=lin;lr=1e-3)" asks to compare, in its order.
+
+    An entry is the name of a method or preset. In brackets stand settings in place of its own, with commas or semicolons.
+    Raises ConfigError with everything wrong.
+    """
+    asked: dict[str, Contestant] = {}
     problems: list[str] = []
-    for entry in re.split(r",(?![^(]*\))", text):
-        if not entry.strip():
-            continue
+    for entry in _entries(text):
         try:
-            made = _contestant(entry.strip())
+            contestant = _contestant(entry)
         except DeltaWError as error:
             problems += error.problems
             continue
-        if made.name in found:
-            problems.append(f"{made.name!r} is there twice")
-        found[made.name] = made
-    if not found and not problems:
+        if contestant.name in asked:
+            problems.append(f"{contestant.name!r} is there twice")
+        asked[contestant.name] = contestant
+    if not asked and not problems:
         problems.append("there is none")
     if problems:
         raise ConfigError("These methods cannot be compared:", problems)
-    return list(found.values())
+    return list(asked.values())
+
+
+def _entries(text: str) -> list[str]:
+    """Return the parts of a text between commas that are outside of brackets, without the empty ones."""
+    entries, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth <= 0:
+            entries.append("")
+        else:
+            entries[-1] += character
+    return [entry.strip() for entry in entries if entry.strip()]
 
 
 def _contestant(entry: str) -> Contestant:
-    match = _ENTRY.fullmatch(entry)
-    if match is None:
+    """Return what one entry means. Raises ConfigError with everything wrong with it."""
+    name, bracket, rest = entry.partition("(")
+    name = name.strip()
+    if not name.replace("-", "").isidentifier() or (bracket and not rest.endswith(")")):
         raise ConfigError(f"{entry!r} is no method; write a name, or a name(setting=value,…)")
-    name, given = match[1], _settings(entry, match[2] or "")
-    if name not in _KNOWN and name not in METHODS:
-        raise ConfigError(
-            f"there is no method {name!r}{nearest(name, {**_KNOWN, **METHODS})}; there are {', '.join(_KNOWN)}"
-        )
-    method, settings, lr = _KNOWN.get(name) or _of_method(name)
-    lr = float(given.pop("lr", lr))
-    known = {f.name for f in fields(METHODS[method])}
-    unknown = [f"{entry}: unknown setting {k!r}{nearest(k, known)}" for k in given if k not in known]
-    if unknown:
+    if name not in PRESETS:
+        raise ConfigError(f"there is no method {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    kind, preset = PRESETS[name]
+    asked = _settings(entry, rest.removesuffix(")"))
+    lr = _rate(entry, asked.pop("lr", preset.lr))
+    known = {f.name for f in fields(METHODS[kind])}
+    if unknown := [f"{entry}: unknown setting {k!r}{nearest(k, known)}" for k in asked if k not in known]:
         raise ConfigError("", unknown)
-    return Contestant(entry, from_mapping(METHODS[method], {**settings, **given}, where=entry), lr)
+    return Contestant(entry, kind, from_mapping(METHODS[kind], {**preset.settings, **asked}, where=entry), lr)
 
 
-def _of_method(name: str) -> tuple[str, dict[str, Any], float]:
-    """A method's usual rate, with its own defaults."""
-    lr = next(lr for method, _, lr in _KNOWN.values() if method == name)
-    return name, {}, lr
+def _rate(entry: str, value: object) -> float:
+    """Return a learning rate as it was written (YAML reads 1e-3 as text). Raises ConfigError unless it is a number above 0."""
+    try:
+        rate = float(str(value))
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ConfigError(f"{entry}: lr is {value!r}; it must be a number above 0")
+    return rate
 
 
-def _settings(entry: str, text: str) -> dict[str, Any]:
+def _settings(entry: str, text: str) -> dict[str, object]:
+    """Return the settings of an entry's brackets, each value read as YAML. Raises ConfigError for a word that is no setting."""
     import yaml
 
-    found: dict[str, Any] = {}
-    for word in filter(None, (w.strip() for w in re.split(r"[,;]", text))):
+    settings: dict[str, object] = {}
+    for word in filter(None, map(str.strip, text.replace(";", ",").split(","))):
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{entry}: {word!r} is no setting; write key=value")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
+        settings[key.strip()] = yaml.safe_load(value)
+    return settings
 
 
 def rates(lr: float, count: int) -> list[float]:
-    """`count` learning rates a factor of three apart around a usual one."""
+    """Return `count` learning rates, each three times the one before, around a usual one."""
     return [lr * 3.0 ** (i - (count - 1) // 2) for i in range(count)]
 
 
-def described(method: Any) -> Mapping[str, Any]:
-    """A method's settings that are not its defaults."""
-    plain = type(method)()
-    return {f.name: v for f in fields(method) if (v := getattr(method, f.name)) != getattr(plain, f.name)}
+def described(method: Method) -> Mapping[str, object]:
+    """Return a method's settings that are not its defaults: field → value."""
+    default = type(method)()
+    return {f.name: v for f in fields(method) if (v := getattr(method, f.name)) != getattr(default, f.name)}

@@ -1,21 +1,23 @@
-"""What any method can train beside its own updates: modules whole, norms, tokens. Knows how these settings become updates."""
+"""Settings that nearly all methods share: modules trained whole, norms, tokens. Knows how these settings become updates."""
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deltaw.methods.plan import Method, Plan
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from deltaw.methods.plan import Plan
     from deltaw.methods.updates.base import Update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """Settings that all methods have."""
+class Beside(Method, ABC):
+    """Settings of what is trained beside a method's updates."""
 
     whole: str | Sequence[str] = ""
     """Modules to train whole beside the update, by names or globs, several with commas: lm_head, embed_tokens, score. A weight
@@ -27,22 +29,23 @@ class Beside:
     file then holds these rows alone."""
 
     def trained_whole(self, model: nn.Module) -> set[str]:
-        """The modules that `whole` names, and all inside them."""
+        """Return the names of the modules that `whole` means, and of all modules inside them."""
         from deltaw.layers.tree import base_modules
         from deltaw.methods.whole import inside
 
         return inside(dict(base_modules(model)), self.whole)
 
     def beside(self, model: nn.Module, updates: Mapping[str, Update]) -> dict[str, Update]:
-        """The updates that these settings mean, on modules other than those of `updates`. Raises TargetError."""
+        """Return the updates that these settings mean (layer name → update), on other modules than those of `updates`.
+
+        Raises TargetError with all that does not fit the model.
+        """
         from deltaw.layers.tree import base_modules
         from deltaw.methods.whole import with_wholes
 
         return with_wholes(dict(base_modules(model)), self.whole, self.tokens, updates, norms=self.norms)
 
     def planned(self, model: nn.Module, updates: Mapping[str, Update], left_out: Mapping[str, str] = {}) -> Plan:
-        """The plan of a method's own updates and of these. Raises TargetError."""
-        from deltaw.methods.plan import Plan
-
+        """Return the plan of a method's `updates` and of those that these settings mean. Raises TargetError as `beside`."""
         more = self.beside(model, updates)
         return Plan({**updates, **more}, {n: why for n, why in left_out.items() if n not in more})

@@ -15,7 +15,6 @@ from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
 from deltaw.layers.tree import RECORD, base_modules, owner_of
 from deltaw.methods.plan import Method, Plan
 from deltaw.methods.updates.base import Update
-from deltaw.methods.updates.lowrank import LowRank
 from deltaw.model.passes import unwatch, watch
 from deltaw.model.record import Adapters, Attached, check_free, find_record, in_open_block, known, restore
 from deltaw.model.summary import coverage_of, parameters
@@ -55,7 +54,7 @@ def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) 
     stopping = [
         name
         for name, layer in base_modules(model)
-        if not isinstance(updates.get(name), LowRank)
+        if not (name in updates and updates[name].low_rank())
         and (form := in_few_bits(layer, "weight"))
         and form.stops_gradients(layer)
     ]

@@ -5,7 +5,6 @@ result; changes nothing else.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,18 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError
-from deltaw.layers.ops.merging import Product, dense, wide
+from deltaw.layers.ops.merging import Product, dense
 from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
 from deltaw.layers.tree import base_modules, dotted, matrix_of, owner_of
-from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Plan
-from deltaw.methods.updates.base import Update
+from deltaw.methods.updates.base import UNALIKE, Sums, Update
 from deltaw.methods.updates.bitfit import AddedBias
-from deltaw.methods.updates.ia3 import Scaled
-from deltaw.methods.updates.lowrank import LowRank, with_room
+from deltaw.methods.updates.lowrank import LowRank
 from deltaw.methods.updates.weights import OnWeights
-from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.methods.updates.whole import Replaced
 from deltaw.model.attach import apply_plan, problems_of_weights
 from deltaw.model.ends import taught, teach
 from deltaw.model.record import check_free, known, record_of
@@ -93,7 +90,7 @@ def combine(
     problems = [f"{n or 'the model'}: {problem}" for n, layer in layers.items() if (problem := layer.problem(recipe))]
     if problems:
         raise AdapterError("These adapters cannot be combined so:", problems)
-    shared: _Shared = {}
+    shared: Sums = {}
     sums = {n: layer.combined(recipe, shared) for n, layer in layers.items()}
     combined = {n: update for n, (update, _) in sums.items()}
     ranks = _ranks(combined)
@@ -126,7 +123,7 @@ def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
 
 def _named(update: Update, layer: str, own: str) -> str:
     """A layer's weight goes by the layer's name, a weight without a layer by its own."""
-    return layer if isinstance(update, LowRank) else dotted(layer, own)
+    return dotted(layer, own) if update.of_weights else layer
 
 
 def _method(methods: Sequence[Any], combined: Mapping[str, Update], ranks: Mapping[str, int]) -> Any:
@@ -134,12 +131,9 @@ def _method(methods: Sequence[Any], combined: Mapping[str, Update], ranks: Mappi
     first = methods[0]
     if not isinstance(first, LoRA) and all(method == first for method in methods):
         return first
-    if all(isinstance(method, IA3) for method in methods):
-        scaled = {n: update.inputs for n, update in combined.items() if isinstance(update, Scaled)}
-        sides = [[n for n, inputs in scaled.items() if inputs is side] for side in (False, True)]
-        settings = [dataclasses.replace(method, targets=sides[0], inputs=sides[1]) for method in methods]
-        if all(own == settings[0] for own in settings):
-            return settings[0]
+    settings = [method.of_layers(combined) for method in methods]
+    if settings[0] is not None and all(method == settings[0] for method in settings):
+        return settings[0]
     return LoRA(rank=max(ranks.values(), default=1), targets=dict(ranks))
 
 
@@ -157,8 +151,6 @@ def _problems(weights: Mapping[str, float], how: str, rank: int | None, density:
 
 
 _Terms = list[tuple[Update, float]]
-_Shared = dict[tuple[tuple[int, float], ...], nn.Parameter]
-"""Sums by the identity of what was summed: layers that share a parameter share it in the result too."""
 
 
 def _terms(model: nn.Module, weights: Mapping[str, float]) -> dict[str, _Terms]:
@@ -181,36 +173,33 @@ class _Layer:
         """The layer's own names of parameters that have low-rank updates."""
         self.values = {own: None for update in self.updates for own in update.values()}
         """The layer's own names of parameters that have other values."""
-        self.of_layer = not any(isinstance(update, OnWeights) for update in self.updates)
+        self.of_layer = not any(update.of_weights for update in self.updates)
         """It is a layer, with at most one low-rank update; not a module with weights of its own."""
 
     def problem(self, recipe: _Recipe) -> str | None:
         """Why they cannot be combined like this."""
         if whys := {update.unmergeable for update in self.updates if update.unmergeable}:
             return "; ".join(sorted(whys)) + ", and which has no sum"
-        kinds = {type(u) if isinstance(u, (Scaled, ReplacedRows)) else Update for u in self.updates}
-        if len(kinds) > 1 or self.parts.keys() & self.values.keys():
-            return "some of the adapters train it whole, others by an update; merge(model, weights=…) can add them up"
+        first, *others = self.updates
+        if why := next(filter(None, (first.why_no_sum(other) for other in others)), None):
+            return why
+        if self.parts.keys() & self.values.keys():
+            return UNALIKE
         if self.parts and self.values.keys() - ({"bias"} if self.of_layer else set()):
             return (
                 f"some of the adapters have an update of its {', '.join(self.parts)}, others values of its "
                 f"{', '.join(self.values)}, which no update holds both; merge(model, weights=…) can add them up"
             )
-        if len({u.inputs for u in self.updates if isinstance(u, Scaled)}) > 1:
-            return "some of the adapters scale its inputs, others its outputs; merge(model, weights=…) can add them up"
         if not self.parts and recipe.how != "sum":
-            scaled = isinstance(self.updates[0], Scaled)
-            return f"it is {'scaled' if scaled else 'trained whole'}, which {recipe.how} is not defined for"
+            return f"it is {first.done_to_layer}, which {recipe.how} is not defined for"
         inexact = any(part.exact_product is None for u in self.updates for part in u.low_rank().values())
         return "the ΔW of DoRA has no rank of its own: give a rank" if recipe.rank is None and inexact else None
 
     @torch.no_grad()
-    def combined(self, recipe: _Recipe, shared: _Shared) -> tuple[Update, dict[str, float]]:
+    def combined(self, recipe: _Recipe, shared: Sums) -> tuple[Update, dict[str, float]]:
         """The update; and what its rank left out, by the name of the layer, or of each of its weights that have no layer."""
-        if isinstance(self.updates[0], ReplacedRows):
-            return self._rows(shared), {self.name: 0.0}
-        if isinstance(self.updates[0], Scaled):
-            return self._scaled(), {self.name: 0.0}
+        if self.updates[0].own_sum:
+            return self.updates[0].summed(self.layer, self.terms, shared), {self.name: 0.0}
         values = {own: self._value(own, shared) for own in self.values}
         if not self.parts:
             added = self.layer._parameters.get("bias") is None and "bias" in values
@@ -256,7 +245,7 @@ class _Layer:
         A, B = (product.A, product.B) if e is None else (product.A[e], product.B[e])
         return dense(Product(A, B, product.scale), A.new_empty(()).expand(B.shape[0], A.shape[1]))
 
-    def _value(self, own: str, shared: _Shared) -> nn.Parameter:
+    def _value(self, own: str, shared: Sums) -> nn.Parameter:
         """The base's value and, times their weights, what the updates add to it. A vocabulary is as large as the largest."""
         terms = [(value, w) for update, w in self.terms if (value := update.values().get(own)) is not None]
         key = tuple((id(value), w) for value, w in terms)
@@ -265,32 +254,6 @@ class _Layer:
             base = torch.zeros_like(terms[0][0]) if before is None else before.detach()
             shared[key] = nn.Parameter(_summed(base, [(value.detach(), w) for value, w in terms]))
         return shared[key]
-
-    def _scaled(self) -> Scaled:
-        """l = 1 + Σ weight·(l − 1), since ΔW = (l − 1) ⊙ W0."""
-        terms = [(update, weight) for update, weight in self.terms if isinstance(update, Scaled)]
-        first = terms[0][0]
-        rows = [u.rows for u, _ in terms if first.rows is not None and u.rows is not None and first.rows.equal(u.rows)]
-        alike = len(rows) == len(terms)
-        vectors = [(u.l if alike else u.whole(self.layer), weight) for u, weight in terms]
-        total = torch.ones_like(vectors[0][0])
-        for vector, weight in vectors:
-            total += weight * (vector - 1)
-        return Scaled(total, inputs=first.inputs, rows=first.rows if alike else None)
-
-    def _rows(self, shared: _Shared) -> ReplacedRows:
-        terms = [(update, weight) for update, weight in self.terms if isinstance(update, ReplacedRows)]
-        indices = torch.cat([u.indices for u, _ in terms]).unique()
-        key = tuple((id(update.rows), weight) for update, weight in terms)
-        if key not in shared:
-            W0 = self.layer._parameters["weight"].detach()
-            base = with_room(W0.to(wide(W0.dtype)), indices)[indices]
-            rows = base.clone()
-            for update, weight in terms:
-                place = torch.searchsorted(indices, update.indices)
-                rows[place] += weight * (update.rows.detach().to(base.dtype) - base[place])
-            shared[key] = nn.Parameter(rows)
-        return ReplacedRows(indices, shared[key])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from deltaw.methods.plan import Plan
 from deltaw.methods.targets import Layer, select
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.lowrank import LowRank
-from deltaw.methods.updates.weights import OnWeights, Stack
+from deltaw.methods.updates.weights import Stack, put_on_weight
 from deltaw.model.attach import apply_plan
 from deltaw.model.ends import own_ends, teach
 from deltaw.model.record import check_free, named_parameters
@@ -120,8 +120,8 @@ def _put(updates: dict[str, Update], name: str, layer: Layer, near: Truncated) -
     """Put A and B of a layer among the updates; those of a weight without a layer in its module's."""
     if isinstance(layer, Weight):
         part = Stack(near.A, near.B, 1.0, transposed=layer.transposed) if near.A.ndim == 3 else None
-        of_module = updates.setdefault(name.removesuffix(layer.own).removesuffix("."), OnWeights({}))
-        of_module._modules[layer.own] = part or LowRank(Kind, near.A, near.B, 1.0)
+        module_name = name.removesuffix(layer.own).removesuffix(".")
+        put_on_weight(updates, module_name, layer.own, part or LowRank(Kind, near.A, near.B, 1.0))
         return
     kind = kind_of(layer)
     assert kind is not None

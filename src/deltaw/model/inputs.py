@@ -50,7 +50,7 @@ def _taken_by_padding(model: Any, most: int) -> int:
 def _taken_by_prefix(model: Any) -> int:
     """By the longest one that is attached: which adapter a row will go through is not known here."""
     record = find_record(model) if isinstance(model, nn.Module) else None
-    return max((getattr(a.method, "positions", 0) for a in record.attached.values()), default=0) if record else 0
+    return max((a.method.positions for a in record.attached.values()), default=0) if record else 0
 
 
 def within(data: DataConfig, model: Any, taken: int = 0) -> DataConfig:

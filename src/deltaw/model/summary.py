@@ -19,7 +19,6 @@ from deltaw.layers.tree import base_modules, dotted, owner_of, place_of
 from deltaw.methods.targets import WHERE_NAMED, left_out, role
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.lowrank import low_rank_parts
-from deltaw.methods.updates.weights import OnWeights
 from deltaw.model.ends import taught
 from deltaw.model.record import before_merge, bring, find_record, in_use, known, named_parameters, record_of
 
@@ -215,8 +214,8 @@ def coverage(
     """The coverage of these updates (module name → update) on a model's modules; `reasons` are those that its method has."""
     names: list[str] = []
     for name, update in updates.items():
-        if isinstance(update, OnWeights):
-            names += [f"{name}.{own}" if name else own for own in update.parts]
+        if update.of_weights:
+            names += [dotted(name, own) for own in update.low_rank()]
         elif any(p.ndim > 1 for p in modules[name]._parameters.values() if p is not None):
             names.append(name)
     return Coverage(tuple(names), left_out(modules, {*names, *updates}, reasons))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.methods.updates.base import Update
-from deltaw.methods.updates.lowrank import LowRank
+from deltaw.methods.updates.lowrank import LowRank, low_rank_parts
 from deltaw.training.together import Branch, Member, Together, elsewhere
 
 _Key = tuple[torch.device, torch.dtype, torch.dtype]
@@ -135,7 +135,7 @@ class Flat:
         """After a backward pass: the layers of which nothing, or no B, got any gradient."""
         dead = [name for name, update in self.updates.items() if not _gradient(update.B).any()]
         for name, update in self.others.items():
-            A = update.factors()["A"] if isinstance(update, LowRank) else None
+            A = update.factors().get("A")
             own = [p for p in update.parameters() if p is not A]
             if not any(bool(_gradient(p).any()) for p in own):
                 dead.append(name)
@@ -143,8 +143,7 @@ class Flat:
 
     def _loose(self, letter: str = "AB") -> list[nn.Parameter]:
         """Parameters of the other updates, each once."""
-        parts = [part for update in self.others.values() for part in update.modules() if isinstance(part, LowRank)]
-        Bs = {part.factors()["B"] for part in parts}
+        Bs = {part.factors()["B"] for part in low_rank_parts(self.others)}
         every = dict.fromkeys(p for update in self.others.values() for p in update.parameters())
         return [p for p in every if ("B" if p in Bs else "A") in letter]
 

@@ -15,7 +15,6 @@ from deltaw.data import template_of
 from deltaw.errors import DataError, FileError
 from deltaw.files import store
 from deltaw.files.formats.model_folder import brought
-from deltaw.methods.updates.whole import Replaced
 from deltaw.model.inputs import image_shape, most_positions, within
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, resize_vocabulary
 from deltaw.model.summary import updates
@@ -72,7 +71,7 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
         else:
             check_vocabulary(model, used, loaded.name if tokenizer is None else str(folder), rows)
     own = updates(model, store.place(model, file, folder, check_base=check_base))
-    lacking = [n for n in loaded.untrained if not isinstance(own.get(n), Replaced)]
+    lacking = [n for n in loaded.untrained if n not in own or not own[n].covers(model.get_submodule(n))]
     if lacking:
         raise FileError(
             f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from deltaw.layers.kinds import shape, why_not
 from deltaw.layers.ops.merging import Change, Value
 from deltaw.layers.unwrap import itself, own_forward
-from deltaw.methods.updates.base import Update, square
+from deltaw.methods.updates.base import Update, own_tensor, square
 
 
 class AddedBias(Update):
@@ -19,26 +17,26 @@ class AddedBias(Update):
         super().__init__()
         self.bias = nn.Parameter(bias)
 
-    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Tensor:
-        out = own_forward(layer)(itself(layer), *inputs, **named)
+    def branch(self, layer: nn.Module, *inputs: object, **named: object) -> Tensor:
+        out: Tensor = own_forward(layer)(itself(layer), *inputs, **named)
         return out + self.bias.to(out.dtype)
 
     def values(self) -> dict[str, nn.Parameter]:
         return {"bias": self.bias}
 
-    def changes(self, layer: Any) -> dict[str, Change]:
+    def changes(self, layer: nn.Module) -> dict[str, Change]:
         return {"bias": Value(self.bias.detach().reshape(1, -1))}
 
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+    def parameter(self, layer: nn.Module, own_name: str) -> Tensor | None:
         if own_name != "bias":
             return super().parameter(layer, own_name)
-        return self.bias.to(layer._parameters["weight"].dtype)
+        return self.bias.to(own_tensor(layer, "weight").dtype)
 
-    def misfit(self, layer: Any) -> str | None:
+    def misfit(self, layer: nn.Module) -> str | None:
         if why := why_not(layer):
             return why
         d = shape(layer)[0]
         return None if len(self.bias) == d else f"the bias is [{len(self.bias)}], the layer has {d} outputs"
 
-    def moved(self, layer: Any) -> tuple[float, float]:
-        return square(self.bias), square(layer._parameters["weight"])
+    def moved(self, layer: nn.Module) -> tuple[float, float]:
+        return square(self.bias), square(own_tensor(layer, "weight"))

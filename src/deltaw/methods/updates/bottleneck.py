@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,11 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
 
 
 class Inserted(Update):
-    """h ← h + up·f(down·h + b) + c on what a module puts out (the first of several): down [m, d], b [m], up [d, m], c [d]. With a
-    norm [d], [d], down sees LayerNorm(h). Parameters are computed with in h's dtype."""
+    """h ← h + up·f(down·h + b) + c on a module's output h [..., d], the first one of several.
+
+    down [m, d], b [m], up [d, m], c [d]; with `norm`, down reads LayerNorm(h), of weight [d] and bias [d]. All of it is computed
+    in h's dtype.
+    """
 
     unmergeable = "a bottleneck adapter has a nonlinearity, which no weight can hold"
     norm_weight: nn.Parameter | None
@@ -37,23 +40,23 @@ class Inserted(Update):
         self.norm_weight = nn.Parameter(down.new_ones(d)) if norm else None
         self.norm_bias = nn.Parameter(down.new_zeros(d)) if norm else None
 
-    def branch(self, layer: Any, *inputs: Any, **named: Any) -> Any:
+    def branch(self, layer: nn.Module, *inputs: object, **named: object) -> object:
         out = own_forward(layer)(layer, *inputs, **named)
         return (self.added(out[0]), *out[1:]) if isinstance(out, tuple) else self.added(out)
 
     def added(self, h: Tensor) -> Tensor:
-        """h [..., d] with the adapter's part."""
+        """Return h [..., d] with the adapter's part."""
         down, b, up, c = (p.to(h.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias))
-        seen = h
+        read = h
         if self.norm_weight is not None and self.norm_bias is not None:
-            seen = F.layer_norm(h, h.shape[-1:], self.norm_weight.to(h.dtype), self.norm_bias.to(h.dtype))
-        z = _FUNCTIONS[self.activation](F.linear(seen, down, b))
+            read = F.layer_norm(h, h.shape[-1:], self.norm_weight.to(h.dtype), self.norm_bias.to(h.dtype))
+        z = _FUNCTIONS[self.activation](F.linear(read, down, b))
         return F.linear(z, up, c).add_(h)  # in place: no gradient needs the product itself
 
-    def changes(self, layer: Any) -> dict[str, Change]:
+    def changes(self, layer: nn.Module) -> dict[str, Change]:
         return {}
 
-    def misfit(self, layer: Any) -> str | None:
+    def misfit(self, layer: nn.Module) -> str | None:
         if why := why_bypassed(layer):
             return why
         d = self.up.shape[0]
@@ -61,8 +64,8 @@ class Inserted(Update):
             return f"the adapter is for {d} outputs, the layer has {shape(layer)[0]}"
         return None
 
-    def moved(self, layer: Any) -> tuple[float, float]:
-        """Against the identity, which up·down stands beside."""
+    def moved(self, layer: nn.Module) -> tuple[float, float]:
+        """Measure up·down against the identity, beside which it stands."""
         return delta_norm(self.down, self.up, 1.0) ** 2, float(self.up.shape[0])
 
     def extra_repr(self) -> str:

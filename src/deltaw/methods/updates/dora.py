@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,17 @@ from torch import Tensor, nn
 from deltaw.layers.kinds import Kind, as_stored
 from deltaw.layers.ops.merging import Change, Product, Rescaled
 from deltaw.layers.patch import slot_of
-from deltaw.methods.updates.lowrank import _WIDENED, LowRank, _plus
+from deltaw.methods.updates.lowrank import LowRank, plus
+
+# Entries of W0 that are widened at once
+_WIDENED = 1 << 22
 
 
 class LowRankRescaled(LowRank):
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m·(W0 + ΔW) / ‖W0 + ΔW‖, row by row, with a trained magnitude m [d]. As in
-    the paper (§4.3), no gradient flows through the norm."""
+    """W' = m·(W0 + scale·BA) / ‖W0 + scale·BA‖, row by row, with a trained magnitude m [d] (Liu et al. 2024, arXiv 2402.09353).
+
+    As in the paper (§4.3), no gradient flows through the norm.
+    """
 
     def __init__(
         self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
@@ -25,22 +29,25 @@ class LowRankRescaled(LowRank):
         super().__init__(kind, A, B, scale, dropout, bias)
         self.magnitude = nn.Parameter(magnitude)
 
-    def alone(self, layer: Any, x: Tensor) -> Tensor:
+    def alone(self, layer: nn.Module, x: Tensor) -> Tensor:
         out = self._sum(layer, x, None)
         out = (out * self.kind.per_output(layer, self.magnitude / self.norm(layer))).to(out.dtype)
         bias = layer._parameters.get("bias") if self.bias is None else self.bias
-        return out if bias is None else _plus(out, self.kind.per_output(layer, bias))
+        return out if bias is None else plus(out, self.kind.per_output(layer, bias))
 
-    def parameter(self, layer: Any, own_name: str) -> Tensor | None:
+    def parameter(self, layer: nn.Module, own_name: str) -> Tensor | None:
         if own_name != "weight":
             return super().parameter(layer, own_name)
         W0 = self.W0(layer)
         return as_stored(layer, own_name, self.weight(W0) * (self.magnitude / self.norm(layer)).to(W0.dtype)[:, None])
 
     @torch.no_grad()
-    def norm(self, layer: Any) -> Tensor:
-        """‖W0 + ΔW‖ by rows, [d] in fp32 or wider. Computed anew in each pass: no count of changes sees all who write to a
-        tensor (`.data`, an optimizer in C). `generate` alone computes it once."""
+    def norm(self, layer: nn.Module) -> Tensor:
+        """Return ‖W0 + scale·BA‖ by rows, [d] in fp32 or wider.
+
+        It is computed again in each pass, and once in a `generate`. A cache could go stale: PyTorch's count of a tensor's
+        changes misses some writers (`.data`, an optimizer in C).
+        """
         slot = slot_of(layer)
         kept = None if slot is None else slot.route.kept()
         norm = None if kept is None else kept.get(("norm", id(self)))
@@ -52,12 +59,12 @@ class LowRankRescaled(LowRank):
 
     @property
     def exact_product(self) -> Product | None:
-        return None
+        return None  # the rescaled ΔW has any rank
 
-    def changes(self, layer: Any) -> dict[str, Change]:
+    def changes(self, layer: nn.Module) -> dict[str, Change]:
         return super().changes(layer) | {"weight": Rescaled(self.product, self.magnitude)}
 
-    def other_shape(self, layer: Any) -> str | None:
+    def other_shape(self, layer: nn.Module) -> str | None:
         if why := super().other_shape(layer):
             return why
         d = self.B.shape[0]
@@ -65,8 +72,10 @@ class LowRankRescaled(LowRank):
 
 
 def row_norms(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """‖W0 + scale·BA‖ by rows, [d] in fp32 or wider whatever autocast says, without forming the sum: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖²
-    in O(d·k·r)."""
+    """Return ‖W0 + scale·BA‖ by rows, [d] in fp32 or wider, also under autocast.
+
+    W0 is [d, k], A [r, k], B [d, r]. The sum is never formed: ‖w‖² + 2s⟨w, bA⟩ + s²‖bA‖² takes O(d·k·r).
+    """
     wide = torch.promote_types(W0.dtype, torch.float32)
     device = W0.device.type
     with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
@@ -74,7 +83,7 @@ def row_norms(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         squares = ((B @ (A @ A.t())) * B).sum(1)
         height = W0.shape[0] if W0.dtype == wide else max(1, _WIDENED // W0.shape[1])
         parts = []
-        for rows, own in zip(W0.split(height), B.split(height), strict=True):
+        for rows, b in zip(torch.split(W0, height), torch.split(B, height), strict=True):
             w = rows.to(wide)
-            parts.append(torch.linalg.vector_norm(w, dim=1).square() + 2 * ((w @ A.t()) * own).sum(1))
+            parts.append(torch.linalg.vector_norm(w, dim=1).square() + 2 * ((w @ A.t()) * b).sum(1))
         return (squares + torch.cat(parts)).clamp_min(0).sqrt()

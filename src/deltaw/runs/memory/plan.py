@@ -22,7 +22,6 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.errors import ConfigError, FileError, TargetError, first_line, nearest
 from deltaw.files.units import parse_size
-from deltaw.methods.bitfit import BitFit
 from deltaw.methods.plan import Method
 from deltaw.methods.registry import DEFAULT, contestants
 from deltaw.model.inputs import most_positions
@@ -265,9 +264,9 @@ def _planned(subject: _Subject, name: str, method: Method, room: int | None) -> 
     try:
         adapter = counts(subject.model, method)
     except TargetError:
-        if not isinstance(method, BitFit) or method.add:
+        if (instead := method.instead()) is None:
             raise
-        method, note = dataclasses.replace(method, add=True), "The model has no biases: its dense layers get some."
+        method, note = instead
         adapter = counts(subject.model, method)
     rows = subject.asked.batch
     plain, checkpointed = _plain(subject, method, rows), _checkpointed(subject, method, rows)

@@ -28,7 +28,7 @@ from deltaw.runs.memory.live import Live, StandIns
 from deltaw.training import head as heads
 from deltaw.training.attention import short_row_attention
 from deltaw.training.head import AfterHead
-from deltaw.training.loop import Loop
+from deltaw.training.loop import LoopPlan, LoopState, opened
 from deltaw.training.losses import CAPS, CompletionLoss, Loss
 
 # Up to so many blocks all are run
@@ -148,7 +148,7 @@ def _of_blocks(
             loss = loss_of()
             if isinstance(loss, CompletionLoss):
                 _choose_path(loss)
-            return _dry(Loop(loss, examples, (), config), loss.collate(examples), device)
+            return _dry(LoopPlan(loss, examples, (), config), loss.collate(examples), device)
         finally:
             detach(model)
             model.eval()
@@ -185,24 +185,24 @@ def _choose_path(loss: CompletionLoss) -> None:
     loss.after = AfterHead(cap=float(cap)) if cap else AfterHead()
 
 
-def _dry(loop: Loop, batch: Any, device: str) -> Step:
+def _dry(plan: LoopPlan, batch: Any, device: str) -> Step:
     """Run a step of a loop over a meta model: forward, backward, and the optimizer for its state alone."""
-    live = Live(there=(*loop.model.parameters(), *loop.model.buffers()))
-    with live, StandIns(device), loop.opened():
+    live = Live(there=(*plan.model.parameters(), *plan.model.buffers()))
+    with live, StandIns(device), opened(plan, LoopState()) as loop:
         flat = loop.flat
         buffers = [buffer for letter in "AB" for buffer in flat.buffers[letter]]
         flats = {id(buffer.values) for buffer in buffers}
         loose = [p for letter in "AB" for p in flat.parameters(letter) if id(p) not in flats]
         gradients = sum(_bytes(b.gradient) + _bytes(b.copy_grad) for b in buffers)
         gradients += sum(_bytes(p.grad) for p in loose if p.grad is not None)
-        opened, began = live.since(), live.flops
-        passes = _passes(loop.loss, batch, live, device)
+        held, began = live.since() - _bytes(loop.losses), live.flops
+        passes = _passes(plan.loss, batch, live, device)
         flops = live.flops - began
         flat.add_gradients()
         before = live.now
         loop.optimizer.step()
         optimizer = live.now - before
-    adapter = opened - gradients + sum(map(_bytes, loose))
+    adapter = held - gradients + sum(map(_bytes, loose))
     return Step(adapter, gradients, optimizer, passes.activations, passes.working, passes.logits, flops)
 
 

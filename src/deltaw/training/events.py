@@ -1,0 +1,103 @@
+"""Events of a training run, one class a kind: what the loop tells whoever logs or shows it. Knows no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from deltaw.data import Counts
+    from deltaw.training.prepare import Sets
+
+
+@dataclass(frozen=True)
+class Happened:
+    """Base of the events: its kind and the step that it came after."""
+
+    kind: ClassVar[str]
+    """The word that log.jsonl has for such an event."""
+
+    step: int
+    """Optimizer steps taken so far."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the event's line of log.jsonl: its kind, then its fields by name."""
+        return {"event": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Started(Happened):
+    """The adapter is attached and the records are encoded; no step was taken yet."""
+
+    kind: ClassVar[str] = "start"
+
+    layers: int
+    """Layers that take an update."""
+    parameters: int
+    """Trained values."""
+    share: float
+    """Their share of the base's parameters."""
+    left_out: Mapping[str, str]
+    """Dotted name of a module without an update → why."""
+    coverage: Sequence[str]
+    """`left_out` and its opposite in sentences."""
+    task: str
+    counted: str
+    """What the speed counts: tokens or images."""
+    labels: Sequence[str] | None
+    """Names of the classes; None for tasks without classes."""
+    data: Counts
+    base_bytes: int
+    sets: Sets
+    expected_memory: Mapping[str, int] | None
+    """Bytes at the peak by part, with their total; None where shapes cannot tell it."""
+
+
+@dataclass(frozen=True)
+class Stepped(Happened):
+    """One logged optimizer step. Loss and speed are of the steps since the last logged one."""
+
+    kind: ClassVar[str] = "step"
+
+    loss: float
+    """Mean over the predictions."""
+    lr: float
+    grad_norm: float | None
+    """Before clipping; None where float16 overflowed and the step was skipped."""
+    seconds: float
+    """Since the start, evaluations included."""
+    tokens: int
+    """In all steps so far, without padding."""
+    supervised: int
+    """Predictions in all steps so far."""
+    tokens_per_second: float
+    memory: int
+    """Bytes: the most that the process has held so far."""
+    seconds_left: float
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Evaluated(Happened):
+    """The held-out records were scored."""
+
+    kind: ClassVar[str] = "eval"
+
+    valid_loss: float
+    """Mean over the predictions."""
+    best_loss: float
+    """The lowest so far."""
+
+
+@dataclass(frozen=True)
+class Warned(Happened):
+    """A warning for people to read."""
+
+    kind: ClassVar[str] = "warning"
+
+    text: str
+
+
+Event = Started | Stepped | Evaluated | Warned
