@@ -90,6 +90,24 @@ def test_all_problems_come_in_one_error() -> None:
         assert part in text, part
 
 
+def test_a_missing_key_is_named() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Command:
+        model: str
+        run: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(Command, {"batch": 0}, where="c.yaml")
+    assert caught.value.problems == ["c.yaml: model is missing", "batch is 0; it must be at least 1"]
+
+
+def test_a_type_is_named_in_words() -> None:
+    with pytest.raises(ConfigError, match="targets is 5; it must be text or a list or a mapping of names to numbers"):
+        LoRA(targets=5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"schedule is 'cosin'; .* \(did you mean 'cosine'\?\)"):
+        from_mapping(TrainConfig, {"schedule": "cosin"})
+
+
 def test_numbers_as_yaml_reads_them() -> None:
     # YAML 1.1 reads 5e-4 (no point) as a string
     assert from_mapping(TrainConfig, {"lr": "5e-4", "epochs": 3}) == TrainConfig(lr=5e-4, epochs=3)

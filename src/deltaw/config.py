@@ -1,11 +1,15 @@
 """What a user can set: frozen dataclasses, the one source of flags, YAML keys, defaults, help and checks.
 
-Knows no torch, no model, no file format. A method's own settings (`LoRA(rank=…)`) are the dataclass in its
-file under methods/, of the same make. The text under a field is its help on the command line.
+Knows no torch, no model, no file format. A method's settings (`LoRA(rank=…)`) are the dataclass in its file under methods/, made
+like these. The text under a field is its help on the command line.
+
+Checks and conversions are ours. pydantic's dataclasses were tried: they take True as 1 and "no" as False, refuse a path for text,
+and their import takes as long as most of `deltaw --help`. msgspec stops at the first problem, and checks no constructor call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,11 +17,14 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from deltaw.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Form = Literal["auto", "prompt", "chat", "instruction", "text", "labelled", "image"]
 Task = Literal["auto", "causal", "classification", "regression", "seq2seq", "image"]
@@ -28,7 +35,7 @@ Optimizer = Literal[
 ]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 ABOVE_ZERO = math.ulp(0.0)
 """As a lower limit: any number above zero."""
@@ -38,33 +45,46 @@ BELOW_ONE = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How records become tokens."""
+    """How records become tokens.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> deltaw.DataConfig(form="chat", max_length=512).max_length
+        512
+        >>> deltaw.DataConfig(max_length=1)
+        Traceback (most recent call last):
+        deltaw.errors.ConfigError: These settings cannot be used:
+          - max_length is 1; it must be at least 2
+    """
 
     form: Form = "auto"
     """Form of the records: prompt (prompt/completion), chat (messages), instruction (instruction/input/output), text, labelled
-    (text, text_pair and label) or image (image and label)."""
+    (text, text_pair and label) or image (image and label). auto: by the fields of the records."""
     task: Task = "auto"
-    """What is learned: the next token (causal), a class or a number for a text or a pair of texts, a completion by a model with
-    an encoder (seq2seq), or a class for an image. auto: by the records and the model."""
+    """What is learned: the next token (causal), a class or a number for a text or a pair of texts (classification, regression),
+    a completion by a model with an encoder (seq2seq), or a class for an image. auto: by the records and the model."""
     labels: list[str] | None = None
-    """Names of the classes, in the order of the head's outputs. Default: those in the training records, sorted, or the model's
-    own where it has a head for them."""
+    """Names of the classes, in the order of the head's outputs. Default: the classes in the training records, sorted, or the
+    model's where it has a head for them."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat for chat and instruction records
-    where the tokenizer has a template."""
+    """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat for chat and instruction records, if the
+    tokenizer has a template."""
     separator: str = ""
-    """Text put between prompt and completion when the template is plain, such as a newline."""
+    """Text between prompt and completion when the template is plain, for example a newline."""
     system: str | None = None
-    """System message put before every conversation that has none (chat template only)."""
+    """System message for every conversation that has none (chat template only)."""
     max_length: int = 1024
     """Longest record in tokens, prompt and completion together."""
     too_long: TooLong = "truncate"
-    """A longer record: truncate the left of its prompt (the end of a text, and of a completion by an encoder's decoder), drop it,
-    or stop with an error. What happened is counted and reported."""
+    """A longer record: truncate it (a prompt at its left; a text, and a completion of an encoder's decoder, at the end), drop it,
+    or stop with an error. The numbers are reported."""
     split: str | None = None
-    """Split of a hub data set or a folder to train on; its default is train."""
+    """Split of a hub data set or a folder to train on. Default: train."""
     max_records: int | None = None
-    """Use a seeded random sample of at most this many training records."""
+    """Train on a random sample of at most this many records. Default: all."""
 
     def __post_init__(self) -> None:
         check(self, max_length=(2, None), max_records=(1, None))
@@ -72,7 +92,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """The settings of one training run.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> config = deltaw.TrainConfig(out="runs/mine", steps=200, lr=1e-3, data=deltaw.DataConfig(max_length=512))
+        >>> config.batch, config.schedule
+        (8, 'linear')
+        >>> deltaw.TrainConfig(lr=-1, schedule="cosin")
+        Traceback (most recent call last):
+        deltaw.errors.ConfigError: These settings cannot be used:
+          - lr is -1; it must be above 0
+          - schedule is 'cosin'; it must be one of cosine, linear, constant (did you mean 'cosine'?)
+    """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     out: str = "runs/latest"
@@ -80,37 +115,37 @@ class TrainConfig:
     overwrite: bool = False
     """Replace a run folder that is already there."""
     lr: float = 5e-4
-    """Peak learning rate. LoRA wants about ten times full fine-tuning's."""
+    """Peak learning rate. LoRA needs about ten times that of full fine-tuning."""
     schedule: Schedule = "linear"
-    """Shape of the learning rate after warm-up: cosine or linear to zero, or constant."""
+    """Learning rate after warm-up: cosine or linear to zero, or constant."""
     warmup: float = 0.05
-    """Warm-up: a share of the run when below 1, else a number of steps."""
+    """Warm-up: a share of the run if below 1, else a number of steps."""
     epochs: float = 1.0
     """Passes over the training records."""
     steps: int | None = None
-    """Number of optimizer steps; overrides epochs."""
+    """Number of optimizer steps; overrides --epochs."""
     minutes: float | None = None
-    """Stop training after this many minutes at the latest; the schedule follows the clock, so that the learning rate
-    still ends at zero. Held-out records that take long are scored less often."""
+    """Stop training after this many minutes. The schedule follows the clock, so the learning rate still ends at zero. Held-out
+    records are scored less often if that takes long."""
     batch: int = 8
     """Records per optimizer step."""
     batch_tokens: int | None = None
-    """Tokens per optimizer step at most, padding included, instead of a number of records."""
+    """Tokens per optimizer step at most, padding included; replaces --batch."""
     micro_batch: int | None = None
-    """Records per forward pass; the optimizer step accumulates over the batch. Default: the whole batch at once."""
+    """Records per forward pass; gradients accumulate over the batch. Default: the whole batch at once."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     optimizer: Optimizer = "AdamW"
-    """One of torch.optim's, with its defaults."""
+    """An optimizer of torch.optim, with its defaults."""
     weight_decay: float = 0.0
     """Weight decay of A, B and other trained matrices; AdamW's is decoupled. Biases, norms and other vectors have none."""
     lr_ratio: float = 1.0
-    """Learning rate of B over that of A, which is lr. LoRA+ takes 2 to 16. What is neither (a head, a magnitude) has lr."""
+    """Learning rate of B over that of A, which is --lr. LoRA+ takes 2 to 16. A head or a magnitude has --lr."""
     seed: int = 0
     """Seed of A, of dropout and of the order of records."""
     dtype: DType = "auto"
-    """Precision of the base weights in training: auto is bfloat16 where the device computes faster in it, else float32 on a
-    CPU and the checkpoint's elsewhere. A and B stay float32. A model object keeps its own."""
+    """Precision of the base weights. auto: bfloat16 where the device computes faster in it, else float32 on a CPU and the
+    checkpoint's elsewhere. A and B are float32 always. A model object keeps its own."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
     gradient_checkpointing: bool = False
@@ -118,24 +153,25 @@ class TrainConfig:
     valid: str | None = None
     """Held-out data: a file, or a split of DATA. Default: the valid, validation, dev or test split, else a part of DATA."""
     valid_share: float = 0.02
-    """Share of the training records held out when there is no held-out data; 0 for none."""
+    """Share of the training records to hold out if there is no held-out data; 0 for none."""
     valid_most: int = 256
-    """Most held-out records used in each evaluation."""
+    """Most held-out records in each evaluation."""
     eval_every: int | None = None
-    """Steps between evaluations; default: ten in a run."""
+    """Steps between evaluations. Default: ten evaluations in a run."""
     patience: int | None = None
-    """Stop early after this many evaluations without a better held-out loss, and keep the best adapter."""
+    """Stop early after this many evaluations without a better held-out loss, and keep the best adapter. Default: never."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     samples: int = 4
     """Held-out records to generate before and after training, for the report; 0 for none."""
 
     def __post_init__(self) -> None:
-        bounded = isinstance(self.batch, numbers.Real) and self.batch_tokens is None  # what batch is else, check says
-        most = self.batch if bounded else None
+        # A batch of another type is what check complains of, so it limits nothing
+        bounded = isinstance(self.batch, numbers.Real) and self.batch_tokens is None
         check(
             self, lr=(ABOVE_ZERO, None), warmup=(0.0, None), epochs=(ABOVE_ZERO, None), steps=(1, None),
-            minutes=(ABOVE_ZERO, None), batch=(1, None), batch_tokens=(1, None), micro_batch=(1, most), clip=(0.0, None),
+            minutes=(ABOVE_ZERO, None), batch=(1, None), batch_tokens=(1, None),
+            micro_batch=(1, self.batch if bounded else None), clip=(0.0, None),
             weight_decay=(0.0, None), lr_ratio=(ABOVE_ZERO, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
             log_every=(1, None), samples=(0, None),
@@ -144,15 +180,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How completions are drawn."""
+    """How completions are drawn.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> deltaw.GenerateConfig().temperature  # greedy decoding
+        0.0
+        >>> sampling = deltaw.GenerateConfig(max_new_tokens=64, temperature=0.8, top_p=0.95, seed=1)
+    """
 
     max_new_tokens: int = 256
     """Longest completion in tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time, exactly; above 0 samples. Of the base's generation_config only the tokens that
-    begin and end a text count: its repetition penalty, forbidden words and the like do not."""
+    """0 takes the likeliest token each time; above 0 samples. The base's generation_config gives only the tokens that begin and
+    end a text, and none of its penalties or forbidden words."""
     top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with this much probability."""
+    """Nucleus sampling: draw from the smallest set of tokens with this much probability."""
     beams: int = 1
     """Beam search with this many beams."""
     length_penalty: float = 1.0
@@ -171,21 +217,30 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What is compared. The budget of each run (steps, minutes, batch …) is TrainConfig's, the same for all."""
+    """What to compare. The training options set the budget of each run (steps, minutes, batch …), the same for all.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> deltaw.CompareConfig(methods="lora,lora(rank=64),bitfit", lrs=3, seeds=2).test_most
+        500
+    """
 
     methods: str = ""
-    """Methods, with commas, of those that the head of `deltaw compare --help` lists: full,lora,lin; with settings of their own
-    in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of these."""
+    """Methods, with commas; their settings in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of
+    them. Their names:"""
     lrs: int = 1
-    """Learning rates to try for each method, a factor of three apart around its usual one; the best one counts: by held-out
-    loss, of classes and numbers by the last of the metrics."""
+    """Learning rates to try for each method, a factor of three apart around its usual one. The best one counts: by held-out
+    loss, or by the last of the metrics for classes and numbers."""
     seeds: int = 1
-    """Runs with the best learning rate, each with a seed of its own."""
+    """Number of seeds per method, at its best learning rate."""
     metrics: str = ""
-    """Which scores on the test records, with commas; the last one ranks. Default: the loss, and for classes and numbers their
-    usual ones."""
+    """Scores on the test records, with commas; the last one ranks. Default: the loss, and the usual ones for classes and
+    numbers."""
     test: str | None = None
-    """Records to score at the end: a file, or a split of DATA. Default: its test split, else its valid or dev split, else a part
+    """Records to score at the end: a file, or a split of DATA. Default: the test split, else the valid or dev split, else a part
     of DATA."""
     test_most: int = 500
     """Most test records to score."""
@@ -200,23 +255,33 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Which ranks are tried, and with what else. The budget of each run (steps, minutes, batch …) is TrainConfig's, the same for
-    all; α is the first rank's for all, as in the paper, so that the learning rate need not follow the rank."""
+    """Which ranks to try. The training options set the budget of each run (steps, minutes, batch …), the same for all.
+
+    α is the first rank's for all, as in the paper (section 4.1), so that the learning rate need not follow the rank.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> deltaw.SweepConfig(ranks="8,1,2,4", lrs="1e-4,5e-4", seeds=3).margin
+        0.01
+    """
 
     ranks: str = "8,1,2,4,16,64"
-    """Ranks to try, with commas; α is the first one, unless --alpha says otherwise."""
+    """Ranks to try, with commas. α is the first one, unless --alpha says otherwise."""
     lrs: str = ""
-    """Learning rates to try for each rank, with commas; the best on held-out records counts. Default: the run's --lr alone."""
+    """Learning rates to try for each rank, with commas; the best on held-out records counts. Default: --lr alone."""
     targets: str = ""
-    """Which layers, as in training; several choices to compare with a semicolon between them: qv;attention;all-linear. Default:
+    """Which layers, as in training; a semicolon between several choices to compare: qv;attention;all-linear. Default:
     all-linear."""
     budget: str | None = None
-    """Instead of ranks: so many trainable parameters for each choice of targets, 0.5M or 300k say, as nearly as whole ranks
-    allow; --targets is then by default q;v;q,v;q,k,v,o;mlp;all-linear."""
+    """Instead of ranks: this many trainable parameters for each choice of targets, for example 0.5M or 300k, as nearly as whole
+    ranks allow. --targets is then by default q;v;q,v;q,k,v,o;mlp;all-linear."""
     seeds: int = 1
-    """Runs of each rank with its best learning rate, each with a seed of its own."""
+    """Number of seeds per rank, at its best learning rate."""
     method: Literal["lora", "dora"] = "lora"
-    """What is trained."""
+    """Method to train."""
     alpha: float | None = None
     """α of every rank. Default: the first of --ranks."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
@@ -226,16 +291,16 @@ class SweepConfig:
     dropout: float = 0.0
     """Probability of zeroing an entry of the branch's input in training."""
     abreast: int | None = None
-    """Candidates in one pass over the base. Default: on a GPU as many as its memory holds; on a CPU, which is bound by
-    arithmetic, one after the other."""
+    """Candidates that share one pass over the base. Default: on a GPU as many as its memory holds; on a CPU one, as arithmetic
+    limits it."""
     halving: bool = False
-    """End the worse half of the candidates, by their held-out loss, after a quarter of the steps, and again after a half."""
+    """End the worse half of the candidates, by held-out loss, after a quarter of the steps and again after a half."""
     margin: float = 0.01
     """How much worse than the largest rank's the loss of a recommended rank may be, as a share of it."""
     metrics: str = ""
-    """Which scores on the test records, with commas. Default: the loss, and for classes and numbers their usual ones."""
+    """Scores on the test records, with commas. Default: the loss, and the usual ones for classes and numbers."""
     test: str | None = None
-    """Records to score at the end: a file, or a split of DATA. Default: its test split, else its valid or dev split, else a part
+    """Records to score at the end: a file, or a split of DATA. Default: the test split, else the valid or dev split, else a part
     of DATA."""
     test_most: int = 500
     """Most test records to score."""
@@ -249,30 +314,40 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class RankConfig:
-    """What a finished run is asked about its rank."""
+    """Which ranks to cut a finished run's adapter to, and how to score them.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> deltaw.RankConfig(ranks="1,2,4", margin=0.02, confirm=True, seeds=3).most
+        256
+    """
 
     ranks: str = ""
-    """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its own."""
+    """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its rank."""
     margin: float = 0.01
     """How much worse than the whole adapter's the loss of a recommended rank may be, as a share of it."""
     records: str | None = None
-    """Held-out records to score: a file, or a split of the run's data. Default: those that the run itself held out."""
+    """Held-out records to score: a file, or a split of the run's data. Default: the records that the run held out."""
     most: int = 256
     """Most records to score."""
     metrics: str = ""
-    """Which scores beside the loss, with commas, as eval takes them. Default: for classes and numbers their usual ones."""
+    """Scores beside the loss, with commas, as in eval. Default: the usual ones for classes and numbers."""
     against: str = ""
-    """Other runs or adapters on the same base, with commas, of another rank or seed: how far their directions are the same."""
+    """Other runs or adapters on the same base, with commas, of another rank or seed: how far their directions agree."""
     confirm: bool = False
-    """Train at the recommended rank and at the adapter's own, as the run was, and compare on records that chose nothing."""
+    """Train at the recommended rank and at the adapter's, with the run's settings, and compare both on records that chose
+    nothing."""
     seeds: int = 1
-    """Of --confirm: runs of each rank."""
+    """With --confirm: number of seeds per rank."""
     model: str | None = None
-    """Base model. Default: the one that the run names."""
+    """Base model. Default: the run's."""
     data: str | None = None
-    """Training data, of which --records may be a split. Default: what the run names."""
+    """Training data; --records may be a split of it. Default: the run's."""
     out: str | None = None
-    """Folder of rank.json and rank.html. Default: the run's."""
+    """Folder for rank.json and rank.html. Default: the run's."""
 
     def __post_init__(self) -> None:
         check(self, margin=(0.0, None), most=(1, None), seeds=(1, None))
@@ -280,181 +355,199 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is planned. Shapes alone decide: no weights are read, nothing is trained."""
+    """What to plan. Shapes alone decide: no weights are read, and nothing is trained.
+
+    Raises:
+        ConfigError: A value is of another type or out of range, with all such values.
+
+    Example:
+        >>> import deltaw
+        >>> config = deltaw.PlanConfig(methods="lora,full", batch=4, length=64, device="cpu", memory="1GB")
+        >>> lora, full = deltaw.plan("model", config).rows
+        >>> lora.largest_batch >= full.largest_batch > 0
+        True
+    """
 
     methods: str = ""
-    """Methods, with commas, of those that the head of `deltaw plan --help` lists: full,lora,lin; with settings of their own in
-    brackets: lora(rank=64). Default: nine of these."""
+    """Methods, with commas; their settings in brackets: lora(rank=64). Default: nine of them. Their names:"""
     task: Task = "auto"
-    """What is learned: causal, classification, regression, seq2seq or image. auto: what the model's head is for."""
+    """What is learned: causal, classification, regression, seq2seq or image. auto: by the model's head."""
     labels: int = 2
-    """Classes of a classification."""
+    """Number of classes in a classification."""
     batch: int = 8
     """Records per forward pass."""
     length: int | None = None
     """Tokens of the longest record, prompt and completion together. Default: 512, or as many as the model has positions for."""
     dtype: DType = "auto"
-    """Precision of the base weights: auto is bfloat16, but float32 on a CPU that is no faster in it. What is trained is
+    """Precision of the base weights. auto: bfloat16, or float32 on a CPU that is no faster in bfloat16. Trained values are
     float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What it is to be trained on; auto is the GPU if there is one here. A GPU keeps other things for the backward pass."""
+    """Where to train. auto: the GPU if there is one here. A GPU's kernels keep other tensors for the backward pass."""
     optimizer: Optimizer = "AdamW"
-    """One of torch.optim's, as in training."""
+    """An optimizer of torch.optim, as in training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     memory: str | None = None
-    """Find the largest batch that trains within this much: 16GB, 40GiB."""
+    """Find the largest batch that trains within this much memory: 16GB, 40GiB."""
 
     def __post_init__(self) -> None:
         check(self, labels=(1, None), batch=(1, None), length=(2, None))
 
 
-def check(config: Any, **limits: tuple[float | None, float | None]) -> None:
-    """Raise one ConfigError with every field of `config` that is of a wrong type, not one of its literals, not finite, or
-    outside its [low, high]. What is of the right type in another guise (a Path for text, numpy's numbers) is made plain."""
+def check(config: DataclassInstance, **limits: tuple[float | None, float | None]) -> None:
+    """Raise one ConfigError with each field of a wrong type, not one of its literals, not finite, or outside its (low, high).
+
+    Values of the right type in another guise (a Path for text, numpy's numbers) become plain.
+    """
     problems = []
-    hints = _hints(typing.cast(Any, type(config)))
+    hints = _hints(type(config))
     for field in dataclasses.fields(config):
-        given = getattr(config, field.name)
-        fits, value = _fit(given, hints[field.name])
-        if not fits:
-            near = nearest(given, map(str, _choices(hints[field.name]))) if isinstance(given, str) else ""
-            problems.append(f"{field.name} is {given!r}; it must be {_spell(hints[field.name])}{near}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{field.name} is {value}; it must be a finite number")
-        elif field.name in limits and value is not None and not _within(value, *limits[field.name]):
-            problems.append(f"{field.name} is {value!r}; it must be {_bounds(*limits[field.name])}")
-        elif value is not given:
-            object.__setattr__(config, field.name, value)
+        name, value = field.name, getattr(config, field.name)
+        try:
+            plain = _plain(value, hints[name])
+        except ValueError:
+            problems.append(_misfit(name, value, hints[name]))
+            continue
+        limit = limits.get(name, (None, None))
+        if isinstance(plain, float) and not math.isfinite(plain):
+            problems.append(f"{name} is {plain}; it must be a finite number")
+        elif isinstance(plain, int | float) and not _within(plain, *limit):
+            problems.append(f"{name} is {plain!r}; it must be {_range(*limit)}")
+        elif plain is not value:
+            object.__setattr__(config, name, plain)
     if problems:
-        raise ConfigError(f"{type(config).__name__} cannot be used:", problems)
+        raise ConfigError("These settings cannot be used:", problems)
+
+
+def keys(cls: type[DataclassInstance]) -> list[str]:
+    """Return every YAML key of `cls`; the keys of a dataclass in it are beside its own."""
+    names = []
+    for field in dataclasses.fields(cls):
+        inner = _dataclass(_hints(cls)[field.name])
+        names += keys(inner) if inner is not None else [field.name]
+    return names
+
+
+def to_mapping(config: DataclassInstance) -> dict[str, object]:
+    """Return `config` as flat plain values, the inverse of `from_mapping`."""
+    flat: dict[str, object] = {}
+    for field in dataclasses.fields(config):
+        value: object = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            flat |= to_mapping(value)
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def to_yaml(values: Mapping[str, object]) -> str:
+    """Return plain values as YAML that reads back as exactly them."""
+    import yaml
+
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    # PyYAML writes some line separators (U+0085) bare and reads them as others; escaped, they come back
+    return text if yaml.safe_load(text) == values else yaml.safe_dump(values, sort_keys=False)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "config") -> T:
+    """Return a `cls` from flat `values`. `where` names their source in messages.
+
+    Raises one ConfigError with every unknown key (and its nearest), missing key, wrong type and value out of range.
+    """
+    known = keys(cls)
+    problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
+    config = _built(cls, values, where, problems)
+    if problems or config is None:
+        raise ConfigError("The configuration cannot be used:", problems)
+    return config
+
+
+def _built(cls: type[T], values: Mapping[str, object], where: str, problems: list[str]) -> T | None:
+    """A `cls` from its part of the values; None, with the problems added, where they do not make one."""
+    arguments: dict[str, object] = {}
+    for field in dataclasses.fields(cls):
+        name, hint = field.name, _hints(cls)[field.name]
+        inner = _dataclass(hint)
+        if inner is not None:
+            nested = _built(inner, values, where, problems)
+            arguments |= {} if nested is None else {name: nested}
+        elif name in values:
+            try:
+                arguments[name] = _plain(values[name], hint)
+            except ValueError:
+                problems.append(f"{where}: {_misfit(name, values[name], hint)}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{where}: {name} is missing")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        problems += error.problems
+    except TypeError:  # a required value misfits or is missing, which is among the problems
+        pass
+    return None
+
+
+@functools.cache
+def _hints(cls: type[DataclassInstance]) -> dict[str, object]:
+    """Field → its type. Cached: every new config asks, and finding out is slow."""
+    return typing.get_type_hints(cls)
+
+
+def _dataclass(hint: object) -> type[DataclassInstance] | None:
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _plain(value: object, hint: object) -> object:
+    """`value` as of type `hint`: 8.0 as an int, '5e-4' as a float, a Path as text. Raises ValueError where it is of another."""
+    kind = typing.get_origin(hint) or hint
+    if kind in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            with contextlib.suppress(ValueError):
+                return _plain(value, option)
+    elif kind is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif kind is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as text
+        return float(value)
+    elif kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return value if isinstance(value, int) else float(value)
+    elif kind is int and isinstance(value, bool):
+        pass
+    elif kind is int and (isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())):
+        return int(value)
+    elif kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    elif isinstance(kind, type) and isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def _misfit(name: str, value: object, hint: object) -> str:
+    """What is wrong with a value of another type than `hint`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    words, choices = [], list[str]()
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is Literal:
+            choices += map(str, typing.get_args(option))
+            words.append(f"one of {', '.join(map(str, typing.get_args(option)))}")
+        else:
+            words.append(_WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}"))
+    near = nearest(value, choices) if isinstance(value, str) else ""
+    return f"{name} is {value!r}; it must be {' or '.join(words)}{near}"
+
+
+_WORDS: dict[object, str] = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null", list: "a list",
+    Sequence: "a list", Mapping: "a mapping of names to numbers",
+}  # fmt: skip
 
 
 def _within(value: float, low: float | None, high: float | None) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def _bounds(low: float | None, high: float | None) -> str:
+def _range(low: float | None, high: float | None) -> str:
     words = [] if low is None else ["above 0" if low == ABOVE_ZERO else f"at least {low}"]
     words += [] if high is None else ["below 1" if high == BELOW_ONE else f"at most {high}"]
     return " and ".join(words)
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    """Field → its type; asked of every config that is made, and slow to find out."""
-    return typing.get_type_hints(cls)
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-def keys(cls: type) -> dict[str, tuple[type, ...]]:
-    """Every YAML key of `cls`, nested dataclasses flattened: key → path of field names that leads to it."""
-    hints = _hints(typing.cast(Any, cls))
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            found |= {k: (field.name, *path) for k, path in keys(typing.cast(type, hint)).items()}
-        else:
-            found[field.name] = (field.name,)
-    return found
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """`config` as flat plain values, the inverse of `from_mapping`."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        flat |= to_mapping(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return flat
-
-
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML that reads back as exactly them."""
-    import yaml
-
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    # PyYAML writes some line separators (U+0085) bare and reads them as others; escaped, they come back
-    return text if yaml.safe_load(text) == values else yaml.safe_dump(values, sort_keys=False)
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> T:
-    """A `cls` from flat `values`. Raises one ConfigError with every unknown key (and its nearest) and wrong type."""
-    known = keys(cls)
-    problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
-    config = _build(cls, values, where, problems)
-    if problems:
-        raise ConfigError("The configuration cannot be used:", problems)
-    return config
-
-
-def _build(cls: type[T], values: Mapping[str, Any], where: str, problems: list[str]) -> T:
-    hints = _hints(typing.cast(Any, cls))
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(typing.cast(Any, cls)):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            arguments[field.name] = _build(typing.cast(type, hint), values, where, problems)
-        elif field.name in values:
-            value = values[field.name]
-            fits, value = _fit(value, hint)
-            if not fits:
-                problems.append(f"{where}: {field.name} is {value!r}; it must be {_spell(hint)}")
-            else:
-                arguments[field.name] = value
-    try:
-        return cls(**arguments)
-    except (ConfigError, TypeError) as error:
-        problems += error.problems if isinstance(error, ConfigError) else [str(error)]
-        return cls.__new__(cls)
-
-
-def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether a value is of type `hint`, and the value as that type (8.0 as an int, '5e-4' as a float, a Path as text)."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in typing.get_args(hint):
-            fits, fitted = _fit(value, option)
-            if fits:
-                return True, fitted
-        return False, value
-    if hint is type(None):
-        return value is None, value
-    if origin is Literal:
-        return value in typing.get_args(hint), value
-    if origin in (dict, Mapping) or hint is dict:
-        return isinstance(value, Mapping), value
-    if hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
-            try:
-                return True, float(value)
-            except ValueError:
-                return False, value
-        fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return fits, float(value) if fits and not isinstance(value, int) else value
-    if hint is int:
-        whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
-        fits = whole and not isinstance(value, bool)
-        return fits, int(value) if fits else value
-    if hint is str and isinstance(value, os.PathLike):
-        return True, os.fspath(value)
-    if hint is Any:
-        return True, value
-    return isinstance(value, origin or hint), value
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-
-
-def _spell(hint: Any) -> str:
-    """A type as a user would say it."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    words = []
-    for option in options:
-        choices = _choices(option)
-        name = getattr(typing.get_origin(option) or option, "__name__", str(option))
-        words.append(f"one of {', '.join(map(str, choices))}" if choices else _WORDS.get(option, f"a {name}"))
-    return " or ".join(words)

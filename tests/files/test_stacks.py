@@ -21,7 +21,7 @@ from deltaw.layers.ops.merging import delta_norm
 from tests.conftest import fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 from tests.methods.updates.test_weights import SIZES, model_of, run
-from tests.runs.test_compare import RECORDS
+from tests.runs.conftest import RECORDS
 
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,14 @@ import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
 from deltaw.cli import main
-from deltaw.config import CompareConfig, DataConfig, TrainConfig
+from deltaw.config import CompareConfig, TrainConfig
 from deltaw.errors import ConfigError, DataError
-from deltaw.runs import splits
 from deltaw.runs.compare import compare
-from deltaw.runs.memory.machine import describe
-from deltaw.runs.reports.compare import comparison_report, headline, ranked
-from deltaw.runs.reports.page import render
-from deltaw.runs.scoring import scoring_of
-from tests.conftest import byte_llama
-from tests.data.conftest import CHATML, tiny_tokenizer
+from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent
+from deltaw.runs.results.compare import BestRun
+from deltaw.runs.results.study import Failed
+from tests.runs.conftest import BEFORE, RECORDS
 from tests.training.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
-
-WORDS = ["red", "blue", "green", "white", "black", "brown"]
-RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    tokenizer = tiny_tokenizer(CHATML)
-    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    return folder
 
 
 @pytest.mark.slow
@@ -86,103 +71,41 @@ def test_a_comparison_from_end_to_end(place: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 def test_a_candidate_that_fails_is_reported(place: Path, tmp_path: Path) -> None:
-    heard: list[str] = []
-    done = compare(
+    events: list[CompareEvent] = []
+    result = compare(
         str(place / "model"), place / "data.jsonl", TrainConfig(out=str(tmp_path / "out"), steps=3, batch=4),
-        CompareConfig(methods="lora(targets=nothing),ia3", latency=False),
-        on_event=lambda event: heard.append(event.kind),
+        CompareConfig(methods="lora(targets=nothing),ia3", latency=False), on_event=events.append,
     )  # fmt: skip
-    rows = {row["name"]: row for row in done.results["rows"]}
-    assert "matches no layer" in rows["lora(targets=nothing)"]["error"] and "scores" in rows["ia3"]
-    assert heard == ["started", "finished"] * 2
-    assert "failed" in done.report.read_text()
+    failed, ia3 = result.outcome.rows
+    assert isinstance(failed.best, Failed) and "matches no layer" in failed.best.error and isinstance(ia3.best, BestRun)
+    assert [type(event) for event in events] == [CandidateStarted, CandidateFinished] * 2
+    assert "failed" in result.report.read_text()
 
 
-def test_the_report_says_what_is_best_and_what_is_near() -> None:
-    results = made([("full", 1_000_000, 1.00), ("lora", 10_000, 1.02), ("prefix", 2_000, 1.04), ("ia3", 500, 2.0)])
-    assert [row["name"] for row in ranked(results)] == ["full", "lora", "prefix", "ia3"]
-    said = headline(results)
-    assert (
-        said.startswith("full is best by loss")
-        and "Not shown to be worse, in pairs on the same items: lora, prefix; the smallest of them, prefix, has 2k."
-        in said
+@pytest.mark.slow
+def test_full_fine_tuning_alone_is_not_timed(place: Path, tmp_path: Path) -> None:
+    """It is as fast as the base: with no other method there is nothing to time. This used to end in an error."""
+    config = TrainConfig(out=str(tmp_path / "out"), steps=1, batch=4)
+    result = compare(str(place / "model"), place / "data.jsonl", config, CompareConfig(methods="full", test_most=3))
+    assert result.outcome.latency == [] and [row.name for row, _ in result.outcome.trained] == ["full"]
+
+
+def test_a_comparison_of_before_is_resumed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its candidates count as finished, and the results come out as they were."""
+    shutil.copytree(BEFORE / "compare", tmp_path / "compare")
+    (tmp_path / "model").symlink_to(place / "model")
+    (tmp_path / "data.jsonl").symlink_to(place / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(out="compare", steps=3, batch=4, valid_most=4, dtype="float32", device="cpu")
+    options = CompareConfig(
+        methods="lora(rank=2),bitfit,lora(targets=nothing)", lrs=2, seeds=2, test_most=4, latency=False
     )
-    assert "interval" not in headline(
-        results | {"compared": []}
-    )  # of an older version: not by intervals of single methods
-    worse = [row | {"worse": True} for row in results["compared"]]
-    assert headline(results | {"compared": worse}).endswith("All others are shown to be worse.")
-    assert headline(results | {"compared": worse[:2]}).endswith("The other is shown to be worse.")
-    same = made([("full", 1_000_000, 0.5), ("lora", 10_000, 0.5)])
-    assert headline(same).startswith("The methods do not differ by loss") and ranked(same)[0]["name"] == "lora"
-    page = render(comparison_report(results))
-    for part in (
-        "for all 6 pairs together",
-        "0.0200 [0.0000, 0.0400]",
-        "not shown",
-        "another seed would change is not in",
-    ):
-        assert part in page
-    for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
-        assert part in page
-    assert "held-out accuracy" not in page
-    assert "held-out accuracy" in render(comparison_report(results | {"chosen_by": "accuracy"}))
-    results["rows"][0] = {"name": "full", "method": "full", "settings": {}, "tried": [], "error": "boom"}
-    assert ranked(results)[-1]["name"] == "full" and "boom" in render(comparison_report(results))
-
-
-def made(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
-    """Results of a comparison with these losses."""
-
-    def row(name: str, parameters: int, loss: float) -> dict[str, Any]:
-        return {
-            "name": name, "method": "lora", "settings": {}, "lr": 1e-3,
-            "tried": [{"lr": 1e-3, "valid_loss": loss, "valid_score": None, "error": None}], "parameters": parameters, "share": 0.01, "bytes": 1, "bytes_with_optimizer": 2, "memory": None, "step_seconds": 0.1,
-            "valid_loss": loss, "valid": [[0, 3.0], [4, loss]], "notes": [],
-            "scores": {"loss": {"seeds": [loss], "value": loss, "low": loss - 0.05, "high": loss + 0.05}},
-        }  # fmt: skip
-
-    run = {"minutes": None, "steps": 4, "epochs": 1.0, "batch": 8}
-    return {
-        "environment": describe(),
-        "chosen_by": "loss",
-        "settings": {"model": "m", "data": "d", "test_most": 9, "run": run},
-        "rows": [row(*each) for each in rows],
-        "warnings": [], "sets": dict.fromkeys(("train", "valid", "test"), "9 records of 9 prompts"),
-        "compared": [
-            {"name": name, "score": {}, "difference": {"value": more, "low": more - 0.02, "high": more + 0.02}, "worse": more > 0.5}
-            for name, _, loss in rows for more in (loss - rows[0][2],)
-        ],
-        "latency": [{"what": "forward", "batch": 1, "length": 128, "base": 0.1, "ratios": {name: 1.1 for name, *_ in rows}}],
-    }  # fmt: skip
-
-
-def test_three_sets_have_no_prompt_in_common(place: Path, tmp_path: Path) -> None:
-    """E2E's kind of data in one file: several records of a prompt, by their line far from one another."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"p{i % 41}", "completion": f"c{i}", "more": i} for i in range(300)]
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    source = splits.Source(data, None, None, None)
-    splits.write(tmp_path / "sets", source, DataConfig(), valid_most=20, test_most=99)
-    lines = {n: splits.file_of(tmp_path / "sets", n).read_text().splitlines() for n in splits.NAMES}
-    sets = {n: [json.loads(line) for line in own] for n, own in lines.items()}
-    prompts = {n: {r["prompt"] for r in own} for n, own in sets.items()}
-    assert not prompts["train"] & prompts["test"] and not prompts["train"] & prompts["valid"]
-    assert not prompts["test"] & prompts["valid"] and all(r in rows for own in sets.values() for r in own)
-    assert abs(len(sets["test"]) - 30) <= 1 and len(sets["valid"]) <= 20
-    kept = scoring_of(tmp_path / "sets", DataConfig(), str(place / "model"), "")
-    assert kept.sets["test"] == f"{len(sets['test'])} records of {len(prompts['test'])} prompts" and not kept.warnings
-
-
-@pytest.mark.parametrize(("prompts", "said"), [(1, "its 60 records are of 1 prompt"), (2, "of 1 prompt")])
-def test_too_few_prompts_for_three_sets_are_refused(prompts: int, said: str, tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"p{i % prompts}", "completion": f"c{i}"}) + "\n" for i in range(60))
-    )
-    source = splits.Source(tmp_path / "data.jsonl", None, None, None)
-    with pytest.raises(DataError, match=said):
-        splits.write(tmp_path / "sets", source, DataConfig(), valid_most=20, test_most=20)
-    assert not (tmp_path / "sets").exists()
+    events: list[CompareEvent] = []
+    result = compare("model", "data.jsonl", config, options, on_event=events.append)
+    assert len(events) == 8 and all(isinstance(event, CandidateFinished) and not event.fresh for event in events)
+    before = json.loads((BEFORE / "compare" / "results.json").read_text())
+    for name in ("settings", "chosen_by", "sets", "warnings", "rows", "compared"):
+        assert result.results[name] == before[name], name
 
 
 def distinct(count: int) -> list[dict[str, Any]]:

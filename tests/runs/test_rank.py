@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import deltaw
 from deltaw.cli.main import main
 from deltaw.errors import ConfigError, DataError, FileError
-from deltaw.runs.reports import rank
+from deltaw.runs.events import RankEvent, Scored
 
 WORDS, LENGTH = 60, 24
 TRUE_RANK = 3
@@ -87,6 +88,35 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of rank 4 on q and v, and the folder of another one of rank 2 beside it."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, rank in (("run", 4), ("other", 2)):
+        config = deltaw.TrainConfig(
+            out=str(folder / name), steps=6, batch=4, lr=1e-2, valid_share=0.3, valid_most=8, eval_every=6, samples=0,
+            dtype="float32", device="cpu",
+        )  # fmt: skip
+        method = deltaw.LoRA(rank=rank, targets="q,v")
+        deltaw.train(str(place / "model"), str(place / "data.jsonl"), config, method=method)
+    return folder / "run"
+
+
+def test_each_rank_is_scored_and_told(run: Path, tmp_path: Path) -> None:
+    events: list[RankEvent] = []
+    config = deltaw.RankConfig(out=str(tmp_path), against=str(run.with_name("other")), margin=0.5)
+    choice = deltaw.choose_rank(run, config, on_event=events.append)
+    assert choice.rank == 1 and [tested.rank for tested in choice.choice.tested] == [1, 2, 4]
+    assert [event.name for event in events if isinstance(event, Scored)][:4] == ["base", "r = 1", "r = 2", "r = 4"]
+    outcome = choice.outcome
+    assert json.loads((tmp_path / "rank.json").read_text()) == choice.results == outcome.to_json()
+    assert [row.parameters for row in outcome.ranks] == [224, 448, 896] and outcome.largest.energy == 1.0
+    assert all(row.cost is not None and row.cost.memory > 0 for row in outcome.ranks)
+    assert [pair.other_rank for pair in outcome.alike] == [2] and outcome.loop["step"] == 6
+    assert "Directions of r = 4 in common with" in choice.report.read_text()
+
+
+@pytest.mark.slow
 def test_a_planted_rank_is_found(taught: Path) -> None:
     found = deltaw.choose_rank(taught / "run", deltaw.RankConfig(ranks="1,2,3,4,6"))
     assert found.rank == TRUE_RANK
@@ -99,19 +129,13 @@ def test_a_planted_rank_is_found(taught: Path) -> None:
     assert f"r = {TRUE_RANK}: " in page and "against" in page and json.loads((taught / "run" / "rank.json").read_text())
 
 
-def test_the_base_is_compared_with_the_adapter_in_pairs(taught: Path, tmp_path: Path) -> None:
+def test_the_base_is_compared_with_the_adapter_in_pairs(run: Path, tmp_path: Path) -> None:
     """Texts differ in their losses more than the models do: a base within the adapter's interval was called hardly worse."""
-    options = deltaw.RankConfig(ranks="3", most=8, out=str(tmp_path))
-    results = deltaw.choose_rank(taught / "run", options).results
-    base, whole = results["base"], results["ranks"][-1]["loss"]
-    gain = base["less_adapter"]
-    assert (
-        gain["value"] == pytest.approx(base["loss"] - whole["value"]) and 0 < gain["low"] < gain["value"] < gain["high"]
-    )
-    within = results | {"base": base | {"loss": (whole["value"] + whole["high"]) / 2}}
-    assert "not shown to be better than the base" not in " ".join(rank.remarks(within))
-    unclear = results | {"base": base | {"less_adapter": gain | {"low": -0.1}}}
-    assert "not shown to be better than the base" in " ".join(rank.remarks(unclear))
+    outcome = deltaw.choose_rank(run, deltaw.RankConfig(ranks="4", out=str(tmp_path))).outcome
+    assert outcome.base is not None
+    gain, whole = outcome.base.less_adapter, outcome.largest.tested.loss
+    assert gain.value == pytest.approx(outcome.base.loss - whole.value) and gain.low < gain.value < gain.high
+    assert gain.high - gain.low < whole.high - whole.low
 
 
 @pytest.mark.slow
@@ -143,35 +167,39 @@ def test_the_command(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "less r = 8's" in said and "rank.html" in said and (tmp_path / "out" / "rank.html").is_file()
 
 
-def test_an_adapter_alone_needs_its_records_named(taught: Path, tmp_path: Path) -> None:
+def test_an_adapter_alone_needs_its_records_named(run: Path, place: Path, tmp_path: Path) -> None:
     """One that others wrote, without our metadata."""
-    from safetensors.torch import load_file, save_file
-
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "adapter_config.json").write_text((taught / "run" / "adapter" / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text((run / "adapter" / "adapter_config.json").read_text())
     weights = "adapter_model.safetensors"
-    save_file(load_file(taught / "run" / "adapter" / weights), foreign / weights)
+    save_file(load_file(run / "adapter" / weights), foreign / weights)
     with pytest.raises(ConfigError, match="--model") as error:
         deltaw.choose_rank(foreign)
     assert "--records" in str(error.value)
-    valid = str(taught / "data" / "valid.jsonl")
-    config = deltaw.RankConfig(model=str(taught / "model"), records=valid, ranks="3", most=40)
-    found = deltaw.choose_rank(foreign, config)
-    assert (
-        found.rank == TRUE_RANK and found.report == tmp_path / "rank.html" and "memory" not in found.results["ranks"][0]
-    )
+    config = deltaw.RankConfig(model=str(place / "model"), records=str(place / "data.jsonl"), ranks="3", most=4)
+    choice = deltaw.choose_rank(foreign, config)
+    assert choice.report == tmp_path / "rank.html" and choice.outcome.ranks[0].cost is None
+    assert [row.rank for row in choice.outcome.ranks] == [3, 4] and not choice.outcome.loop
 
 
-def test_what_cannot_be_asked(taught: Path, tmp_path: Path) -> None:
-    run = taught / "run"
-    with pytest.raises(ConfigError, match=r"16 is more than the adapter has \(8\)"):
+def test_ranks_beyond_the_adapters_are_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"16 is more than the adapter has \(4\)"):
         deltaw.choose_rank(run, deltaw.RankConfig(ranks="2,16"))
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="neither a run's folder"):
         deltaw.choose_rank(tmp_path)
+
+
+def test_records_that_are_not_there_are_refused(run: Path) -> None:
     with pytest.raises(DataError, match="nothing"):
         deltaw.choose_rank(run, deltaw.RankConfig(records="nothing"))
-    model = LlamaForCausalLM.from_pretrained(taught / "model")
+
+
+def test_an_adapter_of_a_method_without_a_rank_is_refused(place: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(place / "model")
     deltaw.attach(model, deltaw.BitFit(add=True))
     with torch.no_grad():
         for parameter in deltaw.parameters(model):
@@ -179,6 +207,18 @@ def test_what_cannot_be_asked(taught: Path, tmp_path: Path) -> None:
     deltaw.save(model, tmp_path / "biases")
     with pytest.raises(FileError, match="another method"):
         deltaw.choose_rank(tmp_path / "biases")
+
+
+def test_a_run_that_a_sweep_cannot_repeat_is_not_confirmed(run: Path, place: Path, tmp_path: Path) -> None:
+    config = deltaw.TrainConfig(out=str(tmp_path / "run"), steps=1, valid_share=0.3, samples=0)
+    method = deltaw.LoRA(rank=2, targets="q=1,v=2")
+    records = [{"prompt": f"p {i}", "completion": "c"} for i in range(24)]
+    deltaw.train(str(place / "model"), records, config, method=method)
+    with pytest.raises(ConfigError, match="cannot be confirmed") as error:
+        deltaw.choose_rank(tmp_path / "run", deltaw.RankConfig(confirm=True))
+    assert error.value.problems == [
+        "targets is 'q=1,v=2'; a sweep has one rank for all layers", "its data is not a file, folder or hub name",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

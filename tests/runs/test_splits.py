@@ -101,3 +101,29 @@ def test_every_record_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 of 32 records cannot be used(.|\n)*train.jsonl:31(.|\n)*train.jsonl:32"):
         written(tmp_path / "sets", splits.Source(data, None, None, None))
     assert not (tmp_path / "sets").exists()
+
+
+def test_three_sets_have_no_prompt_in_common(tmp_path: Path) -> None:
+    """E2E's kind of data in one file: several records of a prompt, by their line far from one another."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"p{i % 41}", "completion": f"c{i}", "more": i} for i in range(300)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = splits.Source(data, None, None, None)
+    splits.write(tmp_path / "sets", source, DataConfig(), valid_most=20, test_most=99)
+    lines = {n: splits.file_of(tmp_path / "sets", n).read_text().splitlines() for n in splits.NAMES}
+    sets = {n: [json.loads(line) for line in own] for n, own in lines.items()}
+    prompts = {n: {r["prompt"] for r in own} for n, own in sets.items()}
+    assert not prompts["train"] & prompts["test"] and not prompts["train"] & prompts["valid"]
+    assert not prompts["test"] & prompts["valid"] and all(r in rows for own in sets.values() for r in own)
+    assert abs(len(sets["test"]) - 30) <= 1 and len(sets["valid"]) <= 20
+
+
+@pytest.mark.parametrize(("prompts", "message"), [(1, "its 60 records are of 1 prompt"), (2, "of 1 prompt")])
+def test_too_few_prompts_for_three_sets_are_refused(prompts: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"p{i % prompts}", "completion": f"c{i}"}) + "\n" for i in range(60))
+    )
+    source = splits.Source(tmp_path / "data.jsonl", None, None, None)
+    with pytest.raises(DataError, match=message):
+        splits.write(tmp_path / "sets", source, DataConfig(), valid_most=20, test_most=20)
+    assert not (tmp_path / "sets").exists()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,26 +12,14 @@ import torch
 import deltaw
 from deltaw.cli import main
 from deltaw.config import SweepConfig, TrainConfig
-from deltaw.errors import ConfigError, TargetError
 from deltaw.files.formats.peft import tensors_of
-from deltaw.runs.candidates import candidates, choices, learning_rates, numbers
+from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, SweepEvent, WidthChosen
+from deltaw.runs.results.sweep import RunScore
 from deltaw.runs.sweep import sweep
-from tests.conftest import byte_llama, tiny_llama
-from tests.data.conftest import CHATML, tiny_tokenizer
-from tests.runs.test_compare import RECORDS
+from tests.runs.conftest import BEFORE
 from tests.training.test_tasks import TEXTS, about, folder_of, write
 
 BUDGET = {"steps": 5, "batch": 4, "valid_most": 4, "dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    tokenizer = tiny_tokenizer(CHATML)
-    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    return folder
 
 
 def command(place: Path, out: Path, *, steps: int) -> list[str]:
@@ -39,88 +27,9 @@ def command(place: Path, out: Path, *, steps: int) -> list[str]:
     return [*words, "--steps", str(steps), "--batch", "4", "--valid-most", "4", "--test-most", "4"]
 
 
-def test_the_ranks_share_the_first_ones_alpha() -> None:
-    found = candidates(SweepConfig(ranks="8, 1,16", targets="qv; mlp"), tiny_llama()).candidates
-    assert [(c.targets, c.rank) for c in found] == [(t, r) for t in ("qv", "mlp") for r in (8, 1, 16)]
-    assert {c.method.alpha for c in found} == {8.0}
-    assert [c.method.scale(c.rank) for c in found[:3]] == [1.0, 8.0, 0.5]
-    (dora,) = candidates(SweepConfig(ranks="4", alpha=2.0, method="dora"), tiny_llama()).candidates
-    assert dora.method == deltaw.DoRA(rank=4, alpha=2.0)
-
-
-def test_a_budget_sets_the_ranks() -> None:
-    model = tiny_llama()
-    options = SweepConfig(budget="1k")
-    found = candidates(options, model).candidates
-    assert [c.targets for c in found] == choices(options) == ["q", "v", "q,v", "q,k,v,o", "mlp", "all-linear"]
-    for each in found:
-        own, less, more = (_size(each, max(1, each.rank + i)) for i in (0, -1, 1))
-        assert abs(own - 1000) <= min(abs(less - 1000), abs(more - 1000)) or each.rank == 1
-
-
-def test_targets_that_cannot_hold_the_budget_are_left_out() -> None:
-    """v has 16 rows here: at most 1,536 parameters. Of all layers, only some are larger than the rank that the others can have."""
-    tried = candidates(SweepConfig(budget="2.5k"), tiny_llama())
-    assert list(tried.left_out) == ["v"] and "more than its layers have rows" in tried.left_out["v"]
-    assert [c.targets for c in tried.candidates] == ["q", "q,v", "q,k,v,o", "mlp", "all-linear"]
-    every = candidates(SweepConfig(budget="20k", targets="all-linear"), tiny_llama()).candidates[0]
-    assert "model.layers.0.self_attn.v_proj" in every.method.plan(tiny_llama()).left_out
-    assert abs(_size(every, every.rank) - 20_000) < 700
-    with pytest.raises(TargetError, match=r"No choice of targets can hold this budget:(.|\n)*all-linear: 1,000,000"):
-        candidates(SweepConfig(budget="1M"), tiny_llama())
-
-
-def _size(candidate: Any, rank: int) -> int:
-    model = tiny_llama()
-    deltaw.attach(model, deltaw.LoRA(rank=rank, targets=candidate.targets))
-    return sum(p.numel() for p in deltaw.parameters(model))
-
-
-def test_all_that_is_wrong_is_said() -> None:
-    with pytest.raises(ConfigError) as error:
-        candidates(SweepConfig(ranks="8,x,0,8", lrs="1e-3,-1", budget="much"), tiny_llama())
-    for part in ("ranks: 'x' is not a whole number", "'0' is not", "8 is there twice", "lrs: '-1'", "budget: 'much'"):
-        assert part in str(error.value)
-    with pytest.raises(TargetError):
-        candidates(SweepConfig(targets="qv;nothing"), tiny_llama())
-    with pytest.raises(TargetError, match="is larger than min"):
-        candidates(SweepConfig(ranks="8,17", targets="v"), tiny_llama())
-    assert learning_rates(SweepConfig(), 3e-4) == [3e-4]
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("1k", 1000), ("0.5k", 500), ("1500", 1500), (" 2.25k ", 2250), ("0.001M", 1000), ("0.000001B", 1000)],
-)
-def test_a_budget_is_read_in_its_unit(text: str, count: int) -> None:
-    (found,) = candidates(SweepConfig(budget=text, targets="q"), tiny_llama()).candidates
-    (plain,) = candidates(SweepConfig(budget=str(count), targets="q"), tiny_llama()).candidates
-    assert found == plain
-
-
-def test_numbers_are_those_above_0_each_once() -> None:
-    problems: list[str] = []
-    assert numbers("3, 1,,2", int, "ranks", problems) == [3, 1, 2] and not problems
-    assert numbers("1e-3,inf,nan,-1,0,2", float, "lrs", problems) == [1e-3, 2.0]
-    assert [line.split("'")[1] for line in problems] == ["inf", "nan", "-1", "0"]
-    assert numbers("1,1.0", float, "lrs", problems := []) == [1.0] and problems == ["lrs: 1.0 is there twice"]
-    assert not numbers(" , ", int, "ranks", problems := []) and problems == ["ranks: there is none"]
-
-
-def test_each_choice_of_targets_is_tried_once_and_alpha_may_be_given() -> None:
-    assert choices(SweepConfig(targets="qv; mlp;qv;")) == ["qv", "mlp"] and choices(SweepConfig()) == ["all-linear"]
-    found = candidates(
-        SweepConfig(ranks="2,4", alpha=3.0, scaling="alpha/sqrt(r)", dropout=0.1), tiny_llama()
-    ).candidates
-    assert {c.method.alpha for c in found} == {3.0} and {c.method.dropout for c in found} == {0.1}
-    assert found[1].method.scale(4) == 1.5 and found[1].name == "r = 4, all-linear"
-    of_budget = candidates(SweepConfig(budget="1k", targets="q", ranks="5"), tiny_llama()).candidates
-    assert of_budget[0].method.alpha == 5.0  # the first rank's there too
-    assert learning_rates(SweepConfig(lrs="1e-3,2e-3"), 1.0) == [1e-3, 2e-3]
-
-
-def test_a_sweep_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = place / "out"
+@pytest.mark.slow
+def test_a_sweep_from_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
     words = command(place, out, steps=5)
     words += ["--lrs", "1e-3,5e-3", "--seeds", "2", "--ranks"]
     assert main([*words, "4,2"]) == 0
@@ -134,16 +43,52 @@ def test_a_sweep_from_end_to_end(place: Path, capsys: pytest.CaptureFixture[str]
     page = (out / "report.html").read_text()
     assert "Which rank is enough: all-linear" in page and 'class="span' in page
 
-    # Gone on with: a rank more, of which alone there is something to do
+    # Resumed: a rank more, of which alone there is something to do
     assert main([*words, "4,2,1"]) == 0
     assert capsys.readouterr().out.count("(done before)") == 6
-    assert main([*words, "4", "--clip", "2", "--json"]) == 2
+
+
+def test_a_rank_more_is_trained_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*command(place, tmp_path / "s", steps=1), "--targets", "q", "--ranks"]
+    assert main([*words, "2"]) == 0 and main([*words, "2,1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("(done before)") == 1 and printed.count("r = 1, q, lr 0.0005, seed 0") == 1
+    assert "Which rank is enough: q" in (tmp_path / "s" / "report.html").read_text()
+    assert main([*words, "2", "--clip", "2"]) == 2
     assert "a sweep with other settings (clip)" in capsys.readouterr().err
 
 
+def test_a_sweep_of_before_is_resumed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its candidates count as finished, and the results come out as they were."""
+    shutil.copytree(BEFORE / "sweep", tmp_path / "sweep2")
+    (tmp_path / "model").symlink_to(place / "model")
+    (tmp_path / "data.jsonl").symlink_to(place / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(out="sweep2", steps=4, lr=1e-2, batch=4, valid_most=4, dtype="float32", device="cpu")
+    events: list[SweepEvent] = []
+    options = SweepConfig(budget="1k", targets="q;v,q;o", test_most=4)
+    result = sweep("model", "data.jsonl", config, options, on_event=events.append)
+    assert len(events) == 3 and all(isinstance(event, CandidateFinished) and not event.fresh for event in events)
+    before = json.loads((BEFORE / "sweep" / "results.json").read_text())
+    assert result.results | {"environment": {}} == before | {"environment": {}}
+
+
+def test_events_name_their_candidate(place: Path, tmp_path: Path) -> None:
+    events: list[SweepEvent] = []
+    config = TrainConfig(out=str(tmp_path / "s"), **BUDGET | {"steps": 1})
+    sweep(
+        str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="1", targets="q"), on_event=events.append
+    )
+    width, started, stepped, finished = events
+    assert isinstance(width, WidthChosen) and width.width == 1 and isinstance(started, CandidateStarted)
+    assert isinstance(stepped, CandidateStepped) and stepped.progress.step == stepped.progress.total_steps == 1
+    assert isinstance(finished, CandidateFinished) and finished.fresh and isinstance(finished.outcome, RunScore)
+    assert {(event.name, event.lr, event.seed) for event in (started, stepped, finished)} == {("r = 1, q", 5e-4, 0)}
+
+
 def test_which_weights_at_equal_parameters(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = command(place, tmp_path / "s", steps=3)
-    assert main([*words, "--budget", "1k", "--targets", "q;v;mlp"]) == 0
+    words = command(place, tmp_path / "s", steps=1)
+    assert main([*words, "--budget", "1k", "--targets", "q;v;o"]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "s/results.json").read_text())
     best, *others = results["compared"]
@@ -161,14 +106,17 @@ def test_one_candidate_has_nothing_beside_it(place: Path, tmp_path: Path, capsys
     assert "no other to compare it with" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("abreast", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path, abreast: int) -> None:
+@pytest.mark.parametrize(
+    ("abreast", "seeds"),
+    [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow), (2, 1)],
+)
+def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path, abreast: int, seeds: int) -> None:
     """In turn to the bit; in one pass the same sums are taken in another order."""
     model = str(place / "model")
-    options = SweepConfig(ranks="4,2", seeds=2, abreast=abreast)
-    done = sweep(model, place / "data.jsonl", TrainConfig(out=str(tmp_path / "s"), **BUDGET), options)
-    assert set(done.choices) == {"all-linear"}
-    for rank, seed in ((4, 0), (2, 0), (2, 1)):
+    options = SweepConfig(ranks="4,2", seeds=seeds, abreast=abreast)
+    result = sweep(model, place / "data.jsonl", TrainConfig(out=str(tmp_path / "s"), **BUDGET), options)
+    assert set(result.choices) == {"all-linear"}
+    for rank, seed in ((4, 0), (2, 0), (2, 1)) if seeds == 2 else ((4, 0),):
         config = TrainConfig(
             out=str(tmp_path / f"{rank}-{seed}"), seed=seed, valid=str(tmp_path / "s/data/valid.jsonl"), samples=0, **BUDGET
         )  # fmt: skip
@@ -176,14 +124,16 @@ def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path
         one, _ = tensors_of(alone.adapter)
         other, _ = tensors_of(tmp_path / f"s/runs/all-linear-r{rank}-0.0005-{seed}/adapter")
         assert one.keys() == other.keys()
+        close = {"rtol": 0.0, "atol": 0.0} if abreast == 1 else {"rtol": 2e-4, "atol": 2e-5}
         for name, tensor in one.items():
-            close = {"rtol": 0.0, "atol": 0.0} if abreast == 1 else {"rtol": 2e-4, "atol": 2e-5}
             torch.testing.assert_close(tensor, other[name], **close)
 
 
 def test_rates_that_differ_by_little_are_not_one_run(place: Path, tmp_path: Path) -> None:
     config = TrainConfig(out=str(tmp_path / "s"), **BUDGET | {"steps": 1}, warmup=0)
-    done = sweep(str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2", lrs="0.0101,0.0102"))
+    done = sweep(
+        str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2", targets="v", lrs="0.0101,0.0102")
+    )
     (row,) = done.results["rows"]
     first, second = row["tried"]
     assert first["valid_loss"] != second["valid_loss"]
@@ -240,7 +190,9 @@ def test_a_classifiers_head_is_each_seeds_own(tmp_path: Path) -> None:
 
 def test_a_candidate_whose_loss_is_not_finite_is_reported(place: Path, tmp_path: Path) -> None:
     config = TrainConfig(out=str(tmp_path / "s"), **BUDGET)
-    done = sweep(str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2,1", lrs="1e30,1e-3"))
+    done = sweep(
+        str(place / "model"), place / "data.jsonl", config, SweepConfig(ranks="2", targets="q", lrs="1e30,1e-3")
+    )
     tried = done.results["rows"][0]["tried"]
     assert "not finite" in tried[0]["error"] or "cannot go on" in tried[0]["error"]
     assert done.results["rows"][0]["lr"] == 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,11 +23,15 @@ from deltaw.config import (
 )
 from deltaw.errors import ConfigError, nearest
 from deltaw.methods.lora import LoRA
-from deltaw.methods.registry import METHODS, PRESETS, method_class
+from deltaw.methods.registry import METHODS, method_class
+from deltaw.methods.registry import PRESETS as METHOD_PRESETS
+from deltaw.runs.memory.presets import PRESETS as MODEL_PRESETS
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     MethodName = str
 else:
     MethodName = Literal[tuple(METHODS)]
@@ -43,16 +47,16 @@ class Train:
     data: Data
     """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
     config: str | None = None
-    """YAML file of any of these settings, MODEL and DATA too; flags beside it win. A run's config.yaml is one."""
+    """YAML file of any of these settings, MODEL and DATA included. Flags override it. Each run writes one as config.yaml."""
     method: MethodName = "lora"
-    """What is trained. Each method has settings of its own: --method prefix --help shows those of prefix."""
+    """Method to train. Each has its settings: `deltaw train --method prefix --help` shows those of prefix."""
     settings: LoRA = field(default_factory=LoRA)
     run: TrainConfig = field(default_factory=TrainConfig)
 
 
 @functools.cache
 def train_with(method: str) -> type[Train]:
-    """The train command with this method's settings. Raises ConfigError for a method that there is not."""
+    """Return the train command with this method's settings. Raises ConfigError for an unknown method."""
     cls = method_class(method)
     if cls is LoRA:
         return Train
@@ -68,26 +72,26 @@ def train_with(method: str) -> type[Train]:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare methods on MODEL and DATA: quality, parameters, bytes, memory, time and latency of each, for the same budget. Goes
-    on where a comparison of the same settings stopped."""
+    """Compare methods on MODEL and DATA for the same budget: quality, parameters, bytes, memory, time and latency. Resumes a
+    comparison of the same settings."""
 
     model: Model
     """Hub id or model folder."""
     data: Data
-    """Records as train reads them."""
+    """Records, as in train."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/compare"))
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Try ranks on MODEL and DATA, over one base in memory: quality, parameters and bytes of each, and the smallest rank that is
-    enough, with 95% intervals. Goes on where a sweep of the same settings stopped."""
+    """Train at several ranks on MODEL and DATA and recommend the smallest that is enough, with 95% intervals. Shows quality,
+    parameters and bytes of each. Resumes a sweep of the same settings."""
 
     model: Model
     """Hub id, model folder or GGUF file."""
     data: Data
-    """Records as train reads them."""
+    """Records, as in train."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out="runs/sweep"))
     json: bool = False
@@ -96,11 +100,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Rank:
-    """Say which rank a finished run needed: its adapter cut to each smaller rank, scored on held-out records, and the smallest
-    rank that is enough, with 95% intervals."""
+    """Find the rank that a finished run needed. Cuts its adapter to each smaller rank, scores these on held-out records, and
+    recommends the smallest that is enough, with 95% intervals."""
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
-    """Run folder, or adapter folder."""
+    """Run folder or adapter folder."""
     rank: RankConfig = field(default_factory=RankConfig)
     json: bool = False
     """Print the results as JSON."""
@@ -111,7 +115,7 @@ class Opening:
     """How MODEL is opened."""
 
     adapter: str | None = None
-    """Adapter folder. Prompts are then wrapped as they were in its training, unless --template says otherwise."""
+    """Adapter folder. Prompts are then wrapped as in its training, unless --template says otherwise."""
     any_base: bool = False
     """Load the adapter although it was trained on other base weights."""
     dtype: DType = "auto"
@@ -127,11 +131,11 @@ class Generate:
     model: Model
     """Hub id, model folder or GGUF file."""
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None
-    """The prompt. Without it and without --file, standard input is read, a prompt a line."""
+    """The prompt. Without PROMPT and --file, each line of standard input is one."""
     file: str | None = None
-    """File of prompts: records in any form that train reads, or plain text with a prompt a line."""
+    """File of prompts: records in any form that train reads, or a .txt file with a prompt a line."""
     out: str | None = None
-    """Write {prompt, completion} records to this JSONL file instead of the screen."""
+    """JSONL file for {prompt, completion} records, instead of the screen."""
     opening: Opening = field(default_factory=Opening)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
@@ -139,7 +143,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Chat:
-    """Talk to MODEL in the terminal, with or without an adapter; /base and /adapter switch during the conversation."""
+    """Talk to MODEL in the terminal, with or without an adapter. /base and /adapter switch during the conversation."""
 
     model: Model
     """Hub id, model folder or GGUF file."""
@@ -151,33 +155,33 @@ class Chat:
 
 @dataclass(frozen=True)
 class Eval:
-    """Score MODEL on DATA, base and (with --adapter) adapter side by side, with bootstrap 95% intervals."""
+    """Score MODEL on DATA with bootstrap 95% intervals; with --adapter the base and the adapter side by side."""
 
     model: Model
     """Hub id, model folder or GGUF file."""
     data: Data
-    """Records with references, as train reads them. Equal prompts are one item with several references."""
+    """Records with references, as in train. Records with the same prompt are one item with several references."""
     opening: Opening = field(default_factory=Opening)
     base: bool = True
-    """Score the base as well."""
+    """Score the base too."""
     metrics: str | None = None
-    """Which scores, with commas: loss, perplexity, exact_match, bleu, rouge_l; of classes loss, accuracy, f1, matthews; of
-    quantities loss, pearson, spearman. Default: all; of text records, which have no prompt, loss and perplexity."""
+    """Scores, with commas. Texts: loss, perplexity, exact_match, bleu, rouge_l. Classes: loss, accuracy, f1, matthews. Numbers:
+    loss, pearson, spearman. Default: all; for text records, which have no prompt, loss and perplexity."""
     most: int | None = None
-    """Score at most this many records, the first ones, prompts with all their records."""
+    """Score only about the first so many records. All records of a prompt stay together."""
     out: str | None = None
-    """Write scores and predictions to this JSON file."""
+    """JSON file for scores and predictions."""
     records: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold ADAPTER into MODEL: an ordinary model folder that needs no deltaw. A checkpoint in safetensors is merged on disk,
-    one tensor at a time, so any size will do."""
+    """Merge ADAPTER into MODEL and write an ordinary model folder that needs no deltaw. A safetensors checkpoint is merged on
+    disk, one tensor at a time, whatever its size."""
 
     model: Model
-    """Hub id, model folder or GGUF file: the adapter's base."""
+    """The adapter's base: hub id, model folder or GGUF file."""
     adapter: Adapter
     """Adapter folder."""
     out: Annotated[str, arg(aliases=["-o"])]
@@ -187,21 +191,21 @@ class Merge:
     any_base: bool = False
     """Merge although the adapter was trained on other base weights."""
     reversible: bool = False
-    """Write a correction file as well, a few percent of the model, with which unmerge gives the base's own bytes back."""
+    """Also write a correction file, a few percent of the model's size. With it, unmerge restores the base's bytes."""
     untie: bool = False
-    """Give layers that share a weight (embedding and head) one each, where the adapter changes it for one of them alone."""
+    """Give embedding and head a weight each where they share one and the adapter changes it for only one of them."""
     check: Literal["auto", "on", "off"] = "auto"
-    """Load the merged model and compare its logits with the unmerged one's; auto: models of up to 2 GB."""
+    """Load the merged model and compare its logits with the unmerged model's. auto: for models of up to 2 GB."""
     dtype: DType = "auto"
-    """Precision of the merged weights: auto keeps the checkpoint's; another one is merged in memory."""
+    """Precision of the merged weights. auto: the checkpoint's. Any other is merged in memory."""
     all_layers: bool = False
-    """Also show the report's line of every layer."""
+    """Show a line for every layer, instead of one for each kind."""
 
 
 @dataclass(frozen=True)
 class Unmerge:
-    """Take ADAPTER out of the model folder MERGED again: after a reversible merge the base's own bytes, checked by their hash;
-    else as near as subtracting comes."""
+    """Take ADAPTER out of the model folder MERGED. After a merge with --reversible this restores the base's bytes, checked by
+    their hash. Otherwise ΔW is subtracted, which is close."""
 
     merged: Annotated[Positional[str], arg(metavar="MERGED")]
     """Folder that merge wrote."""
@@ -215,8 +219,8 @@ class Unmerge:
 
 @dataclass(frozen=True)
 class Verify:
-    """Say whether ADAPTER was trained on MODEL, or (with --base and --adapter) whether MODEL is that base with that adapter
-    merged into it, bit for bit. Reads checkpoints in safetensors without opening a model; exit code 0 means yes."""
+    """Check that ADAPTER was trained on MODEL; or, with --base and --adapter, that MODEL is exactly this base with this adapter
+    merged into it. Reads safetensors without opening a model. Exit code 0 means yes."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Model folder."""
@@ -230,27 +234,26 @@ class Verify:
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn an adapter of another format into the folder that deltaw and PEFT read, or such a folder into llama.cpp's or loralib's
-    file."""
+    """Convert an adapter of loralib or llama.cpp into a folder for deltaw and PEFT, or such a folder into a file for them."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """Checkpoint of loralib (.pt, .bin or .ckpt), GGUF file of llama.cpp, or adapter folder."""
+    """loralib's checkpoint (.pt, .bin or .ckpt), llama.cpp's GGUF file, or an adapter folder."""
     out: Annotated[str, arg(aliases=["-o"])]
-    """Folder to write, or a file that ends in .gguf (for llama.cpp), or in .bin or .pt (for loralib)."""
+    """Folder to write, or a file: .gguf for llama.cpp, .bin or .pt for loralib."""
     base: str | None = None
-    """Model folder or hub id of the base, whose config says how GGUF's tensors are named, and which of loralib's layers embed
-    tokens or are convolutions."""
+    """The base: model folder or hub id. Its config tells how GGUF names tensors, and which of loralib's layers are embeddings or
+    convolutions."""
     alpha: float | None = None
-    """α that the adapter was trained with; loralib's files do not say it."""
+    """α of the adapter's training, which loralib's files do not contain."""
     parts: str | None = None
-    """The parts of its merged layers that have updates, of query, key and value: for example q,v; or a digit a part, 101."""
+    """Parts of loralib's merged layers with updates, among query, key and value: q,v or, with a digit a part, 101."""
     overwrite: bool = False
     """Replace what is already there."""
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Make an adapter out of a model that was fine-tuned whole: the nearest one of a rank, with its error in each layer."""
+    """Extract an adapter from a fully fine-tuned model: the nearest one of a given rank, with its error in each layer."""
 
     base: Annotated[Positional[str], arg(metavar="BASE")]
     """Model folder or hub id."""
@@ -261,36 +264,36 @@ class Extract:
     rank: int | None = None
     """Rank of every layer."""
     energy: float | None = None
-    """Instead of a rank: the share of ‖W − W0‖² that each layer is to keep."""
+    """Instead of --rank: the share of ‖W − W0‖² that each layer keeps, for example 0.9."""
     targets: str = "all-linear"
     """Which layers, as in training."""
     all_layers: bool = False
-    """Show the error of every layer instead of one line for each kind."""
+    """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
     """Replace a folder that is already there."""
 
 
 @dataclass(frozen=True)
 class Compress:
-    """Cut an adapter to fewer directions, in each layer the first of its ΔW, and say what is lost. The result is an ordinary
-    adapter. `deltaw rank` says what the loss of these directions costs on held-out records."""
+    """Cut an adapter to the largest directions of each layer's ΔW, and show the error. The result is an ordinary adapter.
+    `deltaw rank` shows what a cut costs on held-out records."""
 
     adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
     """Adapter folder."""
     out: Annotated[str, arg(aliases=["-o"])]
     """Folder to write."""
     rank: int | None = None
-    """The most that any layer keeps."""
+    """Largest rank that any layer keeps."""
     energy: float | None = None
-    """Instead: the share of each layer's ‖ΔW‖² to keep, 0.99 say."""
+    """Instead of --rank: the share of each layer's ‖ΔW‖² to keep, for example 0.99."""
     bytes: str | None = None
-    """Instead: what the folder may take, 1MB say, spent where a byte keeps the most of ‖ΔW‖²."""
+    """Instead of --rank: the folder's largest size, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
     all_layers: bool = False
-    """Show every layer instead of one line for each kind."""
+    """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
     """Replace a folder that is already there."""
     json: bool = False
-    """Print JSON."""
+    """Print the results as JSON."""
 
 
 @dataclass(frozen=True)
@@ -300,43 +303,43 @@ class Inspect:
     adapter: Adapter
     """Adapter folder."""
     all_layers: bool = False
-    """A line for every layer instead of one for each kind."""
+    """Show a line for every layer, instead of one for each kind."""
     json: bool = False
-    """Print JSON."""
+    """Print the results as JSON."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What training MODEL would take, from its config alone, for several methods side by side: parameters, checkpoints, memory by
-    part, FLOPs, the largest batch."""
+    """Plan the training of MODEL with several methods, from its config alone: parameters, checkpoint sizes, memory by part, FLOPs
+    and the largest batch."""
 
     model: Model
-    """Model folder, GGUF file or hub id, of which the config is read and no weights; or, without any network: roberta-base,
-    roberta-large, deberta-xxl, gpt2-medium, gpt2-large, gpt3-175b, llama-1b, llama-3b, llama-8b, llama-70b, llama-405b."""
+    """Model folder, GGUF file or hub id: its config is read, and no weights. Or, without a network, one of:"""
     plan: PlanConfig = field(default_factory=PlanConfig)
     json: bool = False
-    """Print all numbers as JSON, in bytes."""
+    """Print the numbers as JSON, in bytes."""
 
 
-COMMANDS = {
+COMMANDS: dict[str, type[DataclassInstance]] = {
     "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate, "chat": Chat,
     "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
     "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
 
-# The methods that there are, at the end of the help of the commands that compare them
-for _command in (Compare, Plan):
-    _command.__doc__ = f"{_command.__doc__}\n\nMethods: {', '.join(PRESETS)}."
+CHOICES: dict[tuple[type, str], Iterable[str]] = {
+    (CompareConfig, "methods"): METHOD_PRESETS, (PlanConfig, "methods"): METHOD_PRESETS, (Plan, "model"): MODEL_PRESETS,
+}  # fmt: skip
+"""Class and field → names that the field's help ends in."""
 
 
-def check_flags(command: str, cls: type, words: Sequence[str]) -> None:
-    """Raise one ConfigError with every flag in `words` that the command, whose settings are a `cls`, does not have. tyro, on
-    meeting one, may complain of an argument that is missing because of it instead."""
+def check_flags(command: str, cls: type[DataclassInstance], words: Sequence[str]) -> None:
+    """Raise one ConfigError with every flag in `words` that the command, whose settings are a `cls`, does not have.
+
+    tyro would instead complain of an argument that is missing because of such a flag.
+    """
     hints = typing.get_type_hints(cls, include_extras=True)
-    positional = {
-        name: m.metavar for name, hint in hints.items() for m in _metadata(hint) if getattr(m, "metavar", None)
-    }
+    positional = {name: metavar for name, hint in hints.items() if (metavar := _metavar(hint))}
     known = {"help"} | {name.replace("_", "-") for name in keys(cls) if name not in positional}
     problems = []
     for word in words[: words.index("--") if "--" in words else None]:
@@ -355,5 +358,7 @@ def check_flags(command: str, cls: type, words: Sequence[str]) -> None:
         raise ConfigError("These flags cannot be used:", problems, f"Usage: {usage} [flags]; see --help.")
 
 
-def _metadata(hint: object) -> tuple[typing.Any, ...]:
-    return getattr(hint, "__metadata__", ())
+def _metavar(hint: object) -> str | None:
+    """The word in capitals for an argument without a flag."""
+    metadata: tuple[object, ...] = getattr(hint, "__metadata__", ())
+    return next((metavar for entry in metadata if (metavar := getattr(entry, "metavar", None))), None)

@@ -1,18 +1,18 @@
-"""argv → a command's dataclass → its function. Errors of ours become one message and their exit code."""
+"""argv → a command's dataclass → its function. Our errors become one message and their exit code."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from deltaw import __version__
 from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
+from deltaw.cli.usage import folded_help, registry
 from deltaw.config import from_mapping
 from deltaw.errors import ConfigError, DeltaWError, FileError, nearest
 
@@ -20,7 +20,7 @@ _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank update
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command, by default the process's, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["version"]):
         print(f"deltaw {__version__}")
@@ -36,27 +36,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    except OSError as error:  # no space, no permission: the folder is to blame, not us
+    except OSError as error:  # no space or no permission, which the user can mend
         print(f"\ndeltaw: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         return FileError.exit_code
 
 
-def parse(arguments: list[str]) -> Any:
-    """The command's dataclass. Raises ConfigError for a flag that it does not have; tyro exits with 2 for a wrong value."""
+def parse(arguments: list[str]) -> object:
+    """Return the command's dataclass.
+
+    Raises ConfigError for a flag that it does not have. tyro exits with 2 for a wrong value.
+    """
     path, words = _taken(arguments, "config") if arguments[:1] == ["train"] else (None, arguments)
     values = _from_yaml(path) if path is not None else {}
-    train = train_with(_taken(words, "method")[0] or values.get("method", "lora"))
-    commands: dict[str, Any] = {**COMMANDS, "train": train}
+    train = train_with(_taken(words, "method")[0] or str(values.get("method", "lora")))
+    commands = {**COMMANDS, "train": train}
     if arguments and not arguments[0].startswith("-"):
         check_flags(_command(arguments[0]), commands[arguments[0]], arguments[1:])
-    flat: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    if path is not None:
-        default = _with_values(train, values, path)
-        chosen = tyro.cli(train, prog="deltaw train", args=words[1:], default=default, config=flat)
-        return dataclasses.replace(chosen, config=path)
-    return tyro.extras.subcommand_cli_from_dict(
-        commands, prog="deltaw", description=_DESCRIPTION, args=arguments or ["--help"], config=flat
-    )
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    with registry, folded_help():
+        if path is not None:
+            default = _with_values(train, values, path)
+            chosen = tyro.cli(train, prog="deltaw train", args=words[1:], default=default, config=flat)
+            return dataclasses.replace(chosen, config=path)
+        return tyro.extras.subcommand_cli_from_dict(
+            dict[str, Callable[..., object]](commands),
+            prog="deltaw",
+            description=_DESCRIPTION,
+            args=arguments or ["--help"],
+            config=flat,
+        )
 
 
 def _command(word: str) -> str:
@@ -66,8 +74,10 @@ def _command(word: str) -> str:
 
 
 def _taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of one flag, and the arguments without it: which settings there are, and their defaults, are known by train's
-    --method and --config."""
+    """The value of one flag, and the arguments without it.
+
+    train's --method and --config come first: they decide which settings there are, and their defaults.
+    """
     for i, word in enumerate(arguments):
         if word == f"--{flag}" and i + 1 < len(arguments):
             return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
@@ -76,7 +86,7 @@ def _taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _from_yaml(path: str) -> dict[str, Any]:
+def _from_yaml(path: str) -> dict[str, object]:
     import yaml
 
     try:
@@ -88,8 +98,9 @@ def _from_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _with_values(cls: type[Train], values: dict[str, Any], path: str) -> Train:
+def _with_values(cls: type[Train], values: dict[str, object], path: str) -> Train:
     """The defaults that a YAML file sets."""
-    train = from_mapping(cls, {"model": "", "data": ""} | values, where=path)
-    required = {name: tyro.MISSING for name in ("model", "data") if not values.get(name)}
+    named: dict[str, object] = {"model": "", "data": ""}
+    train = from_mapping(cls, named | values, where=path)
+    required = {name: tyro.MISSING for name in named if not values.get(name)}
     return dataclasses.replace(train, **required)

@@ -3,52 +3,62 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Rank
 from deltaw.files import units
 
+if TYPE_CHECKING:
+    from rich.status import Status
+    from rich.table import Table
+
+    from deltaw.runs.events import RankEvent
+    from deltaw.runs.results.rank import RankResults
+
 
 def run(command: Rank) -> None:
+    """Run the command."""
     show.quiet_libraries()
     from deltaw.runs.rank import choose_rank
-    from deltaw.runs.reports import rank
+    from deltaw.runs.reports.rank import remarks, sentence
 
     with show.err.status("reading the run …") as status:
-        found = choose_rank(command.run, command.rank, on_event=lambda event: _hear(event, status))
-    results = found.results
+        choice = choose_rank(command.run, command.rank, on_event=lambda event: _hear(event, status))
+    outcome = choice.outcome
     if command.json:
-        print(json.dumps(results, indent=1, ensure_ascii=False))
+        print(json.dumps(outcome.to_json(), indent=1, ensure_ascii=False))
         return
-    show.out.print(_table(results, rank.metrics_of(results)))
-    show.prose(f"\n{rank.sentence(results)}")
-    for remark in rank.remarks(results):
+    show.out.print(_table(outcome))
+    show.prose(f"\n{sentence(outcome)}")
+    for remark in remarks(outcome):
         show.prose(remark, style="dim")
-    show.facts({"report": str(found.report), "results": str(found.report.with_suffix(".json"))})
+    show.facts({"report": str(choice.report), "results": str(choice.report.with_suffix(".json"))})
 
 
-def _table(results: dict[str, Any], metrics: list[str]) -> Any:
-    """Without what the report has room for."""
+def _table(outcome: RankResults) -> Table:
+    """Return a row for each rank, without the columns that only the report has room for."""
     from deltaw.runs.reports.compare import score
 
-    largest = results["ranks"][-1]["rank"]
-    made = show.table("r", "parameters", "adapter", "loss", f"less r = {largest}'s", "enough", *metrics)
-    for row in results["ranks"]:
-        d = row["difference"]
-        difference = "–" if row["rank"] == largest else f"{d['value']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
-        made.add_row(
-            str(row["rank"]), f"{row['parameters']:,}", units.size(row["bytes"]), f"{row['loss']['value']:.4f}", difference,
-            "yes" if row["enough"] else "no", *(score(row["scores"][m]) for m in metrics),
-            style="bold" if row["rank"] == results["rank"] else None,
+    largest, metrics = outcome.largest.rank, outcome.metrics
+    table = show.table("r", "parameters", "adapter", "loss", f"less r = {largest}'s", "enough", *metrics)
+    for row in outcome.ranks:
+        d = row.tested.difference
+        difference = "–" if row.rank == largest else f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+        table.add_row(
+            str(row.rank), f"{row.parameters:,}", units.size(row.bytes), f"{row.tested.loss.value:.4f}", difference,
+            "yes" if row.tested.enough else "no", *(score(row.scores[m]) for m in metrics),
+            style="bold" if row.rank == outcome.rank else None,
         )  # fmt: skip
-    return made
+    return table
 
 
-def _hear(event: Any, status: Any) -> None:
-    values = event.values
-    if event.kind == "scored":
-        status.update(f"{values['name']}: loss {values['loss']:.4f} …")
-    elif values["kind"] == "step":
-        left = units.duration(values["seconds_left"])
-        status.update(f"training {values['name']}: step {values['step']} of {values['total_steps']}, {left} left …")
+def _hear(event: RankEvent, status: Status) -> None:
+    from deltaw.runs.events import CandidateStepped, Scored
+
+    if isinstance(event, Scored):
+        status.update(f"{event.name}: loss {event.loss:.4f} …")
+    elif isinstance(event.event, CandidateStepped):
+        progress = event.event.progress
+        left = units.duration(progress.seconds_left)
+        status.update(f"training {event.event.name}: step {progress.step} of {progress.total_steps}, {left} left …")

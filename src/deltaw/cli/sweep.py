@@ -3,65 +3,80 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Sweep
 from deltaw.files import units
 
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from deltaw.runs.events import CandidateEvent, CandidateFinished, SweepEvent
+
 
 def run(command: Sweep) -> None:
+    """Run the command."""
     show.quiet_libraries()
     from deltaw.runs.reports.sweep import COLUMNS, cells, metrics_of, note_on_intervals, ordered, sentences
     from deltaw.runs.sweep import sweep
 
     with show.err.status("getting ready …") as status:
-        done = sweep(
+        result = sweep(
             command.model, command.data, command.run, command.sweep,
             on_event=lambda event: _hear(event, status, quiet=command.json),
         )  # fmt: skip
+    outcome = result.outcome
     if command.json:
-        print(json.dumps(done.results, indent=1, ensure_ascii=False))
+        print(json.dumps(outcome.to_json(), indent=1, ensure_ascii=False))
         return
-    for warning in done.results["warnings"]:
+    for warning in outcome.warnings:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)
-    metrics = metrics_of(done.results)
-    made = show.table(*COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
-    for row in ordered(done.results):
-        made.add_row(*cells(row, metrics))
-    show.out.print(made)
-    for sentence in sentences(done.results):
+    metrics = metrics_of(outcome)
+    table = show.table(*COLUMNS, *metrics, title=f"\n{command.model} on {command.data}")
+    for row in ordered(outcome):
+        table.add_row(*cells(row, metrics))
+    show.out.print(table)
+    for sentence in sentences(outcome):
         show.prose(f"\n{sentence}")
-    show.prose(note_on_intervals(done.results), style="dim")
-    show.facts({"report": str(done.report), "results": str(done.folder / "results.json")})
+    show.prose(note_on_intervals(outcome), style="dim")
+    show.facts({"report": str(result.report), "results": str(result.folder / "results.json")})
 
 
-def _hear(event: Any, status: Any, *, quiet: bool) -> None:
-    values = event.values
-    if event.kind == "left out":
-        if not quiet:
-            show.prose(f"{values['targets']} is left out: {values['why']}.", style="yellow")
-    elif event.kind == "width":
-        each = "one after the other" if values["width"] == 1 else f"{values['width']} in one pass over the base"
-        if not quiet:
-            show.prose(f"Candidates are trained {each}: {values['why']}.", style="dim")
-    elif event.kind == "started":
-        status.update(_named(values))
-    elif event.kind == "step":
-        left = units.duration(values["seconds_left"])
-        status.update(f"{_named(values)}: step {values['step']} of {values['total_steps']}, {left} left …")
-    elif not quiet:
-        again = "" if values["fresh"] else "  (done before)"
-        show.out.print(f"{_named(values):<40} {_outcome(values)}{again}", soft_wrap=True)
+def _hear(event: SweepEvent, status: Status, *, quiet: bool) -> None:
+    """Show an event; quietly, what is going on alone."""
+    from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, LeftOut
+
+    if isinstance(event, CandidateStarted):
+        status.update(_named(event))
+    elif isinstance(event, CandidateStepped):
+        progress = event.progress
+        left = units.duration(progress.seconds_left)
+        status.update(f"{_named(event)}: step {progress.step} of {progress.total_steps}, {left} left …")
+    elif quiet:
+        return
+    elif isinstance(event, LeftOut):
+        show.prose(f"{event.targets} is left out: {event.why}.", style="yellow")
+    elif isinstance(event, CandidateFinished):
+        again = "" if event.fresh else "  (done before)"
+        show.out.print(f"{_named(event):<40} {_outcome(event)}{again}", soft_wrap=True)
+    else:
+        how = "one after the other" if event.width == 1 else f"{event.width} in one pass over the base"
+        show.prose(f"Candidates are trained {how}: {event.why}.", style="dim")
 
 
-def _named(values: dict[str, Any]) -> str:
-    return f"{values['name']}, lr {values['lr']:g}, seed {values['seed']}"
+def _named(event: CandidateEvent) -> str:
+    return f"{event.name}, lr {event.lr:g}, seed {event.seed}"
 
 
-def _outcome(values: dict[str, Any]) -> str:
-    if "error" in values:
-        return f"failed: {values['error'].splitlines()[0]}"
-    if "behind" in values:
-        return f"held-out loss {values['valid_loss']:.4f} at step {values['behind']}, in the worse half: ended"
-    return f"held-out loss {values['valid_loss']:.4f} in {units.duration(values['seconds'])}"
+def _outcome(event: CandidateFinished) -> str:
+    from deltaw.runs.results.study import Failed
+    from deltaw.runs.results.sweep import Behind
+
+    outcome = event.outcome
+    if isinstance(outcome, Failed):
+        return f"failed: {outcome.error.splitlines()[0]}"
+    loss = f"held-out loss {outcome.valid_loss:.4f}"
+    if isinstance(outcome, Behind):
+        return f"{loss} at step {outcome.step}, in the worse half: ended"
+    return f"{loss} in {units.duration(outcome.seconds)}"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Train
 from deltaw.files import units
 from deltaw.training.events import Evaluated, Event, Started, Stepped
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from deltaw.runs.train import RunResult
 
 
 def run(command: Train) -> None:
@@ -66,7 +71,7 @@ class _Live(_Lines):
             TextColumn("[bold]training"), BarColumn(bar_width=24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.description}"), console=show.out,
         )  # fmt: skip
-        self.task: Any = None
+        self.task: TaskID | None = None
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
@@ -114,26 +119,26 @@ def _memory(parts: Mapping[str, int]) -> str:
     return f"About [bold]{units.size(parts['total'])}[/] of memory at the peak: {listed}."
 
 
-def _summary(result: Any, command: Train) -> None:
+def _summary(result: RunResult, command: Train) -> None:
+    """Show what came out, and what to try next."""
     from deltaw.runs.reports.train import next_commands
 
-    state, figures = result.state, result.figures()
+    state, outcome = result.state, result.outcome
     show.out.print()
     if state.stopped in ("early", "minutes"):
         why = "the held-out loss no longer fell" if state.stopped == "early" else "the time was up"
         show.out.print(f"Stopped after step {state.step}: {why}.")
     facts = {"training loss": f"{state.first_loss:.4f} → {state.last_loss:.4f}"}
-    evals = [line for line in result.log if line["event"] == "eval"]
-    if evals:
-        first, last = evals[0]["valid_loss"], evals[-1]["valid_loss"]
+    held_out = [event.valid_loss for event in result.events if isinstance(event, Evaluated)]
+    if held_out:
         best = f"best {state.best_loss:.4f} at step {state.best_step}"
-        facts["held-out loss"] = f"{first:.4f} → {last:.4f} ({best})"
-    sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
+        facts["held-out loss"] = f"{held_out[0]:.4f} → {held_out[-1]:.4f} ({best})"
+    speed = state.tokens / max(state.step_seconds, 1e-9)
     facts |= {
-        "time": f"{units.duration(state.seconds)}, {state.tokens / max(state.step_seconds, 1e-9):.0f} {figures['counted']}/s",
-        "peak memory": units.size(figures["peak_memory"]),
-        "‖ΔW‖ / ‖W0‖": f"{figures['relative_norm']:.4f}",
-        "adapter": f"{result.adapter}  {sizes[0]} (base {sizes[1]})",
+        "time": f"{units.duration(state.seconds)}, {speed:.0f} {outcome.counted}/s",
+        "peak memory": units.size(outcome.peak_memory),
+        "‖ΔW‖ / ‖W0‖": f"{outcome.relative_norm:.4f}",
+        "adapter": f"{result.adapter}  {units.size(outcome.adapter_bytes)} (base {units.size(outcome.base_bytes)})",
         "report": str(result.report),
     }
     show.facts(facts)

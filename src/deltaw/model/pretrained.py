@@ -43,7 +43,7 @@ _AutoClass = type[
     AutoModelForCausalLM | AutoModelForSeq2SeqLM | AutoModelForSequenceClassification | AutoModelForImageClassification
 ]
 # Task → the class that opens a model for it, and the kind of model for messages
-_CLASSES: dict[str, tuple[_AutoClass, str]] = {
+OPENERS: dict[str, tuple[_AutoClass, str]] = {
     "causal": (AutoModelForCausalLM, "a causal language model"),
     "seq2seq": (AutoModelForSeq2SeqLM, "a model with an encoder and a decoder"),
     "classification": (AutoModelForSequenceClassification, "a model that could classify texts"),
@@ -121,7 +121,7 @@ def load_pretrained(
     """
     where = pick_device(device)
     arguments = locate(source)
-    model_class, kind = _CLASSES[task]
+    model_class, kind = OPENERS[task]
     try:
         tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
         in_dtype = _pick_dtype(dtype, where, arguments, to_train)

@@ -1,8 +1,8 @@
 """Methods compared on a user's own model and data: learning rates on held-out records, the best one of each method on test
-records, all with the same records in the same order and the same budget. Prints nothing: it reports events.
+records, all with the same records in the same order and the same budget. Prints nothing: it tells events.
 
 A comparison's folder holds data/ (the three sets of records), runs/ (a folder for each candidate), results.json and report.html.
-What is finished there is not done again.
+What is finished there is not trained again.
 """
 
 from __future__ import annotations
@@ -14,48 +14,82 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError, Interrupted, TrainError
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
-from deltaw.runs import splits, timing, worker
-from deltaw.runs.evaluation.bootstrap import Measured, compared
-from deltaw.runs.evaluation.metrics import MORE_IS_BETTER, of_scores, row_of
-from deltaw.runs.folder import claim, read_json, run_settings
+from deltaw.runs import splits, study, worker
+from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
+from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
+from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, TimingStarted
+from deltaw.runs.folder import RunFolder, read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.compare import comparison_report
-from deltaw.runs.reports.page import write as write_report
-from deltaw.runs.scoring import scoring_of
+from deltaw.runs.results import JsonObject
+from deltaw.runs.results.compare import (
+    BestRun,
+    CandidateScore,
+    CandidateTask,
+    ComparisonResults,
+    LatencyRow,
+    MethodRow,
+    Outcome,
+    TimingTask,
+    TriedRate,
+    outcome_from,
+)
+from deltaw.runs.results.scores import measured_by, over_seeds
+from deltaw.runs.results.study import Failed, StudySettings
+from deltaw.runs.study import Study
 
-SETTINGS, RESULTS, REPORT = "comparison.json", "results.json", "report.html"
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
 _QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
-# What inference is timed on: rows and tokens of passes, rows that are decoded; and for how long each, all methods together
-_TIMED: dict[str, Any] = {"passes": [[1, 128], [32, 128]], "decoding": [1, 32], "seconds": 600.0}
-_QUICK_TIMED: dict[str, Any] = {"passes": [[1, 128], [32, 16]], "decoding": [1], "seconds": 20.0}
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Something that happened, for whoever shows it."""
+class _Timed(NamedTuple):
+    """What inference is timed on."""
 
-    kind: Literal["started", "finished", "timing"]
-    values: dict[str, Any]
+    passes: list[list[int]]
+    """Rows and tokens of each forward pass."""
+    decoding: list[int]
+    """Rows that are decoded."""
+    seconds: float
+    """For each of these, all methods together."""
+
+
+_TIMED = _Timed([[1, 128], [32, 128]], [1, 32], 600.0)
+_QUICK_TIMED = _Timed([[1, 128], [32, 16]], [1], 20.0)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` returns."""
+    """What `compare` came to.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="methods", steps=1, valid_most=4, overwrite=True)
+    >>> options = deltaw.CompareConfig(methods="lora(targets=nothing)", latency=False)
+    >>> result = deltaw.compare("model", "train.jsonl", config, options)
+    >>> (row,) = result.outcome.rows  # a method that does not fit the model is reported as failed
+    >>> row.name, "matches no layer" in row.best.error, len(result.outcome.trained)
+    ('lora(targets=nothing)', True, 0)
+    """
 
     folder: Path
+    """The comparison's folder."""
     report: Path
-    results: dict[str, Any]
-    """What results.json holds: a row for each method, each candidate, latencies."""
+    """The page about it."""
+    outcome: ComparisonResults
+    """A row for each method, the methods beside the best, and how long inference takes with each."""
+
+    @property
+    def results(self) -> JsonObject:
+        """The plain values of results.json."""
+        return self.outcome.to_json()
 
 
 def compare(
@@ -64,195 +98,246 @@ def compare(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     options: CompareConfig = CompareConfig(),  # noqa: B008  (frozen)
     *,
-    on_event: Callable[[Progress], None] = lambda event: None,
+    on_event: Callable[[CompareEvent], None] = lambda event: None,
 ) -> Comparison:
-    """Train and score each method of `options` with `config`'s budget, and write the report into `config.out`.
+    """Train and score each method of `options` with the same budget, and write the report into `config.out`.
 
-    model: a hub id or a folder. data: a file, folder or hub data set, with records as `train` takes them. The learning rate is
-    each method's own, not `config.lr`. A folder with a comparison of the same settings is gone on with. A candidate that fails
-    (its loss is not finite, say) is reported as failed.
+    Each candidate is trained in a process of its own. A comparison of the same settings in the folder is resumed. A candidate
+    that fails, for example with a loss that is not finite, is reported as failed.
 
-    Raises ConfigError or DataError before any training, and Interrupted after Ctrl-C: what was finished is kept.
+    Args:
+        model: a hub id or a folder.
+        data: a file, folder or hub data set, with records as `train` takes them.
+        config: the settings of every run. Each method has a learning rate of its own, which is not `config.lr`.
+        options: the methods and what else is compared.
+        on_event: called with what happens, as `deltaw.runs.events` has it.
+
+    Returns:
+        A row for each method, with its scores on the test records, and the methods beside the best.
+
+    Raises:
+        ConfigError: settings that do not fit each other, or another study in the folder. Nothing is trained.
+        DataError: records that cannot be used, or are too few. Nothing is trained.
+        TrainError: a process ended without a word.
+        Interrupted: Ctrl-C. Finished candidates are kept.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="compared", steps=1, valid_most=4, overwrite=True)
+    >>> options = deltaw.CompareConfig(methods="lora(rank=64)", latency=False)
+    >>> deltaw.compare("model", "train.jsonl", config, options).outcome.rows[0].settings
+    {'rank': 64}
     """
-    return _Comparison(model, data, config, options, on_event).go()
+    if config.lr != TrainConfig().lr:
+        raise ConfigError(
+            "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
+        )
+    every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
+    begun = _begun(model, data, config, options)
+    entries = [_entry(begun, options, contestant, on_event) for contestant in every]
+    measurements = [_measurement(begun.scoring.chosen_by, entry) for entry in entries]
+    results = ComparisonResults(
+        settings=begun.settings,
+        environment=machine.describe(),
+        chosen_by=begun.scoring.chosen_by,
+        sets=begun.scoring.sets,
+        warnings=list(begun.scoring.warnings),
+        rows=[measurement.row for measurement in measurements],
+        compared=_compared(measurements, begun.scoring.metrics[-1]),
+        latency=_latencies(begun, options, entries, on_event),
+    )
+    begun.keep(results.to_json(), comparison_report(results))
+    return Comparison(begun.folder, begun.report, results)
 
 
-class _Comparison:
-    def __init__(
-        self,
-        model: str,
-        data: str | Path,
-        config: TrainConfig,
-        options: CompareConfig,
-        on_event: Callable[[Progress], None],
-    ) -> None:
-        self.model, self.data, self.on_event = model, data, on_event
-        self.config = dataclasses.replace(config, samples=0)
-        if options.quick:
-            minutes = None if config.steps else config.minutes or _QUICK_MINUTES
-            self.config = dataclasses.replace(
-                self.config, minutes=minutes, valid_most=min(config.valid_most, _QUICK_VALID)
-            )
-        if config.lr != TrainConfig().lr:
-            raise ConfigError(
-                "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
-            )
-        self.options = options
-        self.test_most = min(options.test_most, _QUICK_TEST) if options.quick else options.test_most
-        self.contestants = contestants(options.methods or (QUICK if options.quick else DEFAULT))
-        self.folder = Path(config.out)
-        self.sets = self.folder / "data"
-
-    def go(self) -> Comparison:
-        claim(self.folder, SETTINGS, self._settings(), overwrite=self.config.overwrite)
-        source = splits.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
-        most = {"valid_most": self.config.valid_most, "test_most": self.test_most}
-        splits.write(self.sets, source, self.config.data, **most)
-        scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
-        self.data_config, self.metrics, self.chosen_by = scoring.data, list(scoring.metrics), scoring.chosen_by
-        chosen = []
-        for contestant in self.contestants:
-            tried = [self._run(contestant, lr, self.config.seed) for lr in rates(contestant.lr, self.options.lrs)]
-            best = min((t for t in tried if "error" not in t), key=self._held_out, default=None)
-            seeds = [self.config.seed + i for i in range(1, self.options.seeds)] if best else []
-            more = [self._run(contestant, best["task"]["run"]["lr"], seed) for seed in seeds] if best else []
-            chosen.append((contestant, tried, best, more))
-        found = [self._row(*each) for each in chosen]
-        latencies = self._latencies({c.name: best for c, _, best, _ in chosen if best})
-        results = {
-            "settings": self._settings(),
-            "environment": machine.describe(),
-            "chosen_by": self.chosen_by,
-            "sets": scoring.sets,
-            "warnings": list(scoring.warnings),
-            "rows": [row for row, _ in found],
-            "compared": _compared(found, scoring.metrics[-1]),
-            "latency": latencies,
-        }
-        write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        write_report(comparison_report(results), self.folder / REPORT)
-        return Comparison(self.folder, self.folder / REPORT, results)
-
-    # --- the folder ---------------------------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides about the candidates' results; not which candidates there are."""
-        return {
-            "model": self.model, "data": str(self.data), "test": self.options.test, "test_most": self.test_most,
-            "valid": self.config.valid, "run": run_settings(self.config),
-        }  # fmt: skip
-
-    def _held_out(self, run: dict[str, Any]) -> tuple[float, float]:
-        """What a learning rate is chosen by, the least first: the score on held-out records, the loss where scores are equal."""
-        score = run["valid_scores"].get(self.chosen_by, run["valid_loss"])
-        sign = -1.0 if self.chosen_by in MORE_IS_BETTER else 1.0
-        return _least_last(sign, score), _least_last(1.0, run["valid_loss"])
-
-    # --- candidates ---------------------------------------------------------------------------------------------
-
-    def _run(self, contestant: Contestant, lr: float, seed: int) -> dict[str, Any]:
-        """A candidate's score: the one that is there, or of a new process. A failed one's is its error."""
-        words = re.sub(r"[^\w.=+]+", "-", contestant.name).strip("-")
-        folder = self.folder / "runs" / f"{words}-{lr}-{seed}"
-        train, valid, test = (str(splits.file_of(self.sets, name)) for name in splits.NAMES)
-        run = to_mapping(dataclasses.replace(self.config, data=self.data_config))
-        run |= {"lr": lr, "seed": seed, "valid": valid, "split": None}
-        del run["out"], run["overwrite"]
-        task = {
-            "name": contestant.name, "method": contestant.kind, "settings": to_mapping(contestant.method), "model": self.model,
-            "train": train, "test": test, "metrics": self.metrics, "run": run,
-            "valid_metrics": [] if self.chosen_by == "loss" else [self.chosen_by],
-        }  # fmt: skip
-        done = read_json(folder / worker.SCORE)
-        fresh = done is None or done["task"] != json.loads(json.dumps(task)) or not _has_parts(done)
-        if fresh:
-            self._tell("started", contestant, lr, seed, {})
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / worker.TASK, json.dumps(task, indent=1, ensure_ascii=False) + "\n")
-            _in_a_process("deltaw.runs.worker", folder)
-            done = read_json(folder / worker.SCORE)
-        assert done is not None
-        self._tell("finished", contestant, lr, seed, {**done, "fresh": fresh})
-        return done | {"folder": str(folder)}
-
-    def _tell(
-        self, kind: Literal["started", "finished"], contestant: Contestant, lr: float, seed: int, more: dict[str, Any]
-    ) -> None:
-        self.on_event(Progress(kind, {"name": contestant.name, "lr": lr, "seed": seed, **more}))
-
-    def _latencies(self, best: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-        if not self.options.latency or not best:
-            return []
-        runs = {name: run for name, run in best.items() if not METHODS[run["task"]["method"]].trains_everything}
-        task: dict[str, Any] = {
-            "model": self.model, "dtype": "float32" if self.config.dtype == "auto" else self.config.dtype,
-            "device": self.config.device,
-            "adapters": {name: str(Path(run["folder"]) / "run" / "adapter") for name, run in runs.items()},
-            **(_QUICK_TIMED if self.options.quick else _TIMED),
-        }  # fmt: skip
-        done = read_json(self.folder / timing.RESULT)
-        if done is None or done["task"] != task:
-            self.on_event(Progress("timing", {"names": list(task["adapters"])}))
-            write_text(self.folder / timing.TASK, json.dumps(task, indent=1, ensure_ascii=False) + "\n")
-            _in_a_process("deltaw.runs.timing", self.folder)
-            done = read_json(self.folder / timing.RESULT)
-        if done is None:
-            raise TrainError(f"Timing inference failed; what it said is in {self.folder / 'output.txt'}.")
-        found: list[dict[str, Any]] = done["rows"]
-        return found
-
-    def _row(
-        self,
-        contestant: Contestant,
-        tried: list[dict[str, Any]],
-        best: dict[str, Any] | None,
-        more: list[dict[str, Any]],
-    ) -> tuple[dict[str, Any], dict[str, Measured]]:
-        """What results.json has of a method, and its scores by metric."""
-        settings = dict(described(contestant.method))
-        row: dict[str, Any] = {"name": contestant.name, "method": contestant.kind, "settings": settings}
-        row["tried"] = [
-            {
-                "lr": t["task"]["run"]["lr"], "valid_loss": t.get("valid_loss"),
-                "valid_score": t.get("valid_scores", {}).get(self.chosen_by), "error": t.get("error"),
-            }
-            for t in tried
-        ]  # fmt: skip
-        if best is None:
-            return row | {"error": tried[0]["error"]}, {}
-        figures = {k: v for k, v in best.items() if k not in ("task", "folder", "scores", "valid", "valid_scores")}
-        runs = [best, *(run for run in more if "error" not in run)]
-        seeds = [run["task"]["run"]["seed"] for run in runs]
-        measured = {metric: of_scores([run["scores"][metric] for run in runs], seeds) for metric in best["scores"]}
-        scores = {metric: row_of(best["scores"][metric], own, metric) for metric, own in measured.items()}
-        return row | {"lr": best["task"]["run"]["lr"], **figures, "scores": scores, "valid": best["valid"]}, measured
+def _begun(model: str, data: str | Path, config: TrainConfig, options: CompareConfig) -> Study:
+    """Claim the folder and write the records; --quick has less of everything."""
+    config, test_most = dataclasses.replace(config, samples=0), options.test_most
+    if options.quick:
+        minutes = None if config.steps else config.minutes or _QUICK_MINUTES
+        config = dataclasses.replace(config, minutes=minutes, valid_most=min(config.valid_most, _QUICK_VALID))
+        test_most = min(test_most, _QUICK_TEST)
+    settings = StudySettings(
+        model=model, data=str(data), test=options.test, test_most=test_most, valid=config.valid,
+        run=study.shared_settings(config),
+    )  # fmt: skip
+    source = splits.Source(data, config.data.split, config.valid, options.test)
+    return study.opened("comparison", settings, source, config, options.metrics)
 
 
-def _compared(found: Sequence[tuple[dict[str, Any], dict[str, Measured]]], metric: str) -> list[dict[str, Any]]:
-    """The methods beside the best by this metric; of equals the smaller is the better."""
-    scored = sorted((each for each in found if each[1]), key=lambda each: each[0]["parameters"])
-    measured = {row["name"]: own[metric] for row, own in scored if math.isfinite(own[metric].value)}
-    if len(measured) < 2:
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A candidate that was trained to its end."""
+
+    lr: float
+    seed: int
+    folder: Path
+    score: CandidateScore
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A method with its candidates."""
+
+    contestant: Contestant
+    tried: Mapping[float, Outcome]
+    """Learning rate → what its run came to, with the first seed."""
+    runs: list[_Run]
+    """With the best learning rate, one a seed, the first seed's first."""
+
+
+def _entry(
+    begun: Study, options: CompareConfig, contestant: Contestant, on_event: Callable[[CompareEvent], None]
+) -> _Entry:
+    """Train a method at all learning rates, then with the other seeds at its best one."""
+
+    def trained(lr: float, seed: int) -> Outcome:
+        return _outcome(begun, contestant, lr, seed, on_event)
+
+    seed, order = begun.config.seed, begun.scoring.order
+    tried = {lr: trained(lr, seed) for lr in rates(contestant.lr, options.lrs)}
+    scored = {lr: outcome for lr, outcome in tried.items() if isinstance(outcome, CandidateScore)}
+    if not scored:
+        return _Entry(contestant, tried, [])
+    lr = min(scored, key=lambda lr: order(scored[lr].valid_loss, scored[lr].valid_scores))
+    outcomes = {seed: scored[lr]} | {other: trained(lr, other) for other in range(seed + 1, seed + options.seeds)}
+    runs = [
+        _Run(lr, s, _folder(begun, contestant, lr, s), outcome)
+        for s, outcome in outcomes.items()
+        if isinstance(outcome, CandidateScore)
+    ]
+    return _Entry(contestant, tried, runs)
+
+
+def _outcome(
+    begun: Study, contestant: Contestant, lr: float, seed: int, on_event: Callable[[CompareEvent], None]
+) -> Outcome:
+    """Return what a candidate came to: as its folder says, or else by training it in a new process."""
+    folder = _folder(begun, contestant, lr, seed)
+    task = _task(begun, contestant, lr, seed).to_json()
+    outcome = _kept(folder, task)
+    fresh = outcome is None
+    if outcome is None:
+        on_event(CandidateStarted(contestant.name, lr, seed))
+        _write(folder / worker.CANDIDATE, task)
+        in_a_process("candidate", folder, worker.SCORE)
+        outcome = _kept(folder, task)
+    assert outcome is not None
+    on_event(CandidateFinished(contestant.name, lr, seed, outcome, fresh))
+    return outcome
+
+
+def _folder(begun: Study, contestant: Contestant, lr: float, seed: int) -> Path:
+    words = re.sub(r"[^\w.=+]+", "-", contestant.name).strip("-")
+    return begun.folder / "runs" / f"{words}-{lr}-{seed}"
+
+
+def _task(begun: Study, contestant: Contestant, lr: float, seed: int) -> CandidateTask:
+    scoring = begun.scoring
+    run = to_mapping(dataclasses.replace(begun.config, data=scoring.data))
+    run |= {"lr": lr, "seed": seed, "valid": begun.records("valid"), "split": None}
+    del run["out"], run["overwrite"]
+    return CandidateTask(
+        name=contestant.name,
+        method=contestant.kind,
+        settings=to_mapping(contestant.method),
+        model=begun.settings.model,
+        train=begun.records("train"),
+        test=begun.records("test"),
+        metrics=list(scoring.metrics),
+        run=run,
+        valid_metrics=[] if scoring.chosen_by == "loss" else [scoring.chosen_by],
+    )
+
+
+def _kept(folder: Path, task: dict[str, object]) -> Outcome | None:
+    """Return what the candidate of this very task came to; None where it is to be trained."""
+    score = read_json(folder / worker.SCORE)
+    return None if score is None or score["task"] != json.loads(json.dumps(task)) else outcome_from(score)
+
+
+def _write(path: Path, values: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+class _Measurement(NamedTuple):
+    row: MethodRow
+    scores: dict[str, Measured]
+    """By metric; none where the method failed."""
+
+
+def _measurement(chosen_by: str, entry: _Entry) -> _Measurement:
+    """Return a method's row, and its scores by metric."""
+    contestant, runs = entry.contestant, entry.runs
+    tried = [TriedRate.of(lr, outcome, chosen_by) for lr, outcome in entry.tried.items()]
+    if not runs:
+        best: BestRun | Failed = next(outcome for outcome in entry.tried.values() if isinstance(outcome, Failed))
+        measured: dict[str, Measured] = {}
+    else:
+        first, seeds = runs[0], [run.seed for run in runs]
+        measured = {name: measured_by([run.score.scores[name] for run in runs], seeds) for name in first.score.scores}
+        scores = {name: over_seeds(first.score.scores[name], of_runs, name) for name, of_runs in measured.items()}
+        best = BestRun(first.lr, first.score.figures, scores, first.score.valid)
+    settings = dict(described(contestant.method))
+    return _Measurement(MethodRow(contestant.name, contestant.kind, settings, tried, best), measured)
+
+
+def _compared(measurements: Sequence[_Measurement], metric: str) -> list[Compared]:
+    """Return the methods beside the best by this metric; of equals the smaller is the better."""
+
+    def parameters(measurement: _Measurement) -> int:
+        best = measurement.row.best
+        return best.figures.parameters if isinstance(best, BestRun) else 0
+
+    scored = sorted((m for m in measurements if m.scores), key=parameters)
+    by_name = {m.row.name: m.scores[metric] for m in scored if math.isfinite(m.scores[metric].value)}
+    return compared(by_name, more_is_better=metric in MORE_IS_BETTER) if len(by_name) > 1 else []
+
+
+def _latencies(
+    begun: Study, options: CompareConfig, entries: Sequence[_Entry], on_event: Callable[[CompareEvent], None]
+) -> list[LatencyRow]:
+    """Time inference with each method's adapter, unless that is done already. A fully fine-tuned model is as fast as the base."""
+    timeable = [entry for entry in entries if entry.runs and not METHODS[entry.contestant.kind].trains_everything]
+    trained = {entry.contestant.name: entry.runs[0].folder for entry in timeable}
+    if not options.latency or not trained:
         return []
-    return [dataclasses.asdict(each) for each in compared(measured, more_is_better=metric in MORE_IS_BETTER)]
+    timed = _QUICK_TIMED if options.quick else _TIMED
+    task = TimingTask(
+        model=begun.settings.model,
+        dtype="float32" if begun.config.dtype == "auto" else begun.config.dtype,
+        device=begun.config.device,
+        adapters={name: str(RunFolder(folder / "run").adapter) for name, folder in trained.items()},
+        passes=timed.passes,
+        decoding=timed.decoding,
+        seconds=timed.seconds,
+    ).to_json()
+    kept = read_json(begun.folder / worker.LATENCY)
+    if kept is None or kept["task"] != task:
+        on_event(TimingStarted(list(trained)))
+        _write(begun.folder / worker.TIMING, task)
+        in_a_process("timing", begun.folder, worker.LATENCY)
+        kept = read_json(begun.folder / worker.LATENCY)
+    assert kept is not None
+    return [LatencyRow.from_json(row) for row in kept["rows"]]
 
 
-def _has_parts(done: dict[str, Any]) -> bool:
-    """Whether a score says what each item adds to it, as those of older versions do not."""
-    return "error" in done or all("parts" in score for score in done["scores"].values())
+def in_a_process(part: str, folder: Path, result: str) -> None:
+    """Do a part of the comparison in a process, to its end. What it prints goes to FOLDER/output.txt.
 
-
-def _least_last(sign: float, value: float | None) -> float:
-    """To sort by; what is not there, or not a number, comes last."""
-    return math.inf if value is None or math.isnan(value) else sign * value
-
-
-def _in_a_process(module: str, folder: Path) -> None:
-    """Run it to its end; what it says goes to FOLDER/output.txt. Raises Interrupted when it was, TrainError when it ended
-    without a word."""
+    part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted after Ctrl-C, and TrainError
+    where the process ended without a result.
+    """
+    (folder / result).unlink(missing_ok=True)  # one of other settings
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (folder / "output.txt").open("w", encoding="utf-8") as output:
-        words = [sys.executable, "-m", module, str(folder)]
+        words = [sys.executable, "-m", worker.__name__, part, str(folder)]
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=os.environ | quiet)
         try:
             code = process.wait()
@@ -261,6 +346,5 @@ def _in_a_process(module: str, folder: Path) -> None:
             code = Interrupted.exit_code
     if code == Interrupted.exit_code:
         raise Interrupted("Stopped. What was finished is kept: the same command goes on from there.")
-    results = [worker.SCORE, timing.RESULT]
-    if code < 0 or not any((folder / name).is_file() for name in results):
-        raise TrainError(f"{module} ended with {code} and no result; what it said is in {folder / 'output.txt'}.")
+    if code < 0 or not (folder / result).is_file():
+        raise TrainError(f"The {part} ended with {code} and no result; what it said is in {folder / 'output.txt'}.")

@@ -1,64 +1,99 @@
-"""The folder of a finished run, or of a study of many that goes on where it stopped. Knows files; no models."""
+"""The folder of a run: where everything in it lies, and what a finished one holds. Knows files; no models."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from deltaw.config import TrainConfig, from_mapping, keys, to_mapping
+from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.errors import ConfigError, FileError
 from deltaw.files import store
 from deltaw.files.formats import peft
-from deltaw.files.formats.atomic import write_text
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.formats.peft_config import method_of
 from deltaw.files.spectrum import triples_of
 from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
+from deltaw.runs.results import JsonObject
 from deltaw.training.opening import of_adapter
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run, or an adapter of which the run is not there."""
+class RunFolder:
+    """The one place that knows where a run's state lies on disk."""
 
     path: Path
-    """As it was given."""
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT format."""
+        return self.path / "adapter"
+
+    @property
+    def config(self) -> Path:
+        """The settings that reproduce the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        """The run's events, a line each."""
+        return self.path / "log.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The figures of the run that has ended."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def score(self) -> Path:
+        """Of a study's candidate: what its run came to."""
+        return self.path / "score.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, or an adapter without its run."""
+
+    path: Path
+    """The folder as it was named."""
     adapter: Path
     file: LoRAFile
     triples: Mapping[str, Triples]
     """Layer name → the singular triples of its ΔW."""
-    settings: Mapping[str, Any]
-    """Those of config.yaml, which the adapter has too; none of a foreign adapter's."""
+    settings: Mapping[str, object]
+    """The run's settings, which the adapter keeps too; none where others wrote the adapter."""
 
     @property
     def folder(self) -> Path:
-        """Where more about it can be written."""
+        """The folder for what is written about it."""
         return self.path if self.path != self.adapter else self.path.parent
 
     @property
     def rank(self) -> int:
-        """Of the layer that has the largest."""
+        """The largest rank of its layers."""
         return max(self.file.rank(layer) for layer in self.file.factors)
 
     def named(self, key: str) -> str | None:
-        """The model or the data by name; None where they were objects in memory, or the file does not say."""
-        found = self.settings.get(key)
-        return found if isinstance(found, str) and found and not found.startswith("<") else None
+        """Return a setting that names the model or the data; None for objects in memory, or where there is no such setting."""
+        name = self.settings.get(key)
+        return name if isinstance(name, str) and name and not name.startswith("<") else None
 
     def config(self) -> TrainConfig:
-        """As it was trained."""
+        """Return the settings of training."""
         known = {k: self.settings[k] for k in keys(TrainConfig) if k in self.settings}
         config = from_mapping(TrainConfig, known, where=str(self.adapter))
         return config if self.settings else TrainConfig(data=of_adapter(self.adapter))
 
     def method(self) -> LoRA:
-        """As it was trained. Raises ConfigError for an adapter that does not say."""
+        """Return the settings of its method. Raises ConfigError for an adapter that does not say them."""
         kind = DoRA if self.settings.get("method") == "dora" else LoRA
         if "targets" not in self.settings:
             raise ConfigError(f"{self.adapter} does not say how it was trained: it is not of a run of deltaw.")
@@ -67,9 +102,9 @@ class Finished:
 
 
 def finished(path: str | Path) -> Finished:
-    """The run or adapter in this folder. Raises FileError where there is none, or one that has no rank."""
+    """Return the run or adapter in a folder. Raises FileError where there is none, or one without a rank."""
     path = Path(path)
-    adapter = next((p for p in (path / "adapter", path) if (p / peft.CONFIG).is_file()), None)
+    adapter = next((p for p in (RunFolder(path).adapter, path) if (p / peft.CONFIG).is_file()), None)
     if adapter is None:
         raise FileError(f"{path} is neither a run's folder, which has an adapter in it, nor an adapter's.")
     other = method_of(adapter)
@@ -80,42 +115,21 @@ def finished(path: str | Path) -> Finished:
 
 
 def parameters_of(file: LoRAFile) -> int:
-    """Trained values in the file."""
+    """Return the number of trained values in the file."""
     factors = sum(A.numel() + B.numel() for A, B in file.factors.values())
     others = (*file.magnitudes.values(), *file.biases.values(), *file.whole.values())
     return factors + sum(t.numel() for t in others) + sum(values.numel() for _, values in file.rows.values())
 
 
-def run_settings(config: TrainConfig) -> dict[str, Any]:
-    """Those that all runs of a study share."""
-    return {k: v for k, v in to_mapping(config).items() if k not in ("out", "overwrite", "lr", "valid")}
+def read_json(path: Path) -> JsonObject | None:
+    """Return the object in a JSON file; None where there is no file."""
+    if not path.is_file():
+        return None
+    found: JsonObject = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
-def claim(folder: Path, name: str, own: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Go on with a study whose settings, in the file `name`, are `own`, or begin one. `own["run"]` are settings of each run.
-    Raises ConfigError where something else is in the folder, unless `overwrite` may replace it."""
-    path, kind = folder / name, name.partition(".")[0]
+def refuse_a_file(folder: Path) -> None:
+    """Raise ConfigError where a file is in the place of a folder that is to be written."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out is {folder}, which is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        known = read_json(path)
-        begun = known is None or (folder / "runs").exists()
-        if known != own and begun and not overwrite:
-            raise ConfigError(
-                f"The folder {folder} holds "
-                + (f"a {kind} with other settings ({', '.join(_differing(known, own))})" if known else "something else")
-                + ". Choose another --out, or pass --overwrite to replace it."
-            )
-        if known != own:
-            shutil.rmtree(folder)
-    write_text(path, json.dumps(own, indent=1, ensure_ascii=False) + "\n")
-
-
-def _differing(known: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    other = sorted(k for k in own["run"] if known["run"].get(k) != own["run"][k])
-    return other + sorted(k for k in own if k != "run" and known.get(k) != own[k])
-
-
-def read_json(path: Path) -> Any:
-    """None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

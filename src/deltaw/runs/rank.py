@@ -1,5 +1,5 @@
 """Which rank a finished run's data needed, from its one adapter: cut to each smaller rank, scored on held-out records, compared
-in pairs; and which directions there are. Prints nothing: it reports events.
+in pairs; and which directions there are. Prints nothing: it tells events.
 
 Cutting and scoring are of the very file that `compress` would write.
 """
@@ -12,11 +12,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
+from torch import nn
 
-from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig, to_mapping
+from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, to_mapping
+from deltaw.data import Record
 from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
@@ -35,13 +36,26 @@ from deltaw.runs.candidates import numbers
 from deltaw.runs.directions import alike, amplifications
 from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, of_losses, shortened
 from deltaw.runs.evaluation.evaluate import evaluate
-from deltaw.runs.folder import Finished, finished, parameters_of
+from deltaw.runs.events import Confirming, RankEvent, Scored, SweepEvent
+from deltaw.runs.folder import Finished, RunFolder, finished, parameters_of, read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.plan import plan
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.rank import rank_report
-from deltaw.runs.scoring import metrics_for
-from deltaw.runs.sweep import Progress as SweepProgress
+from deltaw.runs.results import JsonObject
+from deltaw.runs.results.rank import (
+    Allocated,
+    BaseScores,
+    Confirmed,
+    Cost,
+    LayerSpectrum,
+    NotConfirmed,
+    RankResults,
+    RankRow,
+    RecordsUsed,
+)
+from deltaw.runs.results.scores import SeedScores
+from deltaw.runs.study import metrics_for
 from deltaw.runs.sweep import sweep
 from deltaw.training.opening import equip
 from deltaw.training.optim import ADAM_STATE
@@ -50,248 +64,196 @@ from deltaw.training.tasks import task_of
 
 log = logging.getLogger("deltaw")
 
-RESULTS, REPORT, CONFIRMED = "rank.json", "rank.html", "confirmed"
+_RESULTS, _REPORT, _CONFIRMED = "rank.json", "rank.html", "confirmed"
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Something that happened, for whoever shows it."""
-
-    kind: Literal["scored", "confirming"]
-    values: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class RankChoice:
-    """What `choose_rank` returns."""
+    """What `choose_rank` came to.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="chosen", steps=3, valid_share=0.25, samples=0, valid_most=6, overwrite=True)
+    >>> result = deltaw.train("model", "train.jsonl", config, method=deltaw.LoRA(rank=2, targets="q"))
+    >>> choice = deltaw.choose_rank(result.folder)
+    >>> [(row.rank, row.parameters) for row in choice.outcome.ranks]
+    [(1, 128), (2, 256)]
+    """
 
     rank: int
-    """The smallest that is enough."""
+    """The smallest rank that is enough."""
     choice: Choice
-    """What says so."""
+    """The tests that say so."""
     report: Path
-    results: dict[str, Any]
-    """What rank.json holds."""
+    """The page about it."""
+    outcome: RankResults
+    """Each rank's loss and cost, the spectrum of each layer, and whether training again confirmed the choice."""
+
+    @property
+    def results(self) -> JsonObject:
+        """The plain values of rank.json."""
+        return self.outcome.to_json()
 
 
 def choose_rank(
     run: str | Path,
     config: RankConfig = RankConfig(),  # noqa: B008  (frozen)
     *,
-    on_event: Callable[[Progress], None] = lambda event: None,
+    on_event: Callable[[RankEvent], None] = lambda event: None,
 ) -> RankChoice:
-    """Cut the adapter of a finished run to smaller ranks, score each on records that it was not trained on, and recommend the
-    smallest whose loss is, with 95% confidence, not worse than the whole adapter's by more than `config.margin` of it. Writes
-    rank.json and rank.html into the run's folder.
+    """Cut the adapter of a finished run to smaller ranks, and recommend the smallest that is enough.
 
-    run: a run's folder, or an adapter's. Raises FileError for an adapter that cannot be read or has no rank, ConfigError for
-    settings that do not fit it, DataError for records that cannot be read, BaseMismatch for another base.
+    Each rank is scored on records that the adapter was not trained on. A rank is enough if its loss is, with 95% confidence, not
+    worse than the whole adapter's by more than `config.margin` of it. rank.json and rank.html are written into the run's folder.
+
+    Args:
+        run: a run's folder, or an adapter's.
+        config: which ranks, which records, and whether to confirm the choice by training again.
+        on_event: called with what happens, as `deltaw.runs.events` has it.
+
+    Returns:
+        The recommended rank, with its evidence.
+
+    Raises:
+        FileError: an adapter that cannot be read, or without a rank.
+        ConfigError: settings that do not fit the adapter.
+        DataError: records that cannot be used, or are too few.
+        BaseMismatch: the adapter is of another base.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="ranked", steps=3, valid_share=0.25, samples=0, valid_most=6, overwrite=True)
+    >>> result = deltaw.train("model", "train.jsonl", config, method=deltaw.LoRA(rank=4, targets="q"))
+    >>> choice = deltaw.choose_rank(result.folder, deltaw.RankConfig(ranks="1", margin=0.5))
+    >>> choice.rank, [tested.rank for tested in choice.choice.tested], choice.report.name
+    (1, [1, 4], 'rank.html')
     """
-    return _Choosing(finished(run), config, on_event).go()
+    adapted = finished(run)
+    ranks = _ranks(config.ranks, adapted)
+    others = [finished(path.strip()) for path in config.against.split(",") if path.strip()]
+    pairs = [alike(adapted, other, f"{other.path} (r = {other.rank})") for other in others]
+    if config.confirm:
+        check_confirmable(adapted)
+    choice, results = _cut_and_scored(adapted, config, ranks, on_event)  # leaves no model in memory
+    results = dataclasses.replace(results, alike=pairs)
+    folder = Path(config.out) if config.out is not None else adapted.folder
+    _write(folder, results)
+    if config.confirm and choice.rank != adapted.rank:
+        confirmation = confirmed(adapted, config, choice.rank, folder / _CONFIRMED, lambda e: on_event(Confirming(e)))
+        results = dataclasses.replace(results, confirmed=confirmation)
+        _write(folder, results)
+    return RankChoice(choice.rank, choice, folder / _REPORT, results)
 
 
-class _Choosing:
-    def __init__(self, run: Finished, config: RankConfig, on_event: Callable[[Progress], None]) -> None:
-        self.run, self.config, self.on_event = run, config, on_event
-        self.ranks = _ranks(config.ranks, run)
-        self.others = [finished(path.strip()) for path in config.against.split(",") if path.strip()]
-        self.folder = Path(config.out) if config.out is not None else run.folder
-        self.spectra = spectra_of(run.triples)
+def _write(folder: Path, results: RankResults) -> None:
+    write_text(folder / _RESULTS, json.dumps(results.to_json(), indent=1, ensure_ascii=False) + "\n")
+    write_report(rank_report(results), folder / _REPORT)
 
-    def go(self) -> RankChoice:
-        alike_to = [alike(self.run, other) | {"with": f"{other.path} (r = {other.rank})"} for other in self.others]
-        if self.config.confirm:
-            check_confirmable(self.run)
-        self.held = self._opened()
-        self.model = self.held.loaded.model
-        self._name_layers()
-        self._encode()
-        base = self._base()
-        cuts = {rank: self._scored(f"r = {rank}", self._cut(rank)) for rank in self.ranks}
-        choice = chosen({rank: cut.losses for rank, cut in cuts.items()}, self.config.margin)
-        results = {
-            "run": str(self.run.path),
-            "settings": dict(self.run.settings),
-            "options": to_mapping(self.config),
-            "environment": machine.describe(),
-            "records": self._records_used(),
-            "loop": _loop_of(self.run),
-            "base": base and _beside(*base, cuts[self.ranks[-1]].losses),
-            "rank": choice.rank,
-            "margin": choice.margin,
-            "ranks": self._rows(cuts, choice),
-            "allocated": self._allocations(cuts, choice.rank),
-            "layers": [_layer(self.run.file.shown(name), own) for name, own in self.spectra.items()],
-            "amplified": amplifications(self.model, self.run, choice.rank),
-            "alike": alike_to,
-            "confirmed": None,
-        }
-        self._write(results)
-        if self.config.confirm and choice.rank != self.run.rank:
-            self.model = None
-            del self.held  # one model in memory
-            results["confirmed"] = confirmed(
-                self.run, self.config, choice.rank, self.folder / CONFIRMED, self._confirming
-            )
-            self._write(results)
-        return RankChoice(choice.rank, choice, self.folder / REPORT, results)
 
-    def _write(self, results: dict[str, Any]) -> None:
-        write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        write_report(rank_report(results), self.folder / REPORT)
+def _ranks(text: str, run: Finished) -> list[int]:
+    """Return the ranks to cut to, rising, the adapter's last; by default the powers of two. Raises ConfigError."""
+    if not text:
+        return [*(2**i for i in range(run.rank.bit_length()) if 2**i < run.rank), run.rank]
+    problems: list[str] = []
+    ranks = numbers(text, int, "ranks", problems)
+    problems += [f"ranks: {rank} is more than the adapter has ({run.rank})" for rank in ranks if rank > run.rank]
+    if problems:
+        raise ConfigError("The adapter cannot be cut to these ranks:", problems)
+    return sorted({*ranks, run.rank})
 
-    def _confirming(self, event: SweepProgress) -> None:
-        self.on_event(Progress("confirming", {"kind": event.kind, **event.values}))
 
-    # --- the model and its records ------------------------------------------------------------------------------
+# --- the model and its records ------------------------------------------------------------------------------------
 
-    def _opened(self) -> HeldOut:
-        run, config = self.run, self.run.config()
-        model = self.config.model or run.named("model")
-        records = self.config.records
-        data = self.config.data or run.named("data") or (records if records and is_path(records) else None)
-        problems = []
-        if model is None:
-            problems.append("the base model: name it with --model")
-        if data is None:
-            problems.append("the records: give held-out ones as a file with --records")
-        if model is None or data is None:
-            raise ConfigError(f"{run.adapter} does not say what it was trained on:", problems)
-        if records is not None:
-            config = dataclasses.replace(config, valid=records)
-        held = held_out(model, data, config, self.config.most)
-        loaded = equip(held.loaded, run.adapter)
-        attach.detach(loaded.model)
-        return dataclasses.replace(held, loaded=loaded)
 
-    def _name_layers(self) -> None:
-        """As this version of the model's code has them."""
-        file = renamed(self.run.file, dict(tree.base_modules(self.model)))
-        if file.factors.keys() != self.run.file.factors.keys():
-            self.run = dataclasses.replace(self.run, file=file, triples=triples_of(file, self.run.adapter))
-            self.spectra = spectra_of(self.run.triples)
+@dataclass(frozen=True)
+class _Opened:
+    """A run's adapter beside its base, in memory, with the records that it is scored on."""
 
-    def _encode(self) -> None:
-        data, loaded = self.held.config.data, self.held.loaded
-        self.metrics = [m for m in metrics_for(self.config.metrics, data, self.held.records.form) if m != "loss"]
-        encoded = task_of(data).encode(self.held.records, loaded, data)
-        self.examples, self.kept = encoded.examples, self.held.records.only(encoded.records).items
-        if len(items_in(self.kept)) < 2:
-            raise DataError(
-                f"The held-out set has {described(self.kept)}, and an interval needs two: give others with --records."
-            )
+    run: Finished
+    """With its layers named as this version of the model's code names them."""
+    spectra: Mapping[str, Spectrum]
+    held: HeldOut
+    model: nn.Module
+    records: Sequence[Record]
+    """Those that could be encoded."""
+    length: int
+    """Tokens of the longest one, two at least."""
+    metrics: Sequence[str]
+    """Besides the loss."""
 
-    def _records_used(self) -> dict[str, Any]:
-        own = self.config.records is None
-        return {
-            "count": len(self.examples),
-            "items": len(items_in(self.kept)),
-            "what": described(self.kept),
-            "overlap": self.held.sets.overlap,
-            "source": self.config.records or "held out by the run",
-            "stopped_by": own and self.held.config.patience is not None,
-        }
+    def uniform(self, rank: int) -> dict[str, int]:
+        """Return one rank for all layers, as far as each layer has it."""
+        return {layer: min(rank, len(spectrum.values)) for layer, spectrum in self.spectra.items()}
 
-    # --- scores -------------------------------------------------------------------------------------------------
+    def cut(self, ranks: Mapping[str, int]) -> LoRAFile:
+        """Return the adapter cut to a rank for each layer."""
+        return truncated(self.run.file, self.run.triples, ranks)
 
-    def _cut(self, rank: int) -> LoRAFile:
-        return truncated(self.run.file, self.run.triples, self._uniform(rank))
 
-    def _uniform(self, rank: int) -> dict[str, int]:
-        return {layer: min(rank, len(own.values)) for layer, own in self.spectra.items()}
+def _opened(run: Finished, config: RankConfig) -> _Opened:
+    held = _held_out(run, config)
+    model: nn.Module = held.loaded.model
+    file = renamed(run.file, dict(tree.base_modules(model)))
+    if file.factors.keys() != run.file.factors.keys():
+        run = dataclasses.replace(run, file=file, triples=triples_of(file, run.adapter))
+    data = held.config.data
+    encoded = task_of(data).encode(held.records, held.loaded, data)
+    records = held.records.only(encoded.records).items
+    if len(items_in(records)) < 2:
+        raise DataError(
+            f"The held-out set has {described(records)}, and an interval needs two: give others with --records."
+        )
+    return _Opened(
+        run=run,
+        spectra=spectra_of(run.triples),
+        held=held,
+        model=model,
+        records=records,
+        length=max(2, *(example.length for example in encoded.examples)),
+        metrics=[m for m in metrics_for(config.metrics, data, held.records.form) if m != "loss"],
+    )
 
-    def _base(self) -> tuple[Measured, dict[str, Any]] | None:
-        """Scores without any adapter; None where the model has no head of its own."""
-        if self.held.loaded.untrained:
-            return None
-        losses, scores = self._scores()
-        self.on_event(Progress("scored", {"name": "base", "loss": losses.value}))
-        return losses, scores
 
-    def _scored(self, name: str, cut: LoRAFile) -> _Cut:
-        placed = store.place(self.model, cut, self.run.adapter, name="cut", check_base=False)
-        try:
-            with using(self.model, placed):
-                found = _Cut(cut, *self._scores())
-        finally:
-            attach.detach(self.model, placed)
-        self.on_event(Progress("scored", {"name": name, "loss": found.losses.value}))
-        return found
+def _held_out(run: Finished, options: RankConfig) -> HeldOut:
+    """Open the base with what the adapter brings for it, but without the adapter, and the records to score."""
+    config, records = run.config(), options.records
+    model = options.model or run.named("model")
+    data = options.data or run.named("data") or (records if records and is_path(records) else None)
+    problems = []
+    if model is None:
+        problems.append("the base model: name it with --model")
+    if data is None:
+        problems.append("the records: give held-out ones as a file with --records")
+    if model is None or data is None:
+        raise ConfigError(f"{run.adapter} does not say what it was trained on:", problems)
+    if records is not None:
+        config = dataclasses.replace(config, valid=records)
+    held = held_out(model, data, config, options.most)
+    loaded = equip(held.loaded, run.adapter)
+    attach.detach(loaded.model)
+    return dataclasses.replace(held, loaded=loaded)
 
-    def _scores(self) -> tuple[Measured, dict[str, Any]]:
-        """Score the model as it stands: the loss, and the metrics."""
-        held, generation = self.held, GenerateConfig(batch=max(16, self.held.config.batch))
-        found = evaluate(
-            self.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *self.metrics]
-        )  # fmt: skip
-        assert found.losses is not None
-        sums, counts, items = (np.array(part) for part in found.losses)
-        losses = of_losses(sums, counts, items)
-        scores = {name: found.scores[name].plain() for name in self.metrics}
-        return losses, {name: {**score, "seeds": [score["value"]]} for name, score in scores.items()}
 
-    # --- what they come to --------------------------------------------------------------------------------------
+def _records_used(opened: _Opened, config: RankConfig) -> RecordsUsed:
+    return RecordsUsed(
+        count=len(opened.records),
+        items=len(items_in(opened.records)),
+        what=described(opened.records),
+        overlap=opened.held.sets.overlap,
+        source=config.records or "held out by the run",
+        stopped_by=config.records is None and opened.held.config.patience is not None,
+    )
 
-    def _rows(self, cuts: Mapping[int, _Cut], choice: Choice) -> list[dict[str, Any]]:
-        costs, total = self._costs(list(cuts)), sum(own.norm**2 for own in self.spectra.values())
-        found = []
-        for tested in choice.tested:
-            cut = cuts[tested.rank]
-            kept = sum(own.energy(tested.rank) * own.norm**2 for own in self.spectra.values())
-            parameters, size = parameters_of(cut.file), peft.size(cut.file)
-            found.append({
-                **dataclasses.asdict(tested), "energy": kept / total if total else 1.0, "parameters": parameters, "bytes": size,
-                "bytes_with_optimizer": size + ADAM_STATE * parameters, "scores": cut.scores,
-                "parts": shortened(cut.losses.parts[0]), **costs.get(tested.rank, {}),
-            })  # fmt: skip
-        return found
 
-    def _costs(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """What training at each rank would take, where the run says how it was trained."""
-        config = self.held.config
-        length = max(2, *(example.length for example in self.examples))
-        try:
-            method = self.run.method()
-            if not isinstance(method.targets, str):
-                return {}
-            settings = PlanConfig(
-                task=config.data.task, labels=len(config.data.labels or [0, 1]), batch=config.micro_batch or config.batch,
-                length=length, dtype=config.dtype, device="cuda" if self.model.device.type == "cuda" else "cpu",
-                optimizer=config.optimizer, gradient_checkpointing=config.gradient_checkpointing,
-            )  # fmt: skip
-            methods = {str(rank): dataclasses.replace(method, rank=rank) for rank in ranks}
-            rows = plan(self.model.config, settings, methods).rows
-        except DeltaWError as error:
-            log.debug("The cost of training at each rank cannot be told: %s", error)
-            return {}
-        return {
-            int(row.name): {
-                "memory": row.memory.total,
-                "flops_per_token": row.flops_per_token,
-                "length": padded(length),
-            }
-            for row in rows
-        }
+# --- scores -------------------------------------------------------------------------------------------------------
 
-    def _allocations(self, cuts: Mapping[int, _Cut], rank: int) -> list[dict[str, Any]]:
-        """The recommended rank's parameters, and those of the next smaller one, spent where a parameter keeps the most of ΔW,
-        against the same number spent evenly."""
-        smaller = [r for r in self.ranks if r < rank][-1:]
-        found = []
-        for each in (*smaller, rank):
-            even = self._uniform(each)
-            ranks = allocated(self.spectra, sum(n * self.spectra[layer].cost for layer, n in even.items()))
-            if ranks == even:
-                continue
-            cut = self._scored(f"r = {each}, allocated", truncated(self.run.file, self.run.triples, ranks))
-            difference = cut.losses.less(cuts[each].losses).interval()
-            found.append({
-                "rank": each, "parameters": parameters_of(cut.file), "loss": cut.losses.interval().plain(),
-                "difference": difference.plain(), "better": difference.high < 0, "ranks": ranks,
-                "bytes": peft.size(cut.file),
-            })  # fmt: skip
-        return found
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a model scores on the records."""
+
+    losses: Measured
+    metrics: dict[str, SeedScores]
+    """Besides the loss."""
 
 
 @dataclass(frozen=True)
@@ -299,44 +261,161 @@ class _Cut:
     """An adapter of fewer directions, and what it scores."""
 
     file: LoRAFile
-    losses: Measured
-    scores: dict[str, Any]
+    scores: _Scores
 
 
-def _beside(base: Measured, scores: Mapping[str, Any], adapter: Measured) -> dict[str, Any]:
-    """What the base scores, and its loss less the whole adapter's, item by item."""
-    return {"loss": base.value, "scores": dict(scores), "less_adapter": base.less(adapter).interval().plain()}
+def _cut_and_scored(
+    run: Finished, config: RankConfig, ranks: Sequence[int], on_event: Callable[[RankEvent], None]
+) -> tuple[Choice, RankResults]:
+    """Open the run's model, score the adapter at each rank, and choose one."""
+    opened = _opened(run, config)
+    base = _base_scores(opened, on_event)
+    cuts = {rank: _cut(opened, f"r = {rank}", opened.cut(opened.uniform(rank)), on_event) for rank in ranks}
+    whole = cuts[ranks[-1]].scores.losses
+    choice = chosen({rank: cut.scores.losses for rank, cut in cuts.items()}, config.margin)
+    results = RankResults(
+        run=str(run.path),
+        settings=dict(run.settings),
+        options=to_mapping(config),
+        environment=machine.describe(),
+        records=_records_used(opened, config),
+        loop=_loop_of(run),
+        base=None if base is None else BaseScores(base.losses.value, base.metrics, base.losses.less(whole).interval()),
+        rank=choice.rank,
+        margin=choice.margin,
+        ranks=_rows(opened, cuts, choice),
+        allocated=_allocations(opened, cuts, choice.rank, on_event),
+        layers=[_layer(opened.run.file.shown(name), spectrum) for name, spectrum in opened.spectra.items()],
+        amplified=amplifications(opened.model, opened.run, choice.rank),
+        alike=[],
+        confirmed=None,
+    )
+    return choice, results
 
 
-def _ranks(text: str, run: Finished) -> list[int]:
-    """Rising, the adapter's own last. Raises ConfigError."""
-    own = run.rank
-    if not text:
-        return [*(2**i for i in range(own.bit_length()) if 2**i < own), own]
-    problems: list[str] = []
-    found = numbers(text, int, "ranks", problems)
-    problems += [f"ranks: {rank} is more than the adapter has ({own})" for rank in found if rank > own]
-    if problems:
-        raise ConfigError("The adapter cannot be cut to these ranks:", problems)
-    return sorted({*found, own})
+def _base_scores(opened: _Opened, on_event: Callable[[RankEvent], None]) -> _Scores | None:
+    """Score the model without the adapter; None where its head is untrained."""
+    if opened.held.loaded.untrained:
+        return None
+    scores = _scores(opened)
+    on_event(Scored("base", scores.losses.value))
+    return scores
 
 
-def _layer(name: str, own: Spectrum) -> dict[str, Any]:
-    return {
-        "layer": name, "shape": list(own.shape), "norm": own.norm, "effective_rank": own.effective_rank,
-        "rank_90": own.rank_for(0.9), "rank_99": own.rank_for(0.99), "values": [float(f"{v:.{_DIGITS}g}") for v in own.values],
-    }  # fmt: skip
+def _cut(opened: _Opened, name: str, file: LoRAFile, on_event: Callable[[RankEvent], None]) -> _Cut:
+    """Score the model with this file's adapter."""
+    placed = store.place(opened.model, file, opened.run.adapter, name="cut", check_base=False)
+    try:
+        with using(opened.model, placed):
+            cut = _Cut(file, _scores(opened))
+    finally:
+        attach.detach(opened.model, placed)
+    on_event(Scored(name, cut.scores.losses.value))
+    return cut
 
 
-def _loop_of(run: Finished) -> dict[str, Any]:
-    """What the run's result says of its training; nothing of an adapter alone."""
-    path = run.folder / "result.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("loop", {}) if path.is_file() else {}
-    return found
+def _scores(opened: _Opened) -> _Scores:
+    """Score the model as it stands."""
+    held, generation = opened.held, GenerateConfig(batch=max(16, opened.held.config.batch))
+    evaluation = evaluate(
+        opened.model, held.loaded.tokenizer, held.records, held.config.data, generation, metrics=["loss", *opened.metrics]
+    )  # fmt: skip
+    assert evaluation.losses is not None
+    sums, counts, items = (np.array(part) for part in evaluation.losses)
+    metrics = {name: evaluation.scores[name] for name in opened.metrics}
+    return _Scores(
+        of_losses(sums, counts, items),
+        {name: SeedScores([score.value], score.value, score.low, score.high) for name, score in metrics.items()},
+    )
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def _rows(opened: _Opened, cuts: Mapping[int, _Cut], choice: Choice) -> list[RankRow]:
+    spectra, costs = list(opened.spectra.values()), _costs(opened, list(cuts))
+    total = sum(spectrum.norm**2 for spectrum in spectra)
+    rows = []
+    for tested in choice.tested:
+        cut = cuts[tested.rank]
+        kept = sum(spectrum.energy(tested.rank) * spectrum.norm**2 for spectrum in spectra)
+        parameters, size = parameters_of(cut.file), peft.size(cut.file)
+        rows.append(RankRow(
+            tested=tested, energy=kept / total if total else 1.0, parameters=parameters, bytes=size,
+            bytes_with_optimizer=size + ADAM_STATE * parameters, scores=cut.scores.metrics,
+            parts=shortened(cut.scores.losses.parts[0]), cost=costs.get(tested.rank),
+        ))  # fmt: skip
+    return rows
+
+
+def _costs(opened: _Opened, ranks: Sequence[int]) -> dict[int, Cost]:
+    """Return what training takes, by rank; nothing where the run does not say how it was trained."""
+    config = opened.held.config
+    try:
+        method = opened.run.method()
+        if not isinstance(method.targets, str):
+            return {}
+        settings = PlanConfig(
+            task=config.data.task, labels=len(config.data.labels or [0, 1]), batch=config.micro_batch or config.batch,
+            length=opened.length, dtype=config.dtype, device="cuda" if _device(opened.model) == "cuda" else "cpu",
+            optimizer=config.optimizer, gradient_checkpointing=config.gradient_checkpointing,
+        )  # fmt: skip
+        methods = {str(rank): dataclasses.replace(method, rank=rank) for rank in ranks}
+        planned = {row.name: row for row in plan(opened.held.loaded.model.config, settings, methods).rows}
+    except DeltaWError as error:
+        log.debug("The cost of training at each rank cannot be told: %s", error)
+        return {}
+    rows = {rank: planned[str(rank)] for rank in ranks if str(rank) in planned}
+    length = padded(opened.length)
+    return {rank: Cost(row.memory.total, row.flops_per_token, length) for rank, row in rows.items()}
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
+def _allocations(
+    opened: _Opened, cuts: Mapping[int, _Cut], rank: int, on_event: Callable[[RankEvent], None]
+) -> list[Allocated]:
+    """Spend the recommended rank's parameters, and those of the next smaller one, where a parameter keeps the most of ΔW, and
+    compare with the same number spent evenly."""
+    smaller = [other for other in cuts if other < rank][-1:]
+    rows = []
+    for of in (*smaller, rank):
+        even = opened.uniform(of)
+        ranks = allocated(opened.spectra, sum(n * opened.spectra[layer].cost for layer, n in even.items()))
+        if ranks == even:
+            continue
+        cut = _cut(opened, f"r = {of}, allocated", opened.cut(ranks), on_event)
+        losses = cut.scores.losses
+        difference = losses.less(cuts[of].scores.losses).interval()
+        rows.append(Allocated(
+            rank=of, parameters=parameters_of(cut.file), loss=losses.interval(), difference=difference,
+            better=difference.high < 0, ranks=ranks, bytes=peft.size(cut.file),
+        ))  # fmt: skip
+    return rows
+
+
+def _layer(name: str, spectrum: Spectrum) -> LayerSpectrum:
+    values = [float(f"{value:.{_DIGITS}g}") for value in spectrum.values]
+    return LayerSpectrum(
+        name, list(spectrum.shape), spectrum.norm, spectrum.effective_rank, spectrum.rank_for(0.9), spectrum.rank_for(0.99),
+        values,
+    )  # fmt: skip
+
+
+def _loop_of(run: Finished) -> JsonObject:
+    """Return what the run's result says of its training; nothing for an adapter alone."""
+    result = read_json(RunFolder(run.folder).result)
+    loop: JsonObject = {} if result is None else result.get("loop", {})
+    return loop
+
+
+# --- confirmed by training again ----------------------------------------------------------------------------------
 
 
 def check_confirmable(run: Finished) -> None:
-    """Raises ConfigError for a run that a sweep cannot repeat."""
+    """Raise ConfigError for a run that a sweep cannot repeat."""
     method, problems = run.method(), []
     if not isinstance(method.targets, str) or "=" in method.targets:
         problems.append(f"targets is {method.targets!r}; a sweep has one rank for all layers")
@@ -348,9 +427,9 @@ def check_confirmable(run: Finished) -> None:
 
 
 def confirmed(
-    run: Finished, config: RankConfig, rank: int, folder: Path, on_event: Callable[[SweepProgress], None]
-) -> dict[str, Any]:
-    """`rank` and the adapter's own, trained as the run was, scored on other records than those that chose."""
+    run: Finished, config: RankConfig, rank: int, folder: Path, on_event: Callable[[SweepEvent], None]
+) -> Confirmed | NotConfirmed:
+    """Train at `rank` and at the adapter's own, as the run was, and score on other records than those that chose."""
     method, model, data = run.method(), config.model or run.named("model"), config.data or run.named("data")
     assert model is not None and data is not None
     options = SweepConfig(
@@ -358,14 +437,13 @@ def confirmed(
         init=method.init, dropout=method.dropout, margin=config.margin, metrics=config.metrics,
         method="dora" if run.settings.get("method") == "dora" else "lora",
     )  # fmt: skip
-    training: TrainConfig = dataclasses.replace(run.config(), out=str(folder), overwrite=False)
-    done = sweep(model, data, training, options, on_event=on_event)
-    choice = next(iter(done.choices.values()), None)
+    training = dataclasses.replace(run.config(), out=str(folder), overwrite=False)
+    result = sweep(model, data, training, options, on_event=on_event)
+    choice = next(iter(result.choices.values()), None)
     if choice is None:
-        return {"failed": "; ".join(row["error"] for row in done.results["rows"] if "error" in row)}
+        return NotConfirmed("; ".join(failed.error for _, failed in result.outcome.failed))
     small, large = choice.tested
-    return {
-        "held": small.enough, "rank": rank, "full": run.rank, "loss": dataclasses.asdict(small.loss),
-        "full_loss": dataclasses.asdict(large.loss), "difference": dataclasses.asdict(small.difference),
-        "margin": choice.margin, "seeds": config.seeds, "report": str(done.report),
-    }  # fmt: skip
+    return Confirmed(
+        held=small.enough, rank=rank, full=run.rank, loss=small.loss, full_loss=large.loss, difference=small.difference,
+        margin=choice.margin, seeds=config.seeds, report=str(result.report),
+    )  # fmt: skip

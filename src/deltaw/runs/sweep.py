@@ -1,19 +1,17 @@
 """Ranks tried on a user's own model and data: every candidate trained over the one base that is in memory, scored on the same
-test records, and the smallest rank that is enough, with what says so. Prints nothing: it reports events.
+test records, and the smallest rank that is enough, with what says so. Prints nothing: it tells events.
 
 A sweep's folder holds data/ (the three sets of records), runs/ (a run folder for each candidate), results.json and report.html.
-What is finished there is not done again.
+What is finished there is not trained again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -22,62 +20,76 @@ from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.errors import DataError, TrainError
 from deltaw.files.formats.atomic import write_text
+from deltaw.methods.lora import LoRA
 from deltaw.model import attach
 from deltaw.model.switch import use
-from deltaw.runs import splits
+from deltaw.runs import splits, study
 from deltaw.runs.candidates import Candidate, candidates, learning_rates, width_of
 from deltaw.runs.directions import alike, in_common
-from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, compared, of_losses, shortened
-from deltaw.runs.evaluation.evaluate import Evaluation, evaluate
-from deltaw.runs.evaluation.metrics import MORE_IS_BETTER, of_scores, row_of
-from deltaw.runs.folder import claim, finished, read_json, run_settings
+from deltaw.runs.evaluation.bootstrap import Choice, Compared, Measured, chosen, compared, of_losses
+from deltaw.runs.evaluation.evaluate import Evaluation, RecordLosses, evaluate
+from deltaw.runs.events import (
+    CandidateFinished,
+    CandidateStarted,
+    CandidateStepped,
+    LeftOut,
+    SweepEvent,
+    WidthChosen,
+)
+from deltaw.runs.folder import RunFolder, finished, read_json
 from deltaw.runs.memory import machine
-from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.sweep import sweep_report
-from deltaw.runs.scoring import scoring_of
+from deltaw.runs.results import JsonObject
+from deltaw.runs.results.directions import Alike
+from deltaw.runs.results.scores import MetricScore, SeedScores, measured_by, over_seeds
+from deltaw.runs.results.study import Failed, StudySettings
+from deltaw.runs.results.sweep import (
+    Behind,
+    BestRun,
+    Outcome,
+    RunScore,
+    SweepResults,
+    SweepRow,
+    TriedRate,
+    outcome_from,
+)
+from deltaw.runs.study import Study
 from deltaw.runs.train import RunResult, run_abreast
-from deltaw.training.events import Event, Stepped
+from deltaw.training.events import Evaluated, Event, Stepped
 from deltaw.training.prepare import Prepared, prepare, with_head
 
-SETTINGS, RESULTS, REPORT, SCORE = "sweep.json", "results.json", "report.html", "score.json"
 # Where the worse half ends, if it is to: shares of the run
 _RUNGS = (0.25, 0.5)
-_KEPT = (
-    "parameters", "share", "bytes", "bytes_with_optimizer", "step_seconds", "seconds", "valid", "valid_loss",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run."""
-
-    candidate: Candidate
-    lr: float
-    seed: int
-
-    def named(self) -> dict[str, Any]:
-        return {"name": self.candidate.name, "lr": self.lr, "seed": self.seed}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Something that happened, for whoever shows it."""
-
-    kind: Literal["left out", "width", "started", "step", "finished"]
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep` returns."""
+    """What `sweep` came to.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="ranks", steps=1, valid_most=4, overwrite=True)
+    >>> result = deltaw.sweep("model", "train.jsonl", config, deltaw.SweepConfig(ranks="2", targets="q", test_most=4))
+    >>> (row,) = result.outcome.rows
+    >>> row.name, row.best.parameters, sorted(row.best.scores)
+    ('r = 2, q', 256, ['loss'])
+    """
 
     folder: Path
+    """The sweep's folder."""
     report: Path
-    results: dict[str, Any]
-    """What results.json holds: a row for each rank and choice of targets, for each choice of targets the rank chosen, and where
-    there are several choices of targets, all candidates compared."""
-    choices: dict[str, Choice]
-    """Targets → the smallest rank that is enough. Where one rank was tried alone there is nothing to choose."""
+    """The page about it."""
+    outcome: SweepResults
+    """A row for each candidate, the rank chosen for each choice of targets, and candidates beside the best."""
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """Targets → the smallest rank that is enough. One rank alone is no choice, and is not here."""
+        return self.outcome.choices
+
+    @property
+    def results(self) -> JsonObject:
+        """The plain values of results.json."""
+        return self.outcome.to_json()
 
 
 def sweep(
@@ -86,303 +98,362 @@ def sweep(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     options: SweepConfig = SweepConfig(),  # noqa: B008  (frozen)
     *,
-    on_event: Callable[[Progress], None] = lambda event: None,
+    on_event: Callable[[SweepEvent], None] = lambda event: None,
 ) -> Sweep:
-    """Train and score every rank of `options` with `config`'s budget, over one base in memory, and write the report into
-    `config.out`. Each candidate comes out as `train` alone makes it.
+    """Train and score every rank of `options` over one base in memory, and write the report into `config.out`.
 
-    model: a hub id, folder or GGUF file. data: a file, folder or hub data set, with records as `train` takes them. A folder with
-    a sweep of the same settings is gone on with. A candidate whose loss is not finite is reported as failed.
+    Each candidate comes out as `train` alone makes it. A sweep of the same settings in the folder is resumed. A candidate whose
+    loss is not finite is reported as failed.
 
-    Raises ConfigError, TargetError or DataError before any training, and Interrupted after Ctrl-C: what was finished is kept.
+    Args:
+        model: a hub id, folder or GGUF file.
+        data: a file, folder or hub data set, with records as `train` takes them.
+        config: the settings of every run.
+        options: the ranks and what else is tried.
+        on_event: called with what happens, as `deltaw.runs.events` has it.
+
+    Returns:
+        A row for each candidate, and the smallest rank that is enough, with its evidence.
+
+    Raises:
+        ConfigError: settings that do not fit each other, or another study in the folder. Nothing is trained.
+        TargetError: targets that match no layer or do not fit a rank. Nothing is trained.
+        DataError: records that cannot be used, or are too few. Nothing is trained.
+        AdapterError: a width was asked for, and the model does not keep the rows of a batch apart.
+        Interrupted: Ctrl-C. Finished runs are kept.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="sweep", steps=1, valid_most=4, overwrite=True)
+    >>> result = deltaw.sweep("model", "train.jsonl", config, deltaw.SweepConfig(ranks="2,1", targets="q", test_most=4))
+    >>> [(row.rank, row.best.parameters) for row in result.outcome.rows]
+    [(2, 256), (1, 128)]
+    >>> result.choices["q"].rank in (1, 2)
+    True
     """
-    return _Sweep(model, data, config, options, on_event).go()
+    begun = _begun(model, data, dataclasses.replace(config, samples=0), options, on_event)
+    tried = candidates(options, begun.base.of(config.seed).loaded.model)
+    for targets, why in tried.left_out.items():
+        on_event(LeftOut(targets, why))
+    measurements = _measured(begun, tried.candidates)
+    choices = choices_of(measurements, options.margin)
+    results = SweepResults(
+        settings=begun.study.settings,
+        options=to_mapping(options),
+        environment=machine.describe(),
+        chosen_by=begun.study.scoring.chosen_by,
+        left_out=tried.left_out,
+        sets=begun.study.scoring.sets,
+        warnings=list(begun.study.scoring.warnings),
+        rows=[measurement.row for measurement in measurements],
+        choices=choices,
+        compared=compared_of(measurements),
+        alike=_alike(begun, measurements, choices),
+    )
+    begun.study.keep(results.to_json(), sweep_report(results))
+    return Sweep(begun.study.folder, begun.study.report, results)
 
 
-class _Sweep:
-    def __init__(
-        self,
-        model: str,
-        data: str | Path,
-        config: TrainConfig,
-        options: SweepConfig,
-        on_event: Callable[[Progress], None],
-    ) -> None:
-        self.model, self.data, self.options, self.on_event = model, data, options, on_event
-        self.config = dataclasses.replace(config, samples=0)
-        self.folder = Path(config.out)
-        self.sets = self.folder / "data"
-        self.base: Prepared | None = None
-        self.width: int | None = None
+class _Base:
+    """The one model in memory, and how many candidates share a pass over it."""
 
-    def go(self) -> Sweep:
-        learning_rates(self.options, self.config.lr)
-        claim(self.folder, SETTINGS, self._settings(), overwrite=self.config.overwrite)
-        source = splits.Source(self.data, self.config.data.split, self.config.valid, self.options.test)
-        most = {"valid_most": self.config.valid_most, "test_most": self.options.test_most}
-        splits.write(self.sets, source, self.config.data, **most)
-        self.scoring = scoring_of(self.sets, self.config.data, self.model, self.options.metrics)
-        tried = candidates(self.options, self._base(self.config.seed).loaded.model)
-        for targets, why in tried.left_out.items():
-            self.on_event(Progress("left out", {"targets": targets, "why": why}))
-        found = self._rows(tried.candidates)
-        choices = choices_of(found, self.options.margin)
-        results = {
-            "settings": self._settings() | {"options": to_mapping(self.options)},
-            "environment": machine.describe(),
-            "chosen_by": self.scoring.chosen_by,
-            "left_out": tried.left_out,
-            "sets": self.scoring.sets,
-            "warnings": list(self.scoring.warnings),
-            "rows": [row for row, _ in found],
-            "choices": {targets: dataclasses.asdict(choice) for targets, choice in choices.items()},
-            "compared": compared_of(found),
-            "alike": self._alike([row for row, losses in found if losses is not None], choices),
-        }
-        write_text(self.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        write_report(sweep_report(results), self.folder / REPORT)
-        return Sweep(self.folder, self.folder / REPORT, results, choices)
+    def __init__(self, model: str, study: Study) -> None:
+        self._model, self._study = model, study
+        self._prepared: Prepared | None = None
+        self._width: int | None = None
 
-    def _settings(self) -> dict[str, Any]:
-        """What decides about the candidates' results; not which candidates there are."""
-        own = {
-            "model": self.model,
-            "data": str(self.data),
-            "test": self.options.test,
-            "test_most": self.options.test_most,
-            "halving": self.options.halving,
-        }
-        return own | {"valid": self.config.valid, "run": run_settings(self.config)}
+    def of(self, seed: int) -> Prepared:
+        """Return the model with its encoded records. The seed draws a head that the checkpoint lacks, so that each seed then
+        opens the model anew."""
+        if self._prepared is None or (self._prepared.loaded.untrained and self._prepared.config.seed != seed):
+            self._prepared = None  # one model at a time
+            study = self._study
+            config = dataclasses.replace(study.config, seed=seed, valid=study.records("valid"), data=study.scoring.data)
+            self._prepared = prepare(self._model, study.records("train"), config, LoRA())
+        return self._prepared
 
-    def _base(self, seed: int) -> Prepared:
-        """The model in memory. A head that the checkpoint lacks is made by the seed, so there each seed opens the model anew."""
-        if self.base is None or (self.base.loaded.untrained and self.base.config.seed != seed):
-            self.base = None  # one model at a time
-            train, valid = (str(splits.file_of(self.sets, name)) for name in ("train", "valid"))
-            config = dataclasses.replace(self.config, seed=seed, valid=valid, data=self.scoring.data)
-            self.base = prepare(self.model, train, config, None)
-        return self.base
-
-    # --- candidates ---------------------------------------------------------------------------------------------
-
-    def _rows(self, every: Sequence[Candidate]) -> list[tuple[dict[str, Any], Measured | None]]:
-        """Of each candidate all learning rates, then the other seeds with the best one: its row of the results, and its losses
-        on the test records."""
-        rates, seed = learning_rates(self.options, self.config.lr), self.config.seed
-        rungs = _RUNGS if self.options.halving else ()
-        first = self._done([Task(c, lr, seed) for c in every for lr in rates], rungs)
-        tried = {c: [first[Task(c, lr, seed)] for lr in rates] for c in every}
-        best = {c: min((r for r in own if "scores" in r), key=self._held_out, default=None) for c, own in tried.items()}
-        others = [
-            Task(c, run["task"]["lr"], seed + i) for i in range(1, self.options.seeds) for c, run in best.items() if run
-        ]
-        more = self._done(others)
-        found = []
-        for candidate, own in best.items():
-            runs = (
-                []
-                if own is None
-                else [own, *(run for task, run in more.items() if task.candidate == candidate and "scores" in run)]
-            )
-            found.append(_row(candidate, tried[candidate], runs))
-        return found
-
-    def _held_out(self, run: dict[str, Any]) -> tuple[float, float]:
-        """What a learning rate is chosen by, the least first."""
-        score = run["valid_scores"].get(self.scoring.chosen_by, run["valid_loss"])
-        sign = -1.0 if self.scoring.chosen_by in MORE_IS_BETTER else 1.0
-        return (math.inf if math.isnan(score) else sign * score), run["valid_loss"]
-
-    def _done(self, tasks: Sequence[Task], rungs: Sequence[float] = ()) -> dict[Task, dict[str, Any]]:
-        """Task → what its run came to: what is there already, or of training it now; of a failed one its error."""
-        found = {task: self._known(task) for task in tasks}
-        for seed in dict.fromkeys(task.seed for task in tasks):
-            left = [task for task in tasks if task.seed == seed and found[task] is None]
-            for part in self._portions(left, all_at_once=bool(rungs)):
-                found |= self._trained(part, rungs)
-        return {task: (done or {}) | {"folder": str(self._folder(task))} for task, done in found.items()}
-
-    def _folder(self, task: Task) -> Path:
-        targets = quote(task.candidate.targets, safe=",*")  # each its own folder, whatever the pattern
-        return self.folder / "runs" / f"{targets}-r{task.candidate.rank}-{task.lr}-{task.seed}"
-
-    def _key(self, task: Task) -> dict[str, Any]:
-        """What decides about a run's result."""
-        method = to_mapping(task.candidate.method)
-        key = {"lr": task.lr, "seed": task.seed, "method": method, "kind": self.options.method}
-        plain: dict[str, Any] = json.loads(json.dumps(key | {"metrics": list(self.scoring.metrics)}))
-        return plain
-
-    def _known(self, task: Task) -> dict[str, Any] | None:
-        done: dict[str, Any] | None = read_json(self._folder(task) / SCORE)
-        if done is None or done["task"] != self._key(task):
-            return None
-        if "losses" in done and not _by_item(done):
-            return None
-        self.on_event(Progress("finished", task.named() | done | {"fresh": False}))
-        return done
-
-    def _portions(self, tasks: Sequence[Task], *, all_at_once: bool) -> Iterator[Sequence[Task]]:
-        """The tasks in groups that are in memory together; what was chosen is said once."""
-        if not tasks:
-            return
-        base = self._base(tasks[0].seed)
-        if self.width is None:
-            largest = max((task.candidate for task in tasks), key=lambda c: c.rank)
-            self.width, why = width_of(self.options.abreast, dataclasses.replace(base, method=largest.method))
-            self.on_event(Progress("width", {"width": self.width, "why": why}))
-        size = len(tasks) if all_at_once else self.width
-        for i in range(0, len(tasks), size):
-            yield tasks[i : i + size]
-
-    def _trained(self, tasks: Sequence[Task], rungs: Sequence[float]) -> dict[Task, dict[str, Any]]:
-        """All of one seed, in one model."""
-        base = self._base(tasks[0].seed)
-        assert self.width is not None
-        ready = []
-        for task in tasks:
-            config = dataclasses.replace(
-                base.config, lr=task.lr, seed=task.seed, out=str(self._folder(task)), overwrite=True
-            )
-            method = with_head(task.candidate.method, base.loaded.head)
-            ready.append(dataclasses.replace(base, config=config, method=method))
-            self.on_event(Progress("started", task.named()))
-        try:
-            results = run_abreast(
-                ready, self.width, rungs=rungs, on_event=lambda i, event: self._hear(event, tasks[i].named())
-            )
-            return {
-                task: self._kept(base, task, i, result)
-                for i, (task, result) in enumerate(zip(tasks, results, strict=True))
-            }
-        finally:
-            attach.detach(base.loaded.model)
-
-    def _kept(self, base: Prepared, task: Task, number: int, result: RunResult | TrainError) -> dict[str, Any]:
-        """A run's score, written beside it."""
-        use(base.loaded.model, str(number))
-        if isinstance(result, TrainError):
-            done: dict[str, Any] = {"error": str(result)}
-        elif result.state.stopped == "behind":
-            done = {"behind": result.state.step, "valid_loss": result.state.valid_loss}
-        else:
-            try:
-                done = self._scored(base, result)
-            except DataError as error:  # its losses are not finite
-                done = {"error": str(error)}
-        done = {"task": self._key(task), **done}
-        write_text(self._folder(task) / SCORE, json.dumps(done, ensure_ascii=False) + "\n")
-        self.on_event(Progress("finished", task.named() | done | {"fresh": True}))
-        return done
-
-    def _hear(self, event: Event, values: dict[str, Any]) -> None:
-        if isinstance(event, Stepped):
-            self.on_event(Progress("step", {**dataclasses.asdict(event), **values}))
-
-    def _scored(self, base: Prepared, result: RunResult) -> dict[str, Any]:
-        figures, state = result.figures(), result.state
-        valid = [[line["step"], line["valid_loss"]] for line in result.log if line["event"] == "eval"]
-        by = [self.scoring.chosen_by] if self.scoring.chosen_by != "loss" else []
-        wanted = self.scoring.metrics
-        on_test = self._evaluated(base, "test", {"loss", *wanted})
-        assert on_test.losses is not None
-        scores = {
-            name: score.plain() | ({} if name == "loss" else {"parts": shortened(score.parts)})
-            for name, score in on_test.scores.items()
-            if name in wanted
-        }
-        return {
-            "parameters": figures["trainable_parameters"],
-            "share": figures["trainable_share"],
-            "bytes": figures["adapter_bytes"],
-            "bytes_with_optimizer": figures["bytes_with_optimizer"],
-            "seconds": state.seconds,
-            "step_seconds": state.step_seconds / state.step,
-            "valid": valid,
-            "valid_loss": state.best_loss if self.config.patience else valid[-1][1],
-            "valid_scores": {n: s.value for n, s in self._evaluated(base, "valid", by).scores.items()} if by else {},
-            "scores": scores,
-            "losses": on_test.losses._asdict(),
-        }
-
-    def _evaluated(self, base: Prepared, part: str, metrics: Collection[str]) -> Evaluation:
-        loaded, data, generation = base.loaded, base.config.data, GenerateConfig(batch=max(16, self.config.batch))
-        records = read(str(splits.file_of(self.sets, part)), data)
-        return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
-
-    def _alike(self, rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) -> list[dict[str, Any]]:
-        """The directions of the largest rank of each choice of targets against those of the chosen one, or else of the next
-        smaller one, and against its own from another seed."""
-        found = []
-        for targets, choice in choices.items():
-            own = {row["rank"]: Path(row["folder"]) for row in rows if row["targets"] == targets}
-            *smaller, largest = sorted(own)
-            other = choice.rank if choice.rank != largest else smaller[-1]
-            pairs = [(f"r = {other}", own[other])]
-            first = own[largest]
-            again = first.with_name(f"{first.name.rpartition('-')[0]}-{self.config.seed + 1}")
-            if self.options.seeds > 1 and (again / SCORE).is_file():
-                pairs.append((f"r = {largest} of another seed", again))
-            one = finished(first)
-            others = {name: finished(path) for name, path in pairs}
-            found += [
-                alike(one, each) | {"targets": targets, "with": name}
-                for name, each in others.items()
-                if in_common(one, each)
-            ]
-        return found
+    def width(self, asked: int | None, tasks: Sequence[Task], on_event: Callable[[SweepEvent], None]) -> int:
+        """Return how many candidates share a pass. It is chosen once, for the first tasks, and then told."""
+        if self._width is None:
+            largest = max((task.candidate for task in tasks), key=lambda candidate: candidate.rank)
+            prepared = dataclasses.replace(self.of(tasks[0].seed), method=largest.method)
+            self._width, why = width_of(asked, prepared)
+            on_event(WidthChosen(self._width, why))
+        return self._width
 
 
-def _by_item(done: Mapping[str, Any]) -> bool:
-    """Whether a score says which items its records are of, as those of older versions do not."""
-    others = (score for name, score in done["scores"].items() if name != "loss")
-    return "items" in done["losses"] and all("parts" in score for score in others)
+@dataclass(frozen=True)
+class _Begun:
+    """A sweep whose folder is claimed and whose records are written."""
+
+    study: Study
+    options: SweepConfig
+    base: _Base
+    on_event: Callable[[SweepEvent], None]
 
 
-def choices_of(found: Sequence[tuple[dict[str, Any], Measured | None]], margin: float) -> dict[str, Choice]:
-    """Targets → the rank that is enough, where several ranks were trained. `found`: rows of results.json, and their losses."""
-    by_targets: dict[str, dict[int, Measured]] = {}
-    for row, losses in found:
-        if losses is not None:
-            by_targets.setdefault(row["targets"], {})[row["rank"]] = losses
-    return {t: chosen(own, margin) for t, own in by_targets.items() if len(own) > 1}
+@dataclass(frozen=True)
+class Task:
+    """One run of a candidate."""
+
+    candidate: Candidate
+    lr: float
+    seed: int
 
 
-def losses_of(runs: Sequence[Mapping[str, Any]]) -> Measured:
-    """The losses of one candidate's runs, by what score.json has of each."""
-    sums, counts, items = (np.array([run["losses"][part] for run in runs]) for part in ("sums", "counts", "items"))
-    return of_losses(sums, counts[0], items[0], [run["task"]["seed"] for run in runs])
+@dataclass(frozen=True)
+class Measurement:
+    """A candidate's row of the results, with its losses on the test records."""
+
+    row: SweepRow
+    losses: Measured | None
+    """None where it failed."""
+    first: Task | None = None
+    """The first seed's run with the best learning rate."""
 
 
-def compared_of(found: Sequence[tuple[dict[str, Any], Measured | None]]) -> list[dict[str, Any]]:
-    """The candidates beside the best one, where it is more than a matter of rank."""
-    losses = {row["name"]: own for row, own in found if own is not None}
-    if len({row["targets"] for row, own in found if own is not None}) < 2:
-        return []
-    return [dataclasses.asdict(each) for each in compared(losses)]
+def _begun(
+    model: str, data: str | Path, config: TrainConfig, options: SweepConfig, on_event: Callable[[SweepEvent], None]
+) -> _Begun:
+    settings = StudySettings(
+        model=model, data=str(data), test=options.test, test_most=options.test_most, valid=config.valid,
+        run=study.shared_settings(config), halving=options.halving,
+    )  # fmt: skip
+    source = splits.Source(data, config.data.split, config.valid, options.test)
+    opened = study.opened("sweep", settings, source, config, options.metrics)
+    return _Begun(opened, options, _Base(model, opened), on_event)
 
 
-def _row(
-    candidate: Candidate, tried: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
-) -> tuple[dict[str, Any], Measured | None]:
-    """Of results.json; `runs` are those with the best learning rate, one a seed."""
-    row: dict[str, Any] = {"name": candidate.name, "targets": candidate.targets, "rank": candidate.rank}
-    row["alpha"] = candidate.method.alpha
-    row["tried"] = [
-        {"lr": t["task"]["lr"], "valid_loss": t.get("valid_loss"), "error": t.get("error"), "behind": t.get("behind")}
-        for t in tried
-    ]
-    if not runs:
-        steps = [t["behind"] for t in tried if "behind" in t]
-        behind = f"was among the worse half of the candidates at step {max(steps, default=0)}, and ended there"
-        return row | {"error": next((t["error"] for t in tried if "error" in t), behind)}, None
-    best = runs[0]
-    losses, seeds = losses_of(runs), [r["task"]["seed"] for r in runs]
-    scores = {
-        metric: row_of(
-            score, losses if metric == "loss" else of_scores([r["scores"][metric] for r in runs], seeds), metric
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+def _measured(begun: _Begun, every: Sequence[Candidate]) -> list[Measurement]:
+    """Train each candidate at all learning rates, then with the other seeds at its best one."""
+    options, config = begun.options, begun.study.config
+    rates, seeds = learning_rates(options, config.lr), range(config.seed + 1, config.seed + options.seeds)
+    first = _outcomes(
+        begun, [Task(c, lr, config.seed) for c in every for lr in rates], _RUNGS if options.halving else ()
+    )
+    tried = {c: {lr: first[Task(c, lr, config.seed)] for lr in rates} for c in every}
+    best = {c: _best_rate(begun.study, outcomes) for c, outcomes in tried.items()}
+    more = _outcomes(begun, [Task(c, lr, seed) for seed in seeds for c, lr in best.items() if lr is not None])
+    measurements = []
+    for candidate, lr in best.items():
+        tasks = [] if lr is None else [Task(candidate, lr, seed) for seed in (config.seed, *seeds)]
+        runs = {task: outcome for task in tasks if isinstance(outcome := (first | more)[task], RunScore)}
+        measurements.append(_measurement(begun.study, candidate, tried[candidate], runs))
+    return measurements
+
+
+def _best_rate(study: Study, outcomes: Mapping[float, Outcome]) -> float | None:
+    """Return the best learning rate by the held-out records; None where no run came to its end."""
+    scored = {lr: outcome for lr, outcome in outcomes.items() if isinstance(outcome, RunScore)}
+    return min(scored, key=lambda lr: study.scoring.order(scored[lr].valid_loss, scored[lr].valid_scores), default=None)
+
+
+def _outcomes(begun: _Begun, tasks: Sequence[Task], rungs: Sequence[float] = ()) -> dict[Task, Outcome]:
+    """Return what each run came to, by training those that are not finished yet."""
+    kept = {task: outcome for task in tasks if (outcome := _kept(begun, task)) is not None}
+    for task, outcome in kept.items():
+        begun.on_event(_finished_event(task, outcome, fresh=False))
+    for seed in dict.fromkeys(task.seed for task in tasks):
+        left = [task for task in tasks if task.seed == seed and task not in kept]
+        for part in _portions(begun, left, all_at_once=bool(rungs)):
+            kept |= _trained(begun, part, rungs)
+    return kept
+
+
+def _portions(begun: _Begun, tasks: Sequence[Task], *, all_at_once: bool) -> Iterator[Sequence[Task]]:
+    """Yield the tasks in groups that are in memory together."""
+    if not tasks:
+        return
+    width = begun.base.width(begun.options.abreast, tasks, begun.on_event)
+    size = len(tasks) if all_at_once else width
+    for i in range(0, len(tasks), size):
+        yield tasks[i : i + size]
+
+
+def _trained(begun: _Begun, tasks: Sequence[Task], rungs: Sequence[float]) -> dict[Task, Outcome]:
+    """Train runs of one seed over the base, and keep what each came to."""
+    base = begun.base.of(tasks[0].seed)
+    width = begun.base.width(begun.options.abreast, tasks, begun.on_event)
+    ready = []
+    for task in tasks:
+        config = dataclasses.replace(
+            base.config, lr=task.lr, seed=task.seed, out=str(_folder(begun.study, task).path), overwrite=True
         )
-        for metric, score in best["scores"].items()
-    }
-    own = {"lr": best["task"]["lr"], **{k: best[k] for k in _KEPT}, "folder": best["folder"], "scores": scores}
-    return row | own, losses
+        method = with_head(task.candidate.method, base.loaded.head)
+        ready.append(dataclasses.replace(base, config=config, method=method))
+        begun.on_event(CandidateStarted(task.candidate.name, task.lr, task.seed))
+
+    def hear(number: int, event: Event) -> None:
+        if isinstance(event, Stepped):
+            task = tasks[number]
+            begun.on_event(CandidateStepped(task.candidate.name, task.lr, task.seed, event))
+
+    outcomes = {}
+    try:
+        for i, result in enumerate(run_abreast(ready, width, rungs=rungs, on_event=hear)):
+            use(base.loaded.model, str(i))
+            outcomes[tasks[i]] = outcome = _outcome(begun.study, base, result)
+            _keep(begun, tasks[i], outcome)
+            begun.on_event(_finished_event(tasks[i], outcome, fresh=True))
+    finally:
+        attach.detach(base.loaded.model)
+    return outcomes
+
+
+def _outcome(study: Study, base: Prepared, result: RunResult | TrainError) -> Outcome:
+    """Return what a run came to; its adapter is active on the base."""
+    if isinstance(result, TrainError):
+        return Failed(str(result))
+    if result.state.stopped == "behind":
+        assert result.state.valid_loss is not None
+        return Behind(result.state.step, result.state.valid_loss)
+    try:
+        return _scored(study, base, result)
+    except DataError as error:  # its losses are not finite
+        return Failed(str(error))
+
+
+def _finished_event(task: Task, outcome: Outcome, *, fresh: bool) -> CandidateFinished:
+    return CandidateFinished(task.candidate.name, task.lr, task.seed, outcome, fresh)
+
+
+def _scored(study: Study, base: Prepared, result: RunResult) -> RunScore:
+    """Score a trained adapter on the test records, and where a score chooses learning rates on the held-out ones."""
+    outcome, state, scoring = result.outcome, result.state, study.scoring
+    valid = [(event.step, event.valid_loss) for event in result.events if isinstance(event, Evaluated)]
+    by = [scoring.chosen_by] if scoring.chosen_by != "loss" else []
+    on_test = _evaluated(study, base, "test", {"loss", *scoring.metrics})
+    assert on_test.losses is not None
+    return RunScore(
+        parameters=outcome.trainable_parameters,
+        share=outcome.trainable_share,
+        bytes=outcome.adapter_bytes,
+        bytes_with_optimizer=outcome.bytes_with_optimizer,
+        seconds=state.seconds,
+        step_seconds=state.step_seconds / state.step,
+        valid=valid,
+        valid_loss=state.best_loss if study.config.patience else valid[-1][1],
+        valid_scores={n: s.value for n, s in _evaluated(study, base, "valid", by).scores.items()} if by else {},
+        scores={
+            name: MetricScore.of(score, parts=name != "loss")
+            for name, score in on_test.scores.items()
+            if name in scoring.metrics
+        },
+        losses=on_test.losses,
+    )
+
+
+def _evaluated(study: Study, base: Prepared, part: str, metrics: Collection[str]) -> Evaluation:
+    loaded, data, generation = base.loaded, base.config.data, GenerateConfig(batch=max(16, study.config.batch))
+    records = read(study.records(part), data)
+    return evaluate(loaded.model, loaded.tokenizer, records, data, generation, metrics=sorted(metrics))
+
+
+# --- what is kept of a run ----------------------------------------------------------------------------------------
+
+
+def _folder(study: Study, task: Task) -> RunFolder:
+    targets = quote(task.candidate.targets, safe=",*")  # each its own folder, whatever the pattern
+    return RunFolder(study.folder / "runs" / f"{targets}-r{task.candidate.rank}-{task.lr}-{task.seed}")
+
+
+def _key(begun: _Begun, task: Task) -> JsonObject:
+    """Return what decides about a run's result, as score.json has it."""
+    method, metrics = to_mapping(task.candidate.method), list(begun.study.scoring.metrics)
+    key = {"lr": task.lr, "seed": task.seed, "method": method, "kind": begun.options.method, "metrics": metrics}
+    plain: JsonObject = json.loads(json.dumps(key))
+    return plain
+
+
+def _kept(begun: _Begun, task: Task) -> Outcome | None:
+    """Return what the run came to where it is finished; None where it is to be trained."""
+    score = read_json(_folder(begun.study, task).score)
+    return None if score is None or score["task"] != _key(begun, task) else outcome_from(score)
+
+
+def _keep(begun: _Begun, task: Task, outcome: Outcome) -> None:
+    values = {"task": _key(begun, task), **outcome.to_json()}
+    write_text(_folder(begun.study, task).score, json.dumps(values, ensure_ascii=False) + "\n")
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def _measurement(
+    study: Study, candidate: Candidate, tried: Mapping[float, Outcome], runs: Mapping[Task, RunScore]
+) -> Measurement:
+    """Return a candidate's row. runs: those with the best learning rate, one a seed, the first seed's first."""
+    rates = [TriedRate.of(lr, outcome) for lr, outcome in tried.items()]
+    best: BestRun | Failed = _why_failed(list(tried.values()))
+    losses = task = None
+    if runs:
+        losses = losses_of([run.losses for run in runs.values()], [task.seed for task in runs])
+        task, first = next(iter(runs.items()))
+        best = BestRun(
+            lr=task.lr, parameters=first.parameters, share=first.share, bytes=first.bytes,
+            bytes_with_optimizer=first.bytes_with_optimizer, step_seconds=first.step_seconds, seconds=first.seconds,
+            valid=first.valid, valid_loss=first.valid_loss, folder=str(_folder(study, task).path),
+            scores=_over_seeds(runs, losses),
+        )  # fmt: skip
+    row = SweepRow(candidate.name, candidate.targets, candidate.rank, candidate.alpha, rates, best)
+    return Measurement(row, losses, task)
+
+
+def _why_failed(outcomes: Sequence[Outcome]) -> Failed:
+    """Return the first error, or where all were ended among the worse half, when."""
+    steps = [outcome.step for outcome in outcomes if isinstance(outcome, Behind)]
+    behind = f"was among the worse half of the candidates at step {max(steps, default=0)}, and ended there"
+    return next((outcome for outcome in outcomes if isinstance(outcome, Failed)), Failed(behind))
+
+
+def _over_seeds(runs: Mapping[Task, RunScore], losses: Measured) -> dict[str, SeedScores]:
+    first, seeds = next(iter(runs.values())), [task.seed for task in runs]
+    scores = {}
+    for metric, score in first.scores.items():
+        of_runs = losses if metric == "loss" else measured_by([run.scores[metric] for run in runs.values()], seeds)
+        scores[metric] = over_seeds(score, of_runs, metric)
+    return scores
+
+
+def losses_of(losses: Sequence[RecordLosses], seeds: Sequence[int]) -> Measured:
+    """Return the loss of one candidate from its runs' losses on the same records, one run a seed."""
+    sums, counts, items = (np.array([getattr(run, part) for run in losses]) for part in RecordLosses._fields)
+    return of_losses(sums, counts[0], items[0], seeds)
+
+
+def choices_of(measurements: Sequence[Measurement], margin: float) -> dict[str, Choice]:
+    """Return the rank that is enough, by targets of which several ranks were trained."""
+    by_targets: dict[str, dict[int, Measured]] = {}
+    for measurement in measurements:
+        if measurement.losses is not None:
+            by_targets.setdefault(measurement.row.targets, {})[measurement.row.rank] = measurement.losses
+    return {targets: chosen(losses, margin) for targets, losses in by_targets.items() if len(losses) > 1}
+
+
+def compared_of(measurements: Sequence[Measurement]) -> list[Compared]:
+    """Return the candidates beside the best one; none where they all have the same targets."""
+    scored = {m.row.name: m.losses for m in measurements if m.losses is not None}
+    targets = {m.row.targets for m in measurements if m.losses is not None}
+    return compared(scored) if len(targets) > 1 else []
+
+
+def _alike(begun: _Begun, measurements: Sequence[Measurement], choices: Mapping[str, Choice]) -> list[Alike]:
+    """Compare the directions of the largest rank, for each choice of targets, with the chosen rank's (or the next smaller one's,
+    where the largest is chosen), and with its own from another seed."""
+    pairs = []
+    for targets, choice in choices.items():
+        tasks = {m.row.rank: m.first for m in measurements if m.row.targets == targets and m.first is not None}
+        *smaller, largest = sorted(tasks)
+        other = choice.rank if choice.rank != largest else smaller[-1]
+        others = [(f"r = {other}", _folder(begun.study, tasks[other]))]
+        again = _folder(begun.study, dataclasses.replace(tasks[largest], seed=tasks[largest].seed + 1))
+        if begun.options.seeds > 1 and again.score.is_file():
+            others.append((f"r = {largest} of another seed", again))
+        one = finished(_folder(begun.study, tasks[largest]).path)
+        for name, folder in others:
+            second = finished(folder.path)
+            if in_common(one, second):
+                pairs.append(alike(one, second, name, targets=targets))
+    return pairs

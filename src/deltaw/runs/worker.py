@@ -1,141 +1,213 @@
-"""One candidate of a comparison, in a process of its own: train, score on the test records, say what it took.
+"""One part of a comparison, in a process of its own: a candidate, or the timing of inference with all adapters.
 
-    python -m deltaw.runs.worker FOLDER
+    python -m deltaw.runs.worker candidate FOLDER     # candidate.json → score.json, with the run's own files beside it
+    python -m deltaw.runs.worker timing FOLDER        # timing.json → latency.json
 
-FOLDER/candidate.json says what to do; FOLDER/score.json is what came out, with the run's own files beside it. A process of its
-own, because the most memory that a process has held is of all that it has done.
+A candidate has its own process because the peak of memory is a process's: it would be that of the candidates before it too.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from deltaw.errors import DeltaWError, TargetError
+from deltaw.errors import DeltaWError, Interrupted, TargetError
+from deltaw.runs.results.compare import CandidateScore, CandidateTask, LatencyRow, Outcome, RunFigures, TimingTask
+from deltaw.runs.results.scores import MetricScore
+from deltaw.runs.results.study import Failed
 
-TASK, SCORE = "candidate.json", "score.json"
+if TYPE_CHECKING:
+    from deltaw.config import TrainConfig
+    from deltaw.methods.plan import Method
+    from deltaw.runs.train import RunResult
+    from deltaw.training.events import Event
+
+CANDIDATE, SCORE = "candidate.json", "score.json"
+TIMING, LATENCY = "timing.json", "latency.json"
+_ROUNDS = 9
 
 
-def main(folder: Path) -> int:
-    """Exit code: 0, or that of the error, which is in score.json."""
-    from deltaw.files.formats.atomic import write_text
+def main(part: str, folder: Path) -> int:
+    """Do one part of a comparison and return the exit code: 0, or that of the error, which is in score.json."""
+    return _candidate(folder) if part == "candidate" else _timing(folder)
 
-    task = json.loads((folder / TASK).read_text(encoding="utf-8"))
+
+# --- a candidate --------------------------------------------------------------------------------------------------
+
+
+def _candidate(folder: Path) -> int:
+    task = json.loads((folder / CANDIDATE).read_text(encoding="utf-8"))
+    code = 0
+    outcome: Outcome | None = None
     try:
-        score = run(task, folder)
-        code = 0
+        outcome = scored(CandidateTask.from_json(task), folder / "run")
     except DeltaWError as error:
-        score, code = {"error": str(error)}, error.exit_code
-    if code != 130:  # what was interrupted is done again
-        write_text(folder / SCORE, json.dumps({"task": task, **score}, indent=1, ensure_ascii=False) + "\n")
+        code = error.exit_code
+        if not isinstance(error, Interrupted):  # what was interrupted is trained again
+            outcome = Failed(str(error))
+    if outcome is not None:
+        _write(folder / SCORE, {"task": task, **outcome.to_json()})
     return code
 
 
-def run(task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The candidate trained and scored."""
+def _write(path: Path, values: dict[str, object]) -> None:
+    from deltaw.files.formats.atomic import write_text
+
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def scored(task: CandidateTask, folder: Path) -> CandidateScore:
+    """Train a candidate into its run folder, and score it."""
     import torch
 
     from deltaw.config import TrainConfig, from_mapping
     from deltaw.methods.registry import method_class
-    from deltaw.runs.train import train
-    from deltaw.training.events import Event, Started
+    from deltaw.training.events import Evaluated, Stepped
 
-    method = from_mapping(method_class(task["method"]), task["settings"], where=task["name"])
-    config = from_mapping(TrainConfig, {**task["run"], "out": str(folder / "run"), "overwrite": True}, where="run")
+    method = from_mapping(method_class(task.method), task.settings, where=task.name)
+    config = from_mapping(TrainConfig, {**task.run, "out": str(folder), "overwrite": True}, where="run")
     memory = _Memory()
+    result, notes = _trained(task, config, method, memory)
+    speeds = [event.tokens_per_second for event in result.events if isinstance(event, Stepped)]
+    valid = [(event.step, event.valid_loss) for event in result.events if isinstance(event, Evaluated)]
+    last = valid[-1][1] if valid else None
+    outcome, state = result.outcome, result.state
+    figures = RunFigures(
+        notes=notes,
+        parameters=outcome.trainable_parameters,
+        share=outcome.trainable_share,
+        bytes=outcome.adapter_bytes,
+        bytes_with_optimizer=outcome.bytes_with_optimizer,
+        base_bytes=outcome.base_bytes,
+        memory=memory.over_the_loaded_model(),
+        seconds=state.seconds,
+        steps=state.step,
+        tokens_per_second=statistics.median(speeds[1:] or speeds),
+        step_seconds=state.step_seconds / state.step,
+        valid_loss=state.best_loss if config.patience else last,
+    )
+    with torch.no_grad():
+        held_out = _scores(result, task.valid_metrics, config.valid, config)
+        scores = _scores(result, task.metrics, task.test, config)
+    return CandidateScore(figures, valid, {name: score.value for name, score in held_out.items()}, scores)
+
+
+def _trained(task: CandidateTask, config: TrainConfig, method: Method, memory: _Memory) -> tuple[RunResult, list[str]]:
+    """Train the candidate, or what its method has instead for a model that it does not fit, with a note that says so."""
+    from deltaw.runs.train import train
+    from deltaw.training.events import Started
 
     def hear(event: Event) -> None:
         if isinstance(event, Started):
             memory.loaded()
 
-    notes: list[str] = []
     try:
-        result = train(task["model"], task["train"], config, method=method, on_event=hear)
+        return train(task.model, task.train, config, method=method, on_event=hear), []
     except TargetError:
-        if (instead := method.instead()) is None:
+        instead = method.instead()
+        if instead is None:
             raise
-        notes.append(instead.note)
-        result = train(task["model"], task["train"], config, method=instead.method, on_event=hear)
-    speeds = [line for line in result.log if line["event"] == "step"]
-    figures = result.figures()
-    torch.set_grad_enabled(False)
-    return {
-        "notes": notes,
-        "parameters": figures["trainable_parameters"],
-        "share": figures["trainable_share"],
-        "bytes": figures["adapter_bytes"],
-        "bytes_with_optimizer": figures["bytes_with_optimizer"],
-        "base_bytes": figures["base_bytes"],
-        "memory": memory.over_the_loaded_model(),
-        "seconds": result.state.seconds,
-        "steps": result.state.step,
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in speeds[1:] or speeds),
-        "step_seconds": result.state.step_seconds / result.state.step,
-        "valid_loss": result.state.best_loss if config.patience else _last_valid(result.log),
-        "valid": [[line["step"], line["valid_loss"]] for line in result.log if line["event"] == "eval"],
-        "valid_scores": {
-            k: score["value"] for k, score in scores(result, task["valid_metrics"], config.valid, config).items()
-        },
-        "scores": scores(result, task["metrics"], task["test"], config),
-    }
+        return train(task.model, task.train, config, method=instead.method, on_event=hear), [instead.note]
 
 
-def scores(result: Any, metrics: list[str], records: Any, config: Any) -> dict[str, Any]:
-    """Metric → value, its 95% interval, and each item's part in it, on the records of a file."""
+def _scores(
+    result: RunResult, metrics: Sequence[str], records: str | None, config: TrainConfig
+) -> dict[str, MetricScore]:
+    """Return the metrics on the records of a file, with their parts by item."""
     from deltaw.config import GenerateConfig
     from deltaw.data import read
-    from deltaw.runs.evaluation.bootstrap import shortened
     from deltaw.runs.evaluation.evaluate import evaluate
 
     if not metrics:
         return {}
+    assert records is not None
     generation = GenerateConfig(batch=max(16, config.batch))
-    found = evaluate(
+    evaluation = evaluate(
         result.model, result.tokenizer, read(records, config.data), config.data, generation, metrics=metrics
     )
-    return {name: score.plain() | {"parts": shortened(score.parts)} for name, score in found.scores.items()}
-
-
-def _last_valid(log: list[dict[str, Any]]) -> float | None:
-    losses = [line["valid_loss"] for line in log if line["event"] == "eval"]
-    return losses[-1] if losses else None
+    return {name: MetricScore.of(score) for name, score in evaluation.scores.items()}
 
 
 class _Memory:
-    """The most memory that training has held over that of the loaded model and its adapter; None where it cannot be told."""
+    """The most memory that training has held over that of the loaded model and its adapter."""
 
     def __init__(self) -> None:
-        self.before: int | None = None
+        self._before: int | None = None
+        """Bytes that were held when training began."""
 
     def loaded(self) -> None:
-        """Now the model is loaded, and its adapter attached."""
+        """Count from here on: the model is loaded, and its adapter attached."""
+        import psutil
         import torch
 
         if torch.cuda.is_available() and torch.cuda.memory_allocated():
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
+            self._before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
             try:
-                Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+                Path("/proc/self/clear_refs").write_text("5")  # Linux's way to begin the peak anew
             except OSError:
                 return
-            self.before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            self._before = psutil.Process().memory_info().rss
 
     def over_the_loaded_model(self) -> int | None:
+        """Return the bytes that training held over those before; None where the system does not tell a peak."""
         import torch
 
-        if self.before is None:
+        if self._before is None:
             return None
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-            return torch.cuda.max_memory_allocated() - self.before
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-        return max(0, peak - self.before)
+            return torch.cuda.max_memory_allocated() - self._before
+        return max(0, _peak() - self._before)
+
+
+def _peak() -> int:
+    """Return the bytes in memory at the peak since it was last begun anew. psutil does not tell it on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+# --- timing -------------------------------------------------------------------------------------------------------
+
+
+def _timing(folder: Path) -> int:
+    task = json.loads((folder / TIMING).read_text(encoding="utf-8"))
+    rows = timed(TimingTask.from_json(task))
+    _write(folder / LATENCY, {"task": task, "rows": [row.to_json() for row in rows]})
+    return 0
+
+
+def timed(task: TimingTask) -> list[LatencyRow]:
+    """Time passes and decoding with the base alone, with each adapter, and with the first one that merges merged."""
+    from deltaw.files import store
+    from deltaw.model.summary import updates
+    from deltaw.runs.evaluation import latency
+    from deltaw.training.opening import of_adapter, opened
+    from deltaw.training.tasks import Causal, task_of
+
+    data = of_adapter(next(iter(task.adapters.values())))  # all of one comparison have the same
+    model = opened(task.model, data, dtype=task.dtype, device=task.device).model.eval()
+    shown: dict[str, str] = {}
+    for i, (name, adapter) in enumerate(task.adapters.items()):
+        shown[f"m{i}"] = name  # an adapter's name may hold no dot, a method's may
+        store.load(model, adapter, name=f"m{i}", activate=False)
+    merged = [n for n in shown if all(u.exact_product is not None for u in updates(model, n).values())][:1]
+    ways = latency.ways(model, list(shown), merged=merged)
+    shown |= {f"{name}, merged": f"{shown[name]}, merged" for name in merged}
+    jobs = {("forward", rows, length): latency.forward(model, rows, length) for rows, length in task.passes}
+    if task_of(data) is Causal:
+        jobs |= {("decode, 8 tokens", rows, 64): latency.decoding(model, rows) for rows in task.decoding}
+    table = []
+    for (what, batch, length), job in jobs.items():
+        measured = latency.measure(ways, job, rounds=_ROUNDS, seconds=task.seconds)
+        ratios = {shown[way]: ratio for way, ratio in measured.ratios.items() if way != latency.BASE}
+        table.append(LatencyRow(what, batch, length, measured.seconds[latency.BASE], ratios, measured.rounds))
+    return table
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

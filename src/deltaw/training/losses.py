@@ -28,8 +28,8 @@ log = logging.getLogger("deltaw")
 
 # Names in transformers' configs of a factor of the logits (some models divide by it) and of their soft cap
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "output_multiplier_scale")
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "softcap")
-# Tokens of the row that the ways to its logits are tried on
+CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "softcap")
+# The tokens of a row that the ways to its logits are tried on
 _TRIED = 16
 
 
@@ -130,7 +130,7 @@ def _ways(model: nn.Module) -> Iterator[AfterHead]:
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     scales = [v for v in (_number(config, name) for name in _SCALES) if v]
-    caps = [v for v in (_number(config, name) for name in _CAPS) if v]
+    caps = [v for v in (_number(config, name) for name in CAPS) if v]
     for cap, scale in itertools.product((*caps, None), (*(w for v in scales for w in (v, 1 / v)), 1.0)):
         yield AfterHead(scale, cap)
 

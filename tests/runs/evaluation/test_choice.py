@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.runs.evaluation.bootstrap import Measured, chosen, of_losses
-from deltaw.runs.reports.sweep import why_no_smaller
 
 RANKS = (1, 2, 4, 8, 16)
 
@@ -132,29 +130,3 @@ def test_few_records_of_a_prompt_are_not_many_items() -> None:
 def test_a_wider_margin_never_asks_for_more_rank(more: float, margin: float) -> None:
     losses = made({1: more, 2: more / 2, 4: 0.0}, n=60)
     assert chosen(losses, 2 * margin).rank <= chosen(losses, margin).rank
-
-
-def test_what_ended_the_tests_is_said() -> None:
-    def tested(rank: int, low: float, high: float, enough: bool) -> dict[str, Any]:
-        difference = {"value": (low + high) / 2, "low": low, "high": high}
-        return {"rank": rank, "difference": difference, "enough": enough, "loss": {"value": 2.0}}
-
-    worse, unclear, largest = tested(1, 0.1, 0.2, False), tested(16, -0.02, 0.03, False), tested(64, 0.0, 0.0, True)
-    assert why_no_smaller([largest], 64, 0.01) == []
-    (said,) = why_no_smaller([worse, tested(8, -0.1, 0.0, True), largest], 8, 0.01)
-    assert said == "r = 1 is worse: its loss less the largest rank's is 0.1500 [0.1000, 0.2000]"
-    first, second, third = why_no_smaller([worse, tested(8, -0.1, 0.0, True), unclear, largest], 64, 0.01)
-    assert first.startswith("r = 16 is not shown to be enough, nor to be worse: ") and "the margin 0.0100" in first
-    assert second == "r = 8 would be enough with a margin of 1.5% of the loss"
-    assert third == "r = 8 would be enough by itself"
-
-
-@given(st.lists(st.floats(-0.05, 0.1), min_size=3, max_size=3))
-@settings(max_examples=20, deadline=None)
-def test_the_margin_that_is_said_would_give_that_rank(worse: list[float]) -> None:
-    losses = made({1: worse[0], 2: worse[1], 4: worse[2], 8: 0.0}, n=40)
-    choice = chosen(losses, 0.01)
-    said = why_no_smaller([dataclasses.asdict(each) for each in choice.tested], choice.rank, choice.margin)
-    for sentence in said:
-        if match := re.fullmatch(r"r = (\d+) would be enough with a margin of (.*)% of the loss", sentence):
-            assert chosen(losses, float(match[2]) / 100).rank <= int(match[1]) < choice.rank

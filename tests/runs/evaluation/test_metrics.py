@@ -21,12 +21,10 @@ from deltaw.runs.evaluation.metrics import (
     exact_match,
     f1,
     matthews,
-    of_scores,
     pearson,
     perplexity,
     ratio,
     rouge_l,
-    row_of,
     spearman,
 )
 
@@ -189,17 +187,6 @@ def test_copies_of_an_item_do_not_narrow_an_interval() -> None:
         rouge_l(["a", "b"] * 4, [["a"]] * 8, [0, 1] * 4),
     ):
         assert len(score.parts) == 2 and (score.low, score.high) == (0.0, 1.0)
-
-
-def test_several_runs_have_one_interval_within_the_metrics_range() -> None:
-    runs = [accuracy([0] * 19 + [i], [0] * 20, 2) for i in (0, 0, 1)]
-    plain = [run.plain() | {"parts": run.parts.tolist()} for run in runs]
-    several = of_scores(plain, (0, 1, 2))
-    row = row_of(plain[0], several, "accuracy")
-    assert row["seeds"] == [1.0, 1.0, 0.95] and row["value"] == pytest.approx(0.98333, abs=1e-5)
-    assert row["high"] == 1.0 < several.interval().high and row["low"] < 0.95
-    assert row_of(plain[2], of_scores(plain[2:], (2,)), "accuracy") == {"seeds": [0.95], **runs[2].plain()}
-    assert row_of(plain[0], several, "matthews")["high"] == 1.0 and row_of(plain[0], several, "bleu")["high"] > 1.0
 
 
 def test_of_constant_predictions_there_is_no_correlation() -> None:

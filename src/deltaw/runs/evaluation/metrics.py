@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from deltaw.errors import ConfigError, nearest
-from deltaw.runs.evaluation.bootstrap import Array, ItemScore, Measured, Score, by_item, percentiles, resampled_weights
+from deltaw.runs.evaluation.bootstrap import Array, ItemScore, by_item, percentiles, resampled_weights
 
 Items = Sequence[int] | None
 
@@ -278,28 +278,13 @@ NUMBER_METRICS: dict[str, Callable[[Sequence[float], Sequence[float], Items], It
 }
 MORE_IS_BETTER = {*TEXT_METRICS, *CLASS_METRICS, *NUMBER_METRICS}
 """Metrics of which more is better."""
-_RANGES = {"bleu": (0.0, 100.0), "matthews": (-1.0, 1.0), **dict.fromkeys(NUMBER_METRICS, (-1.0, 1.0))}
-_RANGES |= dict.fromkeys(("loss", "perplexity"), (0.0, float("inf")))
+RANGES = {"bleu": (0.0, 100.0), "matthews": (-1.0, 1.0), **dict.fromkeys(NUMBER_METRICS, (-1.0, 1.0))}
+RANGES |= dict.fromkeys(("loss", "perplexity"), (0.0, float("inf")))
+"""Metric → its least and greatest value, where these are not 0 and 1."""
 _PACKAGES = {
     "bleu": "sacrebleu", "rouge_l": "rouge_score", "f1": "sklearn", "matthews": "sklearn", "pearson": "scipy", 
     "spearman": "scipy",
 }  # fmt: skip
-
-
-def of_scores(runs: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Measured:
-    """A metric of one candidate from its runs' scores, each with its value and parts."""
-    values, parts = (np.array([run[key] for run in runs], float) for key in ("value", "parts"))
-    return Measured(values, parts, tuple(seeds))
-
-
-def row_of(score: Mapping[str, float], measured: Measured, metric: str) -> dict[str, Any]:
-    """A metric of one candidate as results have it: the values of all seeds, and their mean with its interval, within the
-    metric's range. The interval of a single run is that of its score."""
-    if len(measured.seeds) == 1:
-        return {"seeds": [score["value"]], **{key: score[key] for key in ("value", "low", "high")}}
-    found, (least, most) = measured.interval(), _RANGES.get(metric, (0.0, 1.0))
-    plain = Score(found.value, max(found.low, least), min(found.high, most)).plain()
-    return {"seeds": measured.values.tolist(), **plain}
 
 
 def check_metrics(names: Sequence[str], known: Sequence[str] = METRICS) -> None:

@@ -1,1 +1,1 @@
-"""What training takes, planned and measured."""
+"""The memory that training takes, planned and measured."""

@@ -1,15 +1,15 @@
-"""A comparison's results as a Report, and as the rows of a table. Knows results.json; nothing of models or HTML."""
+"""A comparison's results as a Report, and as the rows of a table. Knows results; nothing of models or HTML."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from deltaw.files import units
-from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
 from deltaw.runs.memory.machine import in_words
 from deltaw.runs.reports.page import Chart, Report, Series, Table
+from deltaw.runs.results.compare import BestRun, ComparisonResults, LatencyRow, MethodRow, Trained
+from deltaw.runs.results.scores import HasInterval, SeedScores
+from deltaw.runs.results.study import Failed, StudySettings
 
 # GPT-2 M on a GPU (arXiv 2106.09685, Table 1): batch × length → ms, and what adapter layers add
 PAPER = (
@@ -22,152 +22,131 @@ _FEW = 3
 COLUMNS = ("method", "lr", "parameters", "share", "adapter", "with optimizer", "memory", "step", "held-out loss")
 
 
-def metric_of(results: Mapping[str, Any]) -> str:
-    """The metric that the methods are ranked by: the last that there is."""
-    scored = [row["scores"] for row in results["rows"] if row.get("scores")]
-    return next(reversed(scored[0]), "") if scored else ""
+def beside_columns(results: ComparisonResults) -> list[str]:
+    """Return the columns of `beside`; none where nothing was compared."""
+    return [f"{results.metric}, less the best's", "worse"] if results.compared else []
 
 
-def ranked(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The methods' rows, the best first, of equals the smaller; those that failed last."""
-    metric = metric_of(results)
-    sign = -1.0 if metric in MORE_IS_BETTER else 1.0
-
-    def key(row: Mapping[str, Any]) -> tuple[float, int]:
-        value = sign * mean(row["scores"][metric]["seeds"]) if row.get("scores") else math.inf
-        return (math.inf if math.isnan(value) else value, row.get("parameters", 0))
-
-    return sorted(results["rows"], key=key)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def beside_columns(results: Mapping[str, Any]) -> list[str]:
-    """Names of what `beside` says; none where nothing was compared."""
-    return [f"{metric_of(results)}, less the best's", "worse"] if results.get("compared") else []
-
-
-def beside(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """A method beside the best one, under `beside_columns`."""
-    if not results.get("compared"):
+def beside(row: MethodRow, results: ComparisonResults) -> list[str]:
+    """Return a method beside the best one, under `beside_columns`."""
+    if not results.compared:
         return []
-    places = {each["name"]: (i, each) for i, each in enumerate(results["compared"])}
-    if row["name"] not in places or not places[row["name"]][0]:
+    others = {method.name: method for method in results.compared[1:]}
+    if row.name not in others:
         return ["–", "–"]
-    each = places[row["name"]][1]
-    return [interval(each["difference"]), "yes" if each["worse"] else "not shown"]
+    return [interval(others[row.name].difference), "yes" if others[row.name].worse else "not shown"]
 
 
-def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """A method's row as text, under COLUMNS and the metrics."""
-    if "error" in row:
-        return [row["name"], "failed", *["–"] * (len(COLUMNS) - 2 + len(metrics))]
-    memory = "–" if row["memory"] is None else units.size(row["memory"])
-    loss = "–" if row["valid_loss"] is None else f"{row['valid_loss']:.4f}"
-    own = [
-        row["name"], f"{row['lr']:g}", f"{row['parameters']:,}", f"{row['share']:.2%}", units.size(row["bytes"]),
-        units.size(row["bytes_with_optimizer"]), memory, f"{row['step_seconds']:.2f} s", loss,
+def cells(row: MethodRow, metrics: Sequence[str]) -> list[str]:
+    """Return a method as text, under COLUMNS and the metrics."""
+    if isinstance(row.best, Failed):
+        return [row.name, "failed", *["–"] * (len(COLUMNS) - 2 + len(metrics))]
+    figures = row.best.figures
+    memory = "–" if figures.memory is None else units.size(figures.memory)
+    loss = "–" if figures.valid_loss is None else f"{figures.valid_loss:.4f}"
+    texts = [
+        row.name, f"{row.best.lr:g}", f"{figures.parameters:,}", f"{figures.share:.2%}", units.size(figures.bytes),
+        units.size(figures.bytes_with_optimizer), memory, f"{figures.step_seconds:.2f} s", loss,
     ]  # fmt: skip
-    return [*own, *(score(row["scores"][m]) for m in metrics)]
+    return [*texts, *(score(row.best.scores[m]) for m in metrics)]
 
 
-def score(found: Mapping[str, Any]) -> str:
-    """A score with its 95% interval; of several seeds their mean and spread."""
-    seeds = found["seeds"]
-    interval = f"[{found['low']:.3f}, {found['high']:.3f}]"
-    if len(seeds) == 1:
-        return f"{seeds[0]:.3f} {interval}"
-    return (
-        f"{mean(seeds):.3f} ± {(sum((s - mean(seeds)) ** 2 for s in seeds) / (len(seeds) - 1)) ** 0.5:.3f} {interval}"
-    )
+def score(scores: SeedScores) -> str:
+    """Return a score with its 95% interval; of several seeds their mean and standard deviation."""
+    ends = f"[{scores.low:.3f}, {scores.high:.3f}]"
+    if len(scores.seeds) == 1:
+        return f"{scores.seeds[0]:.3f} {ends}"
+    return f"{scores.mean:.3f} ± {scores.deviation:.3f} {ends}"
 
 
-def interval(found: Mapping[str, float]) -> str:
-    """A value with its 95% interval, to four decimals."""
-    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+def interval(figure: HasInterval) -> str:
+    """Return a value with its 95% interval, to four decimals."""
+    return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
 
 
-def latency_columns(results: Mapping[str, Any]) -> list[str]:
-    """Names of the timed tasks, and in how many rounds where these were few."""
+def latency_columns(results: ComparisonResults) -> list[str]:
+    """Return what was timed, and in how many rounds where these were few."""
 
-    def rounds(row: Mapping[str, Any]) -> str:
-        count = row.get("rounds", _FEW)
+    def rounds(row: LatencyRow) -> str:
+        count = _FEW if row.rounds is None else row.rounds
         return f" ({count} round{'s' * (count > 1)})" if count < _FEW else ""
 
-    return [f"{row['what']}, batch {row['batch']}{rounds(row)}" for row in results["latency"]]
+    return [f"{row.what}, batch {row.batch}{rounds(row)}" for row in results.latency]
 
 
-def latency_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row for the base, in milliseconds, and for each method, over the base's time."""
-    timed = results["latency"]
+def latency_rows(results: ComparisonResults) -> list[list[str]]:
+    """Return a row for the base, in milliseconds, and for each method, over the base's time."""
+    timed = results.latency
     if not timed:
         return []
-    base = ["base", *(f"{row['base'] * 1e3:.1f} ms" for row in timed)]
-    names = list(timed[0]["ratios"])
-    return [base, *([name, *(f"{row['ratios'][name]:.3f}×" for row in timed)] for name in names)]
+    base = ["base", *(f"{row.base * 1e3:.1f} ms" for row in timed)]
+    return [base, *([name, *(f"{row.ratios[name]:.3f}×" for row in timed)] for name in timed[0].ratios)]
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """The comparison in a sentence."""
-    metric, rows = metric_of(results), [row for row in ranked(results) if row.get("scores")]
-    if not rows:
+def headline(results: ComparisonResults) -> str:
+    """Return the comparison in a sentence."""
+    metric, trained = results.metric, results.trained
+    if not trained:
         return "Every method failed."
-    best = rows[0]
-    found = best["scores"][metric]
-    if len(rows) > 1 and len({mean(r["scores"][metric]["seeds"]) for r in rows}) == 1:
-        return f"The methods do not differ by {metric} on the test records: each scores {score(found)}."
-    text = f"{best['name']} is best by {metric} on the test records: {score(found)}, with {_many(best['parameters'])} parameters."
-    if not results.get("compared"):
-        return text
-    others = results["compared"][1:]
-    near = [each["name"] for each in others if not each["worse"]]
+    name, best = trained[0][0].name, trained[0][1]
+    if len(trained) > 1 and len({other.scores[metric].mean for _, other in trained}) == 1:
+        return f"The methods do not differ by {metric} on the test records: each scores {score(best.scores[metric])}."
+    text = (
+        f"{name} is best by {metric} on the test records: {score(best.scores[metric])}, with "
+        f"{_brief(best.figures.parameters)} parameters."
+    )
+    return f"{text} {_others(results, best)}" if results.compared else text
+
+
+def _others(results: ComparisonResults, best: BestRun) -> str:
+    """Return which methods are not shown to be worse than the best one."""
+    others = results.compared[1:]
+    near = [other.name for other in others if not other.worse]
     if not near:
-        return f"{text} {'The other is' if len(others) == 1 else 'All others are'} shown to be worse."
-    least = min((r for r in rows if r["name"] in near), key=lambda r: r["parameters"])
-    text += f" Not shown to be worse, in pairs on the same items: {', '.join(near)}"
-    if least["parameters"] < best["parameters"]:
-        text += f"; the smallest of them, {least['name']}, has {_many(least['parameters'])}"
+        return f"{'The other is' if len(others) == 1 else 'All others are'} shown to be worse."
+    sizes = {row.name: run.figures.parameters for row, run in results.trained if row.name in near}
+    least = min(sizes, key=lambda name: sizes[name])
+    text = f"Not shown to be worse, in pairs on the same items: {', '.join(near)}"
+    if sizes[least] < best.figures.parameters:
+        text += f"; the smallest of them, {least}, has {_brief(sizes[least])}"
     return f"{text}."
 
 
-def _many(count: int) -> str:
-    """A number of parameters in words: 4.9M, 338k, 512."""
+def _brief(count: int) -> str:
+    """Return a number of parameters in words: 4.9M, 338k, 512."""
     for unit, mark in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{mark}"
     return str(count)
 
 
-def comparison_report(results: Mapping[str, Any]) -> Report:
-    """The page."""
-    settings, rows, by = results["settings"], ranked(results), results["chosen_by"]
-    metric = metric_of(results)
-    good = [row for row in rows if row.get("scores")]
-    metrics = list(good[0]["scores"]) if good else []
-    note = _NOTE + note_on_intervals(results)
+def comparison_report(results: ComparisonResults) -> Report:
+    """Return the page about a comparison."""
+    settings, rows, by = results.settings, results.ranked, results.chosen_by
     return Report(
-        title=f"Methods compared: {settings['model']} on {settings['data']}",
+        title=f"Methods compared: {settings.model} on {settings.data}",
         headline=headline(results),
-        facts=_facts(settings, good, results.get("sets", {})),
-        curves=_curves(good, metric, results["latency"]),
+        facts=_facts(settings, results.trained, results.sets),
+        curves=_curves(results),
         tables=[
-            Table("Methods", [*COLUMNS, *metrics], [cells(row, metrics) for row in rows], note=note),
-            *_beside_tables(results, rows),
+            Table(
+                "Methods", [*COLUMNS, *results.metrics], [cells(row, results.metrics) for row in rows],
+                note=_NOTE + note_on_intervals(results),
+            ),
+            *_beside_tables(results),
             *_latency_tables(results),
             Table(
                 "Learning rates", ["method", "lr", "held-out loss", *(["held-out " + by] if by != "loss" else [])],
-                [cells for row in rows for cells in _rates(row, by)], note=_RATES,
+                [rate for row in rows for rate in _rates(row, by)], note=_RATES,
             ),
             Table(
                 "Settings of each method", ["name", "method", "settings"],
-                [[row["name"], row["method"], _settings(row)] for row in rows],
+                [[row.name, row.method, _settings(row)] for row in rows],
             ),
-            Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings["run"].items()]),
+            Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings.run.items()]),
         ],
-        warnings=[*results.get("warnings", ()), *_warnings(rows)],
-        footer=in_words(results["environment"]),
+        warnings=[*results.warnings, *_warnings(rows)],
+        footer=in_words(results.environment),
     )  # fmt: skip
 
 
@@ -186,31 +165,26 @@ _BESIDE = (
 )
 
 
-def seeds_note(scores: Sequence[Mapping[str, Any]]) -> str:
-    """Which variance is in the intervals of these scores."""
-    counts = {len(score["seeds"]) for score in scores}
+def seeds_note(scores: Sequence[SeedScores]) -> str:
+    """Return which variance is in the intervals of these scores."""
+    counts = {len(each.seeds) for each in scores}
     if counts <= {1}:
         return ONE_SEED
     return SEVERAL_SEEDS + (" A row with a single run has nothing of that in its interval." if 1 in counts else "")
 
 
-def note_on_intervals(results: Mapping[str, Any]) -> str:
-    """What the methods' intervals are over."""
-    metric = metric_of(results)
-    return f"{BY_ITEM}{seeds_note([row['scores'][metric] for row in results['rows'] if row.get('scores')])}"
+def note_on_intervals(results: ComparisonResults) -> str:
+    """Return what the methods' intervals are over."""
+    return f"{BY_ITEM}{seeds_note([best.scores[results.metric] for _, best in results.trained])}"
 
 
-def _beside_tables(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    columns, count = beside_columns(results), len(results.get("compared", ()))
+def _beside_tables(results: ComparisonResults) -> list[Table]:
+    columns, count, metric = beside_columns(results), len(results.compared), results.metric
     if not columns:
         return []
-    shown = [
-        [row["name"], score(row["scores"][metric_of(results)]), *beside(row, results)]
-        for row in rows
-        if row.get("scores")
-    ]
+    rows = [[row.name, score(best.scores[metric]), *beside(row, results)] for row, best in results.trained]
     note = _BESIDE.format(count * (count - 1) // 2)
-    return [Table("Methods beside the best", ["method", metric_of(results), *columns], shown, note=note)]
+    return [Table("Methods beside the best", ["method", metric, *columns], rows, note=note)]
 
 
 _RATES = (
@@ -219,28 +193,26 @@ _RATES = (
 )
 
 
-def _rates(row: Mapping[str, Any], by: str) -> list[list[object]]:
-    """What was tried, with the score that decided where that was not the loss."""
+def _rates(row: MethodRow, by: str) -> list[list[object]]:
+    """Return the learning rates tried, with the score that decided where that was not the loss."""
     tried: list[list[object]] = []
-    for t in row["tried"]:
-        loss = "failed" if t["error"] else t["valid_loss"]
-        tried.append([row["name"], f"{t['lr']:g}", loss, *([t["valid_score"]] if by != "loss" else [])])
+    for rate in row.tried:
+        loss = "failed" if rate.error else rate.valid_loss
+        tried.append([row.name, f"{rate.lr:g}", loss, *([rate.valid_score] if by != "loss" else [])])
     return tried
 
 
-def _settings(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in row["settings"].items()) or "its defaults"
+def _settings(row: MethodRow) -> str:
+    return ", ".join(f"{k}={v}" for k, v in row.settings.items()) or "its defaults"
 
 
-def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = [f"{row['name']}: {note}" for row in rows for note in row.get("notes", ())]
-    return notes + [f"{row['name']} failed: {row['error']}" for row in rows if "error" in row]
+def _warnings(rows: Sequence[MethodRow]) -> list[str]:
+    notes = [f"{row.name}: {note}" for row in rows if isinstance(row.best, BestRun) for note in row.best.figures.notes]
+    return notes + [f"{row.name} failed: {row.best.error}" for row in rows if isinstance(row.best, Failed)]
 
 
-def _facts(
-    settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str]
-) -> list[tuple[str, str, str]]:
-    run = settings["run"]
+def _facts(settings: StudySettings, trained: Sequence[Trained], sets: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    run = settings.run
     budget = (
         f"{run['minutes']:g} min"
         if run["minutes"]
@@ -250,42 +222,46 @@ def _facts(
     )
     facts = [
         ("Budget", budget, f"each, batches of {run['batch']}"),
-        ("Test records", f"{settings['test_most']:,}", "at most"),
+        ("Test records", f"{settings.test_most:,}", "at most"),
     ]
     if sets:
         facts[-1] = ("Test set", sets["test"], f"trained on {sets['train']}; learning rates by {sets['valid']}")
-    if rows:
-        smallest, largest = (f(rows, key=lambda r: r["parameters"]) for f in (min, max))
-        span = f"{_many(smallest['parameters'])} – {_many(largest['parameters'])}"
-        facts.append(("Parameters", span, f"{smallest['name']} to {largest['name']}"))
+    if trained:
+        sizes = {row.name: best.figures.parameters for row, best in trained}
+        smallest, largest = (pick(sizes, key=lambda name: sizes[name]) for pick in (min, max))
+        span = f"{_brief(sizes[smallest])} – {_brief(sizes[largest])}"
+        facts.append(("Parameters", span, f"{smallest} to {largest}"))
     return facts
 
 
-def _curves(rows: Sequence[Mapping[str, Any]], metric: str, timed: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    if not rows:
+def _curves(results: ComparisonResults) -> list[Chart]:
+    trained, metric, timed = results.trained, results.metric, results.latency
+    if not trained:
         return []
     charts = [
         Chart(
             "Quality against parameters", "trainable parameters", f"{metric} on the test records",
-            [Series(r["name"], [(r["parameters"], s) for s in r["scores"][metric]["seeds"]], "points") for r in rows],
+            [
+                Series(row.name, [(best.figures.parameters, s) for s in best.scores[metric].seeds], "points")
+                for row, best in trained
+            ],
             log_x=True, note="As in the paper's Figure 2; a point for each seed.",
         ),
         Chart(
-            "Held-out loss in training", "step", "nats",
-            [Series(r["name"], [(step, loss) for step, loss in r["valid"]], "line") for r in rows],
+            "Held-out loss in training", "step", "nats", [Series(row.name, best.valid, "line") for row, best in trained]
         ),
     ]  # fmt: skip
     if timed:
-        names = list(timed[0]["ratios"])
+        names = list(timed[0].ratios)
         charts.append(Chart(
-            f"Inference over the base's time: {timed[0]['what']}, batch {timed[0]['batch']}", "", "times the base",
-            [Series("ratio", [(i, timed[0]["ratios"][n]) for i, n in enumerate(names)], "bars", labels=names)],
+            f"Inference over the base's time: {timed[0].what}, batch {timed[0].batch}", "", "times the base",
+            [Series("ratio", [(i, timed[0].ratios[n]) for i, n in enumerate(names)], "bars", labels=names)],
         ))  # fmt: skip
     return charts
 
 
-def _latency_tables(results: Mapping[str, Any]) -> list[Table]:
-    if not results["latency"]:
+def _latency_tables(results: ComparisonResults) -> list[Table]:
+    if not results.latency:
         return []
     return [
         Table(

@@ -1,14 +1,12 @@
-"""How alike the directions of adapters are, as tables and maps of a report. Knows what runs/directions.py found; no models."""
+"""How alike the directions of adapters are, as tables and maps of a report. Knows results; no models."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from deltaw.runs.reports.page import HeatMap, Table
-
-Values = Mapping[str, Any]
+from deltaw.runs.results.directions import Alike
 
 _PHI = (
     "φ(i, j) is 1 where the first i directions of one hold the first j of the other or the other way round, 0 where they have "
@@ -17,13 +15,13 @@ _PHI = (
 )
 
 
-def alike_tables(found: Sequence[Values]) -> list[Table]:
-    """One for each pair of adapters."""
-    return [_table(each) for each in found]
+def alike_tables(pairs: Sequence[Alike]) -> list[Table]:
+    """Return a table for each pair of adapters."""
+    return [_table(pair) for pair in pairs]
 
 
-def _table(each: Values) -> Table:
-    least = min(each["rank"], each["other_rank"])
+def _table(pair: Alike) -> Table:
+    least = min(pair.rank, pair.other_rank)
     columns = [
         "layers",
         "count",
@@ -34,26 +32,23 @@ def _table(each: Values) -> Table:
         f"of A: φ({least}, {least})",
     ]
     rows = [
-        [row["layers"], row["count"], f"{row['first']:.3f}", f"{row['all']:.3f}",
-         f"{row['first_by_chance']:.3f}, {row['all_by_chance']:.3f}", f"{row['first_of_A']:.3f}", f"{row['all_of_A']:.3f}"]
-        for row in each["rows"]
+        [row.layers, row.count, f"{row.first:.3f}", f"{row.all:.3f}", f"{row.first_by_chance:.3f}, {row.all_by_chance:.3f}",
+         f"{row.first_of_A:.3f}", f"{row.all_of_A:.3f}"]
+        for row in pair.rows
     ]  # fmt: skip
-    title = f"Directions of r = {each['rank']} in common with {each['with']}"
-    return Table(title, columns, rows, note=_PHI)
+    return Table(f"Directions of r = {pair.rank} in common with {pair.other}", columns, rows, note=_PHI)
 
 
-def alike_maps(found: Sequence[Values]) -> list[HeatMap]:
-    """Of each pair of adapters those of the layers that stand for all."""
+def alike_maps(pairs: Sequence[Alike]) -> list[HeatMap]:
+    """Return the maps of each pair of adapters, of the layers that stand for all."""
     return [
-        HeatMap(
-            f"φ(i, j) of ΔW, {_placed(m['layer'])}", f"j, of {each['with']}", f"i, of r = {each['rank']}", m["values"]
-        )
-        for each in found
-        for m in each["maps"]
+        HeatMap(f"φ(i, j) of ΔW, {_place(m.layer)}", f"j, of {pair.other}", f"i, of r = {pair.rank}", m.values)
+        for pair in pairs
+        for m in pair.maps
     ]
 
 
-def _placed(name: str) -> str:
-    """The last two parts of a layer's name, with the block's number where it has one."""
+def _place(name: str) -> str:
+    """Return the last two parts of a layer's name, with the block's number where it has one."""
     number = re.findall(r"\b\d+\b", name)
     return ".".join(name.split(".")[-2:]) + (f", block {number[0]}" if number else "")

@@ -1,17 +1,19 @@
-"""A training run's figures and log as a Report. Knows what a run logs; nothing of HTML, models or files."""
+"""A training run's figures and events as a Report. Knows results; nothing of HTML, models or files."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from deltaw import __version__
 from deltaw.files import units
 from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
+from deltaw.runs.results.train import RunFigures
+from deltaw.training.events import Evaluated, Event, Stepped
 
 _SMOOTH = 0.9
-# What a loss in this unit is
+# A loss's unit → its formula
 _LOSSES = {
     "nats per supervised token": "−log p(y_t | x, y_<t), averaged over supervised tokens",
     "nats per record": "−log p(class | x), averaged over records",
@@ -25,14 +27,17 @@ class Sampled:
 
     prompt: str
     reference: str | None
+    """What was wanted."""
     before: str | None
+    """What the base says; None where its head is untrained."""
     after: str | None
+    """What the adapter says."""
 
 
 def run_report(
-    settings: Mapping[str, Any],
-    figures: Mapping[str, Any],
-    log: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, object],
+    figures: RunFigures,
+    events: Sequence[Event],
     samples: Sequence[Sampled],
     *,
     title: str | None = None,
@@ -41,25 +46,27 @@ def run_report(
     charts: Sequence[Chart] = (),
     commands: Sequence[str] | None = None,
 ) -> Report:
-    """The report of a run from config.yaml's settings, result.json's figures and log.jsonl's lines; `tables`, `charts` and
-    `commands` add to it or, for commands, replace its own."""
+    """Return the page about a run.
+
+    settings: those in config.yaml. tables and charts are added to the run's. title, headline and commands replace its own.
+    """
     adapter = f"{settings['out']}/adapter"
     return Report(
         title=title or f"{settings['model']} on {settings['data']}",
-        headline=headline or _headline(figures, log),
+        headline=headline or _headline(figures, events),
         facts=_facts(figures),
-        curves=[*_curves(log, figures), *charts],
+        curves=[*_curves(events, figures), *charts],
         examples=[Sample(s.prompt, s.reference, s.before, s.after) for s in samples],
         tables=[*tables, _merge(figures), _counts(figures), _settings(settings)],
-        warnings=list(figures["warnings"]),
-        commands=list(commands) if commands is not None else next_commands(settings["model"], adapter, settings),
+        warnings=list(figures.warnings),
+        commands=list(commands) if commands is not None else next_commands(str(settings["model"]), adapter, settings),
         footer=f"deltaw {__version__}",
     )  # fmt: skip
 
 
-def next_commands(model: str, adapter: Any, settings: Mapping[str, Any]) -> list[str]:
-    """What to try with an adapter that these settings made."""
-    speaks = {"causal": "chat", "seq2seq": "generate"}.get(settings.get("task", "causal"))
+def next_commands(model: str, adapter: str, settings: Mapping[str, object]) -> list[str]:
+    """Return what to try with an adapter that these settings made."""
+    speaks = {"causal": "chat", "seq2seq": "generate"}.get(str(settings.get("task", "causal")))
     return [
         *([f"deltaw {speaks} {model} --adapter {adapter}"] if speaks else []),
         f"deltaw eval {model} HELD_OUT_DATA --adapter {adapter}",
@@ -67,59 +74,56 @@ def next_commands(model: str, adapter: Any, settings: Mapping[str, Any]) -> list
     ]
 
 
-def _headline(figures: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
-    loop = figures["loop"]
-    held_out = [line["valid_loss"] for line in log if line["event"] == "eval"]
+def _headline(figures: RunFigures, events: Sequence[Event]) -> str:
+    loop = figures.loop
+    held_out = [event.valid_loss for event in events if isinstance(event, Evaluated)]
     what = (
         f"Held-out loss {held_out[0]:.3f} → {held_out[-1]:.3f}"
         if held_out
-        else f"Training loss {loop['first_loss']:.3f} → {loop['last_loss']:.3f}"
+        else f"Training loss {loop.first_loss:.3f} → {loop.last_loss:.3f}"
     )
-    return f"{what} with {units.size(figures['adapter_bytes'])} of update in {units.duration(loop['seconds'])}."
+    return f"{what} with {units.size(figures.adapter_bytes)} of update in {units.duration(loop.seconds)}."
 
 
-def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    loop = figures["loop"]
+def _facts(figures: RunFigures) -> list[tuple[str, str, str]]:
+    loop, counted = figures.loop, figures.counted
     facts = [
-        ("Adapter", units.size(figures["adapter_bytes"]), f"base {units.size(figures['base_bytes'])}"),
-        (
-            "Trainable",
-            f"{figures['trainable_parameters']:,}",
-            f"{figures['trainable_share']:.2%} of the base's parameters",
-        ),
-        ("Time", units.duration(loop["seconds"]), f"{loop['step']} steps, {loop['records']:,} records"),
+        ("Adapter", units.size(figures.adapter_bytes), f"base {units.size(figures.base_bytes)}"),
+        ("Trainable", f"{figures.trainable_parameters:,}", f"{figures.trainable_share:.2%} of the base's parameters"),
+        ("Time", units.duration(loop.seconds), f"{loop.step} steps, {loop.records:,} records"),
         (
             "Speed",
-            f"{loop['tokens'] / max(loop['step_seconds'], 1e-9):.0f} {figures['counted']}/s",
-            f"{loop['tokens']:,} {figures['counted']}, padding not counted",
+            f"{loop.tokens / max(loop.step_seconds, 1e-9):.0f} {counted}/s",
+            f"{loop.tokens:,} {counted}, padding not counted",
         ),
-        ("Peak memory", units.size(figures["peak_memory"]), "of the process, base included"),
-        ("‖ΔW‖ / ‖W0‖", f"{figures['relative_norm']:.4f}", "over all adapted layers"),
+        ("Peak memory", units.size(figures.peak_memory), "of the process, base included"),
+        ("‖ΔW‖ / ‖W0‖", f"{figures.relative_norm:.4f}", "over all adapted layers"),
     ]
-    if loop["best_loss"] is not None:
-        facts.append(("Best held-out loss", f"{loop['best_loss']:.4f}", f"at step {loop['best_step']}"))
+    if loop.best_loss != math.inf:
+        facts.append(("Best held-out loss", f"{loop.best_loss:.4f}", f"at step {loop.best_step}"))
     return facts
 
 
-def _curves(log: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> list[Chart]:
-    steps = [line for line in log if line["event"] == "step"]
-    evals = [line for line in log if line["event"] == "eval"]
-    raw = [(line["step"], line["loss"]) for line in steps]
+def _curves(events: Sequence[Event], figures: RunFigures) -> list[Chart]:
+    steps = [event for event in events if isinstance(event, Stepped)]
+    held_out = [(event.step, event.valid_loss) for event in events if isinstance(event, Evaluated)]
+    raw = [(step.step, step.loss) for step in steps]
     loss = [Series("training", raw, "dots"), Series("training, smoothed", _smoothed(raw), "line")]
-    if evals:
-        loss.append(Series("held out", [(line["step"], line["valid_loss"]) for line in evals], "line"))
-    norms = [(line["step"], line["grad_norm"]) for line in steps if line["grad_norm"] is not None]
-    speed = [(line["step"], line["tokens_per_second"]) for line in steps]
+    if held_out:
+        loss.append(Series("held out", held_out, "line"))
+    rates = [(step.step, step.lr) for step in steps]
+    norms = [(step.step, step.grad_norm) for step in steps if step.grad_norm is not None]
+    speed = [(step.step, step.tokens_per_second) for step in steps]
     return [
-        Chart("Loss", "step", figures["unit"], loss, note=_LOSSES.get(figures["unit"], "")),
-        Chart("Learning rate", "step", "", [Series("learning rate", [(x["step"], x["lr"]) for x in steps], "line")]),
+        Chart("Loss", "step", figures.unit, loss, note=_LOSSES.get(figures.unit, "")),
+        Chart("Learning rate", "step", "", [Series("learning rate", rates, "line")]),
         Chart("Gradient norm", "step", "", [Series("before clipping", norms, "line")]),
-        Chart("Speed", "step", f"{figures['counted']} per second", [Series("since the last line", speed, "line")]),
-    ]  # fmt: skip
+        Chart("Speed", "step", f"{figures.counted} per second", [Series("since the last line", speed, "line")]),
+    ]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Exponential moving average, corrected for its start."""
+    """Return the exponential moving average, corrected for its start."""
     total = weight = 0.0
     smooth = []
     for x, y in points:
@@ -131,28 +135,27 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 MERGE_COLUMNS = ("layers", "count", "‖ΔW‖ / ‖W0‖", "ΔW kept", "entries changed", "largest change")
 
 
-def merge_cells(row: Mapping[str, Any]) -> list[str]:
-    """One of `MergeReport.rows()` as text, under MERGE_COLUMNS."""
+def merge_cells(row: Mapping[str, object]) -> list[str]:
+    """Return one of `MergeReport.rows()` as text, under MERGE_COLUMNS."""
     return [
-        row["layers"], str(row["count"]), f"{row['relative']:.2e}", f"{row['survived']:.2%}", f"{row['changed']:.1%}",
+        str(row["layers"]), str(row["count"]), f"{row['relative']:.2e}", f"{row['survived']:.2%}", f"{row['changed']:.1%}",
         f"{row['largest_change']:.2e}",
     ]  # fmt: skip
 
 
-def _merge(figures: Mapping[str, Any]) -> Table:
+def _merge(figures: RunFigures) -> Table:
     note = "What merging into the weights as they were trained on would do. Kept is the share of ΔW that survives rounding."
-    rows = [merge_cells(row) for row in figures["merge"]["rows"]]
-    return Table(f"A merge into {figures['merge']['dtype']}", list(MERGE_COLUMNS), rows, note=note)
+    rows = [merge_cells(row) for row in figures.merge_rows]
+    return Table(f"A merge into {figures.merge_dtype}", list(MERGE_COLUMNS), rows, note=note)
 
 
-def _counts(figures: Mapping[str, Any]) -> Table:
-    sets = figures["sets"]
-    held = f"Held out: {sets['valid']}." if sets["valid"] else "Nothing is held out."
-    rows = [[name, f"{value:,}"] for name, value in figures["data"].items()]
-    note = f"Trained on {sets['train']}. {held} Tokens are those of the kept records, once."
+def _counts(figures: RunFigures) -> Table:
+    held = f"Held out: {figures.sets['valid']}." if figures.sets["valid"] else "Nothing is held out."
+    rows = [[name, f"{count:,}"] for name, count in figures.data.items()]
+    note = f"Trained on {figures.sets['train']}. {held} Tokens are those of the kept records, once."
     return Table("Training data", ["", "count"], rows, note=note)
 
 
-def _settings(settings: Mapping[str, Any]) -> Table:
+def _settings(settings: Mapping[str, object]) -> Table:
     rows = [[name, "" if value is None else str(value)] for name, value in settings.items()]
     return Table("Settings", ["setting", "value"], rows, note="config.yaml reproduces the run.")

@@ -1,0 +1,134 @@
+"""Scores on test records: a run's own, a candidate's over its seeds, and those of candidates beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from deltaw.runs.evaluation.bootstrap import Choice, Compared, ItemScore, Measured, Score, Tested, shortened
+from deltaw.runs.evaluation.metrics import RANGES
+from deltaw.runs.results import JsonObject
+
+
+class HasInterval(Protocol):
+    """A figure with its 95% interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class MetricScore:
+    """A metric of one run on its test records."""
+
+    value: float
+    low: float
+    high: float
+    """`low` and `high` end the 95% interval over items."""
+    parts: list[float] | None = None
+    """[items]: jackknife pseudo-values, which sum up to the score. None where the run's losses are kept instead."""
+
+    @classmethod
+    def of(cls, score: ItemScore, *, parts: bool = True) -> MetricScore:
+        """Return the score as files hold it, its parts in six digits."""
+        return cls(score.value, score.low, score.high, shortened(score.parts) if parts else None)
+
+    @classmethod
+    def from_json(cls, found: JsonObject) -> MetricScore:
+        return cls(found["value"], found["low"], found["high"], found.get("parts"))
+
+    def to_json(self) -> dict[str, object]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class SeedScores:
+    """A metric of one candidate: the mean over its runs, which have a seed each."""
+
+    seeds: list[float]
+    """[runs]: the metric of each run."""
+    value: float
+    low: float
+    high: float
+    """`low` and `high` end the 95% interval; of several runs the seeds' variance is in it."""
+
+    @property
+    def mean(self) -> float:
+        """The mean over runs."""
+        return sum(self.seeds) / len(self.seeds)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over runs; there must be two at least."""
+        squares = sum((score - self.mean) ** 2 for score in self.seeds)
+        return float((squares / (len(self.seeds) - 1)) ** 0.5)
+
+    @classmethod
+    def from_json(cls, found: JsonObject) -> SeedScores:
+        return cls(found["seeds"], found["value"], found["low"], found["high"])
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def measured_by(scores: Sequence[MetricScore], seeds: Sequence[int]) -> Measured:
+    """Return a metric of one candidate, from its runs' scores with their parts."""
+    values, parts = (np.array([getattr(score, part) for score in scores], float) for part in ("value", "parts"))
+    return Measured(values, parts, tuple(seeds))
+
+
+def over_seeds(first: MetricScore, measured: Measured, metric: str) -> SeedScores:
+    """Return the metric of a candidate, its interval kept within the metric's range.
+
+    first: the score of its first run, whose interval is the candidate's where there is no other run.
+    """
+    if len(measured.seeds) == 1:
+        return SeedScores([first.value], first.value, first.low, first.high)
+    mean, (least, most) = measured.interval(), RANGES.get(metric, (0.0, 1.0))
+    return SeedScores(measured.values.tolist(), mean.value, max(mean.low, least), min(mean.high, most))
+
+
+def scores_to_json(scores: Mapping[str, MetricScore] | Mapping[str, SeedScores]) -> dict[str, object]:
+    """Return the scores by metric, as files hold them."""
+    return {metric: score.to_json() for metric, score in scores.items()}
+
+
+def run_scores(found: JsonObject) -> dict[str, MetricScore]:
+    """Return a run's scores by metric."""
+    return {metric: MetricScore.from_json(score) for metric, score in found.items()}
+
+
+def seed_scores(found: JsonObject) -> dict[str, SeedScores]:
+    """Return a candidate's scores by metric."""
+    return {metric: SeedScores.from_json(score) for metric, score in found.items()}
+
+
+# --- candidates beside each other ---------------------------------------------------------------------------------
+
+
+def score_from(found: JsonObject) -> Score:
+    """Return a figure with its interval."""
+    return Score(found["value"], found["low"], found["high"])
+
+
+def tested_from(found: JsonObject) -> Tested:
+    """Return one rank beside the largest."""
+    return Tested(found["rank"], score_from(found["loss"]), score_from(found["difference"]), found["enough"])
+
+
+def choice_from(found: JsonObject) -> Choice:
+    """Return the choice of a rank."""
+    return Choice(found["rank"], found["margin"], [tested_from(tested) for tested in found["tested"]])
+
+
+def compared_from(found: JsonObject) -> Compared:
+    """Return one candidate beside the best."""
+    return Compared(found["name"], score_from(found["score"]), score_from(found["difference"]), found["worse"])

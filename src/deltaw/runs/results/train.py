@@ -1,0 +1,58 @@
+"""What a run's result.json holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deltaw.training.loop import LoopState
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """The figures of a finished run. Sizes are in bytes."""
+
+    loop: LoopState
+    """Where the loop ended."""
+    trainable_parameters: int
+    trainable_share: float
+    """Of the base's parameters."""
+    adapter_bytes: int
+    """Of the adapter's folder."""
+    bytes_with_optimizer: int
+    """With AdamW's state."""
+    base_bytes: int
+    unit: str
+    """What the loss is in."""
+    counted: str
+    """What the speed counts: tokens or images."""
+    relative_norm: float
+    """‖ΔW‖ / ‖W0‖ over all adapted layers."""
+    merge_dtype: str
+    """The precision of the weights that `merge_rows` are told for."""
+    merge_rows: list[dict[str, object]]
+    """What a merge would do to each family of layers, and to all."""
+    peak_memory: int
+    """Of the process, or of the GPU where one is in use."""
+    data: dict[str, int]
+    """Counts of the training records."""
+    sets: dict[str, str | None]
+    """What is in train and in valid, and a warning where they overlap."""
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the values of result.json; a loss that there is not (∞) is null."""
+        values: dict[str, object] = {}
+        for field in dataclasses.fields(self):
+            if field.name == "merge_rows":
+                values["merge"] = {"dtype": self.merge_dtype, "rows": self.merge_rows}
+            elif field.name != "merge_dtype":
+                values[field.name] = getattr(self, field.name)
+        return values | {"loop": finite(dataclasses.asdict(self.loop))}
+
+
+def finite(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values with None for ∞, which JSON does not have."""
+    return {name: None if value == math.inf else value for name, value in values.items()}
