@@ -122,10 +122,9 @@ def compare(
         Interrupted: Ctrl-C. Finished candidates are kept.
 
     >>> import deltaw
-    >>> config = deltaw.TrainConfig(out="compared", steps=1, valid_most=4, overwrite=True)
-    >>> options = deltaw.CompareConfig(methods="lora(rank=64)", latency=False)
-    >>> deltaw.compare("model", "train.jsonl", config, options).outcome.rows[0].settings
-    {'rank': 64}
+    >>> deltaw.compare("model", "train.jsonl", deltaw.TrainConfig(lr=1e-3))
+    Traceback (most recent call last):
+    deltaw.errors.ConfigError: Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3.
     """
     if config.lr != TrainConfig().lr:
         raise ConfigError(

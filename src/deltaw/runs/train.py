@@ -163,8 +163,8 @@ def train(
     >>> result = deltaw.train("model", "train.jsonl", config, method=deltaw.LoRA(rank=4, targets="q,v"))
     >>> result.state.step, result.state.stopped, result.adapter.name
     (3, '', 'adapter')
-    >>> deltaw.adapters(result.model)
-    ('default',)
+    >>> deltaw.adapters(result.model).active
+    'default'
     """
     _check_place(config)
     return run(prepare(model, data, config, method, tokenizer=tokenizer), on_event)
