@@ -174,8 +174,8 @@ class CompareConfig:
     """What is compared. The budget of each run (steps, minutes, batch …) is TrainConfig's, the same for all."""
 
     methods: str = ""
-    """Methods, with commas: full, bitfit, houlsby, pfeiffer, lin, adapterdrop, prefix, prompt, ia3, lora-qv, lora, dora; with
-    settings of their own in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of these."""
+    """Methods, with commas, of those that the head of `deltaw compare --help` lists: full,lora,lin; with settings of their own
+    in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of these."""
     lrs: int = 1
     """Learning rates to try for each method, a factor of three apart around its usual one; the best one counts: by held-out
     loss, of classes and numbers by the last of the metrics."""
@@ -283,8 +283,8 @@ class PlanConfig:
     """What is planned. Shapes alone decide: no weights are read, nothing is trained."""
 
     methods: str = ""
-    """Methods, with commas, as compare takes them: full, bitfit, houlsby, pfeiffer, lin, adapterdrop, prefix, prompt, ia3,
-    lora-qv, lora, dora; with settings of their own in brackets: lora(rank=64). Default: nine of these."""
+    """Methods, with commas, of those that the head of `deltaw plan --help` lists: full,lora,lin; with settings of their own in
+    brackets: lora(rank=64). Default: nine of these."""
     task: Task = "auto"
     """What is learned: causal, classification, regression, seq2seq or image. auto: what the model's head is for."""
     labels: int = 2

@@ -1,6 +1,7 @@
 import pytest
 
-from deltaw.files.units import duration, size
+from deltaw.errors import ConfigError
+from deltaw.files.units import duration, parse_size, size
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,12 @@ def test_size(count: float, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert [parse_size(t, "x") for t in ("16GB", "16 GiB", "900MB", "1.5k", "12")] == [
+        16 * 10**9, 16 * 2**30, 9 * 10**8, 1500, 12
+    ]  # fmt: skip
+    for wrong in ("", "GB", "0", "-1GB", "1XB", "1e9"):
+        with pytest.raises(ConfigError, match="x is"):
+            parse_size(wrong, "x")

@@ -1,5 +1,4 @@
-"""All methods by one measure: attach, train a step, save and load, merge or say why not, detach. And PEFT's files of those that
-PEFT has."""
+"""All methods by one measure: attach, train some steps, save and load, merge or say why not, detach."""
 
 from __future__ import annotations
 
@@ -12,21 +11,17 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 import deltaw
 from deltaw import DoRA, LoRA
 from deltaw.errors import FileError, MergeError, TargetError
-from deltaw.files.formats import method_file
-from deltaw.files.formats.method_file import as_difference, from_difference, problems_with
 from deltaw.files.formats.peft import tensors_of
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.full import Full
 from deltaw.methods.ia3 import IA3
+from deltaw.methods.plan import PRESETS
 from deltaw.methods.prefix import Prefix
 from deltaw.methods.registry import METHODS
 from deltaw.model.summary import updates
@@ -71,8 +66,11 @@ FORMS: dict[str, Any] = {
     "full": Full(),
     "full-difference": Full(kept="difference"),
 }
+tried = {type(method) for method in FORMS.values()}
+FORMS |= {
+    name: METHODS[kind](**preset.settings) for name, (kind, preset) in PRESETS.items() if METHODS[kind] not in tried
+}  # a method that is new here is tried by its presets
 CHANGES_FROM_THE_START = ("prefix", "prompt")
-UNMERGEABLE = ("houlsby", "pfeiffer", "lin", "adapterdrop", "prefix", "prompt")
 
 
 def refused(form: str, model: str) -> bool:
@@ -161,8 +159,9 @@ def test_it_learns_comes_back_out_of_its_file_and_merges(form: str, name: str, t
         one, other = (read(tmp_path / folder) for folder in "ab")
         assert one == other
 
-    no_place = form == "bitfit-add" and any(u.__class__.__name__ == "AddedBias" for u in updates(model).values())
-    if form in UNMERGEABLE or no_place:
+    every = updates(model)
+    no_place = form == "bitfit-add" and any(not u.replaced() for u in every.values())
+    if no_place or not all(u.mergeable for u in every.values()):
         with pytest.raises(MergeError, match=r"no weight can hold|the base has no"):
             deltaw.merge(model)
     else:
@@ -207,7 +206,7 @@ def test_checkpointed_gradients_are_the_same(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f != "bitfit"])
-def test_in_bfloat16(form: str, tmp_path: Path) -> None:
+def test_on_a_bfloat16_base_it_trains_in_float32_and_comes_back(form: str, tmp_path: Path) -> None:
     model, twin = build("llama").bfloat16(), build("llama").bfloat16()
     trained(model, FORMS[form])
     assert all(p.dtype == torch.float32 for p in deltaw.parameters(model))
@@ -219,61 +218,7 @@ def test_in_bfloat16(form: str, tmp_path: Path) -> None:
 # --- each method by itself --------------------------------------------------------------------------------------
 
 
-def test_a_model_without_biases_says_so() -> None:
-    with pytest.raises(TargetError, match=r"this LlamaForCausalLM has none .* BitFit\(add=True\)"):
-        deltaw.attach(build("llama"), BitFit())
-
-
-def test_bitfit_trains_every_bias_and_nothing_else() -> None:
-    model = build("bert")
-    deltaw.attach(model, BitFit())
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    biases = {n for n, _ in model.named_parameters() if n.endswith("bias") and ".deltaw." not in n}
-    assert {n.replace(".deltaw.default", "") for n in trainable} == biases
-
-
-def test_where_bottleneck_adapters_are() -> None:
-    found = {}
-    for form in ("houlsby", "pfeiffer", "lin", "adapterdrop"):
-        model = build("llama")
-        method = FORMS[form]
-        deltaw.attach(model, Bottleneck(**{**vars(method), "norms": False}))
-        found[form] = sorted(updates(model))
-    layer = "model.layers.{}.{}".format
-    assert found["houlsby"] == [layer(i, n) for i in (0, 1) for n in ("mlp.down_proj", "self_attn.o_proj")]
-    assert found["pfeiffer"] == [layer(i, "mlp.down_proj") for i in (0, 1)]
-    assert found["lin"] == ["model.layers.0", "model.layers.1"]
-    assert found["adapterdrop"] == [layer(1, n) for n in ("mlp.down_proj", "self_attn.o_proj")]
-
-
-def test_the_papers_counts_of_parameters() -> None:
-    """§5.1: adapters L̂·(2·d·r + r + d) and 2·d for each trained LayerNorm; prefix-embedding d·l, prefix-layer L·d·l."""
-    d, m, L = 32, 4, 2
-    counts = {}
-    for form in ("pfeiffer", "lin", "prefix", "prompt"):
-        model = build("llama")
-        deltaw.attach(model, FORMS[form])
-        counts[form] = deltaw.summary(model).adapters["default"].parameters
-    assert counts["pfeiffer"] == L * (2 * d * m + m + d)
-    assert counts["lin"] == L * (2 * d * m + m + d) + L * 2 * d
-    assert counts["prompt"] == 3 * d and counts["prefix"] == L * d * 4
-
-
-def test_a_prefix_is_what_its_embeddings_are_as_input() -> None:
-    model = build("llama")
-    torch.manual_seed(5)
-    deltaw.attach(model, Prefix(length=3, where="embedding"))
-    rows = updates(model)["model"].rows
-    batch = inputs(model)
-    own = logits(model)
-    with deltaw.using(model, None), torch.no_grad():
-        embeds = model.get_input_embeddings()(batch["input_ids"])
-        mask = torch.nn.functional.pad(batch["attention_mask"], (3, 0), value=1)
-        whole = model(inputs_embeds=torch.cat([rows.expand(ROWS, -1, -1), embeds], 1), attention_mask=mask).logits
-    torch.testing.assert_close(own, whole[:, 3:])
-
-
-def test_models_that_a_method_does_not_fit_say_so() -> None:
+def test_models_that_a_method_does_not_fit_are_refused_with_the_reason() -> None:
     vit = hf.ViTForImageClassification(
         hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=56)
     )
@@ -290,7 +235,7 @@ def test_models_that_a_method_does_not_fit_say_so() -> None:
 
 
 @pytest.mark.parametrize("form", ["pfeiffer", "prefix", "full", "bitfit"])
-def test_files_that_do_not_fit_say_everything(form: str, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused_with_everything_wrong(form: str, tmp_path: Path) -> None:
     deltaw.save(trained(build("gpt2"), FORMS[form]), tmp_path / "a")
     small = tiny_gpt2(layers=1)
     before = snapshot(small)
@@ -307,99 +252,7 @@ def test_files_that_do_not_fit_say_everything(form: str, tmp_path: Path) -> None
         deltaw.load(build("gpt2"), tmp_path / "a")
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_base_is_refused(tmp_path: Path) -> None:
     deltaw.save(trained(build("gpt2"), Bottleneck(size=4)), tmp_path / "a")
     with pytest.raises(FileError, match="other base weights"):
         deltaw.load(build("gpt2", seed=9), tmp_path / "a")
-
-
-def test_full_fine_tuning_kept_as_a_difference(tmp_path: Path) -> None:
-    model = trained(build("bert"), Full(kept="difference", whole="classifier"))
-    layer = "bert.encoder.layer.1.output.dense"
-    W0, W = model.get_submodule(layer).weight.detach(), updates(model)[layer]._parameters["weight"]
-    with torch.no_grad():
-        W[0, 0] = 1e-12  # which no difference of this precision leads to
-    expected = {n: p.clone() for n, p in own_parameters(model)}
-    deltaw.save(model, tmp_path / "a")
-    tensors, metadata = tensors_of(tmp_path / "a")
-    assert torch.equal(tensors[f"base_model.model.{layer}.weight"], W.detach() - W0)
-    assert 0 in tensors[f"base_model.model.{layer}.weight:where"]
-    assert json.loads(metadata["deltaw_replaced"]) == ["classifier.bias", "classifier.weight"]
-    twin = build("bert")
-    with torch.no_grad():
-        twin.classifier.weight.add_(1)  # another head: that one is the file's own
-    deltaw.load(twin, tmp_path / "a")
-    assert all(torch.equal(p, expected[n]) for n, p in own_parameters(twin))
-    with pytest.raises(FileError, match="other base weights"):
-        deltaw.load(build("bert", seed=9), tmp_path / "a")
-    path = tmp_path / "a" / "adapter_model.safetensors"
-    tensors[f"base_model.model.{layer}.weight:where"][0] = 10**6
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(FileError, match=f"{layer}.weight: the entries kept beside its difference"):
-        deltaw.load(build("bert"), tmp_path / "a")
-
-
-def own_parameters(model: Any) -> Any:
-    return ((f"{n}.{own}", p) for n, u in updates(model).items() for own, p in u._parameters.items())
-
-
-@given(st.lists(st.tuples(*[st.floats(width=32, allow_nan=False, allow_infinity=False)] * 2), min_size=1, max_size=6))
-def test_a_difference_leads_back_to_the_same_bits(pairs: list[tuple[float, float]]) -> None:
-    W, W0 = torch.tensor(pairs).T.contiguous()
-    made = as_difference("W", W, W0)
-    assert all(bool(torch.isfinite(t).all()) for t in made.values()) and not problems_with(made)
-    assert torch.equal(from_difference("W", made, W0).view(torch.int32), W.view(torch.int32))
-
-
-def test_every_method_has_a_name_and_a_form_here() -> None:
-    assert {type(method) for method in FORMS.values()} == set(METHODS.values())
-
-
-# --- PEFT -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "bert", "bart"])
-def test_real_peft_reads_our_ia3(name: str, tmp_path: Path) -> None:
-    method = IA3(whole="classifier") if name == "bert" else IA3()
-    model = trained(build(name), method)
-    deltaw.save(model, tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(build(name), str(tmp_path / "a")).eval()
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_we_read_real_pefts_ia3(name: str, tmp_path: Path) -> None:
-    targets = {
-        "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]), "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
-        "bert": (["key", "value", "output.dense"], ["output.dense"]),
-    }[name]  # fmt: skip
-    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
-    config = peft.IA3Config(task_type=task, target_modules=targets[0], feedforward_modules=targets[1])
-    theirs = peft.get_peft_model(build(name), config).eval()
-    with torch.no_grad():
-        for n, p in theirs.named_parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))) * 0.1)
-    theirs.save_pretrained(tmp_path / "a")
-    ours = build(name)
-    deltaw.load(ours, tmp_path / "a")
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-6, rtol=1e-5)
-    deltaw.merge(ours, allow_unchanged=True)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-def test_prompts_are_pefts_both_ways(name: str, tmp_path: Path) -> None:
-    model = trained(build(name), FORMS["prompt"])
-    deltaw.save(model, tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(build(name), str(tmp_path / "a")).eval()
-    batch = inputs(theirs)
-    del batch["labels"]
-    with torch.no_grad():
-        found = theirs(**batch).logits
-    torch.testing.assert_close(found[:, 3:], logits(model), atol=1e-6, rtol=1e-5)
-    theirs.save_pretrained(tmp_path / "b")
-    ours = build(name)
-    deltaw.load(ours, tmp_path / "b")
-    torch.testing.assert_close(logits(ours), logits(model), atol=1e-6, rtol=1e-5)
-    assert method_file.read(tmp_path / "b").metadata.keys() <= {"format"}

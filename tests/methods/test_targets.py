@@ -130,7 +130,7 @@ def test_a_role_that_no_layer_has_is_not_taken_for_a_fused_one() -> None:
         select(model, "mlp", 2)
 
 
-def test_gpt_j() -> None:
+def test_roles_of_gpt_j_are_known() -> None:
     config = GPTJConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
     assert ends(GPTJForCausalLM(config), "mlp") == {"fc_in", "fc_out"}
 

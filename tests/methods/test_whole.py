@@ -40,7 +40,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("method", WHOLE)
 @pytest.mark.filterwarnings("ignore")
-def test_7_saved_reloaded_and_read_by_peft(method: str, tied: bool, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_a_file_reloads_and_real_peft_computes_the_same(
+    method: str, tied: bool, ids: torch.Tensor, tmp_path: Path
+) -> None:
     torch.manual_seed(1)
     model = tiny_llama(tied=tied).eval()
     plain = copy.deepcopy(model)
@@ -157,7 +159,7 @@ def test_new_rows_of_an_untied_head_that_no_adapter_has_are_missed(tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["q_proj"]])
-def test_7_vocabularies_that_peft_saw_resized(targets: list[str], ids: torch.Tensor, tmp_path: Path) -> None:
+def test_vocabularies_that_real_peft_saw_resized_load(targets: list[str], ids: torch.Tensor, tmp_path: Path) -> None:
     """It writes the whole embedding beside, of which it says that it does so."""
     torch.manual_seed(1)
     base = tiny_llama().eval()
@@ -226,7 +228,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_4_wholes_in_other_precisions(dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_wholes_come_back_in_other_precisions(dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = tiny_llama(tied=False).eval()
     base = copy.deepcopy(model).to(dtype)

@@ -31,7 +31,6 @@ from deltaw.training.loop import (
     run_loop,
     seconds_left,
     should_evaluate,
-    step,
 )
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import fill, tiny_gpt2, tiny_llama

@@ -6,7 +6,7 @@ import functools
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -23,11 +23,14 @@ from deltaw.config import (
 )
 from deltaw.errors import ConfigError, nearest
 from deltaw.methods.lora import LoRA
-from deltaw.methods.registry import METHODS, method_class
+from deltaw.methods.registry import METHODS, PRESETS, method_class
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
-MethodName = Literal["lora", "dora", "bitfit", "bottleneck", "prefix", "ia3", "full"]
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 Adapter = Annotated[Positional[str], arg(metavar="ADAPTER")]
 
 
@@ -42,8 +45,7 @@ class Train:
     config: str | None = None
     """YAML file of any of these settings, MODEL and DATA too; flags beside it win. A run's config.yaml is one."""
     method: MethodName = "lora"
-    """What is trained: lora, dora, biases (bitfit), bottleneck adapters, a prefix, (IA)³, or all parameters (full). Each has
-    settings of its own: --method prefix --help shows them."""
+    """What is trained. Each method has settings of its own: --method prefix --help shows those of prefix."""
     settings: LoRA = field(default_factory=LoRA)
     run: TrainConfig = field(default_factory=TrainConfig)
 
@@ -55,7 +57,7 @@ def train_with(method: str) -> type[Train]:
     if cls is LoRA:
         return Train
     members = {
-        "__annotations__": {"settings": cls, "method": MethodName},
+        "__annotations__": {"settings": cls, "method": Literal.__getitem__(tuple(METHODS))},
         "settings": field(default_factory=cls),
         "method": method,
         "__module__": __name__,
@@ -321,6 +323,11 @@ COMMANDS = {
     "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
     "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
+
+
+# The methods that there are, at the end of the help of the commands that compare them
+for _command in (Compare, Plan):
+    _command.__doc__ = f"{_command.__doc__}\n\nMethods: {', '.join(PRESETS)}."
 
 
 def check_flags(command: str, cls: type, words: Sequence[str]) -> None:

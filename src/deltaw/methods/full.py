@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Full(Method):
     """Full fine-tuning: a trained value in place of every floating-point parameter.
 
-    The base's parameters stay beside them, for `use(model, None)` and `detach`. So it takes the base's memory once more than
-    full fine-tuning by itself, and its file is as large as the model.
+    The base's parameters stay beside them, so that the base can be used and given back. That takes the base's memory once more
+    than full fine-tuning by itself; the file is as large as the model.
 
     Example:
         >>> import deltaw

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Prefix(Beside):
     """Trained vectors before the input of a decoder, or of an encoder (Hu et al. 2021, arXiv 2106.09685, §5.1).
 
-    Trains l embeddings [l, d] (prefix-embedding tuning), and with where="layers" the activations [l, d] before each further
-    block too (prefix-layer tuning). Unlike other methods it changes the output from the start.
+    Trains l embeddings [l, d] (where: embedding, prefix-embedding tuning), or also the activations [l, d] before each further
+    block (where: layers, prefix-layer tuning). Unlike other methods it changes the output from the start.
 
     Raises:
         ConfigError: A setting is out of range.

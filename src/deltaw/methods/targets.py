@@ -1,19 +1,17 @@
-"""Which layers a `targets` value means in this model. Reads the model, changes nothing.
+"""Selection of layers by a `targets` value. Reads the model, changes nothing.
 
 A targets value is a preset ("all-linear", "qv", "attention", "mlp"), a role (q k v o up gate down), a layer's dotted
-name or the end of one ("q_proj"), a glob ("*.layers.[0-3].*"), a comma-separated or real list of those, or a mapping of
-those to ranks, in which a later entry overrides an earlier one. In brackets after one of these stand slices of a fused
-layer, by their roles or as rows of its output: "c_attn[q,v]", "qkv[0:64,128:192]"; a role that a model fuses with others means
-its slice.
+name or the end of one ("q_proj"), or a glob ("*.layers.[0-3].*"). Several stand with commas or in a list. In a mapping of those
+to ranks a later entry overrides an earlier one. In brackets after one of these stand slices of a fused layer, by their roles or
+as rows of its output: "c_attn[q,v]", "qkv[0:64,128:192]". A role that a model fuses with others means its slice.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -21,6 +19,7 @@ from deltaw.errors import TargetError, nearest
 from deltaw.layers.kinds import KINDS, Runs, Weight, kind_of, shape, weights_of, why_not
 from deltaw.layers.reached import never_called, without_gradient
 from deltaw.layers.slices import overlapping, parts_of, runs_of
+from deltaw.layers.tree import dotted
 from deltaw.layers.unwrap import plain_class
 
 Targets = str | Sequence[str] | Mapping[str, int]
@@ -47,11 +46,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 ALL = "all-linear"
 WHERE_NAMED = "it takes an update where it is named"
-"""The end of the reason of layers that presets and roles do not mean."""
+"""End of the reason why a layer is left out that presets and roles do not mean."""
 # Names of roles, or rows from:to, several with +
 _SLICED = re.compile(r"(.+)\[((?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*)(?:,(?:[a-z_]+|\d+:\d+(?:\+\d+:\d+)*))*)\]")
+# Role → the role of a layer that has it among others
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "gate_up", "gate": "gate_up"}
-
 
 Layer = nn.Module | Weight
 """A dense layer, or a dense weight of a module."""
@@ -59,35 +58,48 @@ Layer = nn.Module | Weight
 
 @dataclass(frozen=True)
 class Selection:
-    """What a targets value came to."""
+    """The layers that a targets value means."""
 
     ranks: dict[str, int]
-    """Layer name → rank, in the model's own order."""
+    """Layer name → rank, in the model's order."""
     left_out: dict[str, str]
-    """Dense weights that are not targeted, and why."""
+    """Name of a dense weight that is not targeted → why."""
     slices: dict[str, dict[str, Runs]]
-    """Layer name → the slices of it that are meant, where it is not the whole layer; each has the layer's rank."""
+    """Layer name → its targeted slices, where it is not targeted whole; each has the layer's rank."""
     layers: dict[str, Layer]
-    """Those that are meant."""
+    """Layer name → the layer."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's layers by name, in its order."""
+
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    """All modules."""
+    dense: dict[str, Layer]
+    """Layers and weights that can take an update."""
+    body: dict[str, Layer]
+    """Layers and weights that presets and roles choose from."""
+    dead: dict[str, str]
+    """Name of a dense layer whose update would never learn → why."""
 
 
 def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection[str] = ()) -> Selection:
-    """The layers of `model` that `targets` means, each with its rank (`rank` where targets names none).
+    """Return the layers of `model` that `targets` means, each with its rank (`rank` where `targets` has none for it).
 
-    A preset, role or glob leaves out the layers `without` (which are trained otherwise), and those whose min(d, k) is below the
-    rank (a router of one expert, say), if it means others as well. Raises TargetError with every problem: an entry that matches
-    nothing (with the nearest names), a layer that is not dense or that no training reaches, a rank below 1 or above min(d, k)."""
-    layers = dict(model.named_modules())
-    dense = _dense(layers)
-    head, dead = _head_names(layers, dense), _unreached(layers, dense)
-    body = {n: layer for n, layer in dense.items() if n not in head and n not in dead and _multiplies(layer)}
+    A preset, role or glob that means several layers leaves out some: those in `without`, which are trained otherwise, and those
+    whose min(d, k) is below the rank, such as a router of few experts.
+
+    Raises TargetError with every problem: an entry that matches nothing (with the nearest names), a layer that is not dense or
+    that no training reaches, a rank below 1 or above min(d, k).
+    """
+    of = _layers_of(model)
     entries = _entries(targets, rank)
     ranks: dict[str, int] = {}
-    small: dict[str, str] = {}
-    problems: list[str] = []
-    if not entries:
-        problems.append("targets is empty")
     slices: dict[str, dict[str, Runs]] = {}
+    skipped: dict[str, str] = {}
+    problems: list[str] = [] if entries else ["targets is empty"]
     for entry, r in entries.items():
         if not isinstance(entry, str):
             problems.append(f"{entry!r} is no name, role, glob or preset")
@@ -95,105 +107,125 @@ def select(model: nn.Module, targets: Targets, rank: int, *, without: Collection
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             problems.append(f"{entry!r}: rank is {r!r}; it must be a whole number of at least 1")
             continue
-        found = _match(entry, layers, dense, body, model, dead)
-        if isinstance(found, str):
-            problems.append(found)
+        try:
+            meant = _match(entry, of)
+        except TargetError as error:
+            problems += error.problems
             continue
-        if _means_many(entry, dense):
-            too_small = {
-                n: f"rank {r} is larger than min(d, k) = {_min(dense[n], own)}"
-                for n, own in found.items()
-                if r > _min(dense[n], own)
-            }
-            too_small |= {n: "trained otherwise" for n in found if n in without}
-            too_small |= {n: dead[n] for n in found if n in dead}
-            if len(too_small) < len(found):
-                small |= too_small
-                found = {n: own for n, own in found.items() if n not in too_small}
-        problems += dict.fromkeys(f"{entry!r}: {_kind(n)} cannot learn: {dead[n]}" for n in found if n in dead)
-        for name, own in found.items():
-            if own and name in slices and ranks[name] != r:
-                problems.append(f"{entry!r}: slices of one layer have one rank, others of {name} have {ranks[name]}")
-            elif own:
-                slices[name] = {**slices.get(name, {}), **own}
-            else:
-                slices.pop(name, None)
-            ranks[name] = r
-    problems += [
-        f"{n}: its slices {', '.join(own)} overlap" for n, own in slices.items() if overlapping([*own.values()])
-    ]
-    problems += _too_large(dense, ranks, slices)
+        if _describes(entry, of.dense):
+            unfit = _unfit(meant, r, without, of)
+            if len(unfit) < len(meant):
+                skipped |= unfit
+                meant = {n: parts for n, parts in meant.items() if n not in unfit}
+        problems += dict.fromkeys(f"{entry!r}: {_kind(n)} cannot learn: {of.dead[n]}" for n in meant if n in of.dead)
+        problems += _add(entry, r, meant, ranks, slices)
+    problems += [f"{n}: its slices {', '.join(s)} overlap" for n, s in slices.items() if overlapping([*s.values()])]
+    problems += _too_large(of.dense, ranks, slices)
     if problems:
-        known = ", ".join(sorted({_kind(n) for n in body})) or "none"
+        known = ", ".join(sorted({_kind(n) for n in of.body})) or "none"
         raise TargetError(
             "These targets do not fit the model:",
             problems,
             f"Its dense layers are: {known}. Presets: {ALL}, {', '.join(PRESETS)}; roles: q k v o up gate down.",
         )
-    ordered = {n: ranks[n] for n in dense if n in ranks}
+    ordered = {n: ranks[n] for n in of.dense if n in ranks}
     return Selection(
         ordered,
-        left_out(layers, ranks, small),
+        left_out(of.layers, ranks, skipped),
         {n: slices[n] for n in ordered if n in slices},
-        {n: dense[n] for n in ordered},
+        {n: of.dense[n] for n in ordered},
     )
 
 
+def _layers_of(model: nn.Module) -> _Model:
+    layers = dict(model.named_modules())
+    dense = _dense(layers)
+    head, dead = _head_names(layers, dense), _unreached(layers, dense)
+    body = {n: layer for n, layer in dense.items() if n not in head and n not in dead and _multiplies(layer)}
+    return _Model(model, layers, dense, body, dead)
+
+
+def _unfit(meant: _Meant, rank: int, without: Collection[str], of: _Model) -> dict[str, str]:
+    """Return the layers that an entry leaves out if it means others as well → why."""
+    unfit = {
+        n: f"rank {rank} is larger than min(d, k) = {_min(of.dense[n], slices)}"
+        for n, slices in meant.items()
+        if rank > _min(of.dense[n], slices)
+    }
+    unfit |= {n: "trained otherwise" for n in meant if n in without}
+    return unfit | {n: of.dead[n] for n in meant if n in of.dead}
+
+
+def _add(
+    entry: str, rank: int, meant: _Meant, ranks: dict[str, int], slices: dict[str, dict[str, Runs]]
+) -> Iterator[str]:
+    """Add an entry's layers to `ranks` and `slices`, in which a later entry overrides; yield what is wrong with them."""
+    for name, parts in meant.items():
+        if parts and name in slices and ranks[name] != rank:
+            yield f"{entry!r}: slices of one layer have one rank, others of {name} have {ranks[name]}"
+        elif parts:
+            slices[name] = {**slices.get(name, {}), **parts}
+        else:
+            slices.pop(name, None)
+        ranks[name] = rank
+
+
 def blocks_of(model: nn.Module) -> dict[str, int]:
-    """The model's blocks (a transformer's layers) by name → their number in their stack: the members of the outermost lists of
-    modules of one class with dense layers inside."""
-    found: dict[str, int] = {}
+    """Return the model's blocks (a transformer's layers): name → number in their stack.
+
+    They are the members of the outermost lists of modules of one class with dense layers inside.
+    """
+    blocks: dict[str, int] = {}
     for name, stack in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in found)
+        inside = any(name.startswith(f"{block}.") for block in blocks)
         if isinstance(stack, nn.ModuleList) and not inside and len({plain_class(block) for block in stack}) == 1:
             dense = [any(why_not(m) is None or weights_of(m) for m in block.modules()) for block in stack]
             if all(dense):
-                found |= {f"{name}.{i}" if name else str(i): i for i in range(len(stack))}
-    return found
+                blocks |= {dotted(name, str(i)): i for i in range(len(stack))}
+    return blocks
 
 
 def role(name: str) -> str | None:
-    """The role of a dense layer by its dotted name: q k v o up gate down, qkv or gate_up where they are fused."""
+    """Return the role of a dense layer of this dotted name: q k v o up gate down, qkv or gate_up where they are fused."""
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(name)), None)
 
 
 def _dense(layers: Mapping[str, nn.Module]) -> dict[str, Layer]:
-    """All that can take an update, in the model's order."""
-    found: dict[str, Layer] = {}
+    """Return all layers and weights that can take an update, by name in the model's order."""
+    dense: dict[str, Layer] = {}
     for name, layer in layers.items():
         if name and why_not(layer) is None:
-            found[name] = layer
-        for own in weights_of(layer):
-            found[f"{name}.{own}" if name else own] = Weight(layer, own)
-    return found
+            dense[name] = layer
+        dense |= {dotted(name, own): Weight(layer, own) for own in weights_of(layer)}
+    return dense
 
 
 def _multiplies(layer: Layer) -> bool:
-    """Whether the layer is of the kinds that presets and roles mean: embeddings and convolutions are named."""
+    """Return whether presets and roles may mean the layer: embeddings and convolutions have to be named."""
     if isinstance(layer, Weight):
         return True
     kind = kind_of(layer)
     return kind is not None and kind.multiplies
 
 
-def _means_many(entry: str, dense: Mapping[str, Layer]) -> bool:
-    """Whether the entry describes layers instead of naming them."""
+def _describes(entry: str, dense: Mapping[str, Layer]) -> bool:
+    """Return whether the entry describes layers instead of naming them."""
     return entry not in dense and (entry == ALL or entry in PRESETS or entry in ROLES or any(c in entry for c in "*?["))
 
 
 def _min(layer: Layer, slices: Mapping[str, Runs]) -> int:
-    """min(d, k) of a layer, or of the smallest of these slices of it."""
+    """Return min(d, k) of a layer, or of the smallest of these slices of it."""
     d, k = shape(layer)
     return min(k, *(sum(stop - start for start, stop in runs) for runs in slices.values() or [((0, d),)]))
 
 
-def _entries(targets: Targets, rank: int) -> dict[Any, Any]:
-    """Entry → rank, as they were written: `select` says what is wrong with them."""
+def _entries(targets: Targets, rank: int) -> dict[object, object]:
+    """Return entry → rank, as they were written: `select` says what is wrong with them."""
+    entries: dict[object, object] = {}
     if isinstance(targets, Mapping):
-        return dict(targets)
-    words = _split(targets) if isinstance(targets, str) else list(targets)
-    entries: dict[Any, Any] = {}
-    for word in words:
+        entries.update(targets)
+        return entries
+    for word in _split(targets) if isinstance(targets, str) else targets:
         if not isinstance(word, str):
             entries[word] = rank
             continue
@@ -203,113 +235,123 @@ def _entries(targets: Targets, rank: int) -> dict[Any, Any]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets: 'q,c_attn[q,v]' is two entries."""
+    """Split at commas outside of brackets: 'q,c_attn[q,v]' is two entries."""
     return [w.strip() for w in re.split(r",(?![^\[]*\])", text) if w.strip()]
 
 
-_Found = dict[str, dict[str, Runs]]
-"""Layer name → the slices of it that are meant; none for the whole layer."""
+_Meant = dict[str, dict[str, Runs]]
+"""Layer name → its slices that an entry means; empty for the whole layer."""
 
 
-def _match(
-    entry: str, layers: dict[str, nn.Module], dense: dict[str, Layer], body: dict[str, Layer], model: nn.Module,
-    dead: Mapping[str, str],
-) -> _Found | str:  # fmt: skip
-    """The layers that one entry means, or what is wrong with it."""
+def _match(entry: str, of: _Model) -> _Meant:
+    """Return the layers that one entry means. Raises TargetError with what is wrong with it."""
     if sliced := _SLICED.fullmatch(entry):
-        whole = _match(sliced[1], layers, dense, body, model, dead)
-        return whole if isinstance(whole, str) else _sliced(entry, whole, sliced[2].split(","), dense, model)
+        return _sliced(entry, _match(sliced[1], of), sliced[2].split(","), of)
     if entry == ALL:
-        return _whole(body) if body else _none(layers, dead)
-    named = [n for n in dense if n == entry or n.endswith("." + entry)]
+        if not of.body:
+            raise TargetError(_why_none(of))
+        return _whole(of.body)
+    named = [n for n in of.dense if n == entry or n.endswith("." + entry)]
     if entry in PRESETS or entry in ROLES:
-        found = _match_roles(entry, body, model)
-        return _whole(named) if isinstance(found, str) and named else found
-    if entry in dense:
+        try:
+            return _match_roles(entry, of)
+        except TargetError:
+            if not named:
+                raise
+            return _whole(named)
+    if entry in of.dense:
         return _whole([entry])
     if any(c in entry for c in "*?["):
-        names = [n for n in dense if not isinstance(dense[n], nn.Embedding) and fnmatch.fnmatchcase(n, entry)]
-        return _whole(names) if names else f"{entry!r} matches no dense layer"
+        names = [n for n, m in of.dense.items() if not isinstance(m, nn.Embedding) and fnmatch.fnmatchcase(n, entry)]
+        if not names:
+            raise TargetError(f"{entry!r} matches no dense layer")
+        return _whole(names)
     if named:
         return _whole(named)
-    aliases = [n for n, m in model.named_modules(remove_duplicate=False) if n == entry or n.endswith("." + entry)]
-    shared = [n for n, m in dense.items() if any(model.get_submodule(a) is m for a in aliases)]
-    return _whole(shared) if shared else _unmatched(entry, aliases, layers, dense, model)
+    modules = of.model.named_modules(remove_duplicate=False)
+    aliases = [n for n, _ in modules if n == entry or n.endswith("." + entry)]
+    shared = [n for n, m in of.dense.items() if any(of.model.get_submodule(a) is m for a in aliases)]
+    if not shared:
+        raise TargetError(_why_unmatched(entry, aliases, of))
+    return _whole(shared)
 
 
-def _whole(names: Iterable[str]) -> _Found:
+def _whole(names: Iterable[str]) -> _Meant:
     return {name: {} for name in names}
 
 
-def _sliced(
-    entry: str, names: Iterable[str], wanted: Sequence[str], dense: dict[str, Layer], model: nn.Module
-) -> _Found | str:
-    """These layers' slices of these names, or what is wrong with them."""
-    found: _Found = {}
+def _sliced(entry: str, names: Iterable[str], wanted: Sequence[str], of: _Model) -> _Meant:
+    """Return these slices of these layers. Raises TargetError where a layer has no such slice."""
+    meant: _Meant = {}
     for name in names:
-        layer = dense[name]
+        layer = of.dense[name]
         if isinstance(layer, Weight) and layer.value.ndim == 3:
-            return f"{entry!r}: {name} has a matrix for each expert, and slices of these have no form: name all of it"
+            raise TargetError(
+                f"{entry!r}: {name} has a matrix for each expert, and slices of these have no form: name all of it"
+            )
         d, _ = shape(layer)
-        known = parts_of(model, name, d)
+        known = parts_of(of.model, name, d)
         for word in wanted:
             runs = runs_of(word, d) if ":" in word else known.get(word)
             if runs is None:
                 has = f"its slices are {', '.join(known)}" if known else "how it is laid out is not known; give rows"
-                return f"{entry!r}: {word!r} is no slice of {name} ({d} outputs): {has}, 0:{d} say"
-            found.setdefault(name, {})[word] = runs
-    return found
+                raise TargetError(f"{entry!r}: {word!r} is no slice of {name} ({d} outputs): {has}, for example 0:{d}")
+            meant.setdefault(name, {})[word] = runs
+    return meant
 
 
-def _match_roles(entry: str, body: dict[str, Layer], model: nn.Module) -> _Found | str:
-    """The layers of these roles, and slices of those that hold them among others."""
+def _match_roles(entry: str, of: _Model) -> _Meant:
+    """Return the layers of a preset's or entry's roles, and slices of layers that hold them among others.
+
+    Raises TargetError where there is none, and for a layer of which it is not known where it holds them.
+    """
     wanted = PRESETS.get(entry, (entry,))
     fused = {_FUSED[role] for role in wanted if role in _FUSED} - set(wanted)
-    found: _Found = {}
+    meant: _Meant = {}
     unclear: dict[str, None] = {}
-    for name, layer in body.items():
-        own = role(name)
-        if own in wanted:
-            found[name] = {}
-        elif own in fused:
-            parts = parts_of(model, name, shape(layer)[0])
+    for name, layer in of.body.items():
+        its_role = role(name)
+        if its_role in wanted:
+            meant[name] = {}
+        elif its_role in fused:
+            parts = parts_of(of.model, name, shape(layer)[0])
             slices = {r: parts[r] for r in wanted if r in parts}
             if slices:
-                found[name] = slices
+                meant[name] = slices
             elif not parts:
                 unclear[_kind(name)] = None
     if unclear:
-        return (
+        raise TargetError(
             f"{entry!r}: {', '.join(sorted(unclear))} holds several roles at once, and how is not known: name it to adapt the "
-            f"whole layer, or rows of its output, {next(iter(unclear))}[0:64] say"
+            f"whole layer, or rows of its output, for example {next(iter(unclear))}[0:64]"
         )
-    return found or f"{entry!r}: no layer of this model has that role"
+    if not meant:
+        raise TargetError(f"{entry!r}: no layer of this model has that role")
+    return meant
 
 
-def _none(layers: Mapping[str, nn.Module], dead: Mapping[str, str]) -> str:
-    """Why all-linear means nothing here: of layers that look dense, what they have against it; `dead` are those that would not
-    learn."""
+def _why_none(of: _Model) -> str:
+    """Return why all-linear means nothing here, with the reasons of layers that look dense."""
     kinds = tuple(kind.layer_class for kind in KINDS if kind.multiplies)
-    refused = [why_not(layer) for layer in layers.values() if isinstance(layer, kinds)]
-    why = dict.fromkeys(filter(None, [*refused, *dead.values()]))
+    refused = [why_not(layer) for layer in of.layers.values() if isinstance(layer, kinds)]
+    why = dict.fromkeys(filter(None, [*refused, *of.dead.values()]))
     return "the model has no dense layer besides its output head" + (f": {'; '.join(why)}" if why else "")
 
 
-def _unmatched(
-    entry: str, aliases: list[str], layers: dict[str, nn.Module], dense: dict[str, Layer], model: nn.Module
-) -> str:
+def _why_unmatched(entry: str, aliases: Sequence[str], of: _Model) -> str:
+    """Return why an entry means no layer; `aliases` are the modules of its name, none of which is dense."""
     if aliases:
-        layer = model.get_submodule(aliases[0])
-        inside = [n for n in dense if any(n.startswith(a + ".") for a in aliases)]
+        layer = of.model.get_submodule(aliases[0])
+        inside = [n for n in of.dense if any(n.startswith(a + ".") for a in aliases)]
         if inside:
             return f"{entry!r} is a {type(layer).__name__} with {len(inside)} dense layers inside; write '*{entry}.*' for them"
         return f"{entry!r} cannot take the update: {why_not(layer)}"
-    ends = {_kind(n) for n in dense} | {n.rsplit(".", 1)[-1] for n in dense}
-    return f"{entry!r} matches no layer{nearest(entry, [*ends, ALL, *PRESETS, *ROLES, *dense])}"
+    ends = {_kind(n) for n in of.dense} | {n.rsplit(".", 1)[-1] for n in of.dense}
+    return f"{entry!r} matches no layer{nearest(entry, [*ends, ALL, *PRESETS, *ROLES, *of.dense])}"
 
 
 def _too_large(dense: dict[str, Layer], ranks: dict[str, int], slices: Mapping[str, Mapping[str, Runs]]) -> list[str]:
-    """One problem for each kind of layer whose rank exceeds min(d, k): a low-rank update of it would not be low."""
+    """Return one problem for each kind of layer whose rank exceeds min(d, k), where the update would not be low-rank."""
     problems: dict[str, str] = {}
     for name, r in ranks.items():
         d, k = shape(dense[name])
@@ -321,8 +363,11 @@ def _too_large(dense: dict[str, Layer], ranks: dict[str, int], slices: Mapping[s
 
 
 def _head_names(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> set[str]:
-    """Output layers: output embeddings, in a transformers model whatever is outside its base model, and layers with the weight of
-    one of these or of an embedding."""
+    """Return the names of output layers.
+
+    They are output embeddings, in a transformers model all that is outside of its base model, and layers that share the weight
+    of one of these or of an embedding.
+    """
     model = layers[""]
     inner = [m for m in layers.values() if hasattr(m, "get_output_embeddings")]
     heads = [head for m in inner if (head := _output_embeddings(m)) is not None]
@@ -336,16 +381,16 @@ def _head_names(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> 
     return names | {n for n, m in multiplying.items() if m._parameters.get("weight") in tied}
 
 
-def _output_embeddings(module: Any) -> Any:
-    """The output layer that a model, or a model inside it, has; None where it has none or does not say."""
+def _output_embeddings(module: nn.Module) -> object:
+    """Return the output layer that a transformers model names; None where it names none."""
     try:
-        return module.get_output_embeddings()
+        return getattr(module, "get_output_embeddings")()  # noqa: B009  (which nn.Module does not have)
     except (AttributeError, NotImplementedError):
         return None
 
 
 def _unreached(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> dict[str, str]:
-    """Dense layers whose updates would never learn → why."""
+    """Return the names of dense layers whose updates would never learn → why."""
     stopped, silent = without_gradient(layers), never_called(layers)
     dead: dict[str, str] = {}
     for name, layer in dense.items():
@@ -364,17 +409,17 @@ def _unreached(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> d
 def left_out(
     layers: Mapping[str, nn.Module], adapted: Collection[str], reasons: Mapping[str, str] = {}
 ) -> dict[str, str]:
-    """Modules with a matrix weight of their own that take no update, and why; `reasons` are those that a method has."""
+    """Return the names of modules with a matrix weight that take no update → why; `reasons` are those that a method has."""
     why: dict[str, str] = {}
     kinds = tuple(kind.layer_class for kind in KINDS)
     inside = [f"{name}." for name, layer in layers.items() if isinstance(layer, kinds)]
     dense = _dense(layers)
     head, reasons = _head_names(layers, dense), {**_unreached(layers, dense), **reasons}
     for name, layer in layers.items():
-        if name in adapted or name.startswith(tuple(inside)):  # what is inside a dense layer is that layer's own affair
+        if name in adapted or name.startswith(tuple(inside)):  # a dense layer computes with what is inside of it
             continue
         if weights := weights_of(layer):
-            names = [f"{name}.{own}" if name else own for own in weights]
+            names = [dotted(name, own) for own in weights]
             why |= {n: reasons.get(n, "not among the targets") for n in names if n not in adapted}
             continue
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):
@@ -390,6 +435,6 @@ def left_out(
 
 
 def _kind(name: str) -> str:
-    """The last part of a dotted name, with the one before it where the last alone says little (attention.dense)."""
+    """Return the last part of a dotted name, with the one before it where the last alone says little (attention.dense)."""
     parts = [p for p in name.split(".") if not p.isdigit()] or [name]
     return ".".join(parts[-2:]) if parts[-1] in ("dense", "c_proj", "q", "k", "v", "o", "weight") else parts[-1]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,39 +27,41 @@ def with_wholes(
     *,
     norms: bool = False,
 ) -> dict[str, Update]:
-    """Layer name → an update that starts from the base's own values: of the modules that `whole` names and all inside them, of
-    the `norms` besides, and of the rows of `tokens`. fp32 (float64 on a float64 base), one parameter for layers whose weights
-    are tied. `updates` are those that the layers get besides.
+    """Return layer name → an update that starts from the base's values, beside the `updates` that the layers get.
+
+    They are of the modules that `whole` names and all inside them, with `norms` of the normalisations, and of the rows of
+    `tokens`. Values are fp32 (float64 on a float64 base); layers whose weights are tied share one parameter.
 
     Raises TargetError with everything wrong: names that match nothing, modules without parameters or that take an update as well,
-    tokens that are none.
+    tokens outside of the vocabulary.
     """
     problems: list[str] = []
     chosen: list[str] = []
-    for name in _split(whole):
-        found = _named(modules, name)
-        if not found:
+    for name in _names(whole):
+        matching = _named(modules, name)
+        if not matching:
             problems.append(f"whole: {name!r} matches no module{nearest(name, modules)}")
-        chosen += found
+        chosen += matching
     if norms:
-        found = [n for n, module in modules.items() if is_norm(module) and n not in updates]
-        if not found:
+        with_parameters = [n for n, module in modules.items() if is_norm(module) and n not in updates]
+        if not with_parameters:
             problems.append("norms: the model has no normalisation layer with parameters")
-        chosen += found
-    made = _replaced(modules, chosen, updates, problems)
+        chosen += with_parameters
+    replaced = _replaced(modules, chosen, updates, problems)
     if tokens not in ("", ()):
-        made |= _rows(modules, tokens, {**updates, **made}, problems)
+        replaced |= _rows(modules, tokens, {**updates, **replaced}, problems)
     if problems:
         raise TargetError("These settings do not fit the model:", problems)
-    return made
+    return replaced
 
 
 def inside(modules: Modules, whole: str | Sequence[str]) -> set[str]:
-    """The modules that `whole` names, and all inside them."""
-    return set(_inside(modules, [found for name in _split(whole) for found in _named(modules, name)]))
+    """Return the names of the modules that `whole` means, and of all inside them."""
+    return set(_inside(modules, [matching for name in _names(whole) for matching in _named(modules, name)]))
 
 
 def _named(modules: Modules, name: str) -> list[str]:
+    """Return the modules of a dotted name, the end of one, or a glob."""
     return [n for n in modules if n and (n == name or n.endswith(f".{name}") or fnmatch.fnmatchcase(n, name))]
 
 
@@ -69,17 +70,19 @@ def _inside(modules: Modules, chosen: Sequence[str]) -> list[str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a normalisation (LayerNorm, LlamaRMSNorm, GroupNorm …) that has parameters."""
-    own = [p for p in module._parameters.values() if p is not None]
-    return bool(own) and "Norm" in plain_class(module).__name__ and all(p.ndim == 1 for p in own)
+    """Return whether a module is a normalisation (LayerNorm, LlamaRMSNorm, GroupNorm …) that has parameters."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return bool(parameters) and "Norm" in plain_class(module).__name__ and all(p.ndim == 1 for p in parameters)
 
 
 def biases(modules: Modules, taken: Mapping[str, Update]) -> dict[str, Update]:
-    """An update of every bias of the model, but for those of modules that `taken` has."""
-    own = {
-        name: [k for k, p in m._parameters.items() if p is not None and _is_bias(k, p)] for name, m in modules.items()
+    """Return an update of every bias of the model, but for those of modules in `taken`."""
+    names = {
+        name: [own for own, p in module._parameters.items() if p is not None and _is_bias(own, p)]
+        for name, module in modules.items()
+        if name not in taken
     }
-    return _in_place_of(modules, {n: names for n, names in own.items() if names and n not in taken}, taken)
+    return _in_place_of(modules, {n: of_module for n, of_module in names.items() if of_module}, taken)
 
 
 def _is_bias(own_name: str, parameter: Tensor) -> bool:
@@ -87,89 +90,93 @@ def _is_bias(own_name: str, parameter: Tensor) -> bool:
 
 
 def everything(modules: Modules) -> dict[str, Update]:
-    """An update of every floating-point parameter of the model."""
-    own = {
-        n: [k for k, p in m._parameters.items() if p is not None and p.is_floating_point()] for n, m in modules.items()
+    """Return an update of every floating-point parameter of the model."""
+    names = {
+        name: [own for own, p in module._parameters.items() if p is not None and p.is_floating_point()]
+        for name, module in modules.items()
     }
-    return _in_place_of(modules, {n: names for n, names in own.items() if names}, {})
+    return _in_place_of(modules, {n: of_module for n, of_module in names.items() if of_module}, {})
 
 
-def _split(names: Any) -> list[Any]:
-    return [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
+def _names(text: str | Sequence[str]) -> list[str]:
+    return [n.strip() for n in text.split(",") if n.strip()] if isinstance(text, str) else list(text)
 
 
 def _replaced(
     modules: Modules, chosen: Sequence[str], updates: Mapping[str, Update], problems: list[str]
 ) -> dict[str, Update]:
+    """Return updates of the chosen modules and of those inside them; what is wrong is added to `problems`."""
     wanted: dict[str, list[str]] = {}
     for name in _inside(modules, chosen):
-        own = [k for k, p in modules[name]._parameters.items() if p is not None]
+        parameters = [own for own, p in modules[name]._parameters.items() if p is not None]
         if name in updates:
             problems.append(f"whole: {name!r} is among the targets too: train it whole or by an update")
-        elif own:
-            wanted[name] = own
-    made = _in_place_of(modules, wanted, updates)
+        elif parameters:
+            wanted[name] = parameters
+    replaced = _in_place_of(modules, wanted, updates)
     for name in chosen:
-        if not any(n == name or n.startswith(f"{name}.") for n in (*made, *updates)):
+        if not any(n == name or n.startswith(f"{name}.") for n in (*replaced, *updates)):
             problems.append(f"whole: {name!r} has no parameters")
-    return made
+    return replaced
 
 
 def _in_place_of(
     modules: Modules, wanted: Mapping[str, Iterable[str]], updates: Mapping[str, Update]
 ) -> dict[str, Update]:
-    """Trained values for these modules' own parameters, one for those that are tied."""
+    """Return trained values for parameters (module name → the module's names of them), one value for those that are tied."""
     values: dict[Tensor, nn.Parameter] = {}
-    made: dict[str, Update] = {}
-    for name, names in wanted.items():
-        own = {k: modules[name]._parameters[k] for k in names}
-        for parameter in own.values():
+    replaced: dict[str, Update] = {}
+    for name, own_names in wanted.items():
+        of_module: dict[str, nn.Parameter] = {}
+        for own_name in own_names:
+            parameter = modules[name]._parameters[own_name]
             assert parameter is not None
-            values.setdefault(parameter, _start(parameter))
-        made[name] = Replaced({k: values[p] for k, p in own.items() if p is not None})
-    return made | _tied_to(modules, values, {**updates, **made})
+            of_module[own_name] = values.setdefault(parameter, _start(parameter))
+        replaced[name] = Replaced(of_module)
+    return replaced | _tied_to(modules, values, {**updates, **replaced})
 
 
 def _tied_to(modules: Modules, values: Mapping[Tensor, nn.Parameter], taken: Mapping[str, Update]) -> dict[str, Update]:
-    """The other layers that read one of these parameters: they follow, unless they have an update of their own."""
-    made: dict[str, Update] = {}
+    """Return updates of the other layers that read one of these parameters, unless they have an update of their own."""
+    following: dict[str, Update] = {}
     for name, layer in modules.items():
-        shared = {k: values[p] for k, p in layer._parameters.items() if p is not None and p in values}
+        shared = {own: values[p] for own, p in layer._parameters.items() if p is not None and p in values}
         if shared and name not in taken:
-            made[name] = Replaced(shared)
-    return made
+            following[name] = Replaced(shared)
+    return following
 
 
 def _rows(
     modules: Modules, tokens: str | Sequence[int], taken: Mapping[str, Update], problems: list[str]
 ) -> dict[str, Update]:
+    """Return updates of these tokens' rows, of the embedding and of layers tied to it; what is wrong is added to `problems`."""
     embedding = getattr(modules[""], "get_input_embeddings", lambda: None)()
-    ids = _ids(tokens)
     if not isinstance(embedding, nn.Embedding):
         problems.append("tokens: the model has no embedding of tokens")
         return {}
-    count = embedding.weight.shape[0]
+    ids, count = _ids(tokens), embedding.weight.shape[0]
     if ids is None or not ids or min(ids) < 0 or max(ids) >= count:
         problems.append(f"tokens is {tokens!r}; it must be ids of tokens below {count}, several with commas")
         return {}
     indices = torch.tensor(sorted(set(ids)), device=embedding.weight.device)
     rows = _start(embedding.weight[indices])
-    made: dict[str, Update] = {}
+    replaced: dict[str, Update] = {}
     for name, layer in modules.items():
         if layer._parameters.get("weight") is embedding.weight and isinstance(layer, (nn.Embedding, nn.Linear)):
             if name in taken:
                 problems.append(f"tokens: {name!r} is trained already, whole or by an update")
-            made[name] = ReplacedRows(indices, rows)
-    return made
+            replaced[name] = ReplacedRows(indices, rows)
+    return replaced
 
 
-def _ids(tokens: Any) -> list[int] | None:
+def _ids(tokens: str | Sequence[int]) -> list[int] | None:
+    """Return tokens as numbers; None where one is no number."""
     try:
-        return [int(t) for t in _split(tokens)]
+        return [int(t) for t in (_names(tokens) if isinstance(tokens, str) else tokens)]
     except (TypeError, ValueError):
         return None
 
 
 def _start(value: Tensor) -> nn.Parameter:
-    """A trainable copy, in fp32 or wider."""
+    """Return a trainable copy, in fp32 or wider."""
     return nn.Parameter(value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True))

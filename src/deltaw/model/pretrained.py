@@ -37,7 +37,7 @@ log = logging.getLogger("deltaw")
 
 
 # Task → the class that opens a model for it, and what such a model is called
-_CLASSES: dict[str, tuple[Any, str]] = {
+OPENERS: dict[str, tuple[Any, str]] = {
     "causal": (AutoModelForCausalLM, "a causal language model"),
     "seq2seq": (AutoModelForSeq2SeqLM, "a model with an encoder and a decoder"),
     "classification": (AutoModelForSequenceClassification, "a model that could classify texts"),
@@ -88,7 +88,7 @@ def load_pretrained(
     """
     where = pick_device(device)
     arguments = locate(source)
-    model_class, kind = _CLASSES[task]
+    model_class, kind = OPENERS[task]
     try:
         tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
         with torch.random.fork_rng(devices=[]):  # a head that the checkpoint lacks is drawn

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -531,10 +532,8 @@ def peak_memory() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
-        import psutil
-
         return psutil.Process().memory_info().peak_wset
-    import resource
+    import resource  # psutil has a peak on Windows alone
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

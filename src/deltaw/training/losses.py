@@ -29,7 +29,7 @@ log = logging.getLogger("deltaw")
 
 # What transformers' configs call a factor of the logits (some models divide by it) and their soft cap
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "output_multiplier_scale")
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "softcap")
+CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "softcap")
 # The tokens of a row that the ways to its logits are tried on
 _TRIED = 16
 
@@ -122,7 +122,7 @@ def _ways(model: Any) -> Iterator[AfterHead]:
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
     scales = [v for v in (_number(config, name) for name in _SCALES) if v]
-    caps = [v for v in (_number(config, name) for name in _CAPS) if v]
+    caps = [v for v in (_number(config, name) for name in CAPS) if v]
     for cap, scale in itertools.product((*caps, None), (*(w for v in scales for w in (v, 1 / v)), 1.0)):
         yield AfterHead(scale, cap)
 

@@ -90,7 +90,7 @@ def run(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("keep", ["copy", "correction"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_life_on_weights(name: str, keep: Any, tmp_path: Path) -> None:
+def test_from_attach_to_file_and_back_on_weights(name: str, keep: Any, tmp_path: Path) -> None:
     model = model_of(name)
     before, was = snapshot(model), bits(model)
     with torch.no_grad():  # of frozen parameters PyTorch computes attention in another way
@@ -150,7 +150,7 @@ def test_delta_of_a_stack_is_in_its_shape() -> None:
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
 @pytest.mark.parametrize("one", [False, True])
-def test_7_real_peft_and_we_agree_on_experts(name: str, one: bool, tmp_path: Path) -> None:
+def test_real_peft_and_we_agree_on_experts(name: str, one: bool, tmp_path: Path) -> None:
     import peft
 
     model = model_of(name)
@@ -170,7 +170,7 @@ def test_7_real_peft_and_we_agree_on_experts(name: str, one: bool, tmp_path: Pat
     torch.testing.assert_close(run(model), run(theirs), rtol=1e-4, atol=1e-4)
 
 
-def test_7_real_peft_and_we_agree_on_attention(tmp_path: Path) -> None:
+def test_real_peft_and_we_agree_on_attention(tmp_path: Path) -> None:
     import peft
 
     model = model_of("encoder")
@@ -224,7 +224,7 @@ OF_PEFT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", OF_PEFT.values(), ids=OF_PEFT)
-def test_7_real_peft_and_we_agree_beside_attention(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_real_peft_and_we_agree_beside_attention(settings: dict[str, Any], tmp_path: Path) -> None:
     """An update of an output projection that PEFT has not wrapped with its attention is one that it does not compute with."""
     import peft
 
@@ -323,7 +323,7 @@ def test_rows_cannot_be_told_apart_there() -> None:
         torch.testing.assert_close(mixed[::2], run(model)[::2], rtol=1e-4, atol=1e-4)
 
 
-def test_what_they_cannot_do_is_refused(tmp_path: Path) -> None:
+def test_what_weights_without_a_layer_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="DoRA has no form for in_proj_weight"):
         attach(model_of("encoder"), DoRA(rank=2))
     with pytest.raises(TargetError, match="dropout"):

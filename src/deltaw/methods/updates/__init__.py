@@ -1,1 +1,1 @@
-"""What a method's plan puts on a layer, one file a method."""
+"""Updates, which a method's plan puts on layers: one file a method."""

@@ -103,10 +103,6 @@ class Stack(LowRank):
     def fits(self) -> tuple[int, int]:
         return self.B.shape[1], self.A.shape[2]
 
-    @property
-    def plain(self) -> LowRank | None:
-        return None
-
     def remade(self, A: Tensor, B: Tensor, bias: Tensor | None = None) -> LowRank:
         assert bias is None
         return Stack(A, B, 1.0, transposed=self.transposed)

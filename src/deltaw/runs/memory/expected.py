@@ -1,21 +1,23 @@
-"""The peak memory of a run that is about to start, by part, and whether there is as much. Knows what was prepared."""
+"""The peak memory of a run that is about to start, by part, and whether the machine has as much. Knows what was prepared."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
 from deltaw.data.batches import padded
+from deltaw.errors import DeltaWError
 from deltaw.files import units
 from deltaw.layers.unwrap import plain_class
 from deltaw.model.summary import summary
 from deltaw.runs.memory import machine
-from deltaw.runs.memory.parts import Memory, Taken, memory_of
+from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
 from deltaw.runs.memory.step import step
 from deltaw.training.prepare import Prepared
 from deltaw.training.tasks import task_of
@@ -29,34 +31,41 @@ class Expected:
 
     memory: Memory
     missing: int | None
-    """Bytes that it will want beyond those that there are; None where it fits or that cannot be told."""
+    """Bytes that the run will need beyond the free ones; None where it fits, or where that cannot be known."""
 
     def figures(self) -> dict[str, int]:
-        """The parts in bytes, and their total."""
+        """Return the bytes of each part, and their total."""
         return {part: n for part, n in dataclasses.asdict(self.memory).items() if part != "estimated"} | {
             "total": self.memory.total
         }
 
     def warning(self) -> str:
-        """For a run that may not fit."""
+        """Return the sentences to show for a run that may not fit."""
         return (
-            f"This run will want about {units.size(self.memory.total)}, {units.size(self.missing or 0)} more than there is. It "
+            f"This run will need about {units.size(self.memory.total)}, {units.size(self.missing or 0)} more than there is. It "
             "may run out of memory: try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, or a smaller "
             "--max-length."
         )
 
 
-def expected(prepared: Prepared) -> Expected | None:
-    """What a run's largest step will hold, from the shapes of its model and its longest records. None where that cannot be told:
-    a run never depends on it. Changes nothing, random numbers included."""
+def expected(prepared: Prepared, *, free: Callable[[torch.device], int | None] = machine.free) -> Expected | None:
+    """Return what the largest step of a run will hold, from the model's shapes and the longest records.
+
+    None where that cannot be known: a run never depends on it. Nothing changes, random numbers included.
+
+    Args:
+        free: Returns the bytes still to be had on a device, None where that is not known.
+    """
     try:
-        return _expected(prepared)
-    except Exception as error:
-        log.debug("The run's memory cannot be told beforehand: %s", error)
+        memory = _memory(prepared)
+    except (DeltaWError, *NEEDS_VALUES) as error:  # DeltaWError: a changed model is no longer what its config describes
+        log.debug("The run's memory cannot be known beforehand: %s", error)
         return None
+    needed, room = memory.total - memory.process - memory.weights, free(next(prepared.loaded.model.parameters()).device)
+    return Expected(memory, None if room is None or needed <= room else needed - room)
 
 
-def _expected(prepared: Prepared) -> Expected | None:
+def _memory(prepared: Prepared) -> Memory:
     loaded, config = prepared.loaded, prepared.config
     first = next(loaded.model.parameters())
     device, dtype = first.device, first.dtype
@@ -69,32 +78,28 @@ def _expected(prepared: Prepared) -> Expected | None:
         model = _on_meta(loaded.model, dtype)
         shadow = dataclasses.replace(loaded, model=model)
         settings = dataclasses.replace(one, gradient_checkpointing=checkpointed)
-        found = step(model, prepared.method, rows, settings, device.type, lambda m: task.loss(shadow))
-        return Taken(found, estimated=False)
+        return Taken(step(model, prepared.method, rows, settings, device.type, lambda: task.loss(shadow)), False)
 
     plain = taken(checkpointed=False)
     passes = taken(checkpointed=True) if config.gradient_checkpointing else plain
     base = summary(loaded.model).base_bytes
-    memory = memory_of(passes, max(0, held - base), base, plain)
-    room = machine.free(device)
-    wanted = memory.total - memory.process - base
-    return Expected(memory, None if room is None or wanted <= room else wanted - room)
+    return memory_of(passes, max(0, held - base), base, plain)
 
 
-def _on_meta(model: Any, dtype: torch.dtype) -> Any:
+def _on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A model of the same class and config, without weights or adapters."""
     settings = copy.deepcopy(model.config)
-    before: Any = torch.get_default_dtype()
+    default = torch.get_default_dtype()
     with torch.device("meta"):
         torch.set_default_dtype(dtype)
         try:
             return plain_class(model)(settings).eval()
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default)
 
 
 def _rows(prepared: Prepared) -> int:
-    """Of the largest forward pass."""
+    """The number of rows in the largest forward pass."""
     config = prepared.config
     if config.micro_batch is not None:
         return config.micro_batch

@@ -1,296 +1,333 @@
-"""What training would take, from shapes alone: parameters, checkpoints, memory by part, FLOPs, the largest batch, for several
-methods side by side. Reads a config and no weights; prints nothing.
+"""The cost of training, from shapes alone, for several methods side by side. Reads a config and no weights; prints nothing.
 
-Parameters are counted on the updates that a method really makes, memory on a training step that is really run, both on the meta
-device, where tensors have shapes and no memory.
+It has parameters, checkpoint sizes, memory by part, FLOPs and the largest batch. Parameters are counted on the updates that a
+method really makes, memory on a training step that is really run. Both are on the meta device, whose tensors have shapes and no
+memory.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from deltaw.config import PlanConfig, Task, TrainConfig
+from deltaw.config import DType, PlanConfig, Task, TrainConfig
 from deltaw.data.batches import padded
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.errors import ConfigError, FileError, TargetError, first_line, nearest
 from deltaw.files.units import parse_size
+from deltaw.methods.plan import Method
 from deltaw.methods.registry import DEFAULT, contestants
 from deltaw.model.inputs import most_positions
-from deltaw.model.pretrained import HEADED, Pretrained, bfloat16_pays, head_of, pick_device, read_config
+from deltaw.model.pretrained import HEADED, OPENERS, Pretrained, bfloat16_pays, head_of, pick_device, read_config
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.parts import Memory, Taken, counts, largest, memory_of, taken
 from deltaw.runs.memory.presets import PRESETS
+from deltaw.runs.memory.step import Record
 from deltaw.training.prepare import with_head
 from deltaw.training.tasks import TASKS
 
-_OPENERS: dict[str, Any] = {
-    "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification, "seq2seq": AutoModelForSeq2SeqLM, "image": AutoModelForImageClassification,
-}  # fmt: skip
 _LENGTH = 512
-_IMAGE, _CHANNELS = 224, 3  # where the config does not say
+_IMAGE, _CHANNELS = 224, 3  # of a config without them
 
 
 @dataclass(frozen=True)
 class PlannedMethod:
-    """What one method would take."""
+    """The cost of training with one method."""
 
     name: str
     parameters: int
-    """Trained ones."""
+    """Trained values."""
     share: float
-    """Of the base's parameters."""
+    """The trained values over the base's parameters."""
     adapter_bytes: int
-    """Of its file, tensors alone."""
+    """The tensors of an adapter file."""
     bytes_with_optimizer: int
-    """Of a checkpoint that training can go on from."""
+    """A checkpoint from which training can be resumed."""
     memory: Memory
-    """With checkpointing if the settings have it."""
+    """At the peak, with checkpointing if the settings have it."""
     kept: int
     """Bytes of activations without checkpointing."""
     kept_checkpointed: int | None
-    """With it; None where the model has none."""
+    """Bytes of activations with checkpointing; None where the model has none."""
     flops_per_token: float | None
-    """Forward and backward, the recomputation of checkpointing too; a multiplication and an addition are two. Counted over
-    all products of the step, attention's among them. Of a model of images: for each image."""
+    """All products of a step, recomputed ones included, over its tokens, or over its images. A multiplication and an addition
+    are two. None where the memory is an estimate."""
     largest_batch: int | None
-    """Rows of a forward pass that fit in the memory that was given; None where none was, 0 where not one fits."""
+    """Rows of a forward pass that fit in the given memory, 0 where not one fits; None where none was given."""
     note: str = ""
+    """A change to the method that made it fit the model; empty where it fits as it is."""
     coverage: tuple[str, ...] = ()
-    """Which dense layers take an update, and which do not and why: a sentence each."""
+    """Sentences on the dense layers that take an update, and on those that do not and why."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What `plan` returns."""
+    """The cost of training a model with each of several methods, as `plan` returns it.
+
+    Example:
+        >>> import deltaw
+        >>> planned = deltaw.plan("model", deltaw.PlanConfig(methods="lora,full", length=64, device="cpu"))
+        >>> planned.task, planned.base_parameters
+        ('causal', 26720)
+        >>> lora, full = planned.rows
+        >>> full.memory.optimizer > full.memory.weights > lora.memory.optimizer
+        True
+    """
 
     model: str
     task: str
     dtype: str
+    """Of the base."""
     device: str
     length: int | None
-    """Tokens of each row; None of images."""
+    """Tokens of each row; None for images."""
     base_parameters: int
     base_bytes: int
-    """Of a checkpoint of the whole model, in its precision."""
+    """A checkpoint of the whole model in its dtype."""
     rows: tuple[PlannedMethod, ...]
+    """The methods that fit, in the order asked."""
     failed: dict[str, str]
-    """Methods that do not fit this model, and why."""
+    """Method that does not fit this model → why."""
 
 
 def plan(
-    model: Any,
+    model: str | PreTrainedConfig,
     config: PlanConfig = PlanConfig(),  # noqa: B008  (frozen)
-    methods: Mapping[str, Any] | None = None,
+    methods: Mapping[str, Method] | None = None,
 ) -> Planned:
-    """What training `model` with each of `config.methods` would take, or with `methods`, by any names.
+    """Return what training `model` with each of several methods would take: parameters, memory, FLOPs. No weights are read.
 
-    model: a preset's name, a folder, a GGUF file or a hub id, of which the config is read and nothing else, or a transformers
-    config. Raises ConfigError for settings that do not fit it, and FileError where there is no such model.
+    Args:
+        model: A preset's name, a folder, a GGUF file, a hub id, or a transformers config.
+        config: The settings of the plan, the methods by name among them.
+        methods: Name → method, in place of `config.methods`. The names are yours.
+
+    Raises:
+        ConfigError: The settings do not fit the model, for example a length beyond its positions.
+        FileError: There is no such model, or it cannot be opened for the task.
+
+    Example:
+        >>> import deltaw
+        >>> config = deltaw.PlanConfig(batch=4, length=64, device="cpu", dtype="float32")
+        >>> (row,) = deltaw.plan("model", config, {"mine": deltaw.LoRA(rank=2)}).rows
+        >>> row.name, row.parameters, row.adapter_bytes
+        ('mine', 2112, 8448)
     """
     if methods is None:
         methods = {c.name: c.method for c in contestants(config.methods or DEFAULT)}
     room = None if config.memory is None else parse_size(config.memory, "memory")
-    planner = _planner(model, config)
+    subject = _subject(model, config)
     rows, failed = [], {}
     for name, method in methods.items():
         try:
-            rows.append(planner.row(name, method, room))
+            rows.append(_planned(subject, name, method, room))
         except TargetError as error:
             failed[name] = str(error)
     return Planned(
-        planner.name, planner.task, str(planner.dtype).removeprefix("torch."), planner.device, planner.length,
-        planner.base_parameters, planner.base_bytes, tuple(rows), failed,
+        subject.name, subject.task, str(subject.dtype).removeprefix("torch."), subject.device, subject.length,
+        subject.base_parameters, subject.base_bytes, tuple(rows), failed,
     )  # fmt: skip
 
 
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-def _planner(model: Any, config: PlanConfig) -> _Planner:
+@dataclass(frozen=True)
+class _Subject:
+    """A model to plan for, on the meta device, and what its settings come to."""
+
+    name: str
+    task: Task
+    device: str
+    dtype: torch.dtype
+    length: int | None
+    """Tokens of each row; None of images."""
+    process: int
+    """Bytes of this process; 0 for a GPU."""
+    asked: PlanConfig
+    model: PreTrainedModel
+    to_checkpoint: PreTrainedModel | None
+    """The same model again, for steps with checkpointing, which they leave on; None where the model has none."""
+
+    @property
+    def base_parameters(self) -> int:
+        """The parameters of the base."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def base_bytes(self) -> int:
+        """The bytes of the base's parameters."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def weights(self) -> int:
+        """The bytes of the base in memory: its parameters and buffers."""
+        buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in self.model.buffers()}
+        return self.base_bytes + sum(buffers.values())
+
+
+def _subject(model: str | PreTrainedConfig, asked: PlanConfig) -> _Subject:
     name = model if isinstance(model, str) else getattr(model, "_name_or_path", "") or type(model).__name__
     preset = PRESETS.get(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
     if preset is not None:
-        settings, task = preset.config(), preset.task
+        config, task = preset.config(), preset.task
     else:
-        settings = _config_of(model) if isinstance(model, str) else copy.deepcopy(model)
-        task = _usual_task(settings)
-    task = task if config.task == "auto" else config.task
+        config = _config_of(model) if isinstance(model, str) else copy.deepcopy(model)
+        task = _usual_task(config)
+    task = task if asked.task == "auto" else asked.task
     if task in HEADED:
-        settings.num_labels = 1 if task == "regression" else config.labels
-    # What the forward passes of these ask for; a bare config may lack it
+        config.num_labels = 1 if task == "regression" else asked.labels
+    # Forward passes of these tasks need both, which a bare config may lack
     for key in ("pad_token_id", "decoder_start_token_id") if task != "causal" else ():
-        if getattr(settings, key, None) is None:
-            setattr(settings, key, 0)
-    device = pick_device("auto").type if config.device == "auto" else config.device
-    return _Planner(name, settings, task, _dtype(config.dtype, device), device, config)
+        if getattr(config, key, None) is None:
+            setattr(config, key, 0)
+    device = pick_device("auto").type if asked.device == "auto" else asked.device
+    dtype, process = _dtype(asked.dtype, device), machine.held() if device == "cpu" else 0
+    bare = _built(config, task, dtype, name)
+    checkpoints = getattr(bare, "supports_gradient_checkpointing", False)
+    return _Subject(
+        name, task, device, dtype, None if task == "image" else _length(asked, name, most_positions(bare)), process, asked,
+        bare, _built(config, task, dtype, name) if checkpoints else None,
+    )  # fmt: skip
 
 
-def _config_of(model: str) -> Any:
+def _config_of(model: str) -> PreTrainedConfig:
     try:
-        return read_config(model)
+        config: PreTrainedConfig = read_config(model)
+        return config
     except FileError as error:
         raise FileError(
             f"{error}\nModels that need no network: {', '.join(PRESETS)}{nearest(model, PRESETS)}."
         ) from error
 
 
-def _usual_task(settings: Any) -> Task:
-    """By the head that the checkpoint has; of an encoder alone, which has none of its own, classes of texts or of images."""
-    if getattr(settings, "is_encoder_decoder", False):
+def _usual_task(config: PreTrainedConfig) -> Task:
+    """The task of the checkpoint's head. An encoder alone has no such head: it gets classes, of texts or of images."""
+    if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
-    names, kind = getattr(settings, "architectures", None), type(settings)
-    if names:
-        causal = names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    kind = type(config)
+    if config.architectures:
+        causal = config.architectures[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     else:
         causal = kind in AutoModelForCausalLM._model_mapping and kind not in AutoModelForMaskedLM._model_mapping
     if causal:
         return "causal"
-    texts, images = (
-        kind in opener._model_mapping
-        for opener in (AutoModelForSequenceClassification, AutoModelForImageClassification)
-    )
+    texts, images = (kind in OPENERS[task][0]._model_mapping for task in ("classification", "image"))
     return "image" if images and not texts else "classification"
 
 
-def _dtype(dtype: str, device: str) -> torch.dtype:
+def _dtype(dtype: DType, device: str) -> torch.dtype:
     if dtype != "auto":
-        found: torch.dtype = getattr(torch, dtype)
-        return found
-    if device == "cpu":
-        return torch.bfloat16 if bfloat16_pays(torch.device("cpu")) else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device == "cpu" and not bfloat16_pays(torch.device("cpu")):
+        return torch.float32
     return torch.bfloat16
 
 
-@dataclass
-class _Planner:
-    """One model, and what its settings come to."""
-
-    name: str
-    settings: Any
-    task: Task
-    dtype: torch.dtype
-    device: str
-    config: PlanConfig
-
-    def __post_init__(self) -> None:
-        self.process = machine.held() if self.device == "cpu" else 0
-        self.models = {False: self._built()}
-        model = self.models[False]
-        self.base_parameters = sum(p.numel() for p in model.parameters())
-        self.base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in model.buffers()}
-        self.weights = self.base_bytes + sum(buffers.values())
-        self.length = None if self.task == "image" else self._length(most_positions(model))
-
-    def _length(self, most: int | None) -> int:
-        asked = self.config.length
-        if asked is None:
-            return _LENGTH if most is None else min(_LENGTH, most)
-        if most is not None and asked > most:
-            raise ConfigError(f"length is {asked}, and {self.name} has {most} positions.")
-        return asked
-
-    def _built(self) -> Any:
-        if self.task not in _OPENERS:
-            raise ConfigError(f"No plan can be made for task {self.task}; there are {', '.join(_OPENERS)}.")
-        try:
-            with torch.device("meta"):
-                return _OPENERS[self.task].from_config(copy.deepcopy(self.settings), dtype=self.dtype).eval()
-        except (ValueError, KeyError, ImportError) as error:
-            raise FileError(f"{self.name} cannot be opened for task {self.task}: {first_line(error)}") from error
-
-    def row(self, name: str, method: Any, room: int | None) -> PlannedMethod:
-        """Raises TargetError where the method does not fit the model."""
-        model = self.models[False]
-        if self.task in HEADED:
-            method = with_head(method, head_of(model))
-        note = ""
-        try:
-            adapter = counts(model, method)
-        except TargetError:
-            if (instead := method.instead()) is None:
-                raise
-            method, note = instead
-            adapter = counts(model, method)
-        parameters, size = adapter.parameters, adapter.bytes
-        rows = self.config.batch
-        plain, again = (self._passes(method, rows, checkpointed=on) for on in (False, True))
-        chosen = again if self.config.gradient_checkpointing else plain
-        if plain is None or chosen is None:
-            raise ConfigError(f"{self.name} has no checkpointing of activations.")
-        return PlannedMethod(
-            name=name, parameters=parameters, share=parameters / self.base_parameters, adapter_bytes=size,
-            bytes_with_optimizer=size + chosen.step.optimizer, memory=self._memory(chosen, plain),
-            kept=plain.step.activations, kept_checkpointed=None if again is None else again.step.activations,
-            flops_per_token=None if chosen.estimated else chosen.step.flops / self._tokens(rows),
-            largest_batch=None if room is None else self._largest(method, room), note=note,
-            coverage=tuple(adapter.coverage.lines()),
-        )  # fmt: skip
-
-    def _memory(self, passes: Taken, plain: Taken) -> Memory:
-        return memory_of(passes, self.process, self.weights, plain)
-
-    def _largest(self, method: Any, room: int) -> int:
-        @functools.cache
-        def needed(rows: int) -> int:
-            plain = self._passes(method, rows, checkpointed=False)
-            again = self.config.gradient_checkpointing
-            passes = self._passes(method, rows, checkpointed=True) if again else plain
-            assert passes is not None and plain is not None
-            return self._memory(passes, plain).total
-
-        return largest(needed, room)
-
-    def _tokens(self, rows: int) -> int:
-        """With their padding; of images as many as there are."""
-        return rows if self.length is None else rows * padded(self.length)
-
-    def _passes(self, method: Any, rows: int, *, checkpointed: bool) -> Taken | None:
-        """A step's bytes; None where the model has no checkpointing."""
-        if checkpointed and not getattr(self.models[False], "supports_gradient_checkpointing", False):
-            return None
-        if checkpointed not in self.models:
-            self.models[checkpointed] = self._built()
-        model = self.models[checkpointed]
-        config = TrainConfig(
-            batch=rows, optimizer=self.config.optimizer, gradient_checkpointing=checkpointed, steps=1, valid_share=0.0
-        )
-        loaded = Pretrained(model, None, self.name)
-        examples = [self._example()] * rows
-        return taken(
-            model, method, examples, config, self.device, lambda m: TASKS[self.task].loss(loaded), self._tokens(rows)
-        )
-
-    def _example(self) -> Any:
-        """A record of the planned length, or an image of the model's size."""
-        return _image(self.settings) if self.length is None else _text(self.task, self.length)
+def _length(asked: PlanConfig, name: str, positions: int | None) -> int:
+    """The tokens of each row: as asked, or 512 where the model has so many positions."""
+    if asked.length is None:
+        return _LENGTH if positions is None else min(_LENGTH, positions)
+    if positions is not None and asked.length > positions:
+        raise ConfigError(f"length is {asked.length}, and {name} has {positions} positions.")
+    return asked.length
 
 
-def _image(settings: Any) -> Item:
-    size = getattr(settings, "image_size", None) or _IMAGE
-    height, width = (size, size) if isinstance(size, int) else size
-    return Item({"pixel_values": torch.zeros(getattr(settings, "num_channels", _CHANNELS), height, width)}, 0, "")
+def _built(config: PreTrainedConfig, task: Task, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """The model on the meta device."""
+    if task not in OPENERS:
+        raise ConfigError(f"No plan can be made for task {task}; there are {', '.join(OPENERS)}.")
+    opener, _ = OPENERS[task]
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = opener.from_config(copy.deepcopy(config), dtype=dtype).eval()
+            return model
+    except (ValueError, KeyError, ImportError) as error:
+        raise FileError(f"{name} cannot be opened for task {task}: {first_line(error)}") from error
 
 
-def _text(task: Task, length: int) -> Any:
-    """So many tokens. All but the first are predicted, and of a completion all; class 0 of a text."""
+# --- a method ---------------------------------------------------------------------------------------------------
+
+
+def _planned(subject: _Subject, name: str, method: Method, room: int | None) -> PlannedMethod:
+    """The row of one method. Raises TargetError where it does not fit the model."""
+    if subject.task in HEADED:
+        method = with_head(method, head_of(subject.model))
+    note = ""
+    try:
+        adapter = counts(subject.model, method)
+    except TargetError:
+        if (instead := method.instead()) is None:
+            raise
+        method, note = instead
+        adapter = counts(subject.model, method)
+    rows = subject.asked.batch
+    plain, checkpointed = _plain(subject, method, rows), _checkpointed(subject, method, rows)
+    chosen = checkpointed if subject.asked.gradient_checkpointing else plain
+    if chosen is None:
+        raise ConfigError(f"{subject.name} has no checkpointing of activations.")
+    return PlannedMethod(
+        name=name, parameters=adapter.parameters, share=adapter.parameters / subject.base_parameters,
+        adapter_bytes=adapter.bytes, bytes_with_optimizer=adapter.bytes + chosen.step.optimizer,
+        memory=memory_of(chosen, subject.process, subject.weights, plain),
+        kept=plain.step.activations, kept_checkpointed=None if checkpointed is None else checkpointed.step.activations,
+        flops_per_token=None if chosen.estimated else chosen.step.flops / _tokens(subject, rows),
+        largest_batch=None if room is None else largest(lambda rows: _total(subject, method, rows), room), note=note,
+        coverage=tuple(adapter.coverage.lines()),
+    )  # fmt: skip
+
+
+def _total(subject: _Subject, method: Method, rows: int) -> int:
+    """The bytes at the peak with so many rows in a forward pass."""
+    plain = _plain(subject, method, rows)
+    passes = _checkpointed(subject, method, rows) if subject.asked.gradient_checkpointing else plain
+    return memory_of(passes or plain, subject.process, subject.weights, plain).total
+
+
+def _plain(subject: _Subject, method: Method, rows: int) -> Taken:
+    return _taken(subject, subject.model, method, TrainConfig(batch=rows, optimizer=subject.asked.optimizer))
+
+
+def _checkpointed(subject: _Subject, method: Method, rows: int) -> Taken | None:
+    """A step that recomputes activations; None where the model cannot."""
+    if subject.to_checkpoint is None:
+        return None
+    config = TrainConfig(batch=rows, optimizer=subject.asked.optimizer, gradient_checkpointing=True)
+    return _taken(subject, subject.to_checkpoint, method, config)
+
+
+def _taken(subject: _Subject, model: PreTrainedModel, method: Method, config: TrainConfig) -> Taken:
+    """A step of these settings, with nothing held out, over as many equal records as its batch."""
+    config = dataclasses.replace(config, steps=1, valid_share=0.0)
+    loaded, examples = Pretrained(model, None, subject.name), [_example(subject)] * config.batch
+    tokens = _tokens(subject, config.batch)
+    return taken(model, method, examples, config, subject.device, lambda: TASKS[subject.task].loss(loaded), tokens)
+
+
+def _tokens(subject: _Subject, rows: int) -> int:
+    """The tokens of so many rows with their padding; the images where rows are images."""
+    return rows if subject.length is None else rows * padded(subject.length)
+
+
+def _example(subject: _Subject) -> Record:
+    """An image of the model's size, or a text of the planned length.
+
+    All tokens but a causal text's first are predicted, all of a completion, and class 0 of a labelled text.
+    """
+    config, length = subject.model.config, subject.length
+    if length is None:
+        size = getattr(config, "image_size", None) or _IMAGE
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.zeros(getattr(config, "num_channels", _CHANNELS), height, width)
+        return Item({"pixel_values": pixels}, 0, "")
     ids = [1] * length
-    if task == "causal":
+    if subject.task == "causal":
         return Example(ids, [False] + [True] * (length - 1), "")
-    return Item({"input_ids": ids}, ids if task == "seq2seq" else 0, "")
+    return Item({"input_ids": ids}, ids if subject.task == "seq2seq" else 0, "")

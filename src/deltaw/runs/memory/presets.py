@@ -1,36 +1,41 @@
-"""Published models by name, as the sizes of their transformers configs: what `plan` reads where there is no folder and no
-network. Knows no torch.
+"""Published models by name, as sizes for their transformers configs: `plan` reads these without a folder or a network.
 
-GPT-3 has no class in transformers; GPT-2's, with GPT-3's sizes, has the same dense layers (its sparse attention aside).
+Knows no torch. GPT-3 has no class in transformers. GPT-2's class with GPT-3's sizes has the same dense layers, but no sparse
+attention.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deltaw.config import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's config, and what it is usually trained for."""
+    """A model's config, and its usual task."""
 
     family: str
-    """Name of the config's class in transformers."""
-    settings: dict[str, Any]
+    """The name of the config's class in transformers."""
+    settings: dict[str, object]
     task: Task
     source: str
+    """The paper that the sizes are from."""
 
-    def config(self) -> Any:
-        """The transformers config."""
+    def config(self) -> PreTrainedConfig:
+        """Return the transformers config."""
         import transformers
 
-        return getattr(transformers, self.family)(**self.settings)
+        config: PreTrainedConfig = getattr(transformers, self.family)(**self.settings)
+        return config
 
 
 def _roberta(hidden: int, blocks: int, heads: int) -> Preset:
-    sizes = {
+    sizes: dict[str, object] = {
         "hidden_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": heads, "intermediate_size": 4 * hidden,
         "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
     }  # fmt: skip
@@ -38,15 +43,15 @@ def _roberta(hidden: int, blocks: int, heads: int) -> Preset:
 
 
 def _gpt(width: int, blocks: int, heads: int, positions: int, source: str, **more: float) -> Preset:
-    sizes = {
+    sizes: dict[str, object] = {
         "n_embd": width, "n_layer": blocks, "n_head": heads, "n_positions": positions, "vocab_size": 50257, **more,
     }  # fmt: skip
     return Preset("GPT2Config", sizes, "causal", source)
 
 
 def _llama(hidden: int, inner: int, blocks: int, heads: int, *, tied: bool = False) -> Preset:
-    """Eight key-value heads each, and the vocabulary of Llama 3."""
-    sizes = {
+    """A model of the Llama 3 family: eight key-value heads, and its vocabulary."""
+    sizes: dict[str, object] = {
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": heads,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": tied,
     }  # fmt: skip

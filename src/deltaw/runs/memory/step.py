@@ -1,8 +1,8 @@
-"""One training step on the meta device: the real loop, loss and update over tensors without memory. What it would hold, by part,
-and its FLOPs. Knows loops and models of one stack of blocks; nothing of files or presets.
+"""One training step on the meta device: the bytes that it would hold, by part, and its FLOPs.
 
-Blocks that are alike cost alike, so of many of them two and three are run and the others reckoned from the difference: every
-part grows by the same number of bytes with each block.
+The real loop, loss and update run over tensors without memory. Knows loops and models of one stack of blocks; nothing of files
+or presets. Equal blocks cost the same. Of many equal blocks, only two and then three are run: every part grows with each
+further block by the difference.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from transformers import PreTrainedConfig
 
 from deltaw.config import TrainConfig
+from deltaw.data.encode import Example
+from deltaw.data.items import Item
+from deltaw.methods.plan import Method
 from deltaw.methods.targets import blocks_of
 from deltaw.model.attach import attach, detach
 from deltaw.runs.memory.live import Live, StandIns
@@ -25,10 +29,12 @@ from deltaw.training import head as heads
 from deltaw.training.attention import short_row_attention
 from deltaw.training.head import AfterHead
 from deltaw.training.loop import LoopPlan, LoopState, opened
-from deltaw.training.losses import CompletionLoss, Loss
+from deltaw.training.losses import CAPS, CompletionLoss, Loss
 
-# So many blocks are run as they are
+# Up to so many blocks all are run
 _FEW = 6
+
+Record: TypeAlias = Example | Item
 
 
 @dataclass(frozen=True)
@@ -39,65 +45,85 @@ class Step:
     """The trained values, and their copy in the precision that steps compute in."""
     gradients: int
     optimizer: int
+    """Its state after a step."""
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Kept by the forward pass for the backward pass."""
     working: int
-    """The most that either pass holds beyond that."""
+    """The most that either pass holds beyond the activations."""
     logits: int
-    """Part of `working`, or less: what the head and the loss hold."""
+    """Held by the head and the loss: a part of `working`, or less."""
     flops: int
-    """Forward and backward."""
+    """Of the forward and the backward pass."""
 
 
 def step(
-    model: Any, method: Any, examples: Sequence[Any], config: TrainConfig, device: str, loss_of: Callable[[Any], Loss]
+    model: nn.Module,
+    method: Method,
+    examples: Sequence[Record],
+    config: TrainConfig,
+    device: str,
+    loss_of: Callable[[], Loss],
 ) -> Step:
-    """One step of `method` on a meta model without adapters, over `examples` as one batch, as on a device of this type. The model
-    is afterwards as it was, but that it goes on checkpointing, where `config` has it do so: take another one then. Raises what
-    the model's forward raises where it does not run on the meta device."""
+    """Return one step of `method` on a meta model without adapters, over `examples` as one batch.
+
+    Afterwards the model is as before, except that it still checkpoints where `config` asks for that: take another one then.
+
+    Args:
+        device: The type of the device to plan for, cpu or another one.
+        loss_of: Returns the loss of `model`, asked once the adapter is attached.
+
+    Raises:
+        DeltaWError: The method does not fit the model.
+        Exception: Any error of the model's forward where it does not run on the meta device.
+    """
     stack = _stack(model)
     if stack is None or len(stack) <= _FEW or not _alike(model, method):
         return _of_blocks(model, method, examples, config, device, loss_of, None)
     two, three = (_of_blocks(model, method, examples, config, device, loss_of, n) for n in (2, 3))
     more = len(stack) - 3
-    reckoned = {}
-    for part, there in dataclasses.asdict(three).items():
-        # What is at work at one time is of one block or of the head, however many blocks there are
-        grown = 0 if part in ("working", "logits") else there - getattr(two, part)
-        reckoned[part] = there + more * grown
-    return Step(**reckoned)
+    parts = {}
+    for part, size in dataclasses.asdict(three).items():
+        # One block, or the head, is at work at a time, however many blocks there are
+        growth = 0 if part in ("working", "logits") else size - getattr(two, part)
+        parts[part] = size + more * growth
+    return Step(**parts)
 
 
 def _stack(model: nn.Module) -> nn.ModuleList | None:
-    """The one list of all blocks; None where there are several or none."""
+    """The one list of all blocks; None where there are several lists or none."""
     lists = {name.rpartition(".")[0] for name in blocks_of(model)}
-    found = model.get_submodule(lists.pop()) if len(lists) == 1 else None
-    return found if isinstance(found, nn.ModuleList) else None
+    stack = model.get_submodule(lists.pop()) if len(lists) == 1 else None
+    return stack if isinstance(stack, nn.ModuleList) else None
 
 
-def _alike(model: Any, method: Any) -> bool:
-    """Whether all blocks but the first have the same parameters, the same updates and the same kind of attention."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+def _alike(model: nn.Module, method: Method) -> bool:
+    """True if all blocks but the first have the same parameters, the same updates and the same kind of attention."""
+    if len(set(getattr(text_config(model), "layer_types", None) or ())) > 1:
         return False
     names = sorted(blocks_of(model), key=blocks_of(model).__getitem__)
     with torch.device("meta"):
         updates = method.plan(model).updates
-    shapes: dict[str, list[tuple[Any, ...]]] = {name: [] for name in names}
+    shapes: dict[str, list[tuple[object, ...]]] = {name: [] for name in names}
     for layer, update in updates.items():
         block = next((n for n in names if layer == n or layer.startswith(f"{n}.")), None)
         if block is not None:
-            own = tuple(tuple(p.shape) for p in update.parameters())
-            shapes[block].append((layer[len(block) :], type(update), own))
+            sizes = tuple(tuple(p.shape) for p in update.parameters())
+            shapes[block].append((layer[len(block) :], type(update), sizes))
     for name in names:
         block_parameters = model.get_submodule(name).named_parameters()
         shapes[name] += [(n, tuple(p.shape), p.dtype) for n, p in block_parameters]
     return all(shapes[name] == shapes[names[1]] for name in names[2:])
 
 
+def text_config(model: nn.Module) -> object:
+    """The transformers config of a model's language part."""
+    config: object = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
 @contextlib.contextmanager
 def _only(model: nn.Module, blocks: int | None) -> Iterator[None]:
-    """While open, the model's stack has its first so many blocks alone."""
+    """Keep only the first `blocks` blocks of the model's stack, within the block; all of them where it is None."""
     stack = _stack(model) if blocks is not None else None
     if stack is None:
         yield
@@ -111,14 +137,15 @@ def _only(model: nn.Module, blocks: int | None) -> Iterator[None]:
 
 
 def _of_blocks(
-    model: Any, method: Any, examples: Sequence[Any], config: TrainConfig, device: str,
-    loss_of: Callable[[Any], Loss], blocks: int | None,
+    model: nn.Module, method: Method, examples: Sequence[Record], config: TrainConfig, device: str,
+    loss_of: Callable[[], Loss], blocks: int | None,
 ) -> Step:  # fmt: skip
+    """The step of a model whose stack has its first `blocks` blocks alone."""
     with _only(model, blocks), _chosen_attention(model, device, examples), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             attach(model, method)
         try:
-            loss = loss_of(model)
+            loss = loss_of()
             if isinstance(loss, CompletionLoss):
                 _choose_path(loss)
             return _dry(LoopPlan(loss, examples, (), config), loss.collate(examples), device)
@@ -128,29 +155,38 @@ def _of_blocks(
 
 
 @contextlib.contextmanager
-def _chosen_attention(model: Any, device: str, examples: Sequence[Any]) -> Iterator[None]:
-    """The attention that the loop would choose on that device: it asks a parameter for device and precision."""
-    there = SimpleNamespace(
-        config=getattr(model, "config", None),
-        parameters=lambda: iter([torch.empty(0, dtype=next(model.parameters()).dtype, device="cpu")]),
-        set_attn_implementation=getattr(model, "set_attn_implementation", None),
-    )
+def _chosen_attention(model: nn.Module, device: str, examples: Sequence[Record]) -> Iterator[None]:
+    """Choose the attention that the loop would choose on that device."""
     if device != "cpu":
         yield
         return
-    with short_row_attention(there, max(e.length for e in examples)):
+    with short_row_attention(_OnCPU(model), max(e.length for e in examples)):
         yield
 
 
+class _OnCPU:
+    """A meta model as it would answer on the CPU: the loop asks a parameter for its device and dtype."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = getattr(model, "config", None)
+        self.set_attn_implementation = getattr(model, "set_attn_implementation", None)
+        self.dtype = next(model.parameters()).dtype
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield one parameter."""
+        yield torch.empty(0, dtype=self.dtype, device="cpu")
+
+
 def _choose_path(loss: CompletionLoss) -> None:
-    """A loss tries out what its model does to the logits, which tensors without values cannot tell; only a cap takes memory."""
+    """Tell the loss how its model makes logits, which it would otherwise try out with values. Only a cap takes memory."""
     loss.path = "logits" if loss.body is None or loss.head is None else "head"
-    cap = getattr(getattr(loss.model, "config", None), "final_logit_softcapping", None)
+    config = text_config(loss.model)
+    cap = next((value for name in CAPS if (value := getattr(config, name, None))), None)
     loss.after = AfterHead(cap=float(cap)) if cap else AfterHead()
 
 
 def _dry(plan: LoopPlan, batch: Any, device: str) -> Step:
-    """A step of a loop over a meta model, forward and backward; the optimizer's state is of a step of its own."""
+    """Run a step of a loop over a meta model: forward, backward, and the optimizer for its state alone."""
     live = Live(there=(*plan.model.parameters(), *plan.model.buffers()))
     with live, StandIns(device), opened(plan, LoopState()) as loop:
         flat = loop.flat
@@ -177,10 +213,10 @@ class _Passes(NamedTuple):
 
 
 def _passes(loss: Loss, batch: Any, live: Live, device: str) -> _Passes:
-    """Forward and backward."""
+    """Run the forward and the backward pass."""
     began, before_head = live.since(), [0]
 
-    def at_head(*_: Any) -> None:
+    def at_head(*_: object) -> None:
         before_head.append(live.peak - began)
         live.since()
 
@@ -193,16 +229,19 @@ def _passes(loss: Loss, batch: Any, live: Live, device: str) -> _Passes:
     if isinstance(loss, CompletionLoss):
         highest = max(kept, highest - _uncached(loss, count, device))
     live.since()
-    torch.autograd.backward(total / count)  # not total.backward(), which would leave the stand-ins
-    del total
+    mean = total / count
+    torch.autograd.backward(get_gradient_edge(mean))  # not mean.backward(), which would leave the stand-ins
+    del total, mean
     peak = max(before_head[-1], highest, live.peak - began)
     return _Passes(kept, peak - kept, 0 if body is None else highest - kept)
 
 
 def _uncached(loss: CompletionLoss, count: int, device: str) -> int:
-    """Bytes of wide logits that a CPU, which makes them a few at a time, never has at once."""
-    head: Any = loss.head
-    if device != "cpu" or loss.path != "head" or not heads.is_frozen_linear(head) or head.weight.dtype.itemsize >= 4:
+    """The bytes of float32 logits that a CPU never holds at once, as it makes them a few at a time."""
+    head = loss.head
+    if device != "cpu" or loss.path != "head" or not isinstance(head, nn.Linear) or not heads.is_frozen_linear(head):
+        return 0
+    if head.weight.dtype.itemsize >= 4:
         return 0
     vocabulary = head.weight.shape[0]
     chunk = max(1, heads._CHUNK_ELEMENTS // vocabulary // heads.MULTIPLE) * heads.MULTIPLE

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from deltaw.config import DType
 from deltaw.runs.evaluation.bootstrap import Compared
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
+from deltaw.runs.memory.machine import Environment
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.scores import MetricScore, SeedScores, compared_from, run_scores, scores_to_json, seed_scores
 from deltaw.runs.results.study import Curve, Failed, StudySettings, curve_from, curve_to_json
@@ -236,7 +237,7 @@ class ComparisonResults:
     """All that results.json of a comparison holds."""
 
     settings: StudySettings
-    environment: dict[str, object]
+    environment: Environment
     """The machine and versions, as runs/memory/machine.py describes them."""
     chosen_by: str
     """The metric by which learning rates are chosen on held-out records."""

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from deltaw.runs.evaluation.bootstrap import Score, Tested
+from deltaw.runs.memory.machine import Environment
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.directions import Alike, Amplification
 from deltaw.runs.results.scores import SeedScores, score_from, scores_to_json, seed_scores, tested_from
@@ -194,7 +195,7 @@ class RankResults:
     """The run's, from its config.yaml; none of a foreign adapter's."""
     options: dict[str, object]
     """What was asked."""
-    environment: dict[str, object]
+    environment: Environment
     """The machine and versions, as runs/memory/machine.py describes them."""
     records: RecordsUsed
     loop: JsonObject

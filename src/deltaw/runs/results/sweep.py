@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from deltaw.runs.evaluation.bootstrap import Choice, Compared
 from deltaw.runs.evaluation.evaluate import RecordLosses
+from deltaw.runs.memory.machine import Environment
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.directions import Alike
 from deltaw.runs.results.scores import (
@@ -168,7 +169,7 @@ class SweepResults:
     settings: StudySettings
     options: dict[str, object]
     """The sweep's own settings."""
-    environment: dict[str, object]
+    environment: Environment
     """The machine and versions, as runs/memory/machine.py describes them."""
     chosen_by: str
     """The metric by which learning rates are chosen on held-out records."""

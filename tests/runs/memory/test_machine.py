@@ -1,0 +1,39 @@
+"""The memory of this process and of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from deltaw.runs.memory import machine
+
+
+def test_held_memory_grows_with_what_is_allocated() -> None:
+    before = machine.held()
+    block = torch.ones(32 << 20, dtype=torch.uint8)
+    assert machine.held() - before > 0.8 * block.numel()
+
+
+def test_free_memory_is_within_the_machines_and_unknown_elsewhere() -> None:
+    free = machine.free(torch.device("cpu"))
+    assert free is not None and 0 < free <= psutil.virtual_memory().total
+    assert machine.free(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"), [("max", "5", None), ("1000", "300", 700), ("1000", "1200", 0), ("", "", None)]
+)
+def test_a_containers_limit_counts(limit: str, used: str, left: int | None, tmp_path: Path) -> None:
+    for name, text in (("limit", limit), ("used", used)):
+        (tmp_path / name).write_text(f"{text}\n")
+    assert machine.left_in_group(tmp_path / "limit", tmp_path / "used") == left
+    assert machine.left_in_group(tmp_path / "none", tmp_path / "used") is None
+
+
+def test_the_machine_is_described_in_a_line() -> None:
+    environment = machine.describe()
+    line = machine.in_words(environment)
+    assert environment["versions"]["torch"] in line and environment["memory_gib"] > 0
