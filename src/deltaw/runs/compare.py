@@ -1,5 +1,5 @@
 """Methods compared on a user's own model and data: learning rates on held-out records, the best one of each method on test
-records, all with the same records in the same order and the same budget. Prints nothing: it tells events.
+records, all with the same records in the same order and the same budget. Prints nothing; it emits events.
 
 A comparison's folder holds data/ (the three sets of records), runs/ (a folder for each candidate), results.json and report.html.
 What is finished there is not trained again.
@@ -52,7 +52,7 @@ _QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
 
 
 class _Timed(NamedTuple):
-    """What inference is timed on."""
+    """The passes that inference is timed on."""
 
     passes: list[list[int]]
     """Rows and tokens of each forward pass."""
@@ -68,7 +68,7 @@ _QUICK_TIMED = _Timed([[1, 128], [32, 16]], [1], 20.0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` came to.
+    """The result of `compare`.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="methods", steps=1, valid_most=4, overwrite=True)
@@ -184,7 +184,7 @@ class _Entry:
     tried: Mapping[float, Outcome]
     """Learning rate → what its run came to, with the first seed."""
     runs: list[_Run]
-    """With the best learning rate, one a seed, the first seed's first."""
+    """Runs with the best learning rate, one a seed, the first seed's first."""
 
 
 def _entry(
@@ -268,7 +268,7 @@ def _write(path: Path, values: dict[str, object]) -> None:
 class _Measurement(NamedTuple):
     row: MethodRow
     scores: dict[str, Measured]
-    """By metric; none where the method failed."""
+    """Its scores by metric; none where it failed."""
 
 
 def _measurement(chosen_by: str, entry: _Entry) -> _Measurement:

@@ -39,7 +39,7 @@ class MergedFolder:
 
     report: MergeReport
     bytes: int
-    """Of all its files."""
+    """The size of all its files."""
     compared: Compared
     """Its model, loaded again, beside the unmerged one."""
 

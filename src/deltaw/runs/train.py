@@ -1,4 +1,4 @@
-"""One training run from end to end: model, records, loop, samples, run folder. Prints nothing: it tells events.
+"""One training run from end to end: model, records, loop, samples, run folder. Prints nothing; it emits events.
 
 A run folder holds adapter/ (PEFT format), config.yaml (reproduces the run), log.jsonl, result.json and report.html.
 """
@@ -59,7 +59,7 @@ _SAMPLE = GenerateConfig(max_new_tokens=96)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training run came to.
+    """The result of a training run.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="result", steps=2, samples=0, overwrite=True)
@@ -85,7 +85,7 @@ class RunResult:
     summary: Summary
     """Sizes of the base and of the adapter."""
     merge: MergeReport
-    """What merging the adapter into the base, in the dtype it was trained on, would do."""
+    """Figures of a merge into the base, in the dtype that it was trained on."""
     samples: list[Sampled]
     """Held-out records with what the base and the adapter say to them."""
     events: list[Event]
@@ -95,7 +95,7 @@ class RunResult:
 
     @property
     def state(self) -> LoopState:
-        """Where the loop ended: steps, seconds, losses, and why it stopped."""
+        """The state in which the loop ended: steps, seconds, losses, and why it stopped."""
         return self.outcome.loop
 
     @property
@@ -105,7 +105,7 @@ class RunResult:
 
     @property
     def sets(self) -> dict[str, str | None]:
-        """What is in train and in valid, for example "300 records of 47 prompts", and their overlap in words."""
+        """The content of train and of valid, for example "300 records of 47 prompts", and their overlap in words."""
         return self.outcome.sets
 
     @property
@@ -225,7 +225,7 @@ class _Job:
     adapter: str
     """The adapter's name on the model."""
     settings: dict[str, object]
-    """What config.yaml holds."""
+    """The settings in config.yaml."""
 
     @property
     def model(self) -> nn.Module:
