@@ -20,7 +20,9 @@ from pathlib import Path
 
 import deltaw
 from deltaw.methods.registry import DEFAULT
-from deltaw.runs.compare import Progress, compare
+from deltaw.runs.compare import compare
+from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent
+from deltaw.runs.results.compare import CandidateScore
 from setups import Setup, glue, write
 
 OUT = Path(".cache/compared")
@@ -90,9 +92,12 @@ def side_by_side(count: int, setup: Setup, folder: Path) -> None:
             each.result()
 
 
-def said(event: Progress) -> str:
-    values = event.values
-    return f"{event.kind} {values['name']} lr {values['lr']:.2g} seed {values['seed']} {values.get('valid_loss', '')}"
+def said(event: CompareEvent) -> str:
+    if not isinstance(event, (CandidateStarted, CandidateFinished)):
+        return event.kind
+    outcome = event.outcome if isinstance(event, CandidateFinished) else None
+    loss = outcome.valid_loss if isinstance(outcome, CandidateScore) else ""
+    return f"{event.kind} {event.name} lr {event.lr:.2g} seed {event.seed} {loss}"
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def main() -> None:
     model = load_pretrained(given.model, task="causal" if task == "auto" else task, dtype="float32").model
     rows = []
     for rank, run in runs.items():
-        found = amplifications(model, run, rank)
-        rows += [{"trained": rank, **each} for each in found if role(each["layer"]) in ("q", "v")]
+        layers = amplifications(model, run, rank)
+        rows += [{"trained": rank, **layer.to_json()} for layer in layers if role(layer.layer) in ("q", "v")]
     machine.write(f"amplified_{given.name}", {"model": setup.model, "data": setup.data, "rows": rows})
 
 

@@ -100,8 +100,8 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
         result = deltaw.train(source, out / "data", config, method=METHOD, on_event=view.hear)
     # From here on like any later use: the adapter's files go on the base that was loaded first
     deltaw.load(model, result.adapter)
-    figures = result.figures() | {"base_bytes": deltaw.summary(model).base_bytes}
-    sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
+    figures = dataclasses.replace(result.outcome, base_bytes=deltaw.summary(model).base_bytes)
+    sizes = units.size(figures.adapter_bytes), units.size(figures.base_bytes)
     precision = str(result.model.dtype).removeprefix("torch.")
     tell(
         f"{units.duration(result.state.seconds)} with the base in {precision}; the adapter is {sizes[0]}, the base {sizes[1]}"
@@ -143,7 +143,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     report = run_report(
         settings,
         figures,
-        result.log,
+        result.events,
         result.samples,
         title="deltaw quickstart",
         headline=headline,

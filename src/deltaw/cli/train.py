@@ -87,7 +87,7 @@ class _Live(_Lines):
 
 
 def _coverage(event: Started) -> None:
-    """What will train, what will not and why, and what the data came to."""
+    """Show what will train, what will not and why, and the counts of the data."""
     data = event.data
     show.out.print(
         f"[bold]{event.layers}[/] layers take an update: {event.parameters:,} parameters, {event.share:.2%} of the base's.",

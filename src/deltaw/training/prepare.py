@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
+from torch import nn
 
 from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.data import Encoded, Example, Records, held_out_split, read
@@ -28,7 +29,7 @@ from deltaw.training.tasks import recognised, task_of
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Model: TypeAlias = "str | Path | PreTrainedModel"
+Model: TypeAlias = "str | Path | nn.Module"
 """A model's name, folder or GGUF file, or a loaded model."""
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor"
 log = logging.getLogger("deltaw")
@@ -206,13 +207,14 @@ def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> P
             f"num_labels={len(labels)}."
         )
     name = getattr(_config_of(model), "_name_or_path", "") or type(model).__name__
+    pretrained = cast("PreTrainedModel", model)  # or a module with the same interface, as torch.compile's
     if task != "image":
         check_vocabulary(model, tokenizer, name)
     if task in ("classification", "regression"):
         settle_padding(
             model, cast("PreTrainedTokenizerBase", tokenizer), pad_id(tokenizer), name, scored=True, own=False
         )
-    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), handed_over=True)
+    return Pretrained(pretrained, tokenizer, name, head_of(pretrained) if task in HEADED else (), handed_over=True)
 
 
 def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
