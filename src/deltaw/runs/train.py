@@ -33,7 +33,8 @@ from deltaw.methods.registry import name_of
 from deltaw.model import attach
 from deltaw.model import summary as sizes
 from deltaw.model.ends import teach
-from deltaw.model.merge import MergeReport, preview
+from deltaw.model.merging.merge import preview
+from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary, parameters
 from deltaw.model.switch import use, using
 from deltaw.runs.folder import RunFolder, refuse_a_file
