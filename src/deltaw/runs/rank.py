@@ -45,7 +45,6 @@ from deltaw.runs.reports.rank import rank_report
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.rank import (
     Allocated,
-    BaseScores,
     Confirmed,
     Cost,
     LayerSpectrum,
@@ -53,6 +52,7 @@ from deltaw.runs.results.rank import (
     RankResults,
     RankRow,
     RecordsUsed,
+    ScoresOfBase,
 )
 from deltaw.runs.results.scores import SeedScores
 from deltaw.runs.study import metrics_for
@@ -280,7 +280,9 @@ def _cut_and_scored(
         environment=machine.describe(),
         records=_records_used(opened, config),
         loop=_loop_of(run),
-        base=None if base is None else BaseScores(base.losses.value, base.metrics, base.losses.less(whole).interval()),
+        base=None
+        if base is None
+        else ScoresOfBase(base.losses.value, base.metrics, base.losses.less(whole).interval()),
         rank=choice.rank,
         margin=choice.margin,
         ranks=_rows(opened, cuts, choice),
