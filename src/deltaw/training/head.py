@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.layers.kinds import LinearKind, kind_of
 from deltaw.layers.patch import slot_of
 
 # Bounds a chunk's logits to 64 MB of fp32, whatever the vocabulary
@@ -52,9 +53,9 @@ def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, after: After
 
 
 def is_frozen_linear(head: nn.Module) -> bool:
-    """A plain linear map that nothing trains and no adapter is on."""
+    """Return whether a head is a plain product with its weight that nothing trains and no adapter is on."""
     frozen = not any(p.requires_grad for p in head.parameters())
-    return type(head) is nn.Linear and slot_of(head) is None and frozen
+    return isinstance(kind_of(head), LinearKind) and slot_of(head) is None and frozen
 
 
 def chunked_cross_entropy(
