@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.layers.kinds import LinearKind, kind_of
 from deltaw.layers.patch import slot_of
 
 CHUNK_ELEMENTS = 1 << 24
@@ -65,9 +66,9 @@ def cross_entropy(hidden: Tensor, head: Head, targets: Tensor, after: AfterHead 
 
 
 def is_frozen_linear(head: nn.Module) -> bool:
-    """Return whether this is a plain linear map that nothing trains and no adapter is on."""
+    """Return whether a head is a plain product with its weight that nothing trains and no adapter is on."""
     frozen = not any(p.requires_grad for p in head.parameters())
-    return type(head) is nn.Linear and slot_of(head) is None and frozen
+    return isinstance(kind_of(head), LinearKind) and slot_of(head) is None and frozen
 
 
 def chunked_cross_entropy(
