@@ -22,9 +22,11 @@ from safetensors.torch import save_file
 
 import machine
 from deltaw.files.formats import peft
-from deltaw.files.formats.peft_config import config_for
+from deltaw.files.formats.fingerprint import FORMS, Fingerprint
+from deltaw.files.formats.locate import hash_of_layers, places_of
+from deltaw.files.formats.peft import config_for
+from deltaw.files.formats.peft.metadata import FORMAT, FORMAT_KEY
 from deltaw.files.formats.safetensors import shards_of
-from deltaw.files.locate import fingerprint_of_layers, places_of
 
 HIDDEN, KV, INNER, VOCABULARY = 4096, 1024, 14336, 128256
 SHAPES = {
@@ -102,9 +104,11 @@ def make_adapter(base: Path, folder: Path, layers: int) -> None:
         dict.fromkeys(factors, 8), scales, target_modules=sorted(n.rsplit(".", 1)[1] for n in SHAPES), dropout=0.0,
         rank_stabilised=False, transposed=False, base=None, task="CAUSAL_LM",
     )  # fmt: skip
-    file = peft.LoRAFile(factors, scales, config, {"deltaw_format": peft.FORMAT})
+    file = peft.LoRAFile(factors, scales, config, {FORMAT_KEY: FORMAT})
     shards = shards_of(base)
-    file.metadata[peft.W0] = str(fingerprint_of_layers(shards, places_of(shards, file, base)))
+    file.metadata[peft.W0] = str(
+        Fingerprint(*(hash_of_layers(shards, places_of(shards, file, base), form) for form in FORMS))
+    )
     peft.write(folder, file)
 
 

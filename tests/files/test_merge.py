@@ -16,8 +16,8 @@ import deltaw
 from deltaw.errors import FileError, MergeError
 from deltaw.files import merge
 from deltaw.files.formats import correction
+from deltaw.files.formats.locate import NotByFiles
 from deltaw.files.formats.safetensors import INDEX
-from deltaw.files.locate import NotByFiles
 from deltaw.files.verify import verify_merged
 from tests.conftest import MAKERS, fill
 

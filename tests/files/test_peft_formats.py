@@ -38,7 +38,7 @@ from deltaw import (
     using,
 )
 from deltaw.errors import AdapterError, FileError, MergeError
-from deltaw.files.formats.peft_config import HARMLESS, READ, SETTINGS
+from deltaw.files.formats.peft.config import HARMLESS, READ, SETTINGS
 from tests.conftest import assert_same, bits, covering, fill, snapshot, tiny_gpt2, tiny_llama
 
 

@@ -16,7 +16,7 @@ from deltaw.cli.main import main
 from deltaw.config import RankConfig, SweepConfig, TrainConfig
 from deltaw.errors import AdapterError, FileError
 from deltaw.files.formats import peft
-from deltaw.files.formats.peft_keys import in_file, sort, unstacked
+from deltaw.files.formats.peft.keys import in_file, sort, unstacked
 from deltaw.layers.ops.merging import delta_norm
 from tests.conftest import fill
 from tests.data.conftest import CHATML, tiny_tokenizer
@@ -190,8 +190,7 @@ def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: P
         stack = layer.endswith(("experts", "base_layer")) and name != "GPT-OSS"
         matrices = unstacked(A, B, file.rank(layer))
         factors[layer] = in_file(matrices[1].mT.contiguous(), matrices[0].mT.contiguous()) if stack else (A, B)
-    config = file.config | {"peft_version": version}
-    config["target_parameters"] = [*BOTH]
+    config = file.config.changed(peft_version=version, target_parameters=[*BOTH])
     peft.write(tmp_path / "old", dataclasses.replace(file, factors=factors, config=config, metadata={}))
     torch.testing.assert_close(in_ours(name, tmp_path / "old"), run(model).detach(), rtol=1e-4, atol=1e-4)
 

@@ -19,7 +19,7 @@ import deltaw
 from deltaw import LoRA, attach, detach, load, save
 from deltaw.errors import AdapterError, BaseMismatch, ConfigError, FileError
 from deltaw.files.formats import peft as peft_files
-from deltaw.files.formats.peft_config import SETTINGS as SETTINGS_READ
+from deltaw.files.formats.peft.config import SETTINGS as SETTINGS_READ
 from deltaw.files.identity import base_fingerprint
 from deltaw.files.store import training_of
 from deltaw.model.record import named_parameters

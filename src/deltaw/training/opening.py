@@ -34,11 +34,10 @@ def of_adapter(folder: str | Path | None) -> DataConfig:
 def _of_foreign(data: DataConfig, file: Any) -> DataConfig:
     """With the task of an adapter that others wrote. Of a classifier's (PEFT's SEQ_CLS) classes only the number is known, by
     the outputs of the head in the file."""
-    config = getattr(file, "config", {})
-    if config.get("task_type") == "SEQ_2_SEQ_LM":
+    if file.config.task_type == "SEQ_2_SEQ_LM":
         return dataclasses.replace(data, task="seq2seq")
     heads = [len(t) for name, t in getattr(file, "whole", {}).items() if name.endswith("weight") and t.ndim == 2]
-    if config.get("task_type") != "SEQ_CLS" or not heads:
+    if file.config.task_type != "SEQ_CLS" or not heads:
         return data
     outputs = min(heads)
     if outputs == 1:

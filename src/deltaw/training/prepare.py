@@ -73,7 +73,7 @@ class HeldOut:
 
 def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenizer: Any = None) -> Prepared:
     """Raises ConfigError, FileError or DataError, each with everything wrong of its kind."""
-    begun = _begin(model, data, config, method.positions, tokenizer)
+    begun = _begin(model, data, config, 0 if method is None else method.positions, tokenizer)
     loaded, config = begun.loaded, begun.config
     task = task_of(config.data)
     encoded = task.encode(begun.train, loaded, config.data)

@@ -17,8 +17,8 @@ import deltaw
 from deltaw import LoRA, attach, compress, load, merge_files, save, unmerge_files
 from deltaw.cli import main
 from deltaw.errors import BaseMismatch, ConfigError
+from deltaw.files.formats.locate import NotByFiles
 from deltaw.files.formats.model_folder import brought, differs, files_in
-from deltaw.files.locate import NotByFiles
 from deltaw.model.pretrained import load_pretrained
 from deltaw.training.opening import equip
 from tests.conftest import byte_llama, fill

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.errors import FileError
 from deltaw.files.formats import peft
-from deltaw.files.formats.peft_config import alpha_for, config_for, scale_of
+from deltaw.files.formats.peft.ranks import alpha_for, config_for, scale_of
 
 ALPHAS = (1, 2, 3, 7, 10, 16, 24, 100, 0.1, 1.7, 12.5, 16.000000001, 1e-3, 3e4)
 
@@ -55,7 +55,7 @@ def test_an_alpha_is_never_further_than_the_next_number(scale: float, rank: int,
 @pytest.mark.parametrize(("alpha", "rank"), [(16, 6), (7, 3), (1, 49)])
 def test_a_whole_alpha_stays_one(alpha: int, rank: int) -> None:
     config = file_of({"a": alpha / rank}, {"a": rank}, rank_stabilised=False).config
-    assert config["lora_alpha"] == alpha and isinstance(config["lora_alpha"], int)
+    assert config.lora_alpha == alpha and isinstance(config.settings["lora_alpha"], int)
 
 
 def edited(folder: Path, *, metadata: dict[str, str] | None = None, **settings: Any) -> Path:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from deltaw import LoRA, attach, compress, convert, detach, load, save, spectrum
 from deltaw.cli.main import main
 from deltaw.errors import FileError
-from deltaw.files.formats.peft_config import OF_ALL, OF_OTHERS
+from deltaw.files.formats.peft.config import OF_ALL, OF_OTHERS
 from tests.conftest import assert_same, byte_llama, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.data.conftest import tiny_tokenizer
 from tests.files.test_peft_formats import filled, logits, rewritten, tiny_bert, tiny_t5
