@@ -1,7 +1,7 @@
 """Adapters by their singular values: the spectrum of each ΔW, and files cut to fewer directions. Knows files; no models.
 
-QR of A and of B and the SVD of an R×R matrix give the singular triples of BA: no [d, k] matrix is formed, and an adapter of a 7B
-model takes seconds. The first r triples are the nearest matrix of rank r (Eckart and Young 1936).
+QR of A and of B and the SVD of an R×R matrix give the singular triples of BA. No [d, k] matrix is formed, so that an adapter of a
+7B model takes seconds. The first r triples are the nearest matrix of rank r (Eckart and Young 1936).
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def _parts(owner: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor)
     if tensor is not parameter:  # what it was before a merge
         yield tensor, _Contents()
         return
-    layer, own = place_of(owner, name)
-    quantised = in_few_bits(layer, own)
+    layer, own_name = place_of(owner, name)
+    quantised = in_few_bits(layer, own_name)
     parts = [tensor] if quantised is None else quantised.content(layer)
     kept = _contents.setdefault(parameter, [])
     kept += [_Contents() for _ in parts[len(kept) :]]

@@ -237,7 +237,7 @@ class UnmergedFiles:
 
 @dataclass(frozen=True)
 class _Subtracted:
-    """What is noted while ΔW is subtracted without a correction."""
+    """Notes on layers from which ΔW is subtracted without a correction."""
 
     errors: list[float] = field(default_factory=lambda: [0.0])
     """The most that an entry of each layer can be off."""

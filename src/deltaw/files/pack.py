@@ -274,8 +274,8 @@ def _config(
 def _taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
     """Return the layers that PEFT does not find by their names in target_modules.
 
-    From 0.19 on it takes these names, in mixtures of some types, for those of transformers 4's experts, whose stacks it then
-    adapts instead, also where all layers of a model are dense. By their weights it finds them.
+    From 0.19 on it takes these names, in mixtures of some types, for those of transformers 4's experts. It then adapts their
+    stacks instead, also where all layers of a model are dense. By their weights it finds the layers.
     """
     stacks = any(weights_of(m) for _, m in base_modules(model) if not isinstance(m, nn.MultiheadAttention))
     mixture = stacks or _names_experts(getattr(owner_of(model), "config", None))

@@ -165,12 +165,8 @@ class Renaming:
             if new != name:
                 self.wrapped[name] = new
             return new
-        places = (
-            place
-            for other in other_names(unwrapped(name.removeprefix(self.outer)))
-            if (place := found_as(other, self.known, self.plain)) is not None
-        )
-        new = next(places, None)
+        others = other_names(unwrapped(name.removeprefix(self.outer)))
+        new = next((place for other in others if (place := found_as(other, self.known, self.plain)) is not None), None)
         if new is not None:
             self.other[name] = new
         return new

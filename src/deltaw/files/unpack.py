@@ -175,8 +175,8 @@ def _bias(fit: Fit, name: str, layer_name: str, layer: nn.Module) -> Tensor | No
     """Return the bias [d] that the layer has with the adapter, where that is another one."""
     file, bias = fit.file, fit.file.whole.get(f"{layer_name}.bias")
     if bias is None and name in file.biases:
-        own, added = layer._parameters.get("bias"), file.biases[name] * file.scales[name]
-        bias = added if own is None else own.detach().to(added) + added
+        of_layer, added = layer._parameters.get("bias"), file.biases[name] * file.scales[name]
+        bias = added if of_layer is None else of_layer.detach().to(added) + added
     return None if bias is None else bias.to(fit.place(own_tensor(layer, "weight")))
 
 

@@ -64,12 +64,12 @@ def put_values(fit: Fit, updates: dict[str, Update], problems: list[str]) -> Non
         if name not in named:
             problems.append(f"the model has no parameter {name!r}{nearest(name, named, count=1)}")
             continue
-        own, names = named[name]
+        before, names = named[name]
         if not value.is_floating_point():
             problems.append(f"{name} is {value.dtype}; it must be floating point")
             continue
         twin = next((parameters[n] for n in names if n in parameters and torch.equal(values[n], value)), None)
-        parameters[name] = nn.Parameter(value.to(fit.place(own), own.dtype)) if twin is None else twin
+        parameters[name] = nn.Parameter(value.to(fit.place(before), before.dtype)) if twin is None else twin
     for name in list(parameters):
         if saved_module(name, file.config) is None:
             for other in named[name][1]:
@@ -77,14 +77,14 @@ def put_values(fit: Fit, updates: dict[str, Update], problems: list[str]) -> Non
     _replace(fit, updates, parameters, problems)
 
 
-def _only_rows_differ(file: LoRAFile, name: str, copy: Tensor, own: Tensor) -> bool:
+def _only_rows_differ(file: LoRAFile, name: str, copy: Tensor, before: Tensor) -> bool:
     """Return whether a copy of an embedding is this base's but for the rows of tokens that the file has besides."""
     layer = name.removesuffix(".weight")
-    if layer not in file.rows or copy.ndim != 2 or copy.shape[1] != own.shape[1]:
+    if layer not in file.rows or copy.ndim != 2 or copy.shape[1] != before.shape[1]:
         return False
     ids = torch.arange(len(copy))
     kept = ids[~torch.isin(ids, file.rows[layer][0])]
-    return bool((kept < len(own)).all()) and _same(copy[kept], own[kept.to(own.device)])
+    return bool((kept < len(before)).all()) and _same(copy[kept], before[kept.to(before.device)])
 
 
 def _with_originals(file: LoRAFile, values: dict[str, Tensor], named: _Named) -> dict[str, Tensor]:
@@ -94,14 +94,14 @@ def _with_originals(file: LoRAFile, values: dict[str, Tensor], named: _Named) ->
     """
     others: dict[str, Tensor] = {}
     for name, original in file.originals.items():
-        if name not in named or _same(original, own := named[name][0]):
+        if name not in named or _same(original, before := named[name][0]):
             continue
         wrapped = saved_module(name, file.config) is not None
         tied = [n for n in named[name][1] if n not in values and not saved_module(n, file.config)]
         if wrapped and tied:
             if tied[0] not in others and _another(tied[0], original, named):
                 others |= dict.fromkeys(tied, original)
-        elif name not in values or not _resized(original, own):
+        elif name not in values or not _resized(original, before):
             log.warning(
                 "The adapter's file keeps the %s of the base that it was trained on, which is another one than this model's. "
                 "It is left out: PEFT does not compute with it either while the adapter is on.", name,
@@ -127,10 +127,10 @@ def _without_buffers(fit: Fit, values: dict[str, Tensor], problems: list[str]) -
 
 def _another(name: str, copy: Tensor, named: _Named) -> bool:
     """Return whether the file's copy of a weight of the base is another one than this base's, and log it."""
-    own = named[name][0]
-    if _same(copy, own):
+    before = named[name][0]
+    if _same(copy, before):
         return False
-    if not _resized(copy, own):
+    if not _resized(copy, before):
         log.warning("The adapter's file has another %s than this model: the file's is used.", name)
     return True
 
@@ -141,23 +141,26 @@ def _replace(fit: Fit, updates: dict[str, Update], values: Mapping[str, nn.Param
     for name, value in values.items():
         layer_name, own_name = name.rsplit(".", 1)
         of_layer.setdefault(layer_name, {})[own_name] = value
-    for name, own in of_layer.items():
+    for name, own_values in of_layer.items():
         update = updates.get(name)
-        updates[name] = _sum(fit.layers[name], update, own, problems) if isinstance(update, LowRank) else Replaced(own)
+        if isinstance(update, LowRank):
+            updates[name] = _sum(fit.layers[name], update, own_values, problems)
+        else:
+            updates[name] = Replaced(own_values)
 
 
 @torch.no_grad()
 def _sum(layer: nn.Module, update: LowRank, values: dict[str, nn.Parameter], problems: list[str]) -> Update:
     """Return the layer's values with ΔW added to their weight, or to the layer's own."""
-    own = own_tensor(layer, "weight")
-    weight, changes = values.get("weight", own).to(wide(own.dtype)), update.changes(layer)
+    before = own_tensor(layer, "weight")
+    weight, changes = values.get("weight", before).to(wide(before.dtype)), update.changes(layer)
     W = as_matrix(layer, "weight", weight.clone())
     d, k = update.B.shape[0], update.A.shape[1]
     if W.shape != (d, k):
         problems.append(f"A and B are {d}×{k}, the weight {list(weight.shape)}")
         return update
     merge_(W, changes["weight"])
-    values = values | {"weight": nn.Parameter(as_matrix(layer, "weight", W).to(own.dtype))}
+    values = values | {"weight": nn.Parameter(as_matrix(layer, "weight", W).to(before.dtype))}
     return Replaced(values if update.bias is None else values | {"bias": update.bias})
 
 
@@ -206,16 +209,16 @@ def _put_in_copy(copy: nn.Parameter, indices: Tensor, rows: Tensor, problems: li
         copy[indices.to(copy.device)] = rows.to(copy)
 
 
-def _resized(copy: Tensor, own: Tensor) -> bool:
+def _resized(copy: Tensor, before: Tensor) -> bool:
     """Return whether a file's copy of a weight is this one but for its last rows: those of tokens that were added."""
-    if copy.ndim != 2 or copy.shape[1:] != own.shape[1:]:
+    if copy.ndim != 2 or copy.shape[1:] != before.shape[1:]:
         return False
-    both = min(len(copy), len(own))
-    alike = (copy[:both].to(own.device, own.dtype) == own[:both]).all(1)
+    both = min(len(copy), len(before))
+    alike = (copy[:both].to(before.device, before.dtype) == before[:both]).all(1)
     count = int(alike.sum())
     return count > 0 and bool(alike[:count].all())
 
 
-def _same(copy: Tensor, own: Tensor) -> bool:
+def _same(copy: Tensor, before: Tensor) -> bool:
     """Return whether a file's copy of a parameter has the parameter's values, in its dtype."""
-    return copy.shape == own.shape and torch.equal(copy.to(own.device, own.dtype), own)
+    return copy.shape == before.shape and torch.equal(copy.to(before.device, before.dtype), before)

@@ -34,7 +34,7 @@ class NotByFiles(FileError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one layer's weight is in the checkpoint."""
+    """The place of one layer's weight in a checkpoint."""
 
     tensor: str
     transposed: bool

@@ -3,10 +3,10 @@
 They are pickled dicts with `<layer>.lora_A` [r, k] and `.lora_B` [d, r], and beside them what was trained whole: heads, biases.
 They carry no α, no kinds of layers and no names of parts.
 
-A MergedLinear (one layer for query, key and value, some of which have updates) has its parts' A's and B's one under the other,
-lora_A [r·parts, k] and lora_B [d/3·parts, r]. It computes exactly one update of the whole layer, of rank r·parts, whose B is zero
-outside of each part's own rows and columns. A ConvLoRA has lora_A [r·n, c·n] and lora_B [d·n, r·n] for kernels of n×n, whose
-product is read as [d, c, n, n]: one update of rank r·n². (Source: microsoft/LoRA, loralib/layers.py and utils.py.)
+A MergedLinear is one layer for query, key and value, some of which have updates. It has its parts' A's and B's one under the
+other, lora_A [r·parts, k] and lora_B [d/3·parts, r]. It computes exactly one update of the whole layer, of rank r·parts. The B of
+that is zero outside of each part's own rows and columns. A ConvLoRA has lora_A [r·n, c·n] and lora_B [d·n, r·n] for kernels of
+n×n. Their product is read as [d, c, n, n], one update of rank r·n². (Source: microsoft/LoRA, loralib/layers.py and utils.py.)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Layers:
-    """What is known of the base's layers."""
+    """The shapes and kinds of the base's layers, as far as they are known."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Layer name → shape of its weight, [d, k] or [d, c, …]."""

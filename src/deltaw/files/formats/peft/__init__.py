@@ -1,8 +1,8 @@
 """Adapter folders as PEFT, vLLM and the HF hub read them: adapter_config.json and adapter_model.safetensors. No model code.
 
-adapter.py has what is in one, reading.py and writing.py read and write it. config.py has the settings, ranks.py and targets.py
-what these say of a layer, keys.py the names of the tensors, checks.py what can be wrong with these, metadata.py what deltaw adds
-to the file's header.
+adapter.py has what is in one, reading.py and writing.py read and write it. config.py has the settings, and ranks.py and
+targets.py what these say of a layer. keys.py has the names of the tensors, checks.py what can be wrong with them. metadata.py has
+what deltaw adds to the file's header.
 """
 
 from deltaw.files.formats.peft.adapter import LoRAFile

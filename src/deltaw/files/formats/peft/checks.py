@@ -1,4 +1,4 @@
-"""What can be wrong with the tensors of an adapter's file: by themselves, and by its settings. No model code."""
+"""Checks of the tensors in an adapter's file: by themselves, and against its settings. No model code."""
 
 from __future__ import annotations
 

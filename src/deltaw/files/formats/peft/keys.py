@@ -136,7 +136,7 @@ def _leave_out_unused(result: Sorted) -> None:
     """Leave out the second update of an attention's output projection.
 
     PEFT wraps an `nn.MultiheadAttention` with its output projection inside. Where that is a target by itself too, a second
-    update of it lies on the wrapper, which no pass reads, with a copy of the weight from some moment of the training.
+    update of it lies on the wrapper. No pass reads that, nor the copy of the weight beside it.
     """
     for layer in list(result.parts):
         outer, _, last = layer.rpartition(".")

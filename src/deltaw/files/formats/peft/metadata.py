@@ -1,4 +1,4 @@
-"""What deltaw adds to the header of an adapter's file: its base, its slices, its end tokens and the like. No model code."""
+"""Deltaw's additions to the header of an adapter's file: its base, its slices, its end tokens and more. No model code."""
 
 from __future__ import annotations
 

@@ -58,13 +58,13 @@ def test_the_files_shape_and_back() -> None:
 
 @pytest.mark.parametrize("targets", [{"q": 2, "gate_up": 3, "down": 4}, "down", "gate_up,down"], ids=str)
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
-def test_7_real_peft_reads_ranks_that_differ_and_experts_alone(name: str, targets: Any, tmp_path: Path) -> None:
+def test_real_peft_reads_ranks_that_differ_and_experts_alone(name: str, targets: Any, tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "a", name, targets=targets)
     for read in (in_real_peft, in_ours):
         torch.testing.assert_close(read(name, folder), run(model).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_7_peft_files_whose_patterns_name_parameters(tmp_path: Path) -> None:
+def test_peft_files_whose_patterns_name_parameters(tmp_path: Path) -> None:
     """Ranks and alphas by a parameter's name, which the file itself does not have: PEFT keeps A and B by the module's."""
     package = pytest.importorskip("peft")
     shared = {"r": 3, "lora_alpha": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
@@ -138,6 +138,21 @@ def test_inspect_shows_a_stack_by_its_parameters_name(tmp_path: Path, capsys: py
         assert rows[name]["shape"] == " × ".join(["4", "×".join(str(n) for n in dW.shape[1:])])
 
 
+def test_a_run_on_a_mixtures_stacks_is_cut(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    config = transformers.MixtralConfig(**SIZES | {"vocab_size": len(tokenizer)}, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    training = TrainConfig(out=str(tmp_path / "run"), steps=1, batch=2, valid_most=2, lr=1e-2)
+    method = deltaw.LoRA(rank=2, alpha=4, targets="down")
+    deltaw.train(str(tmp_path / "model"), tmp_path / "data.jsonl", training, method=method)
+    results = deltaw.choose_rank(tmp_path / "run", RankConfig(most=2)).results
+    assert [row["rank"] for row in results["ranks"]] == [1, 2]
+    assert {layer["layer"] for layer in results["layers"]} == {f"model.layers.{i}.{BOTH[1]}" for i in (0, 1)}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", "gate_up,down"])
 def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets: str) -> None:
     tokenizer = tiny_tokenizer(CHATML)
@@ -181,7 +196,7 @@ def test_a_mixture_that_sorts_its_tokens_is_not_trained_abreast(tmp_path: Path) 
 
 @pytest.mark.parametrize("version", ["0.18.1", None], ids=str)
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
-def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: Path) -> None:
+def test_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: Path) -> None:
     """It took the matrices of every stack for [k, d], as GPT-OSS has them. (A file of ours, turned to that form.)"""
     folder, model = saved(tmp_path / "a", name, targets={"q": 2, "gate_up": 2, "down": 2})
     file = peft.read(folder)

@@ -1,4 +1,4 @@
-"""What adapter_config.json says: ranks and scales, and settings under which the tensors mean something else."""
+"""Ranks and scales by adapter_config.json: each scale comes back to the last bit, and a changed alpha counts."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def file_of(scales: dict[str, float], ranks: dict[str, int], *, rank_stabilised:
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 def test_every_scale_is_read_back_to_the_last_bit(rank_stabilised: bool, tmp_path: Path) -> None:
     """Also where the file's rank is not the one that α was divided by: 2r for PiSSA, n·r for n slices."""
-    cases = list(itertools.product(ALPHAS, range(1, 25), (1, 2, 3)))
+    cases = list(itertools.product(ALPHAS, (1, 3, 7, 8, 12, 23), (1, 2, 3)))
     scales = {f"l{i}": a / (r**0.5 if rank_stabilised else r) for i, (a, r, _) in enumerate(cases)}
     ranks = {f"l{i}": r * factor for i, (_, r, factor) in enumerate(cases)}
     file = file_of(scales, ranks, rank_stabilised=rank_stabilised)
