@@ -138,20 +138,6 @@ def test_inspect_shows_a_stack_by_its_parameters_name(tmp_path: Path, capsys: py
         assert rows[name]["shape"] == " × ".join(["4", "×".join(str(n) for n in dW.shape[1:])])
 
 
-def test_a_run_on_a_mixtures_stacks_is_cut(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(CHATML)
-    config = transformers.MixtralConfig(**SIZES | {"vocab_size": len(tokenizer)}, num_local_experts=4)
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    training = TrainConfig(out=str(tmp_path / "run"), steps=1, batch=2, valid_most=2, lr=1e-2)
-    method = deltaw.LoRA(rank=2, alpha=4, targets="down")
-    deltaw.train(str(tmp_path / "model"), tmp_path / "data.jsonl", training, method=method)
-    results = deltaw.choose_rank(tmp_path / "run", RankConfig(most=2)).results
-    assert [row["rank"] for row in results["ranks"]] == [1, 2]
-    assert {layer["layer"] for layer in results["layers"]} == {f"model.layers.{i}.{BOTH[1]}" for i in (0, 1)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", "gate_up,down"])
 def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets: str) -> None:

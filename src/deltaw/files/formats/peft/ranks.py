@@ -79,6 +79,8 @@ def pattern_names(layer: str, config: PeftConfig) -> list[str]:
     are returned where neither the file nor the order of transformers' experts says which of the module's parameters it is.
     """
     module, depth = unwrapped(layer).split(".base_layer")[0], layer.count(".base_layer")
+    if not config.target_parameters:
+        return [module]
     parameters = [target.rpartition(".") for target in config.target_parameters]
     inside = [parameter for outer, _, parameter in parameters if outer and f".{module}".endswith(f".{outer}")]
     anywhere = [parameter for outer, _, parameter in parameters if not outer]
