@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 def run(command: Inspect) -> None:
     show.quiet_libraries()
     from deltaw.files.formats import method_file, peft
-    from deltaw.files.formats.peft_config import method_of
 
     folder = Path(command.adapter)
-    if method_of(folder):
+    if peft.method_of(folder):
         _show_method(method_file.read(folder), folder, command)
         return
     file = peft.read(folder, of_model=True)
@@ -33,7 +32,13 @@ def run(command: Inspect) -> None:
     size = sum(f.stat().st_size for f in folder.iterdir())
     if command.json:
         shapes = {name: list(tensor.shape) for name, tensor in besides.items()}
-        found = {"layers": rows, "besides": shapes, "bytes": size, "config": file.config, "metadata": file.metadata}
+        found = {
+            "layers": rows,
+            "besides": shapes,
+            "bytes": size,
+            "config": dict(file.config.settings),
+            "metadata": file.metadata,
+        }
         print(json.dumps(found, indent=1))
         return
     facts = {
@@ -41,7 +46,7 @@ def run(command: Inspect) -> None:
         "ranks": ", ".join(str(r) for r in sorted({row["rank"] for row in rows})),
         "parameters": f"{sum(row['parameters'] for row in rows) + sum(t.numel() for t in besides.values()):,}",
         "size": units.size(size),
-        "base": str(file.config.get("base_model_name_or_path") or "not named"),
+        "base": str(file.config.base_model_name_or_path or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }
@@ -75,7 +80,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
         **{key: str(value) for key, value in given.items() if len(str(value)) < 100},
         "parameters": f"{sum(t.numel() for t in file.tensors.values()):,}",
         "size": units.size(size),
-        "base": str(file.config.get("base_model_name_or_path") or "not named"),
+        "base": str(file.config.base_model_name_or_path or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }
@@ -88,7 +93,7 @@ def _ends(file: LoRAFile | MethodFile, folder: Path) -> dict[str, str]:
     """The tokens that end what the adapter was taught to say, where it says so."""
     from deltaw.files.formats import peft
 
-    ends = peft.ends_of(file, folder)
+    ends = peft.ends_of(file.metadata, folder)
     return {"end tokens": ", ".join(map(str, ends))} if ends else {}
 
 

@@ -23,12 +23,11 @@ from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
 from deltaw.errors import ConfigError, DataError, DeltaWError
 from deltaw.files import store
-from deltaw.files.compress import allocated, truncated
+from deltaw.files.compress import Spectrum, allocated, spectra_of, triples_of, truncated
 from deltaw.files.formats import peft
 from deltaw.files.formats.atomic import write_text
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.renames import renamed
-from deltaw.files.spectrum import Spectrum, spectra_of, triples_of
 from deltaw.layers import tree
 from deltaw.model import attach
 from deltaw.model.switch import using
