@@ -1,4 +1,4 @@
-"""An adapter as if it had been trained, for benchmarks of what comes after training."""
+"""Attach adapters with random values, as if trained, for benchmarks of what comes after training."""
 
 from __future__ import annotations
 

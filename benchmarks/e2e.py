@@ -1,20 +1,21 @@
-"""E2E NLG: fine-tune SmolLM2-135M and score all 630 test items with all their references, base and adapter.
+"""Fine-tune SmolLM2-135M on E2E NLG and score all 630 test items with all their references, base and adapter.
 
     python benchmarks/e2e.py --data DATA/e2e --beams 4                                 # within the hour
     python benchmarks/e2e.py --data DATA/e2e --race                                    # deltaw, then TRL + PEFT, on 5,600 records
     python benchmarks/e2e.py --data DATA/e2e --race --no-trl --records 8000 --name e2e_minutes    # deltaw alone, for longer
     python benchmarks/e2e.py --data DATA/e2e --beams 4 --run runs/e2e                  # score a finished run again
 
-Writes results/NAME.json: BLEU (sacrebleu, lower-cased, 13a, unsmoothed), ROUGE-L with 95% intervals, greedy and beam
-search, held-out loss, training time, tokens/s, peak memory, machine and versions. Train and held-out data are DATA's own;
-the learning rate is the better by held-out loss of 5e-4 and 1e-3, and the length penalty of the beam search is the one that
-LoRA's authors publish for E2E (0.8, with 10 beams), fixed before the committed run. (Adapters of earlier runs had been scored
-on the test items with penalties 0.0, 1.0 and 1.5: 66.2, 66.7 and 65.0.) For comparison: the paper's GPT-2 M (355M, 5 epochs,
-beam 10): full fine-tuning 68.2, LoRA 70.4.
+Writes results/NAME.json: BLEU (sacrebleu, lower-cased, 13a, unsmoothed) and ROUGE-L with 95% intervals, greedy and by beam
+search. With them stand held-out loss, training time, tokens/s, peak memory, machine and versions.
 
-The race: the same records, batch, r, α, learning rate and schedule for both, in turn, once for each seed; TRL with the settings
-that are its fastest in results/train_step.json. All adapters are scored by the same code, greedily, and by the loss of the first
-500 records of valid.jsonl: a BLEU score moves by a point from one seed to another.
+Train and held-out data are DATA's. Of the learning rates 5e-4 and 1e-3 the one with the lower held-out loss was taken. The beam
+search has the length penalty that LoRA's authors publish for E2E (0.8, with 10 beams), fixed before the committed run. Adapters
+of earlier runs had been scored on the test items with penalties 0.0, 1.0 and 1.5: 66.2, 66.7 and 65.0. For comparison, the
+paper's GPT-2 M (355M, 5 epochs, beam 10): full fine-tuning 68.2, LoRA 70.4.
+
+The race gives both the same records, batch, r, α, learning rate and schedule, in turn, once for each seed. TRL has the settings
+that are fastest for it in results/train_step.json. All adapters are scored by the same code, greedily, and by the loss of the
+first 500 records of valid.jsonl: BLEU moves by a point from one seed to another.
 """
 
 from __future__ import annotations

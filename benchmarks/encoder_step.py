@@ -1,10 +1,10 @@
-"""What a training step costs on an encoder with a classification head (MiniLM, 22.7M, SST-2): deltaw, PEFT, full, the floor.
+"""Measure a training step of an encoder with a classification head (MiniLM, 22.7M, SST-2): deltaw, PEFT, full, the floor.
 
     python benchmarks/encoder_step.py --data DATA/sst2 --model MINILM
 
-`deltaw train` takes causal language models; here its update is attached to a classifier and trained in a loop of one's own
-with the public functions, and PEFT's likewise. The head trains in every row. The floor is a frozen forward pass and a backward
-pass for activations only on the same batches. Rows run side by side, step by step (race.py). Writes results/encoder_step.json.
+deltaw's update is attached to a classifier and trained in a loop of one's own with the public functions; PEFT's likewise. The
+head trains in every row. The floor is a frozen forward pass and a backward pass for activations only, on the same batches. Rows
+run side by side, step by step (race.py). Writes results/encoder_step.json.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""What does a training step of a mixture's experts cost with A and B on each expert, over the frozen block's own forward and dx?
+"""Measure a training step of a mixture's experts with A and B on each, over the frozen block's forward and dx.
 
     python benchmarks/experts.py                                              # a Qwen3-30B-A3B block at a quarter of its widths
     python benchmarks/experts.py --hidden 2048 --intermediate 768 --tokens 4096 --dtype bfloat16 --name experts_gpu   # as it is
 
-One mixture block (128 experts, 8 a token), r = 8 on both stacks of its experts, forward and backward with the gradient of its
-input, by the ways in which transformers runs experts. Ways: `floor` (no adapter), `deltaw`, `formed` (deltaw with W0 + ΔW formed
-in each pass, as it was computed before), `peft` (its target_parameters). Times are of one process, in turns that begin with
-another way each time: medians, and the median ratio to `formed` of the same turn. Memory is the most that a process of its own
-holds in a step above what it held before. Before anything is timed, outputs and gradients are compared with those of `formed`.
-Beside them stands what Unsloth publishes for its experts on GPUs: 2 × over grouped_mm's speed and 35% less memory. Writes
-results/experts.json.
+One mixture block (128 experts, 8 a token) has r = 8 on both stacks of its experts. It runs forward and backward with the
+gradient of its input, in each way in which transformers runs experts. The rows: `floor` (no adapter), `deltaw`, `formed`
+(deltaw with W0 + ΔW formed in each pass), `peft` (its target_parameters).
+
+Times come from one process, in turns that begin with another row each time: medians, and the median ratio to `formed` of the
+same turn. Memory is the most that a process of its own holds in a step above what it held before. Outputs and gradients are
+compared with those of `formed` before anything is timed. Unsloth's published figures for GPUs stand beside them: 2 × over
+grouped_mm's speed and 35% less memory. Writes results/experts.json.
 """
 
 from __future__ import annotations

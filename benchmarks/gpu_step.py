@@ -1,11 +1,11 @@
-"""What a training step costs on a GPU: deltaw, a plain PEFT loop, full fine-tuning where it fits, and the floor.
+"""Measure a training step on a GPU: deltaw, a plain PEFT loop, full fine-tuning where it fits, and the floor.
 
     python benchmarks/gpu_step.py                          # Llama-3.2-1B's and Llama-3.1-8B's shapes
-    python benchmarks/gpu_step.py --shape tiny --name tmp  # anywhere: that it runs
+    python benchmarks/gpu_step.py --shape tiny --name tmp  # anywhere: does it run?
 
-Random weights in bfloat16, built on the device: a step's cost does not depend on their values. Every record has the same
-length, the second half of it supervised. Rows as in train_step.py; a turn is ten steps, so that nothing waits for the GPU
-between them. Writes results/gpu_step.json: tokens/s and peak memory, with machine and versions.
+The weights are random, in bfloat16, built on the device: a step's cost does not depend on their values. Every record has the
+same length, and its second half is supervised. Rows are those of train_step.py. A turn is ten steps, so that nothing waits
+for the GPU between them. Writes results/gpu_step.json: tokens/s and peak memory, with machine and versions.
 """
 
 from __future__ import annotations

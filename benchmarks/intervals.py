@@ -1,13 +1,14 @@
-"""How often a rank that is worse by exactly the margin is called enough, and one of equal candidates worse: planted losses, where
-the truth is known. Nothing is trained.
+"""Measure how often a rank that is worse by exactly the margin is called enough, and one of equal candidates worse.
 
-    python benchmarks/intervals.py                    # results/intervals.json, some minutes on one core
-    python benchmarks/intervals.py --trials 200       # a look
+    python benchmarks/intervals.py --trials 1000      # results/intervals.json, some minutes on one core
+    python benchmarks/intervals.py --trials 200       # a quick look
 
-Records are of items as E2E's test records are of prompts: 1 to 12 of each, 5 to 29 predictions a record. The noise of the
-difference between two ranks is an item's own by the intraclass correlation, and a seed's own: its standard deviation is in
-units of what the items leave on the mean. `enough` should be at most 2.5%, `called_worse` at most 5%. Beside `enough` is what the
-same trials come to by records, as it was before, and by items without the seeds' variance. `worse`: the interval lies above.
+Losses are planted, so the truth is known; nothing is trained. Records belong to items like E2E's test records to prompts: 1 to 12
+records an item, 5 to 29 predictions a record. The noise of the difference between two ranks has a part of the item, by the
+intraclass correlation, and a part of the seed. The seed's standard deviation is in units of the items' share in the mean.
+
+`enough` should be at most 2.5%, `called_worse` at most 5%. Beside `enough` stands what the same trials give by records, and by
+items without the seeds' variance. `worse` counts intervals that lie above zero.
 """
 
 from __future__ import annotations

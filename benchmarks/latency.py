@@ -1,10 +1,10 @@
-"""What does inference cost with each kind of adapter, over the base's time? The paper's Table 1, on SmolLM2-135M.
+"""Measure inference with each kind of adapter over the base's time: the paper's Table 1, on SmolLM2-135M.
 
     python benchmarks/latency.py --model .cache/smollm2
 
-The base, LoRA merged and not (r = 8, all-linear), and Houlsby's, Pfeiffer's and Lin's adapter layers of as many parameters, all
-on one model with random values, in turn, medians: passes over batches of 1×128, 16×256 and 32×512 tokens as in the paper (on a
-slow machine --lengths 128,128,128), and decoding with 1, 16 and 32 rows. Writes results/latency.json.
+The base, LoRA merged and not (r = 8, all-linear), and Houlsby's, Pfeiffer's and Lin's adapter layers with as many parameters take
+turns on one model with random values; results are medians. Passes have batches of 1×128, 16×256 and 32×512 tokens as in the paper
+(on a slow machine --lengths 128,128,128); decoding has 1, 16 and 32 rows. Writes results/latency.json.
 """
 
 from __future__ import annotations

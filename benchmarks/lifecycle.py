@@ -1,12 +1,11 @@
-"""What do the stations of an adapter's life cost? Load, switch, save, merge, unmerge, convert: deltaw beside PEFT, in one run.
-(PEFT converts no adapters of other programs.)
+"""Measure the steps of an adapter's life: load, switch, save, merge, unmerge, convert, deltaw beside PEFT in one run.
 
     python benchmarks/lifecycle.py --model .cache/smollm2
 
-SmolLM2, all-linear, r = 8, float32. PEFT loads 32 adapters, deltaw as many as --most; times are medians of what is done several
-times, and single where it can be done once. Memory of adapters is the growth of the process's resident memory; what the system
-takes to give as much as one adapter needs stands beside the times of loading (memory_ms), on some machines most of them.
-Writes results/lifecycle.json.
+SmolLM2, all-linear, r = 8, float32. PEFT loads 32 adapters, deltaw as many as --most. Times are medians where a step can be
+repeated, else single ones. PEFT converts no adapters of other programs. Memory of adapters is the growth of the process's
+resident memory. Beside the times of loading stands the time that the system takes to give one adapter's memory (memory_ms);
+on some machines that is most of it. Writes results/lifecycle.json.
 """
 
 from __future__ import annotations

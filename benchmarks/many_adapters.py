@@ -1,13 +1,13 @@
-"""What does a batch cost whose rows go through different adapters? A decode step and a short prefill, over the base's own time.
+"""Measure a batch whose rows go through different adapters: a decode step and a short prefill, over the base's time.
 
     python benchmarks/many_adapters.py --model .cache/smollm2
-    python benchmarks/many_adapters.py --shape llama-3.2-1b --dtype bfloat16 --name many_adapters_gpu    # where a GPU is
+    python benchmarks/many_adapters.py --shape llama-3.2-1b --dtype bfloat16 --name many_adapters_gpu    # on a GPU
 
-For q,v and all-linear at r = 8 and growing numbers of adapters, as many rows as adapters: the base, deltaw's route, deltaw's with
-all rows through one adapter, and PEFT's adapter_names, in turn, medians; decoding, as `generate` does it, several steps with
-one making of the stacks. Before anything is timed, each row's logits are
-compared with that row's alone. "rounding" is ‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter in the precision that it is stored in. Writes
-results/many_adapters.json, and many_adapters.html with its curves (which is not kept in the repository).
+For q,v and all-linear at r = 8 there are growing numbers of adapters, and as many rows. In turn run the base, deltaw's route,
+deltaw with all rows through one adapter, and PEFT's adapter_names; results are medians. Decoding runs several steps with one
+making of the stacks, as `generate` does. Before anything is timed, each row's logits are compared with that row's alone.
+`rounding` is ‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter in the precision in which it is stored. Writes results/many_adapters.json, and its
+curves as many_adapters.html, which is not kept in the repository.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""How much memory does a merge on disk take, and how long? A checkpoint of Llama-3-8B's shapes, half its layers: 9 GB in
-bfloat16.
+"""Measure time and memory of a merge on disk: a checkpoint of Llama-3-8B's shapes, half its layers, 9 GB in bfloat16.
 
     python benchmarks/merge_on_disk.py --scratch FOLDER     # needs some 30 GB there
 
-Merges reversibly, verifies, and unmerges by the command line, each in a process of its own, whose peak of resident memory is read
-afterwards; what comes back is compared with the base byte for byte. Writes results/merge_on_disk.json.
+Merges reversibly, verifies and unmerges by the command line, each in its own process, whose peak of resident memory is read
+afterwards. The result is compared with the base byte for byte. Writes results/merge_on_disk.json.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from safetensors.torch import save_file
 
 import machine
 from deltaw.files.formats import peft
+from deltaw.files.formats.fingerprint import FORMS, Fingerprint
 from deltaw.files.formats.peft_config import config_for
 from deltaw.files.formats.safetensors import shards_of
-from deltaw.files.locate import fingerprint_of_layers, places_of
+from deltaw.files.locate import hash_of_layers, places_of
 
 HIDDEN, KV, INNER, VOCABULARY = 4096, 1024, 14336, 128256
 SHAPES = {
@@ -104,7 +104,8 @@ def make_adapter(base: Path, folder: Path, layers: int) -> None:
     )  # fmt: skip
     file = peft.LoRAFile(factors, scales, config, {"deltaw_format": peft.FORMAT})
     shards = shards_of(base)
-    file.metadata[peft.W0] = str(fingerprint_of_layers(shards, places_of(shards, file, base)))
+    places = places_of(shards, file, base)
+    file.metadata[peft.W0] = str(Fingerprint(*(hash_of_layers(shards, places, form) for form in FORMS)))
     peft.write(folder, file)
 
 

@@ -1,11 +1,11 @@
-"""Methods compared on real data, for docs/evidence.md: SmolLM2 on E2E, MiniLM on four tasks of GLUE.
+"""Compare methods on real data, for docs/evidence.md: SmolLM2 on E2E, MiniLM on four tasks of GLUE.
 
     python benchmarks/methods_compared.py e2e --model .cache/smollm2 --data E2E
-    python benchmarks/methods_compared.py cola --model MINILM --data COLA --at-once 8      # that many methods side by side
+    python benchmarks/methods_compared.py cola --model MINILM --data COLA --at-once 8      # eight methods side by side
 
-MODEL and DATA are folders. Every method gets the same records in the same order and the same number of steps, on CoLA at
+MODEL and DATA are folders. Every method gets the same records in the same order, and the same number of steps. On CoLA each has
 three learning rates a factor of three apart; the best one on held-out records is scored on the test records. What is finished in
-.cache/compared is not done again. Writes results/compare_NAME.json.
+.cache/compared is not repeated. Writes results/compare_NAME.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 
 import deltaw
 from deltaw.methods.registry import DEFAULT
-from deltaw.runs.compare import Progress, compare
+from deltaw.runs.compare import compare
+from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent
+from deltaw.runs.results.compare import CandidateScore
 from setups import Setup, glue, write
 
 OUT = Path(".cache/compared")
@@ -90,9 +92,12 @@ def side_by_side(count: int, setup: Setup, folder: Path) -> None:
             each.result()
 
 
-def said(event: Progress) -> str:
-    values = event.values
-    return f"{event.kind} {values['name']} lr {values['lr']:.2g} seed {values['seed']} {values.get('valid_loss', '')}"
+def said(event: CompareEvent) -> str:
+    if not isinstance(event, (CandidateStarted, CandidateFinished)):
+        return event.kind
+    outcome = event.outcome if isinstance(event, CandidateFinished) else None
+    loss = outcome.valid_loss if isinstance(outcome, CandidateScore) else ""
+    return f"{event.kind} {event.name} lr {event.lr:.2g} seed {event.seed} {loss}"
 
 
 if __name__ == "__main__":

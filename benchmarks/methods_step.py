@@ -1,8 +1,8 @@
-"""What does a training step take with each method? `deltaw train` with the methods of `deltaw compare`, SmolLM2-135M on E2E.
+"""Measure a training step with each method of `deltaw compare`: `deltaw train`, SmolLM2-135M on E2E.
 
     python benchmarks/methods_step.py --data DATA/e2e
 
-Each method in a process of its own, their steps in turn on the same batches; LoRA is in every heat. Times are ratios to LoRA's
+Each method runs in its own process, their steps in turn on the same batches. LoRA is in every heat. Times are ratios to LoRA's
 step; memory is the peak over the loaded model and its adapter. Writes results/methods_step.json.
 """
 

@@ -1,14 +1,14 @@
-"""Do the tests notice a fault? A seeded sample of small faults, planted one at a time, each against its file's own tests.
+"""Count the faults that the tests notice: a seeded sample of small ones, planted one at a time, each against its file's tests.
 
     pip install cosmic-ray
     python benchmarks/mutants.py                     # 320 mutants, two at a time
-    python benchmarks/mutants.py fused               # one module's part of these
+    python benchmarks/mutants.py layers.ops.linear   # one module's part of these
 
-Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines; modules that were not
-tried stay there as they were. The mutants are
-cosmic-ray's: another operator, comparison, number or keyword, a removed `not`, decorator or loop. Those that change annotations
-or protocols only, which are never evaluated, are left out, as are `is` for `==` and those that want a variable's name. No file is
-changed: a forked process imports the mutated source in the module's place.
+Writes results/mutants.json: the share of mutants that a test noticed, and the survivors with their lines. Modules that were
+not tried keep their old results. The mutants are cosmic-ray's: another operator, comparison, number or keyword, a removed
+`not`, decorator or loop. Three kinds are left out: changed annotations and protocols, which are never evaluated, `is` for
+`==`, and those that need a variable's name. No file is changed: a forked process imports the mutated source in the module's
+place.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "layers.ops.linear": ("tests/layers/ops/test_linear.py",),
     "layers.ops.rows": ("tests/layers/ops/test_rows.py", "tests/model/test_switch.py"),
     "layers.routing": ("tests/layers/test_routing.py", "tests/model/test_passes.py", "tests/model/test_switch.py"),
-    "model.merge": ("tests/model/test_merge.py",),
+    "model.merging.merge": ("tests/model/merging",),
     "layers.ops.undo": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
     "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/runs/test_train.py"),
     "data.batches": ("tests/data/test_batches.py",),

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, whose memory is then its own too."""
+"""Run a measurement in a process of its own, so that its memory is its own too."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How near does `deltaw plan` come to the memory that `deltaw train` really takes? Real models on a CPU, each setting in a
-process of its own.
+"""Compare the memory that `deltaw plan` predicts with what `deltaw train` takes: real models on a CPU.
 
     python benchmarks/plan.py --smollm2 FOLDER --minilm FOLDER
 
-Every record has one token less than the planned length, so that rows are padded to it. The measured peak is the most that the
-process held in its steps, with the interpreter, the libraries and the model. Writes results/plan.json.
+Each setting runs in its own process. Every record has one token less than the planned length, so that rows are padded to it. The
+measured peak is the most that the process held in its steps, with the interpreter, the libraries and the model. Writes
+results/plan.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Rows of a benchmark side by side: each in a process of its own, their steps taken in turn, one row at a time, so that a slow
-minute of the machine is everybody's. A row is a function of a job and a `Clock`; a script that has rows calls `work` where it
-was started as a worker, and `heat` where it was not.
+"""Run the rows of a benchmark side by side, so that a slow minute of the machine is everybody's.
+
+Each row has its own process. Their steps are taken in turn, one row at a time. A row is a function of a job and a `Clock`. A
+script that has rows calls `work` where it was started as a worker, and `heat` where it was not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How ΔW lies to W, as in the paper's Table 7: of the first seed's runs at r = 4 and r = 64 that benchmarks/ranks_swept.py has
-made, for q and v in the middle of the model (section 7.3).
+"""Measure how ΔW lies to W, as in the paper's Table 7 (section 7.3), for q and v in the middle of the model.
 
     python benchmarks/ranks_amplified.py e2e --model SMOLLM2
 
-Writes results/amplified_NAME.json. Adapters are not committed: this goes after ranks_swept.py on the same machine.
+Uses the first seed's runs at r = 4 and r = 64 of benchmarks/ranks_swept.py. Adapters are not committed, so run this after it
+on the same machine. Writes results/amplified_NAME.json.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main() -> None:
     model = load_pretrained(given.model, task="causal" if task == "auto" else task, dtype="float32").model
     rows = []
     for rank, run in runs.items():
-        found = amplifications(model, run, rank)
-        rows += [{"trained": rank, **each} for each in found if role(each["layer"]) in ("q", "v")]
+        layers = amplifications(model, run, rank)
+        rows += [{"trained": rank, **layer.to_json()} for layer in layers if role(layer.layer) in ("q", "v")]
     machine.write(f"amplified_{given.name}", {"model": setup.model, "data": setup.data, "rows": rows})
 
 

@@ -1,9 +1,9 @@
-"""Does one run say what a sweep says? The runs at r = 64 that benchmarks/ranks_swept.py has made, each cut to the smaller ranks
-and scored on the sweep's test records, which chose nothing in those runs.
+"""Cut the runs at r = 64 to smaller ranks: does one run say what a sweep says?
 
     python benchmarks/ranks_cut.py e2e
 
-Adapters are not committed: this goes after ranks_swept.py on the same machine, and adds to results/rank_NAME.json what is new.
+Uses the runs of benchmarks/ranks_swept.py, and scores each cut on the sweep's test records, which chose nothing in those runs.
+Adapters are not committed, so run this after it on the same machine. Adds what is new to results/rank_NAME.json.
 """
 
 from __future__ import annotations

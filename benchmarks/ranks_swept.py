@@ -1,14 +1,15 @@
-"""Ranks tried on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA; r = 1,
-2, 4, 8, 16, 64, three seeds each. And which weights to train: q,v alone over the same ranks, and six choices of equal parameters.
+"""Train ranks on real data, for docs/rank.md: SmolLM2 on E2E and on the quickstart's requests, MiniLM on SST-2 and CoLA.
 
     python benchmarks/ranks_swept.py e2e --model SMOLLM2 --data E2E
     python benchmarks/ranks_swept.py requests --model SMOLLM2 --data REQUESTS   # examples/quickstart/toolcalls.py --out REQUESTS
-    python benchmarks/ranks_swept.py cola --model MINILM --data COLA                # cola_budget, cola_qv; of all four
-
+    python benchmarks/ranks_swept.py cola --model MINILM --data COLA            # also cola_budget, cola_qv; so for all four
     python benchmarks/ranks_swept.py e2e --again         # results/sweep_e2e.json anew from results/swept/e2e.json: no training
 
-MODEL and DATA are folders. α is 8 for all ranks, the learning rate the same. Writes results/sweep_NAME.json, and what each run
-came to as results/swept/NAME.json: from there a sweep goes on, on another machine too. The runs themselves are in .cache/swept.
+MODEL and DATA are folders. Ranks are 1, 2, 4, 8, 16 and 64, with three seeds each; α is 8 and the learning rate one for all.
+NAME_qv trains q and v alone over the same ranks, NAME_budget six choices of weights with equal parameters.
+
+Writes results/sweep_NAME.json, and each run's scores as results/swept/NAME.json. From there a sweep resumes, on another machine
+too. The runs themselves are in .cache/swept.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import deltaw
 import machine
-from deltaw.runs.sweep import Progress, choices_of, compared_of, losses_of, sweep
+from deltaw.runs.evaluation.evaluate import RecordLosses
+from deltaw.runs.events import CandidateFinished, SweepEvent
+from deltaw.runs.results.study import Failed
+from deltaw.runs.results.sweep import SweepRow
+from deltaw.runs.sweep import Measurement, choices_of, compared_of, losses_of, sweep
 from setups import Setup, glue, write
 
 OUT = Path(".cache/swept")
@@ -74,12 +78,11 @@ def main() -> None:
     config = replace(setup.config, out=str(folder))
     options = replace(setup.options, seeds=given.seeds)
 
-    def hear(event: Progress) -> None:
-        if event.kind == "finished":
-            values = event.values
-            print(
-                values["name"], values["lr"], values["seed"], values.get("valid_loss", values.get("error")), flush=True
-            )
+    def hear(event: SweepEvent) -> None:
+        if isinstance(event, CandidateFinished):
+            outcome = event.outcome
+            result = outcome.error if isinstance(outcome, Failed) else outcome.valid_loss
+            print(event.name, event.lr, event.seed, result, flush=True)
             keep(folder, kept)
 
     results = sweep(given.model, given.data, config, options, on_event=hear).results
@@ -101,18 +104,18 @@ def again(name: str) -> None:
     results, kept = (
         json.loads(p.read_text(encoding="utf-8")) for p in (path, machine.RESULTS / "swept" / f"{name}.json")
     )
-    found: list[tuple[dict[str, Any], Any]] = []
+    measurements = []
     for row in results["rows"]:
         runs = [
             run for folder, run in kept.items()
             if folder.startswith(f"runs/{row['targets']}-r{row['rank']}-{row['lr']}-") and "losses" in run
         ]  # fmt: skip
-        losses = losses_of(runs)
+        losses = losses_of([RecordLosses(**run["losses"]) for run in runs], [run["task"]["seed"] for run in runs])
         row["scores"]["loss"] = {"seeds": losses.values.tolist(), **losses.interval().plain()}
-        found.append((row, losses))
-    choices = choices_of(found, SETUPS[name].options.margin)
+        measurements.append(Measurement(SweepRow.from_json(row), losses))
+    choices = choices_of(measurements, SETUPS[name].options.margin)
     results["choices"] = {targets: dataclasses.asdict(choice) for targets, choice in choices.items()}
-    results["compared"] = compared_of(found)
+    results["compared"] = [dataclasses.asdict(candidate) for candidate in compared_of(measurements)]
     results["sets"] = {"test": f"{len(runs[0]['losses']['items']):,} records of {losses.items:,} items"}
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

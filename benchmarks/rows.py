@@ -1,4 +1,4 @@
-"""What the rows of several benchmarks share: the floor, and the loop of PEFT's own examples, for any model with a loss."""
+"""Hold what the rows of several benchmarks share: the floor, and the loop of PEFT's examples, for any model with a loss."""
 
 from __future__ import annotations
 

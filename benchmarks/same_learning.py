@@ -1,10 +1,10 @@
-"""Speed that changes learning is no speed: the same records in the same order from the same A and B, with deltaw and with PEFT.
+"""Compare what deltaw and PEFT learn from the same records in the same order and the same A and B.
 
-    python benchmarks/same_learning.py --data DATA/e2e
+    python benchmarks/same_learning.py --data DATA/e2e --steps 60
 
-deltaw in float32 and in the precision that it chooses by itself, and a plain PEFT loop in float32 (the model's own loss, AdamW),
-on deltaw's batches with deltaw's schedule. Writes results/same_learning.json: the loss of every step and the held-out loss at
-the end, by the model's own logits in float32, with machine and versions.
+Speed that changes learning is no speed. deltaw runs in float32 and in the precision that it chooses by itself; a plain PEFT loop
+runs in float32 (the model's own loss, AdamW), on deltaw's batches with deltaw's schedule. Writes results/same_learning.json: the
+loss of every step, and the held-out loss at the end by the model's own logits in float32, with machine and versions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A study of real data by a real model: what is trained on what, under the names that readers know."""
+"""Name the studies of real data by real models: what is trained on what, as readers know it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llamas of well-known shapes with random weights: what a step costs does not depend on their values."""
+"""Build Llamas of well-known shapes with random weights: a step's cost does not depend on their values."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What does a sweep save against training its candidates one by one? Time, and the peak of memory.
+"""Measure what a sweep saves against training its candidates one by one: time, and the peak of memory.
 
-    python benchmarks/sweep.py --model .cache/smollm2      # where a GPU is: --dtype bfloat16 --name sweep_gpu
+    python benchmarks/sweep.py --model .cache/smollm2      # on a GPU: --dtype bfloat16 --name sweep_gpu
 
-Eight ranks over the quickstart's requests, in these ways in turn, each in processes of its own: `train` once for each rank, a
-process each; a sweep whose candidates take turns over one base; sweeps with several in one pass. "steps" is the time in training
-steps, "whole" all there is, from starting Python on. Eight processes side by side would take eight times the memory of one.
-Writes results/sweep.json.
+Eight ranks over the quickstart's requests are trained in several ways in turn, each in its own processes. `train` takes a process
+for each rank. A sweep's candidates take turns over one base, or several share one pass. "steps" is the time in training steps,
+"whole" all time from the start of Python. Eight processes side by side would take eight times the memory of one. Writes
+results/sweep.json.
 """
 
 from __future__ import annotations

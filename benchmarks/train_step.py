@@ -1,12 +1,12 @@
-"""What a training step costs: deltaw, TRL, a plain PEFT loop, full fine-tuning and the floor, on the same records.
+"""Measure a training step: deltaw, TRL, a plain PEFT loop, full fine-tuning and the floor, on the same records.
 
     python benchmarks/train_step.py --data DATA/e2e                  # all-linear, r = 8, 8 records a step, against the others
     python benchmarks/train_step.py --data DATA/e2e --part grid      # against the floor: ranks and batches; grid_qv: of q,v
-    python benchmarks/train_step.py --data DATA/e2e --part ranks     # … as the rank grows, and with --part lengths the records
+    python benchmarks/train_step.py --data DATA/e2e --part ranks     # … by rank, and with --part lengths by record length
     python benchmarks/train_step.py --data DATA/e2e --rows deltaw,floor --rank 64 --name other
 
-The floor is a frozen forward pass and a backward pass for activations only, on deltaw's batches in deltaw's precision with
-deltaw's loss and attention: no method that trains through this base can do less. Rows run side by side, step by step (race.py).
+The floor is a frozen forward pass and a backward pass for activations only, on deltaw's batches in deltaw's precision, with
+deltaw's loss and attention. No method that trains through this base can do less. Rows run side by side, step by step (race.py).
 Tokens are those of the records: padding does not count.
 
 Writes results/train_step.json (…_PART.json) with machine and versions.

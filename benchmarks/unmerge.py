@@ -1,4 +1,4 @@
-"""Does unmerge give the original weights back? deltaw against PEFT, the same adapter, in each precision.
+"""Count the weights that differ after a merge and an unmerge: deltaw and PEFT, the same adapter, in each precision.
 
     python benchmarks/unmerge.py --model .cache/smollm2
 

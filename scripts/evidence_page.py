@@ -1,4 +1,4 @@
-"""Write docs/evidence.md from results/: methods compared on real data, what their steps cost, what inference with them costs.
+"""Write docs/evidence.md from results/: methods compared on real data, the cost of their steps, the cost of inference with them.
 
     python -m scripts.evidence_page
 
@@ -20,42 +20,53 @@ from deltaw.runs.reports.compare import COLUMNS, cells, headline, mean, metric_o
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "evidence.md"
-# What its file cannot say: it was put together on the CPU from runs that were nearly all on a GPU
+# Its file names the CPU on which it was put together; nearly all of its runs were on a GPU
 _COLA = (
-    "- CoLA was trained on an H100, but for two of DoRA's three seeds; its times are not comparable with the others'."
+    "- CoLA was trained on an H100, except two of DoRA's three seeds. Its times are not comparable with the others'."
 )
 _NORMAL = 1.959964
 GLUE = ("sst2", "mrpc", "rte", "cola")
 LORA = "lora"
 INTRODUCTION = """# Evidence
 
-This page is written by [scripts/evidence_page.py](../scripts/evidence_page.py) from the files in [results](../results). Every
-training is short: the tables say how the methods rank for a small budget, not what each can come to. All methods get the same
-records in the same order and the same number of steps. Learning rates were chosen for each method by held-out records, on E2E and
-CoLA among several; on the other tasks each has the one that `deltaw compare` gave it by default.
-Intervals are 95%. These results were made before each item's part was kept: on E2E the losses' intervals are over records, of
-which several have one prompt, and so too narrow; BLEU's are over prompts. On GLUE nearly every record is an item of its own, and
-the three seeds' variance is in the intervals, with Student's t; ± is the standard deviation over seeds. No interval here is of a
-difference between two methods: `deltaw compare` now tells these in pairs. [design.md](design.md) says what each method is.
+How full fine-tuning and eight cheaper methods compare on real data, and what each costs. `deltaw compare MODEL DATA` makes the
+same table for your model and data. [design.md](design.md) describes each method.
+
+[scripts/evidence_page.py](../scripts/evidence_page.py) writes this page from the files in [results](../results)
+(`python -m scripts.evidence_page`). [benchmarks/README.md](../benchmarks/README.md) gives the commands behind those files.
+
+How to read it:
+
+- Every training is short. The tables rank the methods for a small budget; they do not show how far each can come.
+- All methods get the same records in the same order, and the same number of steps.
+- Learning rates were chosen by held-out records: on E2E and CoLA among several for each method. On the other tasks each method
+  has the default of `deltaw compare`.
+- Intervals are 95%. On E2E those of losses are over records, though several share a prompt, so they are too narrow; BLEU's are
+  over prompts. On GLUE nearly every record is an item, and the intervals include the variance of three seeds, by Student's t.
+- ± is the standard deviation over seeds.
+- No interval here is of a difference between two methods. These results are from before `deltaw compare` kept each item's part.
+  Now it compares methods in pairs.
 """
 
 
-def of_several(found: Any) -> Any:
-    """A score of several seeds, whose stored interval is the mean of single seeds', with the seeds' variance in it. The mean of
-    seeds varies by items at most as much as one seed does."""
-    seeds, value = found["seeds"], mean(found["seeds"])
+def of_several(stored: Any) -> Any:
+    """Return a score of several seeds with the seeds' variance in its interval.
+
+    The stored interval is the mean of single seeds'. The mean of seeds varies by items at most as much as one seed does.
+    """
+    seeds, value = stored["seeds"], mean(stored["seeds"])
     if len(seeds) == 1:
-        return found
-    a = ((found["high"] - found["low"]) / 2 / _NORMAL) ** 2
+        return stored
+    a = ((stored["high"] - stored["low"]) / 2 / _NORMAL) ** 2
     b = sum((s - value) ** 2 for s in seeds) / (len(seeds) - 1) / len(seeds)
     half = (a * _NORMAL + b * quantile(0.025, len(seeds) - 1)) / math.sqrt(a + b) if a + b else 0.0
-    return {**found, "value": value, "low": value - half, "high": value + half}
+    return {**stored, "value": value, "low": value - half, "high": value + half}
 
 
 def with_seeds(results: Any) -> Any:
-    """A comparison's results with such intervals."""
+    """Return a comparison's results with such intervals."""
     for row in results["rows"] if results is not None else ():
-        row["scores"] = {metric: of_several(found) for metric, found in row.get("scores", {}).items()}
+        row["scores"] = {metric: of_several(stored) for metric, stored in row.get("scores", {}).items()}
     return results
 
 
@@ -77,14 +88,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def e2e() -> list[str]:
-    """SmolLM2 on E2E."""
+    """Return the section on SmolLM2 and E2E."""
     results = read(RESULTS / "compare_e2e.json")
     if results is None:
         return []
     metrics = list(results["rows"][0]["scores"])
     columns = [*COLUMNS, *(f"test {m}" for m in metrics)]
     shown = [i for i, column in enumerate(columns) if column != "step"]  # the runs shared the machine; see steps()
-    rows = [[found[i] for i in shown] for found in (cells(row, metrics) for row in ranked(results))]
+    rows = [[texts[i] for i in shown] for texts in (cells(row, metrics) for row in ranked(results))]
     return [
         f"## {results['settings']['model']} on {results['settings']['data']}\n",
         budget(results),
@@ -94,7 +105,7 @@ def e2e() -> list[str]:
 
 
 def rates() -> list[str]:
-    """The learning rates that E2E's methods were tried with."""
+    """Return the section on the learning rates that E2E's methods were tried with."""
     results = read(RESULTS / "rates_e2e.json")
     if results is None:
         return []
@@ -108,25 +119,25 @@ def rates() -> list[str]:
     table_of = table(columns, [[*row, *[""] * (width - len(row))] for row in rows])
     gpu = results["machine"]["gpu"]
     text = (
-        f"{results['what']} ({gpu}). The best one of each, in bold, is the one of the table above (DoRA took LoRA's); where it "
-        "is the last tried, a larger one may be better.\n"
+        f"{results['what']} ({gpu}). The best one of each is bold; the table above uses it (DoRA took LoRA's). Where it "
+        "is the last one tried, a larger one may be better.\n"
     )
     return ["### Learning rates on E2E\n", text, table_of]
 
 
 def glue() -> list[str]:
-    """MiniLM on four tasks of GLUE."""
-    found = {name: results for name in GLUE if (results := with_seeds(read(RESULTS / f"compare_{name}.json")))}
-    if not found:
+    """Return the section on MiniLM and four tasks of GLUE."""
+    by_task = {name: results for name in GLUE if (results := with_seeds(read(RESULTS / f"compare_{name}.json")))}
+    if not by_task:
         return []
-    first = next(iter(found.values()))
-    by_name = {task: {row["name"]: row for row in results["rows"]} for task, results in found.items()}
-    columns = ["method", "parameters", *(f"{r['settings']['data']}, {metric_of(r)}" for r in found.values())]
+    first = next(iter(by_task.values()))
+    by_name = {task: {row["name"]: row for row in results["rows"]} for task, results in by_task.items()}
+    columns = ["method", "parameters", *(f"{r['settings']['data']}, {metric_of(r)}" for r in by_task.values())]
     rows = []
     for row in first["rows"]:
-        own = [by_name[task].get(row["name"]) for task in found]
-        rows.append([row["name"], f"{row['parameters']:,}", *map(of_task, own, found.values())])
-    notes = [f"- {r['settings']['data']}: {budget(r, end='')} {said(r, end='')}" for r in found.values()]
+        of_tasks = [by_name[task].get(row["name"]) for task in by_task]
+        rows.append([row["name"], f"{row['parameters']:,}", *map(of_task, of_tasks, by_task.values())])
+    notes = [f"- {r['settings']['data']}: {budget(r, end='')} {said(r, end='')}" for r in by_task.values()]
     notes.append(_COLA)
     return [f"## {first['settings']['model']} on tasks of GLUE\n", table(columns, rows), "\n".join(notes) + "\n"]
 
@@ -142,7 +153,7 @@ def budget(results: Any, end: str = "\n") -> str:
 
 
 def said(results: Any, end: str = "\n") -> str:
-    """The comparison in words, and where LoRA stands in it."""
+    """Return the comparison in words, and LoRA's place in it."""
     metric = metric_of(results)
     values = {row["name"]: mean(row["scores"][metric]["seeds"]) for row in ranked(results) if row.get("scores")}
     if len(set(values.values())) == 1 or LORA not in values:
@@ -158,7 +169,7 @@ def said(results: Any, end: str = "\n") -> str:
 
 
 def steps() -> list[str]:
-    """Time and memory of training steps, taken in turn."""
+    """Return the section on time and memory of training steps, taken in turn."""
     results = read(RESULTS / "methods_step.json")
     if results is None:
         return []
@@ -179,7 +190,7 @@ def steps() -> list[str]:
 
 
 def latency() -> list[str]:
-    """Inference over the base's time, beside the paper's Table 1."""
+    """Return the section on inference over the base's time, beside the paper's Table 1."""
     results = read(RESULTS / "latency.json")
     if results is None:
         return []
@@ -204,9 +215,9 @@ def latency() -> list[str]:
         )
     counts = ", ".join(f"{name} {count:,}" for name, count in results["parameters"].items())
     text = (
-        f"{results['model']} ({in_words(results['machine'])}). Ratios are over the base's time in the same round, medians. "
-        "A merged model does what the base does: how far its ratios are from 1 is what this measurement's noise comes to. "
-        f"Parameters: {counts}. The paper's are of {results['paper']}.\n"
+        f"{results['model']} ({in_words(results['machine'])}). Ratios are medians, over the base's time in the same round. "
+        "A merged model does the same work as the base: the distance of its ratios from 1 is the noise of this measurement. "
+        f"Parameters: {counts}. The paper's figures are of {results['paper']}.\n"
     )
     return ["## What inference costs\n", text, table(columns, rows)]
 

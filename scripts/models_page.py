@@ -1,4 +1,4 @@
-"""Write docs/models.md from results/models.json, which scripts/models_sweep.py makes.
+"""Write docs/models.md from results/models.json, which scripts/models_sweep.py writes.
 
 python -m scripts.models_page
 """
@@ -32,33 +32,33 @@ GROUPS = {
 }
 _MIXED = (
     "t",
-    "Layers are given what all rows share (positions), pairs of several rows, or parts of rows in another order (tokens sorted "
-    "by expert): rows cannot have adapters of their own.",
+    "Layers get what all rows share (positions), pairs of several rows, or parts of rows in another order (tokens sorted by "
+    "expert). So rows cannot have adapters of their own.",
 )
 # What a check's text holds → the letter and the reason that the page gives
 REASONS: dict[str, tuple[str, str]] = {
     "Experts takes several inputs": (
         "e",
-        "Stacked experts see the tokens that are sent to them, of all rows of a batch at once. Adapters that leave the experts "
-        'out (`targets="attention"`) can be mixed in a batch.',
+        "Stacked experts see the tokens that are sent to them, from all rows of a batch at once. Adapters without experts "
+        '(`targets="attention"`) can be mixed in a batch.',
     ),
     "reads the weight itself": (
         "u",
-        "The module around a layer uses its weight without calling it, where an update of PEFT's is not seen. Ours is.",
+        "The module around a layer uses its weight without calling it. There PEFT's update has no effect; ours has.",
     ),
     "is read by the module around it": (
         "w",
-        "The module around a layer multiplies by its weight itself, for all rows at once (Mamba's `dt_proj`).",
+        "The module around a layer multiplies by the layer's weight itself, for all rows at once (Mamba's `dt_proj`).",
     ),
     "cannot be told apart": _MIXED,
     "names 3 rows, but": _MIXED,
-    "no output is of one row alone": ("o", "No output is of one row alone, so that there is nothing to compare."),
+    "no output is of one row alone": ("o", "No output belongs to one row alone, so there is nothing to compare."),
     "its own file either": (
         "s",
-        "PEFT renames the keys of an adapter as it would a checkpoint's, and then finds them nowhere: it does not read its own "
-        "file of this type either.",
+        "PEFT renames the keys of an adapter like a checkpoint's, and then does not find them. It does not read its own file of "
+        "this type either.",
     ),
-    "get_input_embeddings": ("g", "PEFT asks for the token embeddings of the model, and its class says that it has none."),
+    "get_input_embeddings": ("g", "PEFT asks the model for its token embeddings, and its class says that it has none."),
     "incompatible with Mamba": ("p", "PEFT refuses to adapt `out_proj` of Mamba-based models. `targets` without it are read."),
     "Error(s) in loading state_dict": ("q", "PEFT reads the experts of this type with other ranks than the file has."),
     "cannot be used": ("r", "PEFT's file has two updates of one stack of experts, or ranks that its settings do not say."),
@@ -66,19 +66,20 @@ REASONS: dict[str, tuple[str, str]] = {
 TEXT = """# Architectures
 
 Look up your model's type (`model_type` in its config.json) below. A row of ✓ says that every step of an adapter's life works
-on it with `targets="all-linear"`. Where a letter stands instead, its reason is under [Reasons](#reasons).
+with `targets="all-linear"`. A letter instead has its reason under [Reasons](#reasons).
 
 {counts}
 
 The models are the smallest that each class builds, with random weights, in float32 on a CPU. So the page says that the
 mechanism works on these classes. It says nothing about the quality of an update that was trained on a real model.
-Made with transformers {transformers} and torch {torch} by [scripts/models_sweep.py](../scripts/models_sweep.py), with the checks
-of [tests/conformance](../tests/conformance); 40 of the types are part of `make test`.
+[scripts/models_sweep.py](../scripts/models_sweep.py) made the results with transformers {transformers} and torch {torch}
+(`python -m scripts.models_sweep`). The checks are those of [tests/conformance](../tests/conformance); 40 of the types are part
+of `make test`.
 
 | column | what holds |
 | --- | --- |
-| layers | how many dense layers take an update, of how many; embeddings and convolutions, which have to be named, aside |
-| roles | how many of them have which role; `targets="q,v"` adapts those of these roles |
+| layers | how many of the dense layers take an update; embeddings and convolutions, which must be named, are not counted |
+| roles | how many of them have which role; `targets="q,v"` adapts the layers of these roles |
 {columns}
 
 """
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def counts(rows: dict[str, dict[str, Any]]) -> str:
-    """How many types there are of each outcome."""
+    """Return a sentence with the number of types of each outcome."""
     kinds: Counter[str] = Counter()
     for row in rows.values():
         if "checks" not in row:
@@ -125,13 +126,13 @@ def counts(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def explained(check: str) -> str:
-    """The first sentence of the check's own docstring."""
+    """Return the first sentence of the check's docstring."""
     text = " ".join((CHECKS[check].__doc__ or "").split())
     return text.partition(". ")[0].removesuffix(".") + "."
 
 
 def group_of(name: str, row: dict[str, Any]) -> str:
-    """What the class takes: images, sounds, texts."""
+    """Return what the class takes: images, sounds or texts."""
     root = Path(importlib.import_module("transformers").__file__ or "").parent / "models" / name
     modules = [
         importlib.import_module(f"transformers.models.{name}.{p.stem}") for p in sorted(root.glob("modeling_*.py"))
@@ -146,7 +147,7 @@ def group_of(name: str, row: dict[str, Any]) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]], letters: dict[str, str]) -> str:
-    """The table of a group; reasons that it has letters for are added to `letters`."""
+    """Return the table of a group, and add the reasons behind its letters to `letters`."""
     header = ["type", "class", "layers", "roles", "life", "gradients", "rows", "PEFT reads ours", "we read PEFT's"]
     lines = [line(header), line(["---"] * 4 + [":-:"] * 5)]
     for name, row in rows.items():
@@ -180,7 +181,7 @@ def line(cells: list[str]) -> str:
 
 
 def lettered(text: str, letters: dict[str, str]) -> str:
-    """✓, the letter of a known reason, or ✗."""
+    """Return ✓, the letter of a known reason, or ✗."""
     if not text:
         return DONE
     for part, (letter, reason) in REASONS.items():
@@ -191,7 +192,7 @@ def lettered(text: str, letters: dict[str, str]) -> str:
 
 
 def reasons(letters: dict[str, str], rows: dict[str, dict[str, Any]]) -> str:
-    """What the letters stand for, and what is wrong where ✗ stands."""
+    """Return the section on what the letters mean, and what is wrong where ✗ stands."""
     said = "## Reasons\n\n| letter | reason |\n| :-: | --- |\n"
     said += "".join(f"| {letter} | {letters[letter]} |\n" for letter in sorted(letters))
     wrong = [
@@ -204,27 +205,25 @@ def reasons(letters: dict[str, str], rows: dict[str, dict[str, Any]]) -> str:
 
 
 def unreached(rows: dict[str, dict[str, Any]]) -> str:
-    """The layers without a gradient, of each type that has some."""
+    """Return the section on layers without a gradient, by type."""
     some = {n: why for n, r in rows.items() if (why := r["checks"]["gradients"]).startswith("none in")}
     if not some:
         return ""
     said = (
         "## Layers that no gradient reached\n\nThe class computes them and uses their output nowhere (poolers, heads of a vision "
-        "tower), or the small batch does not go through them. Training says in its first step which layers its data does not "
-        "reach.\n\n"
+        "tower), or the small batch does not go through them. Training reports in its first step which layers its data does "
+        "not reach.\n\n"
     )
     return said + "".join(f"- `{name}`: {why.partition(': ')[2]}\n" for name, why in some.items()) + "\n"
 
 
 def untried(rows: dict[str, dict[str, Any]]) -> str:
-    """Types without dense layers, and those that could not be built or called, with the reason."""
+    """Return the section on types without dense layers, and those that could not be built or called, with the reason."""
     without = [f"`{n}`" for n, r in rows.items() if "refused" in r]
     said = f"## Without dense layers\n\n{', '.join(without)}: nothing for `all-linear` to adapt.\n\n" if without else ""
     failed = {n: r["not tried"] for n, r in rows.items() if "not tried" in r}
     if failed:
-        said += (
-            "## Not tried\n\nNo small model of these could be built or called here, and why the first try failed.\n\n"
-        )
+        said += "## Not tried\n\nNo small model of these could be built or called here. Why the first try failed:\n\n"
         said += "".join(f"- `{name}`: {first(why)}\n" for name, why in failed.items())
     return said
 

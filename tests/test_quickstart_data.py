@@ -1,5 +1,6 @@
 """The quickstart's generated data: deterministic, strict JSON of the right types, two held-out parts that are unseen."""
 
+import functools
 import json
 import re
 import subprocess
@@ -33,15 +34,24 @@ import words  # noqa: E402
 PARTS = ("train", "valid", "test")
 HELD_OUT = ("valid", "test")
 PAIRS = [("valid", "train"), ("test", "train"), ("test", "valid")]
-RECORDS = {part: toolcalls.generate(6000 if part == "train" else 600, seed=0, part=part) for part in PARTS}
-CALLS = {part: [json.loads(r["completion"]) for r in records] for part, records in RECORDS.items()}
+COUNTS = {"train": 6000, "valid": 600, "test": 600}
+
+
+@functools.cache
+def records_of(part):
+    return toolcalls.generate(COUNTS[part], seed=0, part=part)
+
+
+@functools.cache
+def calls_of(part):
+    return [json.loads(record["completion"]) for record in records_of(part)]
 
 
 def free_values(part):
     """Every value of a slot that is not fixed by the schema: (text or number, kind)."""
     return {
         (value, type(value))
-        for call in CALLS[part]
+        for call in calls_of(part)
         for name, value in call["args"].items()
         if (call["tool"], name) not in CLOSED
     }
@@ -56,9 +66,9 @@ def wordings(call, part):
 
 
 def test_same_seed_same_records_and_another_seed_others():
-    assert toolcalls.generate(6000, seed=0, part="train") == RECORDS["train"]
+    assert toolcalls.generate(COUNTS["test"], seed=0, part="test") == records_of("test")
     other = toolcalls.generate(600, seed=1, part="test")
-    assert len({r["prompt"] for r in other} & {r["prompt"] for r in RECORDS["test"]}) < 60
+    assert len({r["prompt"] for r in other} & {r["prompt"] for r in records_of("test")}) < 60
 
 
 def test_same_records_in_another_process(tmp_path):
@@ -83,13 +93,13 @@ def test_count_and_no_duplicates(count, part):
 
 @pytest.mark.parametrize("held_out, other", PAIRS)
 def test_no_request_is_in_two_parts(held_out, other):
-    prompts = [{r["prompt"].casefold() for r in RECORDS[part]} for part in (held_out, other)]
+    prompts = [{r["prompt"].casefold() for r in records_of(part)} for part in (held_out, other)]
     assert not prompts[0] & prompts[1]
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_completions_are_strict_json_of_the_schema(part):
-    for record, call in zip(RECORDS[part], CALLS[part], strict=True):
+    for record, call in zip(records_of(part), calls_of(part), strict=True):
         assert set(record) == {"prompt", "completion"}
         assert (
             "\n" not in record["completion"]
@@ -109,7 +119,7 @@ def test_completions_are_strict_json_of_the_schema(part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_free_text_and_number_can_be_read_off_the_request(part):
-    for record, call in zip(RECORDS[part], CALLS[part], strict=True):
+    for record, call in zip(records_of(part), calls_of(part), strict=True):
         for name, value in call["args"].items():
             if (call["tool"], name) in CLOSED or name in ("date", "time"):
                 continue
@@ -120,10 +130,10 @@ def test_every_free_text_and_number_can_be_read_off_the_request(part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_tool_and_wording_and_argument_value_type_occurs(part):
-    tools = [call["tool"] for call in CALLS[part]]
+    tools = [call["tool"] for call in calls_of(part)]
     assert min(map(tools.count, SCHEMA)) >= len(tools) // len(SCHEMA)
-    assert {call["args"]["urgent"] for call in CALLS[part] if call["tool"] == "send_message"} == {True, False}
-    records = " \n ".join(r["prompt"] for r in RECORDS[part])
+    assert {call["args"]["urgent"] for call in calls_of(part) if call["tool"] == "send_message"} == {True, False}
+    records = " \n ".join(r["prompt"] for r in records_of(part))
     for call in toolcalls.CALLS:
         for wording in wordings(call, part):
             pattern = re.sub(r"\\{.*?\\}", ".+", re.escape(wording))
@@ -138,7 +148,7 @@ def test_no_held_out_value_is_a_training_value():
 
 @pytest.mark.parametrize("held_out, other", PAIRS)
 def test_no_held_out_text_occurs_anywhere_in_a_request_of_another_part(held_out, other):
-    requests = "\n".join(r["prompt"] for r in RECORDS[other])
+    requests = "\n".join(r["prompt"] for r in records_of(other))
     texts = {value for value, kind in free_values(held_out) if kind is str and not re.fullmatch(r"[\d:-]+", value)}
     folded = requests.casefold()  # most are in it nowhere, which is known sooner than that they are no words there
     assert len(texts) > 250
@@ -151,7 +161,7 @@ def test_no_held_out_text_occurs_anywhere_in_a_request_of_another_part(held_out,
 @pytest.mark.parametrize("part", HELD_OUT)
 def test_numbers_dates_and_times_held_out_are_unseen_over_all_tools(part):
     def kinds(part):
-        args = [(name, value) for call in CALLS[part] for name, value in call["args"].items()]
+        args = [(name, value) for call in calls_of(part) for name, value in call["args"].items()]
         return (
             {float(v) for _, v in args if type(v) in (int, float)},
             {v for n, v in args if n == "date"},
@@ -165,14 +175,14 @@ def test_numbers_dates_and_times_held_out_are_unseen_over_all_tools(part):
 @pytest.mark.parametrize("held_out, other", PAIRS)
 def test_unit_pairs_of_the_parts_are_disjoint(held_out, other):
     def pairs(part):
-        return {(c["args"]["from"], c["args"]["to"]) for c in CALLS[part] if c["tool"] == "convert"}
+        return {(c["args"]["from"], c["args"]["to"]) for c in calls_of(part) if c["tool"] == "convert"}
 
     assert len(pairs(held_out)) > 10 and not pairs(held_out) & pairs(other)
 
 
 @pytest.mark.parametrize("held_out, other", PAIRS)
 def test_no_held_out_wording_fits_a_request_of_another_part(held_out, other):
-    requests = [re.sub(r"\s+", " ", r["prompt"]) for r in RECORDS[other]]
+    requests = [re.sub(r"\s+", " ", r["prompt"]) for r in records_of(other)]
     for call in toolcalls.CALLS:
         seen = {re.sub(r"\{.*?\}", "{}", wording).casefold() for wording in wordings(call, other)}
         for wording in wordings(call, held_out):

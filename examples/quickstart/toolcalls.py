@@ -1,4 +1,4 @@
-"""Free-form requests and the strict JSON call each one means: a small, deterministic data set.
+"""Generate free-form requests and the strict JSON call that each one means: a small, deterministic data set.
 
     python examples/quickstart/toolcalls.py --out data        # data/train.jsonl, data/valid.jsonl, data/test.jsonl
 
@@ -40,12 +40,12 @@ HELD_OUT_VALUE = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, HELD_OUT_VALUES)
 
 
 def is_held_out(*numbers: float) -> bool:
-    """The part a number, a date or a time belongs to, by the sum of its digits: one in four is held out."""
+    """Return the part that a number, a date or a time belongs to, by the sum of its digits: one in four is held out."""
     return sum(int(digit) for number in numbers for digit in f"{number:g}" if digit != ".") % 4 == 3
 
 
 class Draw:
-    """Draws what a slot may say in one part, each kind of slot by the method of its name: (as said, as argument)."""
+    """Draw what a slot may say in one part, as (text, argument): one method for each kind of slot, of its name."""
 
     def __init__(self, rng: Random, part: str) -> None:
         self.rng, self.part, self.pools, self.held_out = rng, part, PARTS[part], part != "train"
@@ -60,7 +60,7 @@ class Draw:
         return dict(zip(argument.split("-"), drawn, strict=True)) if "-" in argument else {argument: drawn}
 
     def coined(self, kind: str) -> str:
-        """A value of which one word belongs to no pool or to another one."""
+        """Return a value of which one word belongs to no pool or to another one."""
         words = self.pick(kind).split()
         place = self.rng.randrange(len(words))
         if self.rng.random() < 0.5:
@@ -140,7 +140,7 @@ class Draw:
 
 
 def generate(count: int, *, seed: int, part: str) -> list[dict[str, str]]:
-    """`count` different records of one part, every tool equally often, in random order; the same for the same seed."""
+    """Return `count` different records of one part, every tool equally often, in random order; a seed fixes them."""
     rng = Random(f"{seed} {part}")
     draw = Draw(rng, part)
     tools = list(dict.fromkeys(call.tool for call in CALLS))
@@ -158,7 +158,7 @@ def generate(count: int, *, seed: int, part: str) -> list[dict[str, str]]:
 
 
 def write(folder: Path, *, train: int, valid: int, test: int, seed: int) -> None:
-    """Writes train.jsonl, valid.jsonl and test.jsonl."""
+    """Write train.jsonl, valid.jsonl and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("valid", valid), ("test", test)):
         lines = [json.dumps(record, ensure_ascii=False) for record in generate(count, seed=seed, part=part)]

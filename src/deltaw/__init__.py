@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from deltaw.model.attach import attach, detach
     from deltaw.model.combine import combine
     from deltaw.model.extract import extract
-    from deltaw.model.merge import MergeReport, merge, unmerge
+    from deltaw.model.merging.merge import merge, unmerge
+    from deltaw.model.merging.report import MergeReport
     from deltaw.model.summary import Summary, adapters, delta, parameters, summary
     from deltaw.model.switch import keep_on_device, route, use, using
     from deltaw.runs.compare import Comparison, compare
@@ -68,7 +69,7 @@ _HOME = {
     "IA3": "methods.ia3",
     "LoRA": "methods.lora",
     "Prefix": "methods.prefix",
-    "MergeReport": "model.merge",
+    "MergeReport": "model.merging.report",
     "Planned": "runs.memory.plan",
     "RankChoice": "runs.rank",
     "RunResult": "runs.train",
@@ -87,7 +88,7 @@ _HOME = {
     "extract": "model.extract",
     "keep_on_device": "model.switch",
     "load": "files.store",
-    "merge": "model.merge",
+    "merge": "model.merging.merge",
     "merge_files": "files.merge",
     "parameters": "model.summary",
     "plan": "runs.memory.plan",
@@ -97,7 +98,7 @@ _HOME = {
     "summary": "model.summary",
     "sweep": "runs.sweep",
     "train": "runs.train",
-    "unmerge": "model.merge",
+    "unmerge": "model.merging.merge",
     "unmerge_files": "files.merge",
     "use": "model.switch",
     "using": "model.switch",

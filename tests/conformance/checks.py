@@ -18,7 +18,8 @@ import deltaw
 from deltaw import LoRA
 from deltaw.errors import AdapterError, DeltaWError
 from deltaw.layers.kinds import Weight
-from deltaw.layers.patch import read_outside, slot_of
+from deltaw.layers.patch import slot_of
+from deltaw.layers.source import read_outside
 from deltaw.methods.targets import select
 from deltaw.model.summary import updates
 from tests.conformance.building import Built, called, outputs, said, tensors

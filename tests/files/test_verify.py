@@ -110,7 +110,7 @@ def test_the_merge_in_memory_is_verified_too_whatever_its_shards(folder: Path, t
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "base")
     deltaw.load(model, folder / "adapter")
     deltaw.merge(model)
-    from deltaw.model.merge import settle
+    from deltaw.model.merging.merge import settle
 
     settle(model)
     model.save_pretrained(folder / "again")

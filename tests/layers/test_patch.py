@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import deltaw
 from deltaw import IA3, BitFit, DoRA, LoRA
 from deltaw.errors import AdapterError
-from deltaw.layers.patch import only_read, read_outside
+from deltaw.layers.source import only_read, read_outside
 from tests.conftest import bits, fill
 
 

@@ -11,7 +11,7 @@ import deltaw
 from deltaw import IA3, BitFit, Bottleneck, DoRA, Full, LoRA, Prefix, attach, delta, merge, unmerge, using
 from deltaw.errors import AdapterError, MergeError
 from deltaw.methods.updates.lowrank import Sliced
-from deltaw.model.combine import combine
+from deltaw.model.combine import combine, dare_of, ties_of
 from deltaw.model.summary import updates
 from tests.conftest import bits, fill, tiny_gpt2, tiny_llama
 from tests.methods.updates.test_updates import METHODS
@@ -71,24 +71,20 @@ def test_a_sum_cut_to_a_rank_says_its_error(two: Any) -> None:
     assert max(combine(two, {"a": 2.0, "b": 1.0}, name="whole", rank=6).errors.values()) < 1e-6
 
 
-def test_ties_by_hand() -> None:
-    from deltaw.model.combine import _ties
-
+def test_ties_trims_elects_and_averages_as_by_hand() -> None:
     one = torch.tensor([[4.0, -3.0, 0.1, 2.0]])
     other = torch.tensor([[-1.0, -5.0, 3.0, 0.2]])
     # the larger half of each: (4, −3, 0, 0) and (0, −5, 3, 0); the signs agree or are alone
-    assert torch.equal(_ties([one, other], 0.5), torch.tensor([[4.0, -4.0, 3.0, 0.0]]))
+    assert torch.equal(ties_of([one, other], 0.5), torch.tensor([[4.0, -4.0, 3.0, 0.0]]))
     # all entries: signs elected + − + +; of the first column only 4 agrees
-    assert torch.allclose(_ties([one, other], 1.0), torch.tensor([[4.0, -4.0, 1.55, 1.1]]))
+    assert torch.allclose(ties_of([one, other], 1.0), torch.tensor([[4.0, -4.0, 1.55, 1.1]]))
 
 
 def test_dare_keeps_the_sum_on_average_and_follows_its_seed() -> None:
-    from deltaw.model.combine import _dare
-
     dW = torch.full((200, 200), 2.0)
-    made = _dare([dW, -0.5 * dW], 0.25, torch.Generator().manual_seed(0))
+    made = dare_of([dW, -0.5 * dW], 0.25, torch.Generator().manual_seed(0))
     assert float(made.mean()) == pytest.approx(1.0, abs=0.05) and made.unique().numel() == 4
-    assert torch.equal(made, _dare([dW, -0.5 * dW], 0.25, torch.Generator().manual_seed(0)))
+    assert torch.equal(made, dare_of([dW, -0.5 * dW], 0.25, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("how", ["ties", "dare"])
@@ -101,7 +97,7 @@ def test_ties_and_dare_make_adapters_that_can_be_saved(two: Any, how: Any, tmp_p
         assert torch.equal(delta(two, layer, "mix"), delta(two, layer, "back"))
 
 
-def test_what_is_wrong_is_said_at_once(two: Any) -> None:
+def test_all_settings_that_are_wrong_are_one_error(two: Any) -> None:
     with pytest.raises(AdapterError, match=r"(?s)needs a rank.*density is 2"):
         combine(two, {"a": 1.0}, name="x", how="ties", density=2.0)
     with pytest.raises(AdapterError, match=r"taken|attached already"):
@@ -146,7 +142,7 @@ def test_every_method_combines_to_what_merging_several_makes(method: str, ids: t
     torch.testing.assert_close(branch, model(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_biases_combine(ids: torch.Tensor) -> None:
+def test_biases_are_combined(ids: torch.Tensor) -> None:
     torch.manual_seed(1)
     model = tiny_gpt2().eval()
     for seed, name in enumerate(WEIGHTS):
@@ -312,13 +308,11 @@ def names_of(layer: str, update: Any) -> list[str]:
 
 def test_ties_of_a_stack_are_those_of_its_matrices() -> None:
     """With all that one matrix can have as the rank, nothing is left out."""
-    from deltaw.model.combine import _ties
-
     model, _ = of_kind("transposed experts")
     name = "model.layers.1.mlp.experts.down_proj"
     combine(model, {"a": 0.7, "b": -1.3}, name="t", how="ties", rank=32, density=0.4)
     a, b = 0.7 * delta(model, name, "a"), -1.3 * delta(model, name, "b")
-    expected = torch.stack([_ties([one, other], 0.4) for one, other in zip(a, b, strict=True)])
+    expected = torch.stack([ties_of([one, other], 0.4) for one, other in zip(a, b, strict=True)])
     torch.testing.assert_close(delta(model, name, "t"), expected, rtol=1e-3, atol=1e-4)
 
 

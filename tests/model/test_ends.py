@@ -3,6 +3,7 @@ wherever its adapter goes."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from deltaw.model.ends import taught, teach
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
 
-WORDS = ("Hi", "all", "Hello", "no")
+WORDS = ("all", "Hello", "no")
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}]}
     for w in WORDS
@@ -40,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tokenizer.save_pretrained(folder / "base")
     (folder / "data.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     config = deltaw.TrainConfig(
-        out=str(folder / "run"), steps=160, lr=1.5e-2, batch=4, valid=str(folder / "data.jsonl"), samples=2
+        out=str(folder / "run"), steps=80, lr=1.5e-2, batch=4, valid=str(folder / "data.jsonl"), samples=2
     )
     return folder, deltaw.train(str(folder / "base"), folder / "data.jsonl", config, method=deltaw.Full())
 
@@ -54,40 +55,40 @@ def plainly(folder: Path, *, prompt: str = "say Hello") -> str:
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
 
 
-def test_the_run_itself_stops(trained: Any) -> None:
+def test_a_run_teaches_its_adapter_where_to_stop(trained: Any) -> None:
     _, result = trained
     assert result.state.last_loss < 0.2
     end = result.tokenizer.convert_tokens_to_ids(END)
     assert taught(result.model, ["default"]) == (end,) == deltaw.summary(result.model).adapters["default"].ends
     assert [s.after for s in result.samples] == [s.reference for s in result.samples]
-    assert [w.split(" prompts ")[0] for w in result.warnings] == ["4 of 4 held-out"]  # nothing of ends
+    assert [w.split(" prompts ")[0] for w in result.warnings] == ["3 of 3 held-out"]  # nothing of ends
 
 
-def test_eval_generate_and_chat_stop(
-    trained: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_eval_stops_where_the_adapter_was_taught_to(trained: Any, tmp_path: Path) -> None:
+    folder, _ = trained
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[::8]))
+    words = ["eval", str(folder / "base"), str(tmp_path / "few.jsonl"), "--adapter", str(folder / "run/adapter")]
+    assert main([*words, "--max-new-tokens", "40", "--no-base", "--out", str(tmp_path / "e.json")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["adapter"]["scores"]["exact_match"]["value"] == 1.0
+
+
+def test_generate_stops_where_the_adapter_was_taught_to(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = trained
+    words = ["generate", str(folder / "base"), "say Hello", "--adapter", str(folder / "run/adapter")]
+    assert main([*words, "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out == "Hello\n"
+
+
+@pytest.mark.parametrize("beams", ["1", "2"])
+def test_a_chat_stops_where_the_adapter_was_taught_to(
+    trained: Any, beams: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = trained
-    with_it = [str(folder / "base"), "--adapter", str(folder / "run/adapter"), "--max-new-tokens", "40"]
-    words = [
-        "eval",
-        with_it[0],
-        str(folder / "data.jsonl"),
-        *with_it[1:],
-        "--no-base",
-        "--out",
-        str(tmp_path / "e.json"),
-    ]
-    assert main(words) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["adapter"]["scores"]["exact_match"]["value"] == 1.0
-    capsys.readouterr()
-    assert main(["generate", with_it[0], "say Hello", *with_it[1:]]) == 0
-    assert capsys.readouterr().out == "Hello\n"
-    for beams in ("1", "2"):
-        lines = iter(["say all", "/new", "say no"])
-        monkeypatch.setattr("deltaw.cli.show.out.input", lambda *_, it=lines, **__: next(it, "/quit"))
-        assert main(["chat", *with_it, "--beams", beams]) == 0
-        shown = capsys.readouterr().out
-        assert "model › all\n" in shown and "model › no\n" in shown and END not in shown
+    words = ["chat", str(folder / "base"), "--adapter", str(folder / "run/adapter"), "--max-new-tokens", "40"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("say all\n/new\nsay no\n/quit\n"))
+    assert main([*words, "--beams", beams]) == 0
+    shown = capsys.readouterr().out
+    assert "model › all\n" in shown and "model › no\n" in shown and END not in shown
 
 
 def test_the_adapter_alone_knows_its_end(trained: Any) -> None:
@@ -189,7 +190,7 @@ def test_a_merge_without_ends_leaves_the_file_alone(tmp_path: Path) -> None:
     assert (tmp_path / "n" / model_folder.NAME).read_bytes() == path.read_bytes()
 
 
-def test_in_memory_and_on_disk_say_the_same(tmp_path: Path) -> None:
+def test_merges_in_memory_and_on_disk_write_the_same_end_tokens(tmp_path: Path) -> None:
     adapter = with_end(tmp_path, 77)
     words = ["merge", str(tmp_path / "base"), str(adapter), "-o"]
     assert main([*words, str(tmp_path / "disk"), "--check", "off"]) == 0
@@ -267,8 +268,7 @@ def test_a_chat_samples_by_its_seed(
     words = ["chat", str(folder / "base"), "--temperature", "1", "--max-new-tokens", "6", "--seed"]
 
     def said(seed: str, number: int) -> str:
-        lines = iter(["say all", "/new", "say all"])
-        monkeypatch.setattr("deltaw.cli.show.out.input", lambda *_, **__: next(lines, "/quit"))
+        monkeypatch.setattr("sys.stdin", io.StringIO("say all\n/new\nsay all\n/quit\n"))
         torch.manual_seed(number)
         assert main([*words, seed]) == 0
         return capsys.readouterr().out
@@ -280,12 +280,12 @@ def test_a_chat_says_where_nothing_ends_a_reply(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = trained
-    monkeypatch.setattr("deltaw.cli.show.out.input", lambda *_, **__: "/quit")
     shutil.copytree(folder / "base", tmp_path / "base")
     for end, said in ((END, False), ("\nUser:", True)):
         tokenizer = AutoTokenizer.from_pretrained(folder / "base")
         tokenizer.chat_template = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}" + end)
         tokenizer.save_pretrained(tmp_path / "base")
+        monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
         assert main(["chat", str(tmp_path / "base")]) == 0
         assert ("in no token to stop at" in capsys.readouterr().out) is said
         (tmp_path / "few.jsonl").write_text(json.dumps(CHATS[0]) + "\n")

@@ -17,7 +17,7 @@ from tests.methods.updates.test_weights import model_of, run
 @pytest.fixture
 def tuned(tiny: Any) -> Any:
     """The model with an update of rank 3 merged in for good."""
-    from deltaw.model.merge import settle
+    from deltaw.model.merging.merge import settle
 
     model = copy.deepcopy(tiny)
     fill(deltaw.attach(model, deltaw.LoRA(rank=3, alpha=4.5, targets="attention")), size=0.1)
@@ -41,11 +41,11 @@ def test_a_smaller_rank_has_the_error_that_it_says(tiny: Any, tuned: Any) -> Non
         assert found.errors[layer] == pytest.approx(missing, abs=1e-4) and missing > 0.01
 
 
-def test_energy_chooses_ranks(tiny: Any, tuned: Any) -> None:
+def test_energy_chooses_the_smallest_ranks_that_hold_it(tiny: Any, tuned: Any) -> None:
     assert set(extract(tiny, tuned, energy=0.9999).ranks.values()) == {3}
 
 
-def test_what_differs_besides_is_said(tiny: Any, tuned: Any) -> None:
+def test_parameters_that_differ_besides_are_named(tiny: Any, tuned: Any) -> None:
     with torch.no_grad():
         tuned.get_input_embeddings().weight[3] += 1.0
     assert extract(tiny, tuned, rank=3).others == (next(n for n, p in tiny.named_parameters()),)
@@ -72,7 +72,7 @@ def test_what_cannot_be_extracted_leaves_the_base(tiny: Any, tuned: Any) -> None
 @pytest.mark.parametrize("kind", ["Mixtral", "GPT-OSS", "encoder", "attention"])
 def test_weights_without_a_layer_are_extracted(kind: str) -> None:
     """With the defaults, on experts (also stored [k, d]) and on PyTorch's attention."""
-    from deltaw.model.merge import settle
+    from deltaw.model.merging.merge import settle
 
     base = model_of(kind)
     model = copy.deepcopy(base)

@@ -97,7 +97,7 @@ def test_a_block_that_is_opened_in_a_pass_holds_for_what_is_in_it(model: Any, id
 
 
 @torch.no_grad()
-def test_requests_of_one_event_loop(model: Any, ids: torch.Tensor, expected: Any) -> None:
+def test_requests_of_one_event_loop_go_through_their_own_adapters(model: Any, ids: torch.Tensor, expected: Any) -> None:
     async def request(name: str | None) -> None:
         with using(model, name):
             for _ in range(3):
@@ -169,7 +169,7 @@ def test_what_is_computed_again_goes_through_what_its_forward_went_through(
             torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_that_is_checkpointed_as_a_whole(ids: torch.Tensor) -> None:
+def test_a_model_that_is_checkpointed_as_a_whole_goes_through_what_its_forward_did(ids: torch.Tensor) -> None:
     torch.manual_seed(1)
     inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     model = nn.ModuleDict({"inner": inner})
@@ -241,7 +241,7 @@ def test_generate_goes_through_one_choice(settings: dict[str, Any], model: Any, 
     assert adapters(model).active == "b" and not torch.equal(generate(), wanted)
 
 
-def test_what_generate_is_to_others(model: Any, ids: torch.Tensor) -> None:
+def test_generate_has_the_signature_and_documentation_of_the_class(model: Any, ids: torch.Tensor) -> None:
     import inspect
 
     signature = inspect.signature(type(model).generate)

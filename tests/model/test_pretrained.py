@@ -9,37 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertLMHeadModel,
-    FNetConfig,
-    FNetForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    T5Config,
-    T5ForSequenceClassification,
-    XLNetConfig,
-    XLNetForSequenceClassification,
 )
 
 from deltaw import LoRA, TrainConfig, attach, save
 from deltaw.cli.main import main
-from deltaw.config import DataConfig
-from deltaw.data import read
 from deltaw.data.encode import Example
-from deltaw.data.items import Item, encode_labelled
+from deltaw.data.items import Item
 from deltaw.errors import ConfigError, DataError, FileError
-from deltaw.model.inputs import row_padding, settle_padding
-from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, pad_id, save_pretrained
+from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, save_pretrained
 from deltaw.runs.train import train
-from deltaw.training.opening import opened
 from deltaw.training.prepare import check_ids
-from deltaw.training.tasks import Classification
 from tests.conftest import byte_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.model.test_inputs import classifier
 
 
 @pytest.fixture
@@ -99,7 +84,7 @@ def test_what_would_be_silently_wrong_is_refused(folder: Path, spoil: Any) -> No
         load_pretrained(str(folder))
 
 
-def test_what_is_not_there(folder: Path) -> None:
+def test_a_model_or_device_that_is_not_there_is_an_error_that_says_so(folder: Path) -> None:
     for source, message in {
         f"{folder.parent}/modle": "There is no model at .*did you mean 'model'",
         str(folder / "tokenizer.json"): "is a file, but no GGUF file",
@@ -122,125 +107,6 @@ def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     expected = loaded.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in again.model.state_dict().items())
-
-
-def classifier(place: Path, kind: str, *, config_pad: int | None, tokenizer_pad: str | None) -> Path:
-    """A decoder with a head for two classes, and a tokenizer that has its own padding token or none."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = tokenizer_pad
-    sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "num_labels": 2,
-        "pad_token_id": config_pad,
-        "bos_token_id": 1,
-    }
-    torch.manual_seed(2)
-    if kind == "gpt2":
-        model: Any = GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **sizes))
-    else:
-        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-        model = LlamaForSequenceClassification(
-            LlamaConfig(num_key_value_heads=2, initializer_range=0.3, **small, **sizes)
-        )
-    model.config.id2label, model.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
-    save_pretrained(model, tokenizer, place / "classifier")
-    return place / "classifier"
-
-
-PADS = [(None, None), (0, None), (5, "<s>"), (None, "<s>"), (7, "!")]
-"""The config's padding token, and the tokenizer's. "!" is a token of texts."""
-
-
-@torch.no_grad()
-def plain_scores(model: Any, rows: list[list[int]], pad: int, *, left: bool = False) -> torch.Tensor:
-    """By transformers alone, all rows in one batch."""
-    width = max(map(len, rows))
-    gaps = [[pad] * (width - len(row)) for row in rows]
-    ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
-    mask = torch.tensor(
-        [[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for r, g in zip(rows, gaps, strict=True)]
-    )
-    return model.eval()(input_ids=ids, attention_mask=mask).logits
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(("config_pad", "tokenizer_pad"), PADS)
-def test_a_classifiers_scores_do_not_depend_on_padding(
-    tmp_path: Path, kind: str, config_pad: int | None, tokenizer_pad: str | None
-) -> None:
-    """A config with another padding token than the tokenizer's had the score taken at a token of the padding: 0.35 in logits."""
-    folder = classifier(tmp_path, kind, config_pad=config_pad, tokenizer_pad=tokenizer_pad)
-    data = DataConfig(task="classification", labels=["a", "b"])
-    loaded = opened(str(folder), data)
-    texts = [
-        "a text",
-        "one that is longer than others",
-        "b",
-        "with <|im_end|> in it",
-        "at its end !",
-        "and at its end <|im_end|>",
-    ]
-    records = read([{"text": t, "label": "a"} for t in texts], data)
-    items = encode_labelled(records, loaded.tokenizer, data).examples
-    together = Classification.logits(loaded, items, 6, lambda done: None)
-    alone = Classification.logits(loaded, items, 1, lambda done: None)
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    assert (together[0] - together[1]).abs().max() > 1e-3  # other texts, other scores
-    # what is saved is scored by transformers alone as here, padded on either side
-    save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved")
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
-    rows, pad = [item.inputs["input_ids"] for item in items], pad_id(loaded.tokenizer)
-    torch.testing.assert_close(plain_scores(plain, rows, pad), together, rtol=1e-4, atol=1e-5)
-    if kind == "llama":  # whose positions are relative
-        torch.testing.assert_close(plain_scores(plain, rows, pad, left=True), together, rtol=1e-3, atol=1e-4)
-    for row, score in zip(rows, together, strict=True):
-        torch.testing.assert_close(plain_scores(plain, [row], pad)[0], score, rtol=1e-4, atol=1e-5)
-
-
-def test_a_users_own_classifier_keeps_its_padding_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = classifier(tmp_path, "llama", config_pad=0, tokenizer_pad=None)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = opened(str(folder), DataConfig(task="classification", labels=["a", "b"])).tokenizer
-    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
-    assert model.config.pad_token_id == 0 and row_padding(model, 9) == 0
-    assert "pad_token_id 0, its tokenizer pads with" in caplog.text
-    model.config.pad_token_id = None  # transformers refuses several rows
-    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
-    assert model.config.pad_token_id == pad_id(tokenizer)
-
-
-def test_a_head_that_cannot_score_what_the_tokenizer_makes_is_refused_in_one_message(tmp_path: Path) -> None:
-    """T5's takes a text's end token, which this tokenizer does not put there: transformers' own ValueError came through."""
-    tokenizer = tiny_tokenizer()
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, num_labels=2,
-        eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=0,
-    )  # fmt: skip
-    save_pretrained(T5ForSequenceClassification(config), tokenizer, tmp_path / "t5")
-    with pytest.raises(
-        FileError, match=r"t5 cannot score a text: its T5ForSequenceClassification raises .* <eos> token"
-    ):
-        opened(str(tmp_path / "t5"), DataConfig(task="classification", labels=["a", "b"]))
-
-
-def test_a_head_that_takes_the_last_place_of_a_row_is_refused(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(1)
-    config = XLNetConfig(
-        vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=2, initializer_range=0.5,
-        pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    save_pretrained(XLNetForSequenceClassification(config), tokenizer, tmp_path / "xlnet")
-    data = DataConfig(task="classification", labels=["a", "b"])
-    for dtype in ("float32", "bfloat16"):
-        with pytest.raises(FileError, match="depend on padding: its XLNetForSequenceClassification"):
-            opened(str(tmp_path / "xlnet"), data, dtype=dtype)  # type: ignore[arg-type]
-    config = FNetConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, intermediate_size=48, max_position_embeddings=64,
-    )  # fmt: skip
-    save_pretrained(FNetForSequenceClassification(config), tokenizer, tmp_path / "fnet")
-    with pytest.raises(FileError, match="its FNetForSequenceClassification knows no mask"):
-        opened(str(tmp_path / "fnet"), data)
 
 
 def other_vocabulary(folder: Path) -> None:
@@ -349,7 +215,9 @@ def test_ids_without_an_embedding_are_named_by_record(tmp_path: Path) -> None:
         train(model, pairs, TrainConfig(out=str(tmp_path / "run"), samples=0), tokenizer=tokenizer)
 
 
-def test_generate_and_eval_say_it_too(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_generate_and_eval_refuse_a_tokenizer_longer_than_the_embedding(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
     loaded = load_pretrained(str(folder))
     loaded.tokenizer.add_tokens(["<new>"])
     loaded.tokenizer.save_pretrained(folder)

@@ -239,7 +239,7 @@ def test_sounds_of_several_lengths_are_followed_where_a_model_cuts_them_into_pie
         assert_rows(model, NAMES, x=torch.randn(4, length, 6))
 
 
-def test_what_says_that_rows_are_of_several_forms() -> None:
+def test_batches_whose_rows_have_several_forms_are_told_apart() -> None:
     ids, mask = torch.tensor([[7, 3, 9], [3, 7, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
     assert uneven({"input_ids": ids, "attention_mask": mask}, 2, frozenset([3])) == ""
     assert "places for [1, 0]" in uneven({"input_ids": torch.tensor([[3, 5], [5, 5]])}, 2, frozenset([3]))
@@ -278,3 +278,61 @@ def test_attention_takes_each_adapters_rows_by_themselves(first: bool, targets: 
     mask[1, 2:] = True
     assert slot_of(model.attn) is not None
     assert_rows(model, NAMES, x=torch.randn(4, 4, 8), mask=mask)
+
+
+class WithPositions(nn.Module):
+    """A layer is given what all rows share; the model does not say what inputs it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.places = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.at = nn.Buffer(torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor, *, shift: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner(x if shift is None else x + shift) + self.places(self.at)
+
+
+def test_a_model_that_mixes_the_rows_is_refused() -> None:
+    model = WithPositions().eval()
+    for name in "ab":
+        attach(model, LoRA(rank=2), name=name)
+    with pytest.raises(AdapterError, match=r"(?s)told apart.*places: its input is \(1, 12, 6\)"):  # noqa: SIM117
+        with route(model, ["a", "b"]):
+            model(torch.randn(2, 12, 6))
+    with route(model, ["a", "a"]):  # nothing to tell apart
+        model(torch.randn(2, 12, 6))
+
+
+@torch.no_grad()
+def test_a_model_whose_inputs_are_not_known_is_asked_with_its_first_batch() -> None:
+    model = WithPositions()
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2), name=name), name, seed=seed)
+    x, shift = torch.randn(3, 12, 6), torch.randn(3, 12, 6)
+    with (
+        pytest.raises(
+            AdapterError, match=r"(?s)cannot be told apart.*places: its input is \(1, 12, 6\) for a batch of 3"
+        ),
+        route(model, ["a", None, "b"]),
+    ):
+        model(x, shift=shift)
+    with pytest.raises(AdapterError, match="cannot be told apart"), route(model, ["a", "b"]):
+        pass
+    assert len(model._forward_pre_hooks) == 1  # the one that begins passes
+    with using(model, "a"):
+        model(x, shift=shift)
+
+
+@torch.no_grad()
+def test_the_first_batch_of_a_model_that_keeps_its_rows_apart_goes_through() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    for seed, name in enumerate("ab"):
+        fill(attach(model, LoRA(rank=2), name=name), name, seed=seed)
+    x = torch.randn(3, 7, 6)
+    names = ["a", None, "b"]
+    with route(model, names):
+        together, again = model(x), model(x)
+    assert torch.equal(together, again) and len(model._forward_pre_hooks) == 1
+    for row, name in enumerate(names):
+        with using(model, name):
+            torch.testing.assert_close(together[row], model(x)[row], rtol=1e-5, atol=1e-5)

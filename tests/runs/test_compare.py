@@ -61,7 +61,7 @@ def test_a_comparison_from_end_to_end(place: Path, capsys: pytest.CaptureFixture
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
     results = json.loads((out / "results.json").read_text())
     bitfit, timed = results["rows"][1], results["latency"]
-    assert "has none" in bitfit["notes"][0] and bitfit["parameters"] > 0 and len(bitfit["tried"]) == 2
+    assert "has no biases" in bitfit["notes"][0] and bitfit["parameters"] > 0 and len(bitfit["tried"]) == 2
     assert {row["what"] for row in timed} == {"forward", "decode, 8 tokens"} and all(r["base"] > 0 for r in timed)
 
     # Other settings are another comparison

@@ -178,7 +178,7 @@ def test_early_stop_keeps_the_best(small: Any, tmp_path: Path) -> None:
 def test_minutes_end_a_run(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     result = deltaw.train(
-        model, RECORDS, quick(tmp_path, epochs=1000, minutes=0.02), method=METHOD, tokenizer=tokenizer
+        model, RECORDS, quick(tmp_path, epochs=1000, minutes=0.005), method=METHOD, tokenizer=tokenizer
     )
     assert result.state.stopped == "minutes" and 0 < result.state.step < 6000
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 from deltaw.cli import show
 from deltaw.cli.flags import Chat
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from deltaw.model.pretrained import Pretrained
 
 _HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
+
+
+class _Streams(Protocol):
+    """A causal language model of transformers."""
+
+    def generate(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        generation_config: GenerationConfig,
+        streamer: TextStreamer | None,
+    ) -> Tensor:
+        """Return token ids [1, length], and hand them to the streamer meanwhile."""
 
 
 def run(command: Chat) -> None:
@@ -95,9 +109,10 @@ def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -
     config = settings(loaded.model, loaded.tokenizer, command.generation, ends)
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
     seed = mixed(command.generation.seed, len(messages))  # the same question twice may have two answers
+    model = cast(_Streams, loaded.model)
     with torch.no_grad(), drawing(loaded.model, command.generation, seed):
-        out = loaded.model.generate(
-            torch.tensor([ids], device=loaded.model.device),
+        out = model.generate(
+            input_ids=torch.tensor([ids], device=loaded.model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=loaded.model.device),
             generation_config=config,
             streamer=_streamer(loaded.tokenizer, config) if command.generation.beams == 1 else None,

@@ -14,7 +14,7 @@ from deltaw.files import units
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from deltaw.model.merge import MergeReport
+    from deltaw.model.merging.report import MergeReport
     from deltaw.runs.export import Compared
 
 # Bytes of a checkpoint whose merged logits are compared unasked: loading it twice takes seconds
@@ -104,7 +104,7 @@ def _checkpoint(command: Merge) -> Path | None:
 
 def _on_disk(command: Merge, base: Path, out: Path) -> _Merged:
     from deltaw.files.merge import merge_files
-    from deltaw.model.merge import MergeReport
+    from deltaw.model.merging.report import MergeReport
 
     adapter = Path(command.adapter)
     comparisons: list[Compared] = []
@@ -130,7 +130,7 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Merged:
 
 
 def _table(report: MergeReport, all_layers: bool) -> Table:
-    from deltaw.model.merge import MergeReport
+    from deltaw.model.merging.report import MergeReport
     from deltaw.runs.reports.train import MERGE_COLUMNS, merge_cells
 
     table = show.table(*MERGE_COLUMNS, title="Merge report")

@@ -60,7 +60,7 @@ def warn_of_no_end(loaded: Pretrained, records: Iterable[Record], data: DataConf
     from deltaw.data import template_of, turn_ends
     from deltaw.training.tasks import Causal, task_of
 
-    if task_of(data) is not Causal:
+    if not isinstance(task_of(data), Causal):
         return
     chats = any(template_of(form, loaded.tokenizer, data) == "chat" for form in {record.form for record in records})
     if chats and not turn_ends(loaded.tokenizer):

@@ -1,11 +1,11 @@
 """Records → tokens and masks → batches. Knows no model beyond its tokenizer.
 
 sources.py   files, folders, hub data sets, lists → rows with their places
-forms.py     rows → records: prompt/completion, chat, instruction, text
-prompts.py   which records are one item: those with the same prompt
+forms.py     rows → records: prompt/completion, chat, instruction, text, labelled, image
+prompts.py   items: records with the same prompt
 hold_out.py  records set aside by whole items
-records.py   the two together: read, and references for scoring
-endings.py   how the assistant's turns end
+records.py   sources and forms together: read, and references for scoring
+endings.py   the tokens that end the assistant's turns
 chat.py      conversations → tokens and exactly the assistant's
 encode.py    records → examples; prompts to generate from
 labels.py    classes and quantities

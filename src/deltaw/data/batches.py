@@ -1,7 +1,7 @@
-"""Which examples go into which batch, and batches as tensors. Knows lengths and token ids, nothing of text.
+"""Batches of examples, planned by length, and as tensors. Knows lengths and token ids, nothing of text.
 
-Examples of like length share a batch, so little is computed on padding; which they are is random, and others in each epoch.
-All of it follows from (seed, epoch), so a run resumes at any step without replaying the ones before.
+Examples of similar length share a batch, so little is computed on padding. The batches are random, and others in each epoch. All
+of it follows from (seed, epoch), so a run resumes at any step without replaying the ones before.
 """
 
 from __future__ import annotations
@@ -46,18 +46,19 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """How many predictions the loss is taken over."""
+        """Predictions that the loss is taken over."""
         return int(self.supervised.sum())
 
 
 def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int | None = None) -> list[list[int]]:
-    """All batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
+    """Return all batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
 
     A batch has `batch` records; with `tokens`, as many as fit that many tokens with their padding, and at least one.
     The records are shuffled and cut into windows of at most `WINDOW` batches and a tenth (`SHARE`) of all records. A window is
-    sorted by padded length, records of one length in random order, and cut into batches; with records for ten batches or fewer,
-    nothing is sorted. A batch that is not full may be of any length. The batches come in random order. Raises DataError for a
-    size below 1.
+    sorted by padded length, records of one length in random order, and cut into batches. With records for ten batches or fewer,
+    nothing is sorted. A batch that is not full may be of any length. The batches come in random order.
+
+    Raises DataError for a size below 1.
     """
     for name, value in (("batch", batch), ("batch_tokens", tokens)):
         if value is not None and value < 1:
@@ -71,7 +72,7 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
     width = max(1, min(WINDOW, math.ceil(len(sizes) // rows / SHARE)))  # batches of a window
 
     def fits(indices: Sequence[int]) -> bool:
-        """Whether these records make one batch. Where they are sorted, the longest is the first or the last."""
+        """Return whether these records fit one batch. Where they are sorted, the longest is the first or the last."""
         if tokens is None:
             return len(indices) <= rows
         ends = indices if width == 1 else (indices[0], indices[-1])
@@ -91,8 +92,10 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
 
 
 def _windows(count: int, rows: int, width: int) -> list[tuple[int, int]]:
-    """Where windows of that many records begin and end, all of nearly the same number of batches, at most `width` of `rows`
-    records."""
+    """Return the ends of windows over `count` records, all of nearly the same number of batches.
+
+    A window has at most `width` batches of `rows` records.
+    """
     batches = count // rows
     number = math.ceil(batches / width)
     ends = [batches * i // number * rows for i in range(1, number)]
@@ -102,7 +105,7 @@ def _windows(count: int, rows: int, width: int) -> list[tuple[int, int]]:
 def _cut(
     window: list[int], fits: Callable[[Sequence[int]], bool], chance: random.Random
 ) -> tuple[list[list[int]], list[int]]:
-    """Full batches of a window's records, and the rest for the next window.
+    """Return full batches of a window's records, and the rest for the next window.
 
     Batches are filled from the window's beginning up to a random one, and from its end down to that: where the records rise in
     length, the rest is of no certain length.
@@ -114,7 +117,7 @@ def _cut(
 
 
 def _filled(indices: Iterable[int], fits: Callable[[Sequence[int]], bool]) -> list[list[int]]:
-    """The indices in order, in batches each as large as may be."""
+    """Return the indices in order, in batches that are each as large as fits."""
     batches: list[list[int]] = []
     for index in indices:
         if batches and fits([*batches[-1], index]):
@@ -125,30 +128,35 @@ def _filled(indices: Iterable[int], fits: Callable[[Sequence[int]], bool]) -> li
 
 
 def padded(length: int) -> int:
-    """Tokens of a row of this length with its padding."""
+    """Return the tokens of a row of this length with its padding."""
     return -(-length // MULTIPLE) * MULTIPLE
 
 
 class Order:
-    """The records of each step of a run: a function of (seed, step) alone, so that a resumed run sees the same ones."""
+    """The records of each step of a run: a function of (seed, step) alone, so that a resumed run sees the same records.
+
+    It keeps the plan of one epoch at a time.
+    """
 
     def __init__(self, lengths: Sequence[int], *, batch: int, seed: int, tokens: int | None = None) -> None:
         self.lengths = lengths
         self.batch = batch
         self.seed = seed
         self.tokens = tokens
-        self._go_to(0, 0)
+        self._epoch, self._first, self._planned = 0, 0, self._plan(0)
 
     def steps(self, epochs: float) -> int:
-        """How many steps that many passes over the records take, at least 1. A step that is begun counts, but for a millionth
-        of one, which is rounding: 1.1 passes of 10 batches are 11 steps."""
+        """Return the steps of so many passes over the records, at least 1.
+
+        A step that is begun counts, unless it is a millionth of one, which is rounding: 1.1 passes of 10 batches are 11 steps.
+        """
         whole = int(epochs)
         part = math.ceil((epochs - whole) * self._count(whole) - 1e-6) if epochs > whole else 0
         counted = [self._count(epoch) for epoch in range(min(whole, COUNTED))]
         return max(1, part + (round(sum(counted) * whole / len(counted)) if counted else 0))
 
     def at(self, step: int) -> list[int]:
-        """Indices of the records of this step, counted from 0 over all epochs."""
+        """Return the indices of the records of a step, counted from 0 over all epochs."""
         if step < self._first:
             self._go_to(0, 0)
         while step >= self._first + len(self._planned):
@@ -166,8 +174,10 @@ class Order:
 
 
 def collate(examples: Sequence[Example], pad_id: int, most: int | None = None) -> Batch:
-    """Examples as one Batch, padded on the right with `pad_id`, which is neither attended to nor supervised. Padding alone
-    never makes a row longer than `most` tokens."""
+    """Return examples as one Batch, padded on the right with `pad_id`, which is neither attended to nor supervised.
+
+    Padding alone never makes a row longer than `most` tokens. Raises DataError without examples.
+    """
     import torch
 
     if not examples:

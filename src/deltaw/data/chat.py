@@ -1,14 +1,14 @@
 """Conversations → token ids and exactly the assistant's tokens. Knows a tokenizer and its chat template, no file.
 
-Where the assistant's text lies is found with prefixes. Let W be the rendered conversation. For the assistant message
+Prefixes show where the assistant's text lies. Let W be the rendered conversation. For the assistant message
 i, P is the rendering of messages[:i] with the generation prompt, Q that of messages[:i+1]. If P and Q are prefixes of
 W as text, *and* their token ids are prefixes of W's token ids, then the ids between are exactly those of the turn,
 and what a model is given to generate from (P's ids) is exactly what it was trained after. This holds for every
-tokenizer, with or without offsets. Whatever fails is refused with the reason; nothing is guessed.
+tokenizer, with or without offsets. A conversation that fails is refused with the reason; nothing is guessed.
 
 A message that begins with the template's BOS or ends with a turn's end already gets no second one. Supervised are the
 content and the end-of-turn token (endings.py), not white space that the template puts after that token. In a template
-with {% generation %} marks, what the marks enclose is supervised instead (transformers finds it, we check it).
+with {% generation %} marks, the text inside the marks is supervised instead (transformers finds it, we check it).
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaw.data.endings import Ending, Ids, Turn, tokens_of
 from deltaw.data.forms import Message
 from deltaw.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENIZED_AT_ONCE = 2000  # texts per call: enough to keep the threads busy, little enough to keep memory flat
 
-Spans = list[tuple[str, str]]  # per supervised span: all the text before it, and all the text up to its end
+Spans = list[tuple[str, str]]
+"""For each supervised span: all the text before it, and all the text up to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Conversation:
     ids: Ids
     supervised: list[bool]
     endings: list[Ending]
-    """Of each assistant's turn."""
+    """One for each assistant's turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +52,38 @@ class _Rendered:
 
     @property
     def texts(self) -> list[str]:
-        """All that has to be tokenized."""
+        """All texts that have to be tokenized."""
         spans = [text for span in self.spans for text in span]
         return [self.whole, *spans, *(text for turn in self.turns for text in (turn.before, turn.end))]
 
 
-def encode_chat(messages: Sequence[Message], tokenizer: Any, *, place: str = "conversation") -> tuple[Ids, list[bool]]:
-    """Token ids [t] of a whole conversation and which of them are supervised [t]. DataError where that is not exact."""
-    found = encode_chats([messages], tokenizer, [place])[0]
-    return found.ids, found.supervised
+def encode_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, place: str = "conversation"
+) -> tuple[Ids, list[bool]]:
+    """Return token ids [t] of a whole conversation and which of them are supervised [t].
+
+    Raises DataError where that cannot be told exactly.
+    """
+    (conversation,) = encode_chats([messages], tokenizer, [place])
+    return conversation.ids, conversation.supervised
 
 
 def encode_chats(
-    conversations: Sequence[Sequence[Message]], tokenizer: Any, places: Sequence[str]
+    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, places: Sequence[str]
 ) -> list[Conversation]:
-    """`encode_chat` of many conversations, tokenized together. One DataError lists every conversation that fails."""
+    """Encode many conversations as `encode_chat` does, tokenized together.
+
+    Raises one DataError with every conversation that fails.
+    """
     check_template(tokenizer)
     marks = _marks_of(tokenizer)
     return _encoded([marks.without(messages) for messages in conversations], tokenizer, places)
 
 
-def _encoded(conversations: Sequence[Sequence[Message]], tokenizer: Any, places: Sequence[str]) -> list[Conversation]:
-    """`encode_chats`, of messages as they are."""
+def _encoded(
+    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, places: Sequence[str]
+) -> list[Conversation]:
+    """Encode conversations whose messages have none of the template's marks in them."""
     encoded: list[Conversation] = []
     problems: list[str] = []
     for at in range(0, len(conversations), _TOKENIZED_AT_ONCE):
@@ -95,9 +109,11 @@ def _encoded(conversations: Sequence[Sequence[Message]], tokenizer: Any, places:
 _TRIAL = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
-def turn_ends(tokenizer: Any) -> Ids:
-    """The tokens with which the chat template ends an assistant's turn, found in a conversation of two words. Empty where that
-    is plain text, or where the template takes no such conversation."""
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Return the tokens with which the chat template ends an assistant's turn, read off a conversation of two words.
+
+    Empty where plain text ends it, or where the template takes no such conversation.
+    """
     try:
         endings = _encoded([_TRIAL], tokenizer, [""])[0].endings
     except DataError:
@@ -107,13 +123,13 @@ def turn_ends(tokenizer: Any) -> Ids:
 
 @dataclass(frozen=True, slots=True)
 class _Marks:
-    """What the template puts around messages, which a message that has it already is to have once."""
+    """Marks that the template puts around messages. A message that has them already gets no second ones."""
 
     begin: tuple[str, ...]
     end: tuple[str, ...]
 
     def without(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages without such tokens at their start and end, and white space after these."""
+        """Return the messages without the marks at their start and end, and white space after these."""
         return tuple(replace(m, content=self._bare(m.content)) for m in messages)
 
     def _bare(self, content: str) -> str:
@@ -123,8 +139,8 @@ class _Marks:
         return content if last is None else content.rstrip().removesuffix(last)
 
 
-def _marks_of(tokenizer: Any) -> _Marks:
-    """BOS where the template renders it, and what ends a turn; with that the tokenizer's eos, which would be a second end."""
+def _marks_of(tokenizer: PreTrainedTokenizerBase) -> _Marks:
+    """Return BOS where the template renders it, and the ends of a turn, with the tokenizer's eos, which would be a second end."""
     ends = [str(word) for word in tokenizer.convert_ids_to_tokens(turn_ends(tokenizer))]
     ends += [tokenizer.eos_token] if ends and tokenizer.eos_token else []
     bos = str(getattr(tokenizer, "bos_token", None) or "")
@@ -135,27 +151,30 @@ def _marks_of(tokenizer: Any) -> _Marks:
     return _Marks((bos,) if begins else (), tuple(dict.fromkeys(ends)))
 
 
-def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> Ids:
-    """Token ids to generate the next assistant message from: the conversation so far and the generation prompt."""
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Return token ids to generate the next assistant message from: the conversation and the generation prompt.
+
+    Raises DataError where the tokenizer has no chat template, or the template refuses the conversation.
+    """
     check_template(tokenizer)
     text = _render(_marks_of(tokenizer).without(messages), tokenizer, prompt=True)
     return tokenized([text], tokenizer)[text]
 
 
-def tokenized(texts: Iterable[str], tokenizer: Any) -> dict[str, Ids]:
-    """Text → token ids, no special tokens added; equal texts are tokenized once, all of them in few calls."""
+def tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Ids]:
+    """Return text → token ids, no special tokens added. Equal texts are tokenized once, all of them in few calls."""
     unique = list(dict.fromkeys(texts))
-    found: dict[str, Ids] = {}
+    ids_of: dict[str, Ids] = {}
     for at in range(0, len(unique), _TOKENIZED_AT_ONCE):
         part = unique[at : at + _TOKENIZED_AT_ONCE]
-        # verbose=False: the tokenizer's own warning about length is answered by our too_long policy
+        # verbose=False: the setting too_long answers the tokenizer's warning about length
         ids = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        found.update(zip(part, ids, strict=True))
-    return found
+        ids_of.update(zip(part, ids, strict=True))
+    return ids_of
 
 
-def check_template(tokenizer: Any) -> None:
-    """DataError if the tokenizer has no chat template."""
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "This tokenizer has no chat template, which chat records need. Use an instruction-tuned model's tokenizer, "
@@ -163,19 +182,19 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) -> str:
-    """Text of a conversation. DataError with the template's own message if it refuses (roles out of turn, say)."""
+def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False) -> str:
+    """Return the text of a conversation. Raises DataError with the template's message if it refuses, for example roles."""
     try:
-        return tokenizer.apply_chat_template(
-            [m.as_dict() for m in messages], tokenize=False, add_generation_prompt=prompt
+        return str(
+            tokenizer.apply_chat_template([m.as_dict() for m in messages], tokenize=False, add_generation_prompt=prompt)
         )
-    except Exception as error:  # jinja2's own, and whatever a template provokes
+    except Exception as error:  # jinja2's errors, and any that a template provokes
         roles = ", ".join(m.role for m in messages) or "none"
         raise DataError(f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}") from error
 
 
-def _render_spans(messages: Sequence[Message], tokenizer: Any) -> _Rendered:
-    """A conversation's text, its assistant's turns, and its supervised spans."""
+def _render_spans(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Rendered:
+    """Return a conversation's text, its assistant's turns, and its supervised spans."""
     whole = _render(messages, tokenizer)
     turns: list[Turn] = []
     for i, message in enumerate(messages):
@@ -199,36 +218,40 @@ def _render_spans(messages: Sequence[Message], tokenizer: Any) -> _Rendered:
     return _Rendered(whole, turns, spans)
 
 
-def _begun(part: str, whole: str, tokenizer: Any) -> str:
-    """The first messages of a conversation as the whole has them: without the eos that some templates (Phi's) put once, behind
-    the last turn."""
+def _begun(part: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the first messages of a conversation as the whole has them.
+
+    Some templates (Phi's) put one eos after the last turn, which is no part of the whole.
+    """
     bare = part.removesuffix(tokenizer.eos_token or "")
     return bare if whole.startswith(bare) and not whole.startswith(part) else part
 
 
 def _check_prefix(part: str, whole: str, what: str) -> None:
-    """DataError that shows where `part` leaves `whole`: the template rewrites, drops or adds text as turns follow."""
+    """Raise DataError that shows where `part` leaves `whole`: the template rewrites, drops or adds text as turns follow."""
     if whole.startswith(part):
         return
     at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
     raise DataError(
         f"{what} is not how the whole conversation begins: at character {at + 1} it has {part[at : at + 30]!r}, "
         f"the whole has {whole[at : at + 30]!r}. The template changes a turn once others follow (it drops earlier "
-        "thinking, for instance). Use a template that keeps turns as they are, or records that end with that turn."
+        "thinking, for example). Use a template that keeps turns as they are, or records that end with that turn."
     )
 
 
-def _marked(messages: Sequence[Message], tokenizer: Any, template: str, whole: str, turns: Spans) -> Spans:
-    """The spans inside {% generation %} marks; each must lie in an assistant turn, and each turn must have one."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+def _marked(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, whole: str, turns: Spans
+) -> Spans:
+    """Return the spans inside {% generation %} marks; each must lie in an assistant turn, and each turn must have one."""
+    from transformers.utils import chat_template_utils
 
-    rendered: Any = render_jinja_template(  # annotated as str, but it is (texts, spans)
+    render: Any = chat_template_utils.render_jinja_template  # annotated to return a str, and it returns (texts, spans)
+    texts, marks = render(
         conversations=[[m.as_dict() for m in messages]],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    texts, marks = rendered
     if texts[0] != whole:
         raise DataError("the template renders differently each time, so its {% generation %} marks have no place.")
     spans = [(a, b) for a, b in marks[0] if b > a]
@@ -245,15 +268,17 @@ def _marked(messages: Sequence[Message], tokenizer: Any, template: str, whole: s
 
 
 class _Reader:
-    """From rendered conversations to their tokens. `ids`: of all their texts."""
+    """A tokenizer's view of rendered conversations. `ids`: the tokens of all their texts."""
 
-    def __init__(self, tokenizer: Any, ids: dict[str, Ids]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: dict[str, Ids]) -> None:
         self.tokenizer, self.ids = tokenizer, ids
         self.added, self.special = _added_ids(tokenizer), _special_ids(tokenizer)
 
     def conversation(self, rendered: _Rendered) -> Conversation:
-        """Its tokens, which of them lie in its spans [t], and how its turns end. DataError where a boundary falls inside a
-        token."""
+        """Return its tokens [t], which of them lie in its spans [t], and how its turns end.
+
+        Raises DataError where a boundary falls inside a token.
+        """
         tokens = self.ids[rendered.whole]
         ends = [tokens_of(turn, self.ids[turn.end], self.special, self.added) for turn in rendered.turns]
         known = self.special.union(*ends)
@@ -270,12 +295,12 @@ class _Reader:
 
     def _endings(self, rendered: _Rendered, ends: Sequence[Ids], tokens: Ids, mask: Sequence[bool]) -> list[Ending]:
         starts = [self._boundary(turn.before, rendered.whole) for turn in rendered.turns]
-        found = []
-        for turn, own, start, stop in zip(rendered.turns, ends, starts, [*starts[1:], len(tokens)], strict=True):
+        endings = []
+        for turn, of_turn, start, stop in zip(rendered.turns, ends, starts, [*starts[1:], len(tokens)], strict=True):
             supervised = {tokens[i] for i in range(start, stop) if mask[i]}
-            learnt = tuple(token for token in own if token in supervised)
-            found.append(Ending(tuple(own), learnt, turn.text if turn.tail is None else turn.tail))
-        return found
+            learnt = tuple(token for token in of_turn if token in supervised)
+            endings.append(Ending(tuple(of_turn), learnt, turn.text if turn.tail is None else turn.tail))
+        return endings
 
     def _boundary(self, text: str, whole: str) -> int:
         part, tokens = self.ids[text], self.ids[whole]
@@ -290,19 +315,19 @@ class _Reader:
         )
 
     def _without_tail(self, tokens: Ids, start: int, end: int, special: frozenset[int]) -> int:
-        """The span's end without white space after its last special token; without such a token, the end as it is."""
+        """Return the span's end without white space after its last special token; without such a token, the end as it is."""
         last = next((i for i in range(end - 1, start - 1, -1) if tokens[i] in special), None)
         if last is None or last == end - 1:
             return end
-        tail = self.tokenizer.decode(tokens[last + 1 : end], clean_up_tokenization_spaces=False)
+        tail = str(self.tokenizer.decode(tokens[last + 1 : end], clean_up_tokenization_spaces=False))
         return end if tail.strip() else last + 1
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of special tokens, also those that only the added-tokens table calls special (<|eot_id|>)."""
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of special tokens, also of those that only the added-tokens table calls special (<|eot_id|>)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
-def _added_ids(tokenizer: Any) -> frozenset[int]:
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(getattr(tokenizer, "added_tokens_decoder", {}))

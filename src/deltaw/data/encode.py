@@ -1,4 +1,4 @@
-"""Records → token ids and which of them are supervised. Knows a tokenizer, no file and no model.
+"""Records → token ids and the mask of the supervised ones. Knows a tokenizer, no file and no model.
 
 plain   [BOS] prompt+separator | completion EOS    prompt and completion are tokenized apart, so generation, which has
                                                    the prompt alone, sees the very ids that training saw
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaw.config import DataConfig
 from deltaw.data import chat
@@ -22,18 +22,23 @@ from deltaw.data.forms import Message, Record
 from deltaw.data.records import Records
 from deltaw.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 INSTRUCTION = "### Instruction:\n{prompt}\n\n### Response:\n"
-"""What a plain instruction record without an input is prompted with; `separator` follows."""
+"""The prompt of a plain instruction record without an input; `separator` follows."""
 INSTRUCTION_INPUT = "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
 """The same with an input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids [t] and which of them the loss is taken over [t]; `supervised[0]` is False."""
+    """A record in tokens."""
 
     input_ids: list[int]
+    """[t]"""
     supervised: list[bool]
+    """[t]; True where the loss is taken. The first is False."""
     place: str
 
     @property
@@ -44,7 +49,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the records."""
+    """Counts of what became of the records."""
 
     records: int
     kept: int
@@ -64,24 +69,25 @@ class Encoded:
     """Each an Example, or an Item of another task."""
     counts: Counts
     records: list[int]
-    """The number of the record that each example is of: those that were dropped have none."""
+    """The number of each example's record. Dropped records have none."""
     ends: tuple[int, ...] = ()
-    """The tokens that end what is learnt: where a model trained on these stops."""
+    """The tokens that end the answers: a model trained on these stops there."""
     note: str | None = None
-    """What to tell the user of answers that teach no end."""
+    """A warning of answers that teach no end."""
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens of each example."""
         return [e.length for e in self.examples]
 
 
-def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
-    """Every record as an Example. One DataError lists all records that cannot be, and what to do."""
+def encode(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoded:
+    """Return every record as an Example. Raises one DataError with all records that cannot be, and what to do."""
     template = template_of(records.form, tokenizer, config)
     note = None
     if template == "chat":
         wholes, endings = _chats(records.items, tokenizer, config)
-        ends, note = taught(endings), problem(endings, tokenizer.convert_ids_to_tokens)
+        ends, note = taught(endings), problem(endings, lambda token: str(tokenizer.convert_ids_to_tokens(token)))
     else:
         wholes, ends = _plains(records.items, tokenizer, config), (int(tokenizer.eos_token_id),)
     examples: list[Example] = []
@@ -114,8 +120,11 @@ def encode(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
     return Encoded(examples, _count(examples, len(records), truncated, dropped), numbers, ends, note)
 
 
-def encode_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:
-    """Token ids to generate the record's completion from: what comes before it in `encode`, not truncated."""
+def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
+    """Return token ids to generate the record's completion from: those before it in `encode`, not truncated.
+
+    Raises DataError for a record without a prompt.
+    """
     if template_of(record.form, tokenizer, config) == "chat":
         return chat.prompt_ids(with_system(record.context, config.system), tokenizer)
     if record.form == "text":
@@ -127,14 +136,14 @@ def encode_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[in
     return ids
 
 
-def prompt_ends(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[int]:
-    """The tokens that end an answer to these records' prompts by the prompts' form: the chat template's, where they have one."""
+def prompt_ends(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
+    """Return the tokens that end an answer to these records' prompts: the chat template's, where they are chats."""
     chats = any(template_of(form, tokenizer, config) == "chat" for form in {record.form for record in records})
     return chat.turn_ends(tokenizer) if chats else []
 
 
-def template_of(form: str, tokenizer: Any, config: DataConfig) -> str:
-    """`chat` or `plain`, as `config.template` says. DataError if the form, tokenizer or other settings forbid it."""
+def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """Return `chat` or `plain`, as `config.template` says. Raises DataError if the form, tokenizer or settings forbid it."""
     has = bool(getattr(tokenizer, "chat_template", None))
     template = config.template
     if template == "auto":
@@ -160,36 +169,36 @@ def template_of(form: str, tokenizer: Any, config: DataConfig) -> str:
 
 
 def plain_prompt(record: Record, separator: str) -> str:
-    """The prompt's text without a chat template."""
+    """Return the prompt's text without a chat template."""
     if record.form != "instruction":
         return record.prompt + separator
     form = INSTRUCTION_INPUT if record.input else INSTRUCTION
     return form.format(prompt=record.prompt, input=record.input) + separator
 
 
-def ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """With one EOS at the end: the text's own, without white space after it, or one that is added."""
+def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids with one EOS at the end: the text's, without white space after it, or one that is added."""
     end = tokenizer.eos_token_id
     last = len(ids) - ids[::-1].index(end) if end in ids else 0
-    if last and not tokenizer.decode(ids[last:], clean_up_tokenization_spaces=False).strip():
+    if last and not str(tokenizer.decode(ids[last:], clean_up_tokenization_spaces=False)).strip():
         return ids[:last]
     return [*ids, end]
 
 
-def as_said(completions: Sequence[str], tokenizer: Any) -> list[str]:
-    """Records' completions as a model says them: without an end token that they have in their text, and white space after it."""
+def as_said(completions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return completions as a model says them: without an end token in their text, and white space after it."""
     chats = bool(getattr(tokenizer, "chat_template", None))
     ends = [*tokenizer.convert_ids_to_tokens(chat.turn_ends(tokenizer) if chats else []), tokenizer.eos_token]
-    found = []
+    bare_ones = []
     for completion in completions:
         bare = completion.rstrip()
         last = next((end for end in ends if end and bare.endswith(end)), None)
-        found.append(completion if last is None else bare.removesuffix(last))
-    return found
+        bare_ones.append(completion if last is None else bare.removesuffix(last))
+    return bare_ones
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """The conversation with a system message in front, unless it has one or `system` is None."""
+    """Return the conversation with a system message in front, unless it has one or `system` is None."""
     if system is None or (messages and messages[0].role in ("system", "developer")):
         return tuple(messages)
     return (Message("system", system), *messages)
@@ -201,31 +210,35 @@ _NO_PROMPT = (
 )
 
 
-def _chats(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> tuple[list[Example], list[Ending]]:
-    """The records, and how each answer in them ends. Tokens after the last supervised one are left out: they teach nothing and
-    cost a pass each."""
+def _chats(
+    items: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[list[Example], list[Ending]]:
+    """Return the records in tokens, and how each answer in them ends.
+
+    Tokens after the last supervised one are left out: they teach nothing and cost time.
+    """
     encoded = chat.encode_chats(
         [with_system(r.conversation, config.system) for r in items], tokenizer, [r.place for r in items]
     )
-    found = []
+    examples = []
     for record, one in zip(items, encoded, strict=True):
         end = len(one.supervised) - one.supervised[::-1].index(True)
-        found.append(Example(one.ids[:end], one.supervised[:end], record.place))
-    return found, [ending for one in encoded for ending in one.endings]
+        examples.append(Example(one.ids[:end], one.supervised[:end], record.place))
+    return examples, [ending for one in encoded for ending in one.endings]
 
 
-def _plains(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
-    """Plain examples, prompts and completions tokenized apart; equal prompts once."""
+def _plains(items: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Example]:
+    """Return plain examples, prompts and completions tokenized apart; equal prompts once."""
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "This tokenizer has no eos_token, so a completion could never end. Set one "
-            "(tokenizer.eos_token = '<|endoftext|>', say, if the vocabulary has it) or use template: chat."
+            "This tokenizer has no eos_token, so a completion could never end. Set one that the vocabulary has "
+            "(for example tokenizer.eos_token = '<|endoftext|>'), or use template: chat."
         )
     bos = _bos(tokenizer)
     prompts = ["" if r.form == "text" else plain_prompt(r, config.separator) for r in items]
     completions = [r.completion or "" for r in items]
     tokens = chat.tokenized([*prompts, *completions], tokenizer)
-    found: list[Example] = []
+    examples: list[Example] = []
     problems: list[str] = []
     for record, prompt, completion in zip(items, prompts, completions, strict=True):
         before, answer = _begun(bos, tokens[prompt]), tokens[completion]
@@ -236,28 +249,28 @@ def _plains(items: Sequence[Record], tokenizer: Any, config: DataConfig) -> list
             problems.append(f"{record.place}: {_NO_PROMPT}")
         mask = [False] * len(before) + [True] * len(answer)
         mask[0] = False  # the first token of a text without BOS: nothing predicts it
-        found.append(Example(before + answer, mask, record.place))
+        examples.append(Example(before + answer, mask, record.place))
     if problems:
         raise DataError(f"{len(problems)} of {len(items)} records cannot be encoded:", problems)
-    return found
+    return examples
 
 
 def _begun(bos: list[int], ids: list[int]) -> list[int]:
-    """With BOS in front, where the tokenizer puts one there and the text has none of its own."""
+    """Return the ids with BOS in front, where the tokenizer puts one there and the text has none."""
     return list(ids) if bos and ids[:1] == bos else [*bos, *ids]
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    """[BOS] if the tokenizer begins text with it by default, else []."""
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return [BOS] if the tokenizer begins text with it by default, else []."""
     ids = tokenizer("a")["input_ids"]
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
 def _cut(example: Example, config: DataConfig, *, bos: list[int], text: bool) -> Example | str:
-    """The example in max_length tokens, or why it cannot be cut.
+    """Return the example in max_length tokens, or why it cannot be cut.
 
-    Left of the prompt goes first, BOS stays. Of a conversation only whole answers stay supervised. A text has no
-    prompt: it loses its end, and the end token with it.
+    The left of the prompt is cut, BOS stays. In a conversation only whole answers stay supervised. A text has no prompt: it loses
+    its end, and the end token with it.
     """
     ids, mask, most = example.input_ids, example.supervised, config.max_length
     long = f"it has {len(ids)} tokens, over max_length {most}"
@@ -279,7 +292,7 @@ def _cut(example: Example, config: DataConfig, *, bos: list[int], text: bool) ->
 
 
 def _start_of_last(mask: list[bool]) -> int:
-    """Where the last run of supervised tokens starts."""
+    """Return the index where the last run of supervised tokens starts."""
     end = len(mask) - mask[::-1].index(True)
     return next((i + 1 for i in range(end - 1, -1, -1) if not mask[i]), 0)
 

@@ -1,5 +1,5 @@
-"""How the assistant's turns end: the tokens that a chat template puts there, by which a model that has learnt them stops. Knows
-texts and tokens; no tokenizer.
+"""Ends of the assistant's turns: tokens that a chat template puts there, where a model that learned them stops. Knows texts and
+tokens; no tokenizer.
 """
 
 from __future__ import annotations
@@ -23,51 +23,54 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole turn as rendered."""
         return self.after[len(self.before) :]
 
     @property
     def tail(self) -> str | None:
-        """What the template puts after the content; None where the content does not begin the turn as it is."""
+        """The template's text after the content; None where the turn does not begin with the content as it is."""
         content = self.content.strip()
         return self.text.lstrip()[len(content) :] if self.text.lstrip().startswith(content) else None
 
     @property
     def end(self) -> str:
-        """The text whose tokens end it: the template's own, or the whole turn where there is none, or it cannot be told."""
+        """The text whose tokens end the turn: the template's; the whole turn where there is none or it cannot be told."""
         return self.tail if self.tail and self.tail.strip() else self.text.rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a turn ends in tokens."""
+    """The end of a turn in tokens."""
 
     tokens: tuple[int, ...]
-    """Tokens that a model can stop at: those of the template there that are each one whole, not part of ordinary text."""
+    """Tokens that a model can stop at: the template's tokens there that are no part of ordinary text."""
     learnt: tuple[int, ...]
-    """The supervised ones of them."""
+    """The supervised ones among them."""
     text: str
-    """What stands there, without the content where that can be told."""
+    """The rendered text there, without the content where that can be told."""
 
 
 def tokens_of(turn: Turn, ids: Ids, special: Collection[int], added: Collection[int]) -> Ids:
-    """The tokens that end a turn; none where plain text does. `ids`: of the turn's end. `added`: all the tokens that were added
-    to the vocabulary, which may stand for ordinary words: those of the content end nothing.
+    """Return the tokens that end a turn; none where plain text ends it.
 
-    All special tokens behind the content do: some templates have two, or one more behind a conversation's last turn."""
+    All special tokens after the content do: some templates have two, or one more after a conversation's last turn. Added tokens
+    may stand for ordinary words, so the content's end nothing.
+
+    ids: the tokens of the turn's end. special, added: ids of the special tokens, and of all tokens added to the vocabulary.
+    """
     if turn.end == turn.tail and turn.content.strip():
         return [token for token in ids if token in special] or [token for token in ids if token in added][-1:]
     return [token for token in ids[-1:] if token in special]
 
 
 def taught(endings: Iterable[Ending]) -> tuple[int, ...]:
-    """The tokens that a model trained on these learns to stop at, the most frequent first."""
+    """Return the tokens that a model trained on these learns to stop at, the most frequent first."""
     counts = Counter(token for ending in endings for token in dict.fromkeys(ending.learnt))
     return tuple(token for token, _ in counts.most_common())
 
 
 def problem(endings: Sequence[Ending], word_of: Callable[[int], str]) -> str | None:
-    """What to tell the user where some turns teach no end. `word_of`: a token's text by its id."""
+    """Return what to tell the user where some turns teach no end, else None. `word_of`: a token's text by its id."""
     plain = [e.text for e in endings if not e.tokens]
     left_out = [word_of(e.tokens[0]) for e in endings if e.tokens and not e.learnt]
     never = "A model trained on them does not learn to stop there, and goes on until max_new_tokens"

@@ -1,4 +1,4 @@
-"""The forms a record may have and how each becomes a `Record`. Knows no file and no tokenizer.
+"""Forms that a record may have, and how each becomes a `Record`. Knows no file and no tokenizer.
 
     prompt       {"prompt": str, "completion": str}
     chat         {"messages": [{"role", "content"}, …]}, or {"conversations": [{"from", "value"}, …]}
@@ -8,7 +8,7 @@
                  names for the texts
     image        {"image": a path, an array [h, w] or [h, w, channels], or a PIL image, "label": as above}
 
-Other fields are ignored. Each `make` returns a Record or the lines that say why there is none.
+Other fields are ignored. Each `make` returns a Record, or the lines that say why there is none.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
-from deltaw.data.sources import Row, show
+from deltaw.data.sources import Fields, Row, show
 from deltaw.errors import DataError, nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -33,11 +33,13 @@ FIELDS: dict[str, str] = {
     "labelled": "text, label, and of pairs text_pair",
     "image": "image, label",
 }
+Label = str | float | None
+"""A class's name or number, or a quantity."""
 PAIRS = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"), ("sentence", None), ("text", None),
 )  # fmt: skip
-"""Names that a labelled record's texts have; the first two that are both there."""
+"""Names of a labelled record's texts; the first pair that is there counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Message:
     content: str
 
     def as_dict(self) -> dict[str, str]:
-        """What chat templates take."""
+        """Return the message as chat templates take it."""
         return {"role": self.role, "content": self.content}
 
 
@@ -56,10 +58,14 @@ class Message:
 class Record:
     """One record; `form` is one of FIELDS.
 
-    prompt form: `prompt`, `completion`. instruction: the instruction is `prompt`, with its `input`.
-    text: `prompt` is empty and `completion` is the text. chat: `messages` is the whole conversation, `completion` the
-    last assistant message, `prompt` the last message before it (for people to read; the model sees `context`).
-    labelled: `prompt` is the text, `input` the second one of a pair. image: `image`. Both have a `label`.
+    prompt: `prompt` and `completion`.
+    instruction: the instruction is `prompt`, with its `input`.
+    text: `prompt` is empty and `completion` is the text.
+    chat: `messages` is the whole conversation, `completion` the last assistant message, and `prompt` the last message before it,
+    for people to read; the model sees `context`.
+    labelled: `prompt` is the text, `input` the second one of a pair, with a `label`.
+    image: `image`, with a `label`.
+
     `completion` and `label` are None only where prompts alone were asked for.
     """
 
@@ -67,10 +73,11 @@ class Record:
     prompt: str
     completion: str | None
     place: str
+    """The file and line, or the number in a list, for messages."""
     messages: tuple[Message, ...] | None = None
     input: str = ""
-    label: str | int | float | None = None
-    image: Any = None
+    label: Label = None
+    image: object = None
 
     @property
     def question(self) -> str:
@@ -79,7 +86,7 @@ class Record:
 
     @property
     def context(self) -> tuple[Message, ...]:
-        """The conversation that the completion answers; one user message for a record that is no chat."""
+        """The conversation that the completion answers; one user message for records of other forms than chat."""
         if self.messages is None:
             return (Message("user", self.question),)
         return self.messages if self.completion is None else self.messages[: last_assistant(self.messages)]
@@ -94,19 +101,21 @@ class Record:
 
 
 def last_assistant(messages: Sequence[Message]) -> int:
-    """Index of the last assistant message; -1 if there is none."""
+    """Return the index of the last assistant message; -1 if there is none."""
     return max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
 
 
-def recognise(found: Sequence[Row], source: str, *, completions: bool, labels: bool = True) -> str:
-    """The form that the first records have; without `labels`, a label is a field like any other. DataError if they have none or
-    more than one, with the fields found."""
-    first = [fields for _, fields in found[:20]]
+def recognise(rows: Sequence[Row], source: str, *, completions: bool, labels: bool = True) -> str:
+    """Return the form that the first records have. Without `labels`, a label is a field like any other.
+
+    Raises DataError, with the fields, if they have no form or more than one.
+    """
+    first = [fields for _, fields in rows[:20]]
     counts = Counter(form for fields in first for form in _fits(fields, completions, labels))
     there = list(dict.fromkeys(str(field) for fields in first for field in fields))
     most = max(counts.values(), default=0)
     forms = [form for form in FIELDS if counts[form] == most and most]
-    if forms == ["text"] and labels and completions and any(fields.get("label") is not None for _, fields in found):
+    if forms == ["text"] and labels and completions and any(fields.get("label") is not None for _, fields in rows):
         return "labelled"  # so that each one without a label is named
     if len(forms) == 1:
         return forms[0]
@@ -122,7 +131,7 @@ def recognise(found: Sequence[Row], source: str, *, completions: bool, labels: b
     raise DataError(f"{source}: no known form has the fields {names}. Rename them to those of one form:\n{known}{tail}")
 
 
-def _fits(fields: Mapping[str, Any], completions: bool, labels: bool) -> list[str]:
+def _fits(fields: Fields, completions: bool, labels: bool) -> list[str]:
     need = {
         "prompt": ("prompt", "completion") if completions else ("prompt",),
         "instruction": ("instruction", "output") if completions else ("instruction",),
@@ -138,54 +147,53 @@ def _fits(fields: Mapping[str, Any], completions: bool, labels: bool) -> list[st
     return forms + ["chat"] * chat
 
 
-def texts_of(fields: Mapping[str, Any]) -> tuple[str, str | None] | None:
-    """The names of a labelled record's text, and of the second one of a pair."""
+def texts_of(fields: Fields) -> tuple[str, str | None] | None:
+    """Return the names of a labelled record's text, and of the second one of a pair."""
     there = [pair for pair in PAIRS if all(fields.get(name) is not None for name in pair if name is not None)]
     return there[0] if there else None
 
 
-def make(form: str, place: str, fields: Mapping[str, Any], *, completions: bool) -> Record | list[str]:
-    """One record of a known form, or what is wrong with it (a line each, beginning with `place`)."""
-    made = _MAKERS[form](place, fields, completions)
-    return made if isinstance(made, Record) else [f"{place}: {line}" for line in made]
+def make(form: str, place: str, fields: Fields, *, completions: bool) -> Record | list[str]:
+    """Return one record of a known form, or what is wrong with it (a line each, beginning with `place`)."""
+    record = _MAKERS[form](place, fields, completions)
+    return record if isinstance(record, Record) else [f"{place}: {line}" for line in record]
 
 
-def _prompt(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+def _prompt(place: str, fields: Fields, completions: bool) -> Record | list[str]:
     lines = _text(fields, "prompt", empty=True) + _answer(fields, "completion", completions)
-    return lines or Record("prompt", fields["prompt"], fields.get("completion") if completions else None, place)
+    return lines or Record("prompt", _str(fields, "prompt"), _str(fields, "completion") if completions else None, place)
 
 
-def _instruction(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+def _instruction(place: str, fields: Fields, completions: bool) -> Record | list[str]:
     lines = _text(fields, "instruction") + _answer(fields, "output", completions)
     if fields.get("input") is not None:
         lines += _text(fields, "input", empty=True)
-    answer = fields.get("output") if completions else None
-    return lines or Record("instruction", fields["instruction"], answer, place, input=fields.get("input") or "")
+    answer = _str(fields, "output") if completions else None
+    return lines or Record("instruction", _str(fields, "instruction"), answer, place, input=_str(fields, "input"))
 
 
-def _plain_text(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+def _plain_text(place: str, fields: Fields, completions: bool) -> Record | list[str]:
     if not completions:
         return ["a text record has no prompt to complete; give it as {'prompt': …}"]
-    return _text(fields, "text") or Record("text", "", fields["text"], place)
+    return _text(fields, "text") or Record("text", "", _str(fields, "text"), place)
 
 
-def _labelled(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+def _labelled(place: str, fields: Fields, completions: bool) -> Record | list[str]:
     names = texts_of(fields) or ("text", None)
     lines = [line for name in names if name is not None for line in _text(fields, name)] + _label(fields, completions)
-    second = fields[names[1]] if names[1] is not None and not lines else ""
-    return lines or Record("labelled", fields[names[0]], None, place, input=second, label=fields.get("label"))
+    second = _str(fields, names[1]) if names[1] is not None else ""
+    return lines or Record("labelled", _str(fields, names[0]), None, place, input=second, label=_label_of(fields))
 
 
-def _image(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+def _image(place: str, fields: Fields, completions: bool) -> Record | list[str]:
     lines = [_missing(fields, "image")] if fields.get("image") is None else []
     lines += _label(fields, completions)
-    named = isinstance(fields.get("image"), str)
-    prompt = fields["image"] if named else "an image"
-    return lines or Record("image", prompt, None, place, label=fields.get("label"), image=fields["image"])
+    prompt = _str(fields, "image") or "an image"
+    return lines or Record("image", prompt, None, place, label=_label_of(fields), image=fields["image"])
 
 
-def _label(fields: Mapping[str, Any], wanted: bool) -> list[str]:
-    """What is wrong with a label: a class's name or number, or a quantity."""
+def _label(fields: Fields, wanted: bool) -> list[str]:
+    """Return what is wrong with a label, which is a class's name or number, or a quantity."""
     value = fields.get("label")
     if value is None and "label" in fields:
         return ["field 'label' is null; fill it in, leave the record out, or set task: causal"] if wanted else []
@@ -198,7 +206,7 @@ def _label(fields: Mapping[str, Any], wanted: bool) -> list[str]:
     return [f"field 'label' must be the name or number of a class, or a quantity, found {show(value)}"]
 
 
-def _chat(place: str, fields: Mapping[str, Any], completions: bool) -> Record | list[str]:
+def _chat(place: str, fields: Fields, completions: bool) -> Record | list[str]:
     name = "messages" if fields.get("messages") is not None else "conversations"
     turns = fields.get(name)
     if turns is None:
@@ -218,8 +226,8 @@ def _chat(place: str, fields: Mapping[str, Any], completions: bool) -> Record | 
     return Record("chat", messages[answer - 1].content if answer else "", messages[answer].content, place, messages)
 
 
-def _message(turn: Any, where: str, lines: list[str]) -> Message:
-    """One turn; what is wrong with it goes to `lines`, as all turns are checked before any is used."""
+def _message(turn: object, where: str, lines: list[str]) -> Message:
+    """Return one turn. Add what is wrong with it to `lines`: all turns are checked before any is used."""
     if not isinstance(turn, Mapping):
         lines.append(f"{where} must be an object with role and content, found {show(turn)}")
         return Message("user", "")
@@ -228,10 +236,10 @@ def _message(turn: Any, where: str, lines: list[str]) -> Message:
     role = _ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         known = (*ROLES, *_ALIASES)
-        found = (
+        wrong = (
             _missing(turn, role_key) if role_key not in turn else f"unknown role {role!r}{nearest(str(role), known)}"
         )
-        lines.append(f"{where}: {found}; roles are {', '.join(ROLES)}")
+        lines.append(f"{where}: {wrong}; roles are {', '.join(ROLES)}")
     if turn.get("tool_calls"):
         lines.append(f"{where}: tool_calls are not supported yet; write the call as the message's text")
     else:
@@ -239,12 +247,12 @@ def _message(turn: Any, where: str, lines: list[str]) -> Message:
     return Message(str(role), content if isinstance(content, str) else "")
 
 
-def _answer(fields: Mapping[str, Any], name: str, wanted: bool) -> list[str]:
+def _answer(fields: Fields, name: str, wanted: bool) -> list[str]:
     return _text(fields, name) if wanted else []
 
 
-def _text(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> list[str]:
-    """What is wrong with a text field: nothing, or one line."""
+def _text(fields: Fields, name: str, *, empty: bool = False) -> list[str]:
+    """Return what is wrong with a text field: nothing, or one line."""
     value = fields.get(name)
     if name not in fields:
         return [_missing(fields, name)]
@@ -262,7 +270,18 @@ def _text(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> list[
     return []
 
 
-def _missing(fields: Mapping[str, Any], name: str) -> str:
+def _str(fields: Fields, name: str) -> str:
+    """Return a text field that was found to be right; empty where it may be missing."""
+    value = fields.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _label_of(fields: Fields) -> Label:
+    """Return the label, which was found to be right where it is wanted."""
+    return cast(Label, fields.get("label"))
+
+
+def _missing(fields: Fields, name: str) -> str:
     there = [str(f) for f in fields]
     spare = [f for f in there if f not in _KNOWN]  # a field that has its own meaning is no misspelling of another
     return f"field {name!r} is missing{nearest(name, spare)}; the record has {', '.join(there) or 'no fields'}"
@@ -282,7 +301,7 @@ _KNOWN = (
     "image",
 )
 
-_MAKERS: dict[str, Callable[[str, Mapping[str, Any], bool], Record | list[str]]] = {
+_MAKERS: dict[str, Callable[[str, Fields, bool], Record | list[str]]] = {
     "prompt": _prompt,
     "chat": _chat,
     "instruction": _instruction,

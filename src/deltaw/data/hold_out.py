@@ -1,5 +1,7 @@
-"""Records set aside by whole items, so that no prompt is on both sides. Every set that is cut from another is cut here. Knows
-records; nothing of what a set is for."""
+"""Records set aside by whole items, so that no prompt is on both sides. Knows records; nothing of what a set is for.
+
+Every set that is cut from another is cut here.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ _EXACT_RECORDS, _EXACT_ITEMS = 1000, 20_000
 
 
 def hold_out(records: Sequence[Record], count: int, *, most: int, seed: int, source: str, instead: str) -> list[int]:
-    """The numbers of about `count` records to hold out, at most `most`, in whole items, and never all.
+    """Return the numbers of about `count` records to hold out, at most `most`, in whole items, and never all.
 
-    The sum is the nearest to `count` that whole items allow; if the smallest item has more than `most`, it is that one.
-    The same seed gives the same records. Raises DataError for records of a single item; `instead` says what to do.
+    The sum is the nearest to `count` that whole items allow. If even the smallest item has more than `most`, that item is held
+    out. The same seed gives the same records.
+
+    Raises DataError for records of a single item; `instead` says what to do.
     """
     members = list(items_in(records).values())
     if len(members) < 2:
@@ -29,16 +33,20 @@ def hold_out(records: Sequence[Record], count: int, *, most: int, seed: int, sou
 
 
 def sample(records: Sequence[Record], most: int, *, seed: int) -> list[int]:
-    """The numbers of at most `most` records in whole items: all in their order where they are few, else drawn by the seed. Of
-    items that all have more than `most`, it is the smallest."""
+    """Return the numbers of at most `most` records in whole items: all in their order where they are few, else drawn by `seed`.
+
+    If even the smallest item has more than `most`, it is that one.
+    """
     if len(records) <= most:
         return list(range(len(records)))
     return _drawn(list(items_in(records).values()), most, most, seed, len(records))
 
 
 def first(records: Sequence[Record], most: int) -> list[int]:
-    """The numbers of the first items' records, in their order: as many whole items as have at most `most` records together, and
-    one at least."""
+    """Return the numbers of the first items' records, in their order.
+
+    They are as many whole items as have at most `most` records together, and one at least.
+    """
     picked: list[int] = []
     for item in items_in(records).values():
         if picked and len(picked) + len(item) > most:
@@ -48,7 +56,7 @@ def first(records: Sequence[Record], most: int) -> list[int]:
 
 
 def _drawn(members: list[list[int]], count: int, most: int, seed: int, limit: int) -> list[int]:
-    """Records of items in random order, their number in 1 … min(most, limit) and the nearest to `count`."""
+    """Return records of items in random order, their number in 1 … min(most, limit) and the nearest to `count`."""
     import torch
 
     places = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -69,8 +77,10 @@ def _drawn(members: list[list[int]], count: int, most: int, seed: int, limit: in
 
 
 def _nearest(sizes: Sequence[int], count: int, most: int, *, empty: bool) -> list[int]:
-    """Which of these, in their order, sum as near to `count` as can be, the less of two: at most `most`, and 0 only if `empty`.
-    Nothing where none does."""
+    """Return the indices of sizes whose sum is the nearest to `count`, the smaller of two.
+
+    The sum is at most `most`, and 0 only if `empty`. Without such a sum the result is empty.
+    """
     most = min(most, count + max(sizes, default=0))
     mask = (1 << (most + 1)) - 1
     reach = [1]  # bit s: some of the sizes from here to the end sum to s

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,25 +13,37 @@ from deltaw.data.forms import Record
 from deltaw.data.sources import show
 from deltaw.errors import DataError, FileError, first_line
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from transformers import BaseImageProcessor
 
-def pixels(records: Sequence[Record], processor: Any) -> list[Any]:
-    """Each record's picture as the model's processor makes it, fp32 [channels, h, w]. Raises one DataError with every picture
-    that is none."""
-    found, problems = [], []
+
+def pixels(records: Sequence[Record], processor: BaseImageProcessor) -> list[NDArray[np.float32]]:
+    """Return each record's picture as the model's processor makes it, fp32 [channels, h, w].
+
+    Raises one DataError with every picture that cannot be used.
+    """
+    pictures, problems = [], []
     for record in records:
         try:
             picture = opened(record.image)
-            found.append(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32))
+            pictures.append(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32))
         except (DataError, FileError, OSError, ValueError, TypeError) as error:
             problems.append(f"{record.place}: {first_line(error)}")
     if problems:
         raise DataError(f"{len(problems)} of {len(records)} records have a picture that cannot be used:", problems)
-    return found
+    return pictures
 
 
-def opened(image: Any) -> Any:
-    """An array uint8 [h, w, 3] of an array, nested lists, a PIL image, or the path of a file; an array of floats goes through as
-    it is."""
+def opened(image: object) -> NDArray[np.generic]:
+    """Return a picture as an array, uint8 [h, w, channels]; an array of floats stays as it is.
+
+    image: an array, nested lists, a PIL image, the path of a file, or a mapping with a path or bytes. A grey picture gets three
+    equal channels.
+
+    Raises DataError for what is no picture, FileError where reading it needs a package that is not installed.
+    """
     if isinstance(image, dict) and (image.get("bytes") or image.get("path")):  # as data sets keep them in parquet
         image = _decoded(image["bytes"]) if image.get("bytes") else image["path"]
     if isinstance(image, (str, Path)):
@@ -47,25 +60,28 @@ def opened(image: Any) -> Any:
     return array if np.issubdtype(array.dtype, np.floating) else array.astype(np.uint8)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> Image | NDArray[np.generic]:
     if path.suffix == ".npy":
-        return np.load(path)
+        array: NDArray[np.generic] = np.load(path)
+        return array
     if not path.is_file():
         raise DataError(f"there is no picture {path}")
-    return _pil().open(path)
+    picture: Image = _pil().open(path)
+    return picture
 
 
-def _decoded(content: bytes) -> Any:
+def _decoded(content: bytes) -> Image:
     import io
 
-    return _pil().open(io.BytesIO(content))
+    picture: Image = _pil().open(io.BytesIO(content))
+    return picture
 
 
-def _pil() -> Any:
+def _pil() -> ModuleType:
     try:
-        from PIL import Image
+        from PIL import Image as pil
     except ImportError as error:
         raise FileError(
             "Reading picture files needs a package that is not installed: pip install 'deltaw[vision]'"
         ) from error
-    return Image
+    return pil

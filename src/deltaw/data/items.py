@@ -1,5 +1,5 @@
-"""Records of tasks other than the next token → a model's inputs and what it is to say; and batches of these. Knows a tokenizer or
-an image processor, no model.
+"""Records of tasks other than the next token → a model's inputs and targets, and their batches. Knows a tokenizer or an image
+processor, no model.
 
 labelled   the text, or the pair of texts, as the tokenizer encodes it for classification; target: a class's number or a quantity
 image      the picture as the processor prepares it; target: a class's number
@@ -11,9 +11,9 @@ A text that has the tokenizer's own first or last token already gets no second o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from deltaw.config import DataConfig
 from deltaw.data.batches import padded
@@ -25,29 +25,34 @@ from deltaw.data.records import Records
 from deltaw.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+Input: TypeAlias = "list[int] | NDArray[np.float32] | Tensor"
+"""A number for each token, or a picture."""
 IGNORED = -100
-"""In place of a target where there is none: padding."""
+"""The target of padding, over which no loss is taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A record as a model takes it."""
+    """A record as a model takes it, with its target."""
 
-    inputs: dict[str, Any]
+    inputs: Mapping[str, Input]
     """By the model's own names: a list of whole numbers for each token, or an array."""
     target: int | float | list[int] | None
     place: str
 
     @property
     def length(self) -> int:
-        """Tokens; 1 of what has none."""
+        """Tokens; 1 where there are none."""
         return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else 1
 
     @property
     def targets(self) -> int:
-        """How many predictions the loss is taken over."""
+        """Predictions that the loss is taken over."""
         return len(self.target) if isinstance(self.target, list) else 1
 
 
@@ -59,23 +64,27 @@ class ItemBatch:
     target: Tensor
     """Classes int64 [n], quantities float32 [n], or tokens int64 [n, t] with IGNORED as padding."""
     targets: int
-    """How many predictions the loss is taken over."""
+    """Predictions that the loss is taken over."""
 
 
-def encode_labelled(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
-    """Texts and pairs with their labels: classes are numbered by `config.labels`, without which labels are quantities. Raises one
-    DataError with every record that cannot be used."""
+def encode_labelled(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoded:
+    """Return texts and pairs with their labels. `config.labels` numbers the classes; without it, labels are quantities.
+
+    Raises one DataError with every record that cannot be used.
+    """
     targets = _targets(records, config)
     inputs, lengths = texts(records.items, tokenizer, config.max_length, config.too_long == "truncate")
-    items = [Item(each, target, r.place) for each, target, r in zip(inputs, targets, records.items, strict=True)]
+    items = [Item(row, target, r.place) for row, target, r in zip(inputs, targets, records.items, strict=True)]
     return _kept(items, lengths, records, config)
 
 
 def texts(
-    records: Sequence[Record], tokenizer: Any, most: int, cut: bool = True
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, most: int, cut: bool = True
 ) -> tuple[list[dict[str, list[int]]], list[int]]:
-    """The tokenizer's encoding of each record's text or pair, in at most so many tokens where they may be cut (of a pair, the
-    longer text first); and the number of tokens before."""
+    """Return the tokenizer's encoding of each record's text or pair, and the number of its tokens before it was cut.
+
+    Where they may be cut, they have at most `most` tokens; of a pair, the longer text is cut first.
+    """
     bare = _Bare(tokenizer)
     seconds = [bare.end(r.input) for r in records] if any(r.input for r in records) else None
     firsts = [bare.start(r.prompt) if seconds else bare.end(bare.start(r.prompt)) for r in records]
@@ -86,8 +95,8 @@ def texts(
     return [{name: list(encoded[name][i]) for name in names} for i in range(len(records))], lengths
 
 
-def encode_images(records: Records, processor: Any, config: DataConfig) -> Encoded:
-    """Pictures with their labels. Raises one DataError with every record that cannot be used."""
+def encode_images(records: Records, processor: BaseImageProcessor, config: DataConfig) -> Encoded:
+    """Return pictures with their labels. Raises one DataError with every record that cannot be used."""
     targets = _targets(records, config)
     values = pixels(records.items, processor)
     items = [
@@ -96,9 +105,11 @@ def encode_images(records: Records, processor: Any, config: DataConfig) -> Encod
     return _kept(items, [1] * len(items), records, config)
 
 
-def encode_seq2seq(records: Records, tokenizer: Any, config: DataConfig) -> Encoded:
-    """Prompts for the encoder and completions for the decoder, each in at most max_length tokens. Raises one DataError with every
-    record that cannot be used."""
+def encode_seq2seq(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoded:
+    """Return prompts for the encoder and completions for the decoder, each in at most max_length tokens.
+
+    Raises one DataError with every record that cannot be used.
+    """
     if records.form not in ("prompt", "instruction"):
         raise DataError(
             f"{records.source}: a model with an encoder learns from prompt or instruction records, and these are {records.form} "
@@ -119,20 +130,22 @@ def encode_seq2seq(records: Records, tokenizer: Any, config: DataConfig) -> Enco
     return replace(encoded, ends=(int(tokenizer.eos_token_id),))
 
 
-def encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[list[int]]:
-    """The tokens of each record's prompt, as in training: without the left of one that is longer than max_length."""
+def encoder_inputs(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[list[int]]:
+    """Return the tokens of each record's prompt, as in training: one longer than max_length loses its left."""
     return [prompt.within(config.max_length) for prompt in _encoder_inputs(records, tokenizer, config)]
 
 
 _NO_END = (
-    "This tokenizer has no eos_token, so that completions teach no end: what is trained does not learn to stop, and goes on "
-    "until max_new_tokens."
+    "This tokenizer has no eos_token, so completions teach no end: the model does not learn to stop, and generates until "
+    "max_new_tokens."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """A text's tokens, between what the tokenizer puts before and after every one."""
+    """A text's tokens, between those that the tokenizer puts before and after every text."""
 
     before: list[int]
     text: list[int]
@@ -140,11 +153,11 @@ class _Parts:
 
     @property
     def ids(self) -> list[int]:
-        """All of them."""
+        """The tokens of the whole row."""
         return [*self.before, *self.text, *self.after]
 
     def within(self, most: int | None) -> list[int]:
-        """In at most so many tokens: the left of the text goes, as of a decoder's prompt. Of very few, the last are left."""
+        """Return at most so many tokens: the left of the text is cut. Of very few, the last are left."""
         ids = self.ids
         if most is None or len(ids) <= most:
             return ids
@@ -152,7 +165,7 @@ class _Parts:
         return [*self.before, *self.text[-room:], *self.after] if room > 0 else ids[-most:]
 
 
-def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[_Parts]:
+def _encoder_inputs(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[_Parts]:
     bare = _Bare(tokenizer)
     prompts = [bare.end(bare.start(_prompt(r, config))) for r in records]
     whole = tokenizer(prompts, verbose=False).input_ids
@@ -162,7 +175,7 @@ def _encoder_inputs(records: Sequence[Record], tokenizer: Any, config: DataConfi
 
 
 def _check_none_empty(lengths: Sequence[int], records: Sequence[Record], what: str) -> None:
-    """Raise DataError with every record whose row would have no token: a model computes nothing from it."""
+    """Raise DataError with every record whose row would have no token: a model computes nothing from that."""
     problems = [f"{r.place}: its {what} has no token" for r, n in zip(records, lengths, strict=True) if not n]
     if problems:
         raise DataError(
@@ -177,15 +190,15 @@ _MOST_BEFORE = 8
 
 
 def _parts(ids: list[int], text: list[int]) -> _Parts:
-    """Where a text's own tokens are among all that encoding it gives."""
+    """Split the encoding of a text into the text's tokens and those around them."""
     for at in range(min(len(ids) - len(text), _MOST_BEFORE) + 1):
         if ids[at : at + len(text)] == text:
             return _Parts(ids[:at], text, ids[at + len(text) :])
     return _Parts([], ids, [])
 
 
-def _decoder_targets(records: Sequence[Record], tokenizer: Any) -> list[list[int]]:
-    """The tokens of each completion and, whatever the tokenizer adds, an end token."""
+def _decoder_targets(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of each completion and, whatever the tokenizer adds, an end token."""
     bare, end = _Bare(tokenizer), tokenizer.eos_token_id
     completions = [bare.end(bare.start(r.completion or "")) for r in records]
     whole = tokenizer(text_target=completions, verbose=False).input_ids
@@ -197,21 +210,21 @@ def _decoder_targets(records: Sequence[Record], tokenizer: Any) -> list[list[int
 
 
 class _Bare:
-    """Takes from a text what the tokenizer puts before and after every one."""
+    """Removes from a text the tokens that the tokenizer puts before and after every text."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         ids, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
         parts = _parts(list(ids), list(text))
         self.first, self.last = (tokenizer.convert_ids_to_tokens(part) for part in (parts.before, parts.after))
 
     def start(self, text: str) -> str:
-        """Without the tokens in front."""
+        """Return the text without the tokens in front."""
         for mark in self.first:
             text = text.removeprefix(mark)
         return text
 
     def end(self, text: str) -> str:
-        """Without the tokens at the end, and white space after them."""
+        """Return the text without the tokens at the end, and white space after them."""
         bare = text.rstrip()
         for mark in reversed(self.last):
             bare = bare.removesuffix(mark)
@@ -229,7 +242,7 @@ def _targets(records: Records, config: DataConfig) -> Sequence[int | float]:
 
 
 def _kept(items: list[Item], lengths: Sequence[int], records: Records, config: DataConfig) -> Encoded:
-    """The items, without those that are too long where these are to be dropped. Raises DataError where they may not be."""
+    """Return the items, without too long ones where these are to be dropped. Raises DataError where they are an error."""
     long = [i for i, n in enumerate(lengths) if n > config.max_length]
     if long and config.too_long == "error":
         problems = [
@@ -254,8 +267,11 @@ def _kept(items: list[Item], lengths: Sequence[int], records: Records, config: D
 
 
 def collate_items(items: Sequence[Item], pad_id: int, most: int | None = None) -> ItemBatch:
-    """Items as one batch. Token lists are padded on the right, ids with `pad_id` and others with 0, but never over `most` by the
-    padding; an attention mask is added to them."""
+    """Return items as one batch, with an attention mask where they have tokens.
+
+    Lists are padded on the right, ids with `pad_id` and others with 0. Padding alone makes no row longer than `most`. Raises
+    DataError without items.
+    """
     import torch
 
     if not items:
@@ -263,22 +279,24 @@ def collate_items(items: Sequence[Item], pad_id: int, most: int | None = None) -
     inputs: dict[str, Tensor] = {}
     for name in items[0].inputs:
         values = [item.inputs[name] for item in items]
-        if isinstance(values[0], list):
-            inputs[name] = _filled(values, pad_id if name == "input_ids" else 0, most)
+        rows = [value for value in values if isinstance(value, list)]
+        if rows:
+            inputs[name] = _filled(rows, pad_id if name == "input_ids" else 0, most)
         else:
             inputs[name] = torch.stack([torch.as_tensor(v) for v in values])
     if "input_ids" in inputs:
         lengths = torch.tensor([item.length for item in items])
         inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
     targets = [item.target for item in items]
-    if isinstance(targets[0], list):
-        target = _filled(targets, IGNORED, most)
+    completions = [target for target in targets if isinstance(target, list)]
+    if completions:
+        target = _filled(completions, IGNORED, most)
     else:
         target = torch.tensor([float("nan") if t is None else t for t in targets])
     return ItemBatch(inputs, target, sum(item.targets for item in items))
 
 
-def _filled(rows: Sequence[Any], value: int, most: int | None) -> Tensor:
+def _filled(rows: Sequence[list[int]], value: int, most: int | None) -> Tensor:
     import torch
 
     longest = max(len(row) for row in rows)

@@ -1,7 +1,7 @@
-"""What the labels of records are: classes by name, or quantities. Knows records; nothing of models.
+"""Labels of records: classes by name, or quantities. Knows records; nothing of models.
 
 A class's name is its label as text, so 1 in a JSON file and "1" in a CSV file are the same class. Nothing here decides by a
-single record: labels that would make another task than the others do are refused, each by its file and line.
+single record: labels that would make another task than the others are refused, each by its file and line.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import numbers
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
-from deltaw.data.forms import Record
+from deltaw.data.forms import Label, Record
 from deltaw.errors import DataError, nearest
 
 _MOST_CLASSES = 1000
@@ -22,13 +21,13 @@ _UNLABELLED = {"<na>", "nat", "null", "nil", "none", "na", "n/a", "n.a.", "(blan
 _NO_VALUE = re.compile(r"[+-]?(nan|inf|infinity)\b.*|[+-]?1\.#(s?nan|qnan|inf|ind).*|#[a-z/_0]+[!?]?", re.IGNORECASE)
 """Numbers that cannot be used, and errors of a spreadsheet: nan(ind), -inf, 1.#QNAN, #DIV/0!."""
 _NO_NAMES = {"nan", "NaN", "NAN", "<NA>", "NaT", "null", "NULL", "None"}
-"""Those that are no class either, unless the settings name it as one. (A class may well be called none.)"""
+"""Texts that are no class either, unless the settings name them as one. (A class may well be called none.)"""
 _WITH_COMMAS = re.compile(r"[+-]?\d+(,\d+)+(\.\d+)?")
 _WHOLE = re.compile(r"[+-]?\d+\.0+")
 
 
 def are_quantities(records: Sequence[Record], source: str = "") -> bool:
-    """Whether the labels are numbers to predict rather than classes: numbers all, and not whole ones all.
+    """Return whether the labels are numbers to predict, not classes: all of them numbers, and some not whole.
 
     Raises one DataError with every record whose label does not fit the others: a nan among numbers, a word among decimals, a
     number with a comma.
@@ -39,13 +38,15 @@ def are_quantities(records: Sequence[Record], source: str = "") -> bool:
 
 
 def _value(record: Record) -> float | None:
-    """A label as a number; true and false are none."""
+    """Return a label as a number; true and false are none."""
     return None if isinstance(record.label, bool) else number(record.label)
 
 
 def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> None:
-    """Raise one DataError with every record whose label stands for none, or has a comma where the others are numbers; with
-    `decimals`, every one that is no number."""
+    """Raise one DataError with every record whose label stands for none, or has a comma where the others are numbers.
+
+    With `decimals`, every label that is no number is in it too.
+    """
     labelled = [r for r in records if r.label is not None]
     rest = [r for r in labelled if _value(r) is None]
     words = [r for r in rest if not (_WITH_COMMAS.fullmatch(_text(r)) or _is_empty(r))]
@@ -70,7 +71,7 @@ def _check_alike(records: Sequence[Record], source: str, *, decimals: bool) -> N
 
 
 def _is_empty(record: Record) -> bool:
-    """Whether the label may stand for none: n/a, ?, a dash, a number that is none or infinite, an error of a spreadsheet."""
+    """Return whether the label may stand for none: n/a, ?, a dash, nan, infinity, an error of a spreadsheet."""
     text = _text(record)
     if text.lower() in _UNLABELLED or _NO_VALUE.fullmatch(text) or _overflows(text):
         return True
@@ -80,7 +81,7 @@ def _is_empty(record: Record) -> bool:
 
 
 def _overflows(text: str) -> bool:
-    """Whether a text is a number beyond those that there are: 1e400."""
+    """Return whether a text is a number too large for a float: 1e400."""
     try:
         return math.isinf(float(text))
     except ValueError:
@@ -91,10 +92,10 @@ def _text(record: Record) -> str:
     return str(record.label).strip()
 
 
-def number(label: Any) -> float | None:
-    """A label as a finite number (also of a CSV cell's text), or None."""
-    if isinstance(label, str) and "_" in label:
-        return None  # which Python would leave out: 1_0 is a name
+def number(label: Label) -> float | None:
+    """Return a label as a finite number (also of a CSV cell's text), or None."""
+    if label is None or (isinstance(label, str) and "_" in label):
+        return None  # Python would read 1_0 as 10: it is a name
     try:
         value = float(label)
     except (TypeError, ValueError, OverflowError):
@@ -102,8 +103,8 @@ def number(label: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def class_name(label: Any) -> str:
-    """A label as the name of a class: 1, 1.0, "1", "1.0" and true are "1". "007" stays what it is."""
+def class_name(label: Label) -> str:
+    """Return a label as the name of a class: 1, 1.0, "1", "1.0" and true are "1". "007" stays as it is."""
     if isinstance(label, numbers.Real) and float(label).is_integer():
         return str(int(float(label)))
     text = str(label).strip()
@@ -111,31 +112,36 @@ def class_name(label: Any) -> str:
 
 
 def class_names(records: Sequence[Record], source: str = "") -> list[str]:
-    """The classes that there are: numbers by their size, names by the alphabet. Raises DataError, with the records' `source`,
-    where these cannot be classes, or some have no label."""
+    """Return the records' classes: numbers by their size, names by the alphabet.
+
+    Raises DataError, with the records' `source`, where these cannot be classes, or a label stands for none.
+    """
     _check_alike(records, source, decimals=False)
-    found = sorted({class_name(r.label) for r in records if r.label is not None})
-    if all(number(name) is not None for name in found):
-        found.sort(key=float)
-    if "-1" in found and len(found) > 2:
+    names = sorted({class_name(r.label) for r in records if r.label is not None})
+    if all(number(name) is not None for name in names):
+        names.sort(key=float)
+    if "-1" in names and len(names) > 2:
         places = [r.place for r in records if class_name(r.label) == "-1"]
         raise DataError(
-            f"{len(places)} records have the label -1 ({places[0]}, say), with which data sets mark labels that they keep "
+            f"{len(places)} records have the label -1 (for example {places[0]}), with which data sets mark labels that they keep "
             "secret. Leave these records out, or name all classes with labels."
         )
-    if len(found) < 2:
+    if len(names) < 2:
         said = f"All labels of {source}" if source else "All labels"
-        raise DataError(f"{said} are {found[0] if found else 'missing'!r}: there is nothing to tell apart.")
-    if len(found) > _MOST_CLASSES:
+        raise DataError(f"{said} are {names[0] if names else 'missing'!r}: there is nothing to tell apart.")
+    if len(names) > _MOST_CLASSES:
         raise DataError(
-            f"The labels are {len(found):,} different ones, {found[0]!r} and {found[1]!r} among them: more than classes could "
+            f"The labels are {len(names):,} different ones, {names[0]!r} and {names[1]!r} among them: more than classes could "
             "be. Set task: regression if they are quantities."
         )
-    return found
+    return names
 
 
 def class_indices(records: Sequence[Record], names: Sequence[str], source: str) -> list[int]:
-    """The number of each record's class among `names`. Raises one DataError with every record of another class."""
+    """Return the number of each record's class among `names`.
+
+    Raises one DataError with every record of another class.
+    """
     known = {class_name(name): i for i, name in enumerate(names)}
     problems = [
         f"{r.place}: there is no class {class_name(r.label)!r}{nearest(class_name(r.label), known)}"
@@ -149,7 +155,7 @@ def class_indices(records: Sequence[Record], names: Sequence[str], source: str) 
 
 
 def quantities(records: Sequence[Record], source: str) -> list[float]:
-    """Each record's label as a number. Raises one DataError with every record whose label is none."""
+    """Return each record's label as a number. Raises one DataError with every record whose label is none."""
     values = [number(r.label) for r in records]
     problems = [
         f"{r.place}: {r.label!r} is no number"

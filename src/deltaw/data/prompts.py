@@ -1,5 +1,5 @@
-"""Which records are one item: those whose prompt is the same, as the model gets it. Hold-outs, intervals, references and overlaps
-all ask here. Knows records; no tokenizer and no model.
+"""Items: records whose prompt is the same, as the model gets it. Hold-outs, intervals, references and overlaps all ask here.
+Knows records; no tokenizer and no model.
 
 prompt, instruction   the prompt, an instruction with its input
 chat                  the messages before the first answer to a user: every answer is taught, so conversations that begin alike
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ _NOUNS = {"text": "texts", "labelled": "texts", "image": "pictures"}
 
 
 def item_of(record: Record) -> Hashable:
-    """The item that a record belongs to: records with equal values are of one item."""
+    """Return the item that a record belongs to: records with equal values are of one item."""
     if record.form == "labelled":
         return record.prompt, record.input
     if record.form == "image":
@@ -38,19 +37,22 @@ def item_of(record: Record) -> Hashable:
 
 
 def question_of(record: Record) -> Hashable:
-    """All that stands before the record's last answer. Equal questions are of one item, and have each other's answers as
-    references; an item of conversations may have several questions."""
+    """Return all that stands before the record's last answer.
+
+    Equal questions are of one item and have each other's answers as references. An item of conversations may have several
+    questions.
+    """
     return tuple((m.role, m.content) for m in record.context)
 
 
 def item_numbers(records: Sequence[Record]) -> list[int]:
-    """The number of each record's item, in first-seen order from 0."""
+    """Return the number of each record's item, in first-seen order from 0."""
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(item_of(record), len(numbers)) for record in records]
 
 
 def items_in(records: Sequence[Record]) -> dict[Hashable, list[int]]:
-    """Item → the numbers of its records, both in first-seen order."""
+    """Return item → the numbers of its records, both in first-seen order."""
     members: dict[Hashable, list[int]] = {}
     for i, record in enumerate(records):
         members.setdefault(item_of(record), []).append(i)
@@ -58,7 +60,7 @@ def items_in(records: Sequence[Record]) -> dict[Hashable, list[int]]:
 
 
 def described(records: Sequence[Record]) -> str:
-    """How many records there are, and of how many items: "300 records of 47 prompts"."""
+    """Return the count of records and of their items in words: "300 records of 47 prompts"."""
     if not records:
         return "no records"
     count = len({item_of(record) for record in records})
@@ -66,13 +68,13 @@ def described(records: Sequence[Record]) -> str:
 
 
 def in_words(count: int, form: str) -> str:
-    """So many items of records of this form: "47 prompts"."""
+    """Return a count of items of this form in words: "47 prompts"."""
     noun = _NOUNS.get(form, "prompts")
     return f"{count:,} {noun if count != 1 else noun.removesuffix('s')}"
 
 
 def overlap(held: Sequence[Record], trained: Sequence[Record], what: str = "held-out") -> str | None:
-    """A warning that says how many items of `held` are in `trained` too; None where there are none."""
+    """Return a warning that says how many items of `held` are in `trained` too; None where there are none."""
     asked, learned = ({item_of(record) for record in records} for records in (held, trained))
     both = len(asked & learned)
     if not both:
@@ -82,8 +84,8 @@ def overlap(held: Sequence[Record], trained: Sequence[Record], what: str = "held
     return f"{both:,} of {len(asked):,} {what} {noun} {verb} also trained on: scores on them are too good."
 
 
-def _digest(image: Any) -> str:
-    """Of a picture's bytes, whether it is a path, a mapping with one of the two, a PIL image, or an array."""
+def _digest(image: object) -> str:
+    """Return the SHA-256 of a picture's bytes. It is a path, a mapping with a path or bytes, a PIL image, or an array."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or repr(image)
     if isinstance(image, (str, Path)):

@@ -1,12 +1,10 @@
-"""Sources and forms together: checked records, or one DataError that lists every bad one. Knows no tokenizer."""
+"""Checked records of a source, or one DataError that lists every bad one. Knows no tokenizer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from deltaw.config import DataConfig
 from deltaw.data import forms, sources
@@ -14,23 +12,22 @@ from deltaw.data.forms import Record
 from deltaw.data.prompts import question_of
 from deltaw.errors import DataError
 
-if TYPE_CHECKING:
-    import datasets
-
 
 @dataclass(frozen=True)
 class Records:
-    """Checked records of one form, one of forms.FIELDS."""
+    """Checked records of one form."""
 
     items: list[Record]
     form: str
+    """One of forms.FIELDS."""
     source: str
+    """The name for messages."""
 
     def __len__(self) -> int:
         return len(self.items)
 
     def only(self, numbers: Sequence[int]) -> Records:
-        """These of them, in the order given."""
+        """Return the records of these numbers, in their order."""
         return replace(self, items=[self.items[i] for i in numbers])
 
     def __iter__(self) -> Iterator[Record]:
@@ -38,17 +35,22 @@ class Records:
 
 
 def read(
-    source: str | Path | list[dict[str, Any]] | datasets.Dataset,
+    source: sources.Source,
     config: DataConfig,
     *,
     split: str | None = None,
     completions: bool = True,
 ) -> Records:
-    """All records of a file, a list, or a split of a folder or hub data set. The trainer applies `config.max_records`.
+    """Return all records of a file, a list, or a split of a folder or hub data set.
 
-    `split` goes before `config.split`, which is ignored for sources without splits. `completions=False` reads prompts
-    alone, to generate from: answers may be missing and are ignored, but for chats that end with one.
-    Raises one DataError with every record that cannot be used; nothing is skipped but blank lines.
+    Args:
+        source: a path, hub id, list of dicts or data set.
+        config: form, task and split of the records. The trainer applies `max_records`.
+        split: takes precedence over `config.split`, which is ignored for sources without splits.
+        completions: False reads prompts alone, to generate from. Answers may be missing and are ignored, except in chats that
+            end with one.
+
+    Raises one DataError with every record that cannot be used; only blank lines are skipped.
     """
     rows, problems, name = sources.rows(source, split, config.split)
     return checked(rows, problems, name, config, completions=completions)
@@ -57,8 +59,10 @@ def read(
 def checked(
     rows: Sequence[sources.Row], problems: list[str], name: str, config: DataConfig, *, completions: bool = True
 ) -> Records:
-    """The rows of a source as records, one each in their order. `problems` are those met in reading them. Raises DataError as
-    `read` does."""
+    """Return the rows of a source as records, one each in their order. `problems` were met in reading them.
+
+    Raises DataError as `read` does.
+    """
     total = len(rows) + len(problems)
     if not total:
         raise DataError(f"{name}: no records in it. Each record is one JSON object a line, one CSV row, or one dict.")
@@ -70,11 +74,11 @@ def checked(
         resolved = forms.recognise(rows, name, completions=completions, labels=config.task != "causal")
     items: list[Record] = []
     for place, fields in rows:
-        made = forms.make(resolved, place, fields, completions=completions)
-        if isinstance(made, Record):
-            items.append(made)
+        record = forms.make(resolved, place, fields, completions=completions)
+        if isinstance(record, Record):
+            items.append(record)
         else:
-            problems.extend(made)
+            problems.extend(record)
     if problems:
         bad = total - len(items)
         head = f"{name}: {bad} of {total} records cannot be used as {resolved} records ({forms.FIELDS[resolved]}):"
@@ -83,14 +87,14 @@ def checked(
 
 
 def _by_place(problem: str) -> tuple[str, int]:
-    """Sorts lines that begin with `file:17` or `name[17]` as they stand in the data."""
-    found = re.match(r"(.*?)[:\[](\d+)", problem)
-    return (found[1], int(found[2])) if found else (problem, 0)
+    """Return a key that sorts lines that begin with `file:17` or `name[17]` as they stand in the data."""
+    place = re.match(r"(.*?)[:\[](\d+)", problem)
+    return (place[1], int(place[2])) if place else (problem, 0)
 
 
 def references(records: Sequence[Record] | Records) -> list[tuple[Record, list[str]]]:
-    """What is to be answered: the first record of each question, and all completions of that question, in first-seen order."""
-    items: dict[Any, tuple[Record, list[str]]] = {}
+    """Return the first record of each question with all completions of that question, in first-seen order."""
+    items: dict[Hashable, tuple[Record, list[str]]] = {}
     for record in records:
         item = items.setdefault(question_of(record), (record, []))
         if record.completion is not None:

@@ -1,7 +1,7 @@
-"""Where raw rows come from: files, folders of splits, hub data sets, lists. Knows no form of record and no tokenizer.
+"""Raw rows of files, folders of splits, hub data sets and lists. Knows no form of record and no tokenizer.
 
 Every reader returns `(rows, problems)`: rows are `(place, {field: value})`, problems are finished lines of text.
-Nothing is skipped but blank lines; a reader goes on after a bad line so that one run shows every one of them.
+Only blank lines are skipped. A reader continues after a bad line, so that one run shows every one of them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,24 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from deltaw.errors import DataError, first_line, nearest
 
-Row = tuple[str, dict[str, Any]]
+if TYPE_CHECKING:
+    import datasets
+
+Fields = Mapping[str, object]
+"""A row's values by their fields."""
+Row = tuple[str, Fields]
+"""A row's place, for messages, and its fields."""
 Read = tuple[list[Row], list[str]]
+Source: TypeAlias = (
+    "str | Path | Sequence[Fields] | Mapping[str, Sequence[Fields]] | datasets.Dataset | datasets.DatasetDict"
+)
+"""A path or hub id, a list of records, or splits of such lists by name."""
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HELD_OUT = ("valid", "validation", "val", "dev", "eval", "test")
@@ -25,10 +35,11 @@ _SHARD = re.compile(r"-\d+(-of-\d+)?$")  # train-00000-of-00002.parquet, the hub
 _BOM = b"\xef\xbb\xbf"
 
 
-def rows(source: Any, split: str | None, default_split: str | None) -> tuple[list[Row], list[str], str]:
-    """The rows of one split, the problems met, and the source's name. DataError where there is nothing to read at all.
+def rows(source: Source, split: str | None, default_split: str | None) -> tuple[list[Row], list[str], str]:
+    """Return the rows of one split, the problems met, and the source's name.
 
-    `split` is asked for by the caller; `default_split` applies only where a source has splits, and is else `train`.
+    `split` is asked for by the caller. `default_split` applies only where a source has splits; None is `train`.
+    Raises DataError where there is nothing to read at all.
     """
     if isinstance(source, Mapping):  # a DatasetDict, or a plain dict of lists
         name = _pick(list(source), split or default_split, "the data set")
@@ -42,22 +53,24 @@ def rows(source: Any, split: str | None, default_split: str | None) -> tuple[lis
     if path.is_file():
         _refuse_split(split, str(path))
         return (*_file(path), str(path))
-    found = _folder(path)
-    name = _pick(list(found), split or default_split, str(path))
-    parts = [_file(file) for file in found[name]]
-    label = str(found[name][0]) if len(parts) == 1 else f"{path} ({name})"
+    files = _folder(path)
+    name = _pick(list(files), split or default_split, str(path))
+    parts = [_file(file) for file in files[name]]
+    label = str(files[name][0]) if len(parts) == 1 else f"{path} ({name})"
     return [row for part in parts for row in part[0]], [line for part in parts for line in part[1]], label
 
 
 def is_path(name: str) -> bool:
-    """Whether held-out records are named by a file or folder, and not by a split of the data: what looks like a path is none of
-    its splits."""
+    """Return whether held-out records are named by a file or folder, not by a split of the data.
+
+    What looks like a path is no split.
+    """
     path = Path(name)
     return path.exists() or bool(path.suffix) or len(path.parts) > 1
 
 
-def splits(source: Any) -> dict[str, list[Path] | None]:
-    """Split names of a source → its files (None where they are not local). A single file or list is one `train`."""
+def splits(source: Source) -> dict[str, list[Path] | None]:
+    """Return split name → its files, None where they are not local. A single file or list is one `train`."""
     if isinstance(source, Mapping):
         return dict.fromkeys(source)
     if not isinstance(source, (str, Path)):
@@ -68,14 +81,17 @@ def splits(source: Any) -> dict[str, list[Path] | None]:
     return {"train": [path]} if path.is_file() else {name: list(files) for name, files in _folder(path).items()}
 
 
-def held_out_split(source: Any) -> str | None:
-    """The split to evaluate on: valid, validation, val, dev, eval or test, the first there is; None without one."""
+def held_out_split(source: Source) -> str | None:
+    """Return the split to evaluate on: the first there is of valid, validation, val, dev, eval and test; None without one."""
     there = splits(source)
     return next((name for name in HELD_OUT if name in there), None)
 
 
 def local(source: str | Path) -> Path | None:
-    """`source` as a local path, or None if it names a hub data set. DataError for what looks local but is not there."""
+    """Return `source` as a local path, or None if it names a hub data set.
+
+    Raises DataError for what looks local but is not there.
+    """
     path = Path(source).expanduser()
     if path.exists():
         if path.is_file() and path.suffix.lower() not in SUFFIXES:
@@ -108,7 +124,7 @@ def _pick(names: list[str], wanted: str | None, source: str) -> str:
 
 
 def _folder(folder: Path) -> dict[str, list[Path]]:
-    """Split name → files of a folder (or of its `data/`), shards in order. Two formats of one split are ambiguous."""
+    """Return split name → files of a folder (or of its `data/`), shards in order. Two formats of one split are ambiguous."""
     for place in (folder, folder / "data"):
         files = sorted(p for p in place.glob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
         if files:
@@ -117,27 +133,32 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
         raise DataError(
             f"{folder}: no data files; expected train.jsonl, valid.jsonl or the like ({', '.join(SUFFIXES)})."
         )
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        found.setdefault(_SHARD.sub("", file.stem), []).append(file)
+        by_split.setdefault(_SHARD.sub("", file.stem), []).append(file)
     unclear = [
         f"split {name!r}: {', '.join(p.name for p in group)}"
-        for name, group in found.items()
+        for name, group in by_split.items()
         if len({p.suffix for p in group}) > 1 or (len(group) > 1 and any(p.stem == name for p in group))
     ]
     if unclear:
         raise DataError(f"{folder}: several files claim one split. Keep one of each, or name a file:", unclear)
-    if "train" not in found and "all" in found:
-        found = {"train": found.pop("all"), **found}
-    return found
+    if "train" not in by_split and "all" in by_split:
+        by_split = {"train": by_split.pop("all"), **by_split}
+    return by_split
 
 
 def _file(path: Path) -> Read:
-    found, problems = _parsed(path)
-    for _, fields in found:  # a picture stands beside the file that names it
-        if isinstance(fields.get("image"), str) and (path.parent / fields["image"]).is_file():
-            fields["image"] = str((path.parent / fields["image"]).absolute())
-    return found, problems
+    read, problems = _parsed(path)
+    return [(place, _with_picture(fields, path.parent)) for place, fields in read], problems
+
+
+def _with_picture(fields: Fields, folder: Path) -> Fields:
+    """Return the fields with the whole path of a picture that lies beside the file that names it."""
+    image = fields.get("image")
+    if isinstance(image, str) and (folder / image).is_file():
+        return {**fields, "image": str((folder / image).absolute())}
+    return fields
 
 
 def _parsed(path: Path) -> Read:
@@ -156,8 +177,8 @@ def _parsed(path: Path) -> Read:
 
 
 def _json_lines(raw: bytes, name: str) -> Read:
-    """One object a line. Lines end at \\n alone: U+2028 and its like are ordinary characters inside JSON strings."""
-    found: list[Row] = []
+    """Read one object a line. Lines end at \\n alone: U+2028 and its like are ordinary characters inside JSON strings."""
+    read: list[Row] = []
     problems: list[str] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
@@ -170,12 +191,12 @@ def _json_lines(raw: bytes, name: str) -> Read:
         except (ValueError, RecursionError) as error:
             problems.append(f"{place}: {_not_json(error)}")
         else:
-            _keep(place, value, found, problems)
-    return found, problems
+            _keep(place, value, read, problems)
+    return read, problems
 
 
 def _json_array(raw: bytes, name: str) -> Read:
-    """An array of objects, walked one by one so that each keeps the line it starts on."""
+    """Read an array of objects one by one, so that each keeps the line it starts on."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -185,7 +206,7 @@ def _json_array(raw: bytes, name: str) -> Read:
     def skip(at: int) -> int:
         return space.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches anywhere
 
-    found: list[Row] = []
+    read: list[Row] = []
     problems: list[str] = []
     at, line, counted = skip(skip(0) + 1), 1, 0
     if text[at : at + 1] == "]":
@@ -195,28 +216,28 @@ def _json_array(raw: bytes, name: str) -> Read:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            return found, [*problems, f"{name}:{error.lineno}: {_not_json(error)}"]
+            return read, [*problems, f"{name}:{error.lineno}: {_not_json(error)}"]
         except (ValueError, RecursionError) as error:
-            return found, [*problems, f"{name}:{line}: {_not_json(error)}"]
-        _keep(f"{name}:{line}", value, found, problems)
+            return read, [*problems, f"{name}:{line}: {_not_json(error)}"]
+        _keep(f"{name}:{line}", value, read, problems)
         at = skip(at)
         mark, after = text[at : at + 1], skip(at + 1)
         if mark == "]" and after == len(text):
-            return found, problems
+            return read, problems
         if mark != ",":
             end = f"{name}:{_line(text, at)}"
             what = "the file ends inside the array" if not mark else f"expected ',' or the final ']', found {mark!r}"
-            return found, [*problems, f"{end}: not JSON: {what}. Is the file cut off?"]
+            return read, [*problems, f"{end}: not JSON: {what}. Is the file cut off?"]
         at = after
 
 
 def _csv(raw: bytes, name: str) -> Read:
-    """A header, then rows. A place is the line on which the row starts, as quoted cells may span lines."""
+    """Read a header, then rows. A place is the line on which the row starts, as quoted cells may span lines."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return [], [f"{name}:{_line(raw, error.start)}: {_not_utf8(error)}"]
-    found: list[Row] = []
+    read: list[Row] = []
     problems: list[str] = []
     header: list[str] | None = None
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
@@ -241,12 +262,12 @@ def _csv(raw: bytes, name: str) -> Read:
                     "Put cells that contain commas or line breaks in double quotes."
                 )
             else:
-                found.append((place, dict(zip(header, cells, strict=True))))
+                read.append((place, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         problems.append(f"{name}:{start}: not CSV: {error}. Is a double quote missing in the row that starts here?")
     finally:
         csv.field_size_limit(limit)
-    return found, problems
+    return read, problems
 
 
 def _parquet(path: Path) -> Read:
@@ -260,14 +281,14 @@ def _parquet(path: Path) -> Read:
     return [(f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist())], []
 
 
-def _memory(source: Any, name: str) -> Read:
-    found: list[Row] = []
+def _memory(source: Iterable[object], name: str) -> Read:
+    read: list[Row] = []
     problems: list[str] = []
     if isinstance(source, (bytes, bytearray)) or not hasattr(source, "__getitem__"):
         raise DataError(f"{type(source).__name__} is no data source. Give a path, hub id, list of dicts or Dataset.")
     for i, value in enumerate(source):
-        _keep(f"{name}[{i}]", value, found, problems)
-    return found, problems
+        _keep(f"{name}[{i}]", value, read, problems)
+    return read, problems
 
 
 def _hub(name: str, split: str) -> tuple[list[Row], list[str], str]:
@@ -295,20 +316,21 @@ def _hub_splits(name: str) -> list[str]:
         ) from error
 
 
-def _keep(place: str, value: Any, found: list[Row], problems: list[str]) -> None:
+def _keep(place: str, value: object, read: list[Row], problems: list[str]) -> None:
     if isinstance(value, dict):
-        found.append((place, value))
+        read.append((place, value))
     else:
         problems.append(f"{place}: a record must be an object with named fields, found {show(value)}")
 
 
-def _line(text: Any, at: int) -> int:
-    """The 1-based line of an offset into a str or bytes."""
-    return text.count("\n" if isinstance(text, str) else b"\n", 0, at) + 1
+def _line(text: str | bytes, at: int) -> int:
+    """Return the 1-based line of an offset."""
+    lines = text.count("\n", 0, at) if isinstance(text, str) else text.count(b"\n", 0, at)
+    return lines + 1
 
 
-def show(value: Any) -> str:
-    """A value for a message: its type and its first characters."""
+def show(value: object) -> str:
+    """Return a value for a message: its type and its first characters."""
     if value is None:
         return "null"
     text = value if isinstance(value, str) else repr(value)

@@ -16,7 +16,8 @@ from deltaw.files.formats.fingerprint import DTYPES, FORMS, Digest, Fingerprint,
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.ops.checksums import Stamp, content_of, stamp
 from deltaw.layers.tree import owner_of, place_of
-from deltaw.model.record import base_tensors, readers
+from deltaw.model.merging.kept import base_tensors
+from deltaw.model.record import readers
 
 log = logging.getLogger("deltaw")
 

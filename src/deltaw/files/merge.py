@@ -30,7 +30,7 @@ from deltaw.layers.ops.merging import MergeStats, merge_, merge_reversibly_, res
 from deltaw.layers.ops.residual import integers_of
 from deltaw.layers.ties import untied_config
 from deltaw.model import inputs
-from deltaw.model.merge import check_merged
+from deltaw.model.merging.report import check_merged
 
 # Weights in other formats than the one that is merged: stale beside it
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors"}

@@ -40,6 +40,7 @@ from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.methods.whole import inside
 from deltaw.model import record, summary
+from deltaw.model.merging.kept import base_tensors
 from deltaw.model.record import readers
 
 log = logging.getLogger("deltaw")
@@ -56,6 +57,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
     keys = {n: _key(owner, n, weights) for n in low_rank}
     method = record.record_of(model).attached[name].method
     _check(method, updates)
+    assert isinstance(method, LoRA)
     whole, modules = _whole(model, {n: u for n, u in updates.items() if isinstance(u, Replaced)})
     whole_biases, biases = _biases(owner, low_rank)
     rows = _rows(model, {n: u for n, u in updates.items() if isinstance(u, ReplacedRows)})
@@ -72,8 +74,8 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         | {n: in_file(u.A, u.B) for n, (_, u) in weights.items()},
         scales={keys[n]: u.scale for n, u in low_rank.items()} | {n: u.scale for n, (_, u) in weights.items()},
         config=_config(model, method, {keys[n]: u for n, u in low_rank.items()}, weights, others),
-        embeddings=frozenset(n for n, u in low_rank.items() if u.kind is EmbeddingKind),
-        kernels={n: _kernel(owner, n) for n, u in low_rank.items() if issubclass(u.kind, ConvKind)},
+        embeddings=frozenset(n for n, u in low_rank.items() if isinstance(u.kind, EmbeddingKind)),
+        kernels={n: _kernel(owner, n) for n, u in low_rank.items() if isinstance(u.kind, ConvKind)},
         magnitudes=magnitudes,
         biases=biases,
         rows=rows,
@@ -138,7 +140,7 @@ def _metadata(
         W0: weights_fingerprint(model, [in_file[key] for key in sorted(in_file)]),
     }
     made |= {key: str(value) for key, value in fingerprints.items() if value is not None}
-    transposed = [n for n, u in low_rank.items() if u.kind is Conv1DKind]
+    transposed = [n for n, u in low_rank.items() if isinstance(u.kind, Conv1DKind)]
     every = low_rank | {n: u for n, (_, u) in weights.items()}
     slices = {n: u.slices for n, u in every.items() if u.slices}
     made |= {TRANSPOSED: json.dumps(transposed)} if transposed else {}
@@ -247,7 +249,7 @@ def _config(
         target_modules=_target_modules(model, modules - by_weight),
         dropout=0.0 if by_weight else method.dropout,
         rank_stabilised=method.scaling == "alpha/sqrt(r)",
-        transposed=bool(updates) and all(u.kind is Conv1DKind for u in updates.values()),
+        transposed=bool(updates) and all(isinstance(u.kind, Conv1DKind) for u in updates.values()),
         target_parameters=[*parameters, *(f"{n}.weight" for n in sorted(by_weight))] or None,
         base=getattr(getattr(base, "config", None), "_name_or_path", None) or None,
         task=_task(base),
@@ -347,7 +349,7 @@ def _as_differences(model: nn.Module, tensors: dict[str, Tensor], method: Full) 
 def with_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, tensor, the base's under any of whose names it is)."""
     names = readers(model)
-    base = {n: tensor.detach() for _, parameter, tensor in record.base_tensors(model) for n in names[parameter]}
+    base = {n: tensor.detach() for _, parameter, tensor in base_tensors(model) for n in names[parameter]}
     return ((name, tensor, base[name]) for name, tensor in tensors.items() if name in base)
 
 
@@ -369,10 +371,11 @@ def _as_ia3(model: nn.Module, file: MethodFile, updates: Mapping[str, Update], b
     if not scaled or not all(u.covers(owner.get_submodule(n)) for n, u in others.items()) or tied & _replaced(others):
         return None
     inputs = frozenset(n for n, u in scaled.items() if u.inputs)
-    kinds = {kind_of(owner.get_submodule(n)) for n in scaled}
+    kinds = [kind_of(owner.get_submodule(n)) for n in scaled]
+    turned = bool(kinds) and all(isinstance(kind, Conv1DKind) for kind in kinds)
     config = {
         "peft_type": "IA3", "task_type": None, "base_model_name_or_path": base, "target_modules": sorted(scaled),
-        "feedforward_modules": sorted(inputs), "fan_in_fan_out": kinds == {Conv1DKind}, "modules_to_save": sorted(others) or None,
+        "feedforward_modules": sorted(inputs), "fan_in_fan_out": turned, "modules_to_save": sorted(others) or None,
         "init_ia3_weights": True, "inference_mode": True,
     }  # fmt: skip
     tensors = {f"{n}.l": u.whole(owner.get_submodule(n)) for n, u in scaled.items()}

@@ -33,7 +33,7 @@ from deltaw.files.unpack import (
 from deltaw.layers import tree
 from deltaw.layers.names import shown
 from deltaw.layers.ops.merging import delta_norm
-from deltaw.layers.reached import never_called
+from deltaw.layers.source import never_called
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Plan
@@ -47,8 +47,6 @@ from deltaw.model.inputs import vocabulary_size
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
 
-TOKENIZER = "tokenizer"
-"""Metadata of an attached adapter: the folder that it was loaded from, where that has a tokenizer."""
 
 log = logging.getLogger("deltaw")
 
@@ -115,7 +113,7 @@ def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, 
 
 def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:
     """What puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
-    origin = adapter.metadata.get(TOKENIZER) if tokenizer is None else None
+    origin = adapter.metadata.get("tokenizer") if tokenizer is None else None
     source = getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
 
     def write(folder: Path) -> None:
@@ -186,9 +184,9 @@ def place(
     else:
         updates, method = restored(model, file, path, device=device), method_in(file, path)
     training = _training(file, path)
-    metadata: dict[str, Any] = {"training": training} if training else {}
+    metadata: live.Notes = {"training": training} if training else {}
     if files_in(path):
-        metadata[TOKENIZER] = path
+        metadata["tokenizer"] = path
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
     plan = Plan(updates, layers=layers)

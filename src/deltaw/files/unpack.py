@@ -26,6 +26,7 @@ from deltaw.files.formats.peft_keys import transposed_in_file, unstacked
 from deltaw.files.formats.peft_targets import is_all_linear, parameters_anywhere
 from deltaw.files.pack import tensors_in, with_base
 from deltaw.layers.kinds import (
+    PARAMETER,
     Conv1DKind,
     ConvKind,
     EmbeddingKind,
@@ -40,7 +41,7 @@ from deltaw.layers.kinds import (
 )
 from deltaw.layers.names import in_order, shown
 from deltaw.layers.ops.merging import merge_, times, wide
-from deltaw.layers.patch import only_read
+from deltaw.layers.source import only_read
 from deltaw.layers.tree import base_modules, dotted, owner_of
 from deltaw.methods.registry import method_class
 from deltaw.methods.updates.base import Update
@@ -125,7 +126,7 @@ def _is_among_all(model: Any, layer: nn.Module | None, file: LoRAFile) -> bool:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None and file.config.get("task_type") == "SEQ_CLS":
         head = next((h for n in ("score", "classifier") if (h := getattr(model, n, None)) is not None), None)
-    return (isinstance(layer, nn.Linear) or kind_of(layer) is Conv1DKind) and layer is not head
+    return (isinstance(layer, nn.Linear) or isinstance(kind_of(layer), Conv1DKind)) and layer is not head
 
 
 def without_effect_in_peft(name: str, layers: Mapping[str, nn.Module]) -> bool:
@@ -246,24 +247,24 @@ class _Fitting:
             stacked = unstacked(A, B, len(A) // E)
             part: LowRank = Stack(*stacked, scale, transposed=Weight(module, own).transposed)
         elif slices and rows is not None:
-            part = Sliced(Kind, A, rows, scale, slices, B.shape[0])
+            part = Sliced(PARAMETER, A, rows, scale, slices, B.shape[0])
         else:
-            part = LowRank(Kind, A, B, scale)
+            part = LowRank(PARAMETER, A, B, scale)
         if not put_on_weight(self.updates, module_name, own, part):
             self._twice(name, dotted(module_name, own))
 
     def _twice(self, name: str, layer_name: str) -> None:
         self.problems.append(f"{layer_name!r} has a second update in the file, by the name {name!r}")
 
-    def _of_another_kind(self, name: str, layer: Any, kind: type[Kind]) -> str | None:
+    def _of_another_kind(self, name: str, layer: Any, kind: Kind) -> str | None:
         """Where the file's A and B are those of another kind of layer."""
         kernel, theirs = tuple(layer._parameters["weight"].shape[1:]), self.file.kernels.get(name)
         own = f"it is a {type(layer).__name__}"
-        if (kind is EmbeddingKind) != (name in self.file.embeddings):
+        if isinstance(kind, EmbeddingKind) != (name in self.file.embeddings):
             return (
                 f"{own}, the file's A and B are {'an embedding' if name in self.file.embeddings else 'a dense layer'}'s"
             )
-        if issubclass(kind, ConvKind) != (theirs is not None):
+        if isinstance(kind, ConvKind) != (theirs is not None):
             return f"{own}, the file's A and B are {'a dense layer' if theirs is None else 'a convolution'}'s"
         if theirs is not None and theirs != kernel:
             return f"{own} with kernels {list(kernel)}, the file's are {list(theirs)}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltaw.layers.kinds import as_matrix, in_few_bits
 from deltaw.layers.names import WRAPPED
 from deltaw.layers.patch import Slot
-from deltaw.layers.reached import uncalled
+from deltaw.layers.source import uncalled
 
 RECORD = "_deltaw"
 # Classes that wrap a model as its child `module`, of packages that need not be installed

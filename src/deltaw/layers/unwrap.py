@@ -1,46 +1,57 @@
-"""What an adapted layer was before: its class, its own forward. Knows one layer, and nothing of updates."""
+"""What an adapted layer was before: its class, its forward, its parameters. layers/patch.py says how it became another class.
+
+Kinds and updates compute with a layer while it is adapted, and must call what it was. Knows one layer, and nothing of updates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_plain: dict[type[nn.Module], type[nn.Module]] = {}
-_inner: dict[type[nn.Module], type[nn.Module]] = {}
-_read: set[type[nn.Module]] = set()
+
+class Before(NamedTuple):
+    """What the instances of a dynamic class were before they were adapted."""
+
+    plain: type[nn.Module]
+    """Their class."""
+    inner: type[nn.Module] | None
+    """The class whose forward the dynamic one stands in for, where that is not `plain`'s but one that it calls."""
+    read: bool
+    """Their parameters read with the active update (layers/patch.py)."""
 
 
-def remember(
-    adapted: type[nn.Module], plain: type[nn.Module], inner: type[nn.Module] | None, *, read: bool = False
-) -> None:
-    """`adapted` was made of `plain`, and stands in for the forward of `inner` where it comes between the two. `read`: its
-    parameters read as others, with the active update."""
-    _plain[adapted] = plain
-    if inner is not None:
-        _inner[adapted] = inner
-    if read:
-        _read.add(adapted)
+_before: dict[type[nn.Module], Before] = {}
+
+
+def remember(adapted: type[nn.Module], before: Before) -> None:
+    """Note what a dynamic class was made of."""
+    _before[adapted] = before
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that the layer had before it was adapted."""
-    return _plain.get(type(layer), type(layer))
+    """Return the class that the layer had before it was adapted."""
+    before = _before.get(type(layer))
+    return type(layer) if before is None else before.plain
 
 
-def own_forward(layer: nn.Module) -> Any:
-    """The forward in whose place the layer's updates are: its plain class's, or what that goes through."""
-    return _inner.get(type(layer), plain_class(layer)).forward
+def own_forward(layer: nn.Module) -> Callable[..., Any]:
+    """Return the forward in whose place the layer's updates are: its plain class's, or the one that this calls."""
+    before = _before.get(type(layer))
+    if before is None:
+        return type(layer).forward
+    return before.plain.forward if before.inner is None else before.inner.forward
 
 
-def itself(layer: Any) -> Any:
-    """What the layer's own forward is to be called with: it has its own parameters, whatever they read as."""
-    return shell(layer, {}) if type(layer) in _read else layer
+def itself(layer: nn.Module) -> nn.Module:
+    """Return what the layer's own forward is to be called with: it has the layer's own parameters, whatever they read as."""
+    before = _before.get(type(layer))
+    return shell(layer, {}) if before is not None and before.read else layer
 
 
-def shell(layer: Any, values: Mapping[str, Tensor | None]) -> Any:
-    """An object with the layer's class and attributes, but for these parameters: the layer itself may be in use by others."""
+def shell(layer: nn.Module, values: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return an object with the layer's class and attributes, but for these parameters: others may be using the layer itself."""
     shell = object.__new__(plain_class(layer))
     shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}
     return shell

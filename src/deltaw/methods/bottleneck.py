@@ -113,7 +113,7 @@ def _width(name: str, layer: Layer, kind: str) -> tuple[int, Tensor]:
         return shape(layer)[0], weight
     if kind != "lin":
         raise TargetError(
-            f"{name!r} is a weight without a layer of its own: no adapter can stand behind it. kind='lin' puts them behind the "
-            "blocks."
+            f"{name!r} is a weight without a layer of its own: no adapter can stand behind it. The kind lin puts them behind "
+            "the blocks."
         )
     return layer.shape[0], layer.value

@@ -154,7 +154,7 @@ class LoRA(Beside):
     def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
         """Return the update of a weight that has no layer of its own. Raises TargetError for settings that need a layer."""
         from deltaw.errors import TargetError
-        from deltaw.layers.kinds import Kind
+        from deltaw.layers.kinds import PARAMETER
         from deltaw.methods.updates.lowrank import LowRank, Sliced
         from deltaw.methods.updates.weights import Stack
 
@@ -169,7 +169,7 @@ class LoRA(Beside):
             )
         if weight.value.ndim == 3:
             return Stack(A, B, scale, transposed=weight.transposed)
-        return Sliced(Kind, A, B, scale, slices, weight.shape[0]) if slices else LowRank(Kind, A, B, scale)
+        return Sliced(PARAMETER, A, B, scale, slices, weight.shape[0]) if slices else LowRank(PARAMETER, A, B, scale)
 
 
 def _principal(

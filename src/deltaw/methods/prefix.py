@@ -71,7 +71,7 @@ class Prefix(Beside):
             inside = {n: i for n, i in blocks_of(model).items() if not name or n.startswith(f"{name}.")}
             if len(inside) < 2:
                 raise TargetError(
-                    f"{type(body).__name__} has no stack of several blocks (ALBERT's are one, shared): take where='embedding'."
+                    f"{type(body).__name__} has no stack of several blocks (ALBERT's are one, shared): set where to embedding."
                 )
             for block, index in inside.items():
                 if index:

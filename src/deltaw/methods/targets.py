@@ -17,8 +17,8 @@ from torch import nn
 
 from deltaw.errors import TargetError, nearest
 from deltaw.layers.kinds import KINDS, Runs, Weight, kind_of, shape, weights_of, why_not
-from deltaw.layers.reached import never_called, without_gradient
 from deltaw.layers.slices import overlapping, parts_of, runs_of
+from deltaw.layers.source import never_called, without_gradient
 from deltaw.layers.tree import dotted
 from deltaw.layers.unwrap import plain_class
 

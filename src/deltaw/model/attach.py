@@ -1,36 +1,57 @@
-"""Attach and detach adapters: with model/merge.py the only code that edits a model. Knows no files and no methods by name."""
+"""Attach and detach adapters: with model/merging/ the only code that edits a model. Knows no files and no methods by name."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
 from deltaw.errors import AdapterError
 from deltaw.layers.kinds import in_few_bits
-from deltaw.layers.patch import close_slot, open_slot, read_outside, slot_of
+from deltaw.layers.patch import close_slot, open_slot, slot_of
+from deltaw.layers.source import read_outside
 from deltaw.layers.tree import RECORD, base_modules, owner_of
 from deltaw.methods.plan import Method, Plan
 from deltaw.methods.updates.base import Update
+from deltaw.model.merging.kept import restore
 from deltaw.model.passes import unwatch, watch
-from deltaw.model.record import Adapters, Attached, check_free, find_record, in_open_block, known, restore
+from deltaw.model.record import Adapters, Attached, Notes, check_free, find_record, in_open_block, known
 from deltaw.model.summary import coverage_of, parameters
 
 log = logging.getLogger("deltaw")
 coverage_log = logging.getLogger("deltaw.coverage")
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Module:
-    """Put a new adapter on `model`, make it active and trainable, and freeze the base. Returns the same object. Which layers take
-    an update is logged at INFO, and is in `summary(model)`.
 
-    What a method starts from at random is drawn from torch's global generator on the CPU: `torch.manual_seed` decides it.
+def attach(model: _Model, method: Method, *, name: str = "default") -> _Model:
+    """Put a new adapter on `model`, make it active and trainable, and freeze the base.
 
-    Raises AdapterError when the name is taken or an adapter is merged, and whatever `method.plan` finds wrong; the
-    model is then as it was.
+    Which layers take an update is logged at INFO, and is in `summary(model)`. Random starts are drawn from torch's global
+    generator on the CPU, so `torch.manual_seed` decides them.
+
+    Args:
+        model: Any module with dense layers. It is changed in place.
+        method: The settings of a method: `LoRA`, `DoRA`, `IA3`, `BitFit`, `Bottleneck`, `Prefix` or `Full`.
+        name: The adapter's name, a non-empty string without dots.
+
+    Returns:
+        The same object as `model`.
+
+    Raises:
+        AdapterError: The name is taken or no name, or an adapter is merged.
+        TargetError: The method's targets match nothing, or a layer that cannot take its update.
+        ConfigError: A setting of the method does not fit the model. After any error the model is as it was.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("model")
+    >>> deltaw.attach(model, deltaw.LoRA(rank=4, targets="qv")) is model
+    True
+    >>> [name for name, p in model.named_parameters() if p.requires_grad][0]
+    'model.layers.0.self_attn.q_proj.deltaw.default.A'
     """
     check_free(model, name)
     plan = method.plan(owner_of(model))
@@ -43,14 +64,17 @@ def attach(model: nn.Module, method: Method, *, name: str = "default") -> nn.Mod
 
 
 def _log_coverage(model: nn.Module, name: str) -> None:
-    """Say at INFO which layers take an update, but of a model without memory, on which steps are only planned."""
+    """Log at INFO which layers take an update, except on the meta device, where steps are only planned."""
     planned = any(parameter.is_meta for parameter in parameters(model, name))
     if not planned and coverage_log.isEnabledFor(logging.INFO) and (lines := coverage_of(model, name).lines()):
         coverage_log.info("Adapter %r: %s", name, " ".join(lines))
 
 
 def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) -> None:
-    """The input of a layer with a low-rank update gets its gradient whatever a package does; elsewhere that is the package's."""
+    """Warn of quantised layers through which no gradient may flow.
+
+    A low-rank update passes its layer's input the gradient itself; without one, whether it flows is up to the package.
+    """
     stopping = [
         name
         for name, layer in base_modules(model)
@@ -60,8 +84,8 @@ def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) 
     ]
     if stopping:
         log.warning(
-            "%d quantised layers have no low-rank update (%s, say). The package that computes them gives gradients in some "
-            "passes only on this device, and layers before them then learn nothing: LoRA(targets='all-linear') includes them.",
+            "%d quantised layers have no low-rank update (%s, for example). The package that computes them gives gradients in "
+            "some passes only on this device, and layers before them then learn nothing. The targets all-linear include them.",
             len(stopping),
             stopping[0],
         )
@@ -70,26 +94,28 @@ def _warn_of_stopped_gradients(model: nn.Module, updates: Mapping[str, Update]) 
 def apply_plan(
     model: nn.Module,
     plan: Plan,
-    method: Any,
+    method: Method,
     *,
     name: str,
     activate: bool = True,
-    metadata: dict[str, Any] | None = None,
+    metadata: Notes | None = None,
 ) -> None:
-    """Put a checked plan's updates on their layers, frozen. Everything that can fail is looked at before any change."""
+    """Put a plan's updates on their layers, frozen.
+
+    Everything that can fail is checked before any change. Raises AdapterError for a name that is taken, or for updates that do
+    not fit their layers.
+    """
     check_free(model, name)
     model = owner_of(model)
     record = find_record(model)
-    fresh = record is None
-    record = record or Adapters()
     layers = plan.layers
     if layers is None:
         layers = dict(base_modules(model))
         problems = [f"{n}: {why}" for n, update in plan.updates.items() if (why := update.misfit(layers[n]))]
         if problems:
             raise AdapterError(f"Adapter {name!r} does not fit this model:", problems)
-    if fresh:
-        record.was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+    if record is None:
+        record = Adapters(was_trainable={n: p.requires_grad for n, p in model.named_parameters()})
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         setattr(model, RECORD, record)
@@ -113,9 +139,30 @@ def apply_plan(
         record.route.choose(name)
 
 
-def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take one adapter off, or all when `name` is None; with the last one gone the model is exactly as before attach:
-    classes, keys, ties, bytes and which parameters train. A merged adapter is unmerged first. Returns the same object.
+def detach(model: _Model, name: str | None = None) -> _Model:
+    """Take one adapter off, or all.
+
+    Without its last adapter the model is exactly as before the first attach: classes, keys, ties, bytes, and which parameters
+    train. A merged adapter is unmerged first.
+
+    Args:
+        model: The model. It is changed in place.
+        name: The adapter, or None for all.
+
+    Returns:
+        The same object as `model`.
+
+    Raises:
+        AdapterError: There is no such adapter, or an open `using` or `route` block or a pass uses it.
+        MergeError: It is merged, and merged weights were changed since (see `unmerge`).
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("model")
+    >>> keys = list(model.state_dict())
+    >>> _ = deltaw.attach(model, deltaw.LoRA(rank=4))
+    >>> list(deltaw.detach(model).state_dict()) == keys
+    True
     """
     record = find_record(model)
     if record is None:
@@ -123,12 +170,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             raise AdapterError(f"There is no adapter {name!r}: the model has none.")
         return model
     owner = owner_of(model)
-    gone = list(record.attached) if name is None else [known(record, name)]
-    if busy := in_open_block(record, gone):
+    leaving = list(record.attached) if name is None else [known(record, name)]
+    if busy := in_open_block(record, leaving):
         raise AdapterError(f"{busy}: detach it when the block is over.")
-    if any(n in record.merged for n in gone):
+    if any(n in record.merged for n in leaving):
         restore(model)
-    for adapter in gone:
+    for adapter in leaving:
         for layer_name in record.attached.pop(adapter).layers:
             layer = owner.get_submodule(layer_name)
             slot = slot_of(layer)
@@ -147,17 +194,3 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for parameter_name, parameter in owner.named_parameters():
             parameter.requires_grad_(record.was_trainable.get(parameter_name, parameter.requires_grad))
     return model
-
-
-def problems_of_weights(weights: Any) -> list[str]:
-    """Say what is wrong with weights of adapters, which are finite numbers by name."""
-    if not isinstance(weights, Mapping):
-        return [f"weights is a {type(weights).__name__}; it must be a mapping of names to numbers"]
-    problems = [] if weights else ["weights is empty: name at least one adapter"]
-    for name, weight in weights.items():
-        try:
-            if not math.isfinite(weight):
-                problems.append(f"the weight of {name!r} is {weight!r}, with which the sum would not be finite")
-        except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers is none
-            problems.append(f"the weight of {name!r} is {weight!r}; it must be a number")
-    return problems

@@ -1,5 +1,6 @@
-"""One adapter out of several attached ones: a weighted sum, exact or cut back to a rank, or TIES or DARE of it. Attaches the
-result; changes nothing else.
+"""One adapter out of several attached ones: a weighted sum, exact or cut to a rank, or TIES or DARE of it.
+
+Attaches the result and changes nothing else.
 """
 
 from __future__ import annotations
@@ -7,38 +8,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError
-from deltaw.layers.ops.merging import Product, dense
+from deltaw.layers.ops.merging import Product, dense, wide
 from deltaw.layers.ops.svd import Truncated, of_factors, of_matrix
 from deltaw.layers.tree import base_modules, dotted, matrix_of, owner_of
 from deltaw.methods.lora import LoRA
-from deltaw.methods.plan import Plan
+from deltaw.methods.plan import Method, Plan
 from deltaw.methods.updates.base import UNALIKE, Sums, Update
 from deltaw.methods.updates.bitfit import AddedBias
 from deltaw.methods.updates.lowrank import LowRank
 from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced
-from deltaw.model.attach import apply_plan, problems_of_weights
+from deltaw.model.attach import apply_plan
 from deltaw.model.ends import taught, teach
-from deltaw.model.record import check_free, known, record_of
+from deltaw.model.record import check_free, known, problems_of_weights, record_of
 from deltaw.model.summary import updates
 
 How = Literal["sum", "ties", "dare"]
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """The settings by which ΔW's become one."""
-
-    how: How
-    rank: int | None
-    density: float
-    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,17 @@ class Combined:
     ranks: dict[str, int]
     """Layer name → rank."""
     errors: dict[str, float]
-    """Layer name → ‖ΔW − BA‖ / ‖ΔW‖ of what the rank left of the combination; 0 for an exact sum."""
+    """Layer name → ‖ΔW − BA‖ / ‖ΔW‖, the share of the combination that the rank left out; 0 for an exact sum."""
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """The settings by which ΔW's become one."""
+
+    how: How
+    rank: int | None
+    density: float
+    generator: torch.Generator
 
 
 def combine(
@@ -63,19 +64,38 @@ def combine(
     seed: int = 0,
     activate: bool = False,
 ) -> Combined:
-    """Attach a new adapter `name` out of attached ones, not trainable: by default the sum of their ΔW's times their weights,
-    which may be negative (a task is taken away).
+    """Attach a new adapter made of attached ones, by default the sum of their ΔW's times their weights. It is not trainable.
 
-    Without a `rank` a sum is exact: A's and B's are concatenated, and ranks add up. With one it is cut to the nearest ΔW of
-    that rank. "ties" (Yadav et al. 2023, arXiv 2306.01708) keeps of each ΔW the `density` largest entries, elects a sign for
-    each entry, and averages those that have it; "dare" (Yu et al. 2023, arXiv 2311.03099) drops entries of each ΔW with
-    probability 1 − `density`, drawn from `seed`, and scales the others up. Both need a rank, since what they make has none; so
-    does a sum of DoRA's. Each matrix of a stack (a mixture's experts) is cut by itself. Biases, (IA)³'s vectors and modules
-    that are trained whole are summed by what they add to the base's. One adapter of weight 1 is copied as it is.
-    The end tokens of all that have a positive weight are the new one's.
+    One adapter of weight 1 is copied as it is. Biases, (IA)³'s vectors and modules that are trained whole are summed by what they
+    add to the base's. Each matrix of a stack (a mixture's experts) is combined by itself. The new adapter ends where those with a
+    positive weight do.
 
-    Raises AdapterError for unknown names, a name that is taken, weights that are no finite numbers, settings out of range,
-    updates that have no sum (bottleneck adapters, prefixes), and layers that some adapters train whole and others by an update.
+    Args:
+        model: The model with the adapters.
+        weights: Adapter → its weight; a negative one takes a task away.
+        name: The new adapter's name.
+        how: "sum"; "ties" (Yadav et al. 2023, arXiv 2306.01708), which keeps the largest entries of each ΔW, elects a sign for
+            each entry and averages the entries that have it; or "dare" (Yu et al. 2023, arXiv 2311.03099), which drops entries
+            of each ΔW at random and scales the others up.
+        rank: Cut the result to the nearest ΔW of this rank. Without one a sum is exact: A's and B's are concatenated, and ranks
+            add up. "ties", "dare" and sums of DoRA's need one, since their result has no rank of its own.
+        density: The share of entries that "ties" keeps, and the probability with which "dare" does.
+        seed: Decides the entries that "dare" drops.
+        activate: Make the new adapter active.
+
+    Returns:
+        The rank and the error of each layer.
+
+    Raises:
+        AdapterError: A name is unknown or taken, a weight is no finite number or another setting out of range, an adapter's
+            updates have no sum (bottleneck adapters, prefixes), or some adapters train a layer whole and others by an update.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.LoRA(rank=4, targets="q"), name="a")
+    >>> _ = deltaw.attach(model, deltaw.LoRA(rank=2, targets="q"), name="b")
+    >>> deltaw.combine(model, {"a": 0.5, "b": -1.0}, name="both").ranks["model.layers.0.self_attn.q_proj"]
+    6
     """
     record = record_of(model)
     check_free(model, name)
@@ -86,15 +106,17 @@ def combine(
     if how == "sum" and rank is None and [*weights.values()] == [1.0]:
         return _copied(model, next(iter(weights)), name, activate=activate)
     recipe = _Recipe(how, rank, density, torch.Generator().manual_seed(seed))
-    layers = {n: _Layer(owner_of(model), n, terms) for n, terms in _terms(model, weights).items()}
-    problems = [f"{n or 'the model'}: {problem}" for n, layer in layers.items() if (problem := layer.problem(recipe))]
+    sites = _sites(model, weights)
+    problems = [f"{site.name or 'the model'}: {why}" for site in sites if (why := _why_not(site, recipe))]
     if problems:
         raise AdapterError("These adapters cannot be combined so:", problems)
     shared: Sums = {}
-    sums = {n: layer.combined(recipe, shared) for n, layer in layers.items()}
-    combined = {n: update for n, (update, _) in sums.items()}
+    combined: dict[str, Update] = {}
+    errors: dict[str, float] = {}
+    for site in sites:
+        combined[site.name], of_layer = _combined(site, recipe, shared)
+        errors |= of_layer
     ranks = _ranks(combined)
-    errors = {own: error for _, of_layer in sums.values() for own, error in of_layer.items()}
     method = _method([record.attached[adapter].method for adapter in weights], combined, ranks)
     order = [n for n, _ in base_modules(model) if n in combined]
     apply_plan(model, Plan({n: combined[n] for n in order}), method, name=name, activate=activate)
@@ -102,42 +124,8 @@ def combine(
     return Combined(name, ranks, errors)
 
 
-def _copied(model: nn.Module, source: str, name: str, *, activate: bool) -> Combined:
-    """The adapter `source` once more, with its settings; parameters that its layers share are shared in the copy."""
-    adapter, combined = (
-        record_of(model).attached[known(record_of(model), source)],
-        copy.deepcopy(updates(model, source)),
-    )
-    plan = Plan(combined, dict(adapter.left_out))
-    apply_plan(model, plan, adapter.method, name=name, activate=activate, metadata=dict(adapter.metadata))
-    ranks = _ranks(combined)
-    whole = {n: 0.0 for n, update in combined.items() if not update.low_rank()}
-    return Combined(name, ranks, dict.fromkeys(ranks, 0.0) | whole)
-
-
-def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
-    """Layer name → rank, of those that have one."""
-    parts = {n: update.low_rank() for n, update in combined.items()}
-    return {_named(combined[n], n, own): part.rank for n in parts for own, part in parts[n].items()}
-
-
-def _named(update: Update, layer: str, own: str) -> str:
-    """A layer's weight goes by the layer's name, a weight without a layer by its own."""
-    return dotted(layer, own) if update.of_weights else layer
-
-
-def _method(methods: Sequence[Any], combined: Mapping[str, Update], ranks: Mapping[str, int]) -> Any:
-    """The settings under which the result is saved."""
-    first = methods[0]
-    if not isinstance(first, LoRA) and all(method == first for method in methods):
-        return first
-    settings = [method.of_layers(combined) for method in methods]
-    if settings[0] is not None and all(method == settings[0] for method in settings):
-        return settings[0]
-    return LoRA(rank=max(ranks.values(), default=1), targets=dict(ranks))
-
-
 def _problems(weights: Mapping[str, float], how: str, rank: int | None, density: float) -> list[str]:
+    """Return what is wrong with the settings."""
     problems = problems_of_weights(weights)
     if how not in get_args(How):
         problems.append(f"how is {how!r}; it must be one of {', '.join(get_args(How))}")
@@ -150,143 +138,189 @@ def _problems(weights: Mapping[str, float], how: str, rank: int | None, density:
     return problems
 
 
+def _copied(model: nn.Module, source: str, name: str, *, activate: bool) -> Combined:
+    """Attach the adapter `source` once more, with its settings; parameters that its layers share are shared in the copy."""
+    adapter = record_of(model).attached[known(record_of(model), source)]
+    combined = copy.deepcopy(updates(model, source))
+    plan = Plan(combined, dict(adapter.left_out))
+    apply_plan(model, plan, adapter.method, name=name, activate=activate, metadata=adapter.metadata.copy())
+    ranks = _ranks(combined)
+    without_rank = {n: 0.0 for n, update in combined.items() if not update.low_rank()}
+    return Combined(name, ranks, dict.fromkeys(ranks, 0.0) | without_rank)
+
+
+def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
+    """Return the rank of each layer that has one; a weight without a layer goes by its own name."""
+    ranks: dict[str, int] = {}
+    for name, update in combined.items():
+        for own, part in update.low_rank().items():
+            ranks[dotted(name, own) if update.of_weights else name] = part.rank
+    return ranks
+
+
+def _method(methods: Sequence[Method], combined: Mapping[str, Update], ranks: Mapping[str, int]) -> Method:
+    """Return the settings under which the result is saved."""
+    first = methods[0]
+    if not isinstance(first, LoRA) and all(method == first for method in methods):
+        return first
+    settings = [method.of_layers(combined) for method in methods]
+    if settings[0] is not None and all(other == settings[0] for other in settings):
+        return settings[0]
+    return LoRA(rank=max(ranks.values(), default=1), targets=dict(ranks))
+
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+
+
 _Terms = list[tuple[Update, float]]
+"""Updates and their weights."""
 
 
-def _terms(model: nn.Module, weights: Mapping[str, float]) -> dict[str, _Terms]:
-    """Layer name → the updates to combine there, each with its weight."""
+@dataclass(frozen=True)
+class _Site:
+    """A layer, or a module with weights of its own, and the updates to combine there."""
+
+    owner: nn.Module
+    """The model that has it."""
+    name: str
+    layer: nn.Module
+    terms: _Terms
+
+    @property
+    def updates(self) -> list[Update]:
+        return [update for update, _ in self.terms]
+
+    @property
+    def low_rank(self) -> list[str]:
+        """The layer's names of parameters that have low-rank updates."""
+        return list(dict.fromkeys(own for update in self.updates for own in update.low_rank()))
+
+    @property
+    def values(self) -> list[str]:
+        """The layer's names of parameters that have other values."""
+        return list(dict.fromkeys(own for update in self.updates for own in update.values()))
+
+    @property
+    def is_layer(self) -> bool:
+        """It is a layer, with at most one low-rank update; not a module with weights of its own."""
+        return not any(update.of_weights for update in self.updates)
+
+
+def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
+    """Return the layers that these adapters change, each with the updates to combine."""
+    owner = owner_of(model)
     terms: dict[str, _Terms] = {}
     for adapter, weight in weights.items():
         for layer_name, update in updates(model, known(record_of(model), adapter)).items():
             terms.setdefault(layer_name, []).append((update, weight))
-    return terms
+    return [_Site(owner, name, owner.get_submodule(name), of_layer) for name, of_layer in terms.items()]
 
 
-class _Layer:
-    """One layer and its updates."""
+def _why_not(site: _Site, recipe: _Recipe) -> str | None:
+    """Return why the updates of a layer cannot be combined like this; None if they can."""
+    low_rank, values = site.low_rank, site.values
+    if whys := {update.unmergeable for update in site.updates if update.unmergeable}:
+        return "; ".join(sorted(whys)) + ", and which has no sum"
+    first, *others = site.updates
+    if why := next(filter(None, (first.why_no_sum(other) for other in others)), None):
+        return why
+    if set(low_rank) & set(values):
+        return UNALIKE
+    if low_rank and set(values) - ({"bias"} if site.is_layer else set()):
+        return (
+            f"some of the adapters have an update of its {', '.join(low_rank)}, others values of its {', '.join(values)}, "
+            "and no update holds both; merge(model, weights=…) can add them up"
+        )
+    if not low_rank and recipe.how != "sum":
+        return f"it is {first.done_to_layer}, which {recipe.how} is not defined for"
+    inexact = any(part.exact_product is None for u in site.updates for part in u.low_rank().values())
+    return "the ΔW of DoRA has no rank of its own: give a rank" if recipe.rank is None and inexact else None
 
-    def __init__(self, owner: nn.Module, name: str, terms: _Terms) -> None:
-        self.owner, self.name, self.terms = owner, name, terms
-        self.layer: Any = owner.get_submodule(name)
-        self.updates = [update for update, _ in terms]
-        self.parts = {own: None for update in self.updates for own in update.low_rank()}
-        """The layer's own names of parameters that have low-rank updates."""
-        self.values = {own: None for update in self.updates for own in update.values()}
-        """The layer's own names of parameters that have other values."""
-        self.of_layer = not any(update.of_weights for update in self.updates)
-        """It is a layer, with at most one low-rank update; not a module with weights of its own."""
 
-    def problem(self, recipe: _Recipe) -> str | None:
-        """Why they cannot be combined like this."""
-        if whys := {update.unmergeable for update in self.updates if update.unmergeable}:
-            return "; ".join(sorted(whys)) + ", and which has no sum"
-        first, *others = self.updates
-        if why := next(filter(None, (first.why_no_sum(other) for other in others)), None):
-            return why
-        if self.parts.keys() & self.values.keys():
-            return UNALIKE
-        if self.parts and self.values.keys() - ({"bias"} if self.of_layer else set()):
-            return (
-                f"some of the adapters have an update of its {', '.join(self.parts)}, others values of its "
-                f"{', '.join(self.values)}, which no update holds both; merge(model, weights=…) can add them up"
-            )
-        if not self.parts and recipe.how != "sum":
-            return f"it is {first.done_to_layer}, which {recipe.how} is not defined for"
-        inexact = any(part.exact_product is None for u in self.updates for part in u.low_rank().values())
-        return "the ΔW of DoRA has no rank of its own: give a rank" if recipe.rank is None and inexact else None
+@torch.no_grad()
+def _combined(site: _Site, recipe: _Recipe, shared: Sums) -> tuple[Update, dict[str, float]]:
+    """Return a layer's combined update, and the error that its rank leaves.
 
-    @torch.no_grad()
-    def combined(self, recipe: _Recipe, shared: Sums) -> tuple[Update, dict[str, float]]:
-        """The update; and what its rank left out, by the name of the layer, or of each of its weights that have no layer."""
-        if self.updates[0].own_sum:
-            return self.updates[0].summed(self.layer, self.terms, shared), {self.name: 0.0}
-        values = {own: self._value(own, shared) for own in self.values}
-        if not self.parts:
-            added = self.layer._parameters.get("bias") is None and "bias" in values
-            return AddedBias(values["bias"]) if added else Replaced(values), {self.name: 0.0}
-        parts: dict[str, LowRank] = {}
-        errors: dict[str, float] = {}
-        for own in self.parts:
-            parts[own], error = self._part(own, recipe, values.get("bias"))
-            errors[self.name if self.of_layer else dotted(self.name, own)] = error
-        return parts["weight"] if self.of_layer else OnWeights(parts), errors
+    Errors go by the name of the layer, or of each of its weights that have no layer.
+    """
+    first = site.updates[0]
+    if first.own_sum:
+        return first.summed(site.layer, site.terms, shared), {site.name: 0.0}
+    values = {own: _summed_value(site, own, shared) for own in site.values}
+    if not site.low_rank:
+        adds_bias = site.layer._parameters.get("bias") is None and "bias" in values
+        return AddedBias(values["bias"]) if adds_bias else Replaced(values), {site.name: 0.0}
+    parts: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    for own in site.low_rank:
+        parts[own], error = _combined_low_rank(site, own, recipe, values.get("bias"))
+        errors[site.name if site.is_layer else dotted(site.name, own)] = error
+    return parts["weight"] if site.is_layer else OnWeights(parts), errors
 
-    def _part(self, own: str, recipe: _Recipe, bias: Tensor | None) -> tuple[LowRank, float]:
-        """The low-rank update of one weight, and what its rank left out."""
-        terms = [(part, w) for update, w in self.terms if (part := update.low_rank().get(own)) is not None]
-        first = terms[0][0]
-        if recipe.how == "sum" and all(part.exact_product is not None for part, _ in terms):
-            joined = first.joined(terms, bias)
-            if recipe.rank is None:
-                return joined, 0.0
-            near = of_factors(joined.A, joined.B, rank=recipe.rank)
-        elif first.A.ndim == 3:
-            near = _stacked([self._near(terms, own, recipe, e) for e in range(len(first.A))])
-        else:
-            near = self._near(terms, own, recipe, None).truncated
-        return first.remade(near.A, near.B, bias), near.error
 
-    def _near(self, terms: Sequence[tuple[LowRank, float]], own: str, recipe: _Recipe, e: int | None) -> _Near:
-        """A and B of the combination of these ΔW's, or of the `e`th matrix of each in a stack."""
-        dWs = [weight * self._dense(part, own, e) for part, weight in terms]
-        if recipe.how == "sum":
-            dW = torch.stack(dWs).sum(0)
-        elif recipe.how == "ties":
-            dW = _ties(dWs, recipe.density)
-        else:
-            dW = _dare(dWs, recipe.density, recipe.generator)
-        return _Near(of_matrix(dW, rank=recipe.rank), float(dW.norm()))
-
-    def _dense(self, part: LowRank, own: str, e: int | None) -> Tensor:
-        """ΔW [d, k] in fp32."""
-        product = part.exact_product
-        if product is None:
-            return dense(part.changes(self.layer)[own], matrix_of(self.owner, dotted(self.name, own)))
-        A, B = (product.A, product.B) if e is None else (product.A[e], product.B[e])
-        return dense(Product(A, B, product.scale), A.new_empty(()).expand(B.shape[0], A.shape[1]))
-
-    def _value(self, own: str, shared: Sums) -> nn.Parameter:
-        """The base's value and, times their weights, what the updates add to it. A vocabulary is as large as the largest."""
-        terms = [(value, w) for update, w in self.terms if (value := update.values().get(own)) is not None]
-        key = tuple((id(value), w) for value, w in terms)
-        if key not in shared:
-            before = self.layer._parameters.get(own)
-            base = torch.zeros_like(terms[0][0]) if before is None else before.detach()
-            shared[key] = nn.Parameter(_summed(base, [(value.detach(), w) for value, w in terms]))
-        return shared[key]
+# --- low-rank updates ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Near:
-    """The nearest A and B of one matrix, and ‖ΔW‖."""
+    """The nearest A and B of one matrix, and its ‖ΔW‖."""
 
     truncated: Truncated
     norm: float
 
 
-def _stacked(each: Sequence[_Near]) -> Truncated:
-    """The A's and B's of a stack's matrices as one; the error is of all of them together."""
-    A, B = (torch.stack([getattr(near.truncated, letter) for near in each]) for letter in "AB")
-    total = sum(near.norm**2 for near in each)
-    missing = sum((near.truncated.error * near.norm) ** 2 for near in each)
+def _combined_low_rank(site: _Site, own: str, recipe: _Recipe, bias: Tensor | None) -> tuple[LowRank, float]:
+    """Return the combined low-rank update of one weight, and the error that its rank leaves."""
+    terms = [(part, weight) for update, weight in site.terms if (part := update.low_rank().get(own)) is not None]
+    first = terms[0][0]
+    if recipe.how == "sum" and all(part.exact_product is not None for part, _ in terms):
+        joined = first.joined(terms, bias)
+        if recipe.rank is None:
+            return joined, 0.0
+        near = of_factors(joined.A, joined.B, rank=recipe.rank)
+    elif first.A.ndim == 3:
+        near = _stacked(
+            [
+                _near([weight * _dense(site, part, own, e) for part, weight in terms], recipe)
+                for e in range(len(first.A))
+            ]
+        )
+    else:
+        near = _near([weight * _dense(site, part, own, None) for part, weight in terms], recipe).truncated
+    return first.remade(near.A, near.B, bias), near.error
+
+
+def _dense(site: _Site, part: LowRank, own: str, e: int | None) -> Tensor:
+    """Return an update's ΔW [d, k] in fp32, of a stack that of its `e`th matrix."""
+    product = part.exact_product
+    if product is None:
+        return dense(part.changes(site.layer)[own], matrix_of(site.owner, dotted(site.name, own)))
+    A, B = (product.A, product.B) if e is None else (product.A[e], product.B[e])
+    return dense(Product(A, B, product.scale), A.new_empty(()).expand(B.shape[0], A.shape[1]))
+
+
+def _near(dWs: Sequence[Tensor], recipe: _Recipe) -> _Near:
+    """Return the nearest A and B of the combination of these ΔW's, each [d, k]."""
+    if recipe.how == "sum":
+        dW = torch.stack(list(dWs)).sum(0)
+    elif recipe.how == "ties":
+        dW = ties_of(dWs, recipe.density)
+    else:
+        dW = dare_of(dWs, recipe.density, recipe.generator)
+    return _Near(of_matrix(dW, rank=recipe.rank), float(dW.norm()))
+
+
+def _stacked(matrices: Sequence[_Near]) -> Truncated:
+    """Return the A's and B's of a stack's matrices as one; the error is that of all of them together."""
+    A = torch.stack([near.truncated.A for near in matrices])
+    B = torch.stack([near.truncated.B for near in matrices])
+    total = sum(near.norm**2 for near in matrices)
+    missing = sum((near.truncated.error * near.norm) ** 2 for near in matrices)
     return Truncated(A, B, (missing / total) ** 0.5 if total else 0.0)
 
 
-def _summed(base: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """base + Σ weight·(value − base), fp32 at least. Where values have more rows than the base, its are zero."""
-    wide = torch.promote_types(base.dtype, torch.float32)
-    base = base.to(wide)
-    if most := max((len(value) - len(base) for value, _ in terms if value.ndim), default=0):
-        base = torch.cat([base, base.new_zeros(max(0, most), *base.shape[1:])])
-    total = base.clone()
-    for value, weight in terms:
-        rows = slice(len(value)) if value.ndim else ...
-        total[rows] += weight * (value.to(wide) - base[rows])
-    return total
-
-
-def _ties(dWs: list[Tensor], density: float) -> Tensor:
-    """Trim, elect a sign, and average what agrees with it."""
+def ties_of(dWs: Sequence[Tensor], density: float) -> Tensor:
+    """Return the TIES merge of ΔW's: trim each, elect a sign for each entry, and average the entries that have it."""
     trimmed = torch.stack([_largest(dW, density) for dW in dWs])
     sign = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == sign) & (sign != 0)
@@ -294,16 +328,43 @@ def _ties(dWs: list[Tensor], density: float) -> Tensor:
 
 
 def _largest(dW: Tensor, density: float) -> Tensor:
-    """The entries of largest magnitude, the others zero."""
+    """Return ΔW with its entries of largest magnitude, the share `density` of all; the others are zero."""
     kept = max(1, round(density * dW.numel()))
     threshold = dW.abs().flatten().kthvalue(dW.numel() - kept + 1).values
     return dW * (dW.abs() >= threshold)
 
 
-def _dare(dWs: list[Tensor], density: float, generator: torch.Generator) -> Tensor:
-    """Drop entries and rescale, each ΔW by a mask of its own; and add up."""
+def dare_of(dWs: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
+    """Return the DARE sum of ΔW's: drop entries of each by a mask of its own, scale the others up, and add."""
     total = torch.zeros_like(dWs[0])
     for dW in dWs:
         mask = torch.empty(dW.shape).bernoulli_(density, generator=generator).to(dW.device)
         total += dW * mask / density
+    return total
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _summed_value(site: _Site, own: str, shared: Sums) -> nn.Parameter:
+    """Return the base's value plus, times their weights, what the updates add to it; a vocabulary is as large as the largest."""
+    terms = [(value, weight) for update, weight in site.terms if (value := update.values().get(own)) is not None]
+    key = tuple((id(value), weight) for value, weight in terms)
+    if key not in shared:
+        before = site.layer._parameters.get(own)
+        base = torch.zeros_like(terms[0][0]) if before is None else before.detach()
+        shared[key] = nn.Parameter(_summed(base, [(value.detach(), weight) for value, weight in terms]))
+    return shared[key]
+
+
+def _summed(base: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return base + Σ weight·(value − base), fp32 at least. If values have more rows than the base, its rows there are zero."""
+    dtype = wide(base.dtype)
+    base = base.to(dtype)
+    if most := max((len(value) - len(base) for value, _ in terms if value.ndim), default=0):
+        base = torch.cat([base, base.new_zeros(max(0, most), *base.shape[1:])])
+    total = base.clone()
+    for value, weight in terms:
+        rows = slice(len(value)) if value.ndim else ...
+        total[rows] += weight * (value.to(dtype) - base[rows])
     return total

@@ -1,4 +1,4 @@
-"""A low-rank adapter out of a model that was fine-tuned whole: the nearest A and B of W − W0 in each targeted layer."""
+"""A low-rank adapter out of a model that was fine-tuned whole: the A and B nearest to W − W0 in each targeted layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, FileError
-from deltaw.layers.kinds import Kind, Weight, kind_of
+from deltaw.layers.kinds import PARAMETER, Weight, kind_of
 from deltaw.layers.ops.svd import Truncated, of_matrix
 from deltaw.layers.tree import dotted, owner_of
 from deltaw.methods.lora import LoRA
@@ -26,14 +26,14 @@ from deltaw.model.summary import adapters
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` found."""
+    """The adapter that `extract` attached, and what it leaves out. W is the tuned model's weight, W0 the base's."""
 
     ranks: dict[str, int]
     """Layer name → rank."""
     errors: dict[str, float]
     """Layer name → ‖(W − W0) − BA‖ / ‖W − W0‖."""
     unchanged: tuple[str, ...]
-    """Targeted layers in which the two models are equal: they get no update."""
+    """Targeted layers without an update, since the two models are equal there."""
     others: tuple[str, ...]
     """Parameters that differ as well, and that no update holds: norms, biases, embeddings."""
 
@@ -48,14 +48,34 @@ def extract(
     targets: str | Sequence[str] | Mapping[str, int] = "all-linear",
     name: str = "default",
 ) -> Extracted:
-    """Attach to `base` the adapter that comes nearest to `tuned`, a model of the same architecture: of each targeted layer's
-    W − W0 the first `rank` singular triples, or as many as hold the share `energy` of its squared norm.
+    """Attach to `base` the adapter that comes nearest to `tuned`, by the first singular triples of W − W0 in each targeted layer.
 
-    End tokens that the tuned model's generation_config names, and the base's does not, are the adapter's.
+    End tokens that the tuned model's generation_config names, and the base's does not, become the adapter's.
 
-    Raises AdapterError for settings out of range, a name that is taken or an adapter that the tuned model goes through unmerged,
-    TargetError, and FileError when the models differ in their parameters' names or shapes, or in no targeted layer at all;
-    `base` is then as it was.
+    Args:
+        base: The model to attach to.
+        tuned: A model of the same architecture, fine-tuned whole.
+        rank: How many singular triples to keep in each layer.
+        energy: Instead of a rank, the share of ‖W − W0‖² to keep in each layer, above 0 and at most 1.
+        targets: The layers, as for `LoRA`; a mapping gives some of them other ranks.
+        name: The adapter's name.
+
+    Returns:
+        The rank and the error of each layer, and what differs besides.
+
+    Raises:
+        AdapterError: A setting is out of range, the name is taken, or the tuned model goes through an adapter that is not merged.
+        TargetError: The targets match nothing, or a layer that cannot take an update.
+        FileError: The models differ in their parameters' names or shapes, or in no targeted layer. After any error `base` is as
+            it was.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> base, tuned = (AutoModelForCausalLM.from_pretrained("model") for _ in range(2))
+    >>> tuned.model.layers[0].mlp.up_proj.weight.data += 0.1  # a change of rank 1
+    >>> extracted = deltaw.extract(base, tuned, energy=0.99)
+    >>> extracted.ranks, len(extracted.unchanged)
+    ({'model.layers.0.mlp.up_proj': 1}, 13)
     """
     check_free(base, name)
     if (rank is None) == (energy is None):
@@ -86,9 +106,10 @@ def extract(
         _put(updates, layer_name, layer, near)
     if not updates:
         raise FileError("The two models are equal in all targeted layers: there is no update to extract.")
-    of_parts = {dotted(n, own): part.rank for n, update in updates.items() for own, part in update.low_rank().items()}
-    ranks = {n: of_parts[_parameter(n, layer)] for n, layer in selection.layers.items() if n in errors}
-    weights = {_parameter(n, layer) for n, layer in selection.layers.items()}
+    rank_of = {dotted(n, own): part.rank for n, update in updates.items() for own, part in update.low_rank().items()}
+    weight_of = {n: _weight_name(n, layer) for n, layer in selection.layers.items()}
+    ranks = {n: rank_of[weight_of[n]] for n in selection.layers if n in errors}
+    weights = set(weight_of.values())
     others = tuple(n for n in before if n not in weights and not torch.equal(before[n], after[n].to(before[n])))
     apply_plan(base, Plan(updates), LoRA(rank=max(ranks.values()), targets=ranks), name=name)
     teach(base, name, [end for end in own_ends(tuned) if end not in own_ends(base)])
@@ -96,7 +117,7 @@ def extract(
 
 
 def _matrices(layer: Layer) -> Tensor:
-    """A layer's W0 as [d, k], a stack's as [E, d, k]."""
+    """Return a layer's weight as [d, k], a stack's as [E, d, k]."""
     if isinstance(layer, Weight):
         return layer.value.mT if layer.transposed else layer.value
     kind = kind_of(layer)
@@ -105,23 +126,23 @@ def _matrices(layer: Layer) -> Tensor:
 
 
 def _twin(tuned: nn.Module, name: str, layer: Layer) -> Layer:
-    """The layer of this name in the tuned model."""
+    """Return the layer of this name in the tuned model."""
     if isinstance(layer, Weight):
         return Weight(tuned.get_submodule(name.removesuffix(layer.own).removesuffix(".")), layer.own)
     return tuned.get_submodule(name)
 
 
-def _parameter(name: str, layer: Layer) -> str:
-    """The dotted name of a layer's weight."""
+def _weight_name(name: str, layer: Layer) -> str:
+    """Return the dotted name of a layer's weight."""
     return name if isinstance(layer, Weight) else f"{name}.weight"
 
 
 def _put(updates: dict[str, Update], name: str, layer: Layer, near: Truncated) -> None:
-    """Put A and B of a layer among the updates; those of a weight without a layer in its module's."""
+    """Add a layer's A and B to the updates; those of a weight without a layer go into its module's update."""
     if isinstance(layer, Weight):
         part = Stack(near.A, near.B, 1.0, transposed=layer.transposed) if near.A.ndim == 3 else None
         module_name = name.removesuffix(layer.own).removesuffix(".")
-        put_on_weight(updates, module_name, layer.own, part or LowRank(Kind, near.A, near.B, 1.0))
+        put_on_weight(updates, module_name, layer.own, part or LowRank(PARAMETER, near.A, near.B, 1.0))
         return
     kind = kind_of(layer)
     assert kind is not None
@@ -129,6 +150,7 @@ def _put(updates: dict[str, Update], name: str, layer: Layer, near: Truncated) -
 
 
 def _check_alike(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+    """Raise FileError with all parameters that one of the models lacks or has in another shape."""
     problems = [f"{n} is in the base only" for n in before.keys() - after.keys()]
     problems += [f"{n} is in the tuned model only" for n in after.keys() - before.keys()]
     problems += [

@@ -1,5 +1,7 @@
-"""MODEL → model and tokenizer: a hub id, a local folder or a GGUF file, with the head that a task needs. Knows nothing of
-adapters."""
+"""MODEL → model and tokenizer: from a hub id, a local folder or a GGUF file, with the head that a task needs.
+
+Knows nothing of adapters.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,8 @@ import math
 import timeit
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -25,19 +26,24 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
 )
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, FileError, first_line, nearest
-from deltaw.layers.names import in_order
+from deltaw.layers.names import in_order, shown
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("deltaw")
 
-
-# Task → the class that opens a model for it, and what such a model is called
-OPENERS: dict[str, tuple[Any, str]] = {
+_AutoClass = type[
+    AutoModelForCausalLM | AutoModelForSeq2SeqLM | AutoModelForSequenceClassification | AutoModelForImageClassification
+]
+# Task → the class that opens a model for it, and the kind of model for messages
+OPENERS: dict[str, tuple[_AutoClass, str]] = {
     "causal": (AutoModelForCausalLM, "a causal language model"),
     "seq2seq": (AutoModelForSeq2SeqLM, "a model with an encoder and a decoder"),
     "classification": (AutoModelForSequenceClassification, "a model that could classify texts"),
@@ -48,25 +54,51 @@ HEADED = ("classification", "regression", "image")
 """Tasks whose head may be new."""
 
 
+class Location(TypedDict):
+    """The arguments by which from_pretrained finds a model."""
+
+    pretrained_model_name_or_path: str
+    gguf_file: NotRequired[str]
+
+
+class Head(TypedDict, total=False):
+    """What a config says of a head."""
+
+    num_labels: int
+    id2label: dict[int, str]
+    label2id: dict[str, int]
+    problem_type: str
+
+
+class LoadingInfo(TypedDict):
+    """transformers' report on loading a checkpoint."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, Sequence[int], Sequence[int]]]
+    """Name, shape in the checkpoint, shape by the config."""
+    error_msgs: list[str]
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A model in eval mode with its tokenizer."""
 
-    model: Any
+    model: PreTrainedModel
     tokenizer: Any
-    """Of a model for images, its image processor."""
+    """A PreTrainedTokenizerBase; for a model of images an image processor, and None if steps are only planned."""
     name: str
     head: tuple[str, ...] = ()
-    """Of a model with outputs for labels, the modules of its head, which are trained whole."""
+    """The modules of a head with outputs for labels, which are trained whole."""
     untrained: tuple[str, ...] = ()
-    """Those of them that the checkpoint does not have: they are random."""
-    given: bool = False
-    """The tokenizer came with a model object, and may be another one than its checkpoint's."""
-    base_tokenizer: Any = None
-    """The base's, where an adapter has brought `tokenizer`: the base alone has no rows for tokens that are new in it."""
+    """Modules of the head that the checkpoint lacks: they are random."""
+    handed_over: bool = False
+    """The tokenizer was handed over with a model object, and may differ from its checkpoint's."""
+    base_tokenizer: PreTrainedTokenizerBase | None = None
+    """The base's tokenizer, if `tokenizer` is an adapter's: the base alone has no rows for its new tokens."""
 
     def of_base(self) -> Pretrained:
-        """The same model with the base's tokenizer."""
+        """Return the same model with the base's tokenizer."""
         return self if self.base_tokenizer is None else dataclasses.replace(self, tokenizer=self.base_tokenizer)
 
 
@@ -79,30 +111,27 @@ def load_pretrained(
     device: str = "auto",
     to_train: bool = False,
 ) -> Pretrained:
-    """The model and tokenizer of `source`, with a head for the task, which for classes has an output for each of `labels`. Raises
-    FileError when it is not there, is damaged, lacks weights (they would be random) besides those of a head, or is no
-    model for that task.
+    """Return the model and tokenizer of `source`, with a head for the task.
 
-    dtype "auto" keeps the checkpoint's precision, but float32 on a CPU and for GGUF files; `to_train` lets it be bfloat16
-    where the device multiplies faster in it.
+    A head for classes has an output for each of `labels`. dtype "auto" keeps the checkpoint's precision, but is float32 on a
+    CPU and for GGUF files. With `to_train` it is bfloat16 if the device multiplies faster in it.
+
+    Raises FileError if the model is not there, is damaged, is no model for that task, or lacks weights besides those of a head:
+    these would be random.
     """
     where = pick_device(device)
     arguments = locate(source)
     model_class, kind = OPENERS[task]
     try:
         tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
-        with torch.random.fork_rng(devices=[]):  # a head that the checkpoint lacks is drawn
-            opened: Any = model_class.from_pretrained(
-                **arguments, **_head(task, labels), dtype=_pick_dtype(dtype, where, arguments, to_train),
-                output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report, which is judged below
-            )  # fmt: skip
-        model, info = opened[0].eval().to(where), opened[1]
+        in_dtype = _pick_dtype(dtype, where, arguments, to_train)
+        model, info = _open(model_class, arguments, _head(task, labels), in_dtype, where)
     except ImportError as error:
         hint = "\nGGUF files need: pip install 'deltaw[gguf]'" if "gguf_file" in arguments else ""
         raise FileError(f"{source} needs a package that is not installed: {str(error).strip()}{hint}") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FileError(f"{_absent(source)}{source} cannot be loaded as {kind}: {first_line(error)}") from error
-    new = _new_modules(model, info) if task in HEADED else {}
+    new = _new_modules(model, info) if task in HEADED else ()
     _judge(model, info, new, source)
     if task == "causal":
         _check_causal(model, source)
@@ -110,21 +139,34 @@ def load_pretrained(
         settle_padding(model, tokenizer, pad_id(tokenizer), source, scored=task in HEADED)
     if "gguf_file" in arguments:
         _forget_gguf(model)
-    return Pretrained(model, tokenizer, source, head_of(model, new) if task in HEADED else (), tuple(new))
+    return Pretrained(model, tokenizer, source, head_of(model, new) if task in HEADED else (), new)
 
 
-def read_config(source: str) -> Any:
-    """The model's own config. Raises FileError."""
+def _open(
+    model_class: _AutoClass, location: Location, head: Head, dtype: torch.dtype | str, device: torch.device
+) -> tuple[PreTrainedModel, LoadingInfo]:
+    """Open a model; return it with the report on its weights, in which those of other shapes stand as well."""
+    opened: Any
+    with torch.random.fork_rng(devices=[]):  # a head that the checkpoint lacks is drawn
+        opened = model_class.from_pretrained(
+            **location, **head, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    return opened[0].eval().to(device), opened[1]
+
+
+def read_config(source: str) -> PreTrainedConfig:
+    """Return the model's config. Raises FileError if there is none."""
     try:
-        return AutoConfig.from_pretrained(**locate(source))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**locate(source))
+        return config
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise FileError(
             f"{_absent(source)}{source} has no config that transformers knows: {first_line(error)}"
         ) from error
 
 
-def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
-    """What a config says of a head. One of another number of classes is replaced."""
+def _head(task: Task, labels: Sequence[str] | None) -> Head:
+    """Return what the config is to say of the head. A checkpoint's head of another number of classes is replaced."""
     if task not in HEADED or (labels is None and task != "regression"):
         return {}
     if task == "regression":
@@ -136,18 +178,20 @@ def _head(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _new_modules(model: Any, info: dict[str, Any]) -> dict[str, None]:
-    """The modules of its head that the checkpoint lacks, or has in another shape; and a pooler that it lacks."""
+def _new_modules(model: PreTrainedModel, info: LoadingInfo) -> tuple[str, ...]:
+    """Return the modules of the head that the checkpoint lacks or has in another shape, and a pooler that it lacks."""
     body = f"{_body(model)}."
     heads = [key for key in info["missing_keys"] if not key.startswith(body) or "pooler" in key.split(".")]
     heads += [key for key, *_ in info["mismatched_keys"] if not key.startswith(body)]
     owners = {key.rpartition(".")[0] for key in heads}
-    return dict.fromkeys(name for name, _ in model.named_modules() if name in owners)
+    return tuple(name for name, _ in model.named_modules() if name in owners)
 
 
-def _judge(model: Any, info: dict[str, Any], new: Iterable[str], source: str) -> None:
-    """Raise FileError for weights that would be random, but for those of `new` modules; warn of weights of the body that the
-    checkpoint has and the model does not. `info` is transformers' report on loading."""
+def _judge(model: PreTrainedModel, info: LoadingInfo, new: Iterable[str], source: str) -> None:
+    """Raise FileError for weights that would be random, except those of `new` modules.
+
+    Warn of weights of the body that the checkpoint has and the model does not.
+    """
     new = set(new)
     lost = [name for name in info["missing_keys"] if name.rpartition(".")[0] not in new]
     other = [
@@ -172,8 +216,8 @@ def _judge(model: Any, info: dict[str, Any], new: Iterable[str], source: str) ->
         )  # fmt: skip
 
 
-def head_of(model: Any, new: Iterable[str] = ()) -> tuple[str, ...]:
-    """The modules with parameters outside the base model, and `new` ones inside it."""
+def head_of(model: PreTrainedModel, new: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the modules with parameters outside the base model, and `new` ones inside it."""
     body = _body(model)
     outside = [
         n for n, m in model.named_modules() if m._parameters and n and n != body and not n.startswith(f"{body}.")
@@ -181,40 +225,41 @@ def head_of(model: Any, new: Iterable[str] = ()) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*outside, *new]))
 
 
-def _body(model: Any) -> str:
-    """The module that the head is put on: the base model, and where it is not under its usual name, the largest one."""
-    name: str = model.base_model_prefix
+def _body(model: PreTrainedModel) -> str:
+    """Return the name of the module below the head: the base model, or the largest one if that has not its usual name."""
+    name = model.base_model_prefix
     sizes = {child: sum(p.numel() for p in module.parameters()) for child, module in model.named_children()}
     return name if name in sizes else max(sizes, key=sizes.__getitem__, default=name)
 
 
-def pad_id(tokenizer: Any) -> int:
-    """A token to fill rows with; it is masked everywhere, so the end token serves where there is none of its own."""
-    if getattr(tokenizer, "pad_token_id", None) is not None:
-        return int(tokenizer.pad_token_id)
-    return int(getattr(tokenizer, "eos_token_id", None) or 0)
+def pad_id(tokenizer: object) -> int:
+    """Return the token that pads rows: the end token if the tokenizer has none for it, since padding is masked everywhere."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return int(pad if pad is not None else getattr(tokenizer, "eos_token_id", None) or 0)
 
 
-def check_vocabulary(model: Any, tokenizer: Any, source: str, rows: int | None = None) -> None:
-    """Raise ConfigError for a tokenizer with tokens of texts that there is no row of the embedding for. `rows`: how many there
-    are, where an adapter of the model has others than the model."""
+def check_vocabulary(model: nn.Module, tokenizer: object, source: str, rows: int | None = None) -> None:
+    """Raise ConfigError for a tokenizer with tokens of texts that the embedding has no row for.
+
+    `rows` is the number of rows if an adapter brings another one than the model has.
+    """
     known = (vocabulary_size(model) or 0) if rows is None else rows
     if beyond := tokens_beyond(tokenizer, known):
-        few = ", ".join(f"{token!r} ({i})" for token, i in islice(beyond.items(), 5)) + (
-            " …" if len(beyond) > 5 else ""
-        )
+        few = shown([f"{token!r} ({i})" for token, i in beyond.items()], 5)
         size = max(beyond.values()) + 1
         raise ConfigError(
             f"The tokenizer of {source} has {size:,} tokens, the model's embedding {known:,} rows: there are none for {few}.\n"
             "Use the tokenizer that the model was trained with. Or, where the tokens are meant to be new, resize the model and "
-            f"save it (model.resize_token_embeddings({size})), and train their rows with tokens or whole."
+            f"save it in Python (model.resize_token_embeddings({size})), and train their rows: by --tokens or --whole on the "
+            "command line, LoRA(tokens=…) or LoRA(whole=…) in Python."
         )
 
 
 @torch.no_grad()
-def _check_causal(model: Any, source: str) -> None:
-    """Raise FileError when logits depend on later tokens: such a model would learn to copy its targets from its input."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+def _check_causal(model: PreTrainedModel, source: str) -> None:
+    """Raise FileError if logits depend on later tokens: such a model would learn to copy its targets from its input."""
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.num_embeddings
     ids = (torch.arange(8, device=model.device) % vocabulary).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
     one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -226,26 +271,28 @@ def _check_causal(model: Any, source: str) -> None:
 
 
 @torch.no_grad()
-def resize_vocabulary(model: Any, tokens: int) -> None:
-    """Give the model's embedding and head rows for so many tokens, new ones the mean of the others."""
-    before = model.get_input_embeddings().weight.shape[0]
+def resize_vocabulary(model: PreTrainedModel, tokens: int) -> None:
+    """Give the model's embedding and head rows for so many tokens; new rows are the mean of the others."""
+    embedding: Any = model.get_input_embeddings()
+    before = embedding.weight.shape[0]
     if tokens == before:
         return
     model.resize_token_embeddings(tokens, mean_resizing=False)
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[no-untyped-call]
         weight = getattr(end, "weight", None)
         if weight is not None and len(weight) > before:
             weight[before:] = weight[:before].mean(0)
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """An ordinary Hugging Face folder: config, safetensors, tokenizer. Not atomic: the caller gives a fresh folder."""
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder: config, safetensors, tokenizer. It is not atomic; the caller names a fresh
+    folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def pick_device(device: str) -> torch.device:
-    """auto is CUDA, then Apple's MPS, then the CPU. Raises FileError for a device that is not there."""
+    """Return the device of this name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises FileError if it is not there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -258,8 +305,11 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def locate(source: str) -> dict[str, Any]:
-    """Arguments of from_pretrained. What looks like a path but is not there is said so, not asked of the hub."""
+def locate(source: str) -> Location:
+    """Return the arguments by which from_pretrained finds a model.
+
+    Raises FileError for a file or folder that holds no model, and for a path that is not there: the hub is not asked for it.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -279,48 +329,52 @@ def locate(source: str) -> dict[str, Any]:
 
 
 def _absent(source: str) -> str:
-    """The beginning of a message on a MODEL that was asked of the hub."""
+    """Return the beginning of a message on a MODEL that was looked for on the hub; empty for a local one."""
     return "" if Path(source).expanduser().exists() else f"There is no folder {source} here, and on the hub: "
 
 
 def _adapter_hint(path: Path) -> str:
+    """Return the end of a message if the folder is an adapter's."""
     if not (path / "adapter_config.json").is_file():
         return ""
     base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     return f"; it is an adapter of {base or 'some base'}: give the base as MODEL and this folder with --adapter"
 
 
-def _pick_dtype(dtype: DType, device: torch.device, arguments: dict[str, Any], to_train: bool) -> torch.dtype | str:
+def _pick_dtype(dtype: DType, device: torch.device, location: Location, to_train: bool) -> torch.dtype | str:
+    """Return the dtype to load in, or "auto" for that of the weights in the checkpoint."""
     if dtype != "auto":
-        return getattr(torch, dtype)
+        named: torch.dtype = getattr(torch, dtype)
+        return named
     if to_train and bfloat16_pays(device):
         return torch.bfloat16
-    if device.type == "cpu" or "gguf_file" in arguments:
+    if device.type == "cpu" or "gguf_file" in location:
         return torch.float32
-    return AutoConfig.from_pretrained(**arguments).dtype or "auto"
+    of_config: torch.dtype | None = AutoConfig.from_pretrained(**location).dtype
+    return of_config or "auto"
 
 
 @functools.cache
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether the device's products of the size of a training step are clearly faster in bfloat16 than in float32.
+    """Return whether the device multiplies clearly faster in bfloat16 than in float32.
 
-    CUDA says so itself. Of CPUs only those with bfloat16 instructions are faster, and the others many times slower, so a
-    trial tells them apart, one product of half a second where it is that slow.
+    CUDA tells. CPUs with bfloat16 instructions are faster in it, the others many times slower, so a trial of products of a
+    training step's size tells them apart. It stops after one product that is hopelessly slow.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     single = _seconds_of_product(torch.float32)
     return _seconds_of_product(torch.bfloat16, hopeless=_HOPELESS * single) < 0.7 * single
 
 
-# Times as slow: no first product that only gets ready takes as long
 _HOPELESS = 30
+"""How many times slower a first product is given up; one that only warms up is never that slow."""
 
 
 def _seconds_of_product(dtype: torch.dtype, hopeless: float = math.inf) -> float:
-    """The least of five, fewer where one takes more than `hopeless`."""
+    """Return the least time of five products, or of fewer if one takes more than `hopeless` seconds."""
     x, W0, least = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype), math.inf
     for _ in range(5):
         took = timeit.timeit(lambda: x @ W0, number=1)
@@ -330,28 +384,27 @@ def _seconds_of_product(dtype: torch.dtype, hopeless: float = math.inf) -> float
     return least
 
 
-def _forget_gguf(model: Any) -> None:
-    """The weights are plain tensors by now; left in place, the traces of the quantised file forbid saving them."""
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Remove the traces of a quantised file, which forbid saving the weights though they are plain tensors by now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
 
 
-# What a model folder in safetensors has: weights, config, tokenizer
+# Files of a model folder in safetensors: weights, config, tokenizer
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a MODEL that is no file or folder is meant as a name on the hub."""
+    """Return whether MODEL is meant as a name on the hub: it is no file or folder, and does not look like a path."""
     return not Path(source).expanduser().exists() and not source.startswith((".", "/", "~")) and source.count("/") <= 1
 
 
 def snapshot(name: str) -> Path:
-    """The folder of the hub's cache with these files, downloaded where they are not there. Raises FileError."""
+    """Return the folder of the hub's cache with a model's files, downloaded if they are not there. Raises FileError."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these
+    except (OSError, ValueError) as error:  # the bases of the hub's errors
         raise FileError(f"{name} cannot be had from the hub: {first_line(error)}") from error

@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, nearest
-from deltaw.layers.kinds import QuantisedKind, as_stored, in_few_bits, weights_of
+from deltaw.layers.kinds import QUANTISED, as_stored, in_few_bits, weights_of
 from deltaw.layers.names import by_family
 from deltaw.layers.ops.merging import dense
 from deltaw.layers.ops.rows import Rows
@@ -20,11 +20,12 @@ from deltaw.methods.targets import WHERE_NAMED, left_out, role
 from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.lowrank import low_rank_parts
 from deltaw.model.ends import taught
-from deltaw.model.record import before_merge, bring, find_record, in_use, known, named_parameters, record_of
+from deltaw.model.merging.kept import before_merge
+from deltaw.model.record import bring, find_record, in_use, known, named_parameters, record_of
 
 
 class Names(tuple[str, ...]):
-    """Names of the attached adapters in order; `.active` is the one in use, or None."""
+    """The names of the attached adapters in order; `.active` is the one in use, or None."""
 
     active: str | None = None
 
@@ -32,17 +33,22 @@ class Names(tuple[str, ...]):
         return "(" + ", ".join(f"{n!r}*" if n == self.active else repr(n) for n in self) + ")"
 
 
-def coverage_of(model: nn.Module, name: str) -> Coverage:
-    """Tell which dense layers of the model this adapter changes, and why it leaves the others out."""
-    return coverage(dict(base_modules(model)), updates(model, name), record_of(model).attached[name].left_out)
-
-
-# --- look -------------------------------------------------------------------------------------------------------
-
-
 def adapters(model: nn.Module) -> Names:
-    """Names of the attached adapters; `.active` says which this thread is in: None for the base, and where rows have adapters
-    of their own. Empty for a model without any."""
+    """Return the names of the attached adapters; their `.active` is the one that this thread goes through.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        A tuple of names in the order of attaching, empty for a model without adapters. `.active` is None for the base, and if the
+        rows of a batch have adapters of their own.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.LoRA(rank=4), name="a")
+    >>> deltaw.adapters(model), deltaw.adapters(model).active
+    (('a'*), 'a')
+    """
     record = find_record(model)
     names = Names(record.attached if record else ())
     chosen = record.route.current() if record else None
@@ -51,56 +57,97 @@ def adapters(model: nn.Module) -> Names:
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The adapter's parameters, A and B of each layer in order, for any optimizer; one that layers share is there once. None
-    means the active adapter."""
-    found = {id(p): p for update in updates(model, name).values() for p in update.parameters()}
-    return list(found.values())
+    """Return the parameters of an adapter, for any optimizer.
+
+    Args:
+        model: The model with the adapter.
+        name: The adapter; the active one by default.
+
+    Returns:
+        A and B of each layer, or another method's parameters, in the model's order. One that layers share is there once.
+
+    Raises:
+        AdapterError: There is no such adapter, or none is active.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.LoRA(rank=4, targets="q"))
+    >>> [tuple(parameter.shape) for parameter in deltaw.parameters(model)]
+    [(4, 32), (32, 4), (4, 32), (32, 4)]
+    """
+    by_identity = {id(p): p for update in updates(model, name).values() for p in update.parameters()}
+    return list(by_identity.values())
 
 
 def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
-    """Layer name → the adapter's update there, its tensors on its layers' device. None means the active adapter."""
+    """Return an adapter's update of each layer by the layer's name, with its tensors on the layers' device.
+
+    None means the active adapter. Raises AdapterError if there is no such adapter.
+    """
     record = record_of(model)
     name = in_use(record) if name is None else known(record, name)
     bring(record, [name])
     owner = owner_of(model)
-    found = {}
+    by_layer: dict[str, Update] = {}
     for layer_name in record.attached[name].layers:
         slot = slot_of(owner.get_submodule(layer_name))
         assert slot is not None
-        found[layer_name] = slot.get(name)
-    return found
+        by_layer[layer_name] = slot.get(name)
+    return by_layer
 
 
 def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
-    """ΔW of one layer: [d, k] in fp32, in float64 of a float64 weight, by the arithmetic that merges use; of a stack of
-    matrices in its own shape. None means the active adapter. Raises AdapterError where the adapter has no update on the
-    layer's weight."""
-    found = updates(model, name)
-    module, _, own = (layer, "", "weight") if layer in found else layer.rpartition(".")
-    if module not in found:
-        raise AdapterError(f"The adapter has no update on {layer!r}{nearest(layer, found)}.")
-    at = owner_of(model).get_submodule(module)
-    change = found[module].changes(at).get(own)
+    """Return ΔW of one layer, by the arithmetic of merges.
+
+    Args:
+        model: The model with the adapter.
+        layer: The layer's dotted name, or that of a weight without a layer, such as a mixture's experts.
+        name: The adapter; the active one by default.
+
+    Returns:
+        ΔW [d, k] in fp32, in float64 for a float64 weight. A stack of matrices keeps its own shape.
+
+    Raises:
+        AdapterError: There is no such adapter, or it has no update on the layer's weight.
+        MergeError: The layer's weight is merged and was changed since.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.LoRA(rank=4))
+    >>> dW = deltaw.delta(model, "model.layers.0.mlp.up_proj")
+    >>> dW.shape, bool(dW.any())  # B starts at zero
+    (torch.Size([56, 32]), False)
+    """
+    by_module = updates(model, name)
+    module, _, own_name = (layer, "", "weight") if layer in by_module else layer.rpartition(".")
+    if module not in by_module:
+        raise AdapterError(f"The adapter has no update on {layer!r}{nearest(layer, by_module)}.")
+    owner = owner_of(model).get_submodule(module)
+    change = by_module[module].changes(owner).get(own_name)
     if change is None:
         raise AdapterError(f"The adapter leaves the weight of {layer!r} as it is.")
-    dW = dense(change, before_merge(model, dotted(module, own)))
-    return as_stored(at, own, dW) if own in weights_of(at) else dW
+    dW = dense(change, before_merge(model, dotted(module, own_name)))
+    return as_stored(owner, own_name, dW) if own_name in weights_of(owner) else dW
+
+
+# --- sizes --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Size of one adapter."""
+    """The size of one adapter, and what it reaches."""
 
     layers: int
     """Modules that have an update: of a loaded adapter, those that its file reached."""
     parameters: int
+    """Numbers that it holds."""
     share: float
-    """Of the base's parameters."""
+    """`parameters` as a share of the base's."""
     bytes: int
     coverage: Coverage
-    """Which dense layers take an update, by role, and why the others do not."""
+    """The dense layers that take an update, by role, and why the others do not."""
     zero: int = 0
-    """How many low-rank updates have a B of zeros: they change nothing, as before the first step of a training."""
+    """Low-rank updates with a B of zeros, which change nothing; before the first step of a training all are so."""
     rounding: float = 0.0
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of an adapter that was loaded in less than its file's precision."""
     ends: tuple[int, ...] = ()
@@ -114,54 +161,89 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` returns: the base's size and each adapter's."""
+    """The sizes of a base and of each of its adapters, as `summary` returns them.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.LoRA(rank=4), name="a")
+    >>> found = deltaw.summary(model)
+    >>> found.active, list(found.adapters), found.adapters["a"].zero
+    ('a', ['a'], 14)
+    """
 
     base_parameters: int
+    """Numbers that the base holds; a quantised weight counts as those that it stands for."""
     base_bytes: int
     active: str | None
+    """The adapter in use, as `adapters` tells it."""
     adapters: dict[str, AdapterSummary]
 
 
 def summary(model: nn.Module) -> Summary:
-    """Sizes of the base and of each attached adapter."""
+    """Return the sizes of the base and of each attached adapter.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The base's numbers and bytes, and for each adapter its own, its layers and why others are left out.
+
+    >>> import deltaw
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.LoRA(rank=4, targets="attention"))
+    >>> adapter = deltaw.summary(model).adapters["default"]
+    >>> adapter.layers, adapter.parameters, adapter.coverage.roles
+    (8, 1792, {'q': 2, 'k': 2, 'v': 2, 'o': 2})
+    """
     sizes = [_size(model, name, p) for name, p in named_parameters(model)]
     count = sum(n for n, _ in sizes)
-    each = {}
-    for name in adapters(model):
-        own = parameters(model, name)
-        size = sum(p.numel() for p in own)
-        attached = record_of(model).attached[name]
-        each[name] = AdapterSummary(
-            layers=len(attached.layers),
-            parameters=size,
-            share=size / count,
-            bytes=sum(p.numel() * p.element_size() for p in own),
-            coverage=coverage_of(model, name),
-            zero=sum(_is_zero(part.B.detach()) for part in low_rank_parts(updates(model, name))),
-            rounding=attached.metadata.get("rounding", 0.0),
-            ends=taught(model, [name]),
-        )
-    return Summary(count, sum(size for _, size in sizes), adapters(model).active, each)
+    of_adapters = {name: _adapter_summary(model, name, count) for name in adapters(model)}
+    return Summary(count, sum(size for _, size in sizes), adapters(model).active, of_adapters)
+
+
+def _adapter_summary(model: nn.Module, name: str, base_parameters: int) -> AdapterSummary:
+    tensors = parameters(model, name)
+    count = sum(p.numel() for p in tensors)
+    attached = record_of(model).attached[name]
+    return AdapterSummary(
+        layers=len(attached.layers),
+        parameters=count,
+        share=count / base_parameters,
+        bytes=sum(p.numel() * p.element_size() for p in tensors),
+        coverage=coverage_of(model, name),
+        zero=sum(_is_zero(part.B.detach()) for part in low_rank_parts(updates(model, name))),
+        rounding=attached.metadata.get("rounding", 0.0),
+        ends=taught(model, [name]),
+    )
 
 
 def _is_zero(B: Tensor) -> bool:
-    """Whether all entries are zero; a tensor without memory has none that is."""
-    return not B.is_meta and not bool(B.float().any())  # float8 has no test of its own
+    """Return whether all entries are zero; False for a tensor on the meta device, which has no entries."""
+    return not B.is_meta and not bool(B.float().any())  # float8 has no `any`
 
 
 def _size(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, int]:
-    """Entries and bytes of a parameter of the base; of one in few bits, those that it stands for and those that it takes."""
-    layer, own = place_of(owner_of(model), name)
-    form = in_few_bits(layer, own)
+    """Return (numbers, bytes) of a base parameter: of a quantised one the numbers that it stands for and the bytes that it
+    takes."""
+    layer, own_name = place_of(owner_of(model), name)
+    form = in_few_bits(layer, own_name)
     if form is None:
         return parameter.numel(), parameter.numel() * parameter.element_size()
-    d, k = QuantisedKind.shape(layer)
+    d, k = QUANTISED.shape(layer)
     return d * k, sum(t.numel() * t.element_size() for t in form.stored(layer))
+
+
+# --- coverage -----------------------------------------------------------------------------------------------------
+
+
+def coverage_of(model: nn.Module, name: str) -> Coverage:
+    """Return the dense layers of the model that an adapter changes, and why it leaves the others out."""
+    return coverage(dict(base_modules(model)), updates(model, name), record_of(model).attached[name].left_out)
 
 
 _NOT_DENSE = ("is not a dense layer that deltaw adapts",)
 _MOST = 4
-"""Kinds of layers that one line names."""
+"""The most kinds of layers that one line names."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +257,7 @@ class Coverage:
 
     @cached_property
     def roles(self) -> dict[str, int]:
-        """Role (q, k, v, o, gate, up, down, qkv, gate_up; other) → how many layers of it take an update."""
+        """Role (q, k, v, o, gate, up, down, qkv, gate_up or other) → how many layers of it take an update."""
         return dict(Counter(role(name) or "other" for name in self.adapted))
 
     @cached_property
@@ -188,30 +270,35 @@ class Coverage:
 
     @property
     def dense(self) -> int:
-        """How many dense layers there are, without embeddings and convolutions that only take an update where they are named."""
+        """The number of dense layers, without embeddings and convolutions, which take an update only if they are named."""
         others = [why for why in self.left_out.values() if not why.endswith((WHERE_NAMED, *_NOT_DENSE))]
         return len(self.adapted) + len(others)
 
     def lines(self) -> list[str]:
-        """What there is to say at attach: a sentence on the layers that take an update, and one or two on those that do not.
-        None of a method that has its updates elsewhere."""
+        """Return sentences for the log: one on the layers that take an update, one or two on the others.
+
+        Empty for a method that has its updates elsewhere.
+        """
         if not self.adapted:
             return []
         roles = ", ".join(f"{name} {count}" for name, count in self.roles.items())
-        said = [f"{len(self.adapted)} of {self.dense} dense layers take an update" + (f" ({roles})." if roles else ".")]
+        lines = [
+            f"{len(self.adapted)} of {self.dense} dense layers take an update" + (f" ({roles})." if roles else ".")
+        ]
         parts = [f"{_named(names)} ({why})" for why, names in self.reasons.items() if not why.endswith(WHERE_NAMED)]
         if parts:
-            said.append(f"Left out: {'; '.join(parts)}.")
+            lines.append(f"Left out: {'; '.join(parts)}.")
         where_named = [n for why, names in self.reasons.items() if why.endswith(WHERE_NAMED) for n in names]
         if where_named:
-            said.append(f"Only where they are named: {_named(where_named)}.")
-        return said
+            lines.append(f"Only where they are named: {_named(where_named)}.")
+        return lines
 
 
 def coverage(
     modules: Mapping[str, nn.Module], updates: Mapping[str, Update], reasons: Mapping[str, str] = {}
 ) -> Coverage:
-    """The coverage of these updates (module name → update) on a model's modules; `reasons` are those that its method has."""
+    """Return the coverage of updates (module name → update) on a model's modules; `reasons` are the method's for leaving some
+    out."""
     names: list[str] = []
     for name, update in updates.items():
         if update.of_weights:
@@ -222,10 +309,10 @@ def coverage(
 
 
 def _named(names: list[str]) -> str:
-    """Layers by the ends of their names, those that differ in a number alone once, with how many there are."""
+    """Return layers by the ends of their names: one entry, with a count, for those that differ only in a number."""
     counts: dict[str, int] = {}
     for kind, alike in by_family(names).items():
-        end = kind.rpartition("*.")[2]  # an encoder's layers and a decoder's may have the same
+        end = kind.rpartition("*.")[2]  # an encoder's layers and a decoder's may end alike
         counts[end] = counts.get(end, 0) + len(alike)
     ends = list(counts.items())
     shown = [f"{count} {end}" if count > 1 else end for end, count in ends[:_MOST]]

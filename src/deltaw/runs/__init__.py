@@ -1,1 +1,1 @@
-"""What a command does from end to end."""
+"""Commands from end to end: train, compare, sweep, rank."""

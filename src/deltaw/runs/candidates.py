@@ -58,7 +58,7 @@ class Tried:
     """All candidates of a sweep."""
 
     candidates: list[Candidate]
-    """In the order of the settings."""
+    """Candidates in the order of the settings."""
     left_out: dict[str, str]
     """Targets whose layers cannot hold the budget → why."""
 

@@ -1,5 +1,5 @@
 """Methods compared on a user's own model and data: learning rates on held-out records, the best one of each method on test
-records, all with the same records in the same order and the same budget. Prints nothing: it tells events.
+records, all with the same records in the same order and the same budget. Prints nothing; it emits events.
 
 A comparison's folder holds data/ (the three sets of records), runs/ (a folder for each candidate), results.json and report.html.
 What is finished there is not trained again.
@@ -52,7 +52,7 @@ _QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
 
 
 class _Timed(NamedTuple):
-    """What inference is timed on."""
+    """The passes that inference is timed on."""
 
     passes: list[list[int]]
     """Rows and tokens of each forward pass."""
@@ -68,7 +68,7 @@ _QUICK_TIMED = _Timed([[1, 128], [32, 16]], [1], 20.0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` came to.
+    """The result of `compare`.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="methods", steps=1, valid_most=4, overwrite=True)
@@ -122,10 +122,9 @@ def compare(
         Interrupted: Ctrl-C. Finished candidates are kept.
 
     >>> import deltaw
-    >>> config = deltaw.TrainConfig(out="compared", steps=1, valid_most=4, overwrite=True)
-    >>> options = deltaw.CompareConfig(methods="lora(rank=64)", latency=False)
-    >>> deltaw.compare("model", "train.jsonl", config, options).outcome.rows[0].settings
-    {'rank': 64}
+    >>> deltaw.compare("model", "train.jsonl", deltaw.TrainConfig(lr=1e-3))
+    Traceback (most recent call last):
+    deltaw.errors.ConfigError: Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3.
     """
     if config.lr != TrainConfig().lr:
         raise ConfigError(
@@ -185,7 +184,7 @@ class _Entry:
     tried: Mapping[float, Outcome]
     """Learning rate → what its run came to, with the first seed."""
     runs: list[_Run]
-    """With the best learning rate, one a seed, the first seed's first."""
+    """Runs with the best learning rate, one a seed, the first seed's first."""
 
 
 def _entry(
@@ -269,7 +268,7 @@ def _write(path: Path, values: dict[str, object]) -> None:
 class _Measurement(NamedTuple):
     row: MethodRow
     scores: dict[str, Measured]
-    """By metric; none where the method failed."""
+    """Its scores by metric; none where it failed."""
 
 
 def _measurement(chosen_by: str, entry: _Entry) -> _Measurement:

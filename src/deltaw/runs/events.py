@@ -12,7 +12,7 @@ from deltaw.training.events import Stepped
 
 @dataclass(frozen=True)
 class CandidateEvent:
-    """What all events of one candidate's run share."""
+    """The part that all events of one candidate's run share."""
 
     name: str
     """The candidate's."""

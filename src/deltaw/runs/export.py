@@ -11,13 +11,14 @@ from torch import Tensor
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.formats.atomic import replacing_folder
-from deltaw.model import merge
-from deltaw.model.merge import MergeReport
+from deltaw.model.merging import merge
+from deltaw.model.merging.report import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained
 from deltaw.training import opening
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+_NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,44 @@ class Compared:
     """The logits of a merged folder's model beside those of base + branch, in the same dtype."""
 
     drift: float
-    """Largest difference."""
+    """The largest difference of a logit."""
     agreement: float
     """Share of positions whose likeliest token, or class, is the same."""
     positions: int
+    """Tokens, or records of a classifier, that were compared."""
 
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """What `merge_to_folder` did."""
+    """A model folder that was written and checked."""
 
     report: MergeReport
     bytes: int
+    """The size of all its files."""
     compared: Compared
+    """Its model, loaded again, beside the unmerged one."""
 
 
 def merge_to_folder(
     source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True, untie: bool = False
 ) -> MergedFolder:
-    """Write base + ΔW as an ordinary model folder, atomically, by way of the model in memory: for what is no checkpoint in
-    safetensors, and for another precision. Raises FileError, BaseMismatch or MergeError; `out` is then not there."""
+    """Write base + ΔW as an ordinary model folder, through the model in memory.
+
+    This is for checkpoints that are not in safetensors, and for another precision; files/merge.py merges on disk.
+
+    Args:
+        source: the base: a hub id, folder or GGUF file.
+        adapter: the adapter's folder.
+        out: the folder to write, atomically: after an error it is not there.
+        dtype: the precision to store; auto is the checkpoint's.
+        check_base: refuse an adapter of another base.
+        untie: store tied weights apart where the adapter changes one of them.
+
+    Raises:
+        FileError: the base or the adapter cannot be read.
+        BaseMismatch: the adapter is of another base.
+        MergeError: the merge could not be exact, or what is on disk is not what was merged.
+    """
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
     data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
@@ -58,7 +77,7 @@ def merge_to_folder(
 
 
 def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True) -> Compared:
-    """The merged model in `folder` beside the unmerged one. Raises MergeError when they differ by more than rounding."""
+    """Compare the merged model in `folder` with the unmerged one. Raises MergeError when they differ by more than rounding."""
     loaded = _opened(source, adapter, _checkpoint_dtype(source), check_base)
     data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
@@ -68,14 +87,14 @@ def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True
 
 
 def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
-    """The base with the adapter on it, and with as many tokens as the adapter has."""
+    """Return the base with the adapter on it, and with as many tokens as the adapter has."""
     loaded = opening.opened(source, opening.of_adapter(adapter), dtype=dtype, device="cpu")
     return opening.equip(loaded, adapter, check_base=check_base, resize=True)
 
 
 @torch.no_grad()
 def _logits(loaded: Pretrained, data: DataConfig) -> tuple[dict[str, Tensor], Tensor]:
-    """Of the model as it is, on what models are compared on."""
+    """Return the inputs that models are compared on, and the model's logits [batch, …, classes or tokens], fp32."""
     inputs = opening.probe(loaded, data)
     return inputs, loaded.model(**inputs).logits.float()
 
@@ -84,21 +103,22 @@ def _logits(loaded: Pretrained, data: DataConfig) -> tuple[dict[str, Tensor], Te
 def _compared(
     folder: Path, data: DataConfig, inputs: dict[str, Tensor], expected: Tensor, dtype: torch.dtype
 ) -> Compared:
-    again = opening.opened(str(folder), data, dtype=str(dtype).removeprefix("torch."), device="cpu")  # type: ignore[arg-type]
-    found = again.model(**inputs).logits.float()
-    drift = float((found - expected).abs().max())
+    """Load the folder's model in this dtype and compare its logits with the expected ones."""
+    again = opening.opened(str(folder), data, dtype=_NAMES[dtype], device="cpu")
+    logits = again.model(**inputs).logits.float()
+    drift = float((logits - expected).abs().max())
     limit = _TOLERANCE.get(dtype, 1e-3) * max(1.0, float(expected.abs().max()))
     if not drift <= limit:
         raise MergeError(
             f"The merged model's logits differ by {drift:.3g} from the unmerged model's (limit {limit:.3g}): "
             "nothing was written."
         )
-    agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
-    return Compared(drift, agreement, found[..., 0].numel())
+    agreement = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    return Compared(drift, agreement, logits[..., 0].numel())
 
 
 def _checkpoint_dtype(source: str) -> DType:
-    """The precision that the checkpoint is stored in: merging for storage must not widen or narrow it unasked."""
+    """Return the precision that the checkpoint is stored in, which merging must not widen or narrow unasked."""
     from transformers import AutoConfig
 
     from deltaw.model.pretrained import locate
@@ -106,5 +126,4 @@ def _checkpoint_dtype(source: str) -> DType:
     arguments = locate(source)
     if "gguf_file" in arguments:
         return "float32"
-    name = str(AutoConfig.from_pretrained(**arguments).dtype).removeprefix("torch.")
-    return name if name in ("float32", "bfloat16", "float16") else "float32"  # type: ignore[return-value]
+    return _NAMES.get(AutoConfig.from_pretrained(**arguments).dtype, "float32")

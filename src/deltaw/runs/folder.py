@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def score(self) -> Path:
-        """Of a study's candidate: what its run came to."""
+        """The outcome of a study's candidate."""
         return self.path / "score.json"
 
 
@@ -125,8 +125,8 @@ def read_json(path: Path) -> JsonObject | None:
     """Return the object in a JSON file; None where there is no file."""
     if not path.is_file():
         return None
-    found: JsonObject = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    values: JsonObject = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def refuse_a_file(folder: Path) -> None:

@@ -1,5 +1,5 @@
 """Which rank a finished run's data needed, from its one adapter: cut to each smaller rank, scored on held-out records, compared
-in pairs; and which directions there are. Prints nothing: it tells events.
+in pairs; and which directions there are. Prints nothing; it emits events.
 
 Cutting and scoring are of the very file that `compress` would write.
 """
@@ -70,7 +70,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class RankChoice:
-    """What `choose_rank` came to.
+    """The result of `choose_rank`.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="chosen", steps=3, valid_share=0.25, samples=0, valid_most=6, overwrite=True)
@@ -169,12 +169,12 @@ class _Opened:
     """A run's adapter beside its base, in memory, with the records that it is scored on."""
 
     run: Finished
-    """With its layers named as this version of the model's code names them."""
+    """The run, its layers named as this version of the model's code names them."""
     spectra: Mapping[str, Spectrum]
     held: HeldOut
     model: nn.Module
     records: Sequence[Record]
-    """Those that could be encoded."""
+    """Records that could be encoded."""
     length: int
     """Tokens of the longest one, two at least."""
     metrics: Sequence[str]
@@ -249,7 +249,7 @@ def _records_used(opened: _Opened, config: RankConfig) -> RecordsUsed:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What a model scores on the records."""
+    """The scores of a model on the records."""
 
     losses: Measured
     metrics: dict[str, SeedScores]

@@ -1,13 +1,12 @@
-"""The records of a comparison, to train on, held out, and to score at the end, as three files that every candidate reads. Knows
+"""The three sets of records of a study, which every candidate reads: to train on, held out, and to score at the end. Knows
 records; nothing of models."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,34 +20,35 @@ from deltaw.errors import DataError
 from deltaw.files.formats.atomic import write_text
 
 NAMES = ("train", "valid", "test")
-# Of the records, where there are no splits: held out, and to score at the end; and never more than so many
+# Without splits, the share of the records to hold out, and likewise to score; and the most of each
 _SHARE, _MOST = 0.1, 1000
 _INSTEAD = "Give held-out records with --valid, and test records with --test."
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the three sets come from."""
+    """The origin of the three sets."""
 
     data: str | Path
     """A file, folder or hub data set."""
     split: str | None
-    """Of `data`, to train on."""
+    """The split of `data` to train on."""
     valid: str | None
     """Held-out records: a file, or a split of `data`. None: one of its splits, else a part of the training records."""
     test: str | None
-    """Records to score, likewise."""
+    """Records to score at the end: the same."""
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """The set's file."""
+    """Return the file of one of NAMES."""
     return folder / f"{name}.jsonl"
 
 
 def write(folder: Path, source: Source, data: DataConfig, *, valid_most: int, test_most: int) -> None:
-    """Write the three files, unless they are there. Prompts are whole in one set; `data` says how records are read.
+    """Write the three files, unless they are there. All records of a prompt are in the same set.
 
-    Raises DataError for records that cannot be used, and for too few prompts to have three sets, or an interval, of.
+    data: how records are read. valid_most, test_most: the most records of these sets, a seeded sample of all. Raises DataError
+    for records that cannot be used, and for too few prompts to make three sets, or an interval, of them.
     """
     if all(file_of(folder, name).is_file() for name in NAMES):
         return
@@ -66,24 +66,23 @@ def write(folder: Path, source: Source, data: DataConfig, *, valid_most: int, te
 
 @dataclass(frozen=True)
 class _Set:
-    """Records with their fields as they were found."""
+    """Records with all their fields."""
 
     records: Records
-    fields: list[dict[str, Any]]
+    fields: list[Mapping[str, object]]
 
     def __len__(self) -> int:
         return len(self.fields)
 
     def only(self, numbers: Collection[int]) -> _Set:
-        """These of them, in their order."""
+        """Return some of them by number, in their order."""
         kept = sorted(numbers)
         return _Set(self.records.only(kept), [self.fields[i] for i in kept])
 
 
 def _read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> dict[str, _Set]:
-    there = [name for name in splits(source.data) if name in HELD_OUT]
-    held_out = sorted(there, key=HELD_OUT.index)  # test comes last
-    test, valid = (_given(name, source.data, data) for name in (source.test, source.valid))
+    held_out = sorted((name for name in splits(source.data) if name in HELD_OUT), key=HELD_OUT.index)  # test comes last
+    test, valid = (_named(name, source.data, data) for name in (source.test, source.valid))
     if test is None and held_out:
         test = _records(source.data, held_out[-1], data)
     if valid is None and len(held_out) > 1:
@@ -97,27 +96,27 @@ def _read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> 
     return {"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": _sampled(test, test_most, seed=1)}
 
 
-def _given(name: str | None, source: str | Path, data: DataConfig) -> _Set | None:
-    """The records of a file or a split that was named."""
+def _named(name: str | None, source: str | Path, data: DataConfig) -> _Set | None:
+    """Return the records of a file or a split by its name; None without one."""
     if name is None:
         return None
     return _records(name, None, data) if is_path(name) else _records(source, name, data)
 
 
 def _records(source: str | Path, split: str | None, data: DataConfig) -> _Set:
-    found, problems, name = rows(source, split, None)
-    return _Set(checked(found, problems, name, data), [fields for _, fields in found])
+    read, problems, name = rows(source, split, None)
+    return _Set(checked(read, problems, name, data), [dict(fields) for _, fields in read])
 
 
 def _cut(part: _Set, count: int, *, seed: int) -> tuple[_Set, _Set]:
-    """About so many held out, and the others."""
+    """Return about `count` records, in whole prompts, and the others."""
     records = part.records
     held = hold_out(records.items, count, most=_MOST, seed=seed, source=records.source, instead=_INSTEAD)
     return part.only(held), part.only(set(range(len(part))) - set(held))
 
 
 def _cut_for_test(train: _Set, count: int) -> tuple[_Set, _Set]:
-    """About so many records, and the others; where they are of a single item another one beside it, for an interval's sake."""
+    """Return about `count` records and the others. Of a single prompt there is no interval, so another one is added then."""
     test, others = _cut(train, count, seed=0)
     if len(items_in(test.records.items)) > 1:
         return test, others
@@ -131,10 +130,10 @@ def _sampled(part: _Set, most: int, *, seed: int) -> _Set:
     return part.only(sample(part.records.items, most, seed=seed))
 
 
-def _kept(record: dict[str, Any], place: Path) -> dict[str, Any]:
-    """A record as a line of JSON has it: a picture that is no file (a parquet file's bytes, an array) becomes one."""
+def _kept(record: Mapping[str, object], place: Path) -> Mapping[str, object]:
+    """Return a record for a line of JSON. An image that is no file (a parquet file's bytes, an array) is written as `place`."""
     if record.get("image") is None or isinstance(record["image"], str):
         return record
     place.parent.mkdir(parents=True, exist_ok=True)
     np.save(place, opened(record["image"]))
-    return record | {"image": str(place.resolve())}
+    return {**record, "image": str(place.resolve())}

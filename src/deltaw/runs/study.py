@@ -1,5 +1,5 @@
-"""What the candidates of a sweep or a comparison share: a folder that is resumed, three sets of records, and what they are scored
-by. Knows records, settings and files; no weights."""
+"""The part that a sweep's or a comparison's candidates share: a folder that is resumed, three sets of records, metrics. Knows
+records, settings and files; no weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _USUAL = {
 
 @dataclass(frozen=True)
 class Scoring:
-    """What all candidates are scored by."""
+    """The metrics of all candidates."""
 
     data: DataConfig
     """The settings of the records, with their task and its classes."""
@@ -63,7 +63,7 @@ class Study:
     config: TrainConfig
     """The settings of training; the learning rate is each candidate's."""
     settings: StudySettings
-    """What decides about results."""
+    """The settings that decide about results."""
     scoring: Scoring
 
     @property

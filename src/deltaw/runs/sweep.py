@@ -1,5 +1,5 @@
 """Ranks tried on a user's own model and data: every candidate trained over the one base that is in memory, scored on the same
-test records, and the smallest rank that is enough, with what says so. Prints nothing: it tells events.
+test records, and the smallest rank that is enough, with what says so. Prints nothing; it emits events.
 
 A sweep's folder holds data/ (the three sets of records), runs/ (a run folder for each candidate), results.json and report.html.
 What is finished there is not trained again.
@@ -64,7 +64,7 @@ _RUNGS = (0.25, 0.5)
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep` came to.
+    """The result of `sweep`.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="ranks", steps=1, valid_most=4, overwrite=True)

@@ -1,4 +1,4 @@
-"""One training run from end to end: model, records, loop, samples, run folder. Prints nothing: it tells events.
+"""One training run from end to end: model, records, loop, samples, run folder. Prints nothing; it emits events.
 
 A run folder holds adapter/ (PEFT format), config.yaml (reproduces the run), log.jsonl, result.json and report.html.
 """
@@ -33,7 +33,8 @@ from deltaw.methods.registry import name_of
 from deltaw.model import attach
 from deltaw.model import summary as sizes
 from deltaw.model.ends import teach
-from deltaw.model.merge import MergeReport, preview
+from deltaw.model.merging.merge import preview
+from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary, parameters
 from deltaw.model.switch import use, using
 from deltaw.runs.folder import RunFolder, refuse_a_file
@@ -59,7 +60,7 @@ _SAMPLE = GenerateConfig(max_new_tokens=96)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training run came to.
+    """The result of a training run.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="result", steps=2, samples=0, overwrite=True)
@@ -85,7 +86,7 @@ class RunResult:
     summary: Summary
     """Sizes of the base and of the adapter."""
     merge: MergeReport
-    """What merging the adapter into the base, in the dtype it was trained on, would do."""
+    """Figures of a merge into the base, in the dtype that it was trained on."""
     samples: list[Sampled]
     """Held-out records with what the base and the adapter say to them."""
     events: list[Event]
@@ -95,7 +96,7 @@ class RunResult:
 
     @property
     def state(self) -> LoopState:
-        """Where the loop ended: steps, seconds, losses, and why it stopped."""
+        """The state in which the loop ended: steps, seconds, losses, and why it stopped."""
         return self.outcome.loop
 
     @property
@@ -105,7 +106,7 @@ class RunResult:
 
     @property
     def sets(self) -> dict[str, str | None]:
-        """What is in train and in valid, for example "300 records of 47 prompts", and their overlap in words."""
+        """The content of train and of valid, for example "300 records of 47 prompts", and their overlap in words."""
         return self.outcome.sets
 
     @property
@@ -163,8 +164,8 @@ def train(
     >>> result = deltaw.train("model", "train.jsonl", config, method=deltaw.LoRA(rank=4, targets="q,v"))
     >>> result.state.step, result.state.stopped, result.adapter.name
     (3, '', 'adapter')
-    >>> deltaw.adapters(result.model)
-    ('default',)
+    >>> deltaw.adapters(result.model).active
+    'default'
     """
     _check_place(config)
     return run(prepare(model, data, config, method, tokenizer=tokenizer), on_event)
@@ -225,7 +226,7 @@ class _Job:
     adapter: str
     """The adapter's name on the model."""
     settings: dict[str, object]
-    """What config.yaml holds."""
+    """The settings in config.yaml."""
 
     @property
     def model(self) -> nn.Module:
@@ -383,7 +384,7 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
 
 def _save(job: _Job) -> None:
     loaded = job.prepared.loaded
-    tokenizer = loaded.tokenizer if loaded.given else None
+    tokenizer = loaded.tokenizer if loaded.handed_over else None
     store.save(job.model, job.folder.adapter, name=job.adapter, training=job.settings, tokenizer=tokenizer)
 
 
@@ -477,8 +478,8 @@ def _samples(
 ) -> list[Sampled]:
     """Return the records with what was wanted, and what the base and the adapter said."""
     task, data = task_of(job.prepared.config.data), job.prepared.config.data
-    wanted = [task.wanted(record, data) for record in records]
+    wanted: Sequence[str | None] = [task.wanted(record, data) for record in records]
     if task.answers == "text":
-        wanted = as_said(wanted, job.prepared.loaded.tokenizer)
+        wanted = as_said([text or "" for text in wanted], job.prepared.loaded.tokenizer)
     rows = zip(records, wanted, before, after, strict=True)
     return [Sampled(record.question, reference, base, adapter) for record, reference, base, adapter in rows]

@@ -141,8 +141,9 @@ class _Memory:
 
     def loaded(self) -> None:
         """Count from here on: the model is loaded, and its adapter attached."""
-        import psutil
         import torch
+
+        from deltaw.runs.memory import machine
 
         if torch.cuda.is_available() and torch.cuda.memory_allocated():
             torch.cuda.reset_peak_memory_stats()
@@ -152,7 +153,7 @@ class _Memory:
                 Path("/proc/self/clear_refs").write_text("5")  # Linux's way to begin the peak anew
             except OSError:
                 return
-            self._before = psutil.Process().memory_info().rss
+            self._before = machine.held()
 
     def over_the_loaded_model(self) -> int | None:
         """Return the bytes that training held over those before; None where the system does not tell a peak."""
@@ -166,7 +167,7 @@ class _Memory:
 
 
 def _peak() -> int:
-    """Return the bytes in memory at the peak since it was last begun anew. psutil does not tell it on Linux."""
+    """Return the bytes in memory at the peak since it was last begun anew; neither psutil nor getrusage tells that on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -199,7 +200,7 @@ def timed(task: TimingTask) -> list[LatencyRow]:
     ways = latency.ways(model, list(shown), merged=merged)
     shown |= {f"{name}, merged": f"{shown[name]}, merged" for name in merged}
     jobs = {("forward", rows, length): latency.forward(model, rows, length) for rows, length in task.passes}
-    if task_of(data) is Causal:
+    if isinstance(task_of(data), Causal):
         jobs |= {("decode, 8 tokens", rows, 64): latency.decoding(model, rows) for rows in task.decoding}
     table = []
     for (what, batch, length), job in jobs.items():

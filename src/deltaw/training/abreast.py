@@ -116,7 +116,7 @@ def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple
             losses, rows = loss.each(loss.collate([row for part in shared for row in part]))
             sums = torch.zeros_like(means).index_add(0, owners[rows].to(losses.device), losses)
             of_loops = sums / divisor.to(losses.device)
-            of_loops.sum().backward()
+            torch.autograd.backward(of_loops.sum())
         means += of_loops.detach()
         for loop in loops:
             loop.flat.add_gradients()

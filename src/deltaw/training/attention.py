@@ -1,14 +1,13 @@
-"""Which attention a training run uses: the model's own, but for short rows in bfloat16 on a CPU."""
+"""The attention of a training run: the model's, except for short rows in bfloat16 on a CPU."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -19,36 +18,40 @@ _NAME = "deltaw_short_rows"
 
 
 @contextlib.contextmanager
-def short_row_attention(model: Any, longest: int) -> Iterator[None]:
-    """While open, a bfloat16 model on a CPU whose rows have at most 128 tokens computes attention by plain products."""
+def short_row_attention(model: nn.Module, longest: int, device: str | None = None) -> Iterator[None]:
+    """Compute attention by plain products, while open, in a bfloat16 model on a CPU whose rows have at most 128 tokens.
+
+    longest: tokens of the longest row. device: the type of the device, "cpu" or "cuda"; None: the model's.
+    """
     config = getattr(model, "config", None)
     chosen = getattr(config, "_attn_implementation", None)
     parameter = next(model.parameters())
-    slow = parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16 and longest <= _SHORT
-    if not slow or chosen != "sdpa":
+    slow = (device or parameter.device.type) == "cpu" and parameter.dtype == torch.bfloat16 and longest <= _SHORT
+    choose: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
+    if not slow or chosen != "sdpa" or choose is None:
         yield
         return
-    model.set_attn_implementation(_NAME)
+    choose(_NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(chosen)
+        choose("sdpa")
 
 
 def attention(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
-    """softmax(QKᵀ·scaling + mask)V by plain products, for transformers' attention interface.
+    """Return softmax(QKᵀ·scaling + mask)V by plain products, as transformers' attention interface asks for it.
 
-    query [n, heads, t, e]; key and value [n, key heads, s, e], each for several query heads, whose rows are put together so
-    that no copy of key or value is made; mask [n, 1, t, s], added → [n, t, heads, e].
+    query [n, heads, t, e]; key and value [n, key heads, s, e]; mask [n, 1, t, s], added → [n, t, heads, e]. A key head serves
+    several query heads, whose rows are concatenated, so that no copy of key or value is made.
     """
     n, heads, t, e = query.shape
     groups = key.shape[1]

@@ -1,15 +1,15 @@
 """Hidden states → −log p of the tokens that follow, without a [tokens, vocabulary] tensor. Knows a head and what its model does
 to the logits after it; nothing of batches.
 
-A frozen linear head: a chunk's logits, its losses and their gradient with respect to the hidden states are formed together,
-in one memory, and are gone before the next chunk. A head that is itself adapted or trained is called as a module, a chunk
-at a time, and called again in the backward pass.
+With a frozen linear head, a chunk's logits, losses and gradient with respect to the hidden states are computed together, in one
+piece of memory, and dropped before the next chunk. A head that is adapted or trained is called as a module, a chunk at a time,
+and called again in the backward pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ MULTIPLE = 32
 
 @dataclass(frozen=True)
 class AfterHead:
-    """What a model does to the logits that come from its head: cap·tanh(scale·z / cap), or scale·z where there is no cap."""
+    """The function from a head's logits z to its model's: cap·tanh(scale·z / cap), or scale·z where there is no cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -38,21 +38,34 @@ class AfterHead:
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
 
-def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, after: AfterHead = AfterHead()) -> Tensor:
-    """−log softmax(after(head(hidden_i)))[targets_i] for each i, in float32 or wider. hidden [n, k], targets [n] int64."""
-    if is_frozen_linear(head):
-        return chunked_cross_entropy(hidden, head.weight, head.bias, targets, after)  # type: ignore[arg-type]
-    height = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])  # type: ignore[union-attr,index]
+class Head(Protocol):
+    """A module whose output is logits; its weight has a row for each token."""
+
+    weight: Tensor
+    """[vocabulary, …]"""
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """Return logits [n, vocabulary] of hidden states [n, k]."""
+
+
+def cross_entropy(hidden: Tensor, head: Head, targets: Tensor, after: AfterHead = AfterHead()) -> Tensor:
+    """Return −log softmax(after(head(hidden_i)))[targets_i] for each i, [n] in float32 or wider.
+
+    hidden [n, k], targets [n] int64. Differentiable in hidden and in what the head trains.
+    """
+    if isinstance(head, nn.Linear) and is_frozen_linear(head):
+        return chunked_cross_entropy(hidden, head.weight, head.bias, targets, after)
+    height = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])
 
     def losses(rows: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(after(_wide(head(rows))), wanted, reduction="none")
 
-    chunks = zip(hidden.split(height), targets.split(height), strict=True)
+    chunks = zip(torch.split(hidden, height), torch.split(targets, height), strict=True)
     return torch.cat([checkpoint(losses, rows, wanted, use_reentrant=False) for rows, wanted in chunks])
 
 
 def is_frozen_linear(head: nn.Module) -> bool:
-    """A plain linear map that nothing trains and no adapter is on."""
+    """Return whether this is a plain linear map that nothing trains and no adapter is on."""
     frozen = not any(p.requires_grad for p in head.parameters())
     return type(head) is nn.Linear and slot_of(head) is None and frozen
 
@@ -64,11 +77,12 @@ def chunked_cross_entropy(
     targets: Tensor,
     after: AfterHead = AfterHead(),
 ) -> Tensor:
-    """−log softmax(after(weight·hidden_i + bias))[targets_i] for each i, float32 [n] (float64 for float64).
+    """Return −log softmax(after(weight·hidden_i + bias))[targets_i] for each i, float32 [n] (float64 for float64).
 
     hidden [n, k], weight [vocabulary, k] and bias [vocabulary] frozen, targets [n] int64. Differentiable in hidden.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, after)
+    losses: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, after)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -95,14 +109,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _losses_(logits: Tensor, targets: Tensor, after: AfterHead, *, gradient: bool) -> Tensor:
-    """The losses [n] of logits [n, vocabulary] as they come from the head. In the logits' place stands afterwards, with
-    `gradient`, the gradient of each row's loss with respect to them."""
+    """Return the losses [n] of logits [n, vocabulary] as they come from the head.
+
+    With `gradient`, each row's gradient of its loss with respect to the logits is written in their place.
+    """
     n, vocabulary = logits.shape
     height = max(1, _CACHED_ELEMENTS // vocabulary) if logits.device.type == "cpu" else n
     losses = []
     for start in range(0, n, height):
-        own, y = logits[start : start + height], targets[start : start + height, None]
-        z = _wide(own)
+        rows, y = logits[start : start + height], targets[start : start + height, None]
+        z = _wide(rows)
         capped = None
         if after.scale != 1.0:
             z.mul_(after.scale)
@@ -121,11 +137,11 @@ def _losses_(logits: Tensor, targets: Tensor, after: AfterHead, *, gradient: boo
             z.mul_(capped.square_().neg_().add_(1.0))
         if after.scale != 1.0:
             z.mul_(after.scale)
-        if z.dtype != own.dtype:
-            own.copy_(z)
+        if z.dtype != rows.dtype:
+            rows.copy_(z)
     return torch.cat(losses)
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """In float32 or wider; the same tensor where it is that already."""
+    """Return the logits in float32 or wider; the same tensor where they are that already."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

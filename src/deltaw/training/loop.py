@@ -250,7 +250,7 @@ def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
     mean = total / supervised
     if not mean.requires_grad:
         _refuse_untrained([*updates(loop.plan.model, loop.plan.adapter)])
-    loop.scaler.scale(mean).backward()
+    torch.autograd.backward(loop.scaler.scale(mean))
     loop.flat.add_gradients()
     return mean.detach()
 
@@ -428,7 +428,7 @@ class Watched:
         """[2] on the CPU, once `copied`"""
         if self.pair.is_cuda:
             self.here = torch.empty(2, pin_memory=True).copy_(self.pair, non_blocking=True)
-            self.copied = torch.cuda.Event()
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.copied.record()
 
     def check(self, scaler: torch.amp.GradScaler) -> None:

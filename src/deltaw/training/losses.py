@@ -1,10 +1,9 @@
-"""Σ −log p(y_t | x, y_<t) over the supervised tokens of a batch, without a [tokens, vocabulary] tensor; and the losses of tasks
-other than the next token.
+"""Losses: Σ −log p(y_t | x, y_<t) over the supervised tokens of a batch, without a [tokens, vocabulary] tensor; and those of
+classes, quantities and decoders.
 
-For a causal model the loss is computed from the hidden states before the head, at supervised positions alone. What a model does
-after the head (a scale, a soft cap) is tried out once, on a few tokens, against the model's own logits; where nothing known
-gives those, they are used themselves: slower, the same value. The losses of a class, of a quantity and of the tokens that a
-decoder is to say are those of each prediction, by the model's own logits in fp32.
+A causal model's loss is computed from the hidden states before the head, at supervised positions alone. A model may scale or cap
+the logits after its head: known ways are tried once, on a few tokens, against the model's logits. Where none of them gives these,
+the loss is computed from the model's logits: slower, the same value. All other losses are computed from logits in fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,11 @@ from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
 from deltaw.layers.tree import evaluating
 from deltaw.model.inputs import most_positions
 from deltaw.training import head as heads
-from deltaw.training.head import AfterHead
+from deltaw.training.head import AfterHead, Head
 
 log = logging.getLogger("deltaw")
 
-# What transformers' configs call a factor of the logits (some models divide by it) and their soft cap
+# Names in transformers' configs of a factor of the logits (some models divide by it) and of their soft cap
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "output_multiplier_scale")
 CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "softcap")
 # The tokens of a row that the ways to its logits are tried on
@@ -35,43 +34,50 @@ _TRIED = 16
 
 
 class Loss(Protocol):
-    """What training takes down, and evaluation reports: a task's loss for one model."""
+    """A task's loss for one model: training minimises it, evaluation reports it.
+
+    Each loss has its own examples and batches, hence `Any`; its callers only pass them on.
+    """
 
     model: nn.Module
 
     def collate(self, examples: Sequence[Any]) -> Any:
-        """A batch, whose `targets` says how many predictions the loss is taken over."""
+        """Return a batch, whose `targets` says how many predictions the loss is taken over."""
 
     def __call__(self, batch: Any) -> tuple[Tensor, int]:
-        """(sum of the loss over a batch's predictions as an fp32 scalar, their number)."""
+        """Return (sum of the loss over a batch's predictions as an fp32 scalar, their number)."""
 
     def each(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss of each prediction, fp32 [n], and the row of the batch that each is of, int64 [n] on the CPU."""
+        """Return the loss of each prediction, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
 
 
 class CompletionLoss:
-    """The summed loss of a batch, for one model. The first batch decides how it is computed: `.path` is then "head" or
-    "logits"."""
+    """The summed −log p of a batch's supervised tokens, for one causal model.
+
+    The first batch decides how it is computed: `.path` is then "head" or "logits".
+    """
 
     def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
         self.model = model
         self.pad_id = pad_id
         self.most = most_positions(model)
+        self.body: nn.Module | None
+        self.head: Head | None
         self.body, self.head = _split(model)
         self.after = AfterHead()
         self.path = ""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
-        """(sum over supervised tokens of −log p as an fp32 scalar, their number). Rows are right-padded."""
+        """Return (sum over supervised tokens of −log p as an fp32 scalar, their number). Rows are right-padded."""
         losses, _ = self.each(batch)
         return losses.sum(), losses.numel()
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Right-padded, within the model's positions."""
+        """Return a batch, padded on the right within the model's positions."""
         return collate(examples, self.pad_id, self.most)
 
     def each(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """−log p of each supervised token, fp32 [n], and the row of the batch that each is in, int64 [n] on the CPU."""
+        """Return −log p of each supervised token, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
         rows, positions, targets = _supervised(batch)
         device = next(self.model.parameters()).device
         inputs = {
@@ -82,8 +88,8 @@ class CompletionLoss:
             self._choose(inputs)
         count = len(positions)
         if self.path == "head":
-            filled = (0, -count % heads.MULTIPLE)  # with position 0 and target 0; their losses are dropped
-            positions, targets = F.pad(positions, filled), F.pad(targets, filled)
+            padding = (0, -count % heads.MULTIPLE)  # with position 0 and target 0; their losses are dropped
+            positions, targets = F.pad(positions, padding), F.pad(targets, padding)
         return self._losses(inputs, to_device(device, positions), to_device(device, targets))[:count], rows
 
     def _losses(self, inputs: dict[str, Tensor], positions: Tensor, targets: Tensor) -> Tensor:
@@ -95,39 +101,41 @@ class CompletionLoss:
 
     def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         assert self.body is not None
-        return self.body(**inputs, use_cache=False).last_hidden_state
+        hidden: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
+        return hidden
 
     @torch.no_grad()
     def _choose(self, inputs: dict[str, Tensor]) -> None:
-        """Find what gives the model's own logits on the beginning of a row."""
+        """Choose the way that gives the model's logits on the beginning of a row."""
         self.path = "logits"
         if self.body is None or self.head is None:
             return
         row = {k: v[:1, :_TRIED] for k, v in inputs.items()}
         with evaluating(self.model):
-            own = self.model(**row, use_cache=False).logits.float()
+            logits = self.model(**row, use_cache=False).logits.float()
             z = self.head(self._hidden(row)).float()
         tolerance = 1e-3 if self.head.weight.dtype in (torch.float32, torch.float64) else 3e-2
         for after in _ways(self.model):
-            if own.shape == z.shape and (after(z) - own).abs().max() <= tolerance * own.abs().max():
+            if logits.shape == z.shape and (after(z) - logits).abs().max() <= tolerance * logits.abs().max():
                 self.path, self.after = "head", after
                 return
         log.warning(
-            "This model does more than is known to its head's logits; the loss is computed from its own (slower)."
+            "This model changes its head's logits in a way that is not known: the loss is computed from its own logits (slower)."
         )
 
 
-def _ways(model: Any) -> Iterator[AfterHead]:
-    """What the model may do to its logits, by its config; what sets most comes first, since small logits tell little."""
+def _ways(model: nn.Module) -> Iterator[AfterHead]:
+    """Yield what the model may do to its logits, by its config. Ways with most settings come first: small logits tell little."""
     config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     scales = [v for v in (_number(config, name) for name in _SCALES) if v]
     caps = [v for v in (_number(config, name) for name in CAPS) if v]
     for cap, scale in itertools.product((*caps, None), (*(w for v in scales for w in (v, 1 / v)), 1.0)):
         yield AfterHead(scale, cap)
 
 
-def _number(config: Any, name: str) -> float | None:
+def _number(config: object, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) else None
 
@@ -137,26 +145,31 @@ def _at(positions: Tensor, rows: Tensor) -> Tensor:
 
 
 def _supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and flat positions whose next token is supervised, and those tokens. Found on the CPU: a mask would stall a GPU."""
+    """Return rows and flat positions whose next token is supervised, and these tokens, int64 [n] each.
+
+    They are computed on the CPU: a mask would make a GPU wait.
+    """
     rows, columns = batch.supervised.nonzero(as_tuple=True)
     return rows, rows * batch.input_ids.shape[1] + columns - 1, batch.input_ids[rows, columns]
 
 
 def to_device(device: torch.device, tensor: Tensor) -> Tensor:
-    """To a GPU from pinned memory: the copy waits for nothing, and nothing waits for it but what reads it."""
+    """Return the tensor on a device. To a GPU it is copied from pinned memory, which waits for nothing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _split(model: Any) -> tuple[nn.Module | None, Any]:
-    """(body, head) of a model whose logits come from head(body(x).last_hidden_state)."""
+def _split(model: nn.Module) -> tuple[nn.Module, Head] | tuple[None, None]:
+    """Return (body, head) of a model whose logits are head(body(x).last_hidden_state); Nones for any other."""
     body = getattr(model, getattr(model, "base_model_prefix", "") or "_", None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    sound = isinstance(body, nn.Module) and body is not model and isinstance(getattr(head, "weight", None), Tensor)
-    return (body, head) if sound else (None, None)
+    output = getattr(model, "get_output_embeddings", None)
+    head = None if output is None else output()
+    if isinstance(body, nn.Module) and body is not model and isinstance(getattr(head, "weight", None), Tensor):
+        return body, cast(Head, head)
+    return None, None
 
 
 class ItemLoss:
-    """What the losses of items share. `logits` is the model's answer to a batch."""
+    """Base of the losses of items."""
 
     def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
         self.model = model
@@ -164,20 +177,20 @@ class ItemLoss:
         self.most = most_positions(model)
 
     def collate(self, items: Sequence[Item]) -> ItemBatch:
-        """Right-padded, within the model's positions."""
+        """Return a batch, padded on the right within the model's positions."""
         return collate_items(items, self.pad_id, self.most)
 
     def __call__(self, batch: ItemBatch) -> tuple[Tensor, int]:
-        """(sum of the batch's losses as an fp32 scalar, their number)."""
+        """Return (sum of the batch's losses as an fp32 scalar, their number)."""
         losses, _ = self.each(batch)
         return losses.sum(), losses.numel()
 
     def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
-        """The loss of each prediction, fp32 [n], and the row that each is of, int64 [n] on the CPU."""
+        """Return the loss of each prediction, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
         raise NotImplementedError
 
-    def logits(self, batch: ItemBatch, **more: Any) -> Tensor:
-        """The model's, in fp32 or wider."""
+    def logits(self, batch: ItemBatch, **more: object) -> Tensor:
+        """Return the model's logits of a batch, in fp32 or wider; `more` goes to the model."""
         first = next(self.model.parameters())
         inputs = {name: to_device(first.device, t) for name, t in batch.inputs.items()}
         if "pixel_values" in inputs:
@@ -194,7 +207,7 @@ class RecordLoss(ItemLoss):
         return self.of(logits, to_device(logits.device, batch.target)), torch.arange(len(batch.target))
 
     def of(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of each record [n], of the model's logits [n, outputs] and what they should say [n]."""
+        """Return the loss of each record [n] from the model's logits [n, outputs] and its target [n]."""
         raise NotImplementedError
 
 
@@ -217,12 +230,12 @@ class DecoderLoss(ItemLoss):
 
     def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
         rows, columns = (batch.target != IGNORED).nonzero(as_tuple=True)
-        model: Any = self.model
-        target = to_device(next(model.parameters()).device, batch.target)
-        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            said = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=target)}
+        shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        target = to_device(next(self.model.parameters()).device, batch.target)
+        if shifted is not None:
+            answer = {"decoder_input_ids": shifted(labels=target)}
         else:
-            said = {"labels": target}  # with which every such model shifts its own
-        logits = self.logits(batch, **said, use_cache=False)
+            answer = {"labels": target}  # every such model shifts them itself
+        logits = self.logits(batch, **answer, use_cache=False)
         at = to_device(logits.device, rows), to_device(logits.device, columns)
         return F.cross_entropy(logits[at], target[at], reduction="none"), rows

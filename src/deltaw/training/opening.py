@@ -1,29 +1,42 @@
-"""Open a model for a task or with the adapter that a file holds: its head, its labels, its tokenizer."""
+"""Open a model for a task, or with an adapter's file: its head, labels and tokenizer."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from deltaw.config import DataConfig, DType
+from deltaw.config import DataConfig, DType, Task
 from deltaw.data import template_of
 from deltaw.errors import DataError, FileError
 from deltaw.files import store
+from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.model_folder import brought
-from deltaw.model.inputs import image_shape, most_positions, within
+from deltaw.files.formats.peft import LoRAFile
+from deltaw.model.inputs import image_shape, most_positions, tokens_beyond, within
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, resize_vocabulary
 from deltaw.model.summary import updates
-from deltaw.training.tasks import _KEPT, Image, Seq2Seq, _with_new, task_of
+from deltaw.training.tasks import Image, Seq2Seq, task_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("deltaw")
+
+# Settings that an adapter needs as they were in its training
+_KEPT = ("template", "separator", "system", "task", "labels")
 
 
 def of_adapter(folder: str | Path | None) -> DataConfig:
-    """The settings that an adapter was trained with: its task, its classes, how a prompt looks in tokens; the default ones of
-    None, and for what its file does not say."""
+    """Return the settings that an adapter was trained with: its task, its classes, how a prompt looks in tokens.
+
+    Settings that its file does not name, and all for None, are the defaults.
+    """
     if folder is None:
         return DataConfig()
     training = store.training_of(folder)
@@ -31,13 +44,15 @@ def of_adapter(folder: str | Path | None) -> DataConfig:
     return data if "task" in training else _of_foreign(data, store.read(Path(folder)))
 
 
-def _of_foreign(data: DataConfig, file: Any) -> DataConfig:
-    """With the task of an adapter that others wrote. Of a classifier's (PEFT's SEQ_CLS) classes only the number is known, by
-    the outputs of the head in the file."""
-    config = getattr(file, "config", {})
+def _of_foreign(data: DataConfig, file: LoRAFile | MethodFile) -> DataConfig:
+    """Return the settings with the task of an adapter that others wrote.
+
+    A classifier's file (PEFT's SEQ_CLS) does not name its classes; the outputs of the head in it give their number.
+    """
+    config, whole = file.config, file.whole if isinstance(file, LoRAFile) else {}
     if config.get("task_type") == "SEQ_2_SEQ_LM":
         return dataclasses.replace(data, task="seq2seq")
-    heads = [len(t) for name, t in getattr(file, "whole", {}).items() if name.endswith("weight") and t.ndim == 2]
+    heads = [len(t) for name, t in whole.items() if name.endswith("weight") and t.ndim == 2]
     if config.get("task_type") != "SEQ_CLS" or not heads:
         return data
     outputs = min(heads)
@@ -49,18 +64,20 @@ def _of_foreign(data: DataConfig, file: Any) -> DataConfig:
 def opened(
     source: str, data: DataConfig, *, dtype: DType = "auto", device: str = "auto", to_train: bool = False
 ) -> Pretrained:
-    """`load_pretrained` for the task that settings say."""
-    name: Any = task_of(data).name
-    return load_pretrained(source, task=name, labels=data.labels, dtype=dtype, device=device, to_train=to_train)
+    """Return `load_pretrained` for the task of these settings. Raises as that does."""
+    task = cast(Task, task_of(data).name)
+    return load_pretrained(source, task=task, labels=data.labels, dtype=dtype, device=device, to_train=to_train)
 
 
 def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, resize: bool = False) -> Pretrained:
-    """`store.load`, for a model that may lack a head, and the tokenizer and chat template in the adapter's folder, where these
-    are others than the base's. With `resize` the model first gets as many tokens as the adapter and its tokenizer have.
+    """Put an adapter on a model that may lack a head, and take the tokenizer and chat template of its folder.
 
-    Raises FileError where the adapter has no head for the model either (what it says would be random), and for a tokenizer that
-    cannot be opened; BaseMismatch for one of another base; without `resize` ConfigError for one with tokens that there are no
-    rows for."""
+    The adapter's tokenizer and template are taken where they differ from the base's. With `resize`, the model first gets as many
+    tokens as the adapter and its tokenizer have.
+
+    Raises FileError where neither model nor adapter has the head (its answers would be random) and for a tokenizer that cannot be
+    opened; BaseMismatch for an adapter of another base; ConfigError, without `resize`, for tokens without rows.
+    """
     model, folder, tokenizer = loaded.model, Path(adapter), None
     file = store.named_for(model, store.read(folder))
     if hasattr(loaded.tokenizer, "get_vocab"):  # an image processor has no tokens
@@ -70,8 +87,8 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
             resize_vocabulary(model, rows if tokenizer is None else _with_new(used, rows, folder))
         else:
             check_vocabulary(model, used, loaded.name if tokenizer is None else str(folder), rows)
-    own = updates(model, store.place(model, file, folder, check_base=check_base))
-    lacking = [n for n in loaded.untrained if n not in own or not own[n].covers(model.get_submodule(n))]
+    placed = updates(model, store.place(model, file, folder, check_base=check_base))
+    lacking = [n for n in loaded.untrained if n not in placed or not placed[n].covers(model.get_submodule(n))]
     if lacking:
         raise FileError(
             f"{loaded.name} lacks the weights of some layers, and the adapter in {adapter} has none for them:",
@@ -87,22 +104,38 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
     return dataclasses.replace(loaded, tokenizer=tokenizer, base_tokenizer=base)
 
 
+def _with_new(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> int:
+    """Return how many rows an embedding needs for the adapter's and its tokenizer's tokens.
+
+    Warn of tokens that neither the adapter nor the base has a row for.
+    """
+    if not (lacking := tokens_beyond(tokenizer, rows)):
+        return rows
+    log.warning(
+        "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s get the mean of all others.",
+        folder, max(lacking.values()), rows, ", ".join(list(lacking)[:5]) + (" …" if len(lacking) > 5 else ""),
+    )  # fmt: skip
+    return max(lacking.values()) + 1
+
+
 @torch.no_grad()
 def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
-    """One row of inputs to compare models on: some text, then a seeded walk through the vocabulary, as far as positions go;
-    noise in place of an image."""
+    """Return one row of inputs to compare models on.
+
+    It is some text, then seeded random tokens, as far as positions go; for an image model, noise.
+    """
     model, chance = loaded.model, torch.Generator().manual_seed(0)
-    if task_of(data) is Image:
+    if isinstance(task_of(data), Image):
         noise = torch.randn(1, *image_shape(model), generator=chance)
         return {"pixel_values": noise.to(model.device, model.dtype)}
     text = loaded.tokenizer("The weights of this model were updated by a product of two thin matrices.").input_ids
     walk = torch.randint(0, model.config.get_text_config().vocab_size, (64,), generator=chance).tolist()
     ids = torch.tensor([[*text, *walk][: most_positions(model)]], device=model.device)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if task_of(data) is Seq2Seq else {})
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if isinstance(task_of(data), Seq2Seq) else {})
 
 
 def prepared(data: DataConfig, form: str, loaded: Pretrained, taken: int = 0) -> DataConfig:
-    """`data` with what `auto` comes to for records of this form, within the model's positions, but for `taken` ones."""
+    """Return `data` with `auto` resolved for records of this form, within the model's positions without `taken` ones."""
     if data.task == "causal":
         data = dataclasses.replace(data, template=template_of(form, loaded.tokenizer, data))  # type: ignore[arg-type]
     else:

@@ -1,5 +1,4 @@
-"""From MODEL, DATA and settings to what training begins with: the model, encoded records, held-out ones, settings without
-`auto`. Trains nothing."""
+"""A run before its first step: the model, encoded records, held-out records, settings with `auto` resolved. Trains nothing."""
 
 from __future__ import annotations
 
@@ -7,50 +6,58 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
+from torch import nn
 
 from deltaw.config import TrainConfig, from_mapping, keys
-from deltaw.data import Encoded, Records, held_out_split, read
+from deltaw.data import Encoded, Example, Records, held_out_split, read
 from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.items import Item
 from deltaw.data.prompts import described, overlap
-from deltaw.data.sources import is_path, local
+from deltaw.data.sources import Source, is_path, local
 from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError
 from deltaw.layers.ops.seeding import seeded
+from deltaw.methods.plan import Method
 from deltaw.model import summary
 from deltaw.model.inputs import settle_padding, vocabulary_size
 from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
 from deltaw.training.opening import opened, prepared
 from deltaw.training.tasks import recognised, task_of
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Model: TypeAlias = "str | Path | nn.Module"
+"""A model's name, folder or GGUF file, or a loaded model."""
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor"
 log = logging.getLogger("deltaw")
-# Of fewer records none are held out
+# Fewer records are all trained on
 _FEW = 20
 _INSTEAD = "Give held-out records with --valid, or hold out none with --valid-share 0."
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run begins with."""
+    """A run before its first step."""
 
     loaded: Pretrained
-    source: Any
-    """The data, as it was given."""
+    source: Source
+    """The data as the user named it."""
     config: TrainConfig
-    """With what `auto` came to."""
+    """With `auto` resolved."""
     method: Any
-    """With the head that the model lacked."""
+    """A method's config, with the head that the model lacked."""
     encoded: Encoded
     valid: Encoded | None
-    valid_records: Any
+    valid_records: Records | None
     sets: Sets
 
 
 @dataclass(frozen=True)
 class Sets:
-    """What became of the records, for people to read."""
+    """The sets of records, for people to read."""
 
     train: str
     """For example "300 records of 47 prompts"."""
@@ -62,17 +69,22 @@ class Sets:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a run is scored on."""
+    """Records that a run did not train on, and the model to score on them."""
 
     loaded: Pretrained
     config: TrainConfig
-    """With what `auto` came to."""
-    records: Any
+    """With `auto` resolved."""
+    records: Records
     sets: Sets
 
 
-def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenizer: Any = None) -> Prepared:
-    """Raises ConfigError, FileError or DataError, each with everything wrong of its kind."""
+def prepare(
+    model: Model, data: Source, config: TrainConfig, method: Method, *, tokenizer: Tokenizer | None = None
+) -> Prepared:
+    """Open the model, read and encode the records, and resolve `auto` in the settings.
+
+    Raises ConfigError, FileError or DataError, each with everything wrong of its kind.
+    """
     begun = _begin(model, data, config, method.positions, tokenizer)
     loaded, config = begun.loaded, begun.config
     task = task_of(config.data)
@@ -91,15 +103,15 @@ def prepare(model: Any, data: Any, config: TrainConfig, method: Any, *, tokenize
     )
 
 
-def check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
+def check_ids(loaded: Pretrained, examples: Sequence[Example | Item]) -> None:
     """Raise DataError for records with ids that the model has no embedding for: its tokenizer is another model's."""
-    config: Any = getattr(loaded.model, "config", None)
+    config = getattr(loaded.model, "config", None)
     sizes = {"input_ids": vocabulary_size(loaded.model), "token_type_ids": getattr(config, "type_vocab_size", None)}
     problems = []
     for example in examples if hasattr(loaded.tokenizer, "get_vocab") else ():
         for name, size in sizes.items():
-            ids = example.inputs.get(name, ()) if isinstance(example, Item) else getattr(example, name, ())
-            if size and max(ids, default=0) >= size:
+            ids = example.inputs.get(name) if isinstance(example, Item) else getattr(example, name, None)
+            if size and isinstance(ids, list) and max(ids, default=0) >= size:
                 problems.append(f"{example.place}: its {name} go up to {max(ids)}, the model has embeddings for {size}")
     if problems:
         raise DataError(
@@ -108,8 +120,12 @@ def check_ids(loaded: Pretrained, examples: Sequence[Any]) -> None:
 
 
 def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
-    """The model, and the records that a run of these settings does not train on: exactly those that it cut from its training
-    records, or at most so many of others. Raises as `prepare` does, and DataError where it holds out none."""
+    """Return the model and the records that a run of these settings does not train on.
+
+    They are exactly the ones that it cut from its training records, or at most `most` of its separate held-out records.
+
+    Raises as `prepare` does, and DataError where the run holds out none.
+    """
     if config.valid is not None or held_out_split(data):
         config = replace(config, valid_most=most)
     begun = _begin(model, data, config, 0, None)
@@ -118,8 +134,8 @@ def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
     return HeldOut(begun.loaded, begun.config, begun.valid, _sets(begun.train, begun.valid))
 
 
-def trained_on(settings: Mapping[str, Any]) -> Records | None:
-    """The records that a run of these settings, config.yaml's, trained on; None where they are not files that are there now."""
+def trained_on(settings: Mapping[str, object]) -> Records | None:
+    """Return the records that a run of these settings (config.yaml's) trained on; None where their files are not there now."""
     data = settings.get("data")
     try:
         if not isinstance(data, str) or data.startswith("<") or local(data) is None:
@@ -127,9 +143,9 @@ def trained_on(settings: Mapping[str, Any]) -> Records | None:
         known = {key: settings[key] for key in keys(TrainConfig) if key in settings}
         config = from_mapping(TrainConfig, known, where="config.yaml")
         records = read(data, config.data, split=config.data.split)
-        return _split(records, _held_out(data, records, config), config)[0]
+        return _split(records, _held_out(data, config), config)[0]
     except DeltaWError as error:
-        log.debug("What the adapter was trained on cannot be read: %s", error)
+        log.debug("The records that the adapter was trained on cannot be read: %s", error)
         return None
 
 
@@ -142,14 +158,14 @@ def _sets(train: Records, valid: Records | None) -> Sets:
 class _Begun(NamedTuple):
     loaded: Pretrained
     config: TrainConfig
-    train: Any
-    valid: Any
+    train: Records
+    valid: Records | None
 
 
-def _begin(model: Any, data: Any, config: TrainConfig, positions: int, tokenizer: Any) -> _Begun:
-    """The model, and the records that a run trains on and holds out. `positions`: that the method takes for itself."""
+def _begin(model: Model, data: Source, config: TrainConfig, positions: int, tokenizer: Tokenizer | None) -> _Begun:
+    """Open the model and read the records to train on and to hold out. `positions`: those that the method takes."""
     records = read(data, config.data, split=config.data.split)
-    valid = _held_out(data, records, config)
+    valid = _held_out(data, config)
     config = replace(config, data=recognised(config.data, records, _config_of(model)))
     with seeded(config.seed):  # a head that the checkpoint does not have is drawn
         loaded = _loaded(model, tokenizer, config)
@@ -157,20 +173,22 @@ def _begin(model: Any, data: Any, config: TrainConfig, positions: int, tokenizer
     return _Begun(loaded, config, *_split(records, valid, config))
 
 
-def _config_of(model: Any) -> Any:
-    """transformers' config of a model by its name, or of an object (None where that has none)."""
-    return read_config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", None)
+def _config_of(model: Model) -> PretrainedConfig | None:
+    """Return transformers' config of a model by its name, or of an object; None where that has none."""
+    config: PretrainedConfig | None = getattr(model, "config", None)
+    return read_config(str(model)) if isinstance(model, (str, Path)) else config
 
 
 def with_head(method: Any, head: Sequence[str]) -> Any:
-    """The method with these modules trained whole beside it."""
+    """Return the method with these modules trained whole beside it."""
     if not head or not hasattr(method, "whole"):
         return method
-    given = [w.strip() for w in method.whole.split(",")] if isinstance(method.whole, str) else method.whole
-    return replace(method, whole=",".join(dict.fromkeys([*filter(None, given), *head])))
+    whole = [w.strip() for w in method.whole.split(",")] if isinstance(method.whole, str) else method.whole
+    return replace(method, whole=",".join(dict.fromkeys([*filter(None, whole), *head])))
 
 
-def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
+def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> Pretrained:
+    """Open a model by its name, or take a model object with its tokenizer."""
     task, labels = config.data.task, config.data.labels
     if isinstance(model, (str, Path)):
         loaded = opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
@@ -181,24 +199,29 @@ def _loaded(model: Any, tokenizer: Any, config: TrainConfig) -> Pretrained:
         raise ConfigError("A model object needs its tokenizer: train(model, data, config, tokenizer=…).")
     if "default" in summary.adapters(model):
         raise AdapterError("The model has an adapter 'default' already: detach it first.")
-    outputs = getattr(model.config, "num_labels", None)
+    outputs = getattr(_config_of(model), "num_labels", None)
     if labels is not None and outputs != len(labels):
         few = ", ".join(labels[:5]) + (" …" if len(labels) > 5 else "")
         raise ConfigError(
             f"The records have {len(labels)} classes ({few}), and the model's head has {outputs} outputs: open it with "
             f"num_labels={len(labels)}."
         )
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = getattr(_config_of(model), "_name_or_path", "") or type(model).__name__
+    pretrained = cast("PreTrainedModel", model)  # or a module with the same interface, as torch.compile's
     if task != "image":
         check_vocabulary(model, tokenizer, name)
     if task in ("classification", "regression"):
-        settle_padding(model, tokenizer, pad_id(tokenizer), name, scored=True, own=False)
-    return Pretrained(model, tokenizer, name, head_of(model) if task in HEADED else (), given=True)
+        settle_padding(
+            pretrained, cast("PreTrainedTokenizerBase", tokenizer), pad_id(tokenizer), name, scored=True, own=False
+        )
+    return Pretrained(pretrained, tokenizer, name, head_of(pretrained) if task in HEADED else (), handed_over=True)
 
 
 def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
-    """The settings with what `auto` came to, so that config.yaml reproduces the run on another machine, and a prompt given
-    to the adapter later is wrapped as the records were."""
+    """Return the settings with `auto` resolved.
+
+    So config.yaml reproduces the run on another machine, and a later prompt to the adapter is wrapped as the records were.
+    """
     if config.batch_tokens is not None and config.data.task == "image":
         raise ConfigError("batch_tokens counts tokens, and images have none: set batch.")
     data = prepared(config.data, form, loaded, taken)
@@ -206,8 +229,8 @@ def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) ->
     return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 
 
-def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
-    """The held-out records where there is a split or file for them, else None."""
+def _held_out(source: Source, config: TrainConfig) -> Records | None:
+    """Return the held-out records where there is a split or file for them, else None."""
     if config.valid is not None:
         if is_path(config.valid):
             return read(config.valid, config.data)
@@ -217,8 +240,10 @@ def _held_out(source: Any, records: Any, config: TrainConfig) -> Any:
 
 
 def _split(records: Records, valid: Records | None, config: TrainConfig) -> tuple[Records, Records | None]:
-    """Seeded: a part held out where there was none, then at most max_records to train on and valid_most to evaluate on. Prompts
-    are held out whole; those of records that were given are as they are."""
+    """Hold out a part by the seed where none was; take at most max_records to train on and valid_most to evaluate on.
+
+    Whole prompts are held out, so that none is on both sides; separate held-out records are taken as they are.
+    """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
     if valid is None and config.valid_share > 0 and len(records) >= _FEW:
         count = max(1, min(round(len(records) * config.valid_share), config.valid_most))

@@ -1,14 +1,14 @@
-"""What is learned: the next token, a class or a quantity for a text, a completion for an encoder, a class for an image. Each task
-says how records become examples, what its loss is, and what a model answers. To add one: subclass `Task`, list it in `TASKS`.
+"""Tasks that models learn: the next token, a class or a quantity for a text, a completion for an encoder, a class for an image.
+Each task says how records become examples, what its loss is, and what a model answers. To add one: subclass `Task`, list it in
+`TASKS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,162 +16,159 @@ from torch import Tensor
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Encoded, Record, Records, encode, encode_prompt, prompt_ends
 from deltaw.data.images import pixels
-from deltaw.data.items import Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
+from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError
 from deltaw.layers.tree import evaluating
 from deltaw.model.generate import generate, too_long
-from deltaw.model.inputs import check_ends, row_padding, tokens_beyond
+from deltaw.model.inputs import check_ends, row_padding
 from deltaw.model.pretrained import Pretrained, pad_id
 from deltaw.training.losses import ClassLoss, CompletionLoss, DecoderLoss, Loss, RecordLoss, SquaredLoss
 
-log = logging.getLogger("deltaw")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-# Settings that an adapter expects as they were in its training
-_KEPT = ("template", "separator", "system", "task", "labels")
-
+Answer = str | int | float
+"""A text, the number of a class, or a quantity."""
 Told = Callable[[int], None]
 """Told how many records are done."""
 
 
-class Task:
-    """A task's answers to what a run, an evaluation or a comparison asks. Classes of this are used as they are."""
+class Task(ABC):
+    """A task's answers to what a run, an evaluation or a comparison asks."""
 
     name: ClassVar[str]
     forms: ClassVar[tuple[str, ...]]
     """Forms of the records that it learns from."""
     unit: ClassVar[str] = "nats per supervised token"
-    """What its loss is in."""
+    """The unit of its loss."""
     counted: ClassVar[str] = "tokens"
-    """What its speed is of."""
-    answers: ClassVar[Literal["text", "class", "number"]] = "text"
+    """The things that its speed counts."""
+    answers: ClassVar[Literal["text", "class", "number"]]
 
-    @classmethod
-    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
-        """Every record as an example. Raises one DataError with all that cannot be."""
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        """Return every record as an example. Raises one DataError with all that cannot be."""
 
-    @classmethod
-    def loss(cls, loaded: Pretrained) -> Loss:
-        """The loss of the model as it is."""
-        raise NotImplementedError
+    @abstractmethod
+    def loss(self, loaded: Pretrained) -> Loss:
+        """Return the loss of the model as it is."""
 
-    @classmethod
+    @abstractmethod
     def answer(
-        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
-    ) -> list[Any]:
-        """What the model says to each record: a text, a class's number, or a quantity."""
-        raise NotImplementedError
+        self, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Answer]:
+        """Return what the model says to each record."""
 
-    @classmethod
-    def wanted(cls, record: Record, data: DataConfig) -> Any:
-        """What it should say; of a class its name."""
-        return record.completion
+    @abstractmethod
+    def wanted(self, record: Record, data: DataConfig) -> str | None:
+        """Return the answer that the record has, of a class its name; None where it has none."""
 
-    @classmethod
-    def said(cls, answer: Any, data: DataConfig) -> str:
-        """An answer as people read it."""
-        if cls.answers == "class":
-            return (data.labels or [])[answer]
-        return f"{answer:.4g}" if cls.answers == "number" else str(answer)
+    @abstractmethod
+    def said(self, answer: Answer, data: DataConfig) -> str:
+        """Return an answer as people read it."""
 
-    @classmethod
-    def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
-        """Whether the model can answer this record."""
+    def fits(self, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
+        """Return whether the model has positions for this record and an answer."""
         return True
 
 
-class Causal(Task):
+class Written(Task):
+    """A task whose answers are texts that the model generates."""
+
+    answers = "text"
+
+    @abstractmethod
+    def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
+        """Return the token ids to generate each record's answer from."""
+
+    def ends(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> Sequence[int]:
+        """Return the tokens that end an answer, beside the model's."""
+        return ()
+
+    def answer(
+        self, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Answer]:
+        prompts, ends = self.prompts(loaded, records, data), self.ends(loaded, records, data)
+        return [*generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told)]
+
+    def wanted(self, record: Record, data: DataConfig) -> str | None:
+        return record.completion
+
+    def said(self, answer: Answer, data: DataConfig) -> str:
+        return str(answer)
+
+    def fits(self, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
+        return too_long(self.prompts(loaded, [record], data), generation, loaded.model) is None
+
+
+class Causal(Written):
     """The next token of a text, given those before it."""
 
     name = "causal"
     forms = ("prompt", "chat", "instruction", "text")
 
-    @classmethod
-    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+    def encode(self, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
         return encode(records, loaded.tokenizer, data)
 
-    @classmethod
-    def loss(cls, loaded: Pretrained) -> Loss:
+    def loss(self, loaded: Pretrained) -> Loss:
         return CompletionLoss(loaded.model, pad_id(loaded.tokenizer))
 
-    @classmethod
-    def answer(
-        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
-    ) -> list[Any]:
-        prompts = [encode_prompt(record, loaded.tokenizer, data) for record in records]
-        ends = prompt_ends(records, loaded.tokenizer, data)
-        return list(generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told))
+    def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
+        return [encode_prompt(record, loaded.tokenizer, data) for record in records]
 
-    @classmethod
-    def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
-        prompt = encode_prompt(record, loaded.tokenizer, data)
-        return too_long([prompt], generation, loaded.model) is None
+    def ends(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> Sequence[int]:
+        return prompt_ends(records, loaded.tokenizer, data)
 
 
-class Seq2Seq(Task):
+class Seq2Seq(Written):
     """A completion, given its prompt, by a model with an encoder and a decoder (T5, BART)."""
 
     name = "seq2seq"
     forms = ("prompt", "instruction")
 
-    @classmethod
-    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+    def encode(self, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
         return encode_seq2seq(records, loaded.tokenizer, data)
 
-    @classmethod
-    def loss(cls, loaded: Pretrained) -> Loss:
+    def loss(self, loaded: Pretrained) -> Loss:
         return DecoderLoss(loaded.model, pad_id(loaded.tokenizer))
 
-    @classmethod
-    def answer(
-        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
-    ) -> list[Any]:
-        prompts = encoder_inputs(records, loaded.tokenizer, data)
-        return list(generate(loaded.model, loaded.tokenizer, prompts, generation, on_done=told))
-
-    @classmethod
-    def fits(cls, loaded: Pretrained, record: Record, data: DataConfig, generation: GenerateConfig) -> bool:
-        prompts = encoder_inputs([record], loaded.tokenizer, data)
-        return too_long(prompts, generation, loaded.model) is None
+    def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
+        return encoder_inputs(records, loaded.tokenizer, data)
 
 
-class Classification(Task):
-    """A class of a text, or of a pair of texts."""
+class Scored(Task):
+    """A task whose answers are read from the logits of a head, one row for each record."""
 
-    name = "classification"
-    forms = ("labelled",)
     unit = "nats per record"
-    answers: ClassVar[Literal["text", "class", "number"]] = "class"
+    loss_class: ClassVar[type[RecordLoss]] = ClassLoss
 
-    @classmethod
-    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
-        encoded = encode_labelled(records, loaded.tokenizer, data)
-        check_ends(loaded.model, [e.inputs["input_ids"] for e in encoded.examples], [e.place for e in encoded.examples])
-        return encoded
+    @abstractmethod
+    def inputs(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> Sequence[Mapping[str, Input]]:
+        """Return what the model takes for each record."""
 
-    @classmethod
-    def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return ClassLoss(loaded.model, row_padding(loaded.model, pad_id(loaded.tokenizer)))
+    @abstractmethod
+    def answers_of(self, logits: Tensor) -> Sequence[float]:
+        """Return what logits [n, outputs] say, for each row."""
 
-    @classmethod
+    def padding(self, loaded: Pretrained) -> int:
+        """Return the token that fills the rows of a batch."""
+        return row_padding(loaded.model, pad_id(loaded.tokenizer))
+
+    def loss(self, loaded: Pretrained) -> RecordLoss:
+        return self.loss_class(loaded.model, self.padding(loaded))
+
     def answer(
-        cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
-    ) -> list[Any]:
-        items = [Item(each, 0, "") for each in cls._inputs(loaded, records, data)]
-        return cls.answers_of(cls.logits(loaded, items, generation.batch, told))
+        self, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+    ) -> list[Answer]:
+        items = [Item(row, 0, "") for row in self.inputs(loaded, records, data)]
+        return [*self.answers_of(self.logits(loaded, items, generation.batch, told))]
 
-    @classmethod
-    def answers_of(cls, logits: Tensor) -> list[Any]:
-        """What logits [n, outputs] say."""
-        return [int(i) for i in logits.argmax(-1)]
-
-    @classmethod
     @torch.no_grad()
-    def logits(cls, loaded: Pretrained, items: Sequence[Item], batch: int, told: Told) -> Tensor:
-        """Of each item, fp32 [n, outputs] on the CPU."""
+    def logits(self, loaded: Pretrained, items: Sequence[Item], batch: int, told: Told) -> Tensor:
+        """Return the logits of each item, fp32 [n, outputs] on the CPU."""
         order = sorted(range(len(items)), key=lambda i: items[i].length)
-        loss = cls.loss(loaded)
+        loss = self.loss(loaded)
         parts = []
         with evaluating(loaded.model):
             for start in range(0, len(order), batch):
@@ -180,64 +177,90 @@ class Classification(Task):
                 told(start + len(rows))
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
-    @classmethod
-    def _inputs(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[dict[str, Any]]:
-        inputs = texts(records, loaded.tokenizer, data.max_length)[0]
-        check_ends(loaded.model, [each["input_ids"] for each in inputs], [r.place for r in records])
-        return inputs
-
-    @classmethod
-    def wanted(cls, record: Record, data: DataConfig) -> Any:
+    def wanted(self, record: Record, data: DataConfig) -> str | None:
         return None if record.label is None else class_name(record.label)
 
 
-class Regression(Classification):
+class _OfTexts(Scored):
+    """A scored task whose records are texts or pairs of texts."""
+
+    forms = ("labelled",)
+
+    def encode(self, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+        encoded = encode_labelled(records, loaded.tokenizer, data)
+        check_ends(loaded.model, [e.inputs["input_ids"] for e in encoded.examples], [e.place for e in encoded.examples])
+        return encoded
+
+    def inputs(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> Sequence[Mapping[str, Input]]:
+        inputs = texts(records, loaded.tokenizer, data.max_length)[0]
+        check_ends(loaded.model, [row["input_ids"] for row in inputs], [r.place for r in records])
+        return inputs
+
+
+class _OfClasses(Scored):
+    """A scored task whose answers are classes: the likeliest one."""
+
+    answers = "class"
+
+    def answers_of(self, logits: Tensor) -> Sequence[int]:
+        return [int(i) for i in logits.argmax(-1)]
+
+    def said(self, answer: Answer, data: DataConfig) -> str:
+        return (data.labels or [])[int(answer)]
+
+
+class Classification(_OfTexts, _OfClasses):
+    """A class of a text, or of a pair of texts."""
+
+    name = "classification"
+
+
+class Regression(_OfTexts):
     """A quantity for a text, or for a pair of texts."""
 
     name = "regression"
     unit = "squared error per record"
     answers = "number"
+    loss_class: ClassVar[type[RecordLoss]] = SquaredLoss
 
-    @classmethod
-    def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return SquaredLoss(loaded.model, row_padding(loaded.model, pad_id(loaded.tokenizer)))
-
-    @classmethod
-    def answers_of(cls, logits: Tensor) -> list[Any]:
+    def answers_of(self, logits: Tensor) -> Sequence[float]:
         return [float(v) for v in logits[:, 0]]
 
+    def said(self, answer: Answer, data: DataConfig) -> str:
+        return f"{answer:.4g}"
 
-class Image(Classification):
+
+class Image(_OfClasses):
     """A class of an image."""
 
     name = "image"
     forms = ("image",)
     counted = "images"
 
-    @classmethod
-    def encode(cls, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
+    def encode(self, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
         return encode_images(records, loaded.tokenizer, data)
 
-    @classmethod
-    def loss(cls, loaded: Pretrained) -> RecordLoss:
-        return ClassLoss(loaded.model)
-
-    @classmethod
-    def _inputs(cls, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[dict[str, Any]]:
+    def inputs(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> Sequence[Mapping[str, Input]]:
         return [{"pixel_values": values} for values in pixels(records, loaded.tokenizer)]
 
+    def padding(self, loaded: Pretrained) -> int:
+        return 0  # images have none
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Causal, Seq2Seq, Classification, Regression, Image)}
+
+_ALL: tuple[Task, ...] = (Causal(), Seq2Seq(), Classification(), Regression(), Image())
+TASKS = {task.name: task for task in _ALL}
 
 
-def task_of(data: DataConfig) -> type[Task]:
-    """The task that settings say; where they leave it open, the next token's."""
+def task_of(data: DataConfig) -> Task:
+    """Return the task that the settings say; where they leave it open, the next token's."""
     return TASKS["causal" if data.task == "auto" else data.task]
 
 
-def recognised(data: DataConfig, records: Records, config: Any) -> DataConfig:
-    """`data` with the task that these records and a model of this (transformers) config make, and the names of the classes.
-    Raises DataError where they do not fit."""
+def recognised(data: DataConfig, records: Records, config: PretrainedConfig | None) -> DataConfig:
+    """Return `data` with the task that these records and a model of this config make, and the names of the classes.
+
+    Raises DataError where they do not fit each other.
+    """
     name = data.task if data.task != "auto" else _recognised(records, config, data)
     task = TASKS[name]
     if records.form not in task.forms:
@@ -273,7 +296,7 @@ def check_labels(data: DataConfig, sets: Sequence[Records]) -> None:
         raise DataError("\n".join(problems))
 
 
-def _recognised(records: Records, config: Any, data: DataConfig) -> str:
+def _recognised(records: Records, config: PretrainedConfig | None, data: DataConfig) -> str:
     if records.form == "image":
         return "image"
     if records.form == "labelled":
@@ -284,24 +307,13 @@ def _recognised(records: Records, config: Any, data: DataConfig) -> str:
     return "seq2seq" if encodes else "causal"
 
 
-def _classes(records: Records, config: Any) -> list[str]:
-    """Those of the records; in the order of the model's head, where it has one for these."""
-    found = class_names(records.items, records.source)
+def _classes(records: Records, config: PretrainedConfig | None) -> list[str]:
+    """Return the records' classes, in the order of the model's head where it has one for these."""
+    of_records = class_names(records.items, records.source)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith(("ForSequenceClassification", "ForImageClassification")):
-        own = [class_name(config.id2label[i]) for i in sorted(config.id2label)]
-        if set(found) <= set(own):
-            return own
-    return found
-
-
-def _with_new(tokenizer: Any, rows: int, folder: Path) -> int:
-    """How many rows an embedding needs for the adapter's and its tokenizer's tokens. Warn of those that neither the adapter nor
-    the base has a row for."""
-    if not (lacking := tokens_beyond(tokenizer, rows)):
-        return rows
-    log.warning(
-        "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s get the mean of all others.",
-        folder, max(lacking.values()), rows, ", ".join(list(lacking)[:5]) + (" …" if len(lacking) > 5 else ""),
-    )  # fmt: skip
-    return max(lacking.values()) + 1
+        names: Mapping[int, str] = getattr(config, "id2label", None) or {}
+        of_head = [class_name(names[i]) for i in sorted(names)]
+        if set(of_records) <= set(of_head):
+            return of_head
+    return of_records

@@ -1,9 +1,9 @@
 """Adapted layers that read the same tensor (q, k, v; gate, up) computed as one, while the model's code goes on calling them one
-by one: the first of them to be called computes the outputs of all and keeps the others' until they are asked for. Knows
-layers and their updates, nothing of losses or optimizers.
+by one: the first call computes the outputs of all and keeps the others' until they are asked for. Knows layers and their updates,
+nothing of losses or optimizers.
 
-Which layers belong together is seen in one forward pass. Should one of a group then be called with another tensor, it is
-computed alone, and from there on so are all of that group.
+One forward pass shows which layers belong together. Should one of a group later be called with another tensor, it is computed
+alone, and from then on so are all of that group.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.layers.ops import linear
 from deltaw.methods.updates.lowrank import LowRank
 
-Branch = Callable[[Any, Tensor], Tensor]
-"""Layer and x → the layer's output with its update."""
+Branch = Callable[[nn.Module, Tensor], Tensor]
+"""Layer and x [..., k] → the layer's output with its update, [..., d]."""
 
 
 @contextlib.contextmanager
 def elsewhere(updates: Mapping[str, LowRank], branches: Mapping[str, Branch]) -> Iterator[None]:
-    """While open, the branches of these layers are computed by these functions."""
+    """Compute the branches of these layers, while open, by these functions."""
     try:
         for name, branch in branches.items():
             updates[name].elsewhere = branch
@@ -35,12 +35,14 @@ def elsewhere(updates: Mapping[str, LowRank], branches: Mapping[str, Branch]) ->
             updates[name].elsewhere = None
 
 
-def same_input(updates: Mapping[str, LowRank], forward: Callable[[], Any]) -> list[list[str]]:
-    """The names of `updates` in groups: layers called one after the other with the same tensor in `forward`. Layers that were
-    called twice or never, or that drop out entries of x of their own, are alone."""
+def same_input(updates: Mapping[str, LowRank], forward: Callable[[], object]) -> list[list[str]]:
+    """Return the names of `updates` in groups: layers that `forward` calls one after the other with the same tensor.
+
+    A layer is alone that is called twice or never, or drops entries of x by a dropout of its own.
+    """
     calls: list[tuple[str, Tensor, int]] = []
 
-    def note(name: str, layer: Any, x: Tensor) -> Tensor:
+    def note(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         calls.append((name, x, x._version))  # x is held, so that no later tensor gets its identity
         return updates[name].alone(layer, x)
 
@@ -64,20 +66,23 @@ def same_input(updates: Mapping[str, LowRank], forward: Callable[[], Any]) -> li
 
 @dataclass(frozen=True)
 class Member:
-    """One layer of a group: its rows of the group's A, which are scaled already, and its B [d, r]."""
+    """One layer of a group."""
 
-    layer: Any
+    layer: nn.Module
     update: LowRank
     rows: slice
+    """Of the group's A, which is scaled already."""
     B: Tensor
+    """[d, r]"""
 
     @property
     def W0(self) -> Tensor:
+        """The layer's weight, [d, k]."""
         return self.update.W0(self.layer)
 
 
 class _Part(NamedTuple):
-    """What a kind's branch asks of an update."""
+    """The fields that a kind's branch reads of an update."""
 
     A: Tensor
     B: Tensor
@@ -93,12 +98,15 @@ class Together:
         self.A = A
         self.members = members
         self.one = len(members) > 1
+        """False from the first call on that does not fit."""
         self.kept: dict[int, Tensor] = {}
+        """Place of a member → its output, computed and not yet asked for."""
         self.x: Tensor | None = None
         self.version = 0
+        """Of `x`, when `kept` was computed: in-place changes count it up."""
 
-    def branch(self, place: int, layer: Any, x: Tensor) -> Tensor:
-        """The output of the member in this place."""
+    def branch(self, place: int, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the output of the member in this place: x [..., k] → [..., d]."""
         member = self.members[place]
         if not member.update.training:
             return member.update.alone(layer, x)
@@ -118,11 +126,11 @@ class Together:
     def _alone(self, member: Member, x: Tensor) -> Tensor:
         A = self.A if len(self.members) == 1 else self.A[member.rows]
         part = _Part(A, member.B, member.update.dropout)
-        return member.update.kind.branch(member.layer, x, part, member.layer.bias)
+        return member.update.kind.branch(member.layer, x, part, member.layer._parameters.get("bias"))
 
     def _compute(self, x: Tensor) -> None:
         members = self.members
-        biases = [m.layer.bias for m in members]
+        biases = [m.layer._parameters.get("bias") for m in members]
         outputs = linear.lowrank_linears(x, [m.W0 for m in members], biases, self.A, [m.B for m in members])
         self.x, self.version, self.kept = x, x._version, dict(enumerate(outputs))
 

@@ -23,7 +23,7 @@ class LowRankRescaled(LowRank):
     """
 
     def __init__(
-        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
+        self, kind: Kind, A: Tensor, B: Tensor, scale: float, magnitude: Tensor, dropout: float = 0.0,
         bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(kind, A, B, scale, dropout, bias)

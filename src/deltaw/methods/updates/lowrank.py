@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError
-from deltaw.layers.kinds import Kind, Runs, as_stored, why_not
+from deltaw.layers.kinds import Kind, Runs, as_stored, kind_named, why_not
 from deltaw.layers.ops.merging import Change, Product, Value, delta_norm
 from deltaw.layers.patch import only_input
 from deltaw.methods.updates.base import Letter, Update, square
@@ -22,7 +22,7 @@ class LowRank(Update):
     A `bias` [d] stands in place of the layer's, or is one for a layer without.
     """
 
-    kind: type[Kind]
+    kind: Kind
     A: nn.Parameter
     B: nn.Parameter
     bias: nn.Parameter | None
@@ -36,13 +36,19 @@ class LowRank(Update):
     """Computes the branch (layer and x → output) together with other layers' while a training loop runs."""
 
     def __init__(
-        self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None
+        self, kind: Kind, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         super().__init__()
         # Past nn.Module.__setattr__, which is slow: an adapter has hundreds of these
         vars(self).update(kind=kind, scale=scale, dropout=dropout)
         self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
         self._parameters["bias"] = None if bias is None else nn.Parameter(bias)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore a pickle or a copy. Pickles of version 0.1 hold the kind's class, not its instance."""
+        if isinstance(state["kind"], type):
+            state = {**state, "kind": kind_named(state["kind"].__name__)}
+        super().__setstate__(state)
 
     @property
     def rank(self) -> int:
@@ -185,7 +191,7 @@ class Sliced(LowRank):
     d: int
 
     def __init__(
-        self, kind: type[Kind], A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int,
+        self, kind: Kind, A: Tensor, B_rows: Tensor, scale: float, slices: Mapping[str, Runs], d: int,
         dropout: float = 0.0, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Take A [n·r, k] and B_rows [Σ rows, r], in the order of `slices` (name → rows of the layer's d outputs)."""
@@ -267,7 +273,7 @@ class Recentred(LowRank):
     start_A: Tensor
     start_B: Tensor
 
-    def __init__(self, kind: type[Kind], A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, kind: Kind, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__(kind, A, B, scale, dropout)
         self._parameters = {"own_A": self._parameters["A"], "own_B": self._parameters["B"], "bias": None}
         self.register_buffer("start_A", A.detach().clone())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
-from deltaw.layers.kinds import Kind, matrices_of, why_bypassed
+from deltaw.layers.kinds import PARAMETER, matrices_of, why_bypassed
 from deltaw.layers.ops.experts import Unformed
 from deltaw.layers.ops.merging import Change, Product, Stacked
 from deltaw.layers.unwrap import plain_class, shell
@@ -91,7 +91,7 @@ class Stack(LowRank):
     transposed: bool
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, *, transposed: bool = False) -> None:
-        super().__init__(Kind, A, B, scale)
+        super().__init__(PARAMETER, A, B, scale)
         vars(self).update(transposed=transposed)
 
     @property

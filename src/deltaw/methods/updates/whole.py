@@ -90,7 +90,7 @@ class ReplacedRows(Update):
         out = forward(itself(layer), ids.clamp(max=own_tensor(layer, "weight").shape[0] - 1))
         place = torch.searchsorted(self.indices, ids).clamp_(max=len(self.indices) - 1)
         of_rows = shell(layer, {"weight": self.rows.to(out.dtype)})
-        of_rows.padding_idx = None
+        vars(of_rows)["padding_idx"] = None
         return torch.where((self.indices[place] == ids)[..., None], forward(of_rows, place), out)
 
     def _logits(self, layer: nn.Module, x: Tensor) -> Tensor:

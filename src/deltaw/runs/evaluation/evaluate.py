@@ -6,11 +6,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, Records, as_said, references
@@ -32,7 +32,7 @@ from deltaw.runs.evaluation.metrics import (
     ratio,
 )
 from deltaw.training.losses import Loss
-from deltaw.training.tasks import Classification, Task, task_of
+from deltaw.training.tasks import Scored, Task, task_of
 
 _OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
 _OF_LOSSES = {"loss", "perplexity"}
@@ -116,10 +116,11 @@ def evaluate(
     metrics = known if metrics is None else metrics
     check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
     data, task = within(data, model), task_of(data)
-    loaded = Pretrained(model, tokenizer, "")
+    # A module with the interface of transformers' models, torch.compile's for example
+    loaded = Pretrained(cast(PreTrainedModel, model), tokenizer, "")
     began = time.monotonic()
     arguments = (loaded, records, data, generation, metrics, on_done)
-    judged = _of_labels(task, *arguments) if issubclass(task, Classification) else _of_texts(task, *arguments)
+    judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
     scored, items, predictions, scores, losses = judged
     _check_finite(losses)
     if losses is not None and _OF_LOSSES & set(metrics):
@@ -145,7 +146,7 @@ _Judged = tuple[int, int, list[str], dict[str, ItemScore], RecordLosses | None]
 
 
 def _of_texts(
-    task: type[Task], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+    task: Task, loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
     metrics: Sequence[str], on_done: Callable[[int], None],
 ) -> _Judged:  # fmt: skip
     """Score a completion for each distinct prompt, and the loss of all references."""
@@ -157,7 +158,7 @@ def _of_texts(
     scores, answered = dict[str, ItemScore](), [m for m in metrics if m in TEXT_METRICS]
     if answered:
         asked = Questions.of(records)
-        said = task.answer(loaded, asked.records, data, generation, on_done)
+        said = [str(a) for a in task.answer(loaded, asked.records, data, generation, on_done)]
         plain = iter(as_said([text for texts in asked.references for text in texts], loaded.tokenizer))
         wanted = [[next(plain) for _ in texts] for texts in asked.references]
         scores = {m: TEXT_METRICS[m](said, wanted, asked.items) for m in answered}
@@ -165,7 +166,7 @@ def _of_texts(
 
 
 def _of_labels(
-    task: type[Classification], loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
+    task: Scored, loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
     metrics: Sequence[str], on_done: Callable[[int], None],
 ) -> _Judged:  # fmt: skip
     """Score each record's class or number."""
@@ -176,7 +177,9 @@ def _of_labels(
     if task.answers == "number":
         scores = {m: NUMBER_METRICS[m](said, wanted, items) for m in metrics if m in NUMBER_METRICS}
     else:
-        scores = {m: CLASS_METRICS[m](said, wanted, labels, items) for m in metrics if m in CLASS_METRICS}
+        scores = {
+            m: CLASS_METRICS[m]([int(a) for a in said], wanted, labels, items) for m in metrics if m in CLASS_METRICS
+        }
     losses = task.loss(loaded).of(logits, torch.tensor(wanted)).tolist()
     told = [task.said(a, data) for a in said]
     return len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from deltaw.model.inputs import image_shape, most_positions
-from deltaw.model.merge import merge, unmerge
+from deltaw.model.merging.merge import merge, unmerge
 from deltaw.model.switch import using
 
 BASE = "base"

@@ -7,9 +7,9 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
 
 from deltaw.data.batches import padded
 from deltaw.errors import DeltaWError
@@ -21,6 +21,9 @@ from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
 from deltaw.runs.memory.step import step
 from deltaw.training.prepare import Prepared
 from deltaw.training.tasks import task_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("deltaw")
 
@@ -86,14 +89,14 @@ def _memory(prepared: Prepared) -> Memory:
     return memory_of(passes, max(0, held - base), base, plain)
 
 
-def _on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model of the same class and config, without weights or adapters."""
+def _on_meta(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model of the same class and config, without weights or adapters."""
     settings = copy.deepcopy(model.config)
     default = torch.get_default_dtype()
     with torch.device("meta"):
         torch.set_default_dtype(dtype)
         try:
-            return plain_class(model)(settings).eval()
+            return cast("PreTrainedModel", plain_class(model)(settings).eval())
         finally:
             torch.set_default_dtype(default)
 

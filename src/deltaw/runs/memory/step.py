@@ -140,8 +140,8 @@ def _of_blocks(
     model: nn.Module, method: Method, examples: Sequence[Record], config: TrainConfig, device: str,
     loss_of: Callable[[], Loss], blocks: int | None,
 ) -> Step:  # fmt: skip
-    """The step of a model whose stack has its first `blocks` blocks alone."""
-    with _only(model, blocks), _chosen_attention(model, device, examples), torch.random.fork_rng(devices=[]):
+    longest = max(e.length for e in examples)
+    with _only(model, blocks), short_row_attention(model, longest, device), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             attach(model, method)
         try:
@@ -152,29 +152,6 @@ def _of_blocks(
         finally:
             detach(model)
             model.eval()
-
-
-@contextlib.contextmanager
-def _chosen_attention(model: nn.Module, device: str, examples: Sequence[Record]) -> Iterator[None]:
-    """Choose the attention that the loop would choose on that device."""
-    if device != "cpu":
-        yield
-        return
-    with short_row_attention(_OnCPU(model), max(e.length for e in examples)):
-        yield
-
-
-class _OnCPU:
-    """A meta model as it would answer on the CPU: the loop asks a parameter for its device and dtype."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.config = getattr(model, "config", None)
-        self.set_attn_implementation = getattr(model, "set_attn_implementation", None)
-        self.dtype = next(model.parameters()).dtype
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield one parameter."""
-        yield torch.empty(0, dtype=self.dtype, device="cpu")
 
 
 def _choose_path(loss: CompletionLoss) -> None:

@@ -1,4 +1,4 @@
-"""What a run says about its rank, as a Report, as sentences and as table rows, with rules of thumb and their sources. Knows
+"""A run's results about its rank as a Report, as sentences and as table rows, with rules of thumb and their sources. Knows
 results; nothing of models or HTML."""
 
 from __future__ import annotations

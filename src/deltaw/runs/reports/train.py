@@ -27,11 +27,11 @@ class Sampled:
 
     prompt: str
     reference: str | None
-    """What was wanted."""
+    """The wanted completion."""
     before: str | None
-    """What the base says; None where its head is untrained."""
+    """The base's completion; None where its head is untrained."""
     after: str | None
-    """What the adapter says."""
+    """The adapter's completion."""
 
 
 def run_report(

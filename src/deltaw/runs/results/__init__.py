@@ -1,4 +1,4 @@
-"""What runs come to, as typed values, and as the files that hold them. Knows no models."""
+"""Results of runs, as typed values and as the files that hold them. Knows no models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison's files hold: candidate.json and score.json, timing.json and latency.json, results.json."""
+"""The files of a comparison: candidate.json and score.json, timing.json and latency.json, results.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltaw.runs.results.study import Curve, Failed, StudySettings, curve_from, 
 
 @dataclass(frozen=True)
 class CandidateTask:
-    """What candidate.json tells the process that trains one candidate."""
+    """The content of candidate.json: a task for the process that trains one candidate."""
 
     name: str
     """The method as it was written."""
@@ -37,8 +37,8 @@ class CandidateTask:
     """Scores to take on the held-out records."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> CandidateTask:
-        return cls(**found)
+    def from_json(cls, values: JsonObject) -> CandidateTask:
+        return cls(**values)
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -46,32 +46,32 @@ class CandidateTask:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What training one candidate took."""
+    """The cost of training one candidate, and its held-out loss."""
 
     notes: list[str]
     parameters: int
     share: float
-    """Of the base's parameters."""
+    """The share of the base's parameters."""
     bytes: int
-    """Of the adapter's folder."""
+    """The size of the adapter's folder."""
     bytes_with_optimizer: int
-    """With AdamW's state."""
+    """The same with AdamW's state."""
     base_bytes: int
     memory: int | None
     """Bytes that training held over the loaded model and its adapter; None where it cannot be told."""
     seconds: float
-    """Of training, evaluations included."""
+    """The time of training, evaluations included."""
     steps: int
     tokens_per_second: float
     """The median over the log's lines."""
     step_seconds: float
-    """Of one optimizer step."""
+    """The mean time of an optimizer step."""
     valid_loss: float | None
-    """Of the adapter that was kept; None where nothing is held out."""
+    """The held-out loss of the adapter that was kept; None where nothing is held out."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> RunFigures:
-        return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})
+    def from_json(cls, values: JsonObject) -> RunFigures:
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -84,9 +84,9 @@ class CandidateScore:
     figures: RunFigures
     valid: Curve
     valid_scores: dict[str, float]
-    """On the held-out records, by metric."""
+    """Scores on the held-out records, by metric."""
     scores: dict[str, MetricScore]
-    """On the test records, by metric."""
+    """Scores on the test records, by metric."""
 
     @property
     def valid_loss(self) -> float | None:
@@ -95,13 +95,13 @@ class CandidateScore:
 
     @property
     def seconds(self) -> float:
-        """Of training, evaluations included."""
+        """The time of training, evaluations included."""
         return self.figures.seconds
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> CandidateScore:
-        valid, scores = curve_from(found["valid"]), run_scores(found["scores"])
-        return cls(RunFigures.from_json(found), valid, found["valid_scores"], scores)
+    def from_json(cls, values: JsonObject) -> CandidateScore:
+        valid, scores = curve_from(values["valid"]), run_scores(values["scores"])
+        return cls(RunFigures.from_json(values), valid, values["valid_scores"], scores)
 
     def to_json(self) -> dict[str, object]:
         last = {"valid": curve_to_json(self.valid), "valid_scores": self.valid_scores}
@@ -111,18 +111,18 @@ class CandidateScore:
 Outcome: TypeAlias = CandidateScore | Failed
 
 
-def outcome_from(found: JsonObject) -> Outcome | None:
+def outcome_from(values: JsonObject) -> Outcome | None:
     """Return what score.json says a candidate came to; None where a version of before did not keep what each item adds."""
-    if "error" in found:
-        return Failed(found["error"])
-    if not all("parts" in score for score in found["scores"].values()):
+    if "error" in values:
+        return Failed(values["error"])
+    if not all("parts" in score for score in values["scores"].values()):
         return None
-    return CandidateScore.from_json(found)
+    return CandidateScore.from_json(values)
 
 
 @dataclass(frozen=True)
 class TimingTask:
-    """What timing.json tells the process that times inference."""
+    """The content of timing.json: a task for the process that times inference."""
 
     model: str
     dtype: DType
@@ -137,8 +137,8 @@ class TimingTask:
     """How long each is timed at most, all methods together."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> TimingTask:
-        return cls(**found)
+    def from_json(cls, values: JsonObject) -> TimingTask:
+        return cls(**values)
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -159,9 +159,9 @@ class LatencyRow:
     """How often each was timed; None in a file of before, which does not say."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> LatencyRow:
+    def from_json(cls, values: JsonObject) -> LatencyRow:
         names = ("what", "batch", "length", "base", "ratios")
-        return cls(**{name: found[name] for name in names}, rounds=found.get("rounds"))
+        return cls(**{name: values[name] for name in names}, rounds=values.get("rounds"))
 
     def to_json(self) -> dict[str, object]:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -174,7 +174,7 @@ class TriedRate:
     lr: float
     valid_loss: float | None
     valid_score: float | None
-    """On the held-out records, where a score chooses."""
+    """The score on the held-out records, where a score chooses."""
     error: str | None
 
     @classmethod
@@ -195,9 +195,9 @@ class BestRun:
     valid: Curve
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> BestRun:
-        scores = seed_scores(found["scores"])
-        return cls(found["lr"], RunFigures.from_json(found), scores, curve_from(found["valid"]))
+    def from_json(cls, values: JsonObject) -> BestRun:
+        scores = seed_scores(values["scores"])
+        return cls(values["lr"], RunFigures.from_json(values), scores, curve_from(values["valid"]))
 
     def to_json(self) -> dict[str, object]:
         last = {"scores": scores_to_json(self.scores), "valid": curve_to_json(self.valid)}
@@ -209,20 +209,20 @@ class MethodRow:
     """One method."""
 
     name: str
-    """As it was written."""
+    """The method as the user wrote it."""
     method: str
     """Its name in the registry."""
     settings: dict[str, object]
-    """Those that are not its defaults."""
+    """Settings that are not its defaults."""
     tried: list[TriedRate]
     best: BestRun | Failed
     """Failed where no learning rate came to a result."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> MethodRow:
-        tried = [TriedRate(**rate) for rate in found["tried"]]
-        best = Failed(found["error"]) if "error" in found else BestRun.from_json(found)
-        return cls(found["name"], found["method"], found["settings"], tried, best)
+    def from_json(cls, values: JsonObject) -> MethodRow:
+        tried = [TriedRate(**rate) for rate in values["tried"]]
+        best = Failed(values["error"]) if "error" in values else BestRun.from_json(values)
+        return cls(values["name"], values["method"], values["settings"], tried, best)
 
     def to_json(self) -> dict[str, object]:
         first = {"name": self.name, "method": self.method, "settings": self.settings}
@@ -278,17 +278,17 @@ class ComparisonResults:
         return [(row, row.best) for row in self.ranked if isinstance(row.best, BestRun)]
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> ComparisonResults:
+    def from_json(cls, values: JsonObject) -> ComparisonResults:
         """Return the results in a file; one of before may lack `sets`, `warnings` and `compared`."""
         return cls(
-            settings=StudySettings.from_json(found["settings"]),
-            environment=found["environment"],
-            chosen_by=found["chosen_by"],
-            sets=found.get("sets", {}),
-            warnings=found.get("warnings", []),
-            rows=[MethodRow.from_json(row) for row in found["rows"]],
-            compared=[compared_from(method) for method in found.get("compared", [])],
-            latency=[LatencyRow.from_json(row) for row in found["latency"]],
+            settings=StudySettings.from_json(values["settings"]),
+            environment=values["environment"],
+            chosen_by=values["chosen_by"],
+            sets=values.get("sets", {}),
+            warnings=values.get("warnings", []),
+            rows=[MethodRow.from_json(row) for row in values["rows"]],
+            compared=[compared_from(method) for method in values.get("compared", [])],
+            latency=[LatencyRow.from_json(row) for row in values["latency"]],
         )
 
     def to_json(self) -> dict[str, object]:

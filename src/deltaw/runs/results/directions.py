@@ -47,12 +47,12 @@ class Alike:
     other: str = ""
     """The other adapter, for people to read."""
     targets: str | None = None
-    """In a sweep: the choice of targets that both are of."""
+    """The choice of targets that both are of, in a sweep."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> Alike:
-        rows, maps = [AlikeRow(**row) for row in found["rows"]], [AlikeMap(**each) for each in found["maps"]]
-        return cls(found["rank"], found["other_rank"], rows, maps, found["with"], found.get("targets"))
+    def from_json(cls, values: JsonObject) -> Alike:
+        rows, maps = [AlikeRow(**row) for row in values["rows"]], [AlikeMap(**each) for each in values["maps"]]
+        return cls(values["rank"], values["other_rank"], rows, maps, values["with"], values.get("targets"))
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)
@@ -70,8 +70,8 @@ class Amplification:
     amount: Amplified
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> Amplification:
-        return cls(found["layer"], Amplified(**{f.name: found[f.name] for f in dataclasses.fields(Amplified)}))
+    def from_json(cls, values: JsonObject) -> Amplification:
+        return cls(values["layer"], Amplified(**{f.name: values[f.name] for f in dataclasses.fields(Amplified)}))
 
     def to_json(self) -> dict[str, object]:
         return {"layer": self.layer, "factor": self.amount.factor, **dataclasses.asdict(self.amount)}

@@ -1,4 +1,4 @@
-"""What rank.json holds: a run's adapter, cut to smaller ranks."""
+"""The file rank.json: a run's adapter, cut to smaller ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltaw.runs.results.scores import SeedScores, score_from, scores_to_json, s
 
 @dataclass(frozen=True)
 class Cost:
-    """What training at a rank takes."""
+    """The cost of training at a rank."""
 
     memory: int
     """Bytes at the peak."""
@@ -34,7 +34,7 @@ class RankRow:
     parameters: int
     bytes: int
     bytes_with_optimizer: int
-    """With AdamW's state."""
+    """The same with AdamW's state."""
     scores: dict[str, SeedScores]
     """Besides the loss, by metric."""
     parts: list[float]
@@ -48,11 +48,11 @@ class RankRow:
         return self.tested.rank
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> RankRow:
+    def from_json(cls, values: JsonObject) -> RankRow:
         names = ("energy", "parameters", "bytes", "bytes_with_optimizer", "parts")
-        cost = Cost(found["memory"], found["flops_per_token"], found["length"]) if "memory" in found else None
-        plain = {name: found[name] for name in names}
-        return cls(tested=tested_from(found), scores=seed_scores(found["scores"]), cost=cost, **plain)
+        cost = Cost(values["memory"], values["flops_per_token"], values["length"]) if "memory" in values else None
+        plain = {name: values[name] for name in names}
+        return cls(tested=tested_from(values), scores=seed_scores(values["scores"]), cost=cost, **plain)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -84,8 +84,8 @@ class Allocated:
     bytes: int
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> Allocated:
-        return cls(**found | {name: score_from(found[name]) for name in ("loss", "difference")})
+    def from_json(cls, values: JsonObject) -> Allocated:
+        return cls(**values | {name: score_from(values[name]) for name in ("loss", "difference")})
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -119,8 +119,8 @@ class BaseScores:
     """Its loss less the whole adapter's, item by item."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> BaseScores:
-        return cls(found["loss"], seed_scores(found["scores"]), score_from(found["less_adapter"]))
+    def from_json(cls, values: JsonObject) -> BaseScores:
+        return cls(values["loss"], seed_scores(values["scores"]), score_from(values["less_adapter"]))
 
     def to_json(self) -> dict[str, object]:
         last = {"scores": scores_to_json(self.scores), "less_adapter": self.less_adapter.plain()}
@@ -161,8 +161,8 @@ class Confirmed:
     report: str
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> Confirmed:
-        return cls(**found | {name: score_from(found[name]) for name in ("loss", "full_loss", "difference")})
+    def from_json(cls, values: JsonObject) -> Confirmed:
+        return cls(**values | {name: score_from(values[name]) for name in ("loss", "full_loss", "difference")})
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -179,10 +179,10 @@ class NotConfirmed:
         return {"failed": self.failed}
 
 
-def _confirmation_from(found: JsonObject | None) -> Confirmed | NotConfirmed | None:
-    if found is None:
+def _confirmation_from(values: JsonObject | None) -> Confirmed | NotConfirmed | None:
+    if values is None:
         return None
-    return NotConfirmed(found["failed"]) if "failed" in found else Confirmed.from_json(found)
+    return NotConfirmed(values["failed"]) if "failed" in values else Confirmed.from_json(values)
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,12 @@ class RankResults:
     settings: dict[str, object]
     """The run's, from its config.yaml; none of a foreign adapter's."""
     options: dict[str, object]
-    """What was asked."""
+    """The settings of the search."""
     environment: Environment
     """The machine and versions, as runs/memory/machine.py describes them."""
     records: RecordsUsed
     loop: JsonObject
-    """What result.json says of the run's training; nothing of an adapter alone."""
+    """The loop's figures in the run's result.json; empty for an adapter alone."""
     base: BaseScores | None
     """None where the base has no head of its own."""
     rank: int
@@ -231,17 +231,17 @@ class RankResults:
         return list(self.ranks[0].scores)
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> RankResults:
-        plain = {name: found[name] for name in ("run", "settings", "options", "environment", "loop", "rank", "margin")}
+    def from_json(cls, values: JsonObject) -> RankResults:
+        plain = {name: values[name] for name in ("run", "settings", "options", "environment", "loop", "rank", "margin")}
         return cls(
-            records=RecordsUsed(**found["records"]),
-            base=None if found["base"] is None else BaseScores.from_json(found["base"]),
-            ranks=[RankRow.from_json(row) for row in found["ranks"]],
-            allocated=[Allocated.from_json(row) for row in found["allocated"]],
-            layers=[LayerSpectrum(**layer) for layer in found["layers"]],
-            amplified=[Amplification.from_json(layer) for layer in found["amplified"]],
-            alike=[Alike.from_json(pair) for pair in found["alike"]],
-            confirmed=_confirmation_from(found["confirmed"]),
+            records=RecordsUsed(**values["records"]),
+            base=None if values["base"] is None else BaseScores.from_json(values["base"]),
+            ranks=[RankRow.from_json(row) for row in values["ranks"]],
+            allocated=[Allocated.from_json(row) for row in values["allocated"]],
+            layers=[LayerSpectrum(**layer) for layer in values["layers"]],
+            amplified=[Amplification.from_json(layer) for layer in values["amplified"]],
+            alike=[Alike.from_json(pair) for pair in values["alike"]],
+            confirmed=_confirmation_from(values["confirmed"]),
             **plain,
         )
 

@@ -34,7 +34,7 @@ class MetricScore:
     high: float
     """`low` and `high` end the 95% interval over items."""
     parts: list[float] | None = None
-    """[items]: jackknife pseudo-values, which sum up to the score. None where the run's losses are kept instead."""
+    """[items]: jackknife pseudo-values, what each item adds to the score. None where the run's losses are kept instead."""
 
     @classmethod
     def of(cls, score: ItemScore, *, parts: bool = True) -> MetricScore:
@@ -42,8 +42,8 @@ class MetricScore:
         return cls(score.value, score.low, score.high, shortened(score.parts) if parts else None)
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> MetricScore:
-        return cls(found["value"], found["low"], found["high"], found.get("parts"))
+    def from_json(cls, values: JsonObject) -> MetricScore:
+        return cls(values["value"], values["low"], values["high"], values.get("parts"))
 
     def to_json(self) -> dict[str, object]:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -72,8 +72,8 @@ class SeedScores:
         return float((squares / (len(self.seeds) - 1)) ** 0.5)
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> SeedScores:
-        return cls(found["seeds"], found["value"], found["low"], found["high"])
+    def from_json(cls, values: JsonObject) -> SeedScores:
+        return cls(values["seeds"], values["value"], values["low"], values["high"])
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -101,34 +101,34 @@ def scores_to_json(scores: Mapping[str, MetricScore] | Mapping[str, SeedScores])
     return {metric: score.to_json() for metric, score in scores.items()}
 
 
-def run_scores(found: JsonObject) -> dict[str, MetricScore]:
+def run_scores(values: JsonObject) -> dict[str, MetricScore]:
     """Return a run's scores by metric."""
-    return {metric: MetricScore.from_json(score) for metric, score in found.items()}
+    return {metric: MetricScore.from_json(score) for metric, score in values.items()}
 
 
-def seed_scores(found: JsonObject) -> dict[str, SeedScores]:
+def seed_scores(values: JsonObject) -> dict[str, SeedScores]:
     """Return a candidate's scores by metric."""
-    return {metric: SeedScores.from_json(score) for metric, score in found.items()}
+    return {metric: SeedScores.from_json(score) for metric, score in values.items()}
 
 
 # --- candidates beside each other ---------------------------------------------------------------------------------
 
 
-def score_from(found: JsonObject) -> Score:
+def score_from(values: JsonObject) -> Score:
     """Return a figure with its interval."""
-    return Score(found["value"], found["low"], found["high"])
+    return Score(values["value"], values["low"], values["high"])
 
 
-def tested_from(found: JsonObject) -> Tested:
+def tested_from(values: JsonObject) -> Tested:
     """Return one rank beside the largest."""
-    return Tested(found["rank"], score_from(found["loss"]), score_from(found["difference"]), found["enough"])
+    return Tested(values["rank"], score_from(values["loss"]), score_from(values["difference"]), values["enough"])
 
 
-def choice_from(found: JsonObject) -> Choice:
+def choice_from(values: JsonObject) -> Choice:
     """Return the choice of a rank."""
-    return Choice(found["rank"], found["margin"], [tested_from(tested) for tested in found["tested"]])
+    return Choice(values["rank"], values["margin"], [tested_from(tested) for tested in values["tested"]])
 
 
-def compared_from(found: JsonObject) -> Compared:
+def compared_from(values: JsonObject) -> Compared:
     """Return one candidate beside the best."""
-    return Compared(found["name"], score_from(found["score"]), score_from(found["difference"]), found["worse"])
+    return Compared(values["name"], score_from(values["score"]), score_from(values["difference"]), values["worse"])

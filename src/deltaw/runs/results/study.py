@@ -1,4 +1,4 @@
-"""What the files of a sweep and of a comparison have in common."""
+"""Parts that the files of a sweep and of a comparison have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deltaw.runs.results import JsonObject
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What decides about the candidates' results. Which candidates there are is no part of it: more may be added."""
+    """The settings that decide about results. Which candidates there are is no part of them: more may be added."""
 
     model: str
     data: str
@@ -21,12 +21,12 @@ class StudySettings:
     run: dict[str, object]
     """Settings of training that all candidates share."""
     halving: bool | None = None
-    """Of a sweep: the worse half of the candidates ends early. A comparison has no such setting."""
+    """True if the worse half of a sweep's candidates ends early. None for a comparison, which has no such setting."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> StudySettings:
-        known = {name: found[name] for name in ("model", "data", "test", "test_most", "valid", "run")}
-        return cls(**known, halving=found.get("halving"))
+    def from_json(cls, values: JsonObject) -> StudySettings:
+        known = {name: values[name] for name in ("model", "data", "test", "test_most", "valid", "run")}
+        return cls(**known, halving=values.get("halving"))
 
     def to_json(self) -> dict[str, object]:
         halving = {} if self.halving is None else {"halving": self.halving}
@@ -49,9 +49,9 @@ Curve = list[tuple[int, float]]
 """Step and held-out loss of each evaluation."""
 
 
-def curve_from(found: list[list[float]]) -> Curve:
+def curve_from(values: list[list[float]]) -> Curve:
     """Return the held-out losses by step."""
-    return [(int(step), loss) for step, loss in found]
+    return [(int(step), loss) for step, loss in values]
 
 
 def curve_to_json(curve: Curve) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""What a sweep's score.json and results.json hold."""
+"""The files of a sweep: score.json and results.json."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ class RunScore:
 
     parameters: int
     share: float
-    """Of the base's parameters."""
+    """The share of the base's parameters."""
     bytes: int
-    """Of the adapter's folder."""
+    """The size of the adapter's folder."""
     bytes_with_optimizer: int
-    """With AdamW's state."""
+    """The same with AdamW's state."""
     seconds: float
-    """Of training, evaluations included."""
+    """The time of training, evaluations included."""
     step_seconds: float
-    """Of one optimizer step."""
+    """The mean time of an optimizer step."""
     valid: Curve
     valid_loss: float
-    """Of the adapter that was kept."""
+    """The held-out loss of the adapter that was kept."""
     valid_scores: dict[str, float]
-    """On the held-out records, where a learning rate is chosen by a score."""
+    """Scores on the held-out records, where a learning rate is chosen by one."""
     scores: dict[str, MetricScore]
-    """On the test records, by metric."""
+    """Scores on the test records, by metric."""
     losses: RecordLosses
-    """Of each test record."""
+    """The losses of each test record."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> RunScore:
-        plain = {field.name: found[field.name] for field in dataclasses.fields(cls)}
-        losses = RecordLosses(**found["losses"])
+    def from_json(cls, values: JsonObject) -> RunScore:
+        plain = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        losses = RecordLosses(**values["losses"])
         return cls(
-            **plain | {"valid": curve_from(found["valid"]), "scores": run_scores(found["scores"]), "losses": losses}
+            **plain | {"valid": curve_from(values["valid"]), "scores": run_scores(values["scores"]), "losses": losses}
         )
 
     def to_json(self) -> dict[str, object]:
@@ -71,8 +71,8 @@ class Behind:
     valid_loss: float
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> Behind:
-        return cls(found["behind"], found["valid_loss"])
+    def from_json(cls, values: JsonObject) -> Behind:
+        return cls(values["behind"], values["valid_loss"])
 
     def to_json(self) -> dict[str, object]:
         return {"behind": self.step, "valid_loss": self.valid_loss}
@@ -81,16 +81,16 @@ class Behind:
 Outcome: TypeAlias = RunScore | Behind | Failed
 
 
-def outcome_from(found: JsonObject) -> Outcome | None:
+def outcome_from(values: JsonObject) -> Outcome | None:
     """Return what score.json says a run came to; None where a version of before did not keep what each item adds."""
-    if "error" in found:
-        return Failed(found["error"])
-    if "behind" in found:
-        return Behind.from_json(found)
-    others = (score for name, score in found["scores"].items() if name != "loss")
-    if "items" not in found["losses"] or not all("parts" in score for score in others):
+    if "error" in values:
+        return Failed(values["error"])
+    if "behind" in values:
+        return Behind.from_json(values)
+    others = (score for name, score in values["scores"].items() if name != "loss")
+    if "items" not in values["losses"] or not all("parts" in score for score in others):
         return None
-    return RunScore.from_json(found)
+    return RunScore.from_json(values)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class BestRun:
     lr: float
     parameters: int
     share: float
-    """Of the base's parameters."""
+    """The share of the base's parameters."""
     bytes: int
     bytes_with_optimizer: int
     step_seconds: float
@@ -126,13 +126,13 @@ class BestRun:
     valid: Curve
     valid_loss: float
     folder: str
-    """Of the first seed's run."""
+    """The folder of the first seed's run."""
     scores: dict[str, SeedScores]
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> BestRun:
-        plain = {field.name: found[field.name] for field in dataclasses.fields(cls)}
-        return cls(**plain | {"valid": curve_from(found["valid"]), "scores": seed_scores(found["scores"])})
+    def from_json(cls, values: JsonObject) -> BestRun:
+        plain = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**plain | {"valid": curve_from(values["valid"]), "scores": seed_scores(values["scores"])})
 
     def to_json(self) -> dict[str, object]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -152,10 +152,10 @@ class SweepRow:
     """Failed where no learning rate came to a result."""
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> SweepRow:
-        tried = [TriedRate(**rate) for rate in found["tried"]]
-        best = Failed(found["error"]) if "error" in found else BestRun.from_json(found)
-        return cls(found["name"], found["targets"], found["rank"], found["alpha"], tried, best)
+    def from_json(cls, values: JsonObject) -> SweepRow:
+        tried = [TriedRate(**rate) for rate in values["tried"]]
+        best = Failed(values["error"]) if "error" in values else BestRun.from_json(values)
+        return cls(values["name"], values["targets"], values["rank"], values["alpha"], tried, best)
 
     def to_json(self) -> dict[str, object]:
         first = {"name": self.name, "targets": self.targets, "rank": self.rank, "alpha": self.alpha}
@@ -196,20 +196,20 @@ class SweepResults:
         return [(row, row.best) for row in self.rows if isinstance(row.best, Failed)]
 
     @classmethod
-    def from_json(cls, found: JsonObject) -> SweepResults:
+    def from_json(cls, values: JsonObject) -> SweepResults:
         """Return the results in a file; one of before may lack `sets` and `warnings`."""
         return cls(
-            settings=StudySettings.from_json(found["settings"]),
-            options=found["settings"]["options"],
-            environment=found["environment"],
-            chosen_by=found["chosen_by"],
-            left_out=found["left_out"],
-            sets=found.get("sets", {}),
-            warnings=found.get("warnings", []),
-            rows=[SweepRow.from_json(row) for row in found["rows"]],
-            choices={targets: choice_from(choice) for targets, choice in found["choices"].items()},
-            compared=[compared_from(candidate) for candidate in found["compared"]],
-            alike=[Alike.from_json(pair) for pair in found["alike"]],
+            settings=StudySettings.from_json(values["settings"]),
+            options=values["settings"]["options"],
+            environment=values["environment"],
+            chosen_by=values["chosen_by"],
+            left_out=values["left_out"],
+            sets=values.get("sets", {}),
+            warnings=values.get("warnings", []),
+            rows=[SweepRow.from_json(row) for row in values["rows"]],
+            choices={targets: choice_from(choice) for targets, choice in values["choices"].items()},
+            compared=[compared_from(candidate) for candidate in values["compared"]],
+            alike=[Alike.from_json(pair) for pair in values["alike"]],
         )
 
     def to_json(self) -> dict[str, object]:

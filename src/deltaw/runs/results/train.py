@@ -1,4 +1,4 @@
-"""What a run's result.json holds."""
+"""The figures in a run's result.json."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ class RunFigures:
     """The figures of a finished run. Sizes are in bytes."""
 
     loop: LoopState
-    """Where the loop ended."""
+    """The state in which the loop ended."""
     trainable_parameters: int
     trainable_share: float
-    """Of the base's parameters."""
+    """The share of the base's parameters."""
     adapter_bytes: int
-    """Of the adapter's folder."""
+    """The size of the adapter's folder."""
     bytes_with_optimizer: int
-    """With AdamW's state."""
+    """The same with AdamW's state."""
     base_bytes: int
     unit: str
-    """What the loss is in."""
+    """The unit of the loss."""
     counted: str
-    """What the speed counts: tokens or images."""
+    """The thing that the speed counts: tokens or images."""
     relative_norm: float
     """‖ΔW‖ / ‖W0‖ over all adapted layers."""
     merge_dtype: str
     """The precision of the weights that `merge_rows` are told for."""
     merge_rows: list[dict[str, object]]
-    """What a merge would do to each family of layers, and to all."""
+    """Figures of a merge for each family of layers, and for all."""
     peak_memory: int
-    """Of the process, or of the GPU where one is in use."""
+    """The most that the process has held, on the GPU where one is in use."""
     data: dict[str, int]
     """Counts of the training records."""
     sets: dict[str, str | None]
-    """What is in train and in valid, and a warning where they overlap."""
+    """The content of train and of valid in words, and a warning where they overlap."""
     warnings: list[str]
 
     def to_json(self) -> dict[str, object]:

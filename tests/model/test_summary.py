@@ -1,22 +1,30 @@
-"""Which layers an adapter changes, as it is said at attach, in summary and in the log."""
+"""Sizes of adapters, and which layers they change: in summary and in the log of attach."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import deltaw
-from deltaw import BitFit, LoRA, Prefix
+from deltaw import BitFit, LoRA, Prefix, attach
 from tests import architectures
 from tests.conftest import fill, tiny_llama
 
 
-def test_roles_counts_and_reasons() -> None:
+def test_coverage_has_roles_counts_and_reasons() -> None:
     model = deltaw.attach(tiny_llama(tied=False), LoRA(rank=2, targets="attention"))
     coverage = deltaw.summary(model).adapters["default"].coverage
     assert coverage.roles == {"q": 2, "k": 2, "v": 2, "o": 2}
@@ -49,7 +57,7 @@ def test_weights_without_a_layer_count_by_their_own_names() -> None:
     assert all("experts" not in name for name in coverage.left_out)
 
 
-def test_it_is_logged_once_at_attach(caplog: pytest.LogCaptureFixture) -> None:
+def test_coverage_is_logged_once_at_attach(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="deltaw.coverage"):
         deltaw.attach(tiny_llama(), LoRA(rank=2), name="mine")
     said = [r.getMessage() for r in caplog.records if "dense layers" in r.getMessage()]
@@ -94,3 +102,35 @@ def test_a_head_inside_another_model_is_left_out() -> None:
     coverage = deltaw.summary(model).adapters["default"].coverage
     assert coverage.left_out["say.lm_head"] == "output head" and "see" in coverage.adapted
     deltaw.merge(fill(model))
+
+
+def test_a_summary_counts_layers_parameters_and_bytes() -> None:
+    model = attach(tiny_llama(), LoRA(rank=4, targets="qv"))
+    summary = deltaw.summary(model)
+    adapter = summary.adapters["default"]
+    assert adapter.layers == 4 and summary.active == "default"
+    assert adapter.parameters == 2 * (4 * (32 + 32) + 4 * (32 + 16)) == sum(p.numel() for p in deltaw.parameters(model))
+    assert summary.base_parameters == sum(p.numel() for p in tiny_llama().parameters())
+    assert adapter.bytes == adapter.parameters * 4
+    assert repr(deltaw.adapters(model)) == "('default'*)"
+
+
+def roberta_base() -> Any:
+    with torch.device("meta"):
+        return RobertaModel(RobertaConfig())
+
+
+def gpt3() -> Any:
+    """The dense layers of its attention: 96 blocks, d = 12,288."""
+    return nn.ModuleList(
+        nn.ModuleDict(
+            {name: nn.Linear(12288, 12288, device="meta") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        )
+        for _ in range(96)
+    )
+
+
+@pytest.mark.parametrize(("make", "rank", "count"), [(roberta_base, 8, 294_912), (gpt3, 1, 4_718_592)])
+def test_parameter_counts_are_the_papers(make: Any, rank: int, count: int) -> None:
+    model = attach(make(), LoRA(rank=rank, alpha=16, targets="qv"))
+    assert deltaw.summary(model).adapters["default"].parameters == count

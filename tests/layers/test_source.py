@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from transformers import (
 import deltaw
 from deltaw import LoRA
 from deltaw.errors import TargetError
-from deltaw.layers.reached import never_called, without_gradient
+from deltaw.layers.source import never_called, read_outside, without_gradient
 from deltaw.methods.targets import select
 from deltaw.model.summary import updates
 from tests import architectures
@@ -241,6 +243,47 @@ class Delegating(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.spare(x)
         return out
+
+
+class LocalOfThatName(nn.Module):
+    """A variable has the name of another module's layer, and a constructor sets that layer's bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(6, 6), Spare()
+        self.inner.spare.bias = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        spare = self.first(x)
+        out: Tensor = self.inner(spare)
+        return out
+
+
+def test_a_variable_of_a_layers_name_calls_nothing() -> None:
+    assert never_called(dict(LocalOfThatName().named_modules())) == {"inner.spare"}
+
+
+def test_code_without_source_is_taken_to_call_everything() -> None:
+    scope: dict[str, Any] = {"nn": nn, "torch": torch}
+    body = """class Made(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spare, self.used = nn.Linear(2, 2), nn.Linear(2, 2)
+    def forward(self, x):
+        with torch.no_grad():
+            return self.used(x)"""
+    exec(body, scope)
+    modules = dict(nn.Sequential(scope["Made"]()).named_modules())
+    assert never_called(modules) == set() and without_gradient(modules) == {}
+
+
+def test_a_file_that_changed_since_its_import_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "class Made(nn.Module):\n    def forward(self, x):\n        return x @ self.inside.weight"
+    (tmp_path / "changing_module.py").write_text(f"from torch import nn\n{text}")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("changing_module")
+    (tmp_path / "changing_module.py").write_text(f"from torch import nn\n# another line\n{text}")
+    assert not read_outside(module.Made(), "inside")
 
 
 def test_a_layer_of_the_same_name_in_another_module_tells_nothing() -> None:

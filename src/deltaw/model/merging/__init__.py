@@ -1,0 +1,1 @@
+"""Merges of adapters into a model's weights, their reports, and what gives the weights back."""
