@@ -11,7 +11,7 @@
     └── TrainError              exit 7   training cannot start or go on (loss not finite, nothing supervised)
         └── Interrupted         exit 130 Ctrl-C: the work so far was saved
 
-A message lists *all* problems found, one per line, each with its place and what to do about it.
+A message lists *all* problems, one per line, each with its place and what to do about it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ from collections.abc import Iterable, Sequence
 
 
 class DeltaWError(Exception):
-    """Root of the tree. `exit_code` is what the command line returns.
+    """Root of the tree: catch it to catch all errors of deltaw.
 
-    message: what is wrong, or with `problems` their heading. problems: one line each, shown as a list. advice: lines that
-    follow it.
+    Args:
+        message: What is wrong, or the heading of `problems`.
+        problems: One line each, shown as a list under the message.
+        advice: Lines after the list.
+
+    Example:
+        >>> import deltaw
+        >>> try:
+        ...     deltaw.TrainConfig(lr=-1, batch=0)
+        ... except deltaw.DeltaWError as error:
+        ...     print(error.problems, error.exit_code)
+        ['lr is -1; it must be above 0', 'batch is 0; it must be at least 1'] 2
     """
 
     exit_code = 1
+    """The exit code of the command line."""
     problems: list[str]
-    """Each thing that is wrong; the message itself where it has no list."""
+    """Each thing that is wrong; the message where it has no list."""
 
     def __init__(self, message: str = "", problems: Sequence[str] = (), advice: str = "") -> None:
         text = listing(message, problems) if problems else message
@@ -74,13 +85,13 @@ class Interrupted(TrainError):
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
-    """` (did you mean 'a' or 'b'?)` from the closest of `known`, or an empty string."""
+    """Return ` (did you mean 'a' or 'b'?)` with the closest of `known`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 
 def listing(head: str, problems: Sequence[str], *, most: int = 20) -> str:
-    """One message out of many problems: `head`, then a bullet each, the rest counted."""
+    """Return one message for many problems: `head`, then a bullet for each, with the rest counted."""
     lines = [f"  - {p}" for p in problems[:most]]
     if len(problems) > most:
         lines.append(f"  … and {len(problems) - most} more")
@@ -88,6 +99,6 @@ def listing(head: str, problems: Sequence[str], *, most: int = 20) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not empty, at most 300 characters; the error's class where there is none."""
+    """Return the first line of an error's text that is not empty, at most 300 characters; else the name of its class."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line[:300]

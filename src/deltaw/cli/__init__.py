@@ -1,5 +1,7 @@
-"""The command line. The only place that prints. Flags and help come from the dataclasses in flags.py and config.py; torch
-is imported by the command that was asked for, never for help."""
+"""The command line, the only place that prints. Flags and help come from the dataclasses in flags.py and config.py.
+
+The command that runs imports torch; help never does.
+"""
 
 from deltaw.cli.main import main
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from deltaw.cli import show
 from deltaw.cli.flags import Chat
@@ -10,14 +10,35 @@ from deltaw.cli.opening import NO_END, as_trained, open_model
 from deltaw.config import DataConfig
 from deltaw.errors import DataError
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+    from deltaw.model.pretrained import Pretrained
+
 _HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
 
 
+class _Streams(Protocol):
+    """A causal language model of transformers."""
+
+    def generate(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        generation_config: GenerationConfig,
+        streamer: TextStreamer | None,
+    ) -> Tensor:
+        """Return token ids [1, length], and hand them to the streamer meanwhile."""
+
+
 def run(command: Chat) -> None:
+    """Run the command."""
     show.quiet_libraries()
     task = as_trained(DataConfig(), command.opening.adapter, command.model).task
     if task != "causal":
-        raise DataError(f"A chat is with causal language models, and here the task is {task}. Use deltaw generate.")
+        raise DataError(f"A chat needs a causal language model, and the task here is {task}. Use deltaw generate.")
     loaded = open_model(command.model, command.opening)
     if not loaded.tokenizer.chat_template:
         raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")
@@ -52,7 +73,8 @@ def run(command: Chat) -> None:
                 show.out.print(f"{error} /new starts over.", style="yellow")
 
 
-def _switch(model: Any, on: bool, adapter: str | None) -> None:
+def _switch(model: nn.Module, on: bool, adapter: str | None) -> None:
+    """Use the adapter, or the base alone."""
     from deltaw.model.summary import adapters
     from deltaw.model.switch import use
 
@@ -63,15 +85,15 @@ def _switch(model: Any, on: bool, adapter: str | None) -> None:
     show.out.print("Now with the adapter." if on else "Now the base alone.", style="dim")
 
 
-def _in_use(loaded: Any) -> Any:
-    """The model with the tokenizer of what is switched on, the base or the adapter."""
+def _in_use(loaded: Pretrained) -> Pretrained:
+    """The model with the tokenizer of the adapter, or of the base while no adapter is used."""
     from deltaw.model.summary import adapters
 
     return loaded if adapters(loaded.model).active else loaded.of_base()
 
 
-def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
-    """The reply, shown as it is written."""
+def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -> str:
+    """Generate the reply, and show it while it is written."""
     import torch
 
     from deltaw.data import Message, prompt_ids, turn_ends
@@ -84,31 +106,32 @@ def _answer(loaded: Any, messages: list[dict[str, str]], command: Chat) -> str:
     if problem:
         raise DataError(problem)
     ends = [*turn_ends(loaded.tokenizer), *in_use(loaded.model)]
-    asked = settings(loaded.model, loaded.tokenizer, command.generation, ends)
+    config = settings(loaded.model, loaded.tokenizer, command.generation, ends)
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
     seed = mixed(command.generation.seed, len(messages))  # the same question twice may have two answers
+    model = cast(_Streams, loaded.model)
     with torch.no_grad(), drawing(loaded.model, command.generation, seed):
-        out = loaded.model.generate(
-            torch.tensor([ids], device=loaded.model.device),
+        out = model.generate(
+            input_ids=torch.tensor([ids], device=loaded.model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=loaded.model.device),
-            generation_config=asked,
-            streamer=_streamer(loaded.tokenizer, asked) if command.generation.beams == 1 else None,
+            generation_config=config,
+            streamer=_streamer(loaded.tokenizer, config) if command.generation.beams == 1 else None,
         )
-    reply = loaded.tokenizer.decode(until_end(out[0, len(ids) :].tolist(), asked), skip_special_tokens=True)
+    reply = loaded.tokenizer.decode(until_end(out[0, len(ids) :].tolist(), config), skip_special_tokens=True)
     if command.generation.beams > 1:
         show.out.print(reply, soft_wrap=True)
     return reply
 
 
-def _streamer(tokenizer: Any, asked: Any) -> Any:
-    """Shows a reply as it is written, up to what ends it."""
+def _streamer(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> TextStreamer:
+    """A streamer that shows a reply up to its end token."""
     from transformers import TextStreamer
 
     from deltaw.model.generate import until_end
 
     class Reply(TextStreamer):
-        def put(self, value: Any) -> None:
-            if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), asked):
+        def put(self, value: Tensor) -> None:
+            if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), config):
                 super().put(value)
 
     return Reply(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""`deltaw compare`: a line for each candidate as it is done, then the table."""
+"""`deltaw compare`: a line for each finished candidate, then the table."""
 
 from __future__ import annotations
 

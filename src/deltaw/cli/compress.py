@@ -1,4 +1,4 @@
-"""`deltaw compress`: an adapter cut to fewer directions, and what that loses."""
+"""`deltaw compress`: an adapter cut to fewer directions, and the error of that."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from deltaw.files import units
 
 
 def run(command: Compress) -> None:
+    """Run the command."""
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
     from deltaw.files.compress import compress
 
-    done = compress(command.adapter, out, rank=command.rank, energy=command.energy, size=command.bytes)
+    compressed = compress(command.adapter, out, rank=command.rank, energy=command.energy, size=command.bytes)
     if command.json:
-        print(json.dumps(dataclasses.asdict(done) | {"path": str(done.path)}, indent=1, ensure_ascii=False))
+        print(json.dumps(dataclasses.asdict(compressed) | {"path": str(compressed.path)}, indent=1, ensure_ascii=False))
         return
-    show.out.print(show.errors_of_layers(done.ranks, done.errors, "‖ΔW − ΔW'‖ / ‖ΔW‖", every=command.all_layers))
     show.out.print(
-        f"\nAdapter: {done.path}  {units.size(done.bytes)}, before {units.size(done.bytes_before)}; over all layers "
-        f"‖ΔW − ΔW'‖ / ‖ΔW‖ = {done.error:.3f}",
+        show.errors_of_layers(compressed.ranks, compressed.errors, "‖ΔW − ΔW'‖ / ‖ΔW‖", every=command.all_layers)
+    )
+    show.out.print(
+        f"\nAdapter: {compressed.path}  {units.size(compressed.bytes)}, before {units.size(compressed.bytes_before)}; over all "
+        f"layers ‖ΔW − ΔW'‖ / ‖ΔW‖ = {compressed.error:.3f}",
         soft_wrap=True,
     )

@@ -1,5 +1,4 @@
-"""`deltaw convert`: adapters of other formats into a folder that deltaw and PEFT read, and such a folder into llama.cpp's
-file."""
+"""`deltaw convert`: adapters of other formats into a folder for deltaw and PEFT, and such a folder into a file for them."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from deltaw.layers.names import in_order
 
 
 def run(command: Convert) -> None:
+    """Run the command."""
     show.quiet_libraries()
     out = Path(command.out)
     to_file = out.suffix == ".gguf" or (
@@ -33,7 +33,7 @@ def run(command: Convert) -> None:
         show.out.print(f"Adapter for {whose}: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)
         if whose == "loralib":
             alpha = alpha_for_loralib(read(Path(command.source))) if command.alpha is None else command.alpha
-            show.out.print(f"The file does not say it: its layers are to be made with lora_alpha={alpha:g}.")
+            show.out.print(f"The file does not contain α: create its layers with lora_alpha={alpha:g}.")
         return
     file = read(out)
     ranks = sorted({A.shape[0] for A, _ in file.factors.values()})

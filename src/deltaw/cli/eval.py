@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Eval
@@ -14,8 +14,19 @@ from deltaw.cli.opening import as_trained, open_model, warn_of_no_end
 from deltaw.errors import ConfigError
 from deltaw.files import units
 
+if TYPE_CHECKING:
+    from rich.status import Status
+    from rich.table import Table
+
+    from deltaw.config import DataConfig
+    from deltaw.data import Records
+    from deltaw.model.pretrained import Pretrained
+    from deltaw.runs.evaluation.bootstrap import ItemScore
+    from deltaw.runs.evaluation.evaluate import Evaluation
+
 
 def run(command: Eval) -> None:
+    """Run the command."""
     show.quiet_libraries()
     from deltaw.data import read
     from deltaw.data.hold_out import first
@@ -38,31 +49,31 @@ def run(command: Eval) -> None:
     if data.task in HEADED and loaded.untrained:
         if command.opening.adapter is None:
             raise ConfigError(
-                f"{command.model} has no head for {data.task} (a random one would be scored). Give an adapter with --adapter."
+                f"{command.model} has no head for {data.task}, and a random one would be scored. Give an adapter with --adapter."
             )
         command = dataclasses.replace(command, base=False)
     warn_of_no_end(loaded, records.items, data)
-    found = _evaluate(loaded, records, data, command, metrics)
-    show.out.print(_table(found, metrics, command))
+    evaluations = _evaluate(loaded, records, data, command, metrics)
+    show.out.print(_table(evaluations, metrics, command))
     if command.out is not None:
-        values = {name: _as_told(evaluation) for name, evaluation in found.items()}
+        values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}
         write_text(Path(command.out), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def _as_told(evaluation: Any) -> dict[str, Any]:
-    """Without what each record and item adds; an interval that a single item does not allow is null."""
-    plain = {
-        "records": evaluation.records, "items": evaluation.items, "predictions": evaluation.predictions,
-        "seconds": evaluation.seconds,
-    }  # fmt: skip
-    scores = {name: score.plain() for name, score in evaluation.scores.items()}
-    return plain | {
-        "scores": {name: {k: v if math.isfinite(v) else None for k, v in own.items()} for name, own in scores.items()}
+def _to_json(evaluation: Evaluation) -> dict[str, object]:
+    """Scores and predictions. An interval that a single item does not allow is null."""
+    scores = {
+        metric: {name: value if math.isfinite(value) else None for name, value in score.plain().items()}
+        for metric, score in evaluation.scores.items()
     }
+    return {
+        "records": evaluation.records, "items": evaluation.items, "predictions": evaluation.predictions,
+        "seconds": evaluation.seconds, "scores": scores,
+    }  # fmt: skip
 
 
-def _warn_of_overlap(records: Any, adapter: str | None) -> None:
-    """Say how many prompts the adapter was trained on, where its training data is here."""
+def _warn_of_overlap(records: Records, adapter: str | None) -> None:
+    """Say how many prompts the adapter was trained on, if its training data is here."""
     from deltaw.data.prompts import overlap
     from deltaw.files.store import training_of
     from deltaw.training.prepare import trained_on
@@ -73,56 +84,58 @@ def _warn_of_overlap(records: Any, adapter: str | None) -> None:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)
 
 
-def _metrics(command: Eval, data: Any, form: str) -> list[str]:
-    """The metrics asked for, else all that records of this form allow. Raises ConfigError for one that is not known."""
+def _metrics(command: Eval, data: DataConfig, form: str) -> list[str]:
+    """The metrics asked for, else all that records of this form allow. Raises ConfigError for an unknown one."""
     from deltaw.runs.evaluation.evaluate import metrics_of
     from deltaw.runs.evaluation.metrics import check_metrics
 
     known = metrics_of(data, form)
-    given = [m.strip() for m in (command.metrics or "").split(",") if m.strip()]
-    check_metrics(given or known, metrics_of(data))
-    return given or list(known)
+    asked = [m.strip() for m in (command.metrics or "").split(",") if m.strip()]
+    check_metrics(asked or known, metrics_of(data))
+    return asked or list(known)
 
 
-def _evaluate(loaded: Any, records: Any, data: Any, command: Eval, metrics: list[str]) -> dict[str, Any]:
-    """Evaluation of the base, of the adapter, or of both."""
+def _evaluate(
+    loaded: Pretrained, records: Records, data: DataConfig, command: Eval, metrics: list[str]
+) -> dict[str, Evaluation]:
+    """The evaluation of the base, of the adapter, or of both, by name."""
     from deltaw.model.summary import adapters
     from deltaw.model.switch import using
     from deltaw.runs.evaluation.evaluate import evaluate
 
     names = ["base"] * command.base + ["adapter"] * (command.opening.adapter is not None)
-    found = {}
+    evaluations = {}
     for name in names:
         with show.err.status(f"scoring the {name} …") as status:
 
-            def progress(count: int, name: str = name, status: Any = status) -> None:
+            def progress(count: int, name: str = name, status: Status = status) -> None:
                 status.update(f"scoring the {name}: {count} done")
 
-            own = loaded.of_base() if name == "base" else loaded
-            arguments = (own.model, own.tokenizer, records, data, command.generation)
+            opened = loaded.of_base() if name == "base" else loaded
+            arguments = (opened.model, opened.tokenizer, records, data, command.generation)
             if command.opening.adapter is None:
-                found[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
+                evaluations[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
             else:
                 with using(loaded.model, adapters(loaded.model)[0] if name == "adapter" else None):
-                    found[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
-    return found
+                    evaluations[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
+    return evaluations
 
 
-def _table(found: dict[str, Any], metrics: list[str], command: Eval) -> Any:
-    one = next(iter(found.values()))
-    both = ["adapter less base"] * (len(found) == 2)
+def _table(evaluations: dict[str, Evaluation], metrics: list[str], command: Eval) -> Table:
+    one = next(iter(evaluations.values()))
+    both = ["adapter less base"] * (len(evaluations) == 2)
     what = f"{one.records:,} records of {one.items:,} items"
-    made = show.table("", *found, *both, title=f"{command.data}: {what} (95% intervals by bootstrap over items)")
+    table = show.table("", *evaluations, *both, title=f"{command.data}: {what} (95% intervals by bootstrap over items)")
     for metric in metrics:
-        scores = [e.scores[metric] for e in found.values()]
-        made.add_row(metric.replace("_", " "), *map(str, scores), *(_difference(*scores) for _ in both))
-    made.add_row("time", *(units.duration(e.seconds) for e in found.values()), *("" for _ in both))
-    return made
+        scores = [e.scores[metric] for e in evaluations.values()]
+        table.add_row(metric.replace("_", " "), *map(str, scores), *(_difference(*scores) for _ in both))
+    table.add_row("time", *(units.duration(e.seconds) for e in evaluations.values()), *("" for _ in both))
+    return table
 
 
-def _difference(base: Any, adapter: Any) -> str:
-    """In pairs, on the same items."""
+def _difference(base: ItemScore, adapter: ItemScore) -> str:
+    """The adapter's score less the base's, in pairs on the same items."""
     from deltaw.runs.evaluation.bootstrap import paired
 
-    found = paired(adapter, base)
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    difference = paired(adapter, base)
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Generate
 from deltaw.cli.opening import as_trained, open_model, warn_of_no_end
 from deltaw.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from deltaw.data import Record
+
 
 def run(command: Generate) -> None:
+    """Run the command."""
     show.quiet_libraries()
     if command.prompt is not None and command.file is not None:
         raise ConfigError("Give either a prompt or --file, not both.")
@@ -40,8 +45,8 @@ def run(command: Generate) -> None:
             print(json.dumps(pair, ensure_ascii=False))
 
 
-def _records(command: Generate) -> list:
-    """The prompts as records: a file of records keeps its form; plain text is a prompt a line."""
+def _records(command: Generate) -> list[Record]:
+    """The prompts as records: a file of records keeps its form; plain text has a prompt a line."""
     from deltaw.data import read
 
     if command.prompt is not None:
@@ -54,7 +59,7 @@ def _records(command: Generate) -> list:
         text = Path(command.file).read_text(encoding="utf-8") if command.file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{command.file or 'Standard input'} cannot be read as UTF-8 text: {error}") from error
-    # at \n alone: splitlines would also cut at U+2028 and its like, which are part of a prompt
+    # Not splitlines, which also cuts at U+2028 and its like inside a prompt
     lines = [{"prompt": line} for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError("There is no prompt in the input.")

@@ -1,24 +1,47 @@
-"""`deltaw inspect`: what is in an adapter folder. Needs no model."""
+"""`deltaw inspect`: the contents of an adapter folder. Needs no model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Inspect
 from deltaw.files import units
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor
 
     from deltaw.files.formats.method_file import MethodFile
     from deltaw.files.formats.peft import LoRAFile
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """The low-rank update of one layer, or the means of several that are alike."""
+
+    layer: str
+    shape: str
+    """d×k of the weight; of stacked experts their number before it."""
+    rank: int
+    scale: float
+    parameters: int
+    dtype: str
+    A: float
+    """‖A‖, the Frobenius norm."""
+    B: float
+    dW: float
+    """‖ΔW‖."""
+    count: int = 1
+
+
 def run(command: Inspect) -> None:
+    """Run the command."""
     show.quiet_libraries()
     from deltaw.files.formats import method_file, peft
 
@@ -32,19 +55,20 @@ def run(command: Inspect) -> None:
     size = sum(f.stat().st_size for f in folder.iterdir())
     if command.json:
         shapes = {name: list(tensor.shape) for name, tensor in besides.items()}
-        found = {
-            "layers": rows,
+        layers = [dataclasses.asdict(row) for row in rows]
+        contents = {
+            "layers": layers,
             "besides": shapes,
             "bytes": size,
             "config": dict(file.config.settings),
             "metadata": file.metadata,
         }
-        print(json.dumps(found, indent=1))
+        print(json.dumps(contents, indent=1))
         return
     facts = {
         "layers": f"{len(rows)}",
-        "ranks": ", ".join(str(r) for r in sorted({row["rank"] for row in rows})),
-        "parameters": f"{sum(row['parameters'] for row in rows) + sum(t.numel() for t in besides.values()):,}",
+        "ranks": ", ".join(str(r) for r in sorted({row.rank for row in rows})),
+        "parameters": f"{sum(row.parameters for row in rows) + sum(t.numel() for t in besides.values()):,}",
         "size": units.size(size),
         "base": str(file.config.base_model_name_or_path or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
@@ -61,23 +85,23 @@ def run(command: Inspect) -> None:
 
 
 def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
-    """An adapter of another method than LoRA."""
+    """Show an adapter of another method than LoRA."""
     size = sum(f.stat().st_size for f in folder.iterdir())
     if command.json:
         shapes = {name: list(tensor.shape) for name, tensor in file.tensors.items()}
-        found = {
+        contents = {
             "method": file.method,
             "settings": file.settings,
             "tensors": shapes,
             "bytes": size,
             "metadata": file.metadata,
         }
-        print(json.dumps(found, indent=1))
+        print(json.dumps(contents, indent=1))
         return
-    given = {key: value for key, value in file.settings.items() if value not in ("", False, None, [])}
+    settings = {key: value for key, value in file.settings.items() if value not in ("", False, None, [])}
     facts = {
         "method": file.method,
-        **{key: str(value) for key, value in given.items() if len(str(value)) < 100},
+        **{key: str(value) for key, value in settings.items() if len(str(value)) < 100},
         "parameters": f"{sum(t.numel() for t in file.tensors.values()):,}",
         "size": units.size(size),
         "base": str(file.config.base_model_name_or_path or "not named"),
@@ -90,7 +114,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
 
 
 def _ends(file: LoRAFile | MethodFile, folder: Path) -> dict[str, str]:
-    """The tokens that end what the adapter was taught to say, where it says so."""
+    """The end tokens of the adapter's training; empty where its files have none."""
     from deltaw.files.formats import peft
 
     ends = peft.ends_of(file.metadata, folder)
@@ -98,16 +122,16 @@ def _ends(file: LoRAFile | MethodFile, folder: Path) -> dict[str, str]:
 
 
 def _besides(file: LoRAFile) -> dict[str, Tensor]:
-    """What there is besides A and B, by what it is."""
-    found = {f"magnitude of {layer}": m for layer, m in file.magnitudes.items()}
-    found |= {f"bias beside {layer}": b for layer, b in file.biases.items()}
-    found |= {f"tokens of {layer}": rows for layer, (_, rows) in file.rows.items()}
-    found |= {f"{name}, whole": value for name, value in file.whole.items()}
-    return found | {f"{name}, the base's own": value for name, value in {**file.copies, **file.originals}.items()}
+    """The tensors besides A and B, by what they are."""
+    tensors = {f"magnitude of {layer}": m for layer, m in file.magnitudes.items()}
+    tensors |= {f"bias beside {layer}": b for layer, b in file.biases.items()}
+    tensors |= {f"tokens of {layer}": rows for layer, (_, rows) in file.rows.items()}
+    tensors |= {f"{name}, whole": value for name, value in file.whole.items()}
+    return tensors | {f"{name}, the base's": value for name, value in {**file.copies, **file.originals}.items()}
 
 
-def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = False) -> Any:
-    """A line for those that differ in their layer's number alone; None where there are no tensors."""
+def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = False) -> Table | None:
+    """A line for each tensor, or (not `every`) for tensors that differ only in their layer's number; None without tensors."""
     from deltaw.layers.names import family
 
     groups: dict[tuple[str, str], list[Tensor]] = {}
@@ -116,43 +140,44 @@ def _tensor_table(tensors: Mapping[str, Tensor], title: str, *, every: bool = Fa
         groups.setdefault((name if every else family(name), shape), []).append(tensor)
     if not groups:
         return None
-    made = show.table(title, "count", "shape", "size")
+    table = show.table(title, "count", "shape", "size")
     for (name, shape), alike in groups.items():
-        made.add_row(name, str(len(alike)), shape, units.size(sum(t.numel() * t.element_size() for t in alike)))
-    return made
+        table.add_row(name, str(len(alike)), shape, units.size(sum(t.numel() * t.element_size() for t in alike)))
+    return table
 
 
-def _row(name: str, file: LoRAFile) -> dict[str, Any]:
+def _row(name: str, file: LoRAFile) -> _Layer:
     from deltaw.layers.ops.merging import delta_norm
 
     (A, B), scale = file.matrices(name), file.scales[name]
     shape = f"{B.shape[-2]}×{A.shape[-1]}"
-    return {
-        "layer": file.shown(name), "shape": shape if A.ndim == 2 else f"{len(A)} × {shape}", "rank": A.shape[-2], "scale": scale,
-        "parameters": A.numel() + B.numel(), "dtype": str(A.dtype).removeprefix("torch."),
-        "A": float(A.double().norm()), "B": float(B.double().norm()), "dW": delta_norm(A, B, scale), "count": 1,
-    }  # fmt: skip
+    return _Layer(
+        file.shown(name), shape if A.ndim == 2 else f"{len(A)} × {shape}", A.shape[-2], scale, A.numel() + B.numel(),
+        str(A.dtype).removeprefix("torch."), float(A.double().norm()), float(B.double().norm()), delta_norm(A, B, scale),
+    )  # fmt: skip
 
 
-def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers that differ only in their number, shape and rank being equal, as one row of averages."""
+def _by_kind(rows: list[_Layer]) -> list[_Layer]:
+    """Layers of the same shape, rank and scale that differ only in their number, as one row of means."""
     from deltaw.layers.names import family
 
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, int, float], list[_Layer]] = {}
     for row in rows:
-        groups.setdefault((family(row["layer"]), row["shape"], row["rank"], row["scale"]), []).append(row)
-    merged = []
-    for (name, *_), group in groups.items():
-        means = {key: sum(r[key] for r in group) / len(group) for key in ("A", "B", "dW")}
-        merged.append({**group[0], "layer": name, "count": len(group), **means})
-    return merged
+        groups.setdefault((family(row.layer), row.shape, row.rank, row.scale), []).append(row)
+    return [
+        dataclasses.replace(
+            alike[0], layer=name, count=len(alike), A=sum(row.A for row in alike) / len(alike),
+            B=sum(row.B for row in alike) / len(alike), dW=sum(row.dW for row in alike) / len(alike),
+        )
+        for (name, *_), alike in groups.items()
+    ]  # fmt: skip
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
-    made = show.table("layer", "count", "d×k", "rank", "scale", "‖A‖", "‖B‖", "‖ΔW‖")
+def _table(rows: list[_Layer]) -> Table:
+    table = show.table("layer", "count", "d×k", "rank", "scale", "‖A‖", "‖B‖", "‖ΔW‖")
     for row in rows:
-        made.add_row(
-            row["layer"], str(row["count"]), row["shape"], str(row["rank"]), f"{row['scale']:g}",
-            f"{row['A']:.3f}", f"{row['B']:.3f}", f"{row['dW']:.4f}",
+        table.add_row(
+            row.layer, str(row.count), row.shape, str(row.rank), f"{row.scale:g}", f"{row.A:.3f}", f"{row.B:.3f}",
+            f"{row.dW:.4f}",
         )  # fmt: skip
-    return made
+    return table

@@ -1,21 +1,27 @@
-"""MODEL and --adapter → a model ready to use, and the settings that the adapter was trained with."""
+"""MODEL and --adapter → a model ready to use, and the settings of the adapter's training."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deltaw.cli import show
 from deltaw.cli.flags import Opening
 from deltaw.config import DataConfig
 
+if TYPE_CHECKING:
+    from deltaw.data import Record
+    from deltaw.model.pretrained import Pretrained
+
 NO_END = "The chat template ends turns in no token to stop at: replies may run on to --max-new-tokens."
 
 
-def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Any:
-    """A `Pretrained` with the adapter attached and active, and its tokenizer, where one is named, for the task of `data`, which
-    is by default the adapter's."""
+def open_model(source: str, opening: Opening, data: DataConfig | None = None) -> Pretrained:
+    """Open the model for the task of `data`, by default the adapter's.
+
+    An adapter is attached and active, with its tokenizer. Raises FileError, AdapterError or BaseMismatch.
+    """
     from deltaw.model.pretrained import check_vocabulary
     from deltaw.training.opening import equip, opened
 
@@ -28,17 +34,19 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
 
 
 def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) -> DataConfig:
-    """`data` with the adapter's own task and prompt settings where the user gave none, and the task of `model` where that has
-    only one: a completion, of one with an encoder and a decoder."""
+    """Return `data` with the task and prompt settings of the adapter's training where the user gave none.
+
+    Without an adapter's task, a `model` with an encoder and a decoder has seq2seq, and any other causal.
+    """
     from deltaw.training.opening import of_adapter
 
-    default, own = DataConfig(), of_adapter(adapter)
-    mine = {
-        field.name: getattr(own, field.name)
+    default, trained = DataConfig(), of_adapter(adapter)
+    missing = {
+        field.name: getattr(trained, field.name)
         for field in dataclasses.fields(data)
         if getattr(data, field.name) == getattr(default, field.name)
     }
-    data = dataclasses.replace(data, **mine)
+    data = dataclasses.replace(data, **missing)
     if data.task == "auto" and model is not None:
         from deltaw.model.pretrained import read_config
 
@@ -47,8 +55,8 @@ def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) 
     return data
 
 
-def warn_of_no_end(loaded: Any, records: Iterable[Any], data: Any) -> None:
-    """Say where the chat template that these records' prompts go through ends its turns in plain text."""
+def warn_of_no_end(loaded: Pretrained, records: Iterable[Record], data: DataConfig) -> None:
+    """Warn if the chat template for these records ends its turns in plain text, not in a token."""
     from deltaw.data import template_of, turn_ends
     from deltaw.training.tasks import Causal, task_of
 

@@ -1,4 +1,4 @@
-"""`deltaw rank`: a finished run, cut to each smaller rank, and the smallest that is enough."""
+"""`deltaw rank`: a finished run cut to each smaller rank, and the smallest that is enough."""
 
 from __future__ import annotations
 

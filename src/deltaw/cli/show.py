@@ -1,4 +1,4 @@
-"""How things look in the terminal: consoles, tables, what libraries may say. Knows no models."""
+"""The terminal: consoles, tables, and which messages of libraries pass. Knows no models."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rich.text import Text
 from deltaw.layers.names import by_family, in_order
 
 _INTERVAL = re.compile(r"\s+(?=\[)")
-_NAME_ROOM = 24  # characters of its names that a table keeps beside all of its amounts
+_NAME_ROOM = 24  # characters of the names that a table keeps beside all amounts
 _GAP = 2  # spaces between the columns of a table
 
-# Into a file or a pipe there is no edge to keep within, so no name is broken over two lines
+# A file or a pipe has no edge, so no name needs to be broken over two lines
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
 # No markup: a path, a target or a model's words may hold square brackets
@@ -30,30 +30,30 @@ err = Console(stderr=True, highlight=False, markup=False)
 
 
 class _Once(logging.Filter):
-    """Passes each warning once a command: several steps of one read the same folder."""
+    """Passes each warning once a command, whose steps may read the same folder again."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: set[str] = set()
+        self.passed: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        new = message not in self.said
+        new = message not in self.passed
         if record.levelno >= logging.WARNING:
-            self.said.add(message)
+            self.passed.add(message)
         return new
 
 
 def quiet_libraries() -> None:
-    """Ours speaks through the console; the libraries below us keep their progress bars and chatter to themselves."""
+    """Send deltaw's log to the console, and turn off progress bars and notices of the libraries below."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # torchao, which transformers imports where it finds it, tells of kernels that it cannot load, and torch of its classes
+    # torchao, which transformers imports if it is installed, warns of kernels that it cannot load, and torch of its classes
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Where it is imported its environment comes too late; here it is not, since not every command needs it
+    # Once it is imported, its environment variables come too late; we do not import it, as not every command needs it
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
@@ -69,25 +69,29 @@ def quiet_libraries() -> None:
 
 
 def facts(rows: dict[str, str]) -> None:
-    """Print a value beside each label. Where a line is too long the terminal breaks it, so a path is copied whole."""
+    """Print a value beside each label. The terminal breaks long lines, so that a path is copied whole."""
     width = max(map(len, rows))
     for label, value in rows.items():
         out.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)
 
 
 def prose(text: str, *, style: str | None = None, console: Console | None = None) -> None:
-    """Print sentences: folded between words in a terminal, one line each in a file or a pipe."""
+    """Print sentences, folded between words in a terminal, as one line in a file or a pipe."""
     console = console or out
     console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
 def is_terminal() -> bool:
+    """Return whether a person reads the output as it comes."""
     return sys.stdout.isatty() and out.is_terminal
 
 
 class _PlainTable(Table):
-    """A table that keeps amounts whole where it is narrow: headers are folded at spaces, values before intervals, then names.
-    Where that is not enough, columns follow in further parts, each beside the names."""
+    """A table that keeps amounts whole in a narrow terminal.
+
+    Headers are folded at spaces, values before their intervals, then names. Columns that still do not fit follow in further
+    parts, each beside the names.
+    """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.title is not None:  # rich would fold it to the width of the table
@@ -106,7 +110,7 @@ class _PlainTable(Table):
 
 
 def _parts(names: Column, amounts: Sequence[Column], most: int) -> Iterator[tuple[int, list[Column]]]:
-    """Columns that fit beside the names, and how wide these are. All at once where the names keep _NAME_ROOM characters."""
+    """The width of the names, and the columns that fit beside them; all at once if the names keep _NAME_ROOM characters."""
     least = [_widest(column, parts=True) + _GAP for column in amounts]
     name_width, room = _widest(names), most - sum(least)
     if room >= min(name_width, _NAME_ROOM):
@@ -125,7 +129,7 @@ def _parts(names: Column, amounts: Sequence[Column], most: int) -> Iterator[tupl
 
 
 def _widths(columns: Sequence[Column], room: int) -> list[int]:
-    """Characters of each column, the widest ones made narrower until they fit, but no amount breaks."""
+    """The characters of each column: the widest become narrower until all fit, but no amount breaks."""
     widths, least = [_widest(column) for column in columns], [_widest(column, parts=True) for column in columns]
     while sum(widths) + _GAP * len(widths) > room and widths != least:
         reducible = [i for i, width in enumerate(widths) if width > least[i]]
@@ -134,14 +138,16 @@ def _widths(columns: Sequence[Column], room: int) -> list[int]:
 
 
 def _cells(column: Column) -> list[str]:
-    """Cells with their intervals on lines of their own, where the column is too narrow for both."""
+    """The cells, with intervals on separate lines if the column is too narrow for both."""
     apart = column.width is not None and column.width < _widest(column)
     return [_INTERVAL.sub("\n", str(cell)) if apart else str(cell) for cell in column.cells]
 
 
 def _widest(column: Column, *, parts: bool = False) -> int:
-    """Characters of a column's widest cell, or of its longest part that is not folded: a word of the header, a value with its
-    unit, an interval."""
+    """The characters of a column's widest cell, or of its longest unbreakable part.
+
+    Parts are a word of the header, a value with its unit, and an interval.
+    """
     header, cells = str(column.header), [str(cell) for cell in column.cells]
     if not parts:
         return max(map(cell_len, [header, *cells]))
@@ -150,18 +156,19 @@ def _widest(column: Column, *, parts: bool = False) -> int:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table: the first column has names; all others have amounts, right-aligned and never broken within a number."""
-    made = _PlainTable(title=title)
+    """Return a plain table: names in the first column, right-aligned amounts that never break in the others."""
+    plain = _PlainTable(title=title)
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i else "left")
-    return made
+        plain.add_column(name, justify="right" if i else "left")
+    return plain
 
 
 def errors_of_layers(ranks: Mapping[str, int], errors: Mapping[str, float], what: str, *, every: bool) -> Table:
-    """How far each layer's ΔW is from the one wanted; unless `every`, a line for layers that differ in their number alone."""
-    made = table("layers", "count", "rank", "error", "largest error", title=what)
+    """Return a table of layers' errors: a line for each, or (not `every`) for layers that differ only in their number."""
+    errors_table = table("layers", "count", "rank", "error", "largest error", title=what)
     for name, layers in ({layer: [layer] for layer in in_order(ranks)} if every else by_family(ranks)).items():
-        own, found = sorted({ranks[layer] for layer in layers}), [errors[layer] for layer in layers]
-        shown = str(own[0]) if len(own) == 1 else f"{own[0]} to {own[-1]}"
-        made.add_row(name, str(len(layers)), shown, f"{sum(found) / len(found):.3f}", f"{max(found):.3f}")
-    return made
+        of_ranks, of_errors = sorted({ranks[layer] for layer in layers}), [errors[layer] for layer in layers]
+        shown = str(of_ranks[0]) if len(of_ranks) == 1 else f"{of_ranks[0]} to {of_ranks[-1]}"
+        mean = sum(of_errors) / len(of_errors)
+        errors_table.add_row(name, str(len(layers)), shown, f"{mean:.3f}", f"{max(of_errors):.3f}")
+    return errors_table

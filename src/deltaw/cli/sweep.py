@@ -1,4 +1,4 @@
-"""`deltaw sweep`: a line for each candidate as it is done, then the table and what it comes to."""
+"""`deltaw sweep`: a line for each finished candidate, then the table and the recommended rank."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(command: Sweep) -> None:
 
 
 def _hear(event: SweepEvent, status: Status, *, quiet: bool) -> None:
-    """Show an event; quietly, what is going on alone."""
+    """Show an event. `quiet` shows only the status line."""
     from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, LeftOut
 
     if isinstance(event, CandidateStarted):

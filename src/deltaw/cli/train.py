@@ -1,4 +1,4 @@
-"""`deltaw train`: live progress while it runs, then what came out and what to try next."""
+"""`deltaw train`: live progress, then the results and what to try next."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(command: Train) -> None:
+    """Run the command."""
     show.quiet_libraries()
     from deltaw.runs.train import train
 
@@ -26,12 +27,12 @@ def run(command: Train) -> None:
 
 
 def progress() -> _Lines:
-    """A context manager whose `hear` shows a run's events: live in a terminal, plain lines elsewhere."""
+    """Return a context manager whose `hear` shows a run's events: live in a terminal, in plain lines elsewhere."""
     return _Live() if show.is_terminal() else _Lines()
 
 
 class _Lines:
-    """One plain line for each logged step and evaluation."""
+    """Prints one plain line for each logged step and evaluation."""
 
     counted = "tokens"
 
@@ -42,6 +43,7 @@ class _Lines:
         pass
 
     def hear(self, event: Event) -> None:
+        """Show an event."""
         if isinstance(event, Started):
             self.counted = event.counted
             _coverage(event)
@@ -56,13 +58,13 @@ class _Lines:
             show.prose(f"warning: {event.text}", style="yellow", console=show.err)
 
     def _pace(self, event: Stepped) -> str:
-        """Speed, memory and time left, alike in the bar and in plain lines."""
+        """Speed, memory and time left, the same in the bar and in plain lines."""
         left = units.duration(event.seconds_left)
         return f"{event.tokens_per_second:.0f} {self.counted}/s  {units.size(event.memory)}  {left} left"
 
 
 class _Live(_Lines):
-    """A progress bar that stays on one line; evaluations and warnings scroll above it."""
+    """Shows a progress bar on one line; evaluations and warnings scroll above it."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -77,6 +79,7 @@ class _Live(_Lines):
         self.progress.stop()
 
     def hear(self, event: Event) -> None:
+        """Show an event."""
         if not isinstance(event, Stepped):
             super().hear(event)
             return
@@ -87,7 +90,7 @@ class _Live(_Lines):
 
 
 def _coverage(event: Started) -> None:
-    """Show what will train, what will not and why, and the counts of the data."""
+    """Print what trains, what does not and why, and a summary of the data."""
     data = event.data
     show.out.print(
         f"[bold]{event.layers}[/] layers take an update: {event.parameters:,} parameters, {event.share:.2%} of the base's.",
@@ -113,7 +116,7 @@ def _coverage(event: Started) -> None:
 
 
 def _memory(parts: Mapping[str, int]) -> str:
-    """The expected peak and its parts, the process aside where it is none of ours (on a GPU)."""
+    """The expected peak and its parts; parts of 0 bytes, such as a GPU's process, are left out."""
     names = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "working", "heap")
     listed = ", ".join(f"{name} {units.size(parts[name])}" for name in names if parts[name])
     return f"About [bold]{units.size(parts['total'])}[/] of memory at the peak: {listed}."

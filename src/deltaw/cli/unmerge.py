@@ -1,4 +1,4 @@
-"""`deltaw unmerge`: the base out of a merged model folder and the adapter that is in it."""
+"""`deltaw unmerge`: the base, from a merged model folder and the adapter in it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from deltaw.cli.merge import new_folder
 
 
 def run(command: Unmerge) -> None:
+    """Run the command."""
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
     from deltaw.files.merge import unmerge_files
 
-    done = unmerge_files(command.merged, command.adapter, out)
-    show.out.print(f"Base: {out}  ({done.layers} layers restored)", soft_wrap=True)
-    if done.corrected:
-        show.out.print("Every file has the bytes of the base's own: its sha256 is the same.", soft_wrap=True)
-    elif done.exact:
+    unmerged = unmerge_files(command.merged, command.adapter, out)
+    show.out.print(f"Base: {out}  ({unmerged.layers} layers restored)", soft_wrap=True)
+    if unmerged.corrected:
+        show.out.print("Every file has the bytes of the base's: its sha256 is the same.", soft_wrap=True)
+    elif unmerged.exact:
         show.out.print(
             "There is no correction file, but the layers' weights are the base's bit for bit, by the fingerprint in the adapter.",
             soft_wrap=True,
@@ -24,7 +25,7 @@ def run(command: Unmerge) -> None:
     else:
         show.out.print(
             "There is no correction file: ΔW was subtracted, and an entry can differ from the base's by up to "
-            f"{done.largest_error:.1e}. "
-            "Merge with --reversible to get the base's own bytes back.",
+            f"{unmerged.largest_error:.1e}. "
+            "Merge with --reversible to get the base's bytes back.",
             style="yellow", soft_wrap=True,
         )  # fmt: skip

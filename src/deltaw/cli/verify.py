@@ -1,4 +1,4 @@
-"""`deltaw verify`: does an adapter belong to a model, is a model a base with an adapter merged into it."""
+"""`deltaw verify`: a check of an adapter against its base, or of a merged model against base and adapter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from deltaw.errors import ConfigError
 
 
 def run(command: Verify) -> None:
+    """Run the command."""
     show.quiet_libraries()
     if command.of is not None and command.base is None and command.adapter is None:
         from deltaw.files.verify import verify_adapter

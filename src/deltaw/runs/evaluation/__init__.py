@@ -1,1 +1,1 @@
-"""How good a model is on records, with intervals."""
+"""Scores of a model on records, with intervals, and its latency."""

@@ -1,22 +1,22 @@
-"""Intervals of metrics on held-out items, for one candidate and for differences between candidates; and which rank is enough,
-which candidate worse. Knows numbers alone.
+"""Intervals of metrics on held-out items, for candidates and their differences; the rank that is enough, the candidates that are
+worse. Knows only numbers.
 
-The unit that is drawn again is the item: records with the same prompt are no independent evidence. Two ways:
+The resampled unit is the item, since records with the same prompt are no independent evidence. There are two ways:
 
 percentiles   a score of one run: the metric of resampled items, at levels widened for few items (Hesterberg 2015, section 5.2)
 t values      a difference, or a score of several runs. Each item's part in the metric is its jackknife pseudo-value (Tukey
-              1958), and the quantiles are those of the bootstrap's studentised means of parts (Efron and Tibshirani 1993,
-              chapter 12), never less than Student's t; paired: candidates' parts on the same items, in the same resamples.
+              1958). The quantiles are the bootstrap's, of studentised means of parts (Efron and Tibshirani 1993, chapter 12),
+              and never less than Student's t. Differences are paired: parts of the same items, in the same resamples.
 
-Runs of several seeds differ by more than their items. The variance of the mean of S runs is then a + b, with a by items and b by
-seeds, the runs' own variance over S. Few seeds tell b badly, so a half-width is √(a + b) times the mean of both sources' t
-quantiles, weighted by a and b (Cochran 1964, Biometrics 20, 191). benchmarks/intervals.py measures how often it errs. Student's t
-is for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+Runs of several seeds differ by more than their items. The variance of the mean of S runs is then a + b: a by items, and b by
+seeds, the variance between runs over S. Few seeds estimate b badly. So a half-width is √(a + b) times the mean of both sources'
+t quantiles, weighted by a and b (Cochran 1964, Biometrics 20, 191). benchmarks/intervals.py measures how often it errs. Student's
+t is for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
 
-The smallest rank is chosen whose loss is not worse than the largest one's by more than a margin, with 95% confidence. The tests
-go down from the largest rank and end at the first that fails. Such a fixed sequence of tests errs as a whole no more often than
-one test does, whatever the number of ranks (Maurer et al. 1995), so nothing is taken off for their number. Of candidates of any
-kind all pairs are tested together: the best one is known only by these very items.
+The recommended rank is the smallest whose loss exceeds the largest rank's by no more than a margin, with 95% confidence. Tests
+start at the largest rank and end at the first that fails. Such a fixed sequence errs no more often than one test, whatever the
+number of ranks (Maurer et al. 1995), so it needs no correction. Candidates of any kind are tested in all pairs together, because
+these same items decide which one is the best.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 RESAMPLES = 4000
 _AT_ONCE = 1_000_000
-_ERROR = 0.05  # of an interval, both sides together
+_ERROR = 0.05  # chance that an interval errs, at either side
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Score:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def plain(self) -> dict[str, float]:
-        """The three figures by their names."""
+        """Return the three figures by name."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
 class ItemScore(Score):
-    """A score of one run, with what each item adds to it."""
+    """A score of one run, with each item's part in it."""
 
     parts: Array = field(repr=False, compare=False)
     """[items]: jackknife pseudo-values."""
@@ -80,19 +80,22 @@ class Measured:
 
     @property
     def items(self) -> int:
+        """The number of items."""
         return int(self.parts.shape[1])
 
     def less(self, other: Measured) -> Measured:
-        """The difference on each item, run by run: runs of one seed saw the same records in the same order. A seed that only one
-        of the two has is left out."""
+        """Return the difference on each item, run by run: runs of one seed saw the same records in the same order.
+
+        A seed that only one of them has is left out. Raises ValueError where they share no seed or differ in items.
+        """
         both = [seed for seed in self.seeds if seed in other.seeds]
         if not both or self.items != other.items:
             raise ValueError(f"These runs have no pairs: seeds {self.seeds} and {other.seeds}.")
-        mine, its = ([own.seeds.index(seed) for seed in both] for own in (self, other))
-        return Measured(self.values[mine] - other.values[its], self.parts[mine] - other.parts[its], tuple(both))
+        left, right = ([measured.seeds.index(seed) for seed in both] for measured in (self, other))
+        return Measured(self.values[left] - other.values[right], self.parts[left] - other.parts[right], tuple(both))
 
     def interval(self) -> Score:
-        """The mean over runs with its own 95% interval. With one run, what another seed would change is not in it."""
+        """Return the mean over runs with its 95% interval, which with one run leaves out the variation between seeds."""
         if self.items < 2:
             return Score(self.value, math.nan, math.nan)
         t = _t_values(self.parts.mean(0)[None])[0]
@@ -105,27 +108,29 @@ class Measured:
 
 
 def paired(score: ItemScore, other: ItemScore) -> Score:
-    """A score less another one of the same items, each of one run."""
+    """Return a score less another one of the same items, each of one run."""
     first, second = (Measured(np.array([s.value]), s.parts[None], (0,)) for s in (score, other))
     return first.less(second).interval()
 
 
 def together(differences: Sequence[Measured]) -> list[Score]:
-    """Differences with intervals that all hold at once with 95% confidence: by the largest of the bootstrap's t values (Romano
-    and Wolf 2005)."""
+    """Return differences with intervals that all hold at once with 95% confidence.
+
+    Their quantile is of the largest of the bootstrap's t values (Romano and Wolf 2005).
+    """
     if not differences:
         return []
     count, items = len(differences), differences[0].items
     if items < 2:
-        return [Score(each.value, math.nan, math.nan) for each in differences]
-    largest = np.abs(_t_values(np.stack([each.parts.mean(0) for each in differences]))).max(0)
+        return [Score(d.value, math.nan, math.nan) for d in differences]
+    largest = np.abs(_t_values(np.stack([d.parts.mean(0) for d in differences]))).max(0)
     at_once = _finite(np.quantile(largest, 1 - _ERROR, method="higher"), quantile(_ERROR / 2 / count, items - 1))
-    halves = [_half(each, at_once, tail(at_once, items - 1)) for each in differences]
+    halves = [_half(d, at_once, tail(at_once, items - 1)) for d in differences]
     return [Score(d.value, d.value - half, d.value + half) for d, half in zip(differences, halves, strict=True)]
 
 
 def _half(measured: Measured, by_items: float, error: float) -> float:
-    """Half an interval's width: `by_items` is the t quantile over items, `error` that of each side."""
+    """Half an interval's width. by_items: the t quantile over items. error: the chance to err at each side."""
     runs, items = measured.parts.shape
     a = float(measured.parts.mean(0).var(ddof=1)) / items
     b = float(measured.values.var(ddof=1)) / runs if runs > 1 else 0.0
@@ -134,8 +139,8 @@ def _half(measured: Measured, by_items: float, error: float) -> float:
 
 
 def _t_values(parts: Array) -> Array:
-    """[comparisons, resamples]: the studentised means of resampled parts [comparisons, items]; infinite where all items drawn are
-    alike."""
+    """The studentised means [comparisons, resamples] of resampled parts [comparisons, items]; infinite where all drawn items are
+    equal."""
     items = parts.shape[1]
     parts = parts - parts.mean(1, keepdims=True)
     scale = np.maximum(np.abs(parts).max(1), np.finfo(float).tiny)[:, None]
@@ -150,12 +155,12 @@ def _t_values(parts: Array) -> Array:
     return np.concatenate(drawn).T
 
 
-def _finite(found: Any, otherwise: float) -> float:
-    return float(found) if math.isfinite(found) else otherwise
+def _finite(value: np.floating[Any], otherwise: float) -> float:
+    return float(value) if math.isfinite(value) else otherwise
 
 
 def percentiles(value: float, draws: Array, items: int) -> Score:
-    """A value with the 95% interval of its resamples [resamples]; those that it is undefined for are left out."""
+    """Return a value with the 95% interval of its draws [resamples]. Draws where it is undefined are left out."""
     draws = draws[np.isfinite(draws)]
     if items < 2 or not len(draws):
         return Score(value, math.nan, math.nan)
@@ -165,8 +170,10 @@ def percentiles(value: float, draws: Array, items: int) -> Score:
 
 
 def resampled_weights(items: int) -> Iterator[Array]:
-    """How often each item is drawn, [resamples, items]: the same ones for every metric and candidate, as many at a time as take
-    some megabytes."""
+    """Yield how often each item is drawn, [resamples, items], a few megabytes at a time.
+
+    They are the same for every metric and candidate.
+    """
     if items * RESAMPLES <= _AT_ONCE:
         yield _weights_of_few(items)
         return
@@ -190,7 +197,7 @@ def _weights(chance: np.random.Generator, count: int, items: int) -> Array:
 
 
 def by_item(values: Array, items: Array) -> Array:
-    """[…, items]: the sums over each item's records of values […, records]. items: [records], their numbers from 0."""
+    """Return the sums […, items] of values […, records] over each item's records. items: [records], numbers from 0."""
     count = int(items.max()) + 1
     rows = values.reshape(-1, len(items))
     sums = [np.bincount(items, row, minlength=count) for row in rows]
@@ -198,15 +205,18 @@ def by_item(values: Array, items: Array) -> Array:
 
 
 def shortened(parts: Array) -> list[float]:
-    """As a file has them: in six digits."""
+    """Return the parts in six digits, for a file."""
     return [float(f"{part:.6g}") for part in parts]
 
 
 def of_losses(sums: Array, counts: Array, items: Array | None = None, seeds: Sequence[int] | None = None) -> Measured:
-    """The loss per prediction of one candidate: Σ sums / Σ counts.
+    """Return the loss per prediction of one candidate: Σ sums / Σ counts.
 
-    sums: [runs, records], of each record the sum of its predictions' losses. counts: [records], the number of its predictions.
-    items: [records], each one's item; by default each record is its own. seeds: [runs], by default 0, 1, …
+    Args:
+        sums: [runs, records], the sum of the losses of each record's predictions.
+        counts: [records], the number of each record's predictions.
+        items: [records], the number of each record's item. Default: a record is an item.
+        seeds: [runs]. Default: 0, 1, …
     """
     sums, counts = np.atleast_2d(np.asarray(sums, float)), np.asarray(counts, float)
     if items is not None:
@@ -219,10 +229,10 @@ def of_losses(sums: Array, counts: Array, items: Array | None = None, seeds: Seq
 
 
 def tail(t: float, dof: int) -> float:
-    """P(T > t) for t ≥ 0."""
+    """Return P(T > t) of Student's t with `dof` degrees of freedom, for t ≥ 0."""
     angle = math.atan(t / math.sqrt(dof))
     sine, square = math.sin(angle), math.cos(angle) ** 2
-    # Each term of the series is the one before times cos² and a ratio of neighbouring whole numbers
+    # Each term of the series is its predecessor times cos² and a ratio of neighbouring whole numbers
     steps = np.arange(2 if dof % 2 else 1, dof - 1, 2, dtype=float)
     terms = np.cumprod(square * steps / (steps + 1))
     if dof % 2 == 0:
@@ -233,7 +243,7 @@ def tail(t: float, dof: int) -> float:
 
 @functools.cache
 def quantile(above: float, dof: int) -> float:
-    """The t with P(T > t) = `above`, for `above` in (0, 0.5)."""
+    """Return the t with P(T > t) = `above`, for `above` in (0, 0.5)."""
     low, high = 0.0, 1.0
     while tail(high, dof) > above:
         low, high = high, 2 * high
@@ -250,24 +260,24 @@ class Tested:
     rank: int
     loss: Score
     difference: Score
-    """Its loss less the largest rank's, item by item and seed by seed."""
+    """Its loss less the largest rank's, paired by item and by seed."""
     enough: bool
-    """The interval ends below the margin."""
+    """True if the interval of the difference ends below the margin."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The smallest rank that is enough, and what says so."""
+    """The smallest rank that is enough, and the tests that show it."""
 
     rank: int
     margin: float
-    """The most that a loss may be worse, in the loss's own unit."""
+    """The most that a loss may be worse, in the loss's unit."""
     tested: list[Tested]
-    """All ranks, rising."""
+    """All ranks, from the smallest."""
 
 
 def chosen(losses: Mapping[int, Measured], margin: float) -> Choice:
-    """By the losses of each rank on the same items. `margin` is a share of the largest rank's loss, for example 0.01."""
+    """Choose by the losses of each rank on the same items. `margin` is a share of the largest rank's loss, for example 0.01."""
     ranks = sorted(losses)
     largest = losses[max(ranks)]
     most = margin * largest.value
@@ -275,7 +285,7 @@ def chosen(losses: Mapping[int, Measured], margin: float) -> Choice:
     for rank in ranks:
         difference = losses[rank].less(largest).interval()
         tested.append(Tested(rank, losses[rank].interval(), difference, difference.high <= most))
-    enough = [each.rank for each in itertools.takewhile(lambda each: each.enough, reversed(tested))]
+    enough = [test.rank for test in itertools.takewhile(lambda test: test.enough, reversed(tested))]
     return Choice(min(enough, default=max(ranks)), most, tested)
 
 
@@ -285,22 +295,22 @@ class Compared:
 
     name: str
     score: Score
-    """With its own 95% interval."""
+    """With the 95% interval of this candidate alone."""
     difference: Score
     """Its score less the best one's; the intervals of all pairs hold together."""
     worse: bool
-    """The whole interval of the difference is on the worse side of 0."""
+    """True if the whole interval of the difference is on the worse side of 0."""
 
 
 def compared(measured: Mapping[str, Measured], *, more_is_better: bool = False) -> list[Compared]:
-    """The best one first, then by score; of equals the one that was given first. By default the metric is a loss."""
+    """Return the candidates from best to worst; of equal ones the first in `measured`. A metric is a loss by default."""
     sign = -1.0 if more_is_better else 1.0
     best, *others = sorted(measured, key=lambda name: sign * measured[name].value)
     pairs = list(combinations([best, *others], 2))
-    found = dict(zip(pairs, together([measured[b].less(measured[a]) for a, b in pairs]), strict=True))
+    differences = dict(zip(pairs, together([measured[b].less(measured[a]) for a, b in pairs]), strict=True))
     rows = [Compared(best, measured[best].interval(), Score(0.0, 0.0, 0.0), False)]
     for name in others:
-        difference = found[best, name]
+        difference = differences[best, name]
         worse = difference.high < 0 if more_is_better else difference.low > 0
         rows.append(Compared(name, measured[name].interval(), difference, worse))
     return rows

@@ -1,4 +1,4 @@
-"""How good is this model on these records? Loss of the references and scores of what it answers. Prints nothing."""
+"""A model's scores on records: the loss of the references, and metrics of its answers. Prints nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Record, Records, as_said, references
+from deltaw.data.encode import Example
+from deltaw.data.items import Item
 from deltaw.data.prompts import item_numbers
 from deltaw.errors import DataError
 from deltaw.layers.tree import evaluating
@@ -35,27 +39,29 @@ _OF_LOSSES = {"loss", "perplexity"}
 
 
 class RecordLosses(NamedTuple):
-    """Of each record the sum of its predictions' losses, and their number."""
+    """The losses of each record."""
 
     sums: list[float]
+    """Over the record's predictions."""
     counts: list[float]
+    """The number of its predictions."""
     items: list[int]
-    """The number of its item: records with the same prompt are of one."""
+    """The number of its item, which records with the same prompt share."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one model, as it stood (base, adapter or merged), on one set of records."""
+    """Scores of one model in its present state (base, adapter or merged) on one set of records."""
 
     records: int
-    """How many were scored."""
+    """Number of scored records."""
     items: int
-    """How many items they are of: what intervals resample."""
+    """Number of their items, the units that intervals resample."""
     scores: dict[str, ItemScore]
     predictions: list[str]
-    """One for each distinct prompt, or labelled record; empty where only the loss of texts was asked for."""
+    """The answer to each distinct prompt, or labelled record; empty if only the loss of texts was asked for."""
     losses: RecordLosses | None
-    """None where that of texts was not asked for."""
+    """None if the loss of texts was not asked for."""
     seconds: float
 
 
@@ -64,28 +70,28 @@ class Questions:
     """Records grouped by prompt."""
 
     records: list[Record]
-    """One of each prompt."""
+    """The first record of each prompt."""
     references: list[list[str]]
     items: list[int]
     """The number of each prompt's item."""
 
     @classmethod
-    def of(cls, records: Any) -> Questions:
-        """Records with equal prompts become one question with several references."""
+    def of(cls, records: Records) -> Questions:
+        """Group records with equal prompts into one question with several references."""
         pairs = references(records)
         asked = [record for record, _ in pairs]
         return cls(asked, [list(refs) for _, refs in pairs], item_numbers(asked))
 
 
 def metrics_of(data: DataConfig, form: str = "") -> tuple[str, ...]:
-    """All metrics of the task that the settings say; records of form text have no prompt to answer."""
+    """Return all metrics of the task in `data`. Records of form text have no prompt to answer."""
     names = _OF_ANSWERS[task_of(data).answers]
     return tuple(m for m in names if form != "text" or m not in TEXT_METRICS)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
     records: Records,
     data: DataConfig,
     generation: GenerateConfig,
@@ -93,19 +99,28 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Score the model with whatever adapter is active, by `data.task`. Loss is of each prediction over all records. Exact
-    match, BLEU and ROUGE-L are of one generated completion for each distinct prompt; accuracy and its like of each record's
-    likeliest class, by the same pass as the loss. Intervals resample items. Default: all metrics of the task.
+    """Score the model, with the adapter that is active, on records of `data.task`.
 
-    Raises ConfigError for an unknown metric, and DataError where a loss is not finite: no score would say anything then."""
+    The loss is the mean over all predictions of all records. Exact match, BLEU and ROUGE-L score one completion for each distinct
+    prompt. Metrics of classes and numbers score each record, by the same pass as the loss. Intervals resample items.
+
+    Args:
+        metrics: Names of scores. Default: all of the task.
+        on_done: Called with the number of records answered so far.
+
+    Raises:
+        ConfigError: A metric is unknown, or its package is not installed.
+        DataError: A loss is not finite, so that no score would mean anything.
+    """
     known = metrics_of(data, records.form)
     metrics = known if metrics is None else metrics
     check_metrics(metrics, _OF_ANSWERS[task_of(data).answers])
     data, task = within(data, model), task_of(data)
-    loaded = Pretrained(model, tokenizer, "")
+    # A module with the interface of transformers' models, torch.compile's for example
+    loaded = Pretrained(cast(PreTrainedModel, model), tokenizer, "")
     began = time.monotonic()
-    given = (loaded, records, data, generation, metrics, on_done)
-    judged = _of_labels(task, *given) if isinstance(task, Scored) else _of_texts(task, *given)
+    arguments = (loaded, records, data, generation, metrics, on_done)
+    judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
     scored, items, predictions, scores, losses = judged
     _check_finite(losses)
     if losses is not None and _OF_LOSSES & set(metrics):
@@ -117,23 +132,24 @@ def evaluate(
 def _check_finite(losses: RecordLosses | None) -> None:
     if losses is None:
         return
-    bad = sum(not math.isfinite(each) for each in losses.sums)
+    bad = sum(not math.isfinite(loss) for loss in losses.sums)
     if bad:
         raise DataError(
-            f"The loss of {bad} of {len(losses.sums)} records is not finite under this model: it has weights that are too "
-            "large or not numbers, or its dtype is too narrow for them.\nTry --dtype float32; if that changes nothing, its "
-            "training went wrong."
+            f"The loss of {bad} of {len(losses.sums)} records is not finite under this model. Its weights are too large or not "
+            "numbers, or its dtype is too narrow for them.\n"
+            "Try --dtype float32. If that changes nothing, its training went wrong."
         )
 
 
 _Judged = tuple[int, int, list[str], dict[str, ItemScore], RecordLosses | None]
+"""Records, items, predictions, scores and losses, as in `Evaluation`."""
 
 
 def _of_texts(
     task: Task, loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
     metrics: Sequence[str], on_done: Callable[[int], None],
 ) -> _Judged:  # fmt: skip
-    """Of a completion for each distinct prompt, and the loss of all completions that there are."""
+    """Score a completion for each distinct prompt, and the loss of all references."""
     losses, said = None, list[str]()
     if _OF_LOSSES & set(metrics):
         encoded = task.encode(records, loaded, data)
@@ -153,7 +169,7 @@ def _of_labels(
     task: Scored, loaded: Pretrained, records: Records, data: DataConfig, generation: GenerateConfig,
     metrics: Sequence[str], on_done: Callable[[int], None],
 ) -> _Judged:  # fmt: skip
-    """Of each record's class or quantity."""
+    """Score each record's class or number."""
     encoded = task.encode(records, loaded, data)
     examples, items = encoded.examples, item_numbers(records.only(encoded.records).items)
     logits, wanted = task.logits(loaded, examples, generation.batch, on_done), [e.target for e in examples]
@@ -170,14 +186,14 @@ def _of_labels(
 
 
 @torch.no_grad()
-def record_losses(loss: Loss, examples: Sequence[Any], batch: int, items: list[int]) -> RecordLosses:
-    """The losses of each example, which is of this item."""
+def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, items: list[int]) -> RecordLosses:
+    """Return the losses of each example, `batch` at a time. items: the number of each one's item."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss.model):
         for start in range(0, len(order), batch):
-            own = torch.tensor(order[start : start + batch])
-            losses, of_row = loss.each(loss.collate([examples[i] for i in own]))
-            sums.index_add_(0, own[of_row], losses.double().cpu())
-            counts[own] += torch.bincount(of_row, minlength=len(own))
+            rows = torch.tensor(order[start : start + batch])
+            losses, of_row = loss.each(loss.collate([examples[i] for i in rows]))
+            sums.index_add_(0, rows[of_row], losses.double().cpu())
+            counts[rows] += torch.bincount(of_row, minlength=len(rows))
     return RecordLosses(sums.tolist(), counts.tolist(), items)

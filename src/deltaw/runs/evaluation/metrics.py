@@ -1,7 +1,8 @@
 """Scores of predictions against references, with 95% intervals over items. Knows no model.
 
-Every score is a function of how often each item counts: once for its value, resampled for its interval, once but for one item for
-that item's part in it. `items` are the numbers of the records' items from 0; by default each record is its own.
+Every score is a function of how often each item counts. For its value each item counts once, for its interval as often as it is
+drawn. For an item's part in it, all items but that one count once. `items` are the numbers of the records' items from 0; by
+default each record is an item.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Statistic(Protocol):
     """A figure as a function of how often each item counts."""
 
     def of(self, weights: Array) -> Array:
-        """[resamples] of weights [resamples, items]."""
+        """Return the figure [resamples] for weights [resamples, items]."""
 
     def without_each(self) -> Array:
-        """[items]: the figure without this item."""
+        """Return the figure [items] without each item."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Sums:
 
 
 def scored(value: float, statistic: Statistic, items: int) -> ItemScore:
-    """A figure of so many items with its interval, and each item's part. Resamples that it is undefined for are left out, and so
-    are parts."""
-    with np.errstate(all="ignore"):  # of items of one class alone
+    """Return a figure of so many items with its interval, and each item's part.
+
+    Resamples where it is undefined are left out. A part that is undefined is the figure's value.
+    """
+    with np.errstate(all="ignore"):  # a resample may have items of one class alone
         draws = np.concatenate([statistic.of(weights) for weights in resampled_weights(items)])
         others = statistic.without_each()
     interval = percentiles(float(value), draws, items)
@@ -58,7 +61,7 @@ def scored(value: float, statistic: Statistic, items: int) -> ItemScore:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], items: Items = None) -> ItemScore:
-    """Σ numerators / Σ denominators over records, such as loss per token; denominators of 1 give a mean."""
+    """Return Σ numerators / Σ denominators over records, for example the loss per token."""
     numbers = _numbers(items, len(numerators))
     sums = by_item(np.array([numerators, denominators], float), numbers).T
     top, bottom = sums.sum(0)
@@ -66,12 +69,12 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], items: Ite
 
 
 def mean(values: Sequence[float], items: Items = None) -> ItemScore:
-    """Over records."""
+    """Return the mean over records."""
     return ratio(values, [1.0] * len(values), items)
 
 
 def perplexity(loss: ItemScore) -> ItemScore:
-    """exp of a loss per token in nats."""
+    """Return exp of a loss per token in nats."""
     count = len(loss.parts)
     value, low, high = (float(np.exp(v)) for v in (loss.value, loss.low, loss.high))
     others = np.exp((count * loss.value - loss.parts) / max(count - 1, 1))
@@ -82,34 +85,34 @@ def _numbers(items: Items, records: int) -> Array:
     return np.arange(records) if items is None else np.asarray(items)
 
 
-# --- of texts ---------------------------------------------------------------------------------------------------
+# --- texts -------------------------------------------------------------------------------------------------------
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], items: Items = None) -> ItemScore:
-    """Share of predictions equal to one of their references, surrounding space aside."""
+    """Return the share of predictions equal to one of their references, but for surrounding space."""
     hits = [float(p.strip() in {r.strip() for r in refs}) for p, refs in zip(predictions, references, strict=True)]
     return mean(hits, items)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], items: Items = None) -> ItemScore:
-    """Corpus BLEU over predictions with all their references, 0–100: sacrebleu, lower-cased, 13a, unsmoothed (which agrees with
-    the E2E challenge's scorer)."""
+    """Return corpus BLEU with all references, 0–100: sacrebleu's, lower-cased, 13a, unsmoothed, as the E2E challenge's."""
     from sacrebleu.metrics.bleu import BLEU
 
     metric = BLEU(lowercase=True, tokenize="13a", smooth_method="none")
     most = max(len(refs) for refs in references)
+    # sacrebleu takes None for a missing reference, which its types do not say
     columns: Any = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
     value = float(metric.corpus_score(list(predictions), columns).score)
     rows = []
     for prediction, refs in zip(predictions, references, strict=True):
-        own = metric.corpus_score([prediction], [[ref] for ref in refs])
-        rows.append([*own.counts, *own.totals, own.sys_len, own.ref_len])
+        one = metric.corpus_score([prediction], [[ref] for ref in refs])
+        rows.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
     sums = by_item(np.array(rows, float).T, _numbers(items, len(rows))).T
     return scored(value, Sums(sums, _bleu_of), len(sums))
 
 
 def _bleu_of(sums: Array) -> Array:
-    """BLEU of matches [4], n-grams [4], and words said and referred to."""
+    """BLEU [...] of sums [..., 10]: matches [4], n-grams [4], words of the predictions, words of the references."""
     order = (sums.shape[-1] - 2) // 2
     matches, totals, said, wanted = sums[..., :order], sums[..., order:-2], sums[..., -2], sums[..., -1]
     logs = np.log(matches / np.maximum(totals, 1)).mean(-1)
@@ -118,7 +121,7 @@ def _bleu_of(sums: Array) -> Array:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], items: Items = None) -> ItemScore:
-    """Mean ROUGE-L F1 of each prediction with its best reference, 0–1."""
+    """Return the mean ROUGE-L F1 of each prediction with its best reference, 0–1."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -128,16 +131,16 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]], ite
     return mean(best, items)
 
 
-# --- of classes -------------------------------------------------------------------------------------------------
+# --- classes -----------------------------------------------------------------------------------------------------
 
 
 def accuracy(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Items = None) -> ItemScore:
-    """Share of classes that are right."""
+    """Return the share of classes that are right."""
     return mean([float(p == w) for p, w in zip(predicted, wanted, strict=True)], items)
 
 
 def f1(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Items = None) -> ItemScore:
-    """scikit-learn's F1: of two classes the second one's (GLUE's), of more the mean over the classes."""
+    """Return scikit-learn's F1: the second class's of two (as GLUE), the mean over classes of more."""
     from sklearn.metrics import f1_score
 
     average = "binary" if classes == 2 else "macro"
@@ -147,7 +150,7 @@ def f1(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Ite
 
 
 def matthews(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Items = None) -> ItemScore:
-    """scikit-learn's Matthews correlation, −1 to 1."""
+    """Return scikit-learn's Matthews correlation, −1 to 1."""
     from sklearn.metrics import matthews_corrcoef
 
     counts = _counts(predicted, wanted, classes, items)
@@ -155,27 +158,26 @@ def matthews(predicted: Sequence[int], wanted: Sequence[int], classes: int, item
 
 
 def _counts(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Items) -> Array:
-    """[items, 3 · classes]: how often each class is said, is wanted and is both: all that F1 and Matthews' correlation are made
-    of."""
+    """How often each class is predicted, is right and is both, [items, 3 · classes]: enough for F1 and Matthews' correlation."""
     y, t = np.asarray(predicted), np.asarray(wanted)
     numbers = _numbers(items, len(t))
     count = int(numbers.max()) + 1
 
-    def each(values: Array, rows: Array) -> Array:
+    def counted(values: Array, rows: Array) -> Array:
         return np.bincount(rows * classes + values, minlength=count * classes).reshape(count, classes)
 
     both = y == t
-    return np.hstack([each(y, numbers), each(t, numbers), each(t[both], numbers[both])]).astype(float)
+    return np.hstack([counted(y, numbers), counted(t, numbers), counted(t[both], numbers[both])]).astype(float)
 
 
 def _f1_of(counts: Array) -> Array:
     said, wanted, both = np.split(counts, 3, axis=-1)
-    own = np.where(said + wanted > 0, 2 * both / (said + wanted), np.nan)
-    return np.nan_to_num(own[..., 1]) if own.shape[-1] == 2 else _mean_of_defined(own)
+    by_class = np.where(said + wanted > 0, 2 * both / (said + wanted), np.nan)
+    return np.nan_to_num(by_class[..., 1]) if by_class.shape[-1] == 2 else _mean_of_defined(by_class)
 
 
 def _mean_of_defined(values: Array) -> Array:
-    """Over the last axis, nan aside."""
+    """The mean over the last axis, without nan."""
     there = np.isfinite(values)
     return np.asarray(np.where(there, values, 0.0).sum(-1) / there.sum(-1))
 
@@ -188,40 +190,41 @@ def _matthews_of(counts: Array) -> Array:
     return np.where(spread > 0, shared / spread, 0.0)
 
 
-# --- of quantities ----------------------------------------------------------------------------------------------
+# --- quantities --------------------------------------------------------------------------------------------------
 
 
 def pearson(predicted: Sequence[float], wanted: Sequence[float], items: Items = None) -> ItemScore:
-    """scipy's Pearson correlation, −1 to 1."""
+    """Return scipy's Pearson correlation, −1 to 1."""
     from scipy.stats import pearsonr
 
-    return _correlated(
-        pearsonr, lambda values, weights: np.broadcast_to(values, weights.shape), predicted, wanted, items
-    )
+    def as_they_are(values: Array, weights: Array) -> Array:
+        return np.broadcast_to(values, weights.shape)
+
+    return _correlated(lambda y, t: float(pearsonr(y, t).statistic), as_they_are, predicted, wanted, items)
 
 
 def spearman(predicted: Sequence[float], wanted: Sequence[float], items: Items = None) -> ItemScore:
-    """scipy's Spearman rank correlation, −1 to 1. Each resample is ranked anew."""
+    """Return scipy's Spearman rank correlation, −1 to 1. Each resample is ranked again."""
     from scipy.stats import spearmanr
 
-    return _correlated(spearmanr, _ranked, predicted, wanted, items)
+    return _correlated(lambda y, t: float(spearmanr(y, t).statistic), _ranked, predicted, wanted, items)
 
 
 def _correlated(
-    of: Callable[..., Any], placed: Callable[[Array, Array], Array], predicted: Sequence[float], wanted: Sequence[float],
-    items: Items,
+    of: Callable[[Array, Array], float], placed: Callable[[Array, Array], Array], predicted: Sequence[float],
+    wanted: Sequence[float], items: Items,
 ) -> ItemScore:  # fmt: skip
     y, t = np.asarray(predicted, float), np.asarray(wanted, float)
     numbers = _numbers(items, len(t))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constant predictions
-        value = of(y, t).statistic
+        warnings.simplefilter("ignore")  # scipy warns of constant predictions
+        value = of(y, t)
     return scored(value, _Correlation(y, t, numbers, placed), int(numbers.max()) + 1)
 
 
 @dataclass(frozen=True)
 class _Correlation:
-    """Of two quantities of each record, or of what `placed` makes of them when records count so often."""
+    """The correlation of two quantities of each record, or of what `placed` makes of them at given weights."""
 
     y: Array
     t: Array
@@ -234,7 +237,7 @@ class _Correlation:
         return (weights * y * t).sum(1) / np.sqrt((weights * y * y).sum(1) * (weights * t * t).sum(1))
 
     def _centred(self, values: Array, weights: Array) -> Array:
-        """Less their mean; exactly 0 where those that count are all the same."""
+        """The values less their mean; exactly 0 if all that count are equal."""
         counted = weights > 0
         most, least = (f(1) for f in (np.where(counted, values, -np.inf).max, np.where(counted, values, np.inf).min))
         middle = np.where(most == least, most, (weights * values).sum(1) / weights.sum(1))
@@ -245,14 +248,14 @@ class _Correlation:
 
 
 def _all_but_one(items: int) -> Iterator[Array]:
-    """[some, items]: every item counts once but for one, each in its turn."""
+    """Yield weights [some, items] in which all items but one count once, until each was left out."""
     rows = max(1, 1_000_000 // items)
     for first in range(0, items, rows):
         yield 1.0 - np.eye(min(rows, items - first), items, first)
 
 
 def _ranked(values: Array, weights: Array) -> Array:
-    """[resamples, records]: the mean rank of each record where records count as often as weights [resamples, records] say."""
+    """The mean rank [resamples, records] of each record if records count by weights [resamples, records]."""
     levels, places = np.unique(values, return_inverse=True)
     order = np.argsort(places, kind="stable")
     starts = np.searchsorted(places[order], np.arange(len(levels)))
@@ -277,7 +280,7 @@ NUMBER_METRICS: dict[str, Callable[[Sequence[float], Sequence[float], Items], It
     "spearman": spearman,
 }
 MORE_IS_BETTER = {*TEXT_METRICS, *CLASS_METRICS, *NUMBER_METRICS}
-"""Metrics of which more is better."""
+"""Metrics whose larger values are better."""
 RANGES = {"bleu": (0.0, 100.0), "matthews": (-1.0, 1.0), **dict.fromkeys(NUMBER_METRICS, (-1.0, 1.0))}
 RANGES |= dict.fromkeys(("loss", "perplexity"), (0.0, float("inf")))
 """Metric → its least and greatest value, where these are not 0 and 1."""
@@ -288,7 +291,7 @@ _PACKAGES = {
 
 
 def check_metrics(names: Sequence[str], known: Sequence[str] = METRICS) -> None:
-    """Raise ConfigError for a metric that is not known or whose package is not installed."""
+    """Raise ConfigError for an unknown metric, or one whose package is not installed."""
     unknown = [n for n in names if n not in known]
     if unknown:
         named = "; ".join(f"{n!r}{nearest(n, known)}" for n in unknown)
@@ -299,5 +302,5 @@ def check_metrics(names: Sequence[str], known: Sequence[str] = METRICS) -> None:
 
 
 def installed(name: str) -> bool:
-    """Whether the package that computes this metric is there."""
+    """Return whether the package for this metric is installed."""
     return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None

@@ -1,4 +1,4 @@
-"""Numbers for charts: what is plottable, nice ticks, short labels, fewer points. Knows no HTML and no SVG."""
+"""Numbers for charts: values that can be drawn, round ticks, short labels, fewer points. Knows no HTML and no SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def finite(value: object) -> float | None:
-    """`value` as a float that can be drawn, else None: NaN, ±inf, None and what would overflow are gaps."""
+    """Return `value` as a float that can be drawn; None for NaN, ±inf, None and values that would overflow."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -25,7 +25,7 @@ def finite(value: object) -> float | None:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, and where its ticks are."""
+    """A range of values with its ticks."""
 
     low: float
     high: float
@@ -33,16 +33,17 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at `low`, 1 at `high`."""
+        """Return where a value lies: 0 at `low`, 1 at `high`."""
         low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return (at - low) / (high - low)
 
     def labels(self) -> list[str]:
+        """Return a label for each tick."""
         return [short(t, 0.0) for t in self.ticks] if self.log else tick_labels(self.ticks)
 
 
 def linear_axis(values: Sequence[float], *, count: int = 5, zero: bool = False, snug: bool = False) -> Axis:
-    """About `count` round ticks. The range ends on ticks, or with `snug` on the data; `zero` puts 0 in it."""
+    """Return an axis with about `count` round ticks. It ends on ticks, or with `snug` on the data; `zero` puts 0 in it."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if zero or (not snug and 0 <= low < 0.4 * high):
         low, high = min(low, 0.0), max(high, 0.0)
@@ -59,7 +60,7 @@ def linear_axis(values: Sequence[float], *, count: int = 5, zero: bool = False, 
 
 
 def log_axis(values: Sequence[float]) -> Axis:
-    """Powers of ten, or 1-2-5 when there are few of them. Every value is positive."""
+    """Return an axis of powers of ten, or of 1-2-5 where these are few, for positive values."""
     low, high = (min(values), max(values)) if values else (1.0, 10.0)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     if last - first > 3:
@@ -76,7 +77,7 @@ def log_axis(values: Sequence[float]) -> Axis:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """One label a tick, all with the same unit and the same number of decimals."""
+    """Return a label for each tick, all with the same unit and number of decimals."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.0
     largest = max((abs(t) for t in ticks), default=0.0)
     unit, mark = _unit(largest)
@@ -85,7 +86,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def short(value: float, step: float = 0.0) -> str:
-    """A number to read: four significant digits, or as many as `step` asks for, in SI or power-of-ten form."""
+    """Return a number with four significant digits, or as many as `step` needs, with an SI mark or a power of ten."""
     unit, mark = _unit(abs(value))
     scaled = value / unit
     body = f"{scaled:.{_decimals(step / unit)}f}" if step else f"{scaled:.4g}"
@@ -93,7 +94,7 @@ def short(value: float, step: float = 0.0) -> str:
 
 
 def decimate(points: Sequence[Point], most: int = 1200) -> list[Point]:
-    """At most about `most` points: of each stretch its first, lowest, highest, last and one gap, in their order."""
+    """Return about `most` points at most: each stretch's first, lowest, highest, last and one gap, in their order."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 4))

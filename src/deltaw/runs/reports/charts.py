@@ -1,7 +1,7 @@
 """Line, dot and bar charts as inline SVG. Knows charts; nothing of reports, training or where numbers come from.
 
-The curves live in a nested SVG that stretches with the page, with strokes that do not; ticks and labels are placed by
-percentage and keep their size in pixels. So one chart is as legible on a phone as on a wide screen or on paper.
+The curves are in a nested SVG that stretches with the page, but their strokes keep their width. Ticks and labels are placed by
+percentage and keep their size in pixels. So a chart is as legible on a phone as on a wide screen or on paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 from deltaw.errors import ConfigError
-from deltaw.runs.reports import charts
 from deltaw.runs.reports.axes import Axis, Point, decimate, finite, linear_axis, log_axis, short
 from deltaw.runs.reports.markup import tag, text
 
@@ -26,13 +25,13 @@ Style = Literal["line", "dots", "points", "bars"]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve, or a cloud of faint dots, or points with the series' name beside them, or bars. A point that is not finite is a
-    gap. `labels` names the points, for the tooltip; those of bars stand below them too."""
+    """A curve, a cloud of faint dots, points with the series' name beside them, or bars. Points that are not finite are gaps."""
 
     name: str
     points: Sequence[tuple[float, float]]
     style: Style = "line"
     labels: Sequence[str] = ()
+    """Names of the points for the tooltip; those of bars are also below them."""
     spans: Sequence[tuple[float, float, float]] = ()
     """x, low, high: intervals about the points."""
 
@@ -56,13 +55,13 @@ class Chart:
     log_y: bool = False
     log_x: bool = False
     x_ticks: Sequence[float] = ()
-    """Where a logarithmic axis has its numbers, if they are to be certain ones."""
+    """The numbers on a logarithmic axis. Default: round ones."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """A series ready to draw: few points, gaps as None, its color's number."""
+    """A series ready to draw: few points, gaps as None, and the number of its color."""
 
     name: str
     style: Style
@@ -78,7 +77,7 @@ class _Curve:
 
 
 def render_chart(chart: Chart, *, wide: bool = False) -> str:
-    """The chart as a `<figure>` with title, legend, plot and note."""
+    """Return the chart as a `<figure>` with title, legend, plot and note."""
     curves = _curves(chart)
     head = tag("h3", text(chart.title)) + _legend(curves)
     if any(c.drawn for c in curves):
@@ -90,7 +89,7 @@ def render_chart(chart: Chart, *, wide: bool = False) -> str:
 
 
 def describe(chart: Chart) -> str:
-    """What the chart shows, in words, for those who do not see it."""
+    """Return the chart in words, for readers who do not see it."""
     parts = []
     for curve in _curves(chart):
         ys = [y for _, y in curve.drawn]
@@ -105,19 +104,19 @@ def describe(chart: Chart) -> str:
 
 
 def _curves(chart: Chart) -> list[_Curve]:
-    """Colors in order of the lines. Dots named as a line's name begins are its raw values and share its color."""
+    """The series as curves, colored in their order. Dots whose name begins a line's name are its raw values, in its color."""
     colors: dict[str, int] = {}
     for series in sorted(chart.series, key=lambda s: s.style == "dots"):
         owner = next((n for n in colors if series.style == "dots" and n.startswith(series.name)), None)
         colors[series.name] = colors[owner] if owner else len(set(colors.values())) % _COLORS + 1
-    found = []
+    curves = []
     for series in chart.series:
         points = [_plottable(p, chart) for p in decimate(series.points)]
         names = {(x, y): str(n) for (x, y), n in zip(series.points, series.labels, strict=False)}
         ends = [(_plottable((x, low), chart), _plottable((x, high), chart)) for x, low, high in series.spans]
         spans = [(low, high) for low, high in ends if low and high]
-        found.append(_Curve(series.name, series.style, colors[series.name], points, names, spans))
-    return found
+        curves.append(_Curve(series.name, series.style, colors[series.name], points, names, spans))
+    return curves
 
 
 def _plottable(point: tuple[float, float], chart: Chart) -> Point | None:
@@ -128,7 +127,7 @@ def _plottable(point: tuple[float, float], chart: Chart) -> Point | None:
 
 
 def _legend(curves: Sequence[_Curve]) -> str:
-    """Name and last value of each curve; a lone curve of bars says nothing more than the title, and points have their names."""
+    """The name and last value of each curve. Lone bars, which the title names, and points, which have names, need none."""
     items = []
     for curve in curves:
         last = tag("b", text(short(curve.drawn[-1][1]))) if curve.drawn and curve.style == "line" else ""
@@ -154,7 +153,7 @@ def _axes(chart: Chart, curves: Sequence[_Curve], wide: bool) -> tuple[Axis, Axi
 
 
 def _slot(curves: Sequence[_Curve]) -> float:
-    """The room of one bar: the smallest distance between neighbours."""
+    """The width for one bar: the smallest distance between neighbours."""
     xs = sorted({x for c in curves for x, _ in c.drawn})
     return min((b - a for a, b in pairwise(xs)), default=1.0)
 
@@ -191,7 +190,7 @@ def _grid_y(axis: Axis, labels: Sequence[str]) -> str:
 
 
 def _grid_x(axis: Axis, wide: bool) -> str:
-    """Every second label of a wide chart steps aside on a phone."""
+    """The labels of the horizontal axis. A phone hides every second label of a wide chart."""
     parts = []
     for i, (value, label) in enumerate(zip(axis.ticks, axis.labels(), strict=True)):
         at = axis.place(value)
@@ -211,7 +210,7 @@ def _bar_names(curves: Sequence[_Curve], axis: Axis) -> str:
 
 
 def _point_names(curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
-    """The names of series of points, each beside the one in its middle."""
+    """The names of series of points, each beside the point in its middle."""
     middles = {}
     for curve in curves:
         if curve.style == "points" and curve.drawn:
@@ -220,19 +219,19 @@ def _point_names(curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
     return "".join(
         f'<text class="name" x="{100 * n.x:.4g}%" y="{100 * n.y:.4g}%" dx="{n.dx:g}" dy="{n.dy:g}" '
         f'text-anchor="{n.anchor}">{text(n.text)}</text>'
-        for n in charts.placed(middles)
+        for n in placed(middles)
     )
 
 
 def _shape(curve: _Curve, index: int, curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
     if curve.style == "bars":
         return _bars(curve, index, curves, x, y)
-    placed = [p and (round(_UNITS * x.place(p[0])), round(_UNITS * (1 - y.place(p[1])))) for p in curve.points]
+    pixels = [p and (round(_UNITS * x.place(p[0])), round(_UNITS * (1 - y.place(p[1])))) for p in curve.points]
     if curve.style in ("dots", "points"):
-        path = "".join(f"M{p[0]} {p[1]}h0" for p in placed if p)
+        path = "".join(f"M{p[0]} {p[1]}h0" for p in pixels if p)
         many = " many" if len(curve.drawn) > _MANY else ""
         return f'<path class="{curve.style} c{curve.color}{many}" d="{path}"></path>' if path else ""
-    return _line(placed, curve.color)
+    return _line(pixels, curve.color)
 
 
 def _spans(curve: _Curve, x: Axis, y: Axis) -> str:
@@ -245,7 +244,7 @@ def _spans(curve: _Curve, x: Axis, y: Axis) -> str:
 
 
 def _line(placed: Sequence[tuple[int, int] | None], color: int) -> str:
-    """One path: a new start after each gap; a point alone between gaps is drawn as a dot, and so is the last point."""
+    """One path with a new start after each gap. A point alone between gaps is a dot, and so is the last point."""
     parts: list[str] = []
     after_gap = True
     for i, point in enumerate(placed):
@@ -264,7 +263,7 @@ def _line(placed: Sequence[tuple[int, int] | None], color: int) -> str:
 
 
 def _bars(curve: _Curve, index: int, curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
-    """Bars of several series stand side by side in their slot."""
+    """The bars of one of several series, which stand side by side."""
     group = [i for i, c in enumerate(curves) if c.style == "bars"]
     slot = 0.8 * _slot(curves) / (x.high - x.low)
     width = slot / len(group)
@@ -278,7 +277,7 @@ def _bars(curve: _Curve, index: int, curves: Sequence[_Curve], x: Axis, y: Axis)
 
 
 def _data(curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
-    """What the tooltip needs, as JSON."""
+    """The tooltip's data as JSON."""
     series = []
     for c in curves:
         item: dict[str, object] = {
@@ -293,7 +292,7 @@ def _data(curves: Sequence[_Curve], x: Axis, y: Axis) -> str:
 
 
 def _digits(value: float) -> float | int:
-    """Six significant digits, whole numbers without a point: half the bytes."""
+    """A value in six significant digits, a whole number without a point, which halves the bytes."""
     rounded = float(f"{value:.6g}")
     return int(rounded) if rounded == math.trunc(rounded) and abs(rounded) < 1e15 else rounded
 
@@ -304,29 +303,33 @@ _LETTER, _LINE, _GAP = 6.6, 15.0, 9.0
 
 
 class Name(NamedTuple):
-    """A name at a place: x and y in shares of the plot from its left and top, then pixels from there, and which end is there."""
+    """A name at a place."""
 
     text: str
     x: float
+    """Share of the plot's width from the left."""
     y: float
+    """Share of the plot's height from the top."""
     dx: float
+    """Pixels from there."""
     dy: float
     anchor: str
+    """The end of the text that is there: start or end."""
 
 
 _Box = tuple[float, float, float, float]
 
 
 def placed(points: Mapping[str, tuple[float, float]]) -> list[Name]:
-    """A name for each point (shares from the left and top): right of it, left of it, below or above, where there is most room."""
+    """Place a name for each point (shares from the left and top) right, left, below or above it, wherever there is most room."""
     taken: list[_Box] = [(x * _WIDTH - 4, y * _HEIGHT - 4, x * _WIDTH + 4, y * _HEIGHT + 4) for x, y in points.values()]
-    found = []
+    names = []
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
         choices = [_at(name, x, y, side, down) for down in (0, 1, -1, 2, -2) for side in ("start", "end")]
         best = min(choices, key=lambda choice: _overlap(_box(choice), taken))
         taken.append(_box(best))
-        found.append(best)
-    return found
+        names.append(best)
+    return names
 
 
 def _at(text: str, x: float, y: float, anchor: str, down: int) -> Name:
@@ -341,7 +344,7 @@ def _box(name: Name) -> _Box:
 
 
 def _overlap(box: _Box, taken: list[_Box]) -> float:
-    """The area over others, and what is outside the plot."""
+    """The area over other boxes, and a penalty for what is outside the plot."""
     left, top, right, bottom = box
     outside = max(0.0, -left) + max(0.0, right - _WIDTH) + max(0.0, -top - 8) + max(0.0, bottom - _HEIGHT)
     shared = sum(

@@ -1,4 +1,4 @@
-"""Completions before and after, side by side, with what differs marked. Knows texts; nothing of models or scores."""
+"""Completions before and after, side by side, with marked differences. Knows texts; nothing of models or scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with what the base (before) and the adapter (after) made of it. None: there is none to show."""
+    """A prompt with the completions of the base (before) and of the adapter (after). None: there is none to show."""
 
     prompt: str
     reference: str | None = None
@@ -27,7 +27,7 @@ class Sample:
 
 
 def render_examples(samples: Sequence[Sample]) -> str:
-    """A section of all samples; the first few are open."""
+    """Return a section with all samples; the first few are open."""
     if not samples:
         return ""
     first, rest = samples[:_SHOWN], samples[_SHOWN:]
@@ -40,8 +40,10 @@ def render_examples(samples: Sequence[Sample]) -> str:
 
 
 def marked(words: str, other: str, kind: str) -> str:
-    """`words` as HTML, with what `other` does not have marked; too little in common, and nothing is. Spaces are marked only
-    where nothing else differs: among other marks they would be noise, alone they are the whole difference."""
+    """Return `words` as HTML, with the parts that `other` lacks marked; nothing is marked in texts with little in common.
+
+    Spaces are marked only where nothing else differs: there they are the whole difference, elsewhere they would be noise.
+    """
     mine, theirs = _WORD.findall(words), _WORD.findall(other)
     if max(len(mine), len(theirs)) > _MOST_WORDS:
         return text(words)
@@ -58,7 +60,7 @@ def marked(words: str, other: str, kind: str) -> str:
 
 def _legend(samples: Sequence[Sample]) -> str:
     referenced = any(s.reference is not None for s in samples)
-    words = "Marked: what differs from the reference." if referenced else "Marked: what only one of the two has."
+    words = "Marked: differences from the reference." if referenced else "Marked: parts that only one of the two has."
     return tag("p", words, cls="note")
 
 
@@ -88,7 +90,7 @@ def _block(label: str, body: str, kind: str, badge: str = "") -> str:
 
 
 def _body(words: str, inner: str | None = None) -> str:
-    """The text with its whitespace; `inner` is the same with marks. A long one folds behind its beginning."""
+    """The text with its whitespace; a long one folds behind its beginning. inner: the same text with marks."""
     if not words.strip():
         return tag("p", "empty" if not words else f"{len(words)} characters of white space", cls="empty")
     full = tag("span", inner if inner is not None else text(words), cls="text", dir="auto")

@@ -1,4 +1,4 @@
-"""A table of shares as squares of one color, the stronger the larger: inline SVG. Knows numbers; nothing of what they are of."""
+"""A table of shares as squares of one color, stronger for larger shares, in inline SVG. Knows numbers, not their meaning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HeatMap:
 
 
 def render_map(shown: HeatMap) -> str:
-    """The map as a `<figure>` with title, squares, scale and note."""
+    """Return the map as a `<figure>` with title, squares, scale and note."""
     height, width = len(shown.values), len(shown.values[0])
     squares = "".join(_row(i, row) for i, row in enumerate(shown.values))
     inner = (
@@ -44,13 +44,13 @@ def render_map(shown: HeatMap) -> str:
 
 
 def describe(shown: HeatMap) -> str:
-    """For those who do not see it."""
+    """Return the map in words, for readers who do not see it."""
     last = shown.values[-1][-1]
     return f"{shown.title}: {shown.values[0][0]:.2f} at (1, 1), {last:.2f} at ({len(shown.values)}, {len(shown.values[0])})."
 
 
 def _row(i: int, row: Sequence[float]) -> str:
-    """Neighbours of one shade are one rectangle."""
+    """A row of squares; neighbours of the same shade are one rectangle."""
     parts, start = [], 0
     for j in range(1, len(row) + 1):
         if j < len(row) and _shade(row[j]) == _shade(row[start]):
@@ -70,7 +70,7 @@ def _shade(value: float) -> int:
 
 
 def _numbers(width: int, height: int) -> str:
-    """Row and column numbers, a few of them, the first and the last among these."""
+    """A few row and column numbers, with the first and the last."""
     parts = [
         f'<text x="-8" y="{100 * (n - 0.5) / height:.4g}%" dy="0.32em" text-anchor="end">{n}</text>'
         for n in _few(height)

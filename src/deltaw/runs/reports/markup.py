@@ -1,6 +1,6 @@
 """Small pieces of safe HTML. Knows escaping; nothing of reports or charts.
 
-What comes from data passes through `text` (or `attributes`) exactly once, everything else is a literal of ours.
+Data passes through `text` (or `attributes`) exactly once; everything else is a literal of ours.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _INNER = ("article", "div", "dl", "figure", "main", "ol", "section", "table", "t
 
 
 def text(value: object) -> str:
-    """`value` as characters of a page: escaped, control characters made visible, lone surrogates replaced."""
+    """Return `value` as characters of a page: escaped, control characters made visible, lone surrogates replaced."""
     plain = str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
     return html.escape(_CONTROL.sub(_picture, plain), quote=True)
 
 
 def attributes(**values: object) -> str:
-    """` name="value"` of each; `cls` is class, `_` becomes `-`, None is left out, True is a bare name."""
+    """Return ` name="value"` for each; `cls` is class, `_` becomes `-`, None is left out, True is a bare name."""
     parts = []
     for key, value in values.items():
         name = {"cls": "class"}.get(key, key.rstrip("_").replace("_", "-"))
@@ -31,11 +31,12 @@ def attributes(**values: object) -> str:
 
 
 def tag(name: str, inner: str = "", **values: object) -> str:
-    """`<name …>inner</name>`; `inner` is HTML already. Only containers get line breaks."""
+    """Return `<name …>inner</name>`; `inner` is HTML already. Only containers get line breaks."""
     pad = "\n" if name in _INNER else ""
     return f"<{name}{attributes(**values)}>{pad}{inner}{pad}</{name}>"
 
 
-def _picture(found: re.Match[str]) -> str:
-    code = ord(found.group())
+def _picture(control: re.Match[str]) -> str:
+    """A visible character for a control character."""
+    code = ord(control.group())
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"

@@ -1,7 +1,7 @@
-"""A report as one self-contained HTML file. Knows how to show; nothing of models, runs or where a figure comes from.
+"""A report as one self-contained HTML file. Knows nothing of models, runs or where a figure comes from.
 
-The page loads nothing: style and script are inline, and its content policy names just those two by their hash, so that
-even a hole in the escaping would not let data run.
+The page loads nothing. Style and script are inline, and the content policy allows only these two, by their hash. So data cannot
+run, even if the escaping had a hole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns. A cell is text as it shall be read, or a number."""
+    """Rows under columns. A cell is a text to show as it is, or a number."""
 
     title: str
     columns: Sequence[str]
@@ -43,12 +43,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says, in plain values. What is empty is not shown."""
+    """The contents of a page in plain values. Empty parts are not shown."""
 
     title: str
     headline: str
     facts: Sequence[tuple[str, str, str]] = ()
-    """Label, value, note."""
+    """Label, value and note of each."""
     curves: Sequence[Chart] = ()
     maps: Sequence[HeatMap] = ()
     examples: Sequence[Sample] = ()
@@ -59,7 +59,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Return the page as HTML."""
     css, script = _resource("report.css"), _resource("report.js")
     policy = (
         f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
@@ -85,7 +85,7 @@ def render(report: Report) -> str:
 
 
 def write(report: Report, path: Path) -> Path:
-    """The page as `path`, atomically: after a crash the old file or the new one is there, never half of one."""
+    """Write the page to `path` atomically: a crash leaves the old file or the new one, never half of one."""
     return write_text(Path(path), render(report))
 
 
@@ -116,7 +116,7 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str, str]]) -> str:
-    """Cards in even rows of at most five."""
+    """The facts as cards, in even rows of at most five."""
     if not facts:
         return ""
     across = math.ceil(len(facts) / math.ceil(len(facts) / 5))
@@ -128,7 +128,7 @@ def _facts(facts: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _charts(charts: Sequence[Chart]) -> str:
-    """The first chart and those with bars take the full width; the others share rows of two or three."""
+    """The charts: the first and those with bars take the full width, the others share rows of two or three."""
     if not charts:
         return ""
     wide = [i == 0 or any(s.style == "bars" for s in c.series) for i, c in enumerate(charts)]
@@ -136,7 +136,7 @@ def _charts(charts: Sequence[Chart]) -> str:
     across = 3 if narrow % 3 == 0 else 2
     if narrow % across:
         wide[len(wide) - 1 - wide[::-1].index(False)] = True
-    # Narrow ones first after the hero, so that no row is left half empty
+    # Narrow ones follow the first chart at once, so that no row stays half empty
     order = sorted(range(len(charts)), key=lambda i: i > 0 and wide[i])
     figures = "".join(render_chart(charts[i], wide=wide[i]) for i in order)
     return _section("Curves", tag("div", figures, cls=f"charts across-{across}"), "curves")
@@ -154,7 +154,7 @@ def _tables(tables: Sequence[Table]) -> str:
 
 
 def _table(table: Table) -> str:
-    """A long one is folded; each scrolls in a box of its own, so the page never does sideways."""
+    """A table in a box that scrolls, so that the page never scrolls sideways; a long one is folded."""
     cells = [[_cell(c) for c in row] for row in table.rows]
     width = max([len(table.columns), *map(len, cells)])
     numeric = [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells if i < len(row)) for i in range(width)]
@@ -173,12 +173,12 @@ def _table(table: Table) -> str:
 
 
 def _words(command: str) -> str:
-    """A line may break between words only, not after the hyphens of a flag."""
+    """A command whose line may break between words, but not after the hyphens of a flag."""
     return "".join(text(w) if not w or w.isspace() else tag("span", text(w)) for w in re.split(r"(\s+)", command))
 
 
 def _td(cell: str, kind: str | None) -> str:
-    """Only words that are too long for a column may break anywhere."""
+    """A cell; only words that are too long for a column may break anywhere."""
     long = any(len(w) > _LONG_WORD for w in cell.split())
     return tag("td", text(cell), cls=kind or ("long" if long else "brief" if len(cell) <= _BRIEF else None))
 
