@@ -129,10 +129,10 @@ def _as_ia3(model: nn.Module, file: MethodFile, updates: Mapping[str, Update], b
     if not scaled or not all(u.covers(owner.get_submodule(n)) for n, u in others.items()) or tied & _replaced(others):
         return None
     inputs = frozenset(n for n, u in scaled.items() if u.inputs)
-    kinds = {kind_of(owner.get_submodule(n)) for n in scaled}
+    transposed = all(isinstance(kind_of(owner.get_submodule(n)), Conv1DKind) for n in scaled)
     config = PeftConfig.of({
         "peft_type": "IA3", "task_type": None, "base_model_name_or_path": base, "target_modules": sorted(scaled),
-        "feedforward_modules": sorted(inputs), "fan_in_fan_out": kinds == {Conv1DKind}, "modules_to_save": sorted(others) or None,
+        "feedforward_modules": sorted(inputs), "fan_in_fan_out": transposed, "modules_to_save": sorted(others) or None,
         "init_ia3_weights": True, "inference_mode": True,
     })  # fmt: skip
     tensors = file.tensors | {f"{n}.l": u.whole(owner.get_submodule(n)) for n, u in scaled.items()}

@@ -69,7 +69,7 @@ def test_a_file_cut_anywhere_is_refused(path: Path, cut: int) -> None:
 
 
 @given(noise=st.binary(max_size=300))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_noise_is_refused(tmp_path: Path, noise: bytes) -> None:
     (tmp_path / "noise.safetensors").write_bytes(noise)
     with pytest.raises(FileError, match="no sound safetensors file"):

@@ -290,7 +290,16 @@ OF_OURS = {"LORA", "IA3", "PROMPT_TUNING"}
 NOT_WRITTEN = {"ADAPTION_PROMPT", "XLORA"}
 
 
-@pytest.mark.parametrize("kind", sorted(str(t.value) for t in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING))
+SLOW = {"ADAMSS"}  # PEFT clusters the singular vectors of each layer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ())
+        for kind in sorted(str(t.value) for t in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_pefts_other_methods_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     if kind in OF_OURS | NOT_WRITTEN:
