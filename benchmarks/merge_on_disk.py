@@ -1,9 +1,10 @@
-"""Measure time and memory of a merge on disk: a checkpoint of Llama-3-8B's shapes, half its layers, 9 GB in bfloat16.
+"""How much memory does a merge on disk take, and how long? A checkpoint of Llama-3-8B's shapes, half its layers: 9 GB in
+bfloat16.
 
     python benchmarks/merge_on_disk.py --scratch FOLDER     # needs some 30 GB there
 
-Merges reversibly, verifies and unmerges by the command line, each in its own process, whose peak of resident memory is read
-afterwards. The result is compared with the base byte for byte. Writes results/merge_on_disk.json.
+Merges reversibly, verifies, and unmerges by the command line, each in a process of its own, whose peak of resident memory is read
+afterwards; what comes back is compared with the base byte for byte. Writes results/merge_on_disk.json.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from safetensors.torch import save_file
 import machine
 from deltaw.files.formats import peft
 from deltaw.files.formats.fingerprint import FORMS, Fingerprint
-from deltaw.files.formats.peft_config import config_for
+from deltaw.files.formats.locate import hash_of_layers, places_of
+from deltaw.files.formats.peft import config_for
+from deltaw.files.formats.peft.metadata import FORMAT, FORMAT_KEY
 from deltaw.files.formats.safetensors import shards_of
-from deltaw.files.locate import hash_of_layers, places_of
 
 HIDDEN, KV, INNER, VOCABULARY = 4096, 1024, 14336, 128256
 SHAPES = {
@@ -102,10 +104,11 @@ def make_adapter(base: Path, folder: Path, layers: int) -> None:
         dict.fromkeys(factors, 8), scales, target_modules=sorted(n.rsplit(".", 1)[1] for n in SHAPES), dropout=0.0,
         rank_stabilised=False, transposed=False, base=None, task="CAUSAL_LM",
     )  # fmt: skip
-    file = peft.LoRAFile(factors, scales, config, {"deltaw_format": peft.FORMAT})
+    file = peft.LoRAFile(factors, scales, config, {FORMAT_KEY: FORMAT})
     shards = shards_of(base)
-    places = places_of(shards, file, base)
-    file.metadata[peft.W0] = str(Fingerprint(*(hash_of_layers(shards, places, form) for form in FORMS)))
+    file.metadata[peft.W0] = str(
+        Fingerprint(*(hash_of_layers(shards, places_of(shards, file, base), form) for form in FORMS))
+    )
     peft.write(folder, file)
 
 

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from deltaw.errors import DeltaWError
-    from deltaw.files.compress import Compressed, compress
+    from deltaw.files.compress import Compressed, Spectrum, compress, spectrum
     from deltaw.files.convert import convert
     from deltaw.files.merge import merge_files, unmerge_files
-    from deltaw.files.spectrum import Spectrum, spectrum
     from deltaw.files.store import load, save
     from deltaw.methods.bitfit import BitFit
     from deltaw.methods.bottleneck import Bottleneck
@@ -73,7 +72,7 @@ _HOME = {
     "Planned": "runs.memory.plan",
     "RankChoice": "runs.rank",
     "RunResult": "runs.train",
-    "Spectrum": "files.spectrum",
+    "Spectrum": "files.compress",
     "Summary": "model.summary",
     "Sweep": "runs.sweep",
     "adapters": "model.summary",
@@ -94,7 +93,7 @@ _HOME = {
     "plan": "runs.memory.plan",
     "route": "model.switch",
     "save": "files.store",
-    "spectrum": "files.spectrum",
+    "spectrum": "files.compress",
     "summary": "model.summary",
     "sweep": "runs.sweep",
     "train": "runs.train",

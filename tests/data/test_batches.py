@@ -174,6 +174,7 @@ def test_records_of_one_length_meet_by_chance():
     assert again < 1.3 * by_chance
 
 
+@pytest.mark.slow
 def test_real_records_meet_others_in_each_epoch(smollm2, shared_data):
     """The first 300 of E2E: 58% of the pairs met again, 2.3% would by chance."""
     records = read(shared_data / "e2e" / "train.jsonl", DataConfig())
@@ -221,7 +222,7 @@ def test_little_padding_and_other_orders():
     assert longest != sorted(longest)
 
 
-def test_collate():
+def test_a_batch_is_padded_on_the_right_and_masked():
     batch = collate([Example([5, 6, 7], [False, True, True], "a"), Example([8, 9], [False, True], "b")], pad_id=0)
     fill, off = [0] * 5, [False] * 5
     assert batch.input_ids.tolist() == [[5, 6, 7, *fill], [8, 9, 0, *fill]]
@@ -233,7 +234,7 @@ def test_collate():
         batch.input_ids = batch.attention_mask
 
 
-def test_refusals():
+def test_sizes_below_one_and_empty_batches_are_refused():
     with pytest.raises(DataError, match="at least 1"):
         plan([1], 0, 0, 0)
     with pytest.raises(DataError, match="batch_tokens is 0"):

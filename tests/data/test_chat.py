@@ -43,7 +43,7 @@ def failure(template, messages=TALK):
         (LLAMA2, [" Hello<|im_end|>", " All well<|im_end|>"]),
     ],
 )
-def test_golden_spans(template, spans):
+def test_exactly_the_assistants_tokens_are_supervised(template, spans):
     assert supervised(tiny_tokenizer(template)) == spans
 
 
@@ -92,7 +92,7 @@ def test_refusals_say_what_is_not_exact():
 
 
 @pytest.mark.slow
-def test_smollm2(smollm2):
+def test_spans_of_smollm2s_template_are_exact(smollm2):
     assert supervised(smollm2) == ["Hello<|im_end|>", "All well<|im_end|>"]
     system = [Message("system", "Be brief."), *TALK]
     assert supervised(smollm2, system) == ["Hello<|im_end|>", "All well<|im_end|>"]

@@ -42,7 +42,7 @@ def failure(rows, tokenizer, **config):
         ({"text": "abc"}, {}, True, "<s> A B C <|IM_END|>"),
     ],
 )
-def test_plain_golden(row, config, bos, golden):
+def test_plain_records_have_these_tokens_and_masks(row, config, bos, golden):
     tokenizer = tiny_tokenizer(bos=bos)
     assert spelled(encoded([row], tokenizer, **config).examples[0], tokenizer) == golden.split()
 
@@ -58,7 +58,7 @@ def test_chat_forms_meet_in_one_encoding():
     assert tokenizer.decode(system).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user")
 
 
-def test_plain_instruction():
+def test_a_plain_instruction_has_its_form():
     tokenizer = tiny_tokenizer()
     example = encoded([{"instruction": "i", "input": "x", "output": "o"}], tokenizer).examples[0]
     text = "### Instruction:\ni\n\n### Input:\nx\n\n### Response:\no<|im_end|>"
@@ -66,7 +66,7 @@ def test_plain_instruction():
     encoded([{"instruction": "i", "output": "o"}], tokenizer)
 
 
-def test_too_long():
+def test_too_long_records_are_cut_dropped_or_refused():
     rows = [PAIR, {"prompt": "abcdef", "completion": "gh"}]
     tokenizer = tiny_tokenizer(bos=True)
     cut = encoded(rows, tokenizer, max_length=6)
@@ -93,7 +93,7 @@ def test_a_cut_conversation_keeps_only_whole_answers():
     assert set(spans.values()) == {5, 10}
 
 
-def test_settings_that_do_not_fit():
+def test_settings_that_do_not_fit_a_form_are_refused():
     chat = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}
     plain, chatty = tiny_tokenizer(), tiny_tokenizer(CHATML)
     assert "no chat template" in failure([chat], plain)
@@ -106,7 +106,7 @@ def test_settings_that_do_not_fit():
 
 
 @pytest.mark.slow
-def test_smollm2_labels(smollm2):
+def test_labels_of_smollm2_are_its_completions(smollm2):
     result = encoded([{"prompt": "name[Blue Spice]", "completion": "Blue Spice."}], smollm2, separator="\n")
     (example,) = result.examples
     kept = [i for i, s in zip(example.input_ids, example.supervised, strict=True) if s]
@@ -114,7 +114,7 @@ def test_smollm2_labels(smollm2):
     assert example.input_ids[: -len(kept)] == smollm2("name[Blue Spice]\n")["input_ids"]
 
 
-def test_instruct_records(smollm2, shared_data):
+def test_instruct_records_are_encoded_exactly(smollm2, shared_data):
     config = DataConfig()
     counts = encode(read(shared_data / "instruct", config), smollm2, config).counts
     assert counts.kept == counts.records == 1100 and 0 < counts.supervised < counts.tokens

@@ -63,7 +63,7 @@ def test_other_seeds_hold_out_others_and_each_item_alike() -> None:
     assert len(counts) == 8 and len({tuple(cut(records, 4, seed=seed)) for seed in range(50)}) > 20
 
 
-def test_many_records() -> None:
+def test_many_records_are_held_out_quickly_and_exactly() -> None:
     records = records_of([1 + i % 7 for i in range(2000)])
     picked = cut(records, 3001)
     assert len(picked) == 3001 and whole(records, picked)

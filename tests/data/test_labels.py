@@ -153,7 +153,7 @@ def test_every_bad_record_is_named_in_one_error():
     ]
 
 
-def test_names_of_classes():
+def test_a_classs_name_is_its_label_as_text():
     for label, name in [
         (1, "1"),
         (1.0, "1"),

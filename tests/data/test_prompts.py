@@ -96,6 +96,6 @@ def test_what_is_on_both_sides_is_counted_by_prompt() -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "valid"])
-def test_e2e(shared_data: Path, split: str) -> None:
+def test_items_of_e2e_are_its_prompts(shared_data: Path, split: str) -> None:
     records = read(shared_data / "e2e", DataConfig(), split=split)
     assert len(set(item_numbers(records.items))) == len(references(records)) == {"test": 630, "valid": 547}[split]

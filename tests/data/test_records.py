@@ -26,12 +26,12 @@ def failure(records, **config):
         ({"image": [[0, 1]], "label": "cat"}, "image", "an image", None),
     ],
 )
-def test_forms(fields, form, prompt, completion):
+def test_each_form_becomes_a_record(fields, form, prompt, completion):
     records = read([fields], DataConfig())
     assert (records.form, records.items[0].prompt, records.items[0].completion) == (form, prompt, completion)
 
 
-def test_context():
+def test_the_context_ends_before_the_last_answer():
     assert read([{"messages": [USER, ANSWER]}], DataConfig()).items[0].context == (Message("user", "u"),)
     record = read([{"instruction": "i", "input": "x", "output": "o"}], DataConfig()).items[0]
     assert record.conversation == (Message("user", "i\n\nx"), Message("assistant", "o"))
@@ -70,7 +70,7 @@ def test_bad_record_is_named(fields, words):
     assert all(w in message for w in words), message
 
 
-def test_unknown_and_ambiguous_fields():
+def test_unknown_and_ambiguous_fields_are_refused():
     message = failure([{"promt": "p", "answer": "a"}])
     assert "promt, answer" in message and "did you mean 'prompt'" in message and "instruction, output" in message
     message = failure([{"instruction": "i", "output": "o", "text": "t"}])
@@ -80,7 +80,7 @@ def test_unknown_and_ambiguous_fields():
     assert "records[0]" in failure([3])
 
 
-def test_prompts_alone():
+def test_prompts_alone_are_read_without_answers():
     found = read([{"prompt": "p"}], DataConfig(), completions=False)
     assert found.items[0].completion is None
     found = read([{"messages": [USER]}, {"messages": [USER, ANSWER]}], DataConfig(), completions=False)

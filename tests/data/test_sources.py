@@ -97,7 +97,7 @@ def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
         ("a.txt", b"hello", ["'.txt'", ".jsonl"]),
     ],
 )
-def test_damaged_files(tmp_path, name, content, words):
+def test_damaged_files_are_refused_with_the_reason(tmp_path, name, content, words):
     message = failure(write(tmp_path, name, content))
     assert all(w in message for w in words), message
 
@@ -108,7 +108,7 @@ def test_all_problems_are_counted_and_twenty_shown(tmp_path):
     assert "50 of 51" in message and "30 more" in message
 
 
-def test_parquet(tmp_path):
+def test_parquet_rows_are_read_by_number(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -117,7 +117,7 @@ def test_parquet(tmp_path):
     assert "train.parquet[1]" in message and "found null" in message
 
 
-def test_folder_of_splits(tmp_path):
+def test_a_folder_has_the_splits_of_its_files(tmp_path):
     for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dev.jsonl", "test.jsonl"):
         write(tmp_path, name, json.dumps(GOOD | {"prompt": name}))
     assert [r.prompt[:11] for r in read(tmp_path, DataConfig())] == ["train-00000", "train-00001"]
@@ -135,7 +135,7 @@ def test_all_counts_as_train_and_has_no_held_out_part(tmp_path):
     assert len(read(tmp_path, DataConfig())) == 1 and held_out_split(tmp_path) is None
 
 
-def test_what_is_not_there(tmp_path):
+def test_missing_sources_are_refused_with_the_nearest_name(tmp_path):
     write(tmp_path, "train.jsonl", LINE)
     assert "train.jsonl" in failure(tmp_path / "trian.jsonl")
     assert "not there either" in failure(tmp_path / "no" / "x.jsonl")
@@ -145,7 +145,7 @@ def test_what_is_not_there(tmp_path):
     assert "no data source" in failure(7)
 
 
-def test_datasets_in_memory():
+def test_datasets_in_memory_are_read_like_lists():
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([GOOD, GOOD])
     assert [r.place for r in read(data, DataConfig())] == ["records[0]", "records[1]"]

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 import deltaw
 from deltaw.cli.main import main
 from deltaw.errors import ConfigError, FileError
-from deltaw.files.compress import allocated, folder_bytes
+from deltaw.files.compress import Spectrum, allocated, folder_bytes
 from deltaw.files.formats import peft
-from deltaw.files.spectrum import Spectrum
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 
 

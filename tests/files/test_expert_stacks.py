@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import deltaw
 from deltaw.errors import FileError
 from tests.conftest import assert_same, snapshot
-from tests.files.test_peft_mixtures import model_of, peft, run
+from tests.files.test_pack import model_of, peft, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = {
@@ -62,7 +62,7 @@ def written(
 
 @pytest.mark.parametrize("router", [False, True])
 @pytest.mark.parametrize("kind", NAMES)
-def test_7_it_is_read_as_real_peft_reads_it(kind: str, router: bool, tmp_path: Path) -> None:
+def test_it_is_read_as_real_peft_reads_it(kind: str, router: bool, tmp_path: Path) -> None:
     folder = written(tmp_path / "a", kind, router=router)
     model = model_of(kind)
     plain, before = run(model), snapshot(model)

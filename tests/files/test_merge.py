@@ -16,8 +16,8 @@ import deltaw
 from deltaw.errors import FileError, MergeError
 from deltaw.files import merge
 from deltaw.files.formats import correction
+from deltaw.files.formats.locate import NotByFiles
 from deltaw.files.formats.safetensors import INDEX
-from deltaw.files.locate import NotByFiles
 from deltaw.files.verify import verify_merged
 from tests.conftest import MAKERS, fill
 
@@ -51,7 +51,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_11_a_merge_on_disk_is_the_merge_in_memory_bit_for_bit(
+def test_a_merge_on_disk_is_the_merge_in_memory_bit_for_bit(
     llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = checkpoint(llama_or_gpt2, dtype, tmp_path)
@@ -70,7 +70,7 @@ def test_11_a_merge_on_disk_is_the_merge_in_memory_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_4_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = checkpoint(llama_or_gpt2, dtype, tmp_path)
     done = merge.merge_files(folder / "base", folder / "adapter", folder / "merged", reversible=True)
     assert 0 < done.correction < done.bytes
@@ -80,7 +80,7 @@ def test_4_the_bases_bytes_come_back_from_disk(llama_or_gpt2: Any, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_11_doras_merge_on_disk_is_the_merge_in_memory(llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_doras_merge_on_disk_is_the_merge_in_memory(llama_or_gpt2: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = checkpoint(llama_or_gpt2, dtype, tmp_path, deltaw.DoRA(rank=4, alpha=6))
     merge.merge_files(folder / "base", folder / "adapter", folder / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
@@ -96,7 +96,7 @@ def test_11_doras_merge_on_disk_is_the_merge_in_memory(llama_or_gpt2: Any, dtype
 
 
 @pytest.mark.slow
-def test_4_smollm2_in_bfloat16_goes_through_disk_and_back(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_in_bfloat16_goes_through_disk_and_back(smollm2: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base", max_shard_size="100MB")
     fill(deltaw.attach(model, deltaw.LoRA(rank=8, alpha=20)), size=0.03)
@@ -281,7 +281,7 @@ def with_head(make: Any, dtype: torch.dtype, folder: Path, **settings: Any) -> A
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", ["5GB", "30KB"])
-def test_11_a_head_gets_a_tensor_of_its_own_and_the_bases_bytes_come_back(
+def test_a_head_gets_a_tensor_of_its_own_and_the_bases_bytes_come_back(
     llama_or_gpt2: Any, dtype: torch.dtype, size: str, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     model = with_head(llama_or_gpt2, dtype, tmp_path, max_shard_size=size)

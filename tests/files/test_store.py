@@ -1,8 +1,7 @@
-"""Save and load: PEFT both ways (invariant 7), refusals that leave everything as it was (12), the base's fingerprint."""
+"""Save and load: what is written and read back, and refusals that leave everything as it was."""
 
 import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import deltaw
 from deltaw import LoRA, attach, detach, load, save
-from deltaw.errors import AdapterError, BaseMismatch, ConfigError, FileError
+from deltaw.errors import AdapterError, ConfigError, FileError
 from deltaw.files.formats import peft as peft_files
-from deltaw.files.formats.peft_config import SETTINGS as SETTINGS_READ
-from deltaw.files.identity import base_fingerprint
+from deltaw.files.formats.peft.config import SETTINGS as SETTINGS_READ
 from deltaw.files.store import training_of
-from deltaw.model.record import named_parameters
 from deltaw.model.summary import updates
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_gpt2, tiny_llama
 
@@ -40,7 +37,7 @@ def twin(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_7_real_peft_reads_what_we_write(tiny: Any, ids: torch.Tensor, tmp_path: Path, method: str) -> None:
+def test_real_peft_reads_what_we_write(tiny: Any, ids: torch.Tensor, tmp_path: Path, method: str) -> None:
     plain = twin(tiny)
     fill(attach(tiny, METHODS[method]))
     expected = tiny(ids).logits
@@ -63,7 +60,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("config", list(PEFT_CONFIGS))
-def test_7_we_read_what_real_peft_writes(tiny: Any, ids: torch.Tensor, tmp_path: Path, config: str) -> None:
+def test_we_read_what_real_peft_writes(tiny: Any, ids: torch.Tensor, tmp_path: Path, config: str) -> None:
     plain = twin(tiny)
     theirs = peft.get_peft_model(tiny, peft.LoraConfig(task_type="CAUSAL_LM", **PEFT_CONFIGS[config])).eval()
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +157,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "alpha as text": {"lora_alpha": "16"}, "no rank": {"r": None}, "patterns as a list": {"alpha_pattern": ["q_proj"]},
     "pattern's value": {"alpha_pattern": {"q_proj": "8"}}, "broken pattern": {"rank_pattern": {"(q_proj": 4}},
     "not a number": {"lora_alpha": float("nan")}, "alpha zero": {"lora_alpha": 0}, "dropout as text": {"lora_dropout": "none"},
-    "rslora as text": {"use_rslora": "yes"},
+    "rslora as text": {"use_rslora": "yes"}, "alpha beyond floats": {"lora_alpha": 10**400}, "half a rank": {"r": 4.5},
 }  # fmt: skip
 CHANGES = {
     "truncated": "no sound safetensors file", "garbage": "no sound safetensors file", "empty config": "cannot be read as JSON",
@@ -172,15 +169,14 @@ CHANGES = {
     "alpha as text": "lora_alpha is '16'; it must be a number", "no rank": "r is None",
     "patterns as a list": "alpha_pattern is \\['q_proj'\\]; it must map", "pattern's value": "alpha_pattern\\['q_proj'\\] is '8'",
     "broken pattern": "'\\(q_proj', which is no regular expression", "not a number": "lora_alpha is nan",
+    "alpha beyond floats": "lora_alpha is 10+; it must be a number above 0", "half a rank": "r is 4.5; it must be a whole number above 0",
     "alpha zero": "lora_alpha is 0; it must be a number above 0", "dropout as text": "lora_dropout is 'none'",
     "rslora as text": "use_rslora is 'yes'", "rank zero": "they must be \\[r, k\\]", "training": "training settings",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_12_a_refused_file_leaves_the_model_as_it_was(
-    tiny: Any, ids: torch.Tensor, tmp_path: Path, change: str
-) -> None:
+def test_a_refused_file_leaves_the_model_as_it_was(tiny: Any, ids: torch.Tensor, tmp_path: Path, change: str) -> None:
     plain = twin(tiny)
     fill(attach(tiny, METHODS["plain"]))
     save(tiny, tmp_path / "a")
@@ -209,10 +205,10 @@ json_values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from([*SETTINGS_READ, "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
        "target_modules", "base_model_name_or_path"]), value=json_values)  # fmt: skip
-def test_12_any_setting_loads_or_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+def test_any_setting_loads_or_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     folder, model = tmp_path / "a", tiny_llama(layers=1)
     if not folder.is_dir():
         save(fill(attach(twin(model), METHODS["plain"])), folder)
@@ -269,176 +265,6 @@ def test_an_alpha_that_no_update_could_be_scaled_by_is_refused_before_training(a
     assert_same(model, before)
 
 
-def test_a_base_that_changes_while_attached_gets_another_fingerprint(tmp_path: Path) -> None:
-    model = fill(attach(tiny_llama(), METHODS["plain"]))
-    first = base_fingerprint(model)
-    deltaw.merge(model)
-    assert base_fingerprint(model) == first
-    deltaw.unmerge(model)
-    assert base_fingerprint(model) == first
-    with torch.no_grad():
-        model.model.norm.weight[0] += 1
-    assert base_fingerprint(model) != first
-
-
-@pytest.mark.parametrize("change", ["entry", "exchanged", "step", "memory"])
-def test_a_fingerprint_is_of_what_the_base_is_now(change: str, tmp_path: Path) -> None:
-    model = attach(tiny_llama(), METHODS["plain"])
-    fill(model)
-    save(model, tmp_path / "before")
-    weight = model.model.layers[1].mlp.up_proj.weight
-    if change == "entry":
-        weight.data[3, 4] += 1
-    if change == "exchanged":
-        weight.data[0, 0], weight.data[5, 7] = weight.data[5, 7].clone(), weight.data[0, 0].clone()
-    if change == "step":
-        weight.requires_grad_(True).grad = torch.ones_like(weight)
-        torch.optim.AdamW([weight], lr=0.1, fused=True).step()
-    if change == "memory":
-        weight.data = weight.data * 2
-    save(model, tmp_path / "after")
-    now = detach(copy.deepcopy(model))
-    load(now, tmp_path / "after")
-    for one in (model, now):
-        with pytest.raises(BaseMismatch):
-            load(one, tmp_path / "before", name="again")
-
-
-def test_what_takes_longer_than_reading_is_computed_once(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A base tensor is read for each file, and rounded to both narrower dtypes only when its values have changed."""
-    from deltaw.files import identity
-
-    genuine, rounded = identity.content_of, []
-
-    def counted(tensor: torch.Tensor, dtype: torch.dtype) -> Any:
-        rounded.append(tensor)
-        return genuine(tensor, dtype)
-
-    monkeypatch.setattr(identity, "content_of", counted)
-    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
-    count = len(rounded)
-    assert count == 2 * len(list(named_parameters(tiny)))
-    save(tiny, tmp_path / "b")
-    assert len(rounded) == count
-    detach(tiny)
-    for name in "xy":
-        load(tiny, tmp_path / "a", name=name)
-    assert len(rounded) == count
-    next(tiny.parameters()).data.add_(1.0)
-    with pytest.raises(BaseMismatch):
-        load(tiny, tmp_path / "a", name="z")
-    save(tiny, tmp_path / "c", name="x")
-    assert len(rounded) == count + 2
-
-
-def test_another_base_is_an_error_with_an_override(tmp_path: Path) -> None:
-    model = tiny_llama()
-    fill(attach(model, METHODS["plain"]))
-    save(model, tmp_path / "a")
-    other = detach(twin(model))
-    with torch.no_grad():
-        other.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
-    before = snapshot(other)
-    with pytest.raises(BaseMismatch, match="--any-base"):
-        load(other, tmp_path / "a")
-    assert_same(other, before)
-    load(other, tmp_path / "a", check_base=False)
-
-
-def _negated_off_a_sample(model: Any) -> None:
-    for p in model.parameters():
-        if p.ndim > 1:
-            flat = p.view(-1)
-            step = max(1, flat.numel() // 1024)
-            kept = flat[::step].clone()
-            flat.neg_()[::step] = kept
-
-
-def _reordered(model: Any) -> None:
-    W = next(p for n, p in model.named_parameters() if "q_proj" in n or "c_attn" in n)
-    order = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(0))
-    W.copy_(W.flatten()[order].view_as(W))
-
-
-def _two_layers_exchanged(model: Any) -> None:
-    one, other = (p for n, p in model.named_parameters() if n.endswith(("q_proj.weight", "attn.c_attn.weight")))
-    kept = one.clone()
-    one.copy_(other)
-    other.copy_(kept)
-
-
-@pytest.mark.parametrize("change", [_negated_off_a_sample, _reordered, _two_layers_exchanged])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_other_base_passes_as_this_one_in_another_precision(
-    tiny: Any, dtype: torch.dtype, change: Any, tmp_path: Path
-) -> None:
-    other = twin(tiny)
-    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
-    with torch.no_grad():
-        change(other)
-    other.to(dtype)
-    before = snapshot(other)
-    with pytest.raises(BaseMismatch):
-        load(other, tmp_path / "a")
-    assert_same(other, before)
-
-
-def test_a_fingerprint_of_an_older_version_is_a_warning(
-    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain = twin(tiny)
-    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
-    weights = tmp_path / "a" / "adapter_model.safetensors"
-    old = ":".join(["0123456789abcdef" * 2] * 3)
-    save_file(load_file(weights), weights, metadata={"deltaw_format": "1", "deltaw_base": old, "deltaw_w0": old})
-    load(plain, tmp_path / "a")
-    assert "older version" in caplog.text
-    save_file(load_file(weights), weights, metadata={"deltaw_format": "1", "deltaw_base": "2:damaged"})
-    with pytest.raises(FileError, match="damaged"):
-        load(plain, tmp_path / "a", name="b")
-
-
-def test_a_base_that_is_not_in_memory_is_not_checked(
-    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Some of it, as where a package keeps layers on disk."""
-    away = twin(tiny)
-    away.get_input_embeddings().to("meta")
-    save(fill(attach(tiny, METHODS["plain"])), tmp_path / "a")
-    load(away, tmp_path / "a")
-    assert "not in memory" in caplog.text
-    save(away, tmp_path / "b")
-    file = peft_files.read(tmp_path / "b")
-    assert peft_files.BASE not in file.metadata and "names no base" in caplog.text
-    assert all(torch.equal(A, peft_files.read(tmp_path / "a").factors[n][0]) for n, (A, _) in file.factors.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", list(MAKERS))
-def test_the_same_base_in_another_precision_is_recognised(
-    kind: str, dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = MAKERS[kind]()
-    cast = twin(model).to(dtype)
-    fill(attach(model, METHODS["plain"]))
-    save(model, tmp_path / "a")
-    with caplog.at_level(logging.DEBUG, logger="deltaw"):
-        load(cast, tmp_path / "a")
-    assert "another precision" in caplog.text
-
-
-def test_a_file_without_a_fingerprint_is_a_warning(tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plain = twin(tiny)
-    fill(attach(tiny, METHODS["plain"]))
-    save(tiny, tmp_path / "a")
-    weights = tmp_path / "a" / "adapter_model.safetensors"
-    save_file(load_file(weights), weights)
-    load(plain, tmp_path / "a")
-    assert "has no fingerprint of its base" in caplog.text
-
-
 def test_what_must_not_be_saved_is_not_and_the_old_file_stays(tiny: Any, tmp_path: Path) -> None:
     fill(attach(tiny, METHODS["plain"]))
     save(tiny, tmp_path / "a")
@@ -464,7 +290,7 @@ def test_resized_vocabulary_round_trip(tmp_path: Path, ids: torch.Tensor) -> Non
 
 
 @pytest.mark.slow
-def test_7_on_the_real_smollm2_both_ways(smollm2: Path, tmp_path: Path) -> None:
+def test_on_the_real_smollm2_both_ways(smollm2: Path, tmp_path: Path) -> None:
     from deltaw.model.pretrained import load_pretrained
 
     loaded = load_pretrained(str(smollm2))

@@ -111,7 +111,7 @@ def test_on_disk_as_in_memory(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", PEFTS)
-def test_7_real_peft_and_we_agree(name: str, dora: bool, tmp_path: Path) -> None:
+def test_real_peft_and_we_agree(name: str, dora: bool, tmp_path: Path) -> None:
     import peft
 
     model, x = net(name)

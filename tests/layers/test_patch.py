@@ -84,7 +84,9 @@ def wavlm() -> Any:
     return hf.WavLMForCTC(config).eval()
 
 
-def test_7_peft_has_no_effect_where_nothing_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pefts_adapter_of_layers_that_nothing_calls_has_no_effect_here_either(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its wrapper adds in a forward that WavLM does not call; the biases of these layers are live."""
     import peft
 

@@ -1,4 +1,4 @@
-"""Linear layers in few bits, by the packages that make them: an update of one from attach to file and back; with real PEFT."""
+"""Quantised linear layers, by the packages that make them: an update of one from attach to file and back; with real PEFT."""
 
 import copy
 import importlib
@@ -42,7 +42,7 @@ def torchao() -> Any:
 
 
 def quantise(model: Any, form: str) -> Any:
-    """The model's dense layers but its head in few bits, frozen and in evaluation."""
+    """The model's dense layers but its head quantised, frozen and in evaluation."""
     if form.startswith("torchao"):
         ao = torchao()
         config = ao.Int8WeightOnlyConfig() if form == "torchao" else ao.Int8DynamicActivationInt8WeightConfig()
@@ -89,7 +89,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def contents(model: Any) -> list[torch.Tensor]:
-    """What the layers in few bits hold."""
+    """Return what the quantised layers hold."""
     return [t.clone() for _, m in base_modules(model) if (form := form_of(m)) for t in form.content(m)]
 
 
@@ -304,7 +304,7 @@ def test_copies_are_their_own(model: Any, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", PEFTS, indirect=False)
-def test_7_real_peft_and_we_agree(form: str, dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_real_peft_and_we_agree(form: str, dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
     import peft
     from transformers import BitsAndBytesConfig, TorchAoConfig
 

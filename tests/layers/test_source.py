@@ -1,4 +1,4 @@
-"""Layers that no training reaches: found in code, left out of what describes many, refused where they are named."""
+"""What the source of models says: layers that no training reaches are left out, and refused where they are named."""
 
 from __future__ import annotations
 

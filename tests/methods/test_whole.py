@@ -16,7 +16,7 @@ from deltaw.errors import BaseMismatch, FileError, MergeError
 from deltaw.methods.dora import DoRA
 from deltaw.model.summary import updates
 from tests.conftest import assert_same, bits, fill, snapshot, tiny_gpt2, tiny_llama
-from tests.files.test_peft_formats import tiny_bert
+from tests.files.conftest import tiny_bert
 
 WHOLE = {
     "head": LoRA(rank=4, alpha=10, targets="qv", whole="lm_head"),

@@ -100,7 +100,7 @@ def test_the_adapter_alone_knows_its_end(trained: Any) -> None:
     deltaw.load(model, folder / "run/adapter")
     assert deltaw.model.generate.generate(model, tokenizer, [prompt], GenerateConfig(max_new_tokens=40)) == ["all"]
     end = tokenizer.convert_tokens_to_ids(END)
-    assert peft.ends_of(deltaw.files.store.read(folder / "run/adapter"), folder) == (end,)
+    assert peft.ends_of(deltaw.files.store.read(folder / "run/adapter").metadata, folder) == (end,)
 
 
 @pytest.mark.parametrize("way", ["command", "memory"])
@@ -140,7 +140,7 @@ def with_end(folder: Path, *ends: int, name: str = "adapter", seed: int = 3, ran
 
 
 def ends_in(adapter: Path) -> tuple[int, ...]:
-    return peft.ends_of(peft.read(adapter), adapter)
+    return peft.ends_of(peft.read(adapter).metadata, adapter)
 
 
 @pytest.mark.parametrize("eos", [[2, 90], 2, None, "absent", "no file"])
@@ -148,7 +148,7 @@ def ends_in(adapter: Path) -> tuple[int, ...]:
 def test_a_merge_on_disk_extends_what_the_base_says_and_a_reversible_one_gives_it_back(
     eos: Any, reversible: bool, tmp_path: Path
 ) -> None:
-    adapter, path = with_end(tmp_path, 77, 90), tmp_path / "base" / model_folder.NAME
+    adapter, path = with_end(tmp_path, 77, 90), tmp_path / "base" / model_folder.GENERATION_CONFIG
     own = json.loads(path.read_text()) | {"temperature": 0.3, "do_sample": True, "eos_token_id": eos}
     if eos == "absent":
         del own["eos_token_id"]
@@ -165,7 +165,7 @@ def test_a_merge_on_disk_extends_what_the_base_says_and_a_reversible_one_gives_i
     if eos == "no file":
         path.unlink()
     deltaw.merge_files(tmp_path / "base", adapter, tmp_path / "m", reversible=reversible)
-    after = json.loads((tmp_path / "m" / model_folder.NAME).read_text())
+    after = json.loads((tmp_path / "m" / model_folder.GENERATION_CONFIG).read_text())
     assert after["eos_token_id"] == list(dict.fromkeys([*before, 77, 90]))
     if eos == "no file":
         assert after["bos_token_id"] == tiny_tokenizer().bos_token_id
@@ -173,7 +173,7 @@ def test_a_merge_on_disk_extends_what_the_base_says_and_a_reversible_one_gives_i
         assert after["temperature"] == 0.3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config.eos_token_id == after["eos_token_id"]
     deltaw.unmerge_files(tmp_path / "m", adapter, tmp_path / "back")
-    back = tmp_path / "back" / model_folder.NAME
+    back = tmp_path / "back" / model_folder.GENERATION_CONFIG
     if reversible:
         assert back.read_bytes() == path.read_bytes() if path.is_file() else not back.exists()
     else:
@@ -182,12 +182,12 @@ def test_a_merge_on_disk_extends_what_the_base_says_and_a_reversible_one_gives_i
 
 
 def test_a_merge_without_ends_leaves_the_file_alone(tmp_path: Path) -> None:
-    adapter, path = with_end(tmp_path), tmp_path / "base" / model_folder.NAME
+    adapter, path = with_end(tmp_path), tmp_path / "base" / model_folder.GENERATION_CONFIG
     deltaw.merge_files(tmp_path / "base", adapter, tmp_path / "m")
-    assert (tmp_path / "m" / model_folder.NAME).read_bytes() == path.read_bytes()
+    assert (tmp_path / "m" / model_folder.GENERATION_CONFIG).read_bytes() == path.read_bytes()
     with_end(tmp_path, 2, name="own")
     deltaw.merge_files(tmp_path / "base", tmp_path / "own", tmp_path / "n")
-    assert (tmp_path / "n" / model_folder.NAME).read_bytes() == path.read_bytes()
+    assert (tmp_path / "n" / model_folder.GENERATION_CONFIG).read_bytes() == path.read_bytes()
 
 
 def test_merges_in_memory_and_on_disk_write_the_same_end_tokens(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_merges_in_memory_and_on_disk_write_the_same_end_tokens(tmp_path: Path) 
     assert main([*words, str(tmp_path / "disk"), "--check", "off"]) == 0
     assert main([*words, str(tmp_path / "memory"), "--dtype", "float32"]) == 0
     for name in ("disk", "memory"):
-        assert json.loads((tmp_path / name / model_folder.NAME).read_text())["eos_token_id"] == [2, 77]
+        assert json.loads((tmp_path / name / model_folder.GENERATION_CONFIG).read_text())["eos_token_id"] == [2, 77]
 
 
 def test_what_is_made_of_adapters_carries_their_ends(tmp_path: Path) -> None:
@@ -303,13 +303,13 @@ def test_a_plain_run_teaches_the_eos_that_generation_config_lacks(trained: Any, 
     folder, result = trained
     shutil.copytree(folder / "base", tmp_path / "base")
     end, eos = (result.tokenizer.convert_tokens_to_ids(token) for token in (END, EOS))
-    path = tmp_path / "base" / model_folder.NAME
+    path = tmp_path / "base" / model_folder.GENERATION_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
     config = deltaw.TrainConfig(out=str(tmp_path / "run"), steps=2, samples=0)
     pairs = [{"prompt": "a", "completion": "all"}] * 4
     deltaw.train(str(tmp_path / "base"), pairs, config, method=deltaw.LoRA(rank=4, alpha=6))
     deltaw.merge_files(tmp_path / "base", tmp_path / "run/adapter", tmp_path / "m")
-    assert json.loads((tmp_path / "m" / model_folder.NAME).read_text())["eos_token_id"] == [end, eos]
+    assert json.loads((tmp_path / "m" / model_folder.GENERATION_CONFIG).read_text())["eos_token_id"] == [end, eos]
 
 
 def test_a_template_without_an_end_is_told_of_in_the_run(trained: Any, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from deltaw import LoRA, attach
 from deltaw.data import Batch, Example, collate
 from deltaw.model.summary import parameters
 from deltaw.training import head as head_module
-from deltaw.training.head import AfterHead, chunked_cross_entropy
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import MAKERS, fill, tiny_llama
 
@@ -119,38 +118,6 @@ def test_every_head_gives_the_values_and_gradients_of_the_models_own_logits(kind
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
-
-
-@pytest.mark.parametrize("chunk", [1, 40, 10_000])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("after", [AfterHead(), AfterHead(0.3), AfterHead(1.0, 2.0), AfterHead(1.7, 2.0)])
-def test_chunked_cross_entropy(chunk: int, bias: bool, after: AfterHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(head_module, "_CACHED_ELEMENTS", chunk)
-    torch.manual_seed(0)
-    hidden = torch.randn(9, 6, requires_grad=True)
-    weight, b = torch.randn(13, 6), torch.randn(13) if bias else None
-    targets = torch.randint(0, 13, (9,))
-    logits = after(torch.nn.functional.linear(hidden, weight, b))
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    found = chunked_cross_entropy(hidden, weight, b, targets, after)
-    torch.testing.assert_close(found, expected)
-    g = torch.randn(9)
-    torch.testing.assert_close(torch.autograd.grad(found, hidden, g)[0], torch.autograd.grad(expected, hidden, g)[0])
-    with torch.no_grad():
-        torch.testing.assert_close(chunked_cross_entropy(hidden, weight, b, targets, after), expected)
-
-
-def test_chunked_cross_entropy_of_a_bfloat16_head_is_that_of_its_logits_in_float32() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(9, 64).bfloat16().requires_grad_()
-    weight, targets = torch.randn(200, 64).bfloat16(), torch.randint(0, 200, (9,))
-    expected = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
-    found = chunked_cross_entropy(hidden, weight, None, targets)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
-    ours, theirs = (torch.autograd.grad(losses.sum(), hidden)[0].float() for losses in (found, expected))
-    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 def test_logits_never_exist_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

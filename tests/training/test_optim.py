@@ -1,4 +1,5 @@
-"""torch.optim's optimizers over flat buffers: the same steps as over A's and B's one by one."""
+"""torch.optim's optimizers over flat buffers take the steps that they would take over A's and B's one by one; and the learning rate
+over a run, by steps, and by the clock where that is further on."""
 
 import dataclasses
 import typing
@@ -13,6 +14,7 @@ from deltaw.config import Optimizer
 from deltaw.model.summary import parameters, updates
 from deltaw.training import optim
 from deltaw.training.flat import Flat
+from deltaw.training.optim import lr_factor
 from tests.conftest import fill, tiny_llama
 
 NAMES = typing.get_args(Optimizer)
@@ -86,3 +88,39 @@ def test_by_default_nothing_decays(ids: Tensor) -> None:
     with one_by_one(model) as flat:
         optim.make(flat, config).step()  # without any gradient
     assert all(torch.equal(p, before) for p, before in zip(parameters(model), start, strict=True))
+
+
+def factors(config: TrainConfig, steps: int, total: int, seconds_a_step: float = 0.0) -> list[float]:
+    return [lr_factor(config, step, total, step * seconds_a_step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("warmup", [4, 0.2])
+def test_warm_up_in_steps_or_as_a_share_then_linear_to_zero(warmup: float) -> None:
+    rates = factors(TrainConfig(warmup=warmup, schedule="linear"), 20, 20)
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *(1 - i / 16 for i in range(16))])
+
+
+def test_constant_and_cosine_after_warm_up() -> None:
+    assert factors(TrainConfig(warmup=0, schedule="constant"), 5, 5) == [1.0] * 5
+    rates = factors(TrainConfig(warmup=0, schedule="cosine"), 4, 4)
+    assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_clock_that_ends_long_before_the_steps_still_warms_up_and_goes_to_zero(schedule: Any) -> None:
+    config = TrainConfig(warmup=0.1, schedule=schedule, minutes=1)
+    rates = factors(config, 61, 100_000, seconds_a_step=1.0)
+    assert rates.index(max(rates)) == 6 and max(rates) == 1.0  # a tenth of the minute
+    assert rates[:7] == sorted(rates[:7]) and rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[-2] < 0.05 and rates[-1] == 0.0
+
+
+def test_a_clock_with_time_to_spare_changes_nothing() -> None:
+    steps = factors(TrainConfig(warmup=0.1), 50, 50)
+    assert factors(TrainConfig(warmup=0.1, minutes=60), 50, 50, seconds_a_step=0.5) == steps
+
+
+def test_steps_of_warm_up_know_no_clock() -> None:
+    rates = factors(TrainConfig(warmup=10, minutes=1, schedule="linear"), 12, 1000, seconds_a_step=3.0)
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[11] == pytest.approx(1 - 33 / 60)

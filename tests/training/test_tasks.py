@@ -204,7 +204,7 @@ def test_a_merged_classifier_is_scored_alike_by_plain_transformers(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_quantities(tmp_path: Path) -> None:
+def test_quantities_of_texts_are_learned_and_scored(tmp_path: Path) -> None:
     base = folder_of(TEXTS["bert"], tmp_path)
     chance = np.random.default_rng(0)
     counts = [int(n) for n in chance.integers(0, 4, 120)]
@@ -263,7 +263,7 @@ reads_pictures = pytest.mark.skipif(
 
 
 @reads_pictures
-def test_images(tmp_path: Path) -> None:
+def test_classes_of_images_are_learned_scored_and_merged(tmp_path: Path) -> None:
     processor = image_processor()
     make = lambda _: ViTForImageClassification(  # noqa: E731
         ViTConfig(image_size=16, patch_size=8, num_channels=3, **SIZE)
@@ -367,7 +367,7 @@ def test_a_models_own_head_is_kept_for_its_own_classes(tmp_path: Path) -> None:
     assert other.untrained == ("classifier",) and other.model.classifier.weight.shape == (2, 32)
 
 
-def test_which_task_it_is() -> None:
+def test_the_task_follows_from_records_and_model() -> None:
     def of(records: list[dict[str, Any]], config: Any = None, **settings: Any) -> tuple[str, Any]:
         data = recognised(DataConfig(**settings), read(records, DataConfig(**settings)), config)
         return data.task, data.labels
@@ -392,7 +392,7 @@ def test_which_task_it_is() -> None:
     )
 
 
-def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
+def test_records_that_fit_no_task_are_refused_with_what_to_do(tmp_path: Path) -> None:
     base = folder_of(TEXTS["bert"], tmp_path)
 
     def message(records: Any, **settings: Any) -> str:
@@ -404,7 +404,7 @@ def test_what_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
     same = [{"text": "t", "label": 1}] * 3
     assert "All labels of records in memory are '1': there is nothing to tell apart" in message(same)
     hidden = [{"text": "t", "label": i} for i in (0, 1, -1)]
-    assert "records[2], say" in message(hidden) and "-1" in message(hidden)
+    assert "for example records[2]" in message(hidden) and "-1" in message(hidden)
     assert "task classification learns from labelled records, and these are prompt records" in message(
         [{"prompt": "a", "completion": "b"}], task="classification"
     )
@@ -429,7 +429,7 @@ def test_csv_and_json_make_the_same_classes(tmp_path: Path) -> None:
     assert records.form == "labelled" and recognised(DataConfig(), records, None).labels == ["0", "1"]
 
 
-def test_long_texts(tmp_path: Path) -> None:
+def test_too_long_texts_are_cut_counted_or_refused(tmp_path: Path) -> None:
     base = folder_of(TEXTS["bert"], tmp_path)
     records = read(
         [{"text": "red " * 40, "text_pair": "blue " * 30, "label": i} for i in (0, 1)] + about(3)[:0], DataConfig()
@@ -449,7 +449,7 @@ def test_long_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["roberta", "gpt2", "llama"])
-def test_7_peft_and_we_agree_on_classifiers(name: str, tmp_path: Path) -> None:
+def test_peft_and_deltaw_agree_on_classifiers(name: str, tmp_path: Path) -> None:
     import peft
 
     base = folder_of(TEXTS[name], tmp_path)

@@ -44,10 +44,9 @@ def run(command: Inspect) -> None:
     """Run the command."""
     show.quiet_libraries()
     from deltaw.files.formats import method_file, peft
-    from deltaw.files.formats.peft_config import method_of
 
     folder = Path(command.adapter)
-    if method_of(folder):
+    if peft.method_of(folder):
         _show_method(method_file.read(folder), folder, command)
         return
     file = peft.read(folder, of_model=True)
@@ -61,7 +60,7 @@ def run(command: Inspect) -> None:
             "layers": layers,
             "besides": shapes,
             "bytes": size,
-            "config": file.config,
+            "config": dict(file.config.settings),
             "metadata": file.metadata,
         }
         print(json.dumps(contents, indent=1))
@@ -71,7 +70,7 @@ def run(command: Inspect) -> None:
         "ranks": ", ".join(str(r) for r in sorted({row.rank for row in rows})),
         "parameters": f"{sum(row.parameters for row in rows) + sum(t.numel() for t in besides.values()):,}",
         "size": units.size(size),
-        "base": str(file.config.get("base_model_name_or_path") or "not named"),
+        "base": str(file.config.base_model_name_or_path or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }
@@ -105,7 +104,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
         **{key: str(value) for key, value in settings.items() if len(str(value)) < 100},
         "parameters": f"{sum(t.numel() for t in file.tensors.values()):,}",
         "size": units.size(size),
-        "base": str(file.config.get("base_model_name_or_path") or "not named"),
+        "base": str(file.config.base_model_name_or_path or "not named"),
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }
@@ -118,7 +117,7 @@ def _ends(file: LoRAFile | MethodFile, folder: Path) -> dict[str, str]:
     """The end tokens of the adapter's training; empty where its files have none."""
     from deltaw.files.formats import peft
 
-    ends = peft.ends_of(file, folder)
+    ends = peft.ends_of(file.metadata, folder)
     return {"end tokens": ", ".join(map(str, ends))} if ends else {}
 
 

@@ -64,7 +64,7 @@ def new_folder(name: str, overwrite: bool) -> Path:
 
 
 def _merge(command: Merge, out: Path) -> _Merged:
-    from deltaw.files.locate import NotByFiles
+    from deltaw.files.formats.locate import NotByFiles
 
     folder = _checkpoint(command)
     if folder is not None:

@@ -41,7 +41,7 @@ class Item:
     """A record as a model takes it, with its target."""
 
     inputs: Mapping[str, Input]
-    """By the model's own names: a list of whole numbers for each token, or an array."""
+    """The model's names of its inputs → a number for each token, or an array."""
     target: int | float | list[int] | None
     place: str
 

@@ -1,25 +1,31 @@
-"""Adapters of other formats ↔ PEFT's folder: loralib's checkpoints, and llama.cpp's GGUF files by the names of a base's
-layers."""
+"""Adapters of other formats ↔ PEFT's folder.
+
+These are loralib's checkpoints, and llama.cpp's GGUF files by the names of a base's layers.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import ConfigError, FileError
-from deltaw.files.formats import loralib, peft
+from deltaw.files.formats import gguf, loralib, peft
 from deltaw.files.formats.atomic import replacing
-from deltaw.files.formats.gguf import GGUFLoRA, package, read, write
-from deltaw.files.formats.peft import SLICES, LoRAFile
-from deltaw.files.formats.peft_config import config_for
+from deltaw.files.formats.gguf import GGUFLoRA
+from deltaw.files.formats.peft import LoRAFile, config_for
+from deltaw.files.formats.peft.metadata import SLICES, slices_of
+from deltaw.files.formats.peft.ranks import commonest
 from deltaw.layers.kinds import Runs, kind_of
 from deltaw.layers.names import found_as
 from deltaw.methods.updates.lowrank import sliced_rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _LORALIB = (".pt", ".bin", ".ckpt", ".pth")
 _ORIGIN = "deltaw_converted_from"
@@ -41,17 +47,33 @@ def convert(
     parts: Sequence[str] = (),
     base: str | Path | nn.Module | None = None,
 ) -> Path:
-    """Write the adapter in `src` as `dst`, atomically. Returns `dst`.
+    """Write an adapter in another format, atomically. The names of `src` and `dst` say which.
 
-    From loralib's checkpoints (.pt, .bin or .ckpt) to a PEFT folder: they carry no α, so give `alpha`; and where their
-    merged layers have updates of some of query, key and value, which `parts` ("q", "v"; or "101", a digit a part). Heads and
-    biases in them become modules and biases that are trained whole. `base`, also as a model, says which layers embed tokens or
-    are convolutions; without it, embeddings are told by their names. Back from a PEFT folder to a checkpoint, for `alpha`
-    (default: the adapter's).
+    A loralib checkpoint (.pt, .bin, .ckpt, .pth) or a GGUF file (.gguf) becomes a PEFT folder, and back. Heads and biases in a
+    checkpoint become modules and biases that are trained whole.
 
-    From a GGUF file to a PEFT folder and back: `base` is the model folder or hub id whose config says how the layers are named.
+    Args:
+        src: the adapter.
+        dst: what to write.
+        alpha: α of a checkpoint. loralib's carry none, so to read one it is needed (default when writing: the adapter's).
+        parts: which of query, key and value the merged layers of a checkpoint have updates of, "q" and "v" for example, or
+            "101", a digit a part.
+        base: for GGUF, the model folder or hub id whose config says how layers are named. For loralib, also as a model, it says
+            which layers embed tokens or are convolutions; without it, embeddings are told by their names.
 
-    Raises FileError with everything wrong, ConfigError for settings that are missing; `dst` is then as it was."""
+    Returns:
+        `dst`.
+
+    Raises:
+        FileError: with everything wrong in the files; `dst` is then as it was.
+        ConfigError: for settings that are missing.
+
+    >>> import torch, deltaw
+    >>> torch.save({"q_proj.lora_A": torch.ones(2, 8), "q_proj.lora_B": torch.ones(8, 2)}, "loralib.pt")
+    >>> folder = deltaw.convert("loralib.pt", "converted", alpha=4)
+    >>> deltaw.spectrum(folder)["q_proj"].norm  # ‖ΔW‖, all of whose 64 entries are α/r·2 = 4
+    32.0
+    """
     src, dst = Path(src), Path(dst)
     if dst.suffix == ".gguf":
         return _to_gguf(src, dst, base)
@@ -70,49 +92,37 @@ def convert(
     return _from_loralib(src, dst, alpha, parts, base)
 
 
-def _write(
-    dst: Path,
-    factors: dict[str, tuple[Tensor, Tensor]],
-    scales: dict[str, float],
-    origin: str,
-    ends: Sequence[int] = (),
-) -> Path:
-    metadata = {_ORIGIN: origin} | ({peft.ENDS: json.dumps(list(ends))} if ends else {})
-    return peft.write(dst, LoRAFile(factors, scales, _config(factors, scales), metadata))
-
-
-def _config(factors: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float], **others: Any) -> dict[str, Any]:
-    ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
-    settings: dict[str, Any] = {"task": None, **others}
-    return config_for(
-        ranks, scales, target_modules=sorted(factors), dropout=0.0, rank_stabilised=False, transposed=False, base=None, **settings
-    )  # fmt: skip
-
-
 # --- loralib ----------------------------------------------------------------------------------------------------
 
 
 def _from_loralib(
     src: Path, dst: Path, alpha: float | None, parts: Sequence[str], base: str | Path | nn.Module | None
 ) -> Path:
-    layers = None if base is None else _layers(base)
-    found = loralib.read(src, alpha=alpha, parts=parts, layers=layers)
-    modules, bias, task = _trained_whole(found)
-    metadata = {_ORIGIN: "loralib"} | ({SLICES: json.dumps(found.slices)} if found.slices else {})
-    config = _config(found.factors, found.scales, task=task, bias=bias, modules_to_save=modules or None)
+    """Write loralib's checkpoint as a PEFT folder."""
+    checkpoint = loralib.read(src, alpha=alpha, parts=parts, layers=None if base is None else _layers(base))
+    modules, bias, task = _trained_whole(checkpoint)
+    factors, scales = checkpoint.factors, checkpoint.scales
+    ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
     file = LoRAFile(
-        found.factors, found.scales, config, metadata, embeddings=frozenset(found.embeddings), kernels=found.kernels,
-        whole=found.whole,
-    )  # fmt: skip
+        factors,
+        scales,
+        config_for(
+            ranks, scales, target_modules=sorted(factors), task=task, bias=bias, modules_to_save=modules or None
+        ),
+        {_ORIGIN: "loralib"} | ({SLICES: json.dumps(checkpoint.slices)} if checkpoint.slices else {}),
+        embeddings=frozenset(checkpoint.embeddings),
+        kernels=checkpoint.kernels,
+        whole=checkpoint.whole,
+    )
     return peft.write(dst, file)
 
 
-def _trained_whole(found: loralib.Checkpoint) -> tuple[list[str], str, str | None]:
-    """The modules that PEFT is to copy, which biases train, and PEFT's name of the task, where the head tells it."""
-    weighted = {name.rpartition(".")[0] for name in found.whole if not name.endswith(".bias")}
-    biased = {name.rpartition(".")[0] for name in found.whole if name.endswith(".bias")}
+def _trained_whole(checkpoint: loralib.Checkpoint) -> tuple[list[str], str, str | None]:
+    """Return the modules that PEFT is to copy, which biases train, and PEFT's name of the task, where the head tells it."""
+    weighted = {name.rpartition(".")[0] for name in checkpoint.whole if not name.endswith(".bias")}
+    biased = {name.rpartition(".")[0] for name in checkpoint.whole if name.endswith(".bias")}
     alone = biased - weighted
-    bias = "none" if not alone else "lora_only" if alone <= found.factors.keys() else "all"
+    bias = "none" if not alone else "lora_only" if alone <= checkpoint.factors.keys() else "all"
     roots = {module.split(".")[0] for module in weighted} & {*_HEADS}
     heads = {module for module in weighted if module.split(".")[0] in roots}
     # PEFT copies a classifier as one module, all of whose parameters must then be in the file
@@ -122,40 +132,42 @@ def _trained_whole(found: loralib.Checkpoint) -> tuple[list[str], str, str | Non
 
 
 def _layers(base: str | Path | nn.Module) -> loralib.Layers:
-    """The layers of a base."""
-    model: Any = base if isinstance(base, nn.Module) else _without_weights(base)
-    named = {n: m for n, m in model.named_modules() if isinstance(m._parameters.get("weight"), Tensor)}
-    embeddings = frozenset(n for n, m in named.items() if isinstance(m, nn.Embedding))
-    shapes = {n: tuple(m.weight.shape) for n, m in named.items()}
-    conv1d = {n for n, m in named.items() if type(m).__name__ == "Conv1D"}
-    return loralib.Layers({n: shape[::-1] if n in conv1d else shape for n, shape in shapes.items()}, embeddings)
+    """Return what is known of a base's layers."""
+    model = base if isinstance(base, nn.Module) else _without_weights(base)
+    weights = {n: (m, w) for n, m in model.named_modules() if (w := m._parameters.get("weight")) is not None}
+    embeddings = frozenset(n for n, (m, _) in weights.items() if isinstance(m, nn.Embedding))
+    shapes = {
+        n: tuple(w.shape)[::-1] if type(m).__name__ == "Conv1D" else tuple(w.shape) for n, (m, w) in weights.items()
+    }
+    return loralib.Layers(shapes, embeddings)
 
 
-def _without_weights(base: str | Path) -> Any:
-    """The model that a config describes; no weight is read."""
+def _without_weights(base: str | Path, *, causal: bool = False) -> nn.Module:
+    """Return the model that a config describes, as a causal one or by its own class; no weight is read."""
     import transformers
 
     config = _base_config(base)
-    name = (getattr(config, "architectures", None) or [""])[0]
-    kind = getattr(transformers, name, None)
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    make: Callable[[PretrainedConfig], nn.Module] = auto.from_config if causal or named is None else named
     with torch.device("meta"):
-        return transformers.AutoModel.from_config(config) if kind is None else kind(config)
+        return make(config)
 
 
 def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
-    """A checkpoint that loralib's layers load, of ranks as they are, for one α. Where a layer's scale is another one than α/r,
-    its B carries the difference."""
+    """Write a checkpoint that loralib's layers load, of ranks as they are, for one α.
+
+    Where a layer's scale is another one than α/r, its B carries the difference.
+    """
     file, problems = peft.read(src), list[str]()
     problems += [f"{layer}: DoRA's magnitude" for layer in file.magnitudes]
     problems += [f"{layer}: rows of some tokens" for layer in file.rows]
     problems += [f"{layer}: a bias that its base has none of" for layer in file.biases]
     problems += [f"{layer}: a convolution, of another form there" for layer in file.kernels]
-    problems += [
-        f"{layer}: a stack of matrices" for layer in file.factors if file.rank(layer) != len(file.factors[layer][0])
-    ]
+    problems += [f"{layer}: a stack of matrices" for layer in file.factors if file.is_stack(layer)]
     if problems:
         raise FileError(f"loralib has no form for what is in {src}:", problems)
-    slices, chosen = peft.slices_of(file), alpha_for_loralib(file) if alpha is None else alpha
+    slices, chosen = slices_of(file.metadata), alpha_for_loralib(file) if alpha is None else alpha
     state: dict[str, Tensor] = dict(file.whole)
     for layer, (A, B) in file.factors.items():
         merged = _merged_rows(B, slices[layer]) if layer in slices else None
@@ -169,16 +181,16 @@ def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
 
 
 def alpha_for_loralib(file: LoRAFile) -> float:
-    """The α that most layers have there, where a merged layer's r is that of one of its parts."""
-    slices = peft.slices_of(file)
+    """Return the α that most layers have in a checkpoint, where a merged layer's r is that of one of its parts."""
+    slices = slices_of(file.metadata)
     ranks = {layer: len(A) // max(1, len(slices.get(layer, {}))) for layer, (A, _) in file.factors.items()}
     alphas = [round(file.scales[layer] * r, 9) for layer, r in ranks.items()]
-    return max(dict.fromkeys(alphas), key=alphas.count)
+    return commonest(alphas, 1.0)
 
 
 def _merged_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
-    """A MergedLinear's B [d/parts·n, r] of slices that are its parts, in order; None for others."""
-    runs = [own[0] for own in slices.values() if len(own) == 1]
+    """Return a MergedLinear's B [d/parts·n, r] of slices that are its parts, in order; None for others."""
+    runs = [of_slice[0] for of_slice in slices.values() if len(of_slice) == 1]
     height = runs[0][1] - runs[0][0] if runs else 0
     even = height and all(b - a == height and a % height == 0 for a, b in runs) and B.shape[0] % height == 0
     if len(runs) != len(slices) or not even or runs != sorted(runs):
@@ -190,47 +202,57 @@ def _merged_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
 
 
 def _to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
+    """Write a PEFT folder as a GGUF file."""
     file = peft.read(src)
     if others := file.beyond():
         raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)
-    arch, names, reorder = _names(base or file.config.get("base_model_name_or_path"))
+    arch, names, reorder = _names(base or file.config.base_model_name_or_path)
     layers = {layer: found_as(layer, names, {}) for layer in file.factors}
     unknown = [layer for layer, name in layers.items() if name is None]
     if unknown:
         raise FileError(f"llama.cpp has no tensor for these layers of {src}:", unknown)
-    theirs = {layer: names[name] for layer, name in layers.items() if name is not None}
-    factors = {theirs[n]: (A, reorder(theirs[n], B, False)) for n, (A, B) in file.factors.items()}
-    scales = {theirs[n]: scale for n, scale in file.scales.items()}
-    write(dst, GGUFLoRA(arch, factors, scales, peft.ends_of(file, src)))
+    tensors = {layer: names[name] for layer, name in layers.items() if name is not None}
+    factors = {tensors[n]: (A, reorder(tensors[n], B, False)) for n, (A, B) in file.factors.items()}
+    scales = {tensors[n]: scale for n, scale in file.scales.items()}
+    gguf.write(dst, GGUFLoRA(arch, factors, scales, peft.ends_of(file.metadata, src)))
     return dst
 
 
 def _from_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
-    file = read(src)
+    """Write a GGUF file as a PEFT folder."""
+    file = gguf.read(src)
     arch, names, reorder = _names(base)
     if arch != file.arch:
         raise FileError(f"{src} is an adapter of the architecture {file.arch!r}, the base is of {arch!r}.")
-    layers = {theirs: own for own, theirs in names.items()}
+    layers = {tensor: layer for layer, tensor in names.items()}
     unknown = [name for name in file.factors if name not in layers]
     if unknown:
         raise FileError(f"The base has no layer for these tensors of {src}:", unknown)
     factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
-    return _write(dst, factors, {layers[n]: scale for n, scale in file.scales.items()}, "gguf", file.ends)
+    scales = {layers[n]: scale for n, scale in file.scales.items()}
+    ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
+    metadata = {_ORIGIN: "gguf"} | ({peft.ENDS: json.dumps(list(file.ends))} if file.ends else {})
+    return peft.write(
+        dst, LoRAFile(factors, scales, config_for(ranks, scales, target_modules=sorted(factors)), metadata)
+    )
 
 
 _Reorder = Callable[[str, Tensor, bool], Tensor]
+"""llama.cpp's name of a tensor, its B, and whether it goes from llama.cpp's order of rows to transformers' → B in that order."""
 
 
 def _names(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], _Reorder]:
-    """llama.cpp's architecture of a base; layer name → its tensor's name there; and what orders the rows of a tensor's B:
-    (name, B, from llama.cpp's order to transformers')."""
+    """Return llama.cpp's architecture of a base, layer name → its tensor's name there, and what orders the rows of a B.
+
+    Raises:
+        ConfigError: without a base.
+        FileError: for a base of another architecture than those that are known.
+    """
     if not base or isinstance(base, nn.Module):
         raise ConfigError(
             "Give the base (command line: --base), a model folder or hub id: its config says how layers are named."
         )
-    from transformers import AutoModelForCausalLM
-
-    gguf = package()
+    package = gguf.package()
     config = _base_config(base)
     if config.model_type not in _ARCHITECTURES:
         raise FileError(
@@ -238,36 +260,39 @@ def _names(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], _R
             "llama.cpp is known to store in this order."
         )
     arch, permuted = _ARCHITECTURES[config.model_type]
-    number = {name: value for value, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
-    table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    found = {
-        n: table.get_name(f"{n}.weight", try_suffixes=(".weight",))
-        for n, m in model.named_modules()
-        if kind_of(m) is not None
+    number = {name: value for value, name in package.MODEL_ARCH_NAMES.items()}[arch]
+    table = package.get_tensor_name_map(number, config.num_hidden_layers)
+    tensors = {
+        name: table.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        for name, module in _without_weights(base, causal=True).named_modules()
+        if kind_of(module) is not None
     }
     heads = {"attn_q.": config.num_attention_heads, "attn_k.": config.num_key_value_heads}
 
     def reorder(name: str, B: Tensor, back: bool) -> Tensor:
-        own = next((count for part, count in heads.items() if part in name), None) if permuted else None
-        return B if own is None else _halves(B, own, back)
+        count = next((count for part, count in heads.items() if part in name), None) if permuted else None
+        return B if count is None else _halves(B, count, back)
 
-    return arch, {n: name for n, name in found.items() if name is not None}, reorder
+    return arch, {name: tensor for name, tensor in tensors.items() if tensor is not None}, reorder
 
 
-def _base_config(base: str | Path) -> Any:
+def _base_config(base: str | Path) -> PretrainedConfig:
+    """Return the config of a model folder or hub id. Raises FileError."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(base))
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(base))
     except (OSError, ValueError) as error:
         raise FileError(f"{base} has no config that can be read: {error}") from error
+    return config
 
 
 def _halves(B: Tensor, heads: int, back: bool) -> Tensor:
-    """Rotary positions turn pairs of rows. transformers has the first of all pairs of a head before the second ones,
-    llama.cpp has each pair together."""
+    """Return B [d, r] with the rows of rotary pairs in llama.cpp's order, or `back` in transformers'.
+
+    Rotary positions turn pairs of rows. transformers has the first of all pairs of a head before the second ones, llama.cpp has
+    each pair together.
+    """
     pairs = B.shape[0] // heads // 2
     shape = (heads, pairs, 2, -1) if back else (heads, 2, pairs, -1)
     return B.reshape(shape).transpose(1, 2).reshape(B.shape)

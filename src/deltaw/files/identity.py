@@ -1,12 +1,13 @@
-"""The identity of the base under a model's adapters: hashes of its parameters as they are now. Each call reads them,
-since no count of changes sees all who write to a tensor. What takes longer is kept, by the hash of the values behind it.
+"""The identity of the base under a model's adapters: hashes of its parameters as they are now.
+
+Each call reads them, since no count of changes sees all who write to a tensor. What takes longer is cached, by the hash of the
+values behind it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,34 +23,41 @@ from deltaw.model.record import readers
 log = logging.getLogger("deltaw")
 
 
-_rounded: Any = WeakTensorKeyDictionary()
-"""Parameter → for each tensor that it is kept in, its `_Contents`, for as long as the parameter lives."""
-
-
 class _Contents:
-    """Hashes of one tensor's content, kept while a checksum of it stays the same."""
+    """Hashes of one tensor's content, cached while a checksum of it stays the same."""
 
     def __init__(self) -> None:
         self.stamp: Stamp | None = None
         self.hashes: dict[torch.dtype, bytes] = {}
 
     def read(self, values: Tensor) -> None:
-        """Look whether the values are still those that the hashes are of."""
+        """Drop the hashes if the values are others than those that they are of."""
         now = stamp(values)
         if now != self.stamp:
             self.stamp, self.hashes = now, {values.dtype: now.checksum} if now.by == "host" else {}
 
     def of(self, values: Tensor, dtype: torch.dtype) -> bytes:
-        """The hash of the values that were read, rounded to `dtype`."""
+        """Return the hash of the values that were read, rounded to `dtype`."""
         if dtype not in self.hashes:
             self.hashes[dtype] = content_of(values, dtype)
         return self.hashes[dtype]
 
 
+_contents: MutableMapping[nn.Parameter, list[_Contents]] = WeakTensorKeyDictionary()
+"""Parameter → the cached hashes of each tensor that it is kept in, for as long as the parameter lives."""
+
+
 def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint | None:
-    """The fingerprint of the base as it was before attach; None where some of its values are nowhere in memory (meta tensors).
-    Left out are those that an adapter has values of its own for (`without`, by any of their names): a new head is another one
-    each time, a vocabulary may not have been resized yet."""
+    """Return the fingerprint of the base as it was before attach.
+
+    Args:
+        model: the base with its adapters.
+        without: parameters to leave out, by any of their names: those that an adapter has values of its own for. A new head is
+            another one each time, and a vocabulary may not have been resized yet.
+
+    Returns:
+        The fingerprint; None, which is logged, where some values are nowhere in memory (meta tensors).
+    """
     hashes = _hashes(model, FORMS, _base(model, without))
     if hashes is None:
         log.warning("Some weights of the base are not in memory: a file that is saved from it names no base.")
@@ -57,29 +65,31 @@ def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fing
 
 
 def base_hash(model: nn.Module, form: str, *, without: Collection[str] = ()) -> str | None:
-    """One hash of `base_fingerprint` alone."""
+    """Return one hash of `base_fingerprint` alone."""
     hashes = _hashes(model, (form,), _base(model, without))
     return None if hashes is None else hashes[0]
 
 
 def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint | None:
-    """The fingerprint of these parameters alone, in this order: what a checkpoint's files tell without the model."""
+    """Return the fingerprint of these parameters alone, in this order: what a checkpoint's files tell without the model."""
     tensors = {id(p): (name, p, tensor) for name, p, tensor in base_tensors(model)}
-    parameters = {name: parameter for parameter, own in readers(model).items() for name in own}
+    parameters = {alias: parameter for parameter, aliases in readers(model).items() for alias in aliases}
     hashes = _hashes(model, FORMS, (tensors[id(parameters[name])] for name in names))
     return None if hashes is None else Fingerprint(*hashes)
 
 
 _Named = Iterable[tuple[str, nn.Parameter, Tensor]]
+"""Name, parameter of the base, and its value before attach."""
 
 
 def _base(model: nn.Module, without: Collection[str]) -> _Named:
-    gone = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else ()
-    return ((name, p, tensor) for name, p, tensor in base_tensors(model) if id(p) not in gone)
+    """Yield the base's parameters but for those `without`."""
+    left_out = {id(p) for p, names in readers(model).items() if any(n in without for n in names)} if without else ()
+    return ((name, p, tensor) for name, p, tensor in base_tensors(model) if id(p) not in left_out)
 
 
 def _hashes(model: nn.Module, forms: Sequence[str], tensors: _Named) -> list[str] | None:
-    """The hashes of these forms; None where one needs values that are nowhere."""
+    """Return the hashes of these forms; None where one needs values that are nowhere in memory."""
     digests: dict[str, list[Digest]] = {form: [] for form in forms}
     by_values, owner = any(form != DTYPES for form in forms), owner_of(model)
     for name, parameter, tensor in tensors:
@@ -94,13 +104,13 @@ def _hashes(model: nn.Module, forms: Sequence[str], tensors: _Named) -> list[str
 
 
 def _parts(owner: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[tuple[Tensor, _Contents]]:
-    """The tensors that a parameter's values are kept in, each with its hashes: one, or of a quantised weight several."""
+    """Yield the tensors that a parameter's values are kept in, each with its hashes: one, or of a quantised weight several."""
     if tensor is not parameter:  # what it was before a merge
         yield tensor, _Contents()
         return
-    layer, own = place_of(owner, name)
-    quantised = in_few_bits(layer, own)
+    layer, own_name = place_of(owner, name)
+    quantised = in_few_bits(layer, own_name)
     parts = [tensor] if quantised is None else quantised.content(layer)
-    kept = _rounded.setdefault(parameter, [])
+    kept = _contents.setdefault(parameter, [])
     kept += [_Contents() for _ in parts[len(kept) :]]
     yield from zip(parts, kept, strict=False)

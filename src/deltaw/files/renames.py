@@ -1,4 +1,4 @@
-"""An adapter's file by the names of this model's layers.
+"""An adapter's file as this model means it: the names of its layers here, stacks for single experts, layers that PEFT has.
 
 Other versions of transformers and wrappers give layers other names; transformers 4 had single experts where there are stacks now.
 """
@@ -10,111 +10,138 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import FileError
 from deltaw.files.formats.method_file import MethodFile
-from deltaw.files.formats.peft import SLICES, LoRAFile, slices_of
-from deltaw.files.formats.peft_config import exactly
-from deltaw.files.formats.peft_keys import in_file
-from deltaw.layers.kinds import Weight, weights_of
+from deltaw.files.formats.peft.adapter import LoRAFile
+from deltaw.files.formats.peft.config import PeftConfig
+from deltaw.files.formats.peft.keys import in_file
+from deltaw.files.formats.peft.metadata import SLICES, slices_of
+from deltaw.files.formats.peft.ranks import exactly
+from deltaw.files.formats.peft.targets import is_all_linear, parameters_anywhere, saved_module
+from deltaw.layers.kinds import Conv1DKind, Weight, kind_of, weights_of
 from deltaw.layers.names import (
     common_prefix,
     found_as,
+    in_order,
     other_names,
     plain_names,
+    shown,
     unwrapped,
     unwrapped_pattern,
     without_peft_prefix,
 )
 from deltaw.layers.ops.merging import times
+from deltaw.layers.source import only_read
+from deltaw.layers.tree import owner_of
+from deltaw.methods.updates.base import own_tensor
 
 log = logging.getLogger("deltaw")
 
 T = TypeVar("T")
 
 
+# --- names ------------------------------------------------------------------------------------------------------
+
+
 def renamed(file: LoRAFile, known: Collection[str]) -> LoRAFile:
-    """The file with this model's names (`known`: of its modules) for those layers that go by another one here: without what
-    wrappers put into names, or by another version of transformers. It logs which. Raises FileError for two names of one."""
+    """Return the file with this model's names for the layers that go by others in it, and log them.
+
+    Args:
+        file: the adapter, by names of another version of transformers, or with what wrappers put into names.
+        known: the names of the model's modules.
+
+    Raises:
+        FileError: for two names of one layer.
+    """
     if not file.wrapped and all(layer in known for layer in file.factors) and not (file.whole or file.rows):
         return file
     names = [*file.factors, *file.rows, *(name.rpartition(".")[0] for name in file.whole)]
-    found = Renaming(known, file.wrapped, [name.partition(".base_layer")[0] for name in names])
-    module, parameter = found.module, found.parameter
-    made = replace(
-        file,
-        factors=_by(module, file.factors), scales=_by(module, file.scales), magnitudes=_by(module, file.magnitudes),
-        biases=_by(module, file.biases), rows=_by(module, file.rows), whole=_by(parameter, file.whole),
-        copies=_by(parameter, file.copies), originals=_by(parameter, file.originals),
-        embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels), metadata=_metadata(module, file),
-        wrapped=None, unclear=frozenset(map(module, file.unclear)),
-    )  # fmt: skip
-    found.log()
-    return made
+    renaming = Renaming(known, file.wrapped, [name.partition(".base_layer")[0] for name in names])
+    result = _with_names(file, renaming.module, renaming.parameter, _metadata(renaming.module, file))
+    renaming.log()
+    return replace(result, wrapped=None)
 
 
 def renamed_method(file: MethodFile, known: Collection[str]) -> MethodFile:
-    """`renamed`, of an adapter of another method: its tensors, and the layers that its settings name."""
-    found = Renaming(known, None, [])
+    """Do as `renamed` for an adapter of another method: rename its tensors, and the layers that its settings name."""
+    renaming = Renaming(known, None, [])
 
     def tensor(name: str) -> str:
         parts = name.split(".")
         for cut in range(len(parts) - 1, 0, -1):
-            if (new := found.known_as(".".join(parts[:cut]))) is not None:
+            if (new := renaming.known_as(".".join(parts[:cut]))) is not None:
                 return ".".join([new, *parts[cut:]])
         return name
 
-    def settings(value: Any) -> Any:
+    def settings(value: object) -> object:
         if isinstance(value, list):
             return [settings(inner) for inner in value]
-        return (found.known_as(value) if isinstance(value, str) and "." in value else None) or value
+        return (renaming.known_as(value) if isinstance(value, str) and "." in value else None) or value
 
-    made = replace(
-        file, tensors=_by(tensor, file.tensors), inputs=frozenset(found.known_as(n) or n for n in file.inputs),
+    result = replace(
+        file, tensors=_by(tensor, file.tensors), inputs=frozenset(renaming.known_as(n) or n for n in file.inputs),
         settings={key: settings(value) for key, value in file.settings.items()},
     )  # fmt: skip
-    found.log()
-    return made
+    renaming.log()
+    return result
 
 
 def plainly_named_method(file: MethodFile) -> MethodFile:
-    """`plainly_named`, of an adapter of another method."""
+    """Do as `plainly_named` for an adapter of another method."""
     return replace(
         file, tensors=_by(unwrapped, file.tensors), inputs=frozenset(map(unwrapped, file.inputs)),
-        settings=_without_wrappers(file.settings), config=_without_wrappers(file.config),
-        metadata=_without_wrappers(file.metadata),
+        settings=_plain_settings(file.settings), config=PeftConfig.of(_plain_settings(file.config.settings)),
+        metadata=_plain_texts(file.metadata),
     )  # fmt: skip
 
 
 def plainly_named(file: LoRAFile) -> LoRAFile:
-    """The file of a model that has wrappers inside, by the names that its modules have without them."""
+    """Return the file of a model that has wrappers inside, by the names that its modules have without them."""
     names = [*file.factors, *file.rows, *file.whole, *file.copies]
     if all(unwrapped(name) == name for name in names):
         return file
+    result = _with_names(file, unwrapped, unwrapped, _plain_texts(file.metadata))
+    return replace(result, config=PeftConfig.of(_plain_settings(file.config.settings)))
+
+
+def _with_names(
+    file: LoRAFile, module: Callable[[str], str], parameter: Callable[[str], str], metadata: dict[str, str]
+) -> LoRAFile:
+    """Return the file with other names of modules and of parameters. Raises FileError for names that become one."""
     return replace(
         file,
-        factors=_by(unwrapped, file.factors), scales=_by(unwrapped, file.scales), magnitudes=_by(unwrapped, file.magnitudes),
-        biases=_by(unwrapped, file.biases), rows=_by(unwrapped, file.rows), whole=_by(unwrapped, file.whole),
-        copies=_by(unwrapped, file.copies), embeddings=frozenset(map(unwrapped, file.embeddings)),
-        kernels=_by(unwrapped, file.kernels), config=_without_wrappers(file.config), metadata=_without_wrappers(file.metadata),
+        factors=_by(module, file.factors), scales=_by(module, file.scales), magnitudes=_by(module, file.magnitudes),
+        biases=_by(module, file.biases), rows=_by(module, file.rows), whole=_by(parameter, file.whole),
+        copies=_by(parameter, file.copies), originals=_by(parameter, file.originals),
+        embeddings=frozenset(map(module, file.embeddings)), kernels=_by(module, file.kernels), metadata=metadata,
+        unclear=frozenset(map(module, file.unclear)),
     )  # fmt: skip
 
 
-def _without_wrappers(value: Any) -> Any:
-    """Settings with names and patterns of names in them."""
+def _plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return settings without what wrappers put into names, and into patterns of names."""
+    return {unwrapped_pattern(key): _plain_value(value) for key, value in settings.items()}
+
+
+def _plain_value(value: object) -> object:
     if isinstance(value, Mapping):
-        return {_without_wrappers(key): _without_wrappers(inner) for key, inner in value.items()}
+        return _plain_settings(value)
     if isinstance(value, list):
-        return [_without_wrappers(inner) for inner in value]
+        return [_plain_value(inner) for inner in value]
     return unwrapped_pattern(value) if isinstance(value, str) else value
 
 
+def _plain_texts(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: unwrapped_pattern(text) for key, text in metadata.items()}
+
+
 class Renaming:
-    """This model's names (`known`) of the modules that a file names, and which of them are others."""
+    """This model's names (`known`) of the modules that a file names. It notes which of them are others, for `log`."""
 
     def __init__(self, known: Collection[str], wrapped: str | None, names: Sequence[str]) -> None:
         self.known, self.plain = known, plain_names(known)
@@ -123,7 +150,7 @@ class Renaming:
         self.outer = common_prefix(names, known, self.plain)
 
     def module(self, name: str) -> str:
-        """This model's name of a module, or of a part of PEFT's wrapper around one; the name itself where it has none."""
+        """Return this model's name of a module, or of a part of PEFT's wrapper around one; the name itself without one."""
         outer, inside, part = name.partition(".base_layer")
         new = self.known_as(outer)
         if new is None and not inside:  # a parameter that has no layer
@@ -132,23 +159,20 @@ class Renaming:
         return name if new is None else f"{new}{inside}{part}"
 
     def known_as(self, name: str) -> str | None:
-        """This model's name of a module; None where it has none."""
+        """Return this model's name of a module; None where it has none."""
         new = found_as(name.removeprefix(self.outer), self.known, self.plain)
         if new is not None:
             if new != name:
                 self.wrapped[name] = new
             return new
-        places = (
-            place
-            for other in other_names(unwrapped(name.removeprefix(self.outer)))
-            if (place := found_as(other, self.known, self.plain)) is not None
-        )
-        new = next(places, None)
+        others = other_names(unwrapped(name.removeprefix(self.outer)))
+        new = next((place for other in others if (place := found_as(other, self.known, self.plain)) is not None), None)
         if new is not None:
             self.other[name] = new
         return new
 
     def parameter(self, name: str) -> str:
+        """Return this model's name of a parameter."""
         layer, _, own_name = name.rpartition(".")
         return f"{self.module(layer)}.{own_name}"
 
@@ -163,20 +187,18 @@ class Renaming:
             old, new = next(iter(self.other.items()))
             log.warning(
                 "%d layers of the adapter have other names in this model: %s is %s here, for one.",
-                len(self.other),
-                old,
-                new,
-            )
+                len(self.other), old, new,
+            )  # fmt: skip
 
 
 def _metadata(module: Callable[[str], str], file: LoRAFile) -> dict[str, str]:
-    """With the names of the layers that have slices."""
-    slices = slices_of(file)
+    """Return the file's metadata with other names of the layers that have slices."""
+    slices = slices_of(file.metadata)
     return {**file.metadata, SLICES: json.dumps(_by(module, slices))} if slices else file.metadata
 
 
 def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:
-    """Values by new names. Raises FileError for names that become one."""
+    """Return values by new names. Raises FileError for names that become one."""
     names: dict[str, list[str]] = {}
     for name in values:
         names.setdefault(new(name), []).append(name)
@@ -188,10 +210,15 @@ def _by(new: Callable[[str], str], values: Mapping[str, T]) -> dict[str, T]:
     return {name: values[old[0]] for name, old in names.items()}
 
 
+# --- single experts ---------------------------------------------------------------------------------------------
+
 # A dense layer of one expert; Mixtral's w1, w3 and w2 are others' gate_proj, up_proj and down_proj
-_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<own>w1|w2|w3|gate_proj|up_proj|down_proj)")
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<layer>w1|w2|w3|gate_proj|up_proj|down_proj)")
 # Parameter of a stack → the layers of an expert whose rows it has, one below the other
 _PARTS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj": (("w2", "down_proj"),)}
+
+_Singles = dict[tuple[int, int], str]
+"""Number of an expert, place of a layer in the stack's rows → the layer's name in the file."""
 
 
 @dataclass(frozen=True)
@@ -199,17 +226,21 @@ class _Stack:
     """One stack's update."""
 
     pair: tuple[Tensor, Tensor]
-    """A and B, as files have them."""
+    """A [E·r, k] and B [d, r·E], as files have them."""
     scale: float
     rank: int
-    """Of each of its matrices."""
+    """r of each of its matrices."""
 
 
-def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
-    """The file with one update for each stack of experts that the model's `layers` have in place of single ones. A stack of two
-    layers' rows gets the rank of both together, as PEFT (0.21) makes it: A's one below the other, B's in blocks. Raises FileError
-    with every expert that is missing, or has another rank."""
-    single: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+def stacked(file: LoRAFile, layers: Mapping[str, nn.Module]) -> LoRAFile:
+    """Return the file with one update for each stack of experts that the model's `layers` have in place of single ones.
+
+    A stack of two layers' rows gets the rank of both together, as PEFT (0.21) makes it: A's one below the other, B's in blocks.
+
+    Raises:
+        FileError: with every expert that is missing, or has another rank.
+    """
+    single: dict[tuple[str, str], _Singles] = {}
     renaming = Renaming(layers, None, [])
     for layer in file.factors:
         match = _EXPERT.fullmatch(layer)
@@ -218,46 +249,45 @@ def stacked(file: LoRAFile, layers: Mapping[str, Any]) -> LoRAFile:
             continue
         for parameter, parts in _PARTS.items():
             for place, names in enumerate(parts):
-                if match["own"] in names:
+                if match["layer"] in names:
                     single.setdefault((module, parameter), {})[int(match["number"]), place] = layer
     if not single:
         return file
     problems: list[str] = []
-    made = {
-        f"{module}.{own}": _one(file, layers[module], own, those, problems) for (module, own), those in single.items()
+    stacks = {
+        f"{module}.{parameter}": _stack_of(file, len(own_tensor(layers[module], parameter)), parameter, names, problems)
+        for (module, parameter), names in single.items()
     }
     if problems:
         raise FileError("The adapter has updates of single experts that do not make up this model's stacks:", problems)
     renaming.log()
-    if file.config.get("use_rslora"):
+    if file.config.use_rslora:
         log.warning(
             "Single experts are read with the scale α/√r that rsLoRA trained them with; "
             "PEFT (0.21) would give their gate_up_proj √2 times that."
         )
-    gone = {name for those in single.values() for name in those.values()}
-    return _with(file, gone, {name: stack for name, stack in made.items() if stack is not None})
+    singles = {name for names in single.values() for name in names.values()}
+    return _with_stacks(file, singles, {name: stack for name, stack in stacks.items() if stack is not None})
 
 
 def _stack_for(name: str | None, layers: Mapping[str, nn.Module]) -> str | None:
-    """The name of a module, where that has experts in stacks."""
+    """Return the name of a module, where that has experts in stacks."""
     stacks = name is not None and set(_PARTS) <= set(weights_of(layers[name]))
     return name if name is not None and stacks and not Weight(layers[name], "down_proj").transposed else None
 
 
-def _one(
-    file: LoRAFile, module: Any, own: str, those: Mapping[tuple[int, int], str], problems: list[str]
-) -> _Stack | None:
-    """The update of one stack, n layers' rows below each other: A [E·n·r, k] and B [d, n·r·E], as files have them."""
-    first = next(iter(those.values()))
-    wanted = [(e, part) for e in range(len(module._parameters[own])) for part in range(len(_PARTS[own]))]
-    missing = [f"{first}: there is none of expert {e}, part {part}" for e, part in wanted if (e, part) not in those]
-    missing += [f"{name}: there is no expert {e}" for (e, part), name in those.items() if (e, part) not in wanted]
+def _stack_of(file: LoRAFile, E: int, parameter: str, names: _Singles, problems: list[str]) -> _Stack | None:
+    """Return the update of a stack of E matrices with n layers' rows each: A [E·n·r, k] and B [d, n·r·E], as files have them."""
+    first, n = next(iter(names.values())), len(_PARTS[parameter])
+    wanted = [(e, part) for e in range(E) for part in range(n)]
+    missing = [f"{first}: there is none of expert {e}, part {part}" for e, part in wanted if (e, part) not in names]
+    missing += [f"{name}: there is no expert {e}" for (e, part), name in names.items() if (e, part) not in wanted]
     beyond = [
-        f"{n}: DoRA's magnitude or a bias has no place in a stack"
-        for n in those.values()
-        if n in file.magnitudes | file.biases
+        f"{name}: DoRA's magnitude or a bias has no place in a stack"
+        for name in names.values()
+        if name in file.magnitudes or name in file.biases
     ]
-    shapes = {tuple(t.shape) for name in those.values() for t in file.factors[name]}
+    shapes = {tuple(t.shape) for name in names.values() for t in file.factors[name]}
     if len(shapes) > 2:
         missing.append(f"{first} and the other experts have A's and B's of different shapes ({sorted(shapes)})")
     problems += missing + beyond
@@ -265,18 +295,103 @@ def _one(
         return None
     scale = file.scales[first]
     As, Bs = [], []
-    for e in range(len(module._parameters[own])):
-        names = [those[e, part] for part in range(len(_PARTS[own]))]
-        As.append(torch.cat([file.factors[n][0] for n in names]))
-        Bs.append(torch.block_diag(*(times(file.factors[n][1], file.scales[n] / scale) for n in names)))
+    for e in range(E):
+        parts = [names[e, part] for part in range(n)]
+        As.append(torch.cat([file.factors[name][0] for name in parts]))
+        Bs.append(_diagonal([times(file.factors[name][1], file.scales[name] / scale) for name in parts]))
     return _Stack(in_file(torch.stack(As), torch.stack(Bs)), scale, rank=len(As[0]))
 
 
-def _with(file: LoRAFile, gone: set[str], made: Mapping[str, _Stack]) -> LoRAFile:
-    """The file with these updates in the place of those that are `gone`."""
-    factors = {n: pair for n, pair in file.factors.items() if n not in gone}
-    factors |= {n: stack.pair for n, stack in made.items()}
-    scales = {n: s for n, s in file.scales.items() if n not in gone} | {n: stack.scale for n, stack in made.items()}
-    ranks = {exactly(n): stack.rank for n, stack in made.items()}
-    config = file.config | {"rank_pattern": ranks | dict(file.config.get("rank_pattern") or {})}
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Return the matrix with these blocks along its diagonal, zero elsewhere."""
+    height, width = (sum(block.shape[side] for block in blocks) for side in (0, 1))
+    matrix, row, column = blocks[0].new_zeros(height, width), 0, 0
+    for block in blocks:
+        matrix[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return matrix
+
+
+def _with_stacks(file: LoRAFile, singles: set[str], stacks: Mapping[str, _Stack]) -> LoRAFile:
+    """Return the file with these stacks in place of the updates of single experts."""
+    factors = {n: pair for n, pair in file.factors.items() if n not in singles}
+    factors |= {n: stack.pair for n, stack in stacks.items()}
+    scales = {n: s for n, s in file.scales.items() if n not in singles} | {
+        n: stack.scale for n, stack in stacks.items()
+    }
+    ranks = {exactly(n): stack.rank for n, stack in stacks.items()}
+    config = file.config.changed(rank_pattern={**ranks, **file.config.rank_pattern})
     return replace(file, factors=factors, scales=scales, config=config)
+
+
+# --- what PEFT has on this model --------------------------------------------------------------------------------
+
+
+def as_meant(model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile) -> LoRAFile:
+    """Return the file without the layers that PEFT has no module for on this model, of those that it takes a model to tell.
+
+    They are logged.
+
+    Args:
+        model: the base.
+        layers: all of its modules by name.
+        file: the adapter, by the model's names.
+
+    Raises:
+        FileError: where none is left.
+    """
+    unmeant = in_order(
+        n for n in file.unclear & file.factors.keys() if not _is_among_all(owner_of(model), layers.get(n), file)
+    )
+    if not unmeant:
+        return file
+    setting = "target_modules 'all-linear'" if is_all_linear(file.config) else "target_parameters"
+    if len(unmeant) == len(file.factors):
+        raise FileError(f"The adapter's settings ({setting}) mean none of its layers on this model: {shown(unmeant)}.")
+    log.warning(
+        "%d layers of the adapter are left out, as PEFT leaves them out: on this model %s does not mean %s.",
+        len(unmeant), setting, shown(unmeant),
+    )  # fmt: skip
+
+    def kept(values: Mapping[str, T]) -> dict[str, T]:
+        return {n: v for n, v in values.items() if n not in unmeant and n.rpartition(".")[0] not in unmeant}
+
+    saved = {n: v for n, v in file.whole.items() if saved_module(n, file.config)}
+    return replace(
+        file, factors=kept(file.factors), scales=kept(file.scales), magnitudes=kept(file.magnitudes), biases=kept(file.biases),
+        copies=kept(file.copies), whole=kept(file.whole) | saved,
+    )  # fmt: skip
+
+
+def _is_among_all(model: nn.Module, layer: nn.Module | None, file: LoRAFile) -> bool:
+    """Return whether PEFT has a module for a layer of which its name does not tell it."""
+    if layer is None:  # which is another problem
+        return True
+    if not is_all_linear(file.config):
+        return not parameters_anywhere(file.config).isdisjoint(layer._parameters)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and file.config.task_type == "SEQ_CLS":
+        head = next((h for n in ("score", "classifier") if (h := getattr(model, n, None)) is not None), None)
+    return (isinstance(layer, nn.Linear) or isinstance(kind_of(layer), Conv1DKind)) and layer is not head
+
+
+def without_effect_in_peft(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Return whether PEFT does not compute with the update of this layer of a file.
+
+    That is so where the module around it only reads its weight. (PEFT calls an output projection inside its own wrapper of an
+    `nn.MultiheadAttention`, which has another name.)
+    """
+    outer, _, last = name.rpartition(".")
+    return outer in layers and only_read(layers[outer], last)
+
+
+def unlike_in_peft(layer: nn.Module) -> str | None:
+    """Say which settings of a convolution PEFT (0.21) leaves out of its update's own; None where it has all that matter."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    parts = []
+    if any(d > 1 and k > 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
+        parts.append(f"dilation {list(layer.dilation)}")
+    if layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice):
+        parts.append(f"padding mode {layer.padding_mode!r}")
+    return f"with {' and '.join(parts)}, which PEFT leaves out of its update's own convolution" if parts else None

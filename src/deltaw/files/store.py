@@ -1,4 +1,4 @@
-"""An attached adapter ↔ its folder: the glue between model/attach.py, which edits models, and files/, which knows none."""
+"""An attached adapter ↔ its folder: saved with all that PEFT or deltaw need of it, loaded and checked before a model changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,20 +16,23 @@ from deltaw.errors import FileError
 from deltaw.files import units
 from deltaw.files.formats import method_file, peft
 from deltaw.files.formats.method_file import MethodFile
-from deltaw.files.formats.model_folder import copy_files, differs, files_in
-from deltaw.files.formats.peft_config import method_of, saved_module
+from deltaw.files.formats.model_folder import copy_files, differs, files_in, has_vocabulary
+from deltaw.files.formats.peft import LoRAFile
+from deltaw.files.formats.peft.targets import saved_module
 from deltaw.files.identity import base_hash
-from deltaw.files.pack import as_file, as_method_file
-from deltaw.files.renames import plainly_named, plainly_named_method, renamed, renamed_method, stacked
-from deltaw.files.unpack import (
+from deltaw.files.other_methods import as_method_file, method_in, restored
+from deltaw.files.pack import as_file
+from deltaw.files.renames import (
     as_meant,
-    fitted,
-    method_in,
-    restored,
+    plainly_named,
+    plainly_named_method,
+    renamed,
+    renamed_method,
+    stacked,
     unlike_in_peft,
-    vocabulary,
     without_effect_in_peft,
 )
+from deltaw.files.unpack import fitted, vocabulary
 from deltaw.layers import tree
 from deltaw.layers.names import shown
 from deltaw.layers.ops.merging import delta_norm
@@ -44,30 +47,56 @@ from deltaw.model import record as live
 from deltaw.model.ends import say_without_generate, taught, teach
 from deltaw.model.inputs import vocabulary_size
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    Tokenizer = PreTrainedTokenizerBase | BaseImageProcessor
+
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
 
 
 log = logging.getLogger("deltaw")
 
-# A file that is smaller than this needs no explanation
+# A file that is smaller than this, in bytes, needs no explanation
 _SMALL = 10_000_000
 
 
+# --- saving -----------------------------------------------------------------------------------------------------
+
+
 def save(
-    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-    ends: Sequence[int] | None = None,
+    model: nn.Module, path: str | Path, *, name: str = "default", training: Mapping[str, object] | None = None,
+    tokenizer: Tokenizer | None = None, ends: Sequence[int] | None = None,
 ) -> Path:  # fmt: skip
-    """Write adapter `name` as a PEFT-format folder, atomically, and read it back. `training` is kept in its metadata, and so are
-    `ends`, the ids of the tokens that end what it was taught to say (default: those that are known of it), at which generation
-    and merged models stop. Of modules that are trained whole it logs when they make up most of a large file.
+    """Write an adapter as a PEFT-format folder, atomically, and read it back.
 
-    A `tokenizer` that has other tokens or another chat template than the base's goes into the folder, where `deltaw` and PEFT's
-    users look for it. An adapter that was loaded from a folder with a tokenizer takes that along.
+    Where modules that are trained whole make up most of a large file, that is logged.
 
-    Raises AdapterError for an unknown name, FileError when a value is not finite, A is all zero, or the file read back
-    differs; a folder that was at `path` is then still there.
+    Args:
+        model: a model with the adapter; it stays as it is. While it is merged, A and B are written all the same.
+        path: the folder; an adapter that was there is replaced.
+        name: the adapter's.
+        training: how it was trained, kept in the file's metadata (default: what the adapter was loaded with).
+        tokenizer: goes into the folder if it has other tokens or another chat template than the base's. PEFT's users and the
+            commands look for it there. Default: the one in the folder that the adapter was loaded from.
+        ends: ids of the tokens that end what it was taught to say, at which generation and merged models stop. Default: those
+            that are known of it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: for an unknown name, and for updates that PEFT's format has no place for.
+        FileError: when a value is not finite, A is all zero, or the file reads back differently. What was at `path` is then
+            still there.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> import deltaw
+    >>> model = AutoModelForCausalLM.from_pretrained("model")
+    >>> folder = deltaw.save(deltaw.attach(model, deltaw.LoRA(rank=4)), "saved")
+    >>> sorted(path.name for path in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     record = live.record_of(model)
     adapter = record.attached[live.known(record, name)]
@@ -77,10 +106,11 @@ def save(
         teach(model, name, ends)
     if known := taught(model, [name]):
         kept[peft.ENDS] = json.dumps(known)
+    beside = _tokenizer_writer(model, adapter, tokenizer)
     if not isinstance(adapter.method, LoRA):
         other = plainly_named_method(as_method_file(model, name))
         other.metadata.update(kept)
-        return method_file.write(Path(path), other, _tokenizer_writer(model, adapter, tokenizer))
+        return method_file.write(Path(path), other, beside)
     file = plainly_named(as_file(model, name))
     dead = [
         layer for layer, (A, B) in file.factors.items() if not A.any() and not (layer in file.embeddings and B.any())
@@ -89,18 +119,19 @@ def save(
         raise FileError("Not saved: A is all zero, so nothing could be learned, in", dead)
     file.metadata.update(kept)
     _say_what_peft_computes_otherwise(file, dict(tree.base_modules(model)))
-    written = peft.write(Path(path), file, _tokenizer_writer(model, adapter, tokenizer))
+    written = peft.write(Path(path), file, beside)
     _say_what_is_large(written, file)
     return written
 
 
-def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, nn.Module]) -> None:
+def _say_what_peft_computes_otherwise(file: LoRAFile, layers: Mapping[str, nn.Module]) -> None:
+    """Log the updates that do something else in PEFT, or nothing."""
     for layer, others in tree.names_of(layers).items():
         if layer in file.factors:
-            names = ", ".join(others)
             log.warning(
-                "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.", layer, names
-            )
+                "%s is one module (%s): PEFT adapts the calls by its first name alone, deltaw all.",
+                layer, ", ".join(others),
+            )  # fmt: skip
     if dead := [layer for layer in file.factors if without_effect_in_peft(layer, layers)]:
         log.warning(
             "PEFT does not compute with the updates of %s, which the modules around them only read; deltaw does.",
@@ -111,8 +142,8 @@ def _say_what_peft_computes_otherwise(file: peft.LoRAFile, layers: Mapping[str, 
             log.warning("%s is a convolution %s; deltaw has it there.", layer, why)
 
 
-def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) -> Callable[[Path], None]:
-    """What puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
+def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Tokenizer | None) -> Callable[[Path], None]:
+    """Return what puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
     origin = adapter.metadata.get("tokenizer") if tokenizer is None else None
     source = getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
 
@@ -121,21 +152,26 @@ def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Any) 
             log.warning("The tokenizer in %s is no longer there: %s is saved without one.", origin, folder.name)
         elif origin is not None and differs(origin, source):
             copy_files(origin, folder)
-        elif hasattr(tokenizer, "get_vocab") and differs(tokenizer, source):  # an image processor has no tokens
+        elif tokenizer is not None and has_vocabulary(tokenizer) and differs(tokenizer, source):
             tokenizer.save_pretrained(folder)
 
     return write
 
 
-def _say_what_is_large(path: Path, file: peft.LoRAFile) -> None:
+def _say_what_is_large(path: Path, file: LoRAFile) -> None:
+    """Log where most of a large file is modules that are trained whole."""
     whole = {name: value.numel() * value.element_size() for name, value in file.whole.items()}
     size = (path / peft.WEIGHTS).stat().st_size
     if size > _SMALL and sum(whole.values()) > size / 2:
         largest = max(whole, key=lambda name: whole[name])
         log.warning(
             "%s of the adapter's %s are parameters that are trained whole, most of all %s. Where only some tokens' rows matter, "
-            "LoRA(tokens=…) trains and stores those alone.", units.size(sum(whole.values())), units.size(size), largest,
+            "tokens (command line: --tokens) in place of whole trains and stores those alone.",
+            units.size(sum(whole.values())), units.size(size), largest,
         )  # fmt: skip
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -148,26 +184,45 @@ def load(
     dtype: torch.dtype | None = None,
     host: bool = False,
 ) -> str:
-    """Attach the adapter in folder `path`, not trainable, and make it active. Returns its name: `name`, or "default", or
-    the folder's name where that is taken.
+    """Attach the adapter in a folder, not trainable, and make it active.
 
-    Everything is checked before the model is touched. Raises FileError with all problems of the file, layers that the
-    model lacks (with the nearest names) and shapes that differ; BaseMismatch when the file says it belongs to other base
-    weights (`check_base=False` overrides). A file without a fingerprint (not ours) is a logged warning.
+    Everything is checked before the model is touched. A file without a fingerprint (not ours) is logged.
 
-    `dtype` stores A and B in that precision instead of the file's, bfloat16 say in half the bytes; what it costs is in
-    `summary(model).adapters[name].rounding`. Modules that the adapter has whole are kept in the base's dtype. With `host` the
-    adapter stays in host memory, and goes to its layers' device when it is used (`keep_on_device` limits how many are there).
+    Args:
+        model: the base, with or without adapters.
+        path: an adapter folder, deltaw's or PEFT's.
+        name: the adapter's name here (default: "default", or the folder's name where that is taken).
+        activate: make it the active adapter.
+        check_base: refuse an adapter of other base weights.
+        dtype: precision of A and B instead of the file's, for example bfloat16 in half the bytes. What it costs is in
+            `summary(model).adapters[name].rounding`. Modules that the adapter has whole are kept in the base's dtype.
+        host: keep the adapter in host memory; it goes to its layers' device when it is used (`keep_on_device` limits how many
+            are there).
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        FileError: with all problems of the file, layers that the model lacks (with the nearest names) and shapes that differ.
+        BaseMismatch: when the file says that it belongs to other base weights.
+        AdapterError: for a name that is taken.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> import deltaw
+    >>> model = AutoModelForCausalLM.from_pretrained("model")
+    >>> folder = deltaw.save(deltaw.attach(model, deltaw.LoRA(rank=4)), "to-load")
+    >>> deltaw.load(AutoModelForCausalLM.from_pretrained("model"), folder, name="mine")
+    'mine'
     """
     path = Path(path)
     return place(model, read(path), path, name=name, activate=activate, check_base=check_base, dtype=dtype, host=host)
 
 
 def place(
-    model: nn.Module, file: peft.LoRAFile | MethodFile, path: Path, *, name: str | None = None, activate: bool = True,
+    model: nn.Module, file: LoRAFile | MethodFile, path: Path, *, name: str | None = None, activate: bool = True,
     check_base: bool = True, dtype: torch.dtype | None = None, host: bool = False,
 ) -> str:  # fmt: skip
-    """`load`, of what was read from `path` before."""
+    """Do as `load` with what was read from `path` before."""
     layers = dict(tree.base_modules(model))
     file = named_for(model, file)
     taken = summary.adapters(model)
@@ -175,23 +230,24 @@ def place(
         name = "default" if "default" not in taken else path.name.replace(".", "_")
     live.check_free(model, name)
     if check_base:
-        peft.check_base(file, path, peft.BASE, partial(base_hash, model, without=file.replaced()))
+        hash_of, base = partial(base_hash, model, without=file.replaced()), file.config.base_model_name_or_path
+        peft.check_base(file.metadata, path, peft.BASE, hash_of, base)
     device = torch.device("cpu") if host else None
-    if isinstance(file, peft.LoRAFile):
+    if isinstance(file, LoRAFile):
         _check_names(file, layers, path)
-        updates, method = fitted(model, layers, file, path, device=device), _method(file)
+        updates = fitted(model, layers, file, path, device=device)
         _say_what_has_no_effect(file, layers, path)
     else:
-        updates, method = restored(model, file, path, device=device), method_in(file, path)
+        updates = restored(model, file, path, device=device)
+    method = _lora(file) if isinstance(file, LoRAFile) else method_in(file, path)
     training = _training(file, path)
     metadata: live.Notes = {"training": training} if training else {}
     if files_in(path):
         metadata["tokenizer"] = path
     if dtype is not None:
         metadata["rounding"] = _stored_as(updates, dtype)
-    plan = Plan(updates, layers=layers)
-    ends = peft.ends_of(file, path)
-    attach.apply_plan(model, plan, method, name=name, activate=False, metadata=metadata)
+    ends = peft.ends_of(file.metadata, path)
+    attach.apply_plan(model, Plan(updates, layers=layers), method, name=name, activate=False, metadata=metadata)
     teach(model, name, ends)
     say_without_generate(model, ends)
     record = live.record_of(model)
@@ -203,25 +259,27 @@ def place(
     return name
 
 
-def named_for(model: nn.Module, file: peft.LoRAFile | MethodFile) -> peft.LoRAFile | MethodFile:
-    """An adapter's file by this model's names, which it logs where they are others than the file's; without the layers that PEFT
-    has no modules for on this model."""
+def named_for(model: nn.Module, file: LoRAFile | MethodFile) -> LoRAFile | MethodFile:
+    """Return an adapter's file by this model's names, without the layers that PEFT has no modules for on this model.
+
+    Both are logged. Raises FileError for names that become one, and where no layer is left.
+    """
     known = dict(tree.base_modules(model))
-    if isinstance(file, peft.LoRAFile):
+    if isinstance(file, LoRAFile):
         return as_meant(model, known, renamed(stacked(file, known), known))
     return renamed_method(file, known)
 
 
-def tokens_with(model: Any, file: peft.LoRAFile | MethodFile) -> int:
-    """How many tokens the model has rows for with this adapter, whose names are the model's."""
-    if isinstance(file, peft.LoRAFile):
+def tokens_with(model: nn.Module, file: LoRAFile | MethodFile) -> int:
+    """Return how many tokens the model has rows for with this adapter, whose names are the model's."""
+    if isinstance(file, LoRAFile):
         return vocabulary(model, file)
     return vocabulary_size(model) or 0
 
 
-def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
-    """Raise FileError where PEFT adapts some calls of a module and deltaw would adapt all of them. A file of deltaw means all."""
-    if peft.is_ours(file.metadata):
+def _check_names(file: LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise FileError where PEFT adapts some calls of a module and deltaw would adapt all. A file of deltaw means all."""
+    if file.ours:
         return
     saved = [name.rpartition(".")[0] for name in file.whole if saved_module(name, file.config)]
     named = {*file.factors, *saved}
@@ -235,31 +293,27 @@ def _check_names(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Pat
         raise FileError(f"The adapter in {path} means another model than this; nothing was changed:", problems)
 
 
-def _say_what_has_no_effect(file: peft.LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
-    """Warn of an adapter that changes nothing, and of updates on modules that no forward calls."""
+def _say_what_has_no_effect(file: LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Log an adapter that changes nothing, and updates on modules that no forward calls."""
     if not file.changes_anything:
         log.warning(
             "The adapter in %s changes nothing: B is zero in all of its %d layers, as before the first step of a training.",
-            path,
-            len(file.factors),
-        )
-    silent = never_called(layers).intersection(file.factors)
-    if silent:
-        names = ", ".join(sorted(silent)[:5])
+            path, len(file.factors),
+        )  # fmt: skip
+    if silent := never_called(layers).intersection(file.factors):
         log.warning(
             "The adapter in %s has updates that change no output, since no forward calls their modules: %s.",
-            path,
-            names,
-        )
+            path, ", ".join(sorted(silent)[:5]),
+        )  # fmt: skip
 
 
-def read(path: Path) -> peft.LoRAFile | MethodFile:
-    """An adapter folder of any method. Raises FileError with every problem of the file itself."""
-    return peft.read(path, of_model=True) if method_of(path) is None else method_file.read(path)
+def read(path: Path) -> LoRAFile | MethodFile:
+    """Read an adapter folder of any method. Raises FileError with every problem of the file itself."""
+    return peft.read(path, of_model=True) if peft.method_of(path) is None else method_file.read(path)
 
 
 def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[nn.Parameter, torch.device]]:
-    """Each parameter of the updates, and the device that it is used on."""
+    """Yield each parameter of the updates, and the device that it is used on."""
     owner = tree.owner_of(model)
     for name, update in updates.items():
         device = next(owner.get_submodule(name).parameters()).device
@@ -268,22 +322,25 @@ def _devices(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[tuple[
 
 
 def training_of(path: str | Path) -> dict[str, Any]:
-    """What the adapter's file says about how it was trained (prompt template, data form …); empty for foreign files."""
+    """Return what the adapter's file says about how it was trained (prompt template, data form …); empty for foreign files.
+
+    Raises FileError for a file that cannot be read.
+    """
     return _training(read(Path(path)), Path(path))
 
 
-def _training(file: peft.LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
+def _training(file: LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.metadata.get(TRAINING, "{}"))
+        training = json.loads(file.metadata.get(TRAINING, "{}"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        training = None
+    if not isinstance(training, dict):
         raise FileError(f"{path}: the training settings in the metadata of {peft.WEIGHTS} are damaged.")
-    return found
+    return training
 
 
 def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
-    """Give A and B this dtype; ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
+    """Give A and B this dtype. Return ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers together."""
     error = total = 0.0
     for update in low_rank_parts(updates):
         A, B = update.A.detach(), update.B.detach()
@@ -295,16 +352,16 @@ def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:
     return (error / total) ** 0.5 if total else 0.0
 
 
-def _method(file: peft.LoRAFile) -> LoRA:
-    """The settings a file was made with, as far as it says them."""
+def _lora(file: LoRAFile) -> LoRA:
+    """Return the settings that a file was made with, as far as it says them."""
     config = file.config
-    made = LoRA(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
+    method = LoRA(
+        rank=config.r,
+        alpha=config.lora_alpha,
         targets={layer: file.rank(layer) for layer in file.factors},
-        dropout=float(config.get("lora_dropout") or 0.0),
-        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        dropout=config.lora_dropout,
+        scaling="alpha/sqrt(r)" if config.use_rslora else "alpha/r",
         whole=sorted({name.rsplit(".", 1)[0] for name in file.whole}),
         tokens=sorted({int(i) for indices, _ in file.rows.values() for i in indices}),
     )
-    return DoRA(**vars(made)) if file.magnitudes else made
+    return DoRA(**vars(method)) if file.magnitudes else method

@@ -1,4 +1,4 @@
-"""Amounts as people read and write them. Knows nothing else."""
+"""Amounts of bytes and time as people read and write them. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?\s*")
 
 
 def size(count: float) -> str:
-    """Bytes: 4.9 MB (powers of ten, as disks are sold and papers count)."""
+    """Return a number of bytes as a text such as 4.9 MB, in powers of ten, as disks are sold and papers count."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -20,7 +20,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 07 s or 4.2 s."""
+    """Return a time as a text such as 1 h 02 min, 3 min 07 s or 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -28,8 +28,11 @@ def duration(seconds: float) -> str:
 
 
 def parse_size(text: str, what: str) -> int:
-    """Bytes of "16GB", "16 GiB", "512M". Raises ConfigError, which names `what` was to be this size."""
-    found = _SIZE.fullmatch(text.upper())
-    if found is None or not float(found[1]):
+    """Return the bytes of a text such as "16GB", "16 GiB" or "512M".
+
+    Raises ConfigError, with `what` as the name of the setting.
+    """
+    match = _SIZE.fullmatch(text.upper())
+    if match is None or not float(match[1]):
         raise ConfigError(f"{what} is {text!r}; write an amount such as 16GB, 40GiB or 900MB.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """The kinds of layers, which pickles of version 0.1 and before name here."""
+    """Return a kind's class, which pickles of version 0.1 and before name here."""
     if name == "Kind" or name.endswith("Kind"):
         return getattr(importlib.import_module("deltaw.layers.kinds"), name)
     raise AttributeError(f"module 'deltaw.layers' has no attribute {name!r}")

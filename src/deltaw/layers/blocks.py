@@ -43,7 +43,7 @@ class Block:
         "__weakref__", "choice", "closed", "frame", "kept", "of", "pauses", "task", "thread", "token", "within",
     )  # fmt: skip
 
-    def __init__(self, of: Blocks, choice: Any, frame: FrameType | None, within: FrameType | None) -> None:
+    def __init__(self, of: Blocks, choice: object, frame: FrameType | None, within: FrameType | None) -> None:
         self.of = of
         self.choice = choice
         self.frame = frame
@@ -51,7 +51,7 @@ class Block:
         self.pauses = 0 if frame is None else frame.f_code.co_flags & _PAUSES
         self.thread, self.within = threading.get_ident(), within
         """The place that it was opened in: `within` is the outermost coroutine's frame."""
-        self.kept: dict[Any, Any] | None = None
+        self.kept: dict[tuple[str, int], Any] | None = None
         """Things that its passes keep until it is closed."""
         self.task = torch._C._current_graph_task_id()
         """Autograd's number of the backward pass that it was opened in, or −1."""
@@ -70,7 +70,7 @@ class Block:
             return False
         try:
             _context.reset(self.token)
-        except ValueError:  # made in another context
+        except ValueError:  # it is another context's token
             return False
         self.token = None
         return True
@@ -86,7 +86,7 @@ class Blocks:
         """A frame that can pause had one of them, ever."""
         self.lock = threading.RLock()  # a generator that is collected closes its block wherever memory is asked for
 
-    def enter(self, choice: Any) -> Block:
+    def enter(self, choice: object) -> Block:
         """Open a block for the code that called."""
         frame, within = _owner(sys._getframe(1))
         block = Block(self, choice, frame, within)
@@ -113,12 +113,12 @@ class Blocks:
         block.frame = block.within = None  # they hold the code's variables
 
     def here(self) -> Block | None:
-        """The block that the code that called is in. Raises AdapterError where that cannot be told."""
+        """Return the block that the calling code is in. Raises AdapterError where that cannot be told."""
         return self._find()[0] if self.of_frame or _context.get() else None
 
-    def choose(self, choice: Any) -> bool:
-        """Another choice in the block that this code is in; False where it is in none. A task or a thread that only has the
-        block from the one that started it chooses for itself."""
+    def choose(self, choice: object) -> bool:
+        """Set another choice in the block that this code is in; return False where it is in none. A task or a thread that only
+        has the block from the one that started it chooses for itself."""
         block, within = self._find()
         if block is None:
             return False
@@ -132,13 +132,13 @@ class Blocks:
                 self.open.add(copied)
         return True
 
-    def choices(self) -> list[Any]:
+    def choices(self) -> list[object]:
         """List the choices of all open blocks, whoever is in them."""
         with self.lock:
             return [block.choice for block in self.open]
 
     def _find(self) -> tuple[Block | None, FrameType | None]:
-        """The block that this code is in, and the outermost coroutine's frame around the code."""
+        """Return the block that this code is in, and the outermost coroutine's frame around the code."""
         frame: FrameType | None = sys._getframe(2)
         within = None
         while frame is not None and within is None:
@@ -151,16 +151,16 @@ class Blocks:
         return next(held, None), within
 
     def _of(self, frame: FrameType) -> Block | None:
-        """The innermost block that belongs to this frame. A task that has only begun runs on the stack of the one that
+        """Return the innermost block that belongs to this frame. A task that has only begun runs on the stack of the one that
         spawned it, but in a context of its own."""
-        own = self.of_frame.get(frame, ())
+        blocks = self.of_frame.get(frame, ())
         if frame.f_code.co_flags & _COROUTINE:
-            own = [block for block in own if block in _context.get()]
-        return own[-1] if own else None
+            blocks = [block for block in blocks if block in _context.get()]
+        return blocks[-1] if blocks else None
 
 
 def _blocks() -> tuple[Block, ...]:
-    """The blocks of this context, without its own that were closed in another one."""
+    """Return the blocks of this context, without those of its own that were closed in another one."""
     context = _context.get()
     over = [block for block in context if block.is_over()]
     if over:
@@ -188,7 +188,7 @@ def _holds(block: Block, within: FrameType | None) -> bool:
 
 
 def _owner(frame: FrameType | None) -> tuple[FrameType | None, FrameType | None]:
-    """The frame that a block opened in `frame` belongs to, and the outermost coroutine's around it."""
+    """Return the frame that a block opened in `frame` belongs to, and the outermost coroutine's around it."""
     owner = None
     while frame is not None:
         if _outermost(frame):

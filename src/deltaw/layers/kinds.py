@@ -122,8 +122,8 @@ class Conv1DKind(Kind):
 class EmbeddingKind(Kind):
     """`nn.Embedding`, a dense layer of one-hot vectors: k tokens, d dimensions, the weight stored [k, d].
 
-    The row of `padding_idx` takes no update, as it gets no gradient in PyTorch. Dropout zeroes a token's one entry, which is all of
-    its branch.
+    The row of `padding_idx` takes no update, as it gets no gradient in PyTorch. Dropout zeroes a token's one entry, which is
+    all of its branch.
     """
 
     layer_class = nn.Embedding

@@ -1,7 +1,8 @@
-"""Dotted names of layers: as people read them, and without what wrappers put into them.
+"""Dotted names of layers: as people read them, and without the parts that wrappers put into them.
 
-torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed put parts of their own into the names of modules. Knows names, no
-model.
+torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed put parts of their own into the names of modules.
+
+Knows names, no model.
 """
 
 from __future__ import annotations
@@ -12,34 +13,46 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def brief(names: Sequence[str]) -> dict[str, str]:
-    """Name → its last parts, as many as tell all of these apart, but no fewer than two."""
+    """Return name → its last parts, as many as tell all of these names apart, but no fewer than two.
+
+    >>> brief(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])["model.layers.1.mlp.up_proj"]
+    '1.mlp.up_proj'
+    """
     for count in range(2, 1 + max((name.count(".") for name in names), default=0)):
-        found = {name: ".".join(name.split(".")[-count:]) for name in names}
-        if len(set(found.values())) == len(set(names)):
-            return found
+        short = {name: ".".join(name.split(".")[-count:]) for name in names}
+        if len(set(short.values())) == len(set(names)):
+            return short
     return {name: name for name in names}
 
 
 def family(name: str) -> str:
-    """The name with its numbers as *: layers that differ only in their place in a stack share it."""
+    """Return the name with its numbers as *: layers that differ only in their place in a stack share it.
+
+    >>> family("model.layers.12.mlp.up_proj")
+    'model.layers.*.mlp.up_proj'
+    """
     return re.sub(r"\b\d+\b", "*", name)
 
 
 def by_family(names: Iterable[str]) -> dict[str, list[str]]:
-    """Layers that differ in their number alone, together, in the order of their numbers."""
-    found: dict[str, list[str]] = {}
+    """Return family → its names, those with a lower number first."""
+    families: dict[str, list[str]] = {}
     for name in in_order(names):
-        found.setdefault(family(name), []).append(name)
-    return found
+        families.setdefault(family(name), []).append(name)
+    return families
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sorted with numbers by their value: layer 2 before layer 10, which files have the other way round."""
+    """Return the names sorted with numbers by their value: layer 2 before layer 10, which files have the other way round."""
     return sorted(names, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")])
 
 
 def shown(names: Sequence[str], most: int = 3) -> str:
-    """The first of several names, and how many there are besides."""
+    """Return the first of several names as a text, and how many there are besides.
+
+    >>> shown(["q_proj", "k_proj", "v_proj"], most=2)
+    'q_proj, k_proj and 1 more'
+    """
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
@@ -63,35 +76,35 @@ RENAMES = (
 
 
 def other_names(name: str) -> list[str]:
-    """What this version of transformers may call a module that another version calls by this name."""
+    """Return the names that this version of transformers may have for a module that another version calls by this one."""
     others = [re.sub(f"^{old}", new, name) for old, new in RENAMES if re.match(old, name)]
     return [*others, name.replace(".block_sparse_moe.", ".mlp.")]  # Mixtral's, in transformers 4
 
 
 def without_peft_prefix(key: str) -> str:
-    """A key without `base_model.model.`, and without the wrappers around PEFT's model."""
+    """Return a key without `base_model.model.`, and without the wrappers around PEFT's model."""
     return _PEFT.sub("", key)
 
 
 def unwrapped(name: str) -> str:
-    """A dotted name without the parts that only wrappers have."""
-    if not any(own in name for own in WRAPPED):
+    """Return a dotted name without the parts that only wrappers have."""
+    if not any(part in name for part in WRAPPED):
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def unwrapped_pattern(text: str) -> str:
-    """A name, or a regular expression of names, without what only wrappers have."""
+    """Return a name, or a regular expression of names, without the parts that only wrappers have."""
     return re.sub(rf"(?:{'|'.join(WRAPPED)})\\?\.", "", text)
 
 
 def plain_names(known: Iterable[str]) -> dict[str, str]:
-    """Name without wrappers → the name in `known`, of those that have any."""
+    """Return name without wrappers → the name in `known`, of the names that have wrappers."""
     return {plain: name for name in known if (plain := unwrapped(name)) != name}
 
 
 def found_as(name: str, known: Collection[str], plain: Mapping[str, str]) -> str | None:
-    """What `known` has for a name: itself; else what is left without parts that wrappers have put into it; else the name that
+    """Return what `known` has for a name: itself; else it without parts that wrappers have put into it; else the name that
     has wrappers itself (`plain`, of `plain_names`)."""
     for candidate in _candidates(name):
         if candidate in known:
@@ -102,7 +115,7 @@ def found_as(name: str, known: Collection[str], plain: Mapping[str, str]) -> str
 
 
 def common_prefix(names: Sequence[str], known: Collection[str], plain: Mapping[str, str]) -> str:
-    """The `module.`s before all of these names without which all of them are known, as DDP puts them there; else none."""
+    """Return the `module.`s that DDP has put before all of these names, without which all of them are known; else none."""
     prefix = ""
     while names and all(name.startswith(prefix) for name in names):
         if all(name.removeprefix(prefix) in known or unwrapped(name.removeprefix(prefix)) in plain for name in names):
@@ -112,7 +125,7 @@ def common_prefix(names: Sequence[str], known: Collection[str], plain: Mapping[s
 
 
 def _candidates(name: str) -> Iterable[str]:
-    """The name; then without some of the parts that may be wrappers, the fewest `module` first."""
+    """Yield the name; then it without some of the parts that may be wrappers, the fewest `module` first."""
     yield name
     parts = unwrapped(name).split(".")
     yield ".".join(parts)

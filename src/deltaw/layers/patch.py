@@ -3,14 +3,16 @@
 An adapted layer must stay the same object under the same name: optimizers, hooks, FSDP, other modules and the user hold it. A
 wrapper around it would change all names, and a hook cannot replace what the base computes. So the object gets another class:
 
-- `open_slot` gives it a `Slot`, its one new child, and makes it an instance of a dynamic subclass of its own class (`adapted_class`).
-  That class's forward asks the route for the active adapter, and calls that one's update in place of the layer's own forward.
+- `open_slot` gives it a `Slot`, its one new child, and makes it an instance of a dynamic subclass of its own class
+  (`adapted_class`). That class's forward asks the route for the active adapter, and calls that one's update in place of the
+  layer's own forward.
 - `close_slot` gives the class back and removes the child: nothing is left.
 - Where `super().forward` is all that a subclass's forward computes with (Gemma scales an embedding's output), the dynamic class
   comes between the two: Gemma → dynamic → `nn.Embedding`. The update is then scaled as the weight is (`inner_class`).
 - A module around the layer may use its weight without calling it (layers/source.py finds these). The dynamic class then has
   properties of the parameters' names, so that `layer.weight` reads as W0 + ΔW (`parameter` of the slot).
-- There is one dynamic class for each class, so copies share it. It has no name that pickle could find; `_unpickled` makes it anew.
+- There is one dynamic class for each class, so copies share it. It has no name that pickle could find; `_unpickled` makes it
+  anew.
 
 What the layer was before is in layers/unwrap.py, which kinds and updates use. Knows one layer, never a model.
 """

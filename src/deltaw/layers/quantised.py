@@ -196,7 +196,7 @@ def output(cls: type[nn.Module], layer: nn.Module, x: Tensor) -> Tensor:
     """Return the layer's output [..., d] for x [..., k], as its class `cls` computes it. Gradients reach x in any case."""
     form = form_of(layer)
     through = form is not None and torch.is_grad_enabled() and x.requires_grad and form.stops_gradients(layer)
-    out: Tensor = _Through.apply(x, layer, cls, form) if through else cls.forward(layer, x)
+    out: Tensor = _Through.apply(x, layer, cls, form) if through else cls.forward(layer, x)  # type: ignore[no-untyped-call]
     if not torch.is_grad_enabled():
         return out
     # A package's functions may return what is a view to autograd, and branches of rows are added in place

@@ -18,12 +18,12 @@ import torch._C._dynamo.eval_frame
 
 from deltaw.errors import AdapterError
 from deltaw.layers.blocks import Block, Blocks
-from deltaw.layers.ops.rows import Rows
+from deltaw.layers.ops.rows import Kept, Rows
 
 Choice = Any
 """The name of an adapter, None for the base, or Rows."""
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 UNSET = object()
 """No pass of this thread has chosen."""
@@ -35,7 +35,7 @@ def natively(function: _Function) -> _Function:
     dynamo = torch._C._dynamo.eval_frame
     if hasattr(dynamo, "set_code_exec_strategy"):  # private to PyTorch; without it, layers choose for themselves
         skip = dynamo._FrameAction.SKIP
-        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
     return function
 
 
@@ -44,7 +44,7 @@ class Pass:
 
     __slots__ = ("choice", "frame", "kept", "of")
 
-    def __init__(self, choice: Choice, frame: FrameType | None, kept: dict[Any, Any] | None, of: Any) -> None:
+    def __init__(self, choice: Choice, frame: FrameType | None, kept: Kept | None, of: object) -> None:
         self.of = of
         """The module that is passed through, whole or a part; None for a block."""
         self.choice = choice
@@ -68,7 +68,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.choice: Choice = UNSET
-        self.kept: dict[Any, Any] | None = None
+        self.kept: Kept | None = None
         self.passes: list[Pass] = []
         self.came: tuple[int | None, Choice] = (None, UNSET)
         """The last backward pass that came to a pass's outputs, and what that pass went through."""
@@ -99,7 +99,7 @@ class Route:
         return Route, (self.active,)  # a copy is in no block and no pass
 
     def chosen(self) -> Choice:
-        """Give what the code that asks goes through."""
+        """Return what the calling code goes through."""
         choice = self.here.choice
         if choice is not UNSET:
             return choice
@@ -108,13 +108,13 @@ class Route:
         return self.taken()[0]
 
     def current(self) -> Choice:
-        """`chosen` for code that is no layer; where all rows have one adapter, that one."""
+        """Return `chosen` for code that is no layer; where all rows have one adapter, that one."""
         self.drop_stale()
         return _one(self.chosen())
 
-    def kept(self) -> dict[Any, Any] | None:
-        """Give the place for what is made of adapters' tensors, which a call of `generate` keeps. None elsewhere: somebody may
-        change them in between."""
+    def kept(self) -> Kept | None:
+        """Return the place for what is computed of adapters' tensors, which a call of `generate` keeps. None elsewhere:
+        somebody may change them in between."""
         return None if torch.compiler.is_compiling() else self.here.kept
 
     @natively
@@ -131,15 +131,15 @@ class Route:
         return choice, block
 
     def choose(self, choice: Choice) -> None:
-        """Switch: for all code in no block, or within a block for that block."""
+        """Set the choice: for all code in no block, or within a block for that block."""
         if not self.blocks.choose(choice):
             self.active = choice
         elif self.here.plain is not UNSET:
             self.here.plain = choice
 
     @contextlib.contextmanager
-    def block(self, choice: Choice, kept: dict[Any, Any] | None = None) -> Iterator[None]:
-        """While open, the code within goes through `choice`."""
+    def block(self, choice: Choice, kept: Kept | None = None) -> Iterator[None]:
+        """Open a block, whose code goes through `choice`."""
         here, before, thread = self.here, self.here.plain, threading.get_ident()
         block = self.blocks.enter(choice)
         block.kept = kept
@@ -156,13 +156,13 @@ class Route:
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
-        """While open, all passes go through what holds now, and what is made of the adapters' tensors is kept."""
+        """Open a block whose passes go through what holds now, and keep what they compute of adapters' tensors alone."""
         self.drop_stale()
         with self.block(self.chosen(), {}):
             yield
 
-    def push(self, of: Any, choice: Choice, frame: FrameType | None = None, kept: dict[Any, Any] | None = None) -> Pass:
-        """A pass of this thread begins."""
+    def push(self, of: object, choice: Choice, frame: FrameType | None = None, kept: Kept | None = None) -> Pass:
+        """Begin a pass of this thread."""
         begun = Pass(choice, frame, kept, of)
         self.here.passes.append(begun)
         self.running.add(begun)
@@ -170,7 +170,7 @@ class Route:
         return begun
 
     def pop(self, begun: Pass) -> None:
-        """A pass of this thread ends, and with it those within."""
+        """End a pass of this thread, and with it those within."""
         passes = self.here.passes
         if begun in passes:
             first = passes.index(begun)
@@ -180,8 +180,9 @@ class Route:
             self.here.choice, self.here.kept = (UNSET, None) if last is None else (last.choice, last.kept)
 
     @contextlib.contextmanager
-    def within(self, of: Any, choice: Choice) -> Iterator[None]:
-        """While open, what this thread computes in the module `of` goes through `choice`, as a part of the pass in progress."""
+    def within(self, of: object, choice: Choice) -> Iterator[None]:
+        """Open a block in which what this thread computes in the module `of` goes through `choice`, as a part of the pass in
+        progress."""
         begun = self.push(of, choice, None, self.here.kept)
         try:
             yield
@@ -195,12 +196,12 @@ class Route:
             self.pop(stale)
 
     def held(self) -> set[str]:
-        """The adapters that open blocks, and passes in progress, go through."""
+        """Return the adapters that open blocks, and passes in progress, go through."""
         choices = self.blocks.choices() + [begun.choice for begun in list(self.running) if not begun.is_over()]
         return {name for choice in choices for name in names_of(choice)}
 
     def _traced(self) -> Choice:
-        """`chosen` where torch.compile reads along, and no hook of the model's ran before: it cannot read frames."""
+        """Return `chosen` where torch.compile reads along, and no hook of the model's ran before: it cannot read frames."""
         if self.blocks.pausing:
             return self.taken()[0]  # which it breaks its graph for
         return self.active if self.here.plain is UNSET else self.here.plain
@@ -229,7 +230,7 @@ class Route:
 
 
 def _one(choice: Choice) -> Choice:
-    """The one adapter that all rows have, if they do."""
+    """Return the one adapter that all rows have, if they do; else the choice."""
     return choice.names[0] if isinstance(choice, Rows) and choice.alike else choice
 
 
@@ -240,7 +241,7 @@ def _said(choice: Choice) -> str:
 
 
 def names_of(choice: Choice) -> set[str]:
-    """The adapters that a choice is of."""
+    """Return the adapters that a choice names."""
     if isinstance(choice, Rows):
         return set(choice.rows)
     return {choice} if isinstance(choice, str) else set()

@@ -4,7 +4,8 @@ Why. An update acts in its layer's forward. Three things that models do would le
 code shows them:
 
 1. A module computes with a child's weight without calling the child. Mamba multiplies by `self.dt_proj.weight`, WavLM's attention
-   hands its projections' weights to a function. `read_outside` tells; layers/patch.py then lets the weight itself read as W0 + ΔW.
+   hands its projections' weights to a function. `read_outside` tells; layers/patch.py then lets the weight itself read as W0 +
+   ΔW.
 2. A layer is not called, or without gradients: T5 keeps `shared` for its weight and calls other modules that have the same one,
    the indexer of a sparse attention only chooses tokens. Its update would never learn. `never_called` and `without_gradient`
    tell; methods/targets.py leaves such layers out.
@@ -64,7 +65,7 @@ _CHOOSE = "Indexer"
 
 
 def once(function: Callable[[type], _T]) -> Callable[[type], _T]:
-    """Keep what a function says of a class. (`functools.cache`, whose type lets no class of modules in.)"""
+    """Cache what a function says of a class. (`functools.cache`, whose type lets no class of modules in.)"""
     return cache(function)
 
 
@@ -188,7 +189,7 @@ def _is_name(node: ast.expr, name: str) -> bool:
 
 
 def _called(node: ast.expr) -> str:
-    """The dotted name of what is called, or is there without a call: torch.no_grad, of `torch.no_grad()`."""
+    """Return the dotted name of what is called, or is there without a call: torch.no_grad, of `torch.no_grad()`."""
     return ast.unparse(node.func if isinstance(node, ast.Call) else node)
 
 
@@ -198,7 +199,7 @@ def _stops_gradients(name: str) -> bool:
 
 @cache
 def reading(function: FunctionType) -> Reading | None:
-    """What the function's source says; None where there is no source, or the file has changed since it was imported."""
+    """Return what the function's source says; None where there is no source, or the file has changed since it was imported."""
     code = function.__code__
     linecache.lazycache(code.co_filename, function.__globals__)
     definition = _definitions(code.co_filename).get((code.co_firstlineno, code.co_name))
@@ -207,14 +208,15 @@ def reading(function: FunctionType) -> Reading | None:
 
 @cache
 def _listed(code: CodeType) -> frozenset[str]:
-    """Names of attributes, functions and modules that the code, and the functions in it, use: no source is needed for these."""
+    """Return the names of attributes, functions and modules that the code, and the functions in it, use: no source is needed
+    for these."""
     inner = (_listed(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(code.co_names).union(*inner)
 
 
 @lru_cache(maxsize=4)
 def _definitions(file: str) -> dict[tuple[int, str], _Function]:
-    """(first line, name) → function, of all in a file, those in classes and in other functions too."""
+    """Return (first line, name) → function, of all in a file, those in classes and in other functions too."""
     try:
         nodes: list[ast.AST] = [ast.parse("".join(linecache.getlines(file)))]
     except (SyntaxError, ValueError):
@@ -229,7 +231,7 @@ def _definitions(file: str) -> dict[tuple[int, str], _Function]:
 
 
 def _methods(cls: type, *, of_torch: bool = False) -> Iterator[tuple[str, FunctionType]]:
-    """(name, function) of the methods and properties of a class, without those that it has of a package's general classes;
+    """Yield (name, function) of the methods and properties of a class, without those that it has of a package's general classes;
     `of_torch`: with those of torch's."""
     for owner in cls.__mro__:
         torchs = of_torch and owner is not nn.Module and owner.__module__.startswith("torch.")
@@ -241,7 +243,7 @@ def _methods(cls: type, *, of_torch: bool = False) -> Iterator[tuple[str, Functi
 
 
 def _function(member: object) -> FunctionType | None:
-    """The innermost function of a member of a class or a module, beneath its decorators."""
+    """Return the innermost function of a member of a class or a module, beneath its decorators."""
     member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
     function = inspect.unwrap(member) if callable(member) else None
     function = getattr(function, "__func__", function)
@@ -249,12 +251,12 @@ def _function(member: object) -> FunctionType | None:
 
 
 def _is_general(module: str) -> bool:
-    """Whether code of this file names no module of one model."""
+    """Return whether code of this file names no module of one model."""
     return module.startswith(_GENERAL) and not module.startswith(_MODELS)
 
 
 def _in_use(name: str) -> bool:
-    """Whether a forward may call a method of this name."""
+    """Return whether a forward may call a method of this name."""
     return not name.startswith(_NOT_IN_USE) and name not in _GETTERS
 
 
@@ -271,7 +273,7 @@ class _Names(NamedTuple):
 
 @once
 def _used(cls: type) -> _Names:
-    """What the code of this class, and the functions that it calls, ask for while they compute."""
+    """Return what the code of this class, and the functions that it calls, ask for while they compute."""
     own: set[str] = set()
     elsewhere: set[str] = set()
     helpers: dict[FunctionType, None] = {}
@@ -303,7 +305,7 @@ def _used(cls: type) -> _Names:
 
 
 def _helpers(function: FunctionType, said: Reading) -> Iterator[FunctionType]:
-    """Functions outside of classes that this one's code names; those of torch and of Python aside."""
+    """Yield the functions outside of classes that this one's code names; those of torch and of Python aside."""
     names, scope = said.names, function.__globals__
     members = [scope[name] for name in names if name in scope]
     members += [vars(m)[name] for m in members if inspect.ismodule(m) for name in names if name in vars(m)]
@@ -315,21 +317,21 @@ def _helpers(function: FunctionType, said: Reading) -> Iterator[FunctionType]:
 
 @once
 def _listed_by(cls: type) -> frozenset[str]:
-    """Names that the code of this class uses while it computes."""
+    """Return the names that the code of this class uses while it computes."""
     return frozenset().union(*(_listed(function.__code__) for name, function in _methods(cls) if _in_use(name)))
 
 
 @once
 def _returned(cls: type) -> _Names:
-    """What `get_input_embeddings` and the like return. (One that sets a module computes with none.)"""
+    """Return what `get_input_embeddings` and the like return. (One that sets a module computes with none.)"""
     said = [reading(f) or Reading() for name, f in _methods(cls) if name in _GETTERS]
     return _Names(frozenset().union(*(s.own for s in said)), frozenset().union(*(s.others for s in said)))
 
 
 @once
 def _names_its_children(cls: type) -> bool:
-    """Whether code of this class can only reach its children by names that stand in it. A class without a forward of its own
-    leaves open how they are reached."""
+    """Return whether code of this class can only reach its children by names that stand in it. A class without a forward of its
+    own leaves open how they are reached."""
     listing = issubclass(cls, (nn.ModuleList, nn.ModuleDict, nn.Sequential, torch.jit.ScriptModule))
     forward = any("forward" in vars(c) for c in cls.__mro__ if c is not nn.Module)
     if listing or _is_general(cls.__module__) or not forward:
@@ -340,7 +342,7 @@ def _names_its_children(cls: type) -> bool:
 
 @once
 def _without_gradient_in(cls: type) -> frozenset[str]:
-    """Children that the methods of this class use inside `with torch.no_grad()` and nowhere else."""
+    """Return the children that the methods of this class use inside `with torch.no_grad()` and nowhere else."""
     methods = [(name, function) for name, function in _methods(cls) if name == "__init__" or _in_use(name)]
     inside: set[str] = set()
     outside: set[str] = set()
@@ -356,7 +358,7 @@ def _without_gradient_in(cls: type) -> frozenset[str]:
 
 @once
 def _stops(cls: type) -> str:
-    """Why no gradient leaves modules of this class; empty where one may."""
+    """Return why no gradient leaves modules of this class; empty where one may."""
     if _CHOOSE in cls.__name__:
         return f"no gradient reaches it: {cls.__name__} only chooses tokens"
     forward = vars(cls).get("forward")
@@ -369,18 +371,18 @@ def _stops(cls: type) -> str:
 
 @once
 def _read_by(cls: type) -> frozenset[str]:
-    """Names of the children whose parameters are used in the methods of this class."""
+    """Return the names of the children whose parameters are used in the methods of this class."""
     return frozenset().union(*(said.weights for said in _of_forward(cls)))
 
 
 @once
 def _used_by(cls: type) -> frozenset[str]:
-    """Names of the attributes that methods of this class use for more than their parameters."""
+    """Return the names of the attributes that methods of this class use for more than their parameters."""
     return frozenset().union(*(said.whole for said in _of_forward(cls)))
 
 
 def _of_forward(cls: type) -> Iterator[Reading]:
-    """What the functions say that a class's forward may call, where any of them names a parameter."""
+    """Yield what the functions say that a class's forward may call, where any of them names a parameter."""
     methods = [f for name, f in _methods(cls, of_torch=True) if not name.startswith(_NOT_IN_USE)]
     if any(_listed(function.__code__) & _PARAMETERS for function in methods):
         yield from (said for function in methods if (said := reading(function)) is not None)
@@ -388,8 +390,8 @@ def _of_forward(cls: type) -> Iterator[Reading]:
 
 @once
 def only_scales(cls: type) -> bool:
-    """Whether a subclass's own forward gets at the layer's weight by `super().forward` alone, and of the weight itself asks for no
-    more than dtype, device and shape."""
+    """Return whether a subclass's own forward gets at the layer's weight by `super().forward` alone, and of the weight itself
+    asks for no more than dtype, device and shape."""
     forward = vars(cls)["forward"]
     said = reading(forward) if isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__") else None
     if said is None or {"parameters", "_parameters"} & said.names:
@@ -398,7 +400,8 @@ def only_scales(cls: type) -> bool:
 
 
 def mentions(function: object, name: str) -> bool:
-    """Whether the function's source asks for an attribute of this name, or has it as a text. False where there is no source."""
+    """Return whether the function's source asks for an attribute of this name, or has it as a text. False where there is no
+    source."""
     plain = _function(function)
     said = None if plain is None else reading(plain)
     return said is not None and name in said.own | said.others
@@ -408,23 +411,23 @@ def mentions(function: object, name: str) -> bool:
 
 
 def read_outside(parent: nn.Module, child: str) -> bool:
-    """Whether this module uses parameters of its child without calling it: PyTorch's attention its output projection's, its
-    encoder layer, in evaluation, those of all; others where their code says `self.child.weight`."""
+    """Return whether this module uses parameters of its child without calling it: PyTorch's attention its output projection's,
+    its encoder layer, in evaluation, those of all; others where their code says `self.child.weight`."""
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return True
     return child in _read_by(plain_class(parent))
 
 
 def only_read(parent: nn.Module, child: str) -> bool:
-    """Whether this module uses its child for its parameters alone: no code of it calls the child or hands it on."""
+    """Return whether this module uses its child for its parameters alone: no code of it calls the child or hands it on."""
     if isinstance(parent, nn.MultiheadAttention):
         return child == "out_proj"
     return child in _read_by(plain_class(parent)) - _used_by(plain_class(parent))
 
 
 def without_gradient(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name of each module with parameters that only computes without gradients → why. A module inside one has the outer one's
-    reason."""
+    """Return the name of each module with parameters that only computes without gradients → why. A module inside one has the
+    outer one's reason."""
     stopping: dict[str, str] = {}
     classes = {plain_class(module) for module in modules.values()}
     for name, module in modules.items():
@@ -438,8 +441,8 @@ def without_gradient(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _within(parent: nn.Module | None, child: str, classes: Collection[type]) -> str:
-    """Why no gradient leaves this child: its parent uses it in `torch.no_grad` blocks alone, and no other of the `classes` names
-    it. Empty where it does not."""
+    """Return why no gradient leaves this child: its parent uses it in `torch.no_grad` blocks alone, and no other of the
+    `classes` names it. Empty where it does not."""
     if parent is None or child not in _without_gradient_in(plain_class(parent)):
         return ""
     if any(child in _used(cls).own | _used(cls).elsewhere for cls in classes if cls is not plain_class(parent)):
@@ -448,12 +451,13 @@ def _within(parent: nn.Module | None, child: str, classes: Collection[type]) -> 
 
 
 def never_called(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the modules with parameters of their own that no code of the model calls, as far as `uncalled` can tell."""
+    """Return the names of the modules with parameters of their own that no code of the model calls, as far as `uncalled` can
+    tell."""
     return uncalled(modules, [n for n, m in modules.items() if any(p is not None for p in m._parameters.values())])
 
 
 def uncalled(modules: Mapping[str, nn.Module], names: Iterable[str]) -> set[str]:
-    """Which of these names of modules no code of the model mentions outside of constructors.
+    """Return those of these names of modules that no code of the model mentions outside of constructors.
 
     A name counts as called in all cases of doubt: inside a list, where code asks for attributes by computed names, where a
     constructor hands the module on, and where any code of the model has no source.

@@ -19,8 +19,10 @@ _ENGINES = ("DeepSpeedEngine", "PipelineEngine", "DeepSpeedHybridEngine")
 
 
 def matrix_of(owner: nn.Module, name: str) -> Tensor:
-    """A parameter by its dotted name, as the matrix that merges work on: a view of it. What is kept in few bits cannot be merged
-    into; of that it is what the bits stand for."""
+    """Return a parameter by its dotted name, as the matrix that merges work on: a view of it.
+
+    A quantised weight cannot be merged into; it is dequantised, in fp32.
+    """
     layer, own_name = place_of(owner, name)
     if form := in_few_bits(layer, own_name):
         return form.dense(layer, torch.float32)
@@ -30,18 +32,18 @@ def matrix_of(owner: nn.Module, name: str) -> Tensor:
 
 
 def place_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has the parameter of this dotted name, and its own name for it."""
+    """Return the module that has the parameter of this dotted name, and its name there."""
     layer_name, _, own_name = name.rpartition(".")
     return owner.get_submodule(layer_name), own_name
 
 
 def dotted(module_name: str, own_name: str) -> str:
-    """The full name of a module's parameter."""
+    """Return the full name of a module's parameter."""
     return f"{module_name}.{own_name}" if module_name else own_name
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the base in its own order, each module once; not the adapters', whose number may be large."""
+    """Yield (name, module) of the base in its own order, each module once; not the adapters', whose number may be large."""
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", owner_of(model))]
     while waiting:
@@ -50,18 +52,19 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield name, module
-        children = [(f"{name}.{own}" if name else own, child) for own, child in module._modules.items()]
+        children = [(dotted(name, place), child) for place, child in module._modules.items()]
         waiting += [(n, c) for n, c in reversed(children) if c is not None and not isinstance(c, Slot)]
 
 
 def names_of(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Name of each module that its model has under several names (`self.b = self.a`) → all names by which code may call it."""
+    """Return the name of each module that its model has under several names (`self.b = self.a`) → all names by which code may
+    call it."""
     known = {id(module): name for name, module in modules.items()}
     names: dict[str, list[str]] = {}
     for place, parent in modules.items():
-        for own, child in parent._modules.items():
+        for name, child in parent._modules.items():
             if id(child) in known:
-                names.setdefault(known[id(child)], []).append(dotted(place, own))
+                names.setdefault(known[id(child)], []).append(dotted(place, name))
     several = {name: others for name, others in names.items() if len(others) > 1}
     silent = uncalled(modules, [n for others in several.values() for n in others]) if several else set()
     called = {name: [n for n in others if n not in silent] for name, others in several.items()}
@@ -69,8 +72,8 @@ def names_of(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The module whose dotted names are the base's own and that holds the record: what a wrapper (torch.compile, DataParallel,
-    DDP) wraps; else the part of the model that has a record; else the model."""
+    """Return the module whose dotted names are the base's own and that holds the record: what a wrapper (torch.compile,
+    DataParallel, DDP) wraps; else the part of the model that has a record; else the model."""
     while (wrapped := _wrapped(model)) is not None:
         model = wrapped
     return next((m for m in model.modules() if RECORD in m.__dict__), model)
@@ -84,7 +87,7 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, the whole model is in evaluation mode; on leaving, each module is in the mode that it was in."""
+    """Open a block in which the whole model is in evaluation mode; after it, each module has its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -103,5 +106,5 @@ def to_train(model: nn.Module) -> None:
 
 
 def with_statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """A model's norms that follow their inputs in training mode, by name."""
+    """Return a model's norms that follow their inputs in training mode, by name."""
     return [(name, module) for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]

@@ -6,9 +6,11 @@ Kinds and updates compute with a layer while it is adapted, and must call what i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class Before(NamedTuple):
@@ -44,14 +46,14 @@ def own_forward(layer: nn.Module) -> Callable[..., Any]:
     return before.plain.forward if before.inner is None else before.inner.forward
 
 
-def itself(layer: nn.Module) -> nn.Module:
+def itself(layer: _Layer) -> _Layer:
     """Return what the layer's own forward is to be called with: it has the layer's own parameters, whatever they read as."""
     before = _before.get(type(layer))
     return shell(layer, {}) if before is not None and before.read else layer
 
 
-def shell(layer: nn.Module, values: Mapping[str, Tensor | None]) -> nn.Module:
+def shell(layer: _Layer, values: Mapping[str, Tensor | None]) -> _Layer:
     """Return an object with the layer's class and attributes, but for these parameters: others may be using the layer itself."""
     shell = object.__new__(plain_class(layer))
     shell.__dict__ = {**vars(layer), "_parameters": {**layer._parameters, **values}}
-    return shell
+    return shell  # type: ignore[return-value]

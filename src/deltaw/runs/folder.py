@@ -10,10 +10,9 @@ from pathlib import Path
 from deltaw.config import TrainConfig, from_mapping, keys
 from deltaw.errors import ConfigError, FileError
 from deltaw.files import store
+from deltaw.files.compress import triples_of
 from deltaw.files.formats import peft
 from deltaw.files.formats.peft import LoRAFile
-from deltaw.files.formats.peft_config import method_of
-from deltaw.files.spectrum import triples_of
 from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
@@ -107,7 +106,7 @@ def finished(path: str | Path) -> Finished:
     adapter = next((p for p in (RunFolder(path).adapter, path) if (p / peft.CONFIG).is_file()), None)
     if adapter is None:
         raise FileError(f"{path} is neither a run's folder, which has an adapter in it, nor an adapter's.")
-    other = method_of(adapter)
+    other = peft.method_of(adapter)
     if other is not None:
         raise FileError(f"{adapter} was trained by another method than LoRA ({other}): it has no A and B, and no rank.")
     file = peft.read(adapter)

@@ -23,12 +23,11 @@ from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
 from deltaw.errors import ConfigError, DataError, DeltaWError
 from deltaw.files import store
-from deltaw.files.compress import allocated, truncated
+from deltaw.files.compress import Spectrum, allocated, spectra_of, triples_of, truncated
 from deltaw.files.formats import peft
 from deltaw.files.formats.atomic import write_text
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.renames import renamed
-from deltaw.files.spectrum import Spectrum, spectra_of, triples_of
 from deltaw.layers import tree
 from deltaw.model import attach
 from deltaw.model.switch import using
@@ -45,7 +44,6 @@ from deltaw.runs.reports.rank import rank_report
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.rank import (
     Allocated,
-    BaseScores,
     Confirmed,
     Cost,
     LayerSpectrum,
@@ -53,6 +51,7 @@ from deltaw.runs.results.rank import (
     RankResults,
     RankRow,
     RecordsUsed,
+    ScoresOfBase,
 )
 from deltaw.runs.results.scores import SeedScores
 from deltaw.runs.study import metrics_for
@@ -280,7 +279,9 @@ def _cut_and_scored(
         environment=machine.describe(),
         records=_records_used(opened, config),
         loop=_loop_of(run),
-        base=None if base is None else BaseScores(base.losses.value, base.metrics, base.losses.less(whole).interval()),
+        base=None
+        if base is None
+        else ScoresOfBase(base.losses.value, base.metrics, base.losses.less(whole).interval()),
         rank=choice.rank,
         margin=choice.margin,
         ranks=_rows(opened, cuts, choice),

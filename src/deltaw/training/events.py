@@ -42,10 +42,10 @@ class Started(Happened):
     left_out: Mapping[str, str]
     """Dotted name of a module without an update → why."""
     coverage: Sequence[str]
-    """`left_out` and its opposite in sentences."""
+    """Sentences on the layers that take an update and on those that do not."""
     task: str
     counted: str
-    """What the speed counts: tokens or images."""
+    """The unit of the speed: tokens or images."""
     labels: Sequence[str] | None
     """Names of the classes; None for tasks without classes."""
     data: Counts

@@ -37,7 +37,7 @@ class Buffer:
         self.copy = torch.empty(sum(sizes), device=device, dtype=working)
         self.copy_grad = torch.zeros_like(self.copy)
         self.scale: float | Tensor = scales[0]
-        """Of the copy over the values: one for all, or one for each entry."""
+        """The copy's factor over the values: one for all, or one for each entry."""
         if len(set(scales)) > 1:
             self.scale = torch.cat([torch.full((n,), s) for n, s in zip(sizes, scales, strict=True)]).to(device, dtype)
 
@@ -190,7 +190,7 @@ def _that_can_be_one(
 def _placed(
     order: Sequence[str], updates: Mapping[str, LowRank], letter: str, keys: Mapping[str, _Key]
 ) -> dict[str, tuple[Buffer, int]]:
-    """Lay the A's or B's into buffers, one for each key. Those that are next to each other in `order` are so in their buffer."""
+    """Assign the A's or B's to buffers, one for each key, in their `order`."""
     by_key: dict[_Key, list[str]] = {}
     for name in order:
         by_key.setdefault(keys[name], []).append(name)

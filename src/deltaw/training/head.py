@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.layers.kinds import LinearKind, kind_of
 from deltaw.layers.patch import slot_of
 
-# Bounds a chunk's logits to 64 MB of fp32, whatever the vocabulary
-_CHUNK_ELEMENTS = 1 << 24
-# On a CPU, softmax runs over so many entries at a time, which stay in cache between its passes
-_CACHED_ELEMENTS = 1 << 20
-# Positions come in multiples of this: every new shape leaves buffers behind in the CPU's matrix library
+CHUNK_ELEMENTS = 1 << 24
+"""The most logits of a chunk: 64 MB of fp32, whatever the vocabulary."""
+CACHED_ELEMENTS = 1 << 20
+"""On a CPU, softmax runs over so many entries at a time, which stay in cache between its passes."""
 MULTIPLE = 32
+"""Positions come in multiples of this: every new shape leaves buffers behind in the CPU's matrix library."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def cross_entropy(hidden: Tensor, head: Head, targets: Tensor, after: AfterHead 
     """
     if isinstance(head, nn.Linear) and is_frozen_linear(head):
         return chunked_cross_entropy(hidden, head.weight, head.bias, targets, after)
-    height = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])
+    height = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
 
     def losses(rows: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(after(_wide(head(rows))), wanted, reduction="none")
@@ -65,9 +66,9 @@ def cross_entropy(hidden: Tensor, head: Head, targets: Tensor, after: AfterHead 
 
 
 def is_frozen_linear(head: nn.Module) -> bool:
-    """Return whether this is a plain linear map that nothing trains and no adapter is on."""
+    """Return whether a head is a plain product with its weight that nothing trains and no adapter is on."""
     frozen = not any(p.requires_grad for p in head.parameters())
-    return type(head) is nn.Linear and slot_of(head) is None and frozen
+    return isinstance(kind_of(head), LinearKind) and slot_of(head) is None and frozen
 
 
 def chunked_cross_entropy(
@@ -76,45 +77,57 @@ def chunked_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     after: AfterHead = AfterHead(),
+    *,
+    chunk: int = CHUNK_ELEMENTS,
+    cached: int = CACHED_ELEMENTS,
 ) -> Tensor:
     """Return −log softmax(after(weight·hidden_i + bias))[targets_i] for each i, float32 [n] (float64 for float64).
 
-    hidden [n, k], weight [vocabulary, k] and bias [vocabulary] frozen, targets [n] int64. Differentiable in hidden.
+    hidden [n, k], weight [vocabulary, k] and bias [vocabulary] frozen, targets [n] int64. Differentiable in hidden. `chunk` and
+    `cached`: entries of the logits that are computed, and on a CPU worked on, at a time.
     """
-    losses: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, after)  # type: ignore[no-untyped-call]
+    losses: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, after, chunk, cached)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, size: int, cached: int
+    ) -> Tensor:  # fmt: skip
         losses = []
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        height = max(1, _CHUNK_ELEMENTS // weight.shape[0] // MULTIPLE) * MULTIPLE
+        height = max(1, size // weight.shape[0] // MULTIPLE) * MULTIPLE
         for start in range(0, hidden.shape[0], height):
             chunk = slice(start, start + height)
             logits = F.linear(hidden[chunk], weight, bias)
-            losses.append(_losses_(logits, targets[chunk], after, gradient=dhidden is not None))
+            losses.append(_losses_(logits, targets[chunk], after, cached, gradient=dhidden is not None))
             if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[chunk])
         ctx.save_for_backward(dhidden)
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None]:
         (dhidden,) = ctx.saved_tensors
-        return (None if dhidden is None else dhidden * grads[0].to(dhidden.dtype)[:, None]), None, None, None, None
+        return (
+            (None if dhidden is None else dhidden * grads[0].to(dhidden.dtype)[:, None]),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _losses_(logits: Tensor, targets: Tensor, after: AfterHead, *, gradient: bool) -> Tensor:
+def _losses_(logits: Tensor, targets: Tensor, after: AfterHead, cached: int, *, gradient: bool) -> Tensor:
     """Return the losses [n] of logits [n, vocabulary] as they come from the head.
 
     With `gradient`, each row's gradient of its loss with respect to the logits is written in their place.
     """
     n, vocabulary = logits.shape
-    height = max(1, _CACHED_ELEMENTS // vocabulary) if logits.device.type == "cpu" else n
+    height = max(1, cached // vocabulary) if logits.device.type == "cpu" else n
     losses = []
     for start in range(0, n, height):
         rows, y = logits[start : start + height], targets[start : start + height, None]

@@ -47,7 +47,7 @@ class LoopPlan:
 
     loss: Loss
     examples: Sequence[Any]
-    """What `loss.collate` takes; each has a `length`."""
+    """Examples that `loss.collate` takes; each has a `length`."""
     valid: Sequence[Any]
     """The same, held out; empty where nothing is held out."""
     config: TrainConfig
@@ -88,7 +88,7 @@ class LoopPlan:
 
 @dataclass
 class LoopState:
-    """Where the loop is, in plain numbers. Counts are over the whole run."""
+    """Progress of a loop in plain numbers. Counts are over the whole run."""
 
     step: int = 0
     seconds: float = 0.0
@@ -356,6 +356,7 @@ def should_evaluate(plan: LoopPlan, state: LoopState, last_evaluation: float) ->
 
 
 def _is_last(plan: LoopPlan, state: LoopState) -> bool:
+    """Return whether no step follows."""
     return state.step == plan.total_steps or bool(state.stopped)
 
 
@@ -407,6 +408,7 @@ def held_out_loss(loss: Loss, examples: Sequence[Any], *, batch: int) -> float:
 
 
 def _restore_best(loop: Loop) -> None:
+    """Give the adapter the values of the best evaluation, where they were kept."""
     if loop.best is not None:
         with torch.no_grad():
             for parameter, best in zip(loop.trainable, loop.best, strict=True):

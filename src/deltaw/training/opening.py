@@ -50,10 +50,10 @@ def _of_foreign(data: DataConfig, file: LoRAFile | MethodFile) -> DataConfig:
     A classifier's file (PEFT's SEQ_CLS) does not name its classes; the outputs of the head in it give their number.
     """
     config, whole = file.config, file.whole if isinstance(file, LoRAFile) else {}
-    if config.get("task_type") == "SEQ_2_SEQ_LM":
+    if config.task_type == "SEQ_2_SEQ_LM":
         return dataclasses.replace(data, task="seq2seq")
     heads = [len(t) for name, t in whole.items() if name.endswith("weight") and t.ndim == 2]
-    if config.get("task_type") != "SEQ_CLS" or not heads:
+    if config.task_type != "SEQ_CLS" or not heads:
         return data
     outputs = min(heads)
     if outputs == 1:

@@ -297,6 +297,7 @@ def check_labels(data: DataConfig, sets: Sequence[Records]) -> None:
 
 
 def _recognised(records: Records, config: PretrainedConfig | None, data: DataConfig) -> str:
+    """Return the name of the task that the records' form and labels, and the model's config, make."""
     if records.form == "image":
         return "image"
     if records.form == "labelled":

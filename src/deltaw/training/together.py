@@ -71,7 +71,7 @@ class Member:
     layer: nn.Module
     update: LowRank
     rows: slice
-    """Of the group's A, which is scaled already."""
+    """Its rows of the group's A, which is scaled already."""
     B: Tensor
     """[d, r]"""
 
@@ -103,7 +103,7 @@ class Together:
         """Place of a member → its output, computed and not yet asked for."""
         self.x: Tensor | None = None
         self.version = 0
-        """Of `x`, when `kept` was computed: in-place changes count it up."""
+        """The version of `x` when `kept` was computed: in-place changes count it up."""
 
     def branch(self, place: int, layer: nn.Module, x: Tensor) -> Tensor:
         """Return the output of the member in this place: x [..., k] → [..., d]."""

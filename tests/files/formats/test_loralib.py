@@ -100,7 +100,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     broken(tmp_path, {"q.lora_A": A, "q.lora_B": B, "q.weight": torch.randn(5, 6)}, "checkpoint of the whole model")
     broken(tmp_path, {"q.lora_A": A.long(), "q.lora_B": B}, "must be floating point")
     broken(tmp_path, {}, "there is no lora_A")
-    broken(tmp_path, [A], "holds a list")
+    broken(tmp_path, [A], "holds no tensors by their names")
     (tmp_path / "lora.pt").write_bytes(b"no pickle")
     with pytest.raises(FileError, match="cannot be read"):
         convert(tmp_path / "lora.pt", tmp_path / "adapter", alpha=ALPHA)

@@ -17,8 +17,8 @@ import deltaw
 from deltaw import LoRA, attach, compress, load, merge_files, save, unmerge_files
 from deltaw.cli import main
 from deltaw.errors import BaseMismatch, ConfigError
+from deltaw.files.formats.locate import NotByFiles
 from deltaw.files.formats.model_folder import brought, differs, files_in
-from deltaw.files.locate import NotByFiles
 from deltaw.model.pretrained import load_pretrained
 from deltaw.training.opening import equip
 from tests.conftest import byte_llama, fill
@@ -87,17 +87,25 @@ def test_new_tokens_are_whole_and_the_template_is_there(
         )
 
 
-def test_the_commands_use_them(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["generate", "eval", "chat"])
+def test_a_command_uses_them(
+    command: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = [{"messages": [{"role": "user", "content": "Hi <one>"}, {"role": "assistant", "content": "all"}]}] * 3
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = ["--max-new-tokens", "3"]
-    assert main(["generate", str(base), "--adapter", str(adapter), "Hi <one>", *few]) == 0
-    assert main(["eval", str(base), str(tmp_path / "data.jsonl"), "--adapter", str(adapter), *few]) == 0
-    assert "exact match" in capsys.readouterr().out
+    data = tmp_path / "data.jsonl"
+    row = {"messages": [{"role": "user", "content": "Hi <one>"}, {"role": "assistant", "content": "all"}]}
+    data.write_text((json.dumps(row) + "\n") * 3)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi <two>\n/base\nHi <two>\n/quit\n"))
-    assert main(["chat", str(base), "--adapter", str(adapter), *few]) == 0
+    inputs = {"generate": ["Hi <one>"], "eval": [str(data)], "chat": []}[command]
+    assert main([command, str(base), *inputs, "--adapter", str(adapter), "--max-new-tokens", "3"]) == 0
+    assert command != "eval" or "exact match" in capsys.readouterr().out
+
+
+def test_a_merged_model_has_them_and_rows_for_their_tokens(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "merged")]) == 0
     model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == len(tokenizer) == 266

@@ -1,8 +1,10 @@
 """Safetensors as they lie on disk: what is sound is read as safetensors reads it, what is not is named."""
 
 import json
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -87,12 +89,48 @@ def with_header(path: Path, header: object, body: bytes) -> Path:
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "but has 8 bytes"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "tensors end at"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
+        ({"a": 3}, "has no dtype, shape and place"),
         ([1, 2], "no sound safetensors"),
     ],
 )
 def test_a_header_that_does_not_fill_its_file_is_refused(tmp_path: Path, header: object, what: str) -> None:
     with pytest.raises(FileError, match=what):
         safetensors.read_header(with_header(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def test_a_tensor_that_is_in_the_header_twice_is_refused(tmp_path: Path) -> None:
+    """JSON's reader would take the last one, and the safetensors package does."""
+    entry = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    text = f"{{{entry},{entry}}}".encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(FileError, match="'a' is in its header twice"):
+        safetensors.read_header(path)
+
+
+def test_tensors_stay_what_they_are_when_their_file_is_overwritten_or_cut(
+    path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    read, metadata = safetensors.read_tensors(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.truncate(10)
+    assert metadata == {"format": "pt"} and read.keys() == tensors.keys()
+    assert all(read[name].dtype == tensors[name].dtype and torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory that Linux counts")
+def test_memory_goes_back_to_the_system_with_the_tensors(tmp_path: Path) -> None:
+    """Also where small things are allocated in between, which hold the C library's heap."""
+    save_file({"a": torch.ones(1 << 20)}, tmp_path / "a.safetensors")
+    before = psutil.Process().memory_info().rss
+    for _ in range(2):
+        held = [safetensors.read_tensors(tmp_path / "a.safetensors") for _ in range(20)]
+        loaded = psutil.Process().memory_info().rss - before
+        small = [torch.ones(3000) for _ in range(100)]
+        del held
+        assert psutil.Process().memory_info().rss - before < 0.2 * loaded
+        assert len(small) == 100
 
 
 def sharded(folder: Path) -> Path:

@@ -240,7 +240,7 @@ def test_a_compiled_model_forms_them() -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MIXTURES)
-def test_8_rows_of_different_adapters(name: str, implementation: str) -> None:
+def test_rows_of_one_batch_go_through_different_adapters_experts(name: str, implementation: str) -> None:
     """Values as each alone, gradients as one after the other; adapters that leave the experts out, and the base, among them."""
     model = model_of(name)
     model.set_experts_implementation(implementation)

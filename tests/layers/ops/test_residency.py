@@ -138,6 +138,8 @@ def test_unloading_frees_the_memory(tmp_path: Path) -> None:
     model.resize_token_embeddings(50_000)
     folder = save(fill(attach(model, LoRA(rank=8, alpha=10, targets="all-linear,lm_head"))), tmp_path / "a")
     detach(model)
+    load(model, folder, name="first")  # what it imports and reads of sources stays
+    detach(model)
     size = (folder / "adapter_model.safetensors").stat().st_size
     before = psutil.Process().memory_info().rss
     for i in range(60):

@@ -39,7 +39,7 @@ def test_attached_it_changes_nothing_and_detached_neither(model: Any, ids: torch
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_is_the_branch_and_unmerged_is_exact(model: Any, ids: torch.Tensor, method: str) -> None:
     if model.config.tie_word_embeddings and "embedding" in method:
-        pytest.skip("an update of one of two tied weights cannot be merged (tests/model/test_merge.py)")
+        pytest.skip("an update of one of two tied weights cannot be merged (tests/model/merging/test_ties.py)")
     before, base = bits(model), model(ids).logits
     fill(attach(model, METHODS[method]))
     branch = model(ids).logits

@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old file or the new one, never half of one. Knows no formats."""
+"""Write so that a crash leaves the old file or the new one, never half of one. Knows no formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltaw.errors import FileError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder; on success it is synced and renamed to `path`, on an error removed."""
+    """Yield a temporary path in the same folder; on success it is synced and renamed to `path`, on an error removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -42,7 +42,7 @@ def check_place(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """`text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically. Return `path`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> Path:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; on success all its files are synced and it takes `path`'s place."""
+    """Yield a temporary folder beside `path`; on success all its files are synced and it takes `path`'s place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -66,7 +66,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """A folder that is not empty cannot be renamed over, so the old one steps aside first and goes last."""
+    """Rename a folder to `path`. What is there is moved aside first and removed last: no folder with files is renamed over."""
     if not path.exists():
         new.rename(path)
         return
@@ -82,9 +82,9 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if (
-        os.name == "nt"
-    ):  # opens no folder, and syncs no file that was opened to read; its journal keeps renames in order
+    """Wait until a file or folder is on the disk."""
+    # Windows opens no folder, and syncs no file that was opened to read; its journal keeps renames in order
+    if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:

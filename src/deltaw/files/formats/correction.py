@@ -1,9 +1,8 @@
-"""The correction file of a reversible merge: beside a merged checkpoint and its adapter, all that the base's bytes need. No
-model code, no arithmetic.
+"""The correction file of a reversible merge: what the base's bytes need beside the merged checkpoint and the adapter.
 
-A zip archive (so each part is compressed and has a checksum): manifest.json, and for each merged tensor its codes, int8, row by
-row, and its escapes, little-endian integers as wide as the tensor's entries (layers/ops/residual.py). Of files beside the
-weights that the merge replaced (a tokenizer, a config), the base's are in it too.
+It is a zip archive, so that each part is compressed and has a checksum. It has manifest.json, and for each merged tensor its
+codes, int8, row by row, and its escapes, little-endian integers as wide as the tensor's entries (layers/ops/residual.py). It also
+has the base's files beside the weights that the merge replaced (a tokenizer, a config). No model code, no arithmetic.
 """
 
 from __future__ import annotations
@@ -31,27 +30,28 @@ _MANIFEST, _BESIDE, _HEADERS = "manifest.json", "beside", "headers"
 
 @dataclass
 class Manifest:
-    """What the correction belongs to."""
+    """The files that the correction belongs to."""
 
     adapter: str
     """sha256 of the adapter's A, B and scales."""
     shards: dict[str, tuple[str, str]] = field(default_factory=dict)
     """File name → sha256 of the base's file and of the merged one."""
     added: list[str] = field(default_factory=list)
-    """Names of files beside the weights that the base has none of."""
+    """Names of files beside the weights that the base has not."""
     untied: dict[str, list[str]] = field(default_factory=dict)
     """File name → tensors in the merged file that the base's has not, for weights that it has once."""
     format: int = FORMAT
 
 
 class Writer:
-    """Takes residuals, a tensor at a time."""
+    """A correction file that is being written, a tensor's residual at a time."""
 
     def __init__(self, archive: zipfile.ZipFile, adapter: str) -> None:
         self.archive = archive
         self.manifest = Manifest(adapter)
 
     def put(self, tensor: str, residual: Residual) -> None:
+        """Write the residual of one tensor."""
         for part, values in zip(("codes", "escapes"), residual, strict=True):
             with self.archive.open(f"{part}/{tensor}", "w", force_zip64=True) as stream:
                 flat = values.contiguous().view(-1).view(torch.uint8).numpy()
@@ -59,12 +59,12 @@ class Writer:
                     stream.write(flat[at : at + PIECE].data)
 
     def keep_header(self, file: str, header: bytes, untied: Iterable[str]) -> None:
-        """Take the header of a base's file, of which the merged one has some tensors besides."""
+        """Write the header of a base's file. `untied`: tensors that the merged file has besides the base's."""
         self.archive.writestr(f"{_HEADERS}/{file}", header)
         self.manifest.untied[file] = list(untied)
 
     def keep(self, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None:
-        """Take the base's files beside the weights, name → content, and what the merge has `after` them."""
+        """Write the base's files beside the weights, name → content, where they are others in the merged folder (`after`)."""
         for name, content in before.items():
             if after.get(name) != content:
                 self.archive.writestr(f"{_BESIDE}/{name}", content)
@@ -73,8 +73,10 @@ class Writer:
 
 @contextmanager
 def writing(path: Path, adapter: str) -> Iterator[Writer]:
-    """While open, takes residuals; on leaving without an error, the manifest is written last: a file without one is no
-    correction."""
+    """Yield a new correction file for the adapter with this hash.
+
+    The manifest is written last, on leaving without an error: a file without one is no correction.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=EFFORT) as archive:
         writer = Writer(archive, adapter)
         yield writer
@@ -82,21 +84,20 @@ def writing(path: Path, adapter: str) -> Iterator[Writer]:
 
 
 class Reader:
-    """Gives the residuals of a correction file back. Raises FileError where it is damaged."""
+    """A correction file that is read. Each method, and opening it, raises FileError where it is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.archive = zipfile.ZipFile(path)
-            found = json.loads(self.archive.read(_MANIFEST))
-            self.manifest = Manifest(**found)
+            self.manifest = Manifest(**json.loads(self.archive.read(_MANIFEST)))
         except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise FileError(f"{path} is no correction file, or a damaged one: {error}") from error
         if self.manifest.format not in _READ:
             raise FileError(f"{path} is a correction of format {self.manifest.format}; this version reads {FORMAT}.")
 
     def get(self, tensor: str, shape: tuple[int, ...], integers: torch.dtype) -> Residual:
-        """The residual of one tensor of this shape, whose escapes are of that dtype."""
+        """Return the residual of a tensor of this shape, whose escapes are of that dtype."""
         codes, escapes = self._part("codes", tensor), self._part("escapes", tensor)
         try:
             return Residual(tensor_over(codes, torch.int8).view(shape), tensor_over(escapes, integers))
@@ -104,20 +105,20 @@ class Reader:
             raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
 
     def header(self, file: str) -> bytes:
-        """That of the base's file."""
+        """Return the header of a base's file."""
         try:
             return self.archive.read(f"{_HEADERS}/{file}")
         except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise FileError(f"{self.path} lacks the header of {file}, or it is damaged: {error}") from error
 
     def put_back(self, folder: Path) -> None:
-        """Give a folder the base's own files beside the weights."""
-        kept = [name for name in self.archive.namelist() if name.startswith(f"{_BESIDE}/")]
-        places = {name: folder / name.removeprefix(f"{_BESIDE}/") for name in kept}
-        gone = [folder / name for name in self.manifest.added]
-        if any(not path.resolve().is_relative_to(folder.resolve()) for path in (*gone, *places.values())):
+        """Write the base's files beside the weights into a folder."""
+        names = [name for name in self.archive.namelist() if name.startswith(f"{_BESIDE}/")]
+        places = {name: folder / name.removeprefix(f"{_BESIDE}/") for name in names}
+        added = [folder / name for name in self.manifest.added]
+        if any(not path.resolve().is_relative_to(folder.resolve()) for path in (*added, *places.values())):
             raise FileError(f"{self.path} names files outside its folder.")
-        for path in gone:
+        for path in added:
             path.unlink(missing_ok=True)
         for name, path in places.items():
             path.parent.mkdir(exist_ok=True)
@@ -127,6 +128,7 @@ class Reader:
                 raise FileError(f"{self.path}: its {path.name} is damaged: {error}") from error
 
     def _part(self, part: str, tensor: str) -> bytearray:
+        """Return the bytes of a tensor's codes or escapes."""
         name = f"{part}/{tensor}"
         try:
             held = bytearray(self.archive.getinfo(name).file_size)

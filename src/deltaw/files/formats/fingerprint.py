@@ -1,8 +1,8 @@
-"""Which base an adapter belongs to: hashes over shapes and every entry of its tensors, in order, whatever the tensors' names:
-another version of a library may change those. Knows no model.
+"""The fingerprint of the base that an adapter belongs to. Knows no model.
 
-The content of a tensor is hashed by XXH3 with 128 bits, which reads as fast as memory gives. It tells any two contents apart that
-nobody made on purpose to be alike.
+It consists of hashes over shapes and every entry of its tensors, in order, whatever the tensors' names: another version of a
+library may change those. The content of a tensor is hashed by XXH3 with 128 bits, which reads as fast as memory gives. It tells
+any two contents apart that nobody made on purpose to be alike.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Outdated(ValueError):
-    """A fingerprint of the first version: it covered sampled entries alone."""
+    """A fingerprint of the first version, which covered sampled entries alone."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Hex digests, 32 characters each; behind that of the dtypes, these by their names."""
+    """Hex digests, 32 characters each. The names of the dtypes stand behind theirs."""
 
     exact: str
     bfloat16: str
@@ -47,7 +47,7 @@ class Fingerprint:
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:
-        """The inverse of `str`. Raises ValueError, Outdated for one of the first version."""
+        """Read what `str` gives. Raises ValueError for another text, and Outdated for one of the first version."""
         version, *hashes = text.split(":")
         if _HASH.fullmatch(version) and len(hashes) == 2:
             raise Outdated(text)
@@ -56,12 +56,18 @@ class Fingerprint:
         return cls(*hashes)
 
     def compare(self, other: Fingerprint) -> str:
-        """Whether both are of one base: "same" (bit for bit), "cast" (one is the other in another precision) or "different"."""
+        """Return "same" for one base bit for bit, "cast" for one in two precisions, else "different"."""
         return self.compare_by(lambda form: str(getattr(other, form)))
 
     def compare_by(self, other: Callable[[str], str | None]) -> str:
-        """Compare with the base that `other` gives each hash of, by its form: "same" (bit for bit), "cast" (one is the other in
-        another precision), "different", or "unknown" where it gives None. Only hashes that decide are asked for."""
+        """Compare with a base whose hashes are computed on demand. Only those that decide are asked for.
+
+        Args:
+            other: form → the base's hash; None where its values cannot be read.
+
+        Returns:
+            "same" (bit for bit), "cast" (in another precision), "different", or "unknown" where `other` gives None.
+        """
         dtypes = other(DTYPES) or ""
         if dtypes == self.dtypes:
             exact = other(EXACT)
@@ -84,7 +90,7 @@ class Digest(NamedTuple):
 
 
 def digest(tensor: Tensor, form: str, content: Callable[[Tensor, torch.dtype], bytes] | None = None) -> Digest:
-    """A tensor's part in the hash of this form. `content` is the function of that name, or one that remembers what it gave."""
+    """Return a tensor's part in the hash of this form. `content` is `content_of`, or a function that caches what that gives."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
     if form == DTYPES:
@@ -95,7 +101,7 @@ def digest(tensor: Tensor, form: str, content: Callable[[Tensor, torch.dtype], b
 
 
 def combined(digests: Iterable[Digest]) -> str:
-    """The hash of several tensors; of those of one shape their order counts."""
+    """Return the hash of several tensors. Among those of one shape the order counts."""
     ordered = sorted(digests, key=lambda one: one.shape)  # a stable sort
     hashed = hashlib.sha256()
     for shape, content, _ in ordered:
@@ -105,10 +111,10 @@ def combined(digests: Iterable[Digest]) -> str:
 
 
 def bits_of(flat: Tensor) -> Tensor:
-    """A flat tensor's entries as integers of their width: NaN is like itself in them, and 0.0 is not −0.0."""
+    """Return a flat tensor's entries as integers of their width, by which NaN equals itself, and 0.0 is not −0.0."""
     return flat.view(_BITS[flat.element_size()])
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """Its entries in order, of a tensor on the CPU."""
+    """Return the bytes of the entries in order, of a tensor on the CPU."""
     return bytes(octets(tensor.contiguous().reshape(-1)).tobytes())

@@ -1,20 +1,23 @@
-"""LoRA adapters as llama.cpp reads them: a GGUF file of `<tensor>.lora_a` [r, k] and `<tensor>.lora_b` [d, r] by llama.cpp's
-own names, with one α for all. No model code. Needs the gguf package.
+"""LoRA adapters as llama.cpp reads them: a GGUF file by llama.cpp's own names of tensors. No model code. Needs the gguf package.
 
-llama.cpp multiplies BA by α/r with each tensor's own r. Where an adapter's scales differ from that, the rest goes into B.
+It has `<tensor>.lora_a` [r, k] and `<tensor>.lora_b` [d, r], and one α for all. llama.cpp multiplies BA by α/r with each tensor's
+own r. Where an adapter's scales differ from that, the rest goes into B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaw.errors import FileError
 from deltaw.files.formats.atomic import replacing
+from deltaw.files.formats.peft.checks import is_finite
+from deltaw.files.formats.peft.ranks import commonest
 
 _PARTS = {".lora_a": 0, ".lora_b": 1}
 # A key of ours, which llama.cpp passes over: the tokens that end what the adapter was taught to say
@@ -22,18 +25,18 @@ _ENDS = "deltaw.model.ends"
 
 
 class GGUFLoRA(NamedTuple):
-    """What is in a file."""
+    """The contents of a file."""
 
     arch: str
     factors: dict[str, tuple[Tensor, Tensor]]
     """llama.cpp's name of a tensor → A [r, k], B [d, r], float32."""
     scales: dict[str, float]
     ends: tuple[int, ...] = ()
-    """The tokens that end what it was taught to say."""
+    """Ids of the tokens that end what it was taught to say."""
 
 
-def package() -> Any:
-    """The gguf package. Raises FileError where it is not installed."""
+def package() -> ModuleType:
+    """Return the gguf package. Raises FileError where it is not installed."""
     try:
         import gguf
     except ImportError as error:
@@ -63,10 +66,9 @@ def write(path: Path, adapter: GGUFLoRA) -> None:
 
 
 def _alpha(adapter: GGUFLoRA) -> float:
-    """The α that most layers have: their B's stay as they are."""
+    """Return the α that most layers have: their B's stay as they are."""
     alphas = [round(adapter.scales[name] * A.shape[0], 6) for name, (A, _) in adapter.factors.items()]
-    alpha = max(dict.fromkeys(alphas), key=alphas.count)
-    return alpha or 1.0  # llama.cpp takes 0 for "no scaling"
+    return commonest(alphas, 1.0) or 1.0  # llama.cpp takes 0 for "no scaling"
 
 
 def read(path: Path) -> GGUFLoRA:
@@ -86,13 +88,13 @@ def read(path: Path) -> GGUFLoRA:
     pairs: dict[str, dict[int, Tensor]] = {}
     problems = []
     for tensor in file.tensors:
-        base, end = tensor.name[:-7], tensor.name[-7:]
-        if end not in _PARTS:
+        name, part = tensor.name[:-7], tensor.name[-7:]
+        if part not in _PARTS:
             problems.append(f"{tensor.name} is no A or B")
         elif tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             problems.append(f"{tensor.name} is {tensor.tensor_type.name}; F32 and F16 are read")
         else:
-            pairs.setdefault(base, {})[_PARTS[end]] = torch.from_numpy(tensor.data.copy()).float()
+            pairs.setdefault(name, {})[_PARTS[part]] = torch.from_numpy(tensor.data.copy()).float()
     problems += [why for name, pair in pairs.items() if (why := _misfit(name, pair))]
     if not pairs:
         problems.append("there is no A or B in it")
@@ -104,11 +106,10 @@ def read(path: Path) -> GGUFLoRA:
 
 
 def _misfit(name: str, pair: Mapping[int, Tensor]) -> str | None:
+    """Say what is wrong with one tensor's A and B."""
     if len(pair) < 2:
         return f"{name} has no lora_{'b' if 0 in pair else 'a'}"
     A, B = pair[0], pair[1]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         return f"{name}: A is {list(A.shape)} and B {list(B.shape)}; they must be [r, k] and [d, r]"
-    return (
-        None if bool(torch.isfinite(A).all() and torch.isfinite(B).all()) else f"{name} has values that are not finite"
-    )
+    return None if is_finite(A) and is_finite(B) else f"{name} has values that are not finite"

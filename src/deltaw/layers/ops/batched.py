@@ -1,5 +1,4 @@
-"""h_i = W0x_i + b + B_i(A_i x_i): each row i of a batch with an adapter of its own. Knows tensors only: no names, no
-modules, no files.
+"""h_i = W0x_i + b + B_i(A_i x_i): each row i of a batch with an adapter of its own.
 
 Adapters of one rank that are each shared by as many rows are one stack, and a stack is one batched product: a row pays for
 its own adapter's arithmetic alone, and each adapter's A and B are read once, whatever the number of rows.
@@ -34,31 +33,32 @@ class Order:
     rows: tuple[Tensor, ...]
     """Of each stack [m·count]."""
     back: Tensor | None
-    """[n]: where each row of the batch is in the stacks' rows laid end to end, one past their end for a row without an adapter.
+    """[n]: where each row of the batch is in the stacks' concatenated rows, one past their end for a row without an adapter.
     None: one stack has all rows, in the batch's own order."""
 
 
 def order(rows: Sequence[Sequence[int]], n: int, device: torch.device) -> Order:
-    """Of the rows of each stack, in a batch of n."""
-    flat = [row for own in rows for row in own]
+    """Return the order of a batch of n rows, of which `rows` has those of each stack."""
+    flat = [row for members in rows for row in members]
     if len(rows) == 1 and flat == list(range(n)):
         return Order((torch.tensor(flat, device=device),), None)
     back = torch.full((n,), len(flat))
     back[flat] = torch.arange(len(flat))
-    return Order(tuple(torch.tensor(own, device=device) for own in rows), back.to(device))
+    return Order(tuple(torch.tensor(members, device=device) for members in rows), back.to(device))
 
 
 def add_branches(out: Tensor, x: Tensor, stacks: Sequence[Stack], order: Order) -> Tensor:
-    """out [n, t, d], which is changed, with the branch of each row: x [n, t, k] → [n, t, d].
+    """Add each row's branch of x [n, t, k] to out [n, t, d], in place, and return it.
 
     Branches are computed in their stack's dtype and rounded once to `out`'s.
     """
     if order.back is None:
         (stack,) = stacks
         m, _, d = stack.B.shape
-        own = out.view(m, -1, d)
+        by_adapter = out.view(m, -1, d)
         Ax = _projected(x, stack)
-        return (own.baddbmm_(Ax, stack.B) if out.dtype == Ax.dtype else own.add_(Ax @ stack.B)).view(out.shape)
+        sums = by_adapter.baddbmm_(Ax, stack.B) if out.dtype == Ax.dtype else by_adapter.add_(Ax @ stack.B)
+        return sums.view(out.shape)
     t, d = out.shape[1:]
     parts = []
     for stack, rows in zip(stacks, order.rows, strict=True):
@@ -69,7 +69,7 @@ def add_branches(out: Tensor, x: Tensor, stacks: Sequence[Stack], order: Order) 
 
 
 def _projected(x: Tensor, stack: Stack) -> Tensor:
-    """A_i x_i of each of a stack's adapters: x [m·count, t, k] → [m, count·t, r]."""
+    """Compute A_i x_i of each of a stack's adapters: x [m·count, t, k] → [m, count·t, r]."""
     m, _, k = stack.A.shape
     x = x.reshape(m, -1, k).to(stack.A.dtype)
     if stack.dropout > 0.0:
@@ -80,7 +80,7 @@ def _projected(x: Tensor, stack: Stack) -> Tensor:
 def stacked(
     As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A [r, k] and B [d, r] of m adapters → their stacks, [m, r, k] times the scales and [m, r, d], rounded once to `dtype`.
+    """Stack A [r, k] and B [d, r] of m adapters: [m, r, k] times the scales, and [m, r, d], both rounded once to `dtype`.
     Differentiable."""
     A = torch.stack(tuple(As))
     if any(scale != 1.0 for scale in scales):

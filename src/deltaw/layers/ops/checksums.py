@@ -1,12 +1,12 @@
-"""Hashes of a tensor's content, every entry in order. Knows tensors alone.
+"""Hashes of a tensor's content, every entry in order.
 
-XXH3 with 128 bits reads host memory as fast as memory gives. It tells any two contents apart that nobody made on purpose to be
-alike. What lies on another device is summed there, with a factor for each place, so that nothing is copied.
+XXH3 with 128 bits reads host memory as fast as memory gives. It tells any two contents apart that nobody constructed to collide.
+A tensor on another device is summed there, with a factor for each place, so that nothing is copied. Knows tensors alone.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import xxhash
@@ -31,7 +31,7 @@ class Stamp(NamedTuple):
 
 
 def content_of(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """The XXH3 hash of a tensor's entries in order, rounded to `dtype`; 16 bytes. It reads the tensor once."""
+    """Return the XXH3 hash of a tensor's entries in order, rounded to `dtype`: 16 bytes. It reads the tensor once."""
     flat = tensor.detach().reshape(-1)
     hashed = xxhash.xxh3_128()
     if flat.device.type == "cpu" and flat.dtype == dtype:
@@ -63,7 +63,7 @@ def difference(W: Tensor, was: Stamp) -> str | None:
 
 
 def _summed(W: Tensor) -> bytes:
-    """Σ word·factor over a tensor's 64-bit words, modulo 2⁶⁴; the factor depends on the word's place."""
+    """Return Σ word·factor over a tensor's 64-bit words, modulo 2⁶⁴; the factor depends on the word's place."""
     factors = torch.arange(_WORDS, device=W.device) * _FACTOR
     factors = (factors ^ (factors >> 29)) | 1
     total = torch.zeros((), dtype=torch.int64, device=W.device)
@@ -76,6 +76,6 @@ def _summed(W: Tensor) -> bytes:
     return int(total).to_bytes(8, "big", signed=True)
 
 
-def octets(flat: Tensor) -> Any:
-    """The bytes of a flat tensor on the CPU, not copied."""
-    return flat.view(torch.uint8).numpy()
+def octets(flat: Tensor) -> memoryview:
+    """Return the bytes of a flat tensor on the CPU, not copied."""
+    return flat.view(torch.uint8).numpy().data

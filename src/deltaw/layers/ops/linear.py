@@ -1,4 +1,4 @@
-"""h = W0x + b + scale·B(Ax) as one autograd function. Knows tensors only: no names, no modules, no files.
+"""h = W0x + b + scale·B(Ax) as one autograd function (Hu et al. 2021, arXiv 2106.09685, section 4.1). Knows tensors only.
 
 Frozen W0 needs no gradient, which is the whole speed of LoRA: the function saves x and Ax, never the branch's output, adds
 the branch into the base product in place, and forms dA, dB and dx with no [tokens, d] or [tokens, k] temporary beyond dx
@@ -29,12 +29,29 @@ def lowrank_linear(
     *,
     training: bool = True,
 ) -> Tensor:
-    """x [..., k], W0 [d, k] (any strides), bias [d], A [r, k], B [d, r] → [..., d].
+    """Compute W0x + bias + scale·B(Ax).
 
-    The branch is computed in the dtype of the base product (autocast's, where that is on); gradients of A and B
-    come back in their own dtype. `dropout` is the probability of zeroing an entry of the branch's input; it and the
-    faster rounding order (one pass over the output instead of three) are for `training` only, the latter also for dtypes that
-    are narrower than fp32.
+    The branch is computed in the dtype of the base product (autocast's, where that is on). Gradients of A and B have the dtype of
+    A and B.
+
+    Args:
+        x: [..., k]
+        W0: [d, k], of any strides.
+        bias: [d]
+        A: [r, k]
+        B: [d, r]
+        scale: α/r in the paper.
+        dropout: Probability of zeroing an entry of the branch's input, while `training`.
+        training: Also chooses the faster rounding order: one pass over the output instead of three. Dtypes narrower than fp32
+            have that order always.
+
+    Returns:
+        [..., d]
+
+    >>> import torch
+    >>> x, W0, A, B = torch.ones(1, 3), torch.zeros(2, 3), torch.ones(1, 3), torch.ones(2, 1)
+    >>> lowrank_linear(x, W0, None, A, B, scale=2.0)
+    tensor([[6., 6.]])
     """
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -50,7 +67,7 @@ def lowrank_linear(
 def lowrank_linears(
     x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """W0x + b + B(Ax) of each of several layers that read the same x, for training: the scale is in A already.
+    """Compute W0x + b + B(Ax) of each of several layers that read the same x, for training: the scale is in A already.
 
     x [..., k]; W0 [d, k], bias [d] and B [d, r] of each layer; A [Σr, k], the layers' A's stacked in order → [..., d] of each.
     All in one dtype, without autocast or dropout, W0 and bias frozen.
@@ -68,7 +85,7 @@ def reference(
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """The same in plain operations, differentiable in everything; with a `seed`, that one's dropout is on."""
+    """Compute the same in plain operations, differentiable in all inputs. With a `seed`, that seed's dropout is on."""
     dropped = x if seed is None else x * _mask(x, dropout, seed)
     branch = F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
     return F.linear(x, W0, bias) + scale * branch
@@ -76,7 +93,7 @@ def reference(
 
 @dataclass(frozen=True)
 class _How:
-    """What is no tensor."""
+    """The settings of a product, beside its tensors."""
 
     scale: float
     training: bool
@@ -87,12 +104,12 @@ class _How:
         return fresh if self.scale == 1.0 else fresh.mul_(self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
-        """The branch's input, or a gradient on its way back through the same mask."""
+        """Return the branch's input, or a gradient on its way back through the same mask."""
         return x if self.dropout is None else x * _mask(x, *self.dropout)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts `x` to; None where it is off or leaves `x` alone."""
+    """Return the dtype that autocast casts `x` to; None where it is off or leaves `x` alone."""
     device = x.device.type
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
@@ -100,12 +117,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _seed() -> int:
-    """From the CPU's global generator: reading it stalls no GPU, and checkpointing puts it back for the second forward."""
+    """Draw a seed from the CPU's global generator: reading it stalls no GPU, and checkpointing puts it back for the second
+    forward."""
     return int(torch.randint(1 << 62, ()))
 
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Entries 0 or 1/(1−p), shaped like `x`: made again from the seed in the backward pass instead of being stored."""
+    """Return entries 0 or 1/(1−p), shaped like `x`: drawn again from the seed in the backward pass instead of being stored."""
     # Contiguous whatever x is: entries are drawn in that order
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if mask.is_meta:  # a plan needs its size alone
@@ -118,14 +136,15 @@ def _together(
     x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor], how: _How
 ) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or any(B.requires_grad for B in Bs)):
-        return _Fused.apply(x, A, how, *W0s, *biases, *Bs)
+        outputs: tuple[Tensor, ...] = _Fused.apply(x, A, how, *W0s, *biases, *Bs)  # type: ignore[no-untyped-call]
+        return outputs
     return _forward(x, W0s, biases, A, Bs, how)[0]
 
 
 def _forward(
     x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor], how: _How
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The outputs, each [..., d], and Ax [tokens, Σr]."""
+    """Return the outputs, each [..., d], and Ax [tokens, Σr]."""
     Ax = how.dropped(_rows(x)) @ A.to(x.dtype).t()
     outputs = []
     for W0, bias, B, part in zip(W0s, biases, Bs, _parts(Ax, Bs), strict=True):
@@ -148,7 +167,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _parts(Ax: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Each layer's columns of Ax."""
+    """Return each layer's columns of Ax."""
     return (Ax,) if len(Bs) == 1 else Ax.split([B.shape[1] for B in Bs], dim=1)
 
 
@@ -174,12 +193,12 @@ class _Fused(torch.autograd.Function):
         dx = dA = None
         dBs: list[Tensor | None] = []
         gB: list[Tensor] = []  # of each layer, [tokens, r]
-        for given, W0, B, part, needed in zip(grads, W0s, Bs, _parts(Ax, Bs), needs_B, strict=True):
-            if given is None:  # nothing came of this layer's output
+        for grad, W0, B, part, needed in zip(grads, W0s, Bs, _parts(Ax, Bs), needs_B, strict=True):
+            if grad is None:  # nothing came of this layer's output
                 gB.append(torch.zeros_like(part))
                 dBs.append(None)
                 continue
-            g = given.reshape(-1, W0.shape[0])
+            g = grad.reshape(-1, W0.shape[0])
             # dB by its transpose: twice as fast where r is small and d is large
             dBs.append(ctx.how.scaled(part.t() @ g).t().to(B.dtype) if needed else None)
             if needs_x or needs_A:

@@ -28,7 +28,7 @@ _DEVICE_BLOCK = 1 << 25
 
 
 def times(values: Tensor, factor: float) -> Tensor:
-    """The values times a number, in their own dtype; also numbers of 8 bits, for which PyTorch has no arithmetic."""
+    """Return the values times a number, in their own dtype; also those of 8 bits, for which PyTorch has no arithmetic."""
     if factor == 1.0:
         return values
     wide = values.float() if values.element_size() == 1 else values
@@ -68,7 +68,7 @@ class Change(Protocol):
     """What adapters make of one weight W0, read as [d, k]."""
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
-        """All rows in order. The same changes on the same W0 give the same bits everywhere."""
+        """Yield all rows in order. The same changes on the same W0 give the same bits everywhere."""
         ...
 
 
@@ -143,7 +143,7 @@ class Stacked(NamedTuple):
             yield Block(slice(start, stop), parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _rows(self, e: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """The rows of the `e`th ΔW that lie between these two, computed in `dtype`."""
+        """Return the rows of the `e`th ΔW that lie between these two, computed in `dtype`."""
         A, B, scale = self.products[e]
         ((_, dW),) = _delta_blocks(Product(A, B[max(0, start) : stop], scale), dtype)
         return dW
@@ -164,13 +164,13 @@ class Sum(NamedTuple):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a merge into a weight of `dtype` computes in: fp32, float64 of a float64 weight."""
+    """Return the dtype that a merge into a weight of `dtype` computes in: fp32, float64 of a float64 weight."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def summed(terms: Sequence[tuple[Change, float]], dtype: torch.dtype = torch.float32) -> Change:
-    """The weighted sum as one change of a weight of `dtype`. Products become one product, whose ranks add up; a single change
-    at weight 1 stays as it is, and so is exact."""
+    """Return the weighted sum as one change of a weight of `dtype`. Products become one product, whose ranks add up; a single
+    change at weight 1 stays as it is, and so is exact."""
     first, weight = terms[0]
     if len(terms) == 1 and weight == 1.0:
         return first
@@ -186,7 +186,7 @@ def summed(terms: Sequence[tuple[Change, float]], dtype: torch.dtype = torch.flo
 
 
 def dense(change: Change, W0: Tensor) -> Tensor:
-    """ΔW of any change of W0 [d, k]: [d, k] in fp32, in float64 of a float64 W0, by the one arithmetic."""
+    """Return ΔW of any change of W0 [d, k]: [d, k] in fp32, in float64 of a float64 W0, by the one arithmetic."""
     dW = torch.empty(W0.shape, dtype=wide(W0.dtype), device=W0.device)
     for block in change.blocks(W0):
         dW[block.rows] = block.dW
@@ -199,14 +199,15 @@ def merge_(W0: Tensor, change: Change) -> MergeStats:
 
 
 def merge_reversibly_(W0: Tensor, product: Product) -> tuple[MergeStats, Residual]:
-    """`merge_`, and what `restore_` needs beside A and B to give W0's bits back: a byte an entry, nearly all of them zero."""
+    """Merge as `merge_` does, and return what `restore_` needs beside A and B to give W0's bits back: a byte an entry, nearly
+    all of them zero."""
     stats, kept = _merge(W0, product, write=True, reversibly=True)
     assert kept is not None
     return stats, kept
 
 
 def merge_stats(W0: Tensor, change: Change) -> MergeStats:
-    """What `merge_` would do, changing nothing."""
+    """Return what `merge_` would do, changing nothing."""
     return _merge(W0, change, write=False)[0]
 
 
@@ -225,8 +226,8 @@ def restore_(W: Tensor, product: Product, kept: Residual | None = None) -> None:
 
 
 def restored_within(W: Tensor, back: Tensor) -> float:
-    """How far from W0 an entry can be that `restore_` made of W without what the merge kept: half a unit in the last place of
-    each of the two, where they are largest."""
+    """Return how far from W0 an entry can be that `restore_` computes of W without what the merge kept: half a unit in the last
+    place of each of the two, where they are largest."""
     precision = torch.finfo(W.dtype).eps + 2 * torch.finfo(wide(W.dtype)).eps
     return precision * float(torch.maximum(W.abs().max(), back.abs().max()))
 
@@ -265,12 +266,12 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ of two blocks, in their dtype: the blocks' own are added up in float64."""
+    """Return ⟨a, b⟩ of two blocks, summed in their dtype; the caller adds up blocks in float64."""
     return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
 def _delta_blocks(product: Product, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of ΔW in order, computed in `dtype`, each in a buffer that the next one overwrites."""
+    """Yield blocks of rows of ΔW in order, computed in `dtype`, each in a buffer that the next one overwrites."""
     A, B = product.A.detach().to(dtype).contiguous(), product.B.detach().to(dtype)
     T = B * torch.tensor(product.scale, dtype=dtype, device=B.device)
     d, (r, k) = B.shape[0], A.shape
@@ -288,12 +289,14 @@ def _delta_blocks(product: Product, dtype: torch.dtype) -> Iterator[tuple[slice,
 
 
 def _height(k: int, device: torch.device) -> int:
-    """Rows of a block of k columns: the same for all changes of a weight, which a sum of them goes through side by side."""
+    """Return the rows of a block of k columns: the same for all changes of a weight, which a sum of them goes through side by
+    side."""
     return max(1, _block_elements(device) // max(1, k))
 
 
 def _row_norms(V: Tensor) -> Tensor:
-    """‖V[i, :]‖, [d] in V's dtype, with sums in one order on every machine: in float64, the second half added to the first."""
+    """Return ‖V[i, :]‖, [d] in V's dtype, with sums in one order on every machine: in float64, the second half added to the
+    first."""
     squares = V.double().square()
     width = squares.shape[1]
     while width > 1:
@@ -304,11 +307,11 @@ def _row_norms(V: Tensor) -> Tensor:
 
 
 def _block_elements(device: torch.device) -> int:
-    """Entries that are worked on at once. It changes no bit of a result."""
+    """Return the entries that are worked on at once. It changes no bit of a result."""
     return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float) -> float:
-    """‖scale·B·A‖ in O((d+k)·r²), without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩. Of a stack of them, over all its matrices."""
+    """Return ‖scale·B·A‖ in O((d+k)·r²), without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩. For a stack, it is over all its matrices."""
     A, B = A.detach().double(), B.detach().double()
     return abs(scale) * float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())

@@ -1,6 +1,4 @@
-"""Which adapters are on the device of their layers, while the others wait in host memory. Knows tensors by adapters' names, no
-model.
-"""
+"""The adapters that are on the device of their layers, while others wait in host memory. Knows tensors by adapters' names."""
 
 from __future__ import annotations
 
@@ -35,15 +33,16 @@ class Residency:
     """On the device, the one that was used last at the end."""
 
     def keep(self, name: str, parameters: Iterable[tuple[nn.Parameter, torch.device]]) -> None:
-        """These parameters, which are in host memory, are this adapter's; they go to these devices when it is used."""
+        """Note an adapter's parameters, which are in host memory, and the devices that they go to when it is used."""
         self.kept[name] = [_Kept(p, p.data, device) for p, device in parameters]
 
     def forget(self, name: str) -> None:
+        """Drop an adapter that is no longer attached."""
         self.kept.pop(name, None)
         self.here.pop(name, None)
 
     def bring(self, names: Iterable[str | None], held: Collection[str | None] = ()) -> None:
-        """Before these adapters are used: to the device with them. Others leave it where there are too many, but not `held`."""
+        """Move adapters to their devices before they are used. Where too many are there, others leave, but none of `held`."""
         if not self.kept:
             return
         wanted = dict.fromkeys(name for name in names if name is not None and name in self.kept)
@@ -59,20 +58,20 @@ class Residency:
 
 
 def _to_device(kept: list[_Kept]) -> None:
-    for each, there in zip(kept, _moved([(each.host, each.device) for each in kept]), strict=True):
-        each.parameter.data = there
+    for item, there in zip(kept, _moved([(item.host, item.device) for item in kept]), strict=True):
+        item.parameter.data = there
 
 
 def _to_host(kept: list[_Kept]) -> None:
-    """As they are now: no count of changes sees all who write to a tensor."""
+    """Copy the parameters as they are now to host memory: no count of changes sees all who write to a tensor."""
     host = torch.device("cpu")
-    for each, back in zip(kept, _moved([(each.parameter.detach(), host) for each in kept]), strict=True):
-        each.parameter.data = each.host = back
+    for item, back in zip(kept, _moved([(item.parameter.detach(), host) for item in kept]), strict=True):
+        item.parameter.data = item.host = back
 
 
 def _moved(tensors: list[tuple[Tensor, torch.device]]) -> list[Tensor]:
-    """Each tensor on its device. A file's are views of one piece of memory, which is copied as a whole: hundreds of copies take
-    longer."""
+    """Return each tensor on its device. A file's tensors are views of one piece of memory, which is copied as a whole: hundreds
+    of copies take longer."""
     size = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors)
     pieces: dict[tuple[int, torch.device], Tensor] = {}
     moved = []

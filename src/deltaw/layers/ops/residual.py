@@ -1,5 +1,5 @@
-"""What round(W' − ΔW) misses of W0, in units in the last place: the few integers that make subtracting a merge exact. Knows
-tensors only.
+"""The few integers that make subtracting a merge exact: round(W' − ΔW) against W0, in units in the last place. Knows tensors
+only.
 
 W' = round(W0 + ΔW) has lost the bits of W0 below its own precision, so subtracting ΔW gives W0 but for some units in the
 last place. As bit patterns, neighbouring floats are neighbouring integers; the residual of an entry is the difference of two
@@ -21,7 +21,7 @@ _ESCAPE = -128
 
 
 class Residual(NamedTuple):
-    """Of a weight or a block of its rows."""
+    """The differences of a weight, or of a block of its rows."""
 
     codes: Tensor
     """int8, shaped like the block: the difference, or −128 for the next of `escapes`."""
@@ -30,14 +30,20 @@ class Residual(NamedTuple):
 
 
 def between(W0: Tensor, back: Tensor) -> Residual:
-    """What added to `back` gives W0, both of one shape and float dtype. Any bits are kept, those of NaN too."""
+    """Return what added to `back` gives W0, both of one shape and float dtype. Any bits are kept, those of NaN too.
+
+    >>> import torch
+    >>> W0, back = torch.tensor([1.0, -0.0]), torch.tensor([1.0000001, 0.5])
+    >>> bool((corrected(back, between(W0, back)).view(torch.int32) == W0.view(torch.int32)).all())
+    True
+    """
     difference = _ordinals(W0) - _ordinals(back)  # wraps around, and back again in `corrected`
     wide = (difference < -127) | (difference > 127)
     return Residual(difference.masked_fill(wide, _ESCAPE).to(torch.int8), difference[wide])
 
 
 def corrected(back: Tensor, residual: Residual) -> Tensor:
-    """W0, bit for bit: the inverse of `between`."""
+    """Return W0, bit for bit: the inverse of `between`."""
     ordinals = _ordinals(back)
     difference = residual.codes.to(ordinals.dtype)
     difference[residual.codes == _ESCAPE] = residual.escapes
@@ -45,21 +51,21 @@ def corrected(back: Tensor, residual: Residual) -> Tensor:
 
 
 def integers_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a weight's escapes."""
+    """Return the dtype of a weight's escapes."""
     return _INTEGERS[dtype.itemsize]
 
 
 def escaped(codes: Tensor) -> int:
-    """How many of these entries have their difference among the escapes."""
+    """Count the entries whose difference is among the escapes."""
     return int((codes == _ESCAPE).sum())
 
 
 def _ordinals(values: Tensor) -> Tensor:
-    """Integers in the order of the floats, neighbours one apart."""
+    """Return integers in the order of the floats, neighbours one apart."""
     return _bits(values.contiguous().view(integers_of(values.dtype)))
 
 
 def _bits(integers: Tensor) -> Tensor:
-    """Sign and magnitude ↔ two's complement: negative integers with all bits but the sign's turned over."""
+    """Convert sign and magnitude ↔ two's complement: negative integers have all bits but the sign's inverted."""
     width = 8 * integers.element_size()
     return integers ^ ((integers >> (width - 1)) & ((1 << (width - 1)) - 1))

@@ -1,5 +1,6 @@
-"""What the inputs of one pass say of its batch: how many rows, and whether all rows have as many images, patches or sounds. Knows
-tensors by their names, and the tokens of a config in whose places images and sounds stand; no layers.
+"""A pass's batch as its inputs describe it: how many rows, and whether all rows have as many images, patches or sounds.
+
+Knows tensors by their names, and the tokens of a config in whose places images and sounds stand; no layers.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ _TOKENS = re.compile(r"(image|video|audio|im_patch|image_patch|img|vision|speech
 _OF_TEXT = re.compile(r".*(input_ids|labels|position_ids|attention_mask|cache_position|token_type_ids|head_mask|bbox)")
 """Integers that may differ from row to row, whatever images they have."""
 
+Named = Mapping[Any, object]
+"""A pass's inputs by their names, or by their places where they have none."""
+
 
 class Form:
     """One pass's batch. Held by the layers that are passed through, and without the batch once the pass is over."""
 
-    def __init__(self, x: Tensor, named: Mapping[Any, Any], count: int, placeholders: frozenset[int]) -> None:
+    def __init__(self, x: Tensor, named: Named, count: int, placeholders: frozenset[int]) -> None:
         self.size = x.shape[0]
         self.tokens = x.shape[0] * x.shape[1] if x.dim() > 1 else x.shape[0]
         self.count = count
-        self.named: Mapping[Any, Any] = {n: v for n, v in named.items() if isinstance(v, Tensor) and v.dim()}
+        self.named = {n: v for n, v in named.items() if isinstance(v, Tensor) and v.dim()}
         self.key = key_of(self.named, self.size)
         real = [v for v in self.named.values() if v.is_floating_point()]
         # Texts of any length are of one form, and some models cut them into parts
@@ -37,7 +41,7 @@ class Form:
         self.named = {}
         self.why = self.why or ""
 
-    def check(self, layer: str, x: Tensor, rows_at: int, parts: Mapping[Any, set[int]]) -> None:
+    def check(self, layer: str, x: Tensor, rows_at: int, parts: Mapping[object, set[int]]) -> None:
         """Raise AdapterError where it cannot be told which row each part of a layer's input x is of: x has another number of
         parts than the batch has rows, and the rows' images differ, or the model took rows out on the way. `parts`: the numbers
         of parts for a row that batches of a form were found to have."""
@@ -61,8 +65,8 @@ class Form:
             )
 
 
-def key_of(named: Mapping[Any, Any], size: int) -> frozenset[Any]:
-    """Which tensors a batch has, and of what sizes its images and sounds are; texts of any length are alike."""
+def key_of(named: Named, size: int) -> frozenset[object]:
+    """Return which tensors a batch has, and of what sizes its images and sounds are; texts of any length are alike."""
     return frozenset(
         (name, v.dim(), tuple(v.shape[1:]) if v.is_floating_point() and len(v) == size else None)
         for name, v in named.items()
@@ -70,9 +74,9 @@ def key_of(named: Mapping[Any, Any], size: int) -> frozenset[Any]:
     )
 
 
-def uneven(named: Mapping[Any, Any], count: int, placeholders: frozenset[int] = frozenset()) -> str:
-    """In what the rows of a batch differ that says how many parts each has: sizes of images, places for them in the text, masks.
-    Empty where they are alike."""
+def uneven(named: Named, count: int, placeholders: frozenset[int] = frozenset()) -> str:
+    """Return in what the rows of a batch differ that says how many parts each has: sizes of images, places for them in the text,
+    masks. Empty where they are alike."""
     for name, value in named.items():
         if not isinstance(value, Tensor) or not value.dim():
             continue
@@ -80,20 +84,20 @@ def uneven(named: Mapping[Any, Any], count: int, placeholders: frozenset[int] = 
             return f"{name} has {len(value)} entries for {count}"
         rows = value.reshape(count, -1)
         if str(name).endswith("input_ids") and not value.is_floating_point():
-            found = sum(((rows == token).sum(1) for token in placeholders), rows.new_zeros(count))
-            if (found != found[0]).any():
-                return f"{name} has places for {found.tolist()} of them"
+            places = sum(((rows == token).sum(1) for token in placeholders), rows.new_zeros(count))
+            if (places != places[0]).any():
+                return f"{name} has places for {places.tolist()} of them"
         elif not value.is_floating_point() and not _OF_TEXT.fullmatch(str(name)) and not (rows == rows[0]).all():
             return f"{name} differs between them"
     return ""
 
 
-def placeholders_of(config: Any, depth: int = 3) -> frozenset[int]:
-    """The tokens in whose places a model puts images, videos or sounds, of a config and its parts."""
-    found: set[int] = set()
+def placeholders_of(config: object, depth: int = 3) -> frozenset[int]:
+    """Return the tokens in whose places a model puts images, videos or sounds, by its config and the configs in that."""
+    tokens: set[int] = set()
     for name, value in vars(config).items() if hasattr(config, "__dict__") else ():
         if isinstance(value, int) and _TOKENS.fullmatch(name):
-            found.add(int(value))
+            tokens.add(int(value))
         elif depth and name.endswith("config"):
-            found |= placeholders_of(value, depth - 1)
-    return frozenset(found)
+            tokens |= placeholders_of(value, depth - 1)
+    return frozenset(tokens)

@@ -1,25 +1,56 @@
-"""A batch whose rows have adapters of their own: which rows each adapter has, and a layer's A's and B's in stacks. Knows
-updates by their A, B, scale and dropout; no models.
+"""A batch whose rows have adapters of their own: which rows each adapter has, and a layer's A's and B's in stacks.
+
+Knows updates by their A, B, scale and dropout; no models.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from deltaw.errors import AdapterError
 from deltaw.layers.ops import batched
 from deltaw.layers.ops.batched import Order, Stack
-from deltaw.layers.ops.row_forms import Form
+from deltaw.layers.ops.row_forms import Form, Named
+
+Kept = dict[tuple[str, int], Any]
+"""What a call of `generate` keeps of tensors that are computed of adapters', by what it is and an object's id."""
+
+
+class Update(Protocol):
+    """What a batch needs of an update. A stackable one is low-rank, and has all of this; others have a branch."""
+
+    @property
+    def stackable(self) -> bool:
+        """Rows with updates of one rank can be computed as one product with their stacked A's and B's."""
+
+    @property
+    def A(self) -> Tensor:
+        """[r, k]"""
+
+    @property
+    def B(self) -> Tensor:
+        """[d, r]"""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def training(self) -> bool: ...
+    def branch(self, layer: nn.Module, /, *inputs: Any, **named: Any) -> Any:
+        """Return the layer's output with this update."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +79,7 @@ class Rows:
                 self.rows.setdefault(name, []).append(row)
         self.alike = len(set(self.names)) == 1
         """All rows have the first one's adapter."""
-        self.orders: dict[Any, Order] = {}
+        self.orders: dict[tuple[torch.device, tuple[tuple[str, ...], ...]], Order] = {}
         self.form: Form | None = None
         """The batch of the pass that these rows are of, where that is known."""
 
@@ -58,17 +89,15 @@ class Rows:
     def __hash__(self) -> int:
         return hash(self.names)
 
-    def of_batch(
-        self, x: Tensor, dimensions: int, named: Mapping[Any, Any], placeholders: frozenset[int]
-    ) -> Rows | str | None:
+    def of_batch(self, x: Tensor, dimensions: int, named: Named, placeholders: frozenset[int]) -> Rows | str | None:
         """Give what a model with main input x among its inputs `named` goes through: these rows, with the batch's form, or the
         one adapter that all of them have. Raises AdapterError as `check` does."""
         self.check(x, dimensions)
         if self.alike:
             return self.names[0]
-        own = copy.copy(self)
-        own.form = Form(x, named, len(self.names), placeholders)
-        return own
+        rows = copy.copy(self)
+        rows.form = Form(x, named, len(self.names), placeholders)
+        return rows
 
     def check(self, x: Tensor, dimensions: int) -> None:
         """Raise AdapterError for an input of another number of rows, or with fewer dimensions than one with rows has."""
@@ -90,10 +119,10 @@ class Rows:
         )
 
     def through(
-        self, module: Any, updates: Mapping[str, Any], x: Tensor, out: Tensor, kept: dict[Any, Any] | None = None
+        self, module: nn.Module, updates: Mapping[str, Update], x: Tensor, out: Tensor, kept: Kept | None = None
     ) -> Tensor:
-        """The output of a layer, of which `out` [..., d] is the base's part and x [..., k] the input, with each row's branch.
-        `kept` may have the layer's stacks. Raises AdapterError where the rows of the batch cannot be told."""
+        """Return the output of a layer, of which `out` [..., d] is the base's part and x [..., k] the input, with each row's
+        branch. `kept` may have the layer's stacks. Raises AdapterError where the rows of the batch cannot be told."""
         n = len(self.names)
         if not x.numel():  # no token of this batch came here
             return out
@@ -114,38 +143,43 @@ class Rows:
         return out
 
     def by_tokens(
-        self, module: Any, updates: Mapping[str, Any], plain: Any, inputs: Sequence[Any], named: Mapping[str, Any]
+        self,
+        module: nn.Module,
+        updates: Mapping[str, Update],
+        plain: Callable[..., Tensor],
+        inputs: Sequence[object],
+        named: Mapping[str, object],
     ) -> Tensor:
-        """The output of a mixture's experts, whose inputs are tokens and what a router chose for each, [T, …] in the batch's
-        order: each adapter's tokens, and those of the base, go through its own experts. `plain` computes the base's. Raises
-        AdapterError for other inputs."""
-        n, values = len(self.names), [*inputs, *named.values()]
-        tokens = _tokens(values)
+        """Return the output of a mixture's experts, whose inputs are tokens and what a router chose for each, [T, …] in the
+        batch's order: each adapter's tokens, and those of the base, go through its own experts. `plain` computes the base's.
+        Raises AdapterError for other inputs."""
+        n, values = len(self.names), [v for v in (*inputs, *named.values()) if isinstance(v, Tensor) and v.dim()]
+        tokens = _tokens(values) if len(values) == len(inputs) + len(named) else None
         if tokens is None or tokens % n or any(value.shape[0] % n for value in values) or len(values) == 1:
             raise AdapterError(
                 f"A {type(module).__name__} is not given each token of a batch of {n} rows and what a router chose for it: "
-                "its rows cannot have adapters of their own. Adapters that leave it out (targets='attention', say) can be mixed "
-                "in a batch."
+                "its rows cannot have adapters of their own. Adapters that leave it out (for example targets='attention') can be "
+                "mixed in a batch."
             )
         rows: dict[str | None, list[int]] = {}
         for row, name in enumerate(self.names):
             rows.setdefault(name if name in updates else None, []).append(row)
         parts = []
-        for name, own in rows.items():
-            taken = [value.reshape(n, -1, *value.shape[1:])[own].flatten(0, 1) for value in values]
+        for name, members in rows.items():
+            taken = [value.reshape(n, -1, *value.shape[1:])[members].flatten(0, 1) for value in values]
             forward = plain if name is None else partial(updates[name].branch, module)
             out = forward(*taken[: len(inputs)], **dict(zip(named, taken[len(inputs) :], strict=True)))
-            parts.append(out.reshape(len(own), -1, *out.shape[1:]))
-        order = torch.tensor([row for own in rows.values() for row in own]).argsort().to(parts[0].device)
+            parts.append(out.reshape(len(members), -1, *out.shape[1:]))
+        order = torch.tensor([row for members in rows.values() for row in members]).argsort().to(parts[0].device)
         return torch.cat(parts)[order].flatten(0, 1)
 
     def _of(self, name: str, x: Tensor) -> Tensor:
-        """The rows of a batch that this adapter has."""
+        """Return the rows of a batch that this adapter has."""
         n = len(self.names)
         return x.reshape(n, -1, *x.shape[1:])[self.rows[name]].flatten(0, 1)
 
     def _placed(self, name: str, own: Tensor, out: Tensor) -> Tensor:
-        """`out` with this adapter's rows in it."""
+        """Return `out` with this adapter's rows in it."""
         if own.shape[1:] != out.shape[1:]:
             raise AdapterError(
                 f"Adapter {name!r} has another vocabulary than the base ({own.shape[-1]} tokens, not {out.shape[-1]}): its rows "
@@ -155,8 +189,8 @@ class Rows:
         flat = out.reshape(len(self.names), -1)
         return flat.index_copy(0, rows, own.reshape(len(rows), -1)).view(out.shape)
 
-    def _stacked(self, updates: Mapping[str, Any], out: Tensor) -> Layer:
-        """The layer's stacks, and the adapters that are in none."""
+    def _stacked(self, updates: Mapping[str, Update], out: Tensor) -> Layer:
+        """Return the layer's stacks, and the adapters that are in none."""
         groups = self._groups(updates)
         singly = tuple(name for name in self.rows if name in updates and not updates[name].stackable)
         parameters = [t for names in groups for name in names for t in (updates[name].A, updates[name].B)]
@@ -166,9 +200,9 @@ class Rows:
             stacks = [_stack([updates[name] for name in names], out.dtype) for names in groups]
         return Layer(stacks, groups, singly, out.dtype, learns)
 
-    def _groups(self, updates: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-        """Adapters that can be one stack, in the order of their names."""
-        groups: dict[Any, list[str]] = {}
+    def _groups(self, updates: Mapping[str, Update]) -> tuple[tuple[str, ...], ...]:
+        """Return the adapters that can be one stack, group by group, in the order of their names."""
+        groups: dict[tuple[int, int, torch.dtype, float], list[str]] = {}
         for name in sorted(self.rows):
             update = updates.get(name)
             if update is not None and update.stackable:
@@ -184,13 +218,11 @@ class Rows:
         return self.orders[key]
 
 
-def _tokens(values: Sequence[Any]) -> int | None:
-    """The one number of tokens T of these inputs, [T, …], [T] or [B, L, …] with B·L = T; None where there are several."""
-    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
-        return None
-    found = {value.shape[0] * (value.shape[1] if value.dim() == 3 else 1) for value in values}
+def _tokens(values: Sequence[Tensor]) -> int | None:
+    """Return the one number of tokens T of these inputs, [T, …], [T] or [B, L, …] with B·L = T; None where there are several."""
+    tokens = {value.shape[0] * (value.shape[1] if value.dim() == 3 else 1) for value in values}
     flat = {value.shape[0] for value in values}
-    return flat.pop() if len(flat) == 1 else found.pop() if len(found) == 1 else None
+    return flat.pop() if len(flat) == 1 else tokens.pop() if len(tokens) == 1 else None
 
 
 def _is_expanded(n: int) -> bool:
@@ -204,7 +236,7 @@ def _is_expanded(n: int) -> bool:
     return n in told if told else bool(waiting)
 
 
-def _generating() -> Iterator[Mapping[str, Any]]:
+def _generating() -> Iterator[Mapping[str, object]]:
     """Yield the variables of each of transformers' `generate` that waits for this code, the innermost first."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -213,17 +245,20 @@ def _generating() -> Iterator[Mapping[str, Any]]:
         frame = frame.f_back
 
 
-def _is_guided(values: Mapping[str, Any]) -> bool:
-    """Whether a `generate` with these variables computes each row twice, with and without its condition, in one batch."""
+def _is_guided(values: Mapping[str, object]) -> bool:
+    """Return whether a `generate` with these variables computes each row twice, with and without its condition, in one batch."""
     processors = [
         type(p).__name__ for value in values.values() if isinstance(value, LogitsProcessorList) for p in value
     ]
     return any("ClassifierFreeGuidance" in name and not name.startswith("Unbatched") for name in processors)
 
 
-def _stack(updates: Sequence[Any], dtype: torch.dtype) -> Stack:
-    """Of updates with one rank and dtype, for a layer that computes in `dtype`; in their own where that is less: it was
-    asked for, and is less to read. (But for 8 bits, which have no products.)"""
+def _stack(updates: Sequence[Update], dtype: torch.dtype) -> Stack:
+    """Return the stack of updates of one rank and dtype, for a layer that computes in `dtype`.
+
+    It is in the updates' dtype where that is narrower: it was asked for, and is less to read. (But for 8 bits, which have no
+    products.)
+    """
     first, *_ = updates
     stored = first.A.dtype
     working = stored if 1 < stored.itemsize < dtype.itemsize else dtype
@@ -231,6 +266,6 @@ def _stack(updates: Sequence[Any], dtype: torch.dtype) -> Stack:
     return Stack(A, B, _dropout(first))
 
 
-def _dropout(update: Any) -> float:
-    """What an update drops of its input now."""
+def _dropout(update: Update) -> float:
+    """Return the share that an update drops of its input now."""
     return update.dropout if update.training else 0.0

@@ -40,7 +40,8 @@ class Triples(NamedTuple):
         return self.S.square().reshape(-1, self.S.shape[-1]).sum(0)
 
     def cut(self, *, rank: int | None = None, energy: float | None = None) -> Truncated:
-        """The first `rank` of them, or as many as hold the share `energy` of ‖ΔW‖²; at least one, and no more than there are."""
+        """Return the first `rank` of them, or as many as hold the share `energy` of ‖ΔW‖²; at least one, and no more than there
+        are."""
         kept = self.squares.cumsum(0)
         total = float(kept[-1])
         if rank is None:
@@ -54,7 +55,7 @@ class Triples(NamedTuple):
 
 
 def triples(A: Tensor, B: Tensor) -> Triples:
-    """Of ΔW = BA, A [R, k] and B [d, R], or of a stack of them, without forming it: O((d + k)·R²)."""
+    """Return the triples of ΔW = BA, A [R, k] and B [d, R], or of a stack, without forming it: O((d + k)·R²)."""
     Qb, Rb = torch.linalg.qr(B.detach().double())
     Qa, Ra = torch.linalg.qr(A.detach().double().mT)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
@@ -62,12 +63,18 @@ def triples(A: Tensor, B: Tensor) -> Triples:
 
 
 def of_factors(A: Tensor, B: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """Of ΔW = BA, A [R, k] and B [d, R], without forming it. Give the rank, or the share of ‖ΔW‖² to keep."""
+    """Truncate ΔW = BA, A [R, k] and B [d, R], without forming it, to a rank, or to the share `energy` of ‖ΔW‖².
+
+    >>> import torch
+    >>> A, B = torch.eye(2, 3), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> round(of_factors(A, B, rank=1).error, 6)  # 3 of ‖(3, 4)‖ = 5 is left out
+    0.6
+    """
     return triples(A, B).cut(rank=rank, energy=energy)
 
 
 def of_matrix(dW: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """Of any ΔW [d, k]. Give the rank, or the share of ‖ΔW‖² to keep."""
+    """Truncate any ΔW [d, k] to a rank, or to the share `energy` of ‖ΔW‖²."""
     return Triples(*torch.linalg.svd(dW.detach().double(), full_matrices=False)).cut(rank=rank, energy=energy)
 
 
@@ -75,14 +82,14 @@ _SEED = 0
 
 
 def similarity(one: Tensor, other: Tensor) -> Tensor:
-    """φ(i, j) = ‖V_i·V'_jᵀ‖² / min(i, j) for the first i rows of `one` [n, k] and the first j of `other` [m, k], both
+    """Return φ(i, j) = ‖V_i·V'_jᵀ‖² / min(i, j) for the first i rows of `one` [n, k] and the first j of `other` [m, k], both
     orthonormal: 1 where one subspace holds the other, 0 where they are at right angles. fp64 [n, m] (section 7.2, equation 4)."""
     shared = (one.double() @ other.double().t()).square().cumsum(0).cumsum(1)
     return shared / _smaller(*shared.shape)
 
 
 def by_chance(n: int, m: int, k: int) -> Tensor:
-    """What φ is on average for directions drawn at random in k dimensions: max(i, j) / k. fp64 [n, m]"""
+    """Return what φ is on average for directions drawn at random in k dimensions: max(i, j) / k. fp64 [n, m]"""
     i, j = torch.arange(1, n + 1).double()[:, None], torch.arange(1, m + 1).double()[None, :]
     return torch.maximum(i, j) / k
 
@@ -92,7 +99,7 @@ def _smaller(n: int, m: int) -> Tensor:
 
 
 def right_directions(A: Tensor) -> Tensor:
-    """The right singular vectors of A [r, k] as rows, the largest singular value's first. fp64 [r, k]"""
+    """Return the right singular vectors of A [r, k] as rows, the largest singular value's first. fp64 [r, k]"""
     directions: Tensor = torch.linalg.svd(A.detach().double(), full_matrices=False)[2]
     return directions
 
@@ -120,18 +127,18 @@ class Amplified:
         return self.update / self.by_update if self.by_update else float("inf")
 
 
-def amplified(W: Tensor, found: Triples, rank: int) -> Amplified:
-    """Of W [d, k] and the singular triples of a ΔW of the same shape."""
+def amplified(W: Tensor, update: Triples, rank: int) -> Amplified:
+    """Return that row for W [d, k] and the singular triples of a ΔW of the same shape."""
     W = W.detach().double().cpu()
-    rank = min(rank, len(found.S))
-    U, V = found.U[:, :rank], found.Vh[:rank]
+    rank = min(rank, len(update.S))
+    U, V = update.U[:, :rank], update.Vh[:rank]
     chance = torch.Generator().manual_seed(_SEED)
     left, right = (torch.linalg.qr(torch.randn(n, rank, generator=chance, dtype=torch.float64)).Q for n in W.shape)
     # Its first values alone: all of them would take minutes on a large layer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        own = torch.svd_lowrank(W, q=min(*W.shape, rank + 8), niter=6)[1][:rank]
+        largest = torch.svd_lowrank(W, q=min(*W.shape, rank + 8), niter=6)[1][:rank]
     return Amplified(
-        rank, float((U.t() @ W @ V.t()).norm()), float(own.norm()), float((left.t() @ W @ right).norm()), float(W.norm()),
-        float(found.S[:rank].norm()),
+        rank, float((U.t() @ W @ V.t()).norm()), float(largest.norm()), float((left.t() @ W @ right).norm()), float(W.norm()),
+        float(update.S[:rank].norm()),
     )  # fmt: skip

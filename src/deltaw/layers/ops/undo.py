@@ -17,20 +17,22 @@ from deltaw.layers.ops.residual import EFFORT, Residual
 
 
 class Original(Protocol):
-    """Of one merged weight."""
+    """The way back to one weight's bits."""
 
     @property
     def bytes(self) -> int:
-        """Of memory that it takes while the weight is merged."""
+        """Bytes of memory that it takes while the weight is merged."""
         ...
 
     def restored(self, W: Tensor) -> Tensor:
-        """The weight as it was before the merge, from the merged W, which may be any view that the merge was given."""
+        """Return the weight as it was before the merge, from the merged W, which may be any view that the merge was given."""
         ...
 
 
 @dataclass(frozen=True)
 class Copy:
+    """A copy of the weight."""
+
     W0: Tensor
 
     @property

@@ -48,7 +48,7 @@ class LowRank(Update):
         """Restore a pickle or a copy. Pickles of version 0.1 hold the kind's class, not its instance."""
         if isinstance(state["kind"], type):
             state = {**state, "kind": kind_named(state["kind"].__name__)}
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def rank(self) -> int:

@@ -221,9 +221,9 @@ def _uncached(loss: CompletionLoss, count: int, device: str) -> int:
     if head.weight.dtype.itemsize >= 4:
         return 0
     vocabulary = head.weight.shape[0]
-    chunk = max(1, heads._CHUNK_ELEMENTS // vocabulary // heads.MULTIPLE) * heads.MULTIPLE
+    chunk = max(1, heads.CHUNK_ELEMENTS // vocabulary // heads.MULTIPLE) * heads.MULTIPLE
     rows = min(chunk, -(-count // heads.MULTIPLE) * heads.MULTIPLE)
-    return 4 * max(0, rows * vocabulary - heads._CACHED_ELEMENTS)
+    return 4 * max(0, rows * vocabulary - heads.CACHED_ELEMENTS)
 
 
 def _bytes(tensor: Tensor) -> int:

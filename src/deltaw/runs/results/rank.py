@@ -109,7 +109,7 @@ class LayerSpectrum:
 
 
 @dataclass(frozen=True)
-class BaseScores:
+class ScoresOfBase:
     """The base without the adapter, on the same records."""
 
     loss: float
@@ -119,7 +119,7 @@ class BaseScores:
     """Its loss less the whole adapter's, item by item."""
 
     @classmethod
-    def from_json(cls, values: JsonObject) -> BaseScores:
+    def from_json(cls, values: JsonObject) -> ScoresOfBase:
         return cls(values["loss"], seed_scores(values["scores"]), score_from(values["less_adapter"]))
 
     def to_json(self) -> dict[str, object]:
@@ -200,7 +200,7 @@ class RankResults:
     records: RecordsUsed
     loop: JsonObject
     """The loop's figures in the run's result.json; empty for an adapter alone."""
-    base: BaseScores | None
+    base: ScoresOfBase | None
     """None where the base has no head of its own."""
     rank: int
     """The recommended one."""
@@ -235,7 +235,7 @@ class RankResults:
         plain = {name: values[name] for name in ("run", "settings", "options", "environment", "loop", "rank", "margin")}
         return cls(
             records=RecordsUsed(**values["records"]),
-            base=None if values["base"] is None else BaseScores.from_json(values["base"]),
+            base=None if values["base"] is None else ScoresOfBase.from_json(values["base"]),
             ranks=[RankRow.from_json(row) for row in values["ranks"]],
             allocated=[Allocated.from_json(row) for row in values["allocated"]],
             layers=[LayerSpectrum(**layer) for layer in values["layers"]],

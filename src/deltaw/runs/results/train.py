@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltaw.training.loop import LoopState
@@ -32,7 +32,7 @@ class RunFigures:
     """‖ΔW‖ / ‖W0‖ over all adapted layers."""
     merge_dtype: str
     """The precision of the weights that `merge_rows` are told for."""
-    merge_rows: list[dict[str, object]]
+    merge_rows: Sequence[Mapping[str, object]]
     """Figures of a merge for each family of layers, and for all."""
     peak_memory: int
     """The most that the process has held, on the GPU where one is in use."""

@@ -1,5 +1,7 @@
-"""Invariant 7 over what PEFT can write: real PEFT makes and fills each adapter, we give its logits; and PEFT gives the logits of
-what we write of it. On tiny models of four architectures, and on SmolLM2. No scale is 1."""
+"""All that PEFT can write: real PEFT makes and fills each adapter, we give its logits, and PEFT gives those of what we write of it.
+
+On tiny models of four architectures, and on SmolLM2. No scale is 1.
+"""
 
 import copy
 import dataclasses
@@ -16,10 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from deltaw import (
@@ -38,26 +36,9 @@ from deltaw import (
     using,
 )
 from deltaw.errors import AdapterError, FileError, MergeError
-from deltaw.files.formats.peft_config import HARMLESS, READ, SETTINGS
+from deltaw.files.formats.peft.config import HARMLESS, READ, SETTINGS
 from tests.conftest import assert_same, bits, covering, fill, snapshot, tiny_gpt2, tiny_llama
-
-
-def tiny_bert() -> Any:
-    """Biases everywhere, a classifier that no checkpoint of the base has."""
-    config = BertConfig(
-        hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3, initializer_range=0.3,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
-
-
-def tiny_t5() -> Any:
-    """An encoder and a decoder, whose embeddings and head are one weight."""
-    config = T5Config(
-        d_model=32, d_kv=8, d_ff=56, num_layers=2, num_heads=4, vocab_size=96, dropout_rate=0.0, decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
-
+from tests.files.conftest import filled, logits, rewritten, tiny_bert, tiny_t5
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama, "llama untied": lambda: tiny_llama(tied=False), "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5,
@@ -122,12 +103,6 @@ def model_of(name: str) -> Any:
     return MODELS[name]().eval()
 
 
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def settings_for(config: str, model: str) -> dict[str, Any]:
     settings = {"target_modules": ["qv"], **CONFIGS[config][0]}
 
@@ -138,16 +113,6 @@ def settings_for(config: str, model: str) -> dict[str, Any]:
         return [name for value in values for name in own.get(value, [value])]
 
     return {key: named(value) for key, value in settings.items()}
-
-
-def filled(model: Any, size: float = 0.2) -> Any:
-    """Random values for all that trains, tied weights once."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-    return model
 
 
 # Of two layers with one weight, one would change with the other; and a bias has no place in a layer without any
@@ -175,7 +140,7 @@ def merged_and_back(model: Any, expected: torch.Tensor, ids: torch.Tensor, *, po
 
 @pytest.mark.parametrize(("config", "model"), covering(list(CONFIGS), list(MODELS), cases=CASES))
 @pytest.mark.filterwarnings("ignore")
-def test_7_real_peft_and_we_agree(config: str, model: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_real_peft_and_we_agree(config: str, model: str, ids: torch.Tensor, tmp_path: Path) -> None:
     plain = model_of(model)
     before, untouched = logits(plain, ids), snapshot(plain)
     made = peft.LoraConfig(r=4, lora_alpha=10, **settings_for(config, model))
@@ -220,7 +185,7 @@ ON_SMOLLM2 = [
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ON_SMOLLM2)
 @pytest.mark.filterwarnings("ignore")
-def test_7_real_peft_and_we_agree_on_smollm2(config: str, smollm2: Path, tmp_path: Path) -> None:
+def test_real_peft_and_we_agree_on_smollm2(config: str, smollm2: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     ids = torch.randint(0, 49152, (2, 9), generator=torch.Generator().manual_seed(1))
     ids[0, :3] = torch.tensor([7, 3, 90])
@@ -239,7 +204,7 @@ def test_7_real_peft_and_we_agree_on_smollm2(config: str, smollm2: Path, tmp_pat
     torch.testing.assert_close(logits(again, ids), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_7_older_versions_files(ids: torch.Tensor, tmp_path: Path) -> None:
+def test_older_versions_files(ids: torch.Tensor, tmp_path: Path) -> None:
     """A pickled file, names of adapters in its keys, and no settings but those that version 0.2 had."""
     plain = tiny_llama().eval()
     made = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -302,7 +267,7 @@ def test_what_would_be_misread_is_refused(settings: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_7_a_start_that_changes_W0_is_read_once_peft_has_converted_it(ids: torch.Tensor, tmp_path: Path) -> None:
+def test_a_start_that_changes_W0_is_read_once_peft_has_converted_it(ids: torch.Tensor, tmp_path: Path) -> None:
     plain = tiny_llama().eval()
     config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], init_lora_weights="pissa")
     theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
@@ -351,14 +316,6 @@ def test_pefts_other_methods_are_refused_by_name(kind: str, tmp_path: Path) -> N
 def test_every_setting_of_pefts_is_read_or_refused_or_known_to_be_harmless() -> None:
     fields = {f.name for f in dataclasses.fields(peft.LoraConfig)}
     assert fields <= SETTINGS.keys() | READ | HARMLESS
-
-
-def rewritten(folder: Path, **settings: Any) -> Path:
-    """The folder with other settings; those that are `...` taken out."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text()) | settings
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-    return folder
 
 
 @pytest.mark.parametrize("settings", [
@@ -413,7 +370,7 @@ class Attention(nn.Module):
     "targets", [["self_attn"], ["self_attn", "out_proj"], ["out_proj", "self_attn", "out"]], ids=str
 )
 @pytest.mark.filterwarnings("ignore")
-def test_7_an_output_projection_that_peft_has_twice(
+def test_an_output_projection_that_peft_has_twice(
     targets: list[str], ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(3)
@@ -494,7 +451,7 @@ NEW_TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", list(NEW_TOKENS))
 @pytest.mark.filterwarnings("ignore")
-def test_7_a_resized_vocabulary_as_peft_reloads_it(
+def test_a_resized_vocabulary_as_peft_reloads_it(
     case: str, ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, settings = NEW_TOKENS[case]
@@ -536,7 +493,7 @@ HEAD_TASK = {"tokens": "TOKEN_CLS", "answers": "QUESTION_ANS"}
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @pytest.mark.parametrize("kind", list(HEADS))
 @pytest.mark.filterwarnings("ignore")
-def test_7_heads_that_peft_trains_beside_biases(kind: str, bias: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_heads_that_peft_trains_beside_biases(kind: str, bias: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     config, model_class, own = HEADS[kind]
     common = {
         "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "num_labels": 3,
@@ -589,7 +546,7 @@ def test_the_bases_own_head_in_a_file_is_no_update(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_7_each_of_several_adapters_that_peft_saved_of_one_model(ids: torch.Tensor, tmp_path: Path) -> None:
+def test_each_of_several_adapters_that_peft_saved_of_one_model(ids: torch.Tensor, tmp_path: Path) -> None:
     plain = model_of("bert")
     theirs = peft.get_peft_model(
         copy.deepcopy(plain), peft.LoraConfig(r=4, lora_alpha=10, target_modules=["query"], bias="all", task_type="SEQ_CLS")
@@ -622,7 +579,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("case", list(PATTERNS))
 @pytest.mark.filterwarnings("ignore")
-def test_7_patterns_hold_in_the_order_in_which_peft_reloads_them(case: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_patterns_hold_in_the_order_in_which_peft_reloads_them(case: str, ids: torch.Tensor, tmp_path: Path) -> None:
     """PEFT sorts them when it saves, so that a model in training may have had others."""
     plain = model_of("llama")
     made = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "v_proj"], alpha_pattern=PATTERNS[case])
@@ -647,7 +604,7 @@ def test_7_patterns_hold_in_the_order_in_which_peft_reloads_them(case: str, ids:
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
 ], ids=str)  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
-def test_7_what_peft_keeps_tied_is_merged_once(settings: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
+def test_what_peft_keeps_tied_is_merged_once(settings: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = tiny_llama().eval()
     before, was = logits(model, ids), bits(model)
@@ -698,7 +655,7 @@ def test_A_and_B_of_8_bits(dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path
     ("llama", {"norms": True}), ("llama untied", {"whole": "lm_head"}), ("bert", {"whole": "classifier"}),
 ], ids=str)  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
-def test_7_peft_reads_an_adapter_without_low_rank_updates(
+def test_peft_reads_an_adapter_without_low_rank_updates(
     kind: str, settings: dict[str, Any], ids: torch.Tensor, tmp_path: Path
 ) -> None:
     """It was written with no target_modules, with which PEFT refuses any adapter."""

@@ -96,7 +96,7 @@ def test_all_types_of_the_table_are_tried() -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_7_real_peft_and_transformers_read_what_we_write(kind: str, tmp_path: Path) -> None:
+def test_real_peft_and_transformers_read_what_we_write(kind: str, tmp_path: Path) -> None:
     model = model_of(kind)
     plain = run(model)
     for number, wanted in enumerate(("all-linear", "experts.*")):
@@ -128,7 +128,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_7_we_read_what_real_peft_writes(kind: str, tmp_path: Path) -> None:
+def test_we_read_what_real_peft_writes(kind: str, tmp_path: Path) -> None:
     model = model_of(kind)
     plain, before = run(model), snapshot(model)
     for number, (asked, settings) in enumerate(ASKED.items()):

@@ -16,7 +16,7 @@ from deltaw.cli.main import main
 from deltaw.config import RankConfig, SweepConfig, TrainConfig
 from deltaw.errors import AdapterError, FileError
 from deltaw.files.formats import peft
-from deltaw.files.formats.peft_keys import in_file, sort, unstacked
+from deltaw.files.formats.peft.keys import in_file, sort, unstacked
 from deltaw.layers.ops.merging import delta_norm
 from tests.conftest import fill
 from tests.data.conftest import CHATML, tiny_tokenizer
@@ -58,13 +58,13 @@ def test_the_files_shape_and_back() -> None:
 
 @pytest.mark.parametrize("targets", [{"q": 2, "gate_up": 3, "down": 4}, "down", "gate_up,down"], ids=str)
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
-def test_7_real_peft_reads_ranks_that_differ_and_experts_alone(name: str, targets: Any, tmp_path: Path) -> None:
+def test_real_peft_reads_ranks_that_differ_and_experts_alone(name: str, targets: Any, tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "a", name, targets=targets)
     for read in (in_real_peft, in_ours):
         torch.testing.assert_close(read(name, folder), run(model).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_7_peft_files_whose_patterns_name_parameters(tmp_path: Path) -> None:
+def test_peft_files_whose_patterns_name_parameters(tmp_path: Path) -> None:
     """Ranks and alphas by a parameter's name, which the file itself does not have: PEFT keeps A and B by the module's."""
     package = pytest.importorskip("peft")
     shared = {"r": 3, "lora_alpha": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
@@ -138,6 +138,7 @@ def test_inspect_shows_a_stack_by_its_parameters_name(tmp_path: Path, capsys: py
         assert rows[name]["shape"] == " × ".join(["4", "×".join(str(n) for n in dW.shape[1:])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", "gate_up,down"])
 def test_ranks_of_a_mixture_are_tried_and_one_run_is_cut(tmp_path: Path, targets: str) -> None:
     tokenizer = tiny_tokenizer(CHATML)
@@ -181,7 +182,7 @@ def test_a_mixture_that_sorts_its_tokens_is_not_trained_abreast(tmp_path: Path) 
 
 @pytest.mark.parametrize("version", ["0.18.1", None], ids=str)
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
-def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: Path) -> None:
+def test_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: Path) -> None:
     """It took the matrices of every stack for [k, d], as GPT-OSS has them. (A file of ours, turned to that form.)"""
     folder, model = saved(tmp_path / "a", name, targets={"q": 2, "gate_up": 2, "down": 2})
     file = peft.read(folder)
@@ -190,8 +191,7 @@ def test_7_files_of_peft_before_0_19(name: str, version: str | None, tmp_path: P
         stack = layer.endswith(("experts", "base_layer")) and name != "GPT-OSS"
         matrices = unstacked(A, B, file.rank(layer))
         factors[layer] = in_file(matrices[1].mT.contiguous(), matrices[0].mT.contiguous()) if stack else (A, B)
-    config = file.config | {"peft_version": version}
-    config["target_parameters"] = [*BOTH]
+    config = file.config.changed(peft_version=version, target_parameters=[*BOTH])
     peft.write(tmp_path / "old", dataclasses.replace(file, factors=factors, config=config, metadata={}))
     torch.testing.assert_close(in_ours(name, tmp_path / "old"), run(model).detach(), rtol=1e-4, atol=1e-4)
 

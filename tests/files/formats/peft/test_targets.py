@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from deltaw import LoRA, attach, compress, convert, detach, load, save, spectrum
 from deltaw.cli.main import main
 from deltaw.errors import FileError
-from deltaw.files.formats.peft_config import OF_ALL, OF_OTHERS
+from deltaw.files.formats.peft.config import OF_ALL, OF_OTHERS
 from tests.conftest import assert_same, byte_llama, fill, snapshot, tiny_gpt2, tiny_llama
 from tests.data.conftest import tiny_tokenizer
-from tests.files.test_peft_formats import filled, logits, rewritten, tiny_bert, tiny_t5
+from tests.files.conftest import filled, logits, rewritten, tiny_bert, tiny_t5
 
 
 def tiny_mixtral() -> Any:
@@ -85,7 +85,7 @@ def trained(model: Any, settings: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_7_layers_that_the_settings_do_not_mean_are_left_out_as_peft_does(
+def test_layers_that_the_settings_do_not_mean_are_left_out_as_peft_does(
     case: str, ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, settings, edited, left = CASES[case]
@@ -141,7 +141,7 @@ def test_settings_that_choose_no_layers_are_refused_by_name(edited: dict[str, An
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_7_layers_that_the_file_has_no_keys_for_change_nothing(
+def test_layers_that_the_file_has_no_keys_for_change_nothing(
     ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = of("llama")
@@ -194,7 +194,7 @@ def test_every_reader_leaves_out_the_same(tmp_path: Path, caplog: pytest.LogCapt
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_7_scales_that_the_settings_do_not_mean_are_left_out(
+def test_scales_that_the_settings_do_not_mean_are_left_out(
     ids: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = of("llama")

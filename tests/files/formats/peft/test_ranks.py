@@ -1,4 +1,4 @@
-"""What adapter_config.json says: ranks and scales, and settings under which the tensors mean something else."""
+"""Ranks and scales by adapter_config.json: each scale comes back to the last bit, and a changed alpha counts."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.errors import FileError
 from deltaw.files.formats import peft
-from deltaw.files.formats.peft_config import alpha_for, config_for, scale_of
+from deltaw.files.formats.peft.ranks import alpha_for, config_for, scale_of
 
 ALPHAS = (1, 2, 3, 7, 10, 16, 24, 100, 0.1, 1.7, 12.5, 16.000000001, 1e-3, 3e4)
 
@@ -31,7 +31,7 @@ def file_of(scales: dict[str, float], ranks: dict[str, int], *, rank_stabilised:
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 def test_every_scale_is_read_back_to_the_last_bit(rank_stabilised: bool, tmp_path: Path) -> None:
     """Also where the file's rank is not the one that α was divided by: 2r for PiSSA, n·r for n slices."""
-    cases = list(itertools.product(ALPHAS, range(1, 25), (1, 2, 3)))
+    cases = list(itertools.product(ALPHAS, (1, 3, 7, 8, 12, 23), (1, 2, 3)))
     scales = {f"l{i}": a / (r**0.5 if rank_stabilised else r) for i, (a, r, _) in enumerate(cases)}
     ranks = {f"l{i}": r * factor for i, (_, r, factor) in enumerate(cases)}
     file = file_of(scales, ranks, rank_stabilised=rank_stabilised)
@@ -55,7 +55,7 @@ def test_an_alpha_is_never_further_than_the_next_number(scale: float, rank: int,
 @pytest.mark.parametrize(("alpha", "rank"), [(16, 6), (7, 3), (1, 49)])
 def test_a_whole_alpha_stays_one(alpha: int, rank: int) -> None:
     config = file_of({"a": alpha / rank}, {"a": rank}, rank_stabilised=False).config
-    assert config["lora_alpha"] == alpha and isinstance(config["lora_alpha"], int)
+    assert config.lora_alpha == alpha and isinstance(config.settings["lora_alpha"], int)
 
 
 def edited(folder: Path, *, metadata: dict[str, str] | None = None, **settings: Any) -> Path:

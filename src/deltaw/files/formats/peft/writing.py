@@ -1,0 +1,133 @@
+"""Write a LoRA adapter's folder, and read it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as save_bytes
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaw.errors import FileError
+from deltaw.files.formats.atomic import replacing_folder
+from deltaw.files.formats.peft.adapter import LoRAFile
+from deltaw.files.formats.peft.checks import is_finite
+from deltaw.files.formats.peft.config import CONFIG, WEIGHTS, PeftConfig
+from deltaw.files.formats.peft.keys import PREFIX
+from deltaw.files.formats.peft.metadata import SCALES
+from deltaw.files.formats.peft.ranks import scale_of
+from deltaw.files.formats.peft.reading import read
+from deltaw.files.formats.peft.targets import saved_module, tokens_of
+
+
+def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Write the folder atomically, then read it back and compare.
+
+    Args:
+        folder: the adapter's; what was there is replaced.
+        adapter: what to write.
+        beside: adds other files to the folder.
+
+    Raises:
+        FileError: for values that are not finite, and when the file reads back differently.
+    """
+    tensors = _stored(adapter)
+
+    def same(temporary: Path) -> bool:
+        back = read(temporary)
+        return alike(_keys(back), tensors) and back.scales == adapter.scales and _same_tokens(back, adapter)
+
+    return write_folder(folder, adapter.config, tensors, _metadata(adapter), same, beside)
+
+
+def write_folder(
+    folder: Path, config: PeftConfig, tensors: dict[str, Tensor], metadata: dict[str, str],
+    same: Callable[[Path], bool], beside: Callable[[Path], None],
+) -> Path:  # fmt: skip
+    """Write an adapter's two files atomically. `same` tells whether a folder reads back as it was meant; `beside` adds files.
+
+    Raises FileError for values that are not finite, and where `same` is False.
+    """
+    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        raise FileError("Not saved: values are not finite (NaN or infinity) in", bad)
+    with replacing_folder(folder) as temporary:
+        (temporary / CONFIG).write_text(_text(config), encoding="utf-8")
+        save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+        if not same(temporary):
+            raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
+        beside(temporary)
+    return folder
+
+
+def size(adapter: LoRAFile) -> int:
+    """Return the bytes that the folder's two files would take."""
+    return len(save_bytes(_stored(adapter), metadata=_metadata(adapter))) + len(_text(adapter.config).encode())
+
+
+def _text(config: PeftConfig) -> str:
+    return json.dumps(config.settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def alike(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in others)
+
+
+def _stored(adapter: LoRAFile) -> dict[str, Tensor]:
+    """Return the file's tensors on the CPU, each in memory of its own, as safetensors wants them."""
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in _keys(adapter).items():
+        value = tensor.detach().cpu().contiguous()
+        # safetensors refuses memory that two names share, as layers do that follow one value
+        tensors[key] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return tensors
+
+
+def _metadata(adapter: LoRAFile) -> dict[str, str]:
+    """Return what the safetensors header says, with the scales that no α of the settings gives to the last bit."""
+    exact = {
+        layer: scale
+        for layer, scale in adapter.scales.items()
+        if scale_of(layer, adapter.rank(layer), adapter.config) != scale
+    }
+    others = {key: value for key, value in adapter.metadata.items() if key != SCALES}
+    return {"format": "pt", **others, **({SCALES: json.dumps(exact, sort_keys=True)} if exact else {})}
+
+
+def _same_tokens(one: LoRAFile, other: LoRAFile) -> bool:
+    return one.rows.keys() == other.rows.keys() and all(
+        torch.equal(one.rows[layer][0], other.rows[layer][0].cpu()) for layer in one.rows
+    )
+
+
+def _keys(adapter: LoRAFile) -> dict[str, Tensor]:
+    """Return the file's tensors by their keys: what keys.py's `sort` sorts."""
+    tensors: dict[str, Tensor] = {}
+    for layer, (A, B) in adapter.factors.items():
+        embedding, kernel = layer in adapter.embeddings, adapter.kernels.get(layer)
+        if kernel is not None:
+            A, B = A.view(-1, *kernel), B.view(*B.shape, *[1] * (len(kernel) - 1))
+        tensors[f"{layer}.lora_embedding_A" if embedding else f"{layer}.lora_A.weight"] = A
+        tensors[f"{layer}.lora_embedding_B" if embedding else f"{layer}.lora_B.weight"] = B
+    for layer, m in adapter.magnitudes.items():
+        ones = [1] * (len(adapter.kernels[layer]) - 1) if layer in adapter.kernels else None
+        tensors[f"{layer}.lora_magnitude_vector"] = m if ones is None else m.view(1, -1, *ones)
+    tensors |= {f"{layer}.lora_B.bias": b for layer, b in adapter.biases.items()}
+    for layer, (indices, rows) in adapter.rows.items():
+        order = torch.searchsorted(indices.cpu(), torch.tensor(tokens_of(layer, adapter.config)))
+        tensors[f"{layer}.token_adapter.trainable_tokens_delta"] = rows[order.to(rows.device)]
+    inner = {layer.replace(".base_layer.", "."): layer for layer in adapter.factors if ".base_layer." in layer}
+    for name, value in {**adapter.whole, **adapter.copies}.items():
+        layer, parameter = name.rsplit(".", 1)
+        layer = inner.get(layer, layer)
+        inside = "token_adapter.base_layer." if layer in adapter.rows and name in adapter.copies else ""
+        inside = "base_layer." if layer in adapter.factors else inside
+        tensors[f"{layer}.{inside}{parameter}"] = value
+    for name, value in adapter.originals.items():
+        module = saved_module(name, adapter.config) or name.rpartition(".")[0]
+        tensors[f"{module}.original_module{name.removeprefix(module)}"] = value
+    return {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
