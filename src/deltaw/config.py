@@ -1,4 +1,4 @@
-"""What a user can set: frozen dataclasses, the one source of flags, YAML keys, defaults, help and checks.
+"""Settings of a user: frozen dataclasses, the one source of flags, YAML keys, defaults, help and checks.
 
 Knows no torch, no model, no file format. A method's settings (`LoRA(rank=…)`) are the dataclass in its file under methods/, made
 like these. The text under a field is its help on the command line.
@@ -45,7 +45,7 @@ BELOW_ONE = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How records become tokens.
+    """Records, and the way that they become tokens.
 
     Raises:
         ConfigError: A value is of another type or out of range, with all such values.
@@ -64,7 +64,7 @@ class DataConfig:
     """Form of the records: prompt (prompt/completion), chat (messages), instruction (instruction/input/output), text, labelled
     (text, text_pair and label) or image (image and label). auto: by the fields of the records."""
     task: Task = "auto"
-    """What is learned: the next token (causal), a class or a number for a text or a pair of texts (classification, regression),
+    """Task to learn: the next token (causal), a class or a number for a text or a pair of texts (classification, regression),
     a completion by a model with an encoder (seq2seq), or a class for an image. auto: by the records and the model."""
     labels: list[str] | None = None
     """Names of the classes, in the order of the head's outputs. Default: the classes in the training records, sorted, or the
@@ -180,7 +180,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How completions are drawn.
+    """Decoding of completions.
 
     Raises:
         ConfigError: A value is of another type or out of range, with all such values.
@@ -217,7 +217,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What to compare. The training options set the budget of each run (steps, minutes, batch …), the same for all.
+    """Methods to compare. The training options set the budget of each run (steps, minutes, batch …), the same for all.
 
     Raises:
         ConfigError: A value is of another type or out of range, with all such values.
@@ -255,7 +255,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Which ranks to try. The training options set the budget of each run (steps, minutes, batch …), the same for all.
+    """Ranks to try. The training options set the budget of each run (steps, minutes, batch …), the same for all.
 
     α is the first rank's for all, as in the paper (section 4.1), so that the learning rate need not follow the rank.
 
@@ -273,7 +273,7 @@ class SweepConfig:
     lrs: str = ""
     """Learning rates to try for each rank, with commas; the best on held-out records counts. Default: --lr alone."""
     targets: str = ""
-    """Which layers, as in training; a semicolon between several choices to compare: qv;attention;all-linear. Default:
+    """Layers to adapt, as in training; a semicolon between several choices to compare: qv;attention;all-linear. Default:
     all-linear."""
     budget: str | None = None
     """Instead of ranks: this many trainable parameters for each choice of targets, for example 0.5M or 300k, as nearly as whole
@@ -296,7 +296,7 @@ class SweepConfig:
     halving: bool = False
     """End the worse half of the candidates, by held-out loss, after a quarter of the steps and again after a half."""
     margin: float = 0.01
-    """How much worse than the largest rank's the loss of a recommended rank may be, as a share of it."""
+    """Share by which a recommended rank's loss may exceed the largest rank's."""
     metrics: str = ""
     """Scores on the test records, with commas. Default: the loss, and the usual ones for classes and numbers."""
     test: str | None = None
@@ -314,7 +314,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class RankConfig:
-    """Which ranks to cut a finished run's adapter to, and how to score them.
+    """Ranks to cut a finished run's adapter to, and their scoring.
 
     Raises:
         ConfigError: A value is of another type or out of range, with all such values.
@@ -328,7 +328,7 @@ class RankConfig:
     ranks: str = ""
     """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its rank."""
     margin: float = 0.01
-    """How much worse than the whole adapter's the loss of a recommended rank may be, as a share of it."""
+    """Share by which a recommended rank's loss may exceed the whole adapter's."""
     records: str | None = None
     """Held-out records to score: a file, or a split of the run's data. Default: the records that the run held out."""
     most: int = 256
@@ -355,7 +355,7 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What to plan. Shapes alone decide: no weights are read, and nothing is trained.
+    """Training to plan. Shapes alone decide: no weights are read, and nothing is trained.
 
     Raises:
         ConfigError: A value is of another type or out of range, with all such values.
@@ -371,7 +371,7 @@ class PlanConfig:
     methods: str = ""
     """Methods, with commas; their settings in brackets: lora(rank=64). Default: nine of them. Their names:"""
     task: Task = "auto"
-    """What is learned: causal, classification, regression, seq2seq or image. auto: by the model's head."""
+    """Task to learn: causal, classification, regression, seq2seq or image. auto: by the model's head."""
     labels: int = 2
     """Number of classes in a classification."""
     batch: int = 8
@@ -382,7 +382,7 @@ class PlanConfig:
     """Precision of the base weights. auto: bfloat16, or float32 on a CPU that is no faster in bfloat16. Trained values are
     float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train. auto: the GPU if there is one here. A GPU's kernels keep other tensors for the backward pass."""
+    """Device to train on. auto: the GPU if there is one here. A GPU's kernels keep other tensors for the backward pass."""
     optimizer: Optimizer = "AdamW"
     """An optimizer of torch.optim, as in training."""
     gradient_checkpointing: bool = False
@@ -523,7 +523,7 @@ def _plain(value: object, hint: object) -> object:
 
 
 def _misfit(name: str, value: object, hint: object) -> str:
-    """What is wrong with a value of another type than `hint`."""
+    """The problem with a value of another type than `hint`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     words, choices = [], list[str]()
     for option in options:

@@ -112,7 +112,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Opening:
-    """How MODEL is opened."""
+    """Opening of MODEL."""
 
     adapter: str | None = None
     """Adapter folder. Prompts are then wrapped as in its training, unless --template says otherwise."""
@@ -266,7 +266,7 @@ class Extract:
     energy: float | None = None
     """Instead of --rank: the share of ‖W − W0‖² that each layer keeps, for example 0.9."""
     targets: str = "all-linear"
-    """Which layers, as in training."""
+    """Layers to adapt, as in training."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False

@@ -33,7 +33,7 @@ def run(command: Generate) -> None:
     loaded = open_model(command.model, command.opening, data)
     task, data = task_of(data), within(data, loaded.model)
     warn_of_no_end(loaded, records, data)
-    answers = task.answer(loaded, records, data, command.generation, lambda done: None)
+    answers = task.answer(loaded, records, data, command.generation, lambda count: None)
     completions = [task.said(answer, data) for answer in answers]
     pairs = [{"prompt": r.question, "completion": c} for r, c in zip(records, completions, strict=True)]
     if command.out is not None:

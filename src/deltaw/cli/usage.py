@@ -1,4 +1,4 @@
-"""How tyro shows our settings: what stands for a value, which defaults are worth a word, lines folded between words."""
+"""Help as tyro shows it, in our words: placeholders for values, defaults worth a word, lines folded between words."""
 
 from __future__ import annotations
 

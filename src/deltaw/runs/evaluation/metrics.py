@@ -158,7 +158,7 @@ def matthews(predicted: Sequence[int], wanted: Sequence[int], classes: int, item
 
 
 def _counts(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Items) -> Array:
-    """How often each class is predicted, is right and is both, [items, 3 · classes]: enough for F1 and Matthews' correlation."""
+    """Counts of each class as predicted, as right and as both, [items, 3 · classes]: enough for F1 and Matthews' correlation."""
     y, t = np.asarray(predicted), np.asarray(wanted)
     numbers = _numbers(items, len(t))
     count = int(numbers.max()) + 1

@@ -55,7 +55,7 @@ class Environment(TypedDict):
     threads: int
     """torch's."""
     memory_gib: float
-    """Of the machine, whatever a container leaves of it."""
+    """Memory of the machine, whatever a container leaves of it."""
     gpu: str | None
     python: str
     versions: dict[str, str]

@@ -32,7 +32,7 @@ _MOST_ROWS = 1 << 20
 _HOLES, _HOLES_CHECKPOINTED = 0.25, 0.4
 
 NEEDS_VALUES = (RuntimeError, TypeError, ValueError, AttributeError)
-"""What code raises that asks meta tensors for values.
+"""Errors of code that asks meta tensors for values.
 
 RuntimeError (and NotImplementedError): torch, for an operator without a kernel or shape there, or a value that is read.
 TypeError: numpy, and a model's class that is not made from its config alone. ValueError: a model that checks its inputs.

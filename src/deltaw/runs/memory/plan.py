@@ -84,7 +84,7 @@ class Planned:
     model: str
     task: str
     dtype: str
-    """Of the base."""
+    """Dtype of the base."""
     device: str
     length: int | None
     """Tokens of each row; None for images."""

@@ -53,7 +53,7 @@ class Step:
     logits: int
     """Held by the head and the loss: a part of `working`, or less."""
     flops: int
-    """Of the forward and the backward pass."""
+    """FLOPs of the forward and the backward pass."""
 
 
 def step(
