@@ -174,7 +174,7 @@ def test_a_methods_settings_come_back_and_its_flags_are_no_other_setting_of_a_ru
     method: Any = cls()
     assert isinstance(method, Method) and name_of(method) == name and described(method) == {}
     assert from_mapping(cls, to_mapping(method)) == method
-    assert not keys(cls).keys() & keys(TrainConfig).keys()
+    assert not {*keys(cls)} & {*keys(TrainConfig)}
     assert all(f.default is not None or f.name == "alpha" for f in fields(method))
 
 

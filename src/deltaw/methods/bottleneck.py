@@ -54,7 +54,7 @@ class Bottleneck(Beside):
     size: int = 64
     """Width m of the bottleneck."""
     kind: Literal["houlsby", "pfeiffer", "lin"] = "houlsby"
-    """Where they are: houlsby behind attention and feed-forward, pfeiffer behind the feed-forward, lin behind the block, on a
+    """Their place: houlsby behind attention and feed-forward, pfeiffer behind the feed-forward, lin behind the block, on a
     norm of its own."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """Between the two layers."""

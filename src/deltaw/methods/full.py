@@ -32,7 +32,7 @@ class Full(Method):
     trains_everything: ClassVar[bool] = True
 
     kept: Literal["weights", "difference"] = "weights"
-    """What the file holds: the trained weights, which need no base to be read, or ΔW = W − W0 of each, which belongs to this base
+    """Content of the file: the trained weights, which need no base to be read, or ΔW = W − W0 of each, which belongs to this base
     alone (with the entries beside it that W0 + ΔW would not give back bit for bit)."""
     whole: str | Sequence[str] = ""
     """Modules that are kept as weights even so, by names or globs: a head that the checkpoint does not have, which is random each

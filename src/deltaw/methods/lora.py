@@ -52,7 +52,7 @@ class LoRA(Beside):
     alpha: float | None = None
     """α; the branch is scaled by α/r. Default: the rank of each layer, a scale of 1."""
     targets: str | Sequence[str] | Mapping[str, int] = "all-linear"
-    """Which layers: all-linear, qv, attention, mlp; roles q k v o up gate down; names or globs; several with commas; slices of a
+    """Layers: all-linear, qv, attention, mlp; roles q k v o up gate down; names or globs; several with commas; slices of a
     fused layer, c_attn[q,v]; attention=8,mlp=4 sets ranks."""
     dropout: float = 0.0
     """Probability of zeroing an entry of the branch's input in training."""

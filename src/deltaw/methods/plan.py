@@ -1,4 +1,4 @@
-"""What a method is: settings with a name, and the plan that they make for a model. Imports no torch."""
+"""Methods as such: settings with a name, and the plan that they make for a model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method wants done to a model, as data: nothing has been changed yet."""
+    """The changes that a method wants of a model, as data: nothing has been changed yet."""
 
     updates: Mapping[str, Update]
     """Layer name → its update."""
@@ -48,7 +48,7 @@ class Method(ABC):
 
     @property
     def positions(self) -> int:
-        """How many of a model's positions it takes from each row, which tokens then cannot have."""
+        """The number of a model's positions that it takes from each row, which tokens then cannot have."""
         return 0
 
     def instead(self) -> Instead | None:

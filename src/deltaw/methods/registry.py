@@ -20,9 +20,9 @@ from deltaw.methods import lora, dora, bitfit, bottleneck, prefix, ia3, full  # 
 from deltaw.methods.plan import METHODS, PRESETS, Method
 
 DEFAULT = "full,bitfit,houlsby,pfeiffer,prefix,ia3,lora-qv,lora,dora"
-"""What `compare` and `plan` take where nothing else is asked for."""
+"""Contestants of `compare` and `plan` where no others are asked for."""
 QUICK = "full,bitfit,houlsby,lora-qv,lora"
-"""What `compare --quick` takes."""
+"""Contestants of `compare --quick`."""
 
 
 def method_class(name: str) -> type[Method]:

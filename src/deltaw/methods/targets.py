@@ -196,7 +196,7 @@ def _dense(layers: Mapping[str, nn.Module]) -> dict[str, Layer]:
     for name, layer in layers.items():
         if name and why_not(layer) is None:
             dense[name] = layer
-        dense |= {dotted(name, own): Weight(layer, own) for own in weights_of(layer)}
+        dense |= {dotted(name, weight): Weight(layer, weight) for weight in weights_of(layer)}
     return dense
 
 
@@ -419,7 +419,7 @@ def left_out(
         if name in adapted or name.startswith(tuple(inside)):  # a dense layer computes with what is inside of it
             continue
         if weights := weights_of(layer):
-            names = [dotted(name, own) for own in weights]
+            names = [dotted(name, weight) for weight in weights]
             why |= {n: reasons.get(n, "not among the targets") for n in names if n not in adapted}
             continue
         if isinstance(layer, kinds) or any(p.ndim >= 2 for p in layer.parameters(recurse=False)):

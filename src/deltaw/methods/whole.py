@@ -78,7 +78,7 @@ def is_norm(module: nn.Module) -> bool:
 def biases(modules: Modules, taken: Mapping[str, Update]) -> dict[str, Update]:
     """Return an update of every bias of the model, but for those of modules in `taken`."""
     names = {
-        name: [own for own, p in module._parameters.items() if p is not None and _is_bias(own, p)]
+        name: [key for key, p in module._parameters.items() if p is not None and _is_bias(key, p)]
         for name, module in modules.items()
         if name not in taken
     }
@@ -92,7 +92,7 @@ def _is_bias(own_name: str, parameter: Tensor) -> bool:
 def everything(modules: Modules) -> dict[str, Update]:
     """Return an update of every floating-point parameter of the model."""
     names = {
-        name: [own for own, p in module._parameters.items() if p is not None and p.is_floating_point()]
+        name: [key for key, p in module._parameters.items() if p is not None and p.is_floating_point()]
         for name, module in modules.items()
     }
     return _in_place_of(modules, {n: of_module for n, of_module in names.items() if of_module}, {})
@@ -108,7 +108,7 @@ def _replaced(
     """Return updates of the chosen modules and of those inside them; what is wrong is added to `problems`."""
     wanted: dict[str, list[str]] = {}
     for name in _inside(modules, chosen):
-        parameters = [own for own, p in modules[name]._parameters.items() if p is not None]
+        parameters = [key for key, p in modules[name]._parameters.items() if p is not None]
         if name in updates:
             problems.append(f"whole: {name!r} is among the targets too: train it whole or by an update")
         elif parameters:
@@ -140,7 +140,7 @@ def _tied_to(modules: Modules, values: Mapping[Tensor, nn.Parameter], taken: Map
     """Return updates of the other layers that read one of these parameters, unless they have an update of their own."""
     following: dict[str, Update] = {}
     for name, layer in modules.items():
-        shared = {own: values[p] for own, p in layer._parameters.items() if p is not None and p in values}
+        shared = {key: values[p] for key, p in layer._parameters.items() if p is not None and p in values}
         if shared and name not in taken:
             following[name] = Replaced(shared)
     return following

@@ -33,7 +33,7 @@ class Update(nn.Module, ABC):
     own_sum: ClassVar[bool] = False
     """`summed` adds up updates of this class. Else their sum is that of their `low_rank()` and of their `values()`."""
     done_to_layer: ClassVar[str] = "trained whole"
-    """What a message says of a layer that has such an update."""
+    """Words of messages for a layer that has such an update."""
 
     # --- computing ----------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class Update(nn.Module, ABC):
 
     def covers(self, layer: nn.Module) -> bool:
         """True if it has a value in place of each parameter of the layer, which has some."""
-        parameters = {own for own, p in layer._parameters.items() if p is not None}
+        parameters = {name for name, p in layer._parameters.items() if p is not None}
         return bool(parameters) and parameters == self.values().keys()
 
     # --- merging and adding up ----------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ class Scaled(Update):
         """x [..., k] → [..., d]."""
         x, forward = only_input(layer, inputs, named), own_forward(layer)
         l = self.whole(layer).to(x.dtype)  # noqa: E741
-        own = itself(layer)
-        out: Tensor = forward(own, x * l) if self.inputs else forward(own, x) * l
+        plain = itself(layer)
+        out: Tensor = forward(plain, x * l) if self.inputs else forward(plain, x) * l
         return out
 
     def changes(self, layer: nn.Module) -> dict[str, Change]:
@@ -52,12 +52,12 @@ class Scaled(Update):
         return changes if layer._parameters.get("bias") is None else changes | {"bias": Times(columns=l)}
 
     def parameter(self, layer: nn.Module, own_name: str) -> Tensor | None:
-        own = super().parameter(layer, own_name)
-        if own is None or own_name not in ("weight", "bias") or (self.inputs and own_name == "bias"):
-            return own
-        l = self.whole(layer).to(own.dtype)  # noqa: E741
+        value = super().parameter(layer, own_name)
+        if value is None or own_name not in ("weight", "bias") or (self.inputs and own_name == "bias"):
+            return value
+        l = self.whole(layer).to(value.dtype)  # noqa: E741
         if own_name == "bias":
-            return own * l
+            return value * l
         kind = kind_of(layer)
         assert kind is not None
         return as_stored(layer, own_name, kind.W0(layer) * (l if self.inputs else l[:, None]))

@@ -56,7 +56,7 @@ class LowRank(Update):
         return self.A.shape[0]
 
     def factors(self) -> dict[Letter, nn.Parameter]:
-        return {letter: getattr(self, own) for letter, own in self.made_of.items()}
+        return {letter: getattr(self, name) for letter, name in self.made_of.items()}
 
     @property
     def plain(self) -> LowRank | None:

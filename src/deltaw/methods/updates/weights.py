@@ -43,7 +43,7 @@ class OnWeights(Update):
         return self.parts
 
     def branch(self, layer: nn.Module, *inputs: object, **named: object) -> object:
-        values = {own: part.stand_in(own_tensor(layer, own)) for own, part in self.parts.items()}
+        values = {own_name: part.stand_in(own_tensor(layer, own_name)) for own_name, part in self.parts.items()}
         return plain_class(layer).forward(shell(layer, values), *inputs, **named)
 
     def parameter(self, layer: nn.Module, own_name: str) -> Tensor | None:
@@ -52,21 +52,21 @@ class OnWeights(Update):
         return self.parts[own_name].weight(own_tensor(layer, own_name))
 
     def changes(self, layer: nn.Module) -> dict[str, Change]:
-        return {own: part.changes(layer)["weight"] for own, part in self.parts.items()}
+        return {own_name: part.changes(layer)["weight"] for own_name, part in self.parts.items()}
 
     def misfit(self, layer: nn.Module) -> str | None:
         if why := why_bypassed(layer):
             return why
         known = matrices_of(layer)
-        for own, part in self.parts.items():
-            if own not in known:
-                return f"a {plain_class(layer).__name__} has no dense weight {own!r}"
-            if why := part.other_weight(own_tensor(layer, own).shape):
-                return f"{own}: {why}"
+        for own_name, part in self.parts.items():
+            if own_name not in known:
+                return f"a {plain_class(layer).__name__} has no dense weight {own_name!r}"
+            if why := part.other_weight(own_tensor(layer, own_name).shape):
+                return f"{own_name}: {why}"
         return None
 
     def moved(self, layer: nn.Module) -> tuple[float, float]:
-        pairs = [(part, own_tensor(layer, own)) for own, part in self.parts.items()]
+        pairs = [(part, own_tensor(layer, own_name)) for own_name, part in self.parts.items()]
         return sum(part.squared() for part, _ in pairs), sum(square(W0) for _, W0 in pairs)
 
 
