@@ -44,7 +44,7 @@ class MergedFiles:
 
     layers: dict[str, MergeStats]
     bytes: int
-    """Of the weights that were written."""
+    """Bytes of the weights that were written."""
     correction: int
     """Bytes of the correction file; 0 without one."""
 

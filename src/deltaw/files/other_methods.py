@@ -76,7 +76,7 @@ def name_of_base(model: nn.Module) -> str | None:
 
 def _replaced(updates: Mapping[str, Update]) -> set[str]:
     """Return the names of the base's parameters that the adapter has values for."""
-    return {dotted(n, own) for n, u in updates.items() for own in u.replaced()}
+    return {dotted(n, parameter) for n, u in updates.items() for parameter in u.replaced()}
 
 
 def tensors_in(updates: Mapping[str, Update]) -> dict[str, nn.Parameter]:
@@ -84,9 +84,9 @@ def tensors_in(updates: Mapping[str, Update]) -> dict[str, nn.Parameter]:
     seen: dict[int, str] = {}
     parameters: dict[str, nn.Parameter] = {}
     for name, update in updates.items():
-        for own, parameter in update.named_parameters():
-            if seen.setdefault(id(parameter), dotted(name, own)) == dotted(name, own):
-                parameters[dotted(name, own)] = parameter
+        for own_name, parameter in update.named_parameters():
+            if seen.setdefault(id(parameter), dotted(name, own_name)) == dotted(name, own_name):
+                parameters[dotted(name, own_name)] = parameter
     return parameters
 
 

@@ -92,11 +92,11 @@ def _of_weights(owner: nn.Module, updates: Mapping[str, Update]) -> _Weights:
         if not isinstance(update, OnWeights):
             continue
         module = owner.get_submodule(module_name)
-        parts = [(own, update.parts[own]) for own in matrices_of(module) if own in update.parts]
-        for depth, (own, part) in enumerate(reversed(parts)):
-            attention = isinstance(module, nn.MultiheadAttention) and own != "in_proj_weight"
-            key = dotted(module_name, own) if attention else module_name + ".base_layer" * depth
-            weights[key] = dotted(module_name, own), part
+        parts = [(own_name, update.parts[own_name]) for own_name in matrices_of(module) if own_name in update.parts]
+        for depth, (own_name, part) in enumerate(reversed(parts)):
+            attention = isinstance(module, nn.MultiheadAttention) and own_name != "in_proj_weight"
+            key = dotted(module_name, own_name) if attention else module_name + ".base_layer" * depth
+            weights[key] = dotted(module_name, own_name), part
     return weights
 
 
@@ -150,7 +150,7 @@ def _whole(model: nn.Module, updates: Mapping[str, Replaced]) -> tuple[dict[str,
     PEFT then gives it to the base's own parameter, which they share.
     """
     values: dict[str, Tensor] = {
-        dotted(n, own): value for n, u in updates.items() for own, value in u.named_parameters()
+        dotted(n, own_name): value for n, u in updates.items() for own_name, value in u.named_parameters()
     }
     sharing = [names for names in readers(model).values() if len(names) > 1]
     followed = [names for names in sharing if all(n in values and values[n] is values[names[0]] for n in names)]
@@ -160,7 +160,7 @@ def _whole(model: nn.Module, updates: Mapping[str, Replaced]) -> tuple[dict[str,
     modules: list[str] = []
     for layer_name in updates:
         module = owner_of(model).get_submodule(layer_name)
-        parameters = {dotted(layer_name, own) for own, p in module._parameters.items() if p is not None}
+        parameters = {dotted(layer_name, own_name) for own_name, p in module._parameters.items() if p is not None}
         if parameters & alone or not (parameters & once or parameters - values.keys()):
             modules.append(layer_name)
     outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
@@ -174,9 +174,13 @@ def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for place, module in base_modules(model):
         if place == name or place.startswith(f"{name}."):
-            kept = {own: b for own, b in module._buffers.items() if own not in module._non_persistent_buffers_set}
+            kept = {
+                own_name: b
+                for own_name, b in module._buffers.items()
+                if own_name not in module._non_persistent_buffers_set
+            }
             tensors = {**module._parameters, **kept}
-            state |= {dotted(place, own): t.detach() for own, t in tensors.items() if t is not None}
+            state |= {dotted(place, own_name): t.detach() for own_name, t in tensors.items() if t is not None}
     return state
 
 

@@ -35,7 +35,7 @@ class Fit:
     """All of the model's modules by name."""
     file: LoRAFile
     device: torch.device | None
-    """Where updates are kept; None: beside what they are updates of."""
+    """The device that updates are kept on; None: beside what they are updates of."""
 
     def place(self, tensor: Tensor) -> torch.device:
         """Return where to keep what stands beside this tensor of the base, or in its place."""
@@ -112,9 +112,9 @@ def _with_originals(file: LoRAFile, values: dict[str, Tensor], named: _Named) ->
 def _without_buffers(fit: Fit, values: dict[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
     """Return `values` without the base's buffers, which PEFT's copies of modules have too. Other buffers are problems."""
     buffers = {
-        dotted(name, own): buffer
+        dotted(name, own_name): buffer
         for name, module in fit.layers.items()
-        for own, buffer in module._buffers.items()
+        for own_name, buffer in module._buffers.items()
         if buffer is not None
     }
     problems += [

@@ -71,7 +71,7 @@ class _Source:
     """Key → tensor, of all others."""
     alpha: float
     enabled: list[bool] | None
-    """Which parts of merged layers have updates; None where nobody says it."""
+    """Parts of merged layers → they have updates; None where nobody says it."""
     layers: Layers | None
     """None: of an unknown base."""
 

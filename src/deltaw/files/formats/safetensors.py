@@ -50,7 +50,7 @@ class Entry(NamedTuple):
     """One tensor's dtype, shape and place in its file."""
 
     dtype: str
-    """By the format's name, for example BF16."""
+    """The format's name of it, for example BF16."""
     shape: tuple[int, ...]
     start: int
     """From the beginning of the file, in bytes."""

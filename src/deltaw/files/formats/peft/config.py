@@ -107,9 +107,9 @@ class PeftConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
     ensure_weight_tying: bool
     feedforward_modules: Names
-    """Of (IA)³."""
+    """(IA)³'s layers whose inputs are scaled."""
     num_virtual_tokens: int | None
-    """Of prompt tuning."""
+    """Length of a prompt, in prompt tuning."""
 
     @classmethod
     def of(cls, settings: Mapping[str, object]) -> PeftConfig:
