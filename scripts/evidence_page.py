@@ -16,7 +16,9 @@ from typing import Any
 
 from deltaw.runs.evaluation.bootstrap import quantile
 from deltaw.runs.memory.machine import in_words
-from deltaw.runs.reports.compare import COLUMNS, cells, headline, mean, metric_of, ranked, score
+from deltaw.runs.reports.compare import COLUMNS, cells, headline, score
+from deltaw.runs.results.compare import ComparisonResults
+from deltaw.runs.results.scores import SeedScores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "evidence.md"
@@ -54,7 +56,7 @@ def of_several(stored: Any) -> Any:
 
     The stored interval is the mean of single seeds'. The mean of seeds varies by items at most as much as one seed does.
     """
-    seeds, value = stored["seeds"], mean(stored["seeds"])
+    seeds, value = stored["seeds"], sum(stored["seeds"]) / len(stored["seeds"])
     if len(seeds) == 1:
         return stored
     a = ((stored["high"] - stored["low"]) / 2 / _NORMAL) ** 2
@@ -95,7 +97,10 @@ def e2e() -> list[str]:
     metrics = list(results["rows"][0]["scores"])
     columns = [*COLUMNS, *(f"test {m}" for m in metrics)]
     shown = [i for i, column in enumerate(columns) if column != "step"]  # the runs shared the machine; see steps()
-    rows = [[texts[i] for i in shown] for texts in (cells(row, metrics) for row in ranked(results))]
+    rows = [
+        [texts[i] for i in shown]
+        for texts in (cells(row, metrics) for row in ComparisonResults.from_json(results).ranked)
+    ]
     return [
         f"## {results['settings']['model']} on {results['settings']['data']}\n",
         budget(results),
@@ -142,8 +147,13 @@ def glue() -> list[str]:
     return [f"## {first['settings']['model']} on tasks of GLUE\n", table(columns, rows), "\n".join(notes) + "\n"]
 
 
+def metric_of(results: Any) -> str:
+    """Return the metric that ranks the methods."""
+    return ComparisonResults.from_json(results).metric
+
+
 def of_task(row: Any, results: Any) -> str:
-    return score(row["scores"][metric_of(results)]) if row and row.get("scores") else "failed"
+    return score(SeedScores.from_json(row["scores"][metric_of(results)])) if row and row.get("scores") else "failed"
 
 
 def budget(results: Any, end: str = "\n") -> str:
@@ -155,14 +165,15 @@ def budget(results: Any, end: str = "\n") -> str:
 def said(results: Any, end: str = "\n") -> str:
     """Return the comparison in words, and LoRA's place in it."""
     metric = metric_of(results)
-    values = {row["name"]: mean(row["scores"][metric]["seeds"]) for row in ranked(results) if row.get("scores")}
+    typed = ComparisonResults.from_json(results)
+    values = {row.name: best.scores[metric].mean for row, best in typed.trained}
     if len(set(values.values())) == 1 or LORA not in values:
-        return headline(results) + end
+        return headline(typed) + end
     better = list(takewhile(lambda name: values[name] != values[LORA], values))
     one = f"{', '.join(better)} {'has' if len(better) == 1 else 'have'} a better figure than {LORA}."
     place = one if better else f"None has a better figure than {LORA}."
     notes = [f"{row['name']}: {note}" for row in results["rows"] for note in row.get("notes", ())]
-    return " ".join([headline(results), place, *notes]) + end
+    return " ".join([headline(typed), place, *notes]) + end
 
 
 # --- costs ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import deltaw
 from deltaw import DoRA, LoRA, attach, detach, load, merge, parameters, route, save, summary, unmerge, using
 from deltaw.errors import AdapterError, FileError, TargetError
 from deltaw.files.formats import peft
+from deltaw.files.formats.peft.metadata import SLICES
 from deltaw.layers.kinds import shape
 from deltaw.layers.slices import parts_of, runs_of
 from deltaw.methods.targets import select
@@ -290,7 +291,7 @@ def test_b_that_is_not_zero_elsewhere_is_a_whole_layers(tmp_path: Path) -> None:
     load(model, tmp_path / "b")
     update = updates(model)["transformer.h.0.attn.c_attn"]
     assert type(update) is LowRank and torch.equal(update.B, file.factors["transformer.h.0.attn.c_attn"][1])
-    file.metadata[peft.SLICES] = '{"transformer.h.0.attn.c_attn": {"q": []}}'
+    file.metadata[SLICES] = '{"transformer.h.0.attn.c_attn": {"q": []}}'
     peft.write(tmp_path / "c", file)
     with pytest.raises(FileError, match="are damaged"):
         load(model, tmp_path / "c", name="c")

@@ -202,11 +202,11 @@ def test_a_users_own_classifier_keeps_its_padding_token(tmp_path: Path, caplog: 
     folder = classifier(tmp_path, "llama", config_pad=0, tokenizer_pad=None)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = opened(str(folder), DataConfig(task="classification", labels=["a", "b"])).tokenizer
-    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
+    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, ours=False)
     assert model.config.pad_token_id == 0 and row_padding(model, 9) == 0
     assert "pad_token_id 0, its tokenizer pads with" in caplog.text
     model.config.pad_token_id = None  # transformers refuses several rows
-    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, own=False)
+    settle_padding(model, tokenizer, pad_id(tokenizer), "mine", scored=True, ours=False)
     assert model.config.pad_token_id == pad_id(tokenizer)
 
 

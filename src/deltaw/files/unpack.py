@@ -182,12 +182,12 @@ def _bias(fit: Fit, name: str, layer_name: str, layer: nn.Module) -> Tensor | No
 
 def _on_weight(fit: Fit, name: str, place: str, weight: Weight, slices: Mapping[str, Runs] | None) -> LowRank:
     """Return the update of a weight that has no layer, of the name `place` in the model. Raises FileError."""
-    file, W0 = fit.file, weight.module._parameters.get(weight.own)
+    file, W0 = fit.file, weight.module._parameters.get(weight.name)
     if W0 is None:
-        raise FileError(f"{place.rpartition('.')[0]!r} has no {weight.own}")
+        raise FileError(f"{place.rpartition('.')[0]!r} has no {weight.name}")
     in_patterns = file.names_in_peft(name)
     if len(in_patterns) == 1 and in_patterns[0] not in (name, place):
-        raise FileError(f"{name!r}: by the file's settings it is {in_patterns[0]}, by this model's order {weight.own}")
+        raise FileError(f"{name!r}: by the file's settings it is {in_patterns[0]}, by this model's order {weight.name}")
     A, B = (factor.to(fit.place(W0)) for factor in file.factors[name])
     if W0.ndim == 3:
         return _of_stack(file, name, place, weight, A, B)

@@ -23,7 +23,7 @@ from deltaw.layers.unwrap import itself, own_forward, plain_class, shell
 
 
 class Branch(Protocol):
-    """What a kind needs of an update."""
+    """The parts of an update that a kind computes with."""
 
     @property
     def A(self) -> Tensor:
@@ -293,13 +293,13 @@ class Weight(NamedTuple):
     """
 
     module: nn.Module
-    own: str
+    name: str
     """The module's name of it."""
 
     @property
     def value(self) -> Tensor:
         """The parameter, [d, k] or [E, d, k], or as `transposed` says."""
-        value = self.module._parameters[self.own]
+        value = self.module._parameters[self.name]
         assert value is not None
         return value
 

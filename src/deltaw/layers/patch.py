@@ -110,9 +110,9 @@ def adapted_class(cls: type[nn.Module], read: tuple[str, ...] = ()) -> type[nn.M
     return _adapted[cls, read]
 
 
-def _adapted_forward(cls: type[nn.Module], own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward of an adapted class: the active update's branch, or `own`, which computes the base's."""
-    plain = own if quantised.package_class(cls) is None else partial(quantised.output, cls)
+def _adapted_forward(cls: type[nn.Module], forward_of_base: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of an adapted class: the active update's branch, or `forward_of_base`, which computes the base's."""
+    plain = forward_of_base if quantised.package_class(cls) is None else partial(quantised.output, cls)
 
     def forward(self: nn.Module, *inputs: Any, **named: Any) -> Any:
         slot: Any = self._modules[SLOT]

@@ -24,7 +24,7 @@ Packages = Any
 
 
 class Form:
-    """How a package keeps a weight W0 [d, k] quantised. It has no state; `FORMS` has one instance of each."""
+    """A package's way to store a quantised weight W0 [d, k]. It has no state; `FORMS` has one instance of each."""
 
     known_by: ClassVar[str]
     """Full name of the class of the layer, or of its weight."""

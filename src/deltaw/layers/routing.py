@@ -77,7 +77,7 @@ class _Here(threading.local):
 
 
 class Route:
-    """Which adapter the adapted layers of a model go through. One object for all of them: switching is one write.
+    """The choice of the adapter that a model's adapted layers go through. One object for all of them: switching is one write.
 
     `active` holds for all code that is in no `using` or `route` block; layers/blocks.py says which code a block holds for.
     """

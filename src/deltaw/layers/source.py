@@ -1,4 +1,4 @@
-"""What a module's source says of its children: which of their weights are read, which are never called, which get no gradient.
+"""A module's source, read for three things: children whose weights are read, that are never called, or that get no gradient.
 
 Why. An update acts in its layer's forward. Three things that models do would leave it without effect, in silence, and only their
 code shows them:
@@ -76,7 +76,7 @@ def once(function: Callable[[type], _T]) -> Callable[[type], _T]:
 class Reading:
     """The names of attributes that a function's source mentions, by what it does with them."""
 
-    own: set[str] = field(default_factory=set)
+    at_self: set[str] = field(default_factory=set)
     """Read of `self`."""
     others: set[str] = field(default_factory=set)
     """Read of other objects or set on any, and constant strings that are names."""
@@ -93,15 +93,15 @@ class Reading:
     of_super: set[str] = field(default_factory=set)
     """Asked of `super()`."""
     stopped: set[str] = field(default_factory=set)
-    """Of `self`, in a block without gradients."""
+    """Names that stand at `self` in a block without gradients."""
     flowing: set[str] = field(default_factory=set)
-    """Of `self`, outside of such blocks."""
+    """Names that stand at `self` outside of such blocks."""
     decorators: set[str] = field(default_factory=set)
     """The function's, without arguments."""
 
     @property
     def names(self) -> set[str]:
-        return self.own | self.others | self.bare
+        return self.at_self | self.others | self.bare
 
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -116,7 +116,7 @@ class _Reader(ast.NodeVisitor):
         """An expression's id → the attribute that is asked of it."""
         self.variables: set[str] = set()
         self.without_gradient = self.only_asks = self.another_self = 0
-        """How many blocks without gradients, questions about a parameter, and functions with a `self` of their own are open."""
+        """Numbers of open blocks without gradients, questions about a parameter, and functions with another `self`."""
         self._arguments(function.args)
         for statement in function.body:
             self.visit(statement)
@@ -128,7 +128,9 @@ class _Reader(ast.NodeVisitor):
         read = isinstance(node.ctx, ast.Load)
         if _is_name(node.value, "self"):
             (reading.stopped if self.without_gradient else reading.flowing).add(name)
-        (reading.own if read and _is_name(node.value, "self") and not self.another_self else reading.others).add(name)
+        (reading.at_self if read and _is_name(node.value, "self") and not self.another_self else reading.others).add(
+            name
+        )
         if read and not then:
             reading.handed_on.add(name)
         if then not in _PARAMETERS | _ASKED:
@@ -263,10 +265,10 @@ def _in_use(name: str) -> bool:
 class _Names(NamedTuple):
     """Attributes that code asks for."""
 
-    own: frozenset[str]
-    """Of `self`: children of modules of the class alone, or of one that inherits from it."""
+    at_self: frozenset[str]
+    """Names at `self`: children of modules of the class alone, or of one that inherits from it."""
     elsewhere: frozenset[str]
-    """Of any other object, and constant strings."""
+    """Names at any other object, and constant strings."""
     known: bool = True
     """All of the code has source."""
 
@@ -274,7 +276,7 @@ class _Names(NamedTuple):
 @once
 def _used(cls: type) -> _Names:
     """Return what the code of this class, and the functions that it calls, ask for while they compute."""
-    own: set[str] = set()
+    at_self: set[str] = set()
     elsewhere: set[str] = set()
     helpers: dict[FunctionType, None] = {}
     known = True
@@ -286,7 +288,7 @@ def _used(cls: type) -> _Names:
         elif name == "__init__":
             elsewhere |= said.handed_on
         else:
-            own |= said.own
+            at_self |= said.at_self
             elsewhere |= said.others
             helpers |= dict.fromkeys(_helpers(function, said))
     waiting = list(helpers)
@@ -294,13 +296,15 @@ def _used(cls: type) -> _Names:
         if (said := reading(function)) is None:
             known = False
             continue
-        elsewhere |= said.own | said.others
+        elsewhere |= said.at_self | said.others
         new = [helper for helper in _helpers(function, said) if helper not in helpers]
         helpers |= dict.fromkeys(new)
         waiting += new
     delegates = any(name == "__getattr__" for name, _ in _methods(cls))  # it may hand on what it is asked for
     return _Names(
-        frozenset() if delegates else frozenset(own), frozenset(elsewhere | own if delegates else elsewhere), known
+        frozenset() if delegates else frozenset(at_self),
+        frozenset(elsewhere | at_self if delegates else elsewhere),
+        known,
     )
 
 
@@ -325,7 +329,7 @@ def _listed_by(cls: type) -> frozenset[str]:
 def _returned(cls: type) -> _Names:
     """Return what `get_input_embeddings` and the like return. (One that sets a module computes with none.)"""
     said = [reading(f) or Reading() for name, f in _methods(cls) if name in _GETTERS]
-    return _Names(frozenset().union(*(s.own for s in said)), frozenset().union(*(s.others for s in said)))
+    return _Names(frozenset().union(*(s.at_self for s in said)), frozenset().union(*(s.others for s in said)))
 
 
 @once
@@ -404,7 +408,7 @@ def mentions(function: object, name: str) -> bool:
     source."""
     plain = _function(function)
     said = None if plain is None else reading(plain)
-    return said is not None and name in said.own | said.others
+    return said is not None and name in said.at_self | said.others
 
 
 # --- what a model's modules say ---------------------------------------------------------------------------------
@@ -445,7 +449,7 @@ def _within(parent: nn.Module | None, child: str, classes: Collection[type]) -> 
     `classes` names it. Empty where it does not."""
     if parent is None or child not in _without_gradient_in(plain_class(parent)):
         return ""
-    if any(child in _used(cls).own | _used(cls).elsewhere for cls in classes if cls is not plain_class(parent)):
+    if any(child in _used(cls).at_self | _used(cls).elsewhere for cls in classes if cls is not plain_class(parent)):
         return ""
     return f"no gradient reaches it: {plain_class(parent).__name__} uses it under torch.no_grad alone"
 
@@ -476,14 +480,14 @@ def uncalled(modules: Mapping[str, nn.Module], names: Iterable[str]) -> set[str]
     if not all(_used(cls).known for cls in classes) or None in said:
         return set()
     used = {name for cls in classes for name in _used(cls).elsewhere}
-    used |= {name for s in said if s is not None for name in s.own | s.others}
-    getters = bool(used.union(*(_used(cls).own for cls in classes)).intersection(_GETTERS))
+    used |= {name for s in said if s is not None for name in s.at_self | s.others}
+    getters = bool(used.union(*(_used(cls).at_self for cls in classes)).intersection(_GETTERS))
     if getters:
         used |= {name for cls in classes for name in _returned(cls).elsewhere}
     return {
         name
         for name, (around, child) in suspects.items()
-        if child not in used | _used(around).own
-        and not (getters and child in _returned(around).own)
+        if child not in used | _used(around).at_self
+        and not (getters and child in _returned(around).at_self)
         and _names_its_children(around)
     }

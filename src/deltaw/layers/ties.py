@@ -19,7 +19,7 @@ _SETTING = "tie_word_embeddings"
 
 @dataclass
 class Untied:
-    """What `tie` needs to give a model its ties back."""
+    """The values from which `tie` gives a model its ties back."""
 
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     """Name of a parameter → the one that it shared with others."""

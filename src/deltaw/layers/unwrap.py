@@ -1,4 +1,4 @@
-"""What an adapted layer was before: its class, its forward, its parameters. layers/patch.py says how it became another class.
+"""An adapted layer as it was before: its class, its forward, its parameters. layers/patch.py says how it became another class.
 
 Kinds and updates compute with a layer while it is adapted, and must call what it was. Knows one layer, and nothing of updates.
 """
@@ -14,7 +14,7 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class Before(NamedTuple):
-    """What the instances of a dynamic class were before they were adapted."""
+    """The class and forward that instances of a dynamic class had before they were adapted."""
 
     plain: type[nn.Module]
     """Their class."""

@@ -72,6 +72,6 @@ class DoRA(LoRA):
     def on_weight(self, weight: Weight, A: Tensor, B: Tensor, scale: float, slices: Slices) -> LowRank:
         """Raise TargetError: DoRA has no form for weights without a layer."""
         raise TargetError(
-            f"DoRA has no form for {weight.own} of a {type(weight.module).__name__}, a weight without a layer of its own: use "
+            f"DoRA has no form for {weight.name} of a {type(weight.module).__name__}, a weight without a layer of its own: use "
             "LoRA."
         )

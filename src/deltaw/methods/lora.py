@@ -93,8 +93,8 @@ class LoRA(Beside):
             layer, slices = selection.layers[name], selection.slices.get(name, {})
             A, B = self._start(layer, rank, slices)
             if isinstance(layer, Weight):
-                module = name.removesuffix(layer.own).removesuffix(".")
-                put_on_weight(updates, module, layer.own, self.on_weight(layer, A, B, self.scale(rank), slices))
+                module = name.removesuffix(layer.name).removesuffix(".")
+                put_on_weight(updates, module, layer.name, self.on_weight(layer, A, B, self.scale(rank), slices))
             else:
                 updates[name] = self.update(layer, A, B, self.scale(rank), slices)
         return self.planned(model, updates, selection.left_out)
@@ -160,11 +160,11 @@ class LoRA(Beside):
 
         if self.init == "pissa":
             raise TargetError(
-                f"{weight.own} of a {type(weight.module).__name__} has no pissa start: it is no layer of its own."
+                f"{weight.name} of a {type(weight.module).__name__} has no pissa start: it is no layer of its own."
             )
         if self.dropout:
             raise TargetError(
-                f"{weight.own} of a {type(weight.module).__name__} is a weight without a layer of its own: there is no input "
+                f"{weight.name} of a {type(weight.module).__name__} is a weight without a layer of its own: there is no input "
                 "of a branch that dropout could act on. Set dropout to 0, or leave it out of targets."
             )
         if weight.value.ndim == 3:

@@ -394,7 +394,7 @@ def _unreached(layers: Mapping[str, nn.Module], dense: Mapping[str, Layer]) -> d
     stopped, silent = without_gradient(layers), never_called(layers)
     dead: dict[str, str] = {}
     for name, layer in dense.items():
-        module = name.removesuffix(f".{layer.own}") if isinstance(layer, Weight) else name
+        module = name.removesuffix(f".{layer.name}") if isinstance(layer, Weight) else name
         if module in stopped:
             dead[name] = stopped[module]
         elif module in silent:

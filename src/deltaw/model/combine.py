@@ -34,7 +34,7 @@ How = Literal["sum", "ties", "dare"]
 
 @dataclass(frozen=True)
 class Combined:
-    """What `combine` made."""
+    """The result of `combine`."""
 
     name: str
     ranks: dict[str, int]
@@ -153,8 +153,8 @@ def _ranks(combined: Mapping[str, Update]) -> dict[str, int]:
     """Return the rank of each layer that has one; a weight without a layer goes by its own name."""
     ranks: dict[str, int] = {}
     for name, update in combined.items():
-        for own, part in update.low_rank().items():
-            ranks[dotted(name, own) if update.of_weights else name] = part.rank
+        for parameter, part in update.low_rank().items():
+            ranks[dotted(name, parameter) if update.of_weights else name] = part.rank
     return ranks
 
 
@@ -193,12 +193,12 @@ class _Site:
     @property
     def low_rank(self) -> list[str]:
         """The layer's names of parameters that have low-rank updates."""
-        return list(dict.fromkeys(own for update in self.updates for own in update.low_rank()))
+        return list(dict.fromkeys(parameter for update in self.updates for parameter in update.low_rank()))
 
     @property
     def values(self) -> list[str]:
         """The layer's names of parameters that have other values."""
-        return list(dict.fromkeys(own for update in self.updates for own in update.values()))
+        return list(dict.fromkeys(parameter for update in self.updates for parameter in update.values()))
 
     @property
     def is_layer(self) -> bool:
@@ -246,15 +246,15 @@ def _combined(site: _Site, recipe: _Recipe, shared: Sums) -> tuple[Update, dict[
     first = site.updates[0]
     if first.own_sum:
         return first.summed(site.layer, site.terms, shared), {site.name: 0.0}
-    values = {own: _summed_value(site, own, shared) for own in site.values}
+    values = {parameter: _summed_value(site, parameter, shared) for parameter in site.values}
     if not site.low_rank:
         adds_bias = site.layer._parameters.get("bias") is None and "bias" in values
         return AddedBias(values["bias"]) if adds_bias else Replaced(values), {site.name: 0.0}
     parts: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
-    for own in site.low_rank:
-        parts[own], error = _combined_low_rank(site, own, recipe, values.get("bias"))
-        errors[site.name if site.is_layer else dotted(site.name, own)] = error
+    for parameter in site.low_rank:
+        parts[parameter], error = _combined_low_rank(site, parameter, recipe, values.get("bias"))
+        errors[site.name if site.is_layer else dotted(site.name, parameter)] = error
     return parts["weight"] if site.is_layer else OnWeights(parts), errors
 
 
@@ -269,9 +269,9 @@ class _Near:
     norm: float
 
 
-def _combined_low_rank(site: _Site, own: str, recipe: _Recipe, bias: Tensor | None) -> tuple[LowRank, float]:
+def _combined_low_rank(site: _Site, parameter: str, recipe: _Recipe, bias: Tensor | None) -> tuple[LowRank, float]:
     """Return the combined low-rank update of one weight, and the error that its rank leaves."""
-    terms = [(part, weight) for update, weight in site.terms if (part := update.low_rank().get(own)) is not None]
+    terms = [(part, weight) for update, weight in site.terms if (part := update.low_rank().get(parameter)) is not None]
     first = terms[0][0]
     if recipe.how == "sum" and all(part.exact_product is not None for part, _ in terms):
         joined = first.joined(terms, bias)
@@ -281,20 +281,20 @@ def _combined_low_rank(site: _Site, own: str, recipe: _Recipe, bias: Tensor | No
     elif first.A.ndim == 3:
         near = _stacked(
             [
-                _near([weight * _dense(site, part, own, e) for part, weight in terms], recipe)
+                _near([weight * _dense(site, part, parameter, e) for part, weight in terms], recipe)
                 for e in range(len(first.A))
             ]
         )
     else:
-        near = _near([weight * _dense(site, part, own, None) for part, weight in terms], recipe).truncated
+        near = _near([weight * _dense(site, part, parameter, None) for part, weight in terms], recipe).truncated
     return first.remade(near.A, near.B, bias), near.error
 
 
-def _dense(site: _Site, part: LowRank, own: str, e: int | None) -> Tensor:
+def _dense(site: _Site, part: LowRank, parameter: str, e: int | None) -> Tensor:
     """Return an update's ΔW [d, k] in fp32, of a stack that of its `e`th matrix."""
     product = part.exact_product
     if product is None:
-        return dense(part.changes(site.layer)[own], matrix_of(site.owner, dotted(site.name, own)))
+        return dense(part.changes(site.layer)[parameter], matrix_of(site.owner, dotted(site.name, parameter)))
     A, B = (product.A, product.B) if e is None else (product.A[e], product.B[e])
     return dense(Product(A, B, product.scale), A.new_empty(()).expand(B.shape[0], A.shape[1]))
 
@@ -346,12 +346,12 @@ def dare_of(dWs: Sequence[Tensor], density: float, generator: torch.Generator) -
 # --- values -----------------------------------------------------------------------------------------------------
 
 
-def _summed_value(site: _Site, own: str, shared: Sums) -> nn.Parameter:
+def _summed_value(site: _Site, parameter: str, shared: Sums) -> nn.Parameter:
     """Return the base's value plus, times their weights, what the updates add to it; a vocabulary is as large as the largest."""
-    terms = [(value, weight) for update, weight in site.terms if (value := update.values().get(own)) is not None]
+    terms = [(value, weight) for update, weight in site.terms if (value := update.values().get(parameter)) is not None]
     key = tuple((id(value), weight) for value, weight in terms)
     if key not in shared:
-        before = site.layer._parameters.get(own)
+        before = site.layer._parameters.get(parameter)
         base = torch.zeros_like(terms[0][0]) if before is None else before.detach()
         shared[key] = nn.Parameter(_summed(base, [(value.detach(), weight) for value, weight in terms]))
     return shared[key]

@@ -106,7 +106,9 @@ def extract(
         _put(updates, layer_name, layer, near)
     if not updates:
         raise FileError("The two models are equal in all targeted layers: there is no update to extract.")
-    rank_of = {dotted(n, own): part.rank for n, update in updates.items() for own, part in update.low_rank().items()}
+    rank_of = {
+        dotted(n, weight): part.rank for n, update in updates.items() for weight, part in update.low_rank().items()
+    }
     weight_of = {n: _weight_name(n, layer) for n, layer in selection.layers.items()}
     ranks = {n: rank_of[weight_of[n]] for n in selection.layers if n in errors}
     weights = set(weight_of.values())
@@ -128,7 +130,7 @@ def _matrices(layer: Layer) -> Tensor:
 def _twin(tuned: nn.Module, name: str, layer: Layer) -> Layer:
     """Return the layer of this name in the tuned model."""
     if isinstance(layer, Weight):
-        return Weight(tuned.get_submodule(name.removesuffix(layer.own).removesuffix(".")), layer.own)
+        return Weight(tuned.get_submodule(name.removesuffix(layer.name).removesuffix(".")), layer.name)
     return tuned.get_submodule(name)
 
 
@@ -141,8 +143,8 @@ def _put(updates: dict[str, Update], name: str, layer: Layer, near: Truncated) -
     """Add a layer's A and B to the updates; those of a weight without a layer go into its module's update."""
     if isinstance(layer, Weight):
         part = Stack(near.A, near.B, 1.0, transposed=layer.transposed) if near.A.ndim == 3 else None
-        module_name = name.removesuffix(layer.own).removesuffix(".")
-        put_on_weight(updates, module_name, layer.own, part or LowRank(PARAMETER, near.A, near.B, 1.0))
+        module_name = name.removesuffix(layer.name).removesuffix(".")
+        put_on_weight(updates, module_name, layer.name, part or LowRank(PARAMETER, near.A, near.B, 1.0))
         return
     kind = kind_of(layer)
     assert kind is not None

@@ -1,4 +1,4 @@
-"""What a model takes: how many positions, images of which size, which tokens, and which one pads the rows of a batch.
+"""The inputs that a model takes: number of positions, size of images, tokens, and the one that pads the rows of a batch.
 
 Knows a model, its config and tokenizer, and that prefixes take positions; nothing of how these are opened.
 """
@@ -119,17 +119,23 @@ def row_padding(model: PreTrainedModel, pad: int) -> int:
 
 
 def settle_padding(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad: int, source: str, *, scored: bool, own: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pad: int,
+    source: str,
+    *,
+    scored: bool,
+    ours: bool = True,
 ) -> None:
     """Let a model's config name the token that pads rows, `pad`.
 
     A decoder's head scores a text at its last token that is not `config.pad_token_id`, which must therefore be the tokenizer's.
-    The config of a user's model (not `own`) is changed only if it names none. Raises FileError for a classifier (`scored`)
+    The config of a user's model (not `ours`) is changed only if it names none. Raises FileError for a classifier (`scored`)
     whose scores depend on padding all the same.
     """
     configs = model.config, _text_config(model)
     before = getattr(configs[1], "pad_token_id", None)
-    if before is None or (own and before != pad and _skips_padding(model)):
+    if before is None or (ours and before != pad and _skips_padding(model)):
         for config in configs:
             config.pad_token_id = pad
     elif before != pad and _skips_padding(model):

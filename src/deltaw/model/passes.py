@@ -41,7 +41,7 @@ class Begin:
     def __init__(self, record: Adapters) -> None:
         self.record = record
         self.looks: bool | None = None
-        """Whether passes to come are checked for norms that change the base's running statistics; None before the first pass."""
+        """True if passes to come are checked for norms that change the base's running statistics; None before the first pass."""
 
     @natively
     def __call__(self, module: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:

@@ -62,7 +62,7 @@ class Location(TypedDict):
 
 
 class Head(TypedDict, total=False):
-    """What a config says of a head."""
+    """The fields of a config that describe a head."""
 
     num_labels: int
     id2label: dict[int, str]
@@ -370,7 +370,7 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 _HOPELESS = 30
-"""How many times slower a first product is given up; one that only warms up is never that slow."""
+"""A first product so many times slower is given up; one that only warms up is never that slow."""
 
 
 def _seconds_of_product(dtype: torch.dtype, hopeless: float = math.inf) -> float:

@@ -89,9 +89,9 @@ class _Batch:
     """The inputs of one call of a model."""
 
     inputs: Mapping[int | str, object]
-    """By place or name."""
+    """Place or name → value."""
     positional: int
-    """How many of them are by place."""
+    """The number of inputs by place."""
     count: int
     """Rows: the length of the first tensor."""
 
@@ -117,7 +117,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a trial has shown."""
+    """The results of a trial."""
 
     mixed: list[str]
     """Messages on layers whose input follows the rows in no dimension."""
@@ -269,7 +269,7 @@ def _has_rows(value: object, count: int) -> TypeGuard[Tensor]:
 
 
 _CLOSE = 1e-3
-"""How far a part of an input whose row was not replaced may be off, as a share of the input's largest entry."""
+"""Tolerance for a part of an input whose row was not replaced, as a share of the input's largest entry."""
 
 
 def _compare(first: Tensor | None, x: Tensor, replaced: _Replaced) -> _Call:

@@ -302,7 +302,7 @@ def coverage(
     names: list[str] = []
     for name, update in updates.items():
         if update.of_weights:
-            names += [dotted(name, own) for own in update.low_rank()]
+            names += [dotted(name, weight) for weight in update.low_rank()]
         elif any(p.ndim > 1 for p in modules[name]._parameters.values() if p is not None):
             names.append(name)
     return Coverage(tuple(names), left_out(modules, {*names, *updates}, reasons))

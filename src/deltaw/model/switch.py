@@ -1,4 +1,4 @@
-"""Which of the attached adapters computes: `use` for a model, `using` for a with-block, `route` for each row of a batch.
+"""The choice among attached adapters: `use` for a model, `using` for a with-block, `route` for each row of a batch.
 
 Writes a model's route and nothing else; model/row_order.py finds where the rows of a batch lie.
 """

@@ -1,5 +1,5 @@
-"""Which rank a finished run's data needed, from its one adapter: cut to each smaller rank, scored on held-out records, compared
-in pairs; and which directions there are. Prints nothing; it emits events.
+"""The rank that a finished run's data needed, from its one adapter: cut to each smaller rank, scored on held-out records and
+compared in pairs; and which directions there are. Prints nothing; it emits events.
 
 Cutting and scoring are of the very file that `compress` would write.
 """

@@ -203,7 +203,7 @@ def run_abreast(
     Raises:
         Interrupted: Ctrl-C.
     """
-    jobs = [_attached(each, str(number)) for number, each in enumerate(prepared)]
+    jobs = [_attached(of_run, str(number)) for number, of_run in enumerate(prepared)]
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_ctrl_c())
         journals = [stack.enter_context(_recorded(job, partial(on_event, i))) for i, job in enumerate(jobs)]

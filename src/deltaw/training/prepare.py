@@ -212,7 +212,7 @@ def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> P
         check_vocabulary(model, tokenizer, name)
     if task in ("classification", "regression"):
         settle_padding(
-            pretrained, cast("PreTrainedTokenizerBase", tokenizer), pad_id(tokenizer), name, scored=True, own=False
+            pretrained, cast("PreTrainedTokenizerBase", tokenizer), pad_id(tokenizer), name, scored=True, ours=False
         )
     return Pretrained(pretrained, tokenizer, name, head_of(pretrained) if task in HEADED else (), handed_over=True)
 

@@ -28,10 +28,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Order:
-    """Which rows of the batch each stack has: int64, those of one adapter next to each other."""
+    """The rows of the batch that each stack has: int64, those of one adapter next to each other."""
 
     rows: tuple[Tensor, ...]
-    """Of each stack [m·count]."""
+    """For each stack, [m·count]."""
     back: Tensor | None
     """[n]: where each row of the batch is in the stacks' concatenated rows, one past their end for a row without an adapter.
     None: one stack has all rows, in the batch's own order."""

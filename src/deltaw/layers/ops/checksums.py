@@ -26,7 +26,7 @@ class Stamp(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     by: Literal["host", "device"]
-    """Whether the checksum is XXH3 of host memory, or the sum that a device makes."""
+    """The kind of checksum: XXH3 of host memory, or the sum that a device makes."""
     checksum: bytes
 
 

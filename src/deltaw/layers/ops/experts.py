@@ -253,7 +253,7 @@ _ASKED = {
     Tensor.is_contiguous, Tensor.__len__, Tensor.get_device,
     *_attributes("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "is_meta"),
 }  # fmt: skip
-"""What is answered by W0."""
+"""Functions that W0 answers."""
 _MT, _T = _attributes("mT", "T")
 _RULES: dict[object, Callable[..., Tensor | None]] = {
     F.linear: _linear,

@@ -37,7 +37,7 @@ def times(values: Tensor, factor: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MergeStats:
-    """What one merge did to one weight. Norms are Frobenius norms."""
+    """Figures of one merge into one weight. Norms are Frobenius norms."""
 
     w0_norm: float
     dw_norm: float
@@ -65,7 +65,7 @@ class Block(NamedTuple):
 
 
 class Change(Protocol):
-    """What adapters make of one weight W0, read as [d, k]."""
+    """A change of one weight W0 by adapters, read as [d, k]."""
 
     def blocks(self, W0: Tensor) -> Iterator[Block]:
         """Yield all rows in order. The same changes on the same W0 give the same bits everywhere."""

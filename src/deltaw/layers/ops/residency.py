@@ -19,7 +19,7 @@ class _Kept:
     parameter: nn.Parameter
     host: Tensor
     device: torch.device
-    """Of its layer."""
+    """The layer's device."""
 
 
 @dataclass

@@ -23,11 +23,11 @@ from deltaw.layers.ops.batched import Order, Stack
 from deltaw.layers.ops.row_forms import Form, Named
 
 Kept = dict[tuple[str, int], Any]
-"""What a call of `generate` keeps of tensors that are computed of adapters', by what it is and an object's id."""
+"""Tensors that a call of `generate` caches, computed from adapters' tensors: (name of what it is, an object's id) → tensor."""
 
 
 class Update(Protocol):
-    """What a batch needs of an update. A stackable one is low-rank, and has all of this; others have a branch."""
+    """The parts of an update that a batch needs. A stackable update has all of them; others have a branch."""
 
     @property
     def stackable(self) -> bool:
@@ -178,16 +178,16 @@ class Rows:
         n = len(self.names)
         return x.reshape(n, -1, *x.shape[1:])[self.rows[name]].flatten(0, 1)
 
-    def _placed(self, name: str, own: Tensor, out: Tensor) -> Tensor:
+    def _placed(self, name: str, of_rows: Tensor, out: Tensor) -> Tensor:
         """Return `out` with this adapter's rows in it."""
-        if own.shape[1:] != out.shape[1:]:
+        if of_rows.shape[1:] != out.shape[1:]:
             raise AdapterError(
-                f"Adapter {name!r} has another vocabulary than the base ({own.shape[-1]} tokens, not {out.shape[-1]}): its rows "
-                "cannot be in one batch with others. Use it by itself."
+                f"Adapter {name!r} has another vocabulary than the base ({of_rows.shape[-1]} tokens, not {out.shape[-1]}): its "
+                "rows cannot be in one batch with others. Use it by itself."
             )
         rows = torch.tensor(self.rows[name], device=out.device)
         flat = out.reshape(len(self.names), -1)
-        return flat.index_copy(0, rows, own.reshape(len(rows), -1)).view(out.shape)
+        return flat.index_copy(0, rows, of_rows.reshape(len(rows), -1)).view(out.shape)
 
     def _stacked(self, updates: Mapping[str, Update], out: Tensor) -> Layer:
         """Return the layer's stacks, and the adapters that are in none."""

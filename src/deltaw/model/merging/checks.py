@@ -1,4 +1,4 @@
-"""Whether a model's weights can take the changes of a merge: their dtype, shape and order in memory, and what they are tied
+"""Checks before a merge: the weights' dtype, shape and order in memory, and what they are tied
 to."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is kept of merged weights until `unmerge` gives them back, and whether they are still what the merge made of them.
+"""Originals of merged weights, kept until `unmerge` gives them back, and the check that the merged weights are unchanged.
 
 Every way back begins with that check: a weight that was changed since the merge would give other values than the original ones.
 """

@@ -1,4 +1,4 @@
-"""What a merge did, layer by layer, and whether it is a merge at all."""
+"""The report of a merge, layer by layer, and the refusal of a merge that changes nothing."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ _BESIDE = (
 
 def seeds_note(scores: Sequence[SeedScores]) -> str:
     """Return which variance is in the intervals of these scores."""
-    counts = {len(each.seeds) for each in scores}
+    counts = {len(one.seeds) for one in scores}
     if counts <= {1}:
         return ONE_SEED
     return SEVERAL_SEEDS + (" A row with a single run has nothing of that in its interval." if 1 in counts else "")

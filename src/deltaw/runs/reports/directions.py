@@ -1,4 +1,4 @@
-"""How alike the directions of adapters are, as tables and maps of a report. Knows results; no models."""
+"""The likeness of directions of adapters, as tables and maps of a report. Knows results; no models."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class TimingTask:
     decoding: list[int]
     """Rows that are decoded."""
     seconds: float
-    """How long each is timed at most, all methods together."""
+    """Longest time for each setting, all methods together."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> TimingTask:
@@ -156,7 +156,7 @@ class LatencyRow:
     ratios: dict[str, float]
     """Method → its time over the base's."""
     rounds: int | None
-    """How often each was timed; None in a file of before, which does not say."""
+    """Repetitions of each timing; None in a file of an older version, which does not say."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> LatencyRow:

@@ -1,4 +1,4 @@
-"""How far the directions of two adapters are the same, and how those of one lie to its base's weights (paper, section 7)."""
+"""The likeness of two adapters' directions, and the place of one's directions among its base's weights (paper, section 7)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ class Alike:
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Alike:
-        rows, maps = [AlikeRow(**row) for row in values["rows"]], [AlikeMap(**each) for each in values["maps"]]
+        rows, maps = (
+            [AlikeRow(**row) for row in values["rows"]],
+            [AlikeMap(**values_of_map) for values_of_map in values["maps"]],
+        )
         return cls(values["rank"], values["other_rank"], rows, maps, values["with"], values.get("targets"))
 
     def to_json(self) -> dict[str, object]:

@@ -133,7 +133,7 @@ class RecordsUsed:
 
     count: int
     items: int
-    """How many items they are of: records with the same prompt are one."""
+    """The number of items: records with the same prompt are one."""
     what: str
     """Both counts in words."""
     overlap: str | None
