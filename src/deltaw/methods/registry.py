@@ -17,7 +17,9 @@ from deltaw.errors import ConfigError, DeltaWError, nearest
 from deltaw.methods import lora, dora, bitfit, bottleneck, prefix, ia3, full  # noqa: F401
 
 # isort: on
-from deltaw.methods.plan import METHODS, PRESETS, Method
+from deltaw.methods.plan import METHODS as METHODS
+from deltaw.methods.plan import PRESETS as PRESETS
+from deltaw.methods.plan import Method
 
 DEFAULT = "full,bitfit,houlsby,pfeiffer,prefix,ia3,lora-qv,lora,dora"
 """Contestants of `compare` and `plan` where no others are asked for."""
