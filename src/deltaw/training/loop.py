@@ -306,9 +306,10 @@ def _log(loop: Loop, taken: Taken) -> None:
     state.loss_sum += float(loop.losses)
     loop.losses.zero_()
     before, loop.logged = loop.logged, replace(state)
-    state.last_loss = (state.loss_sum - before.loss_sum) / (state.supervised - before.supervised)
-    state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
-    loop.plan.on_event(log_line(loop.plan, state, before, taken))
+    line = log_line(loop.plan, state, before, taken)
+    state.last_loss = line.loss
+    state.first_loss = line.loss if state.first_loss is None else state.first_loss
+    loop.plan.on_event(line)
 
 
 def log_line(plan: LoopPlan, state: LoopState, before: LoopState, taken: Taken) -> Stepped:
