@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import deltaw
-from tests.conftest import ROOT, byte_llama
-from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.conftest import ROOT
+from tests.data.conftest import write_chat_model
 
 SRC = ROOT / "src" / "deltaw"
 MODULES = sorted(
     ".".join(("deltaw", *path.relative_to(SRC).with_suffix("").parts))
     for path in SRC.rglob("*.py")
-    if path.name != "__init__.py" and "\n    >>> " in path.read_text(encoding="utf-8")
+    if path.name != "__init__.py" and ">>> " in path.read_text(encoding="utf-8")
 )
 WITHOUT_EXAMPLE: set[str] = {"__version__"}
 
@@ -26,9 +26,7 @@ WITHOUT_EXAMPLE: set[str] = {"__version__"}
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
-    tokenizer = tiny_tokenizer(CHATML)
-    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_chat_model(folder / "model")
     records = [{"prompt": f"{n} and one?", "completion": f" {n + 1}"} for n in range(24)]
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return folder
@@ -38,7 +36,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_examples_run(module: str, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workshop)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    failed, tried = doctest.testmod(importlib.import_module(module), extraglobs={}, optionflags=flags)
+    failed, tried = doctest.testmod(importlib.import_module(module), optionflags=flags)
     assert tried and not failed
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, byte_llama
-from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.conftest import ROOT
+from tests.data.conftest import write_chat_model
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 
@@ -21,9 +21,7 @@ def example(name: str) -> str:
 
 
 def test_the_sixty_seconds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = tiny_tokenizer(CHATML)
-    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    write_chat_model(tmp_path / "model")
     records = [{"prompt": f"{n} and one?", "completion": f" {n + 1}"} for n in range(24)]
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     code, replaced = re.subn(r'MODEL = "[^"]*"', 'MODEL = "./model"', example("README.md"))

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
-from tests.conftest import byte_llama
-from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.data.conftest import write_chat_model
 
 WORDS = ["red", "blue", "green", "white"]
 RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
@@ -23,9 +22,7 @@ RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, data, and one finished run. Tests write elsewhere."""
     folder = tmp_path_factory.mktemp("cli")
-    tokenizer = tiny_tokenizer(CHATML)
-    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_chat_model(folder / "model")
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     words = ["train", str(folder / "model"), str(folder / "data.jsonl"), "--out", str(folder / "run")]
     assert main([*words, "--steps", "6", "--lr", "0.02", "--rank", "4", "--alpha", "6", "--separator", "#"]) == 0

@@ -68,3 +68,12 @@ def shared_data():
     if not (root / "e2e").is_dir():
         pytest.skip(f"no research data in {root}; set DELTAW_DATA")
     return root
+
+
+def write_chat_model(folder: Path) -> None:
+    """Write a tiny Llama with tied embeddings, its tokenizer, and ChatML as its chat template."""
+    from tests.conftest import byte_llama
+
+    tokenizer = tiny_tokenizer(CHATML)
+    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

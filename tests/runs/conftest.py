@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import byte_llama
-from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.data.conftest import write_chat_model
 
 WORDS = ["red", "blue", "green", "white", "black", "brown"]
 RECORDS = [{"prompt": f"{a} and {b}?", "completion": f" {b} {a}"} for a in WORDS for b in WORDS if a != b]
@@ -20,8 +19,6 @@ BEFORE = Path(__file__).parent / "data" / "before"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model` and `data.jsonl`."""
     folder = tmp_path_factory.mktemp("study")
-    tokenizer = tiny_tokenizer(CHATML)
-    byte_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_chat_model(folder / "model")
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     return folder

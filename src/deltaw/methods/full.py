@@ -25,7 +25,8 @@ class Full(Method):
         >>> import deltaw
         >>> from transformers import AutoModelForCausalLM
         >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.Full())
-        >>> deltaw.summary(model).adapters["default"].parameters == model.num_parameters()
+        >>> summary = deltaw.summary(model)
+        >>> summary.adapters["default"].parameters == summary.base_parameters
         True
     """
 

@@ -33,8 +33,8 @@ class IA3(Beside):
         >>> import deltaw
         >>> from transformers import AutoModelForCausalLM
         >>> model = deltaw.attach(AutoModelForCausalLM.from_pretrained("model"), deltaw.IA3())
-        >>> [tuple(p.shape) for p in deltaw.parameters(model)[:3]]  # of k, v and down in the first block
-        [(16,), (16,), (56,)]
+        >>> [len(vector) for vector in deltaw.parameters(model)]  # of k and v, then of down, in two blocks
+        [16, 16, 16, 16, 56, 56]
     """
 
     targets: str | Sequence[str] = "k,v"
