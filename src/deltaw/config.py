@@ -362,9 +362,9 @@ class PlanConfig:
 
     Example:
         >>> import deltaw
-        >>> config = deltaw.PlanConfig(methods="lora,full", batch=4, length=64, device="cpu", memory="1GB")
+        >>> config = deltaw.PlanConfig(methods="lora,full", batch=4, length=64, device="cpu")
         >>> lora, full = deltaw.plan("model", config).rows
-        >>> lora.largest_batch >= full.largest_batch > 0
+        >>> lora.memory.total < full.memory.total and lora.adapter_bytes < full.adapter_bytes
         True
     """
 

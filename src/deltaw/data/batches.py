@@ -178,19 +178,19 @@ def collate(examples: Sequence[Example], pad_id: int, most: int | None = None) -
 
     Padding alone never makes a row longer than `most` tokens. Raises DataError without examples.
     """
+    import numpy as np
     import torch
 
     if not examples:
         raise DataError("A batch needs at least one example.")
-    longest = max(len(e.input_ids) for e in examples)
+    lengths = torch.tensor([example.length for example in examples])
+    total, longest = int(lengths.sum()), int(lengths.max())
     width = padded(longest)
-    shape = (len(examples), width if most is None else max(longest, min(width, most)))
-    ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention = torch.zeros(shape, dtype=torch.int64)
-    supervised = torch.zeros(shape, dtype=torch.bool)
-    for i, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[i, :length] = torch.tensor(example.input_ids)
-        attention[i, :length] = 1
-        supervised[i, :length] = torch.tensor(example.supervised)
-    return Batch(ids, attention, supervised)
+    width = width if most is None else max(longest, min(width, most))
+    there = torch.arange(width) < lengths[:, None]
+    # NumPy reads Python's numbers several times as fast as torch.tensor
+    tokens = np.fromiter(itertools.chain.from_iterable(e.input_ids for e in examples), np.int64, total)
+    marks = np.fromiter(itertools.chain.from_iterable(e.supervised for e in examples), np.bool_, total)
+    ids = torch.full(there.shape, pad_id, dtype=torch.int64).masked_scatter_(there, torch.from_numpy(tokens))
+    supervised = torch.zeros(there.shape, dtype=torch.bool).masked_scatter_(there, torch.from_numpy(marks))
+    return Batch(ids, there.long(), supervised)
