@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Rows with the same batches, whose times are compared turn by turn
 PAIRED = ("deltaw", "floor")
+ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
@@ -116,10 +117,15 @@ class _Runner:
     def __init__(self, row: str, job: dict[str, Any], each: int) -> None:
         turns, self.give = os.pipe()
         hear, told = os.pipe()
-        given = json.dumps({"row": row, "job": job, "pipes": (turns, told), "each": each})
+        name, _, checkout = row.partition("@")
+        given = json.dumps({"row": name, "job": job, "pipes": (turns, told), "each": each})
+        script, env = Path(sys.argv[0]).resolve(), os.environ | QUIET
+        if checkout:
+            root = Path(checkout).resolve()
+            script, env = root / script.relative_to(ROOT), env | {"PYTHONPATH": str(root / "src")}
         self.process = subprocess.Popen(
-            [sys.executable, sys.argv[0], "--worker", given],
-            pass_fds=(turns, told), stdout=subprocess.DEVNULL, env=os.environ | QUIET,
+            [sys.executable, str(script), "--worker", given],
+            pass_fds=(turns, told), stdout=subprocess.DEVNULL, env=env,
         )  # fmt: skip
         os.close(turns)
         os.close(told)
@@ -148,10 +154,13 @@ class _Runner:
 def heat(rows: Sequence[str], job: dict[str, Any], *, warm: int, count: int, each: int = 1) -> dict[str, Any]:
     """All rows, `warm + count` turns of `each` steps: figures of the last `count` turns by row.
 
+    A row named ROW@CHECKOUT is ROW as the script and the deltaw of another checkout run it; it is called "ROW before".
+
     A ratio of times is one of sums over all these steps, per token; of the `PAIRED` rows, whose batches are the same, it is
     the median of the ratios turn by turn.
     """
-    runners = {row: _Runner(row, job, each) for row in rows}
+    names = {row: row.partition("@")[0] + " before" * ("@" in row) for row in rows}
+    runners = {names[row]: _Runner(row, job, each) for row in rows}
     for number in range(warm + count):
         for runner in list(runners.values())[:: 1 if number % 2 == 0 else -1]:  # who goes first takes turns, too
             runner.turn()
@@ -161,7 +170,7 @@ def heat(rows: Sequence[str], job: dict[str, Any], *, warm: int, count: int, eac
     for row, values in figures.items():
         cost = values["seconds_per_1000_tokens"]
         values["times_the_time_of"] = {
-            other: round(cost / figures[other]["seconds_per_1000_tokens"], 3) for other in rows if other != row
+            other: round(cost / figures[other]["seconds_per_1000_tokens"], 3) for other in figures if other != row
         }
     if set(PAIRED) <= set(rows):
         ours, theirs = ([turn["seconds"] for turn in runners[row].taken[warm:]] for row in PAIRED)

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --data DATA/e2e --part grid      # against the floor: ranks and batches; grid_qv: of q,v
     python benchmarks/train_step.py --data DATA/e2e --part ranks     # … by rank, and with --part lengths by record length
     python benchmarks/train_step.py --data DATA/e2e --rows deltaw,floor --rank 64 --name other
+    python benchmarks/train_step.py --data DATA/e2e --part float32 --against CHECKOUT   # beside the deltaw of another checkout
 
 The floor is a frozen forward pass and a backward pass for activations only, on deltaw's batches in deltaw's precision, with
 deltaw's loss and attention. No method that trains through this base can do less. Rows run side by side, step by step (race.py).
@@ -98,6 +99,8 @@ def main() -> None:
         changes["rows"] = tuple(changes["rows"].split(","))
     # Rows or settings of one's own make one heat of them
     cases = PARTS[chosen.part] if not changes else [Case(**changes)]
+    if chosen.against:
+        cases = [dataclasses.replace(case, rows=("deltaw", f"deltaw@{chosen.against}")) for case in cases]
     found = []
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +109,7 @@ def main() -> None:
         shown = {row: {k: v for k, v in values.items() if k != "losses"} for row, values in found[-1]["rows"].items()}
         print(json.dumps(found[-1] | {"rows": shown}, indent=1), file=sys.stderr, flush=True)
     part = chosen.part if not changes else "own"
+    part += "_against" if chosen.against else ""
     machine.write(chosen.name or ("train_step" if part == "main" else f"train_step_{part}"), {"heats": found})
 
 
@@ -115,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
     parser.add_argument("--part", default="main", choices=PARTS)
     parser.add_argument("--rows", help=f"of {', '.join(ROWS)}, with commas between; they make one heat")
+    parser.add_argument("--against", metavar="CHECKOUT", help="race the deltaw of another checkout instead of the other rows")
     parser.add_argument("--targets", choices=("all-linear", "qv"))
     for name in ("rank", "batch", "length", "warm", "steps"):
         parser.add_argument(f"--{name}", type=int)

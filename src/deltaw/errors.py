@@ -102,3 +102,13 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not empty, at most 300 characters; else the name of its class."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line[:300]
+
+
+def shown(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of several names as a text, and how many there are besides.
+
+    >>> shown(["q_proj", "k_proj", "v_proj"], most=2)
+    'q_proj, k_proj and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

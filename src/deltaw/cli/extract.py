@@ -5,6 +5,7 @@ from __future__ import annotations
 from deltaw.cli import show
 from deltaw.cli.flags import Extract
 from deltaw.cli.merge import new_folder
+from deltaw.errors import shown
 
 
 def run(command: Extract) -> None:
@@ -26,7 +27,7 @@ def run(command: Extract) -> None:
     if extracted.unchanged:
         show.out.print(f"{len(extracted.unchanged)} targeted layers are equal in both models and have no update.")
     if extracted.others:
-        few = ", ".join(extracted.others[:4]) + (" …" if len(extracted.others) > 4 else "")
+        few = shown(extracted.others, 4)
         show.out.print(
             f"{len(extracted.others)} other parameters differ too and are not in the adapter: {few}",
             style="yellow",

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from deltaw.data.forms import Label, Record
-from deltaw.errors import DataError, nearest
+from deltaw.errors import DataError, nearest, shown
 
 _MOST_CLASSES = 1000
 _UNLABELLED = {"<na>", "nat", "null", "nil", "none", "na", "n/a", "n.a.", "(blank)", "(null)", "missing", "\\n"}
@@ -149,8 +149,7 @@ def class_indices(records: Sequence[Record], names: Sequence[str], source: str) 
         if class_name(r.label) not in known
     ]
     if problems:
-        few = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-        raise DataError(f"{source}: {len(problems)} records are of classes other than {few}:", problems)
+        raise DataError(f"{source}: {len(problems)} records are of classes other than {shown(names, 10)}:", problems)
     return [known[class_name(r.label)] for r in records]
 
 

@@ -27,6 +27,7 @@ from deltaw.methods.updates.dora import LowRankRescaled
 from deltaw.methods.updates.lowrank import LowRank
 from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced, ReplacedRows
+from deltaw.model.inputs import text_config
 from deltaw.model.record import readers, record_of
 from deltaw.model.summary import updates as updates_of
 
@@ -282,13 +283,12 @@ def _taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
     stacks instead, also where all layers of a model are dense. By their weights it finds the layers.
     """
     stacks = any(weights_of(m) for _, m in base_modules(model) if not isinstance(m, nn.MultiheadAttention))
-    mixture = stacks or _names_experts(getattr(owner_of(model), "config", None))
+    mixture = stacks or _names_experts(text_config(owner_of(model)))
     return {n for n in modules if n.rsplit(".", 1)[-1] in _EXPERTS_BEFORE} if mixture else set()
 
 
 def _names_experts(config: object) -> bool:
-    """Return whether a model of this config's type may have several experts."""
-    config = getattr(config, "get_text_config", lambda: config)()
+    """Return whether a model of this config may have several experts."""
     fields = vars(config).items() if hasattr(config, "__dict__") else ()
     return any("experts" in name and type(value) is int and value > 1 for name, value in fields)
 

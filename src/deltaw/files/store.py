@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltaw.errors import FileError
+from deltaw.errors import FileError, shown
 from deltaw.files import units
 from deltaw.files.formats import method_file, peft
 from deltaw.files.formats.method_file import MethodFile
@@ -34,7 +34,6 @@ from deltaw.files.renames import (
 )
 from deltaw.files.unpack import fitted, vocabulary
 from deltaw.layers import tree
-from deltaw.layers.names import shown
 from deltaw.layers.ops.merging import delta_norm
 from deltaw.layers.source import never_called
 from deltaw.methods.dora import DoRA

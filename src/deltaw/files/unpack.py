@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import FileError, nearest
+from deltaw.errors import FileError, nearest, shown
 from deltaw.files.formats.peft.adapter import TWICE, LoRAFile
 from deltaw.files.formats.peft.keys import transposed_in_file, unstacked
 from deltaw.files.formats.peft.metadata import slices_of
@@ -18,7 +18,6 @@ from deltaw.files.renames import unlike_in_peft, without_effect_in_peft
 from deltaw.files.values import Fit, put_rows, put_values
 from deltaw.layers.kinds import PARAMETER, ConvKind, EmbeddingKind, Runs, Weight, kind_of, matrices_of, why_not
 from deltaw.layers.kinds import weights_of as weights_without_layer
-from deltaw.layers.names import shown
 from deltaw.layers.ops.merging import times
 from deltaw.layers.tree import base_modules, dotted
 from deltaw.methods.updates.base import Update, own_tensor

@@ -47,16 +47,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")])
 
 
-def shown(names: Sequence[str], most: int = 3) -> str:
-    """Return the first of several names as a text, and how many there are besides.
-
-    >>> shown(["q_proj", "k_proj", "v_proj"], most=2)
-    'q_proj, k_proj and 1 more'
-    """
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 # Names of a wrapper's one child that nothing else has; and DDP's, DataParallel's and DeepSpeed's, which a base may have too
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MODULE = "module"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from deltaw.config import GenerateConfig
-from deltaw.errors import AdapterError, DataError
-from deltaw.layers.names import shown
+from deltaw.errors import AdapterError, DataError, shown
 from deltaw.layers.ops.seeding import devices_of, seeded
 from deltaw.layers.tree import evaluating
 from deltaw.model.ends import Ends, in_use, listed, own_ends, routed, taught

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
 from deltaw.config import DataConfig
 from deltaw.errors import ConfigError, DataError, FileError
@@ -22,7 +23,7 @@ from deltaw.layers.unwrap import plain_class
 from deltaw.model.record import find_record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("deltaw")
 
@@ -37,9 +38,7 @@ def most_positions(model: nn.Module) -> int | None:
 
     Beyond it learned positions end with an index error, and rotary ones lose their sense.
     """
-    config: object = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(model)
     values = (getattr(config, name, None) for name in _POSITIONS)
     most = next((int(n) for n in values if isinstance(n, int) and n > 0), None)
     return most if most is None else most - _taken_by_padding(model, most) - _taken_by_prefix(model)
@@ -114,7 +113,7 @@ def row_padding(model: PreTrainedModel, pad: int) -> int:
 
     A decoder's head skips config.pad_token_id to find a text's last token; for other models it is `pad`, the tokenizer's.
     """
-    skipped = _text_config(model).pad_token_id if _skips_padding(model) else None
+    skipped = getattr(text_config(model), "pad_token_id", None) if _skips_padding(model) else None
     return pad if skipped is None else int(skipped)
 
 
@@ -133,7 +132,7 @@ def settle_padding(
     The config of a user's model (not `ours`) is changed only if it names none. Raises FileError for a classifier (`scored`)
     whose scores depend on padding all the same.
     """
-    configs = model.config, _text_config(model)
+    configs = model.config, model.config.get_text_config()
     before = getattr(configs[1], "pad_token_id", None)
     if before is None or (ours and before != pad and _skips_padding(model)):
         for config in configs:
@@ -171,9 +170,10 @@ def check_ends(model: PreTrainedModel, rows: Sequence[Sequence[int]], places: Se
         )
 
 
-def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def text_config(model: nn.Module) -> object:
+    """Return the transformers config of a model's language part; another config as it is, None of a model without one."""
+    config: object = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def _skips_padding(model: nn.Module) -> bool:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltaw.errors import AdapterError
-from deltaw.layers.names import shown
+from deltaw.errors import AdapterError, shown
 from deltaw.layers.ops.row_forms import placeholders_of
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.patch import dimensions, slot_of

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from deltaw.config import DType, Task
-from deltaw.errors import ConfigError, FileError, first_line, nearest
-from deltaw.layers.names import in_order, shown
+from deltaw.errors import ConfigError, FileError, first_line, nearest, shown
+from deltaw.layers.names import in_order
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
 
 if TYPE_CHECKING:

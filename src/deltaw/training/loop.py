@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deltaw.config import TrainConfig
 from deltaw.data import Order
-from deltaw.errors import TrainError
+from deltaw.errors import TrainError, shown
 from deltaw.layers.ops.seeding import devices_of, mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
 from deltaw.model.summary import updates
@@ -475,16 +475,16 @@ def _check_reached(loop: Loop) -> None:
     if len(unreached) == len(updates(loop.plan.model, loop.plan.adapter)):
         _refuse_untrained(unreached)
     if unreached:
-        names = ", ".join(unreached[:5]) + (" …" if len(unreached) > 5 else "")
         _warn(
             loop,
-            f"{len(unreached)} adapted layers took no part in the first step and will not learn from such data: {names}",
+            f"{len(unreached)} adapted layers took no part in the first step and will not learn from such data: "
+            f"{shown(unreached, 5)}.",
         )
 
 
 def _refuse_untrained(layers: list[str]) -> NoReturn:
     raise TrainError(
-        f"No adapted layer took part in the first step ({', '.join(layers[:5])}): this data trains none of them. Choose "
+        f"No adapted layer took part in the first step ({shown(layers, 5)}): this data trains none of them. Choose "
         "targets that the model's forward pass calls with it."
     )
 

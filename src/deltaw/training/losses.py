@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltaw.data import Batch, Example, collate
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
 from deltaw.layers.tree import evaluating
-from deltaw.model.inputs import most_positions
+from deltaw.model.inputs import most_positions, text_config
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead, Head
 
@@ -126,9 +126,7 @@ class CompletionLoss:
 
 def _ways(model: nn.Module) -> Iterator[AfterHead]:
     """Yield what the model may do to its logits, by its config. Ways with most settings come first: small logits tell little."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(model)
     scales = [v for v in (_number(config, name) for name in _SCALES) if v]
     caps = [v for v in (_number(config, name) for name in CAPS) if v]
     for cap, scale in itertools.product((*caps, None), (*(w for v in scales for w in (v, 1 / v)), 1.0)):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaw.config import DataConfig, DType, Task
 from deltaw.data import template_of
-from deltaw.errors import DataError, FileError
+from deltaw.errors import DataError, FileError, shown
 from deltaw.files import store
 from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.model_folder import brought
@@ -113,7 +113,7 @@ def _with_new(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> in
         return rows
     log.warning(
         "The tokenizer in %s has tokens up to %d, the model's embedding %d rows with the adapter: %s get the mean of all others.",
-        folder, max(lacking.values()), rows, ", ".join(list(lacking)[:5]) + (" …" if len(lacking) > 5 else ""),
+        folder, max(lacking.values()), rows, shown(list(lacking), 5),
     )  # fmt: skip
     return max(lacking.values()) + 1
 

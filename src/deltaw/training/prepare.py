@@ -17,7 +17,7 @@ from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.items import Item
 from deltaw.data.prompts import described, overlap
 from deltaw.data.sources import Source, is_path, local
-from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError
+from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, shown
 from deltaw.layers.ops.seeding import seeded
 from deltaw.methods.plan import Method
 from deltaw.model import summary
@@ -201,7 +201,7 @@ def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> P
         raise AdapterError("The model has an adapter 'default' already: detach it first.")
     outputs = getattr(_config_of(model), "num_labels", None)
     if labels is not None and outputs != len(labels):
-        few = ", ".join(labels[:5]) + (" …" if len(labels) > 5 else "")
+        few = shown(labels, 5)
         raise ConfigError(
             f"The records have {len(labels)} classes ({few}), and the model's head has {outputs} outputs: open it with "
             f"num_labels={len(labels)}."

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError
+from deltaw.errors import FileError, shown
 from deltaw.files.formats.peft.reading import unpickled
 from deltaw.layers.kinds import Runs
 from deltaw.layers.names import unwrapped
@@ -246,7 +246,7 @@ def _read_others(source: _Source, checkpoint: Checkpoint) -> list[str]:
     problems = []
     masks = [key for key, tensor in source.others.items() if _MASK.fullmatch(key) and tensor.ndim != 1]
     if masks:
-        log.warning("Left out, as masks and no parameters: %s.", ", ".join(masks[:3]) + (" …" if masks[3:] else ""))
+        log.warning("Left out, as masks and no parameters: %s.", shown(masks))
     for key, tensor in source.others.items():
         layer, _, name = key.rpartition(".")
         outer = layer.removesuffix(".conv")

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from deltaw.errors import MergeError
+from deltaw.errors import MergeError, shown
 from deltaw.layers.kinds import in_few_bits
-from deltaw.layers.names import shown
 from deltaw.layers.ops.merging import Change, Product, Sum, Value
 from deltaw.layers.tree import matrix_of, place_of
 from deltaw.model.record import Adapters, known, readers

@@ -18,8 +18,9 @@ from deltaw.config import TrainConfig
 from deltaw.methods.plan import Method
 from deltaw.methods.targets import blocks_of
 from deltaw.model.attach import attach, detach
+from deltaw.model.inputs import text_config
 from deltaw.model.summary import AdapterSummary, summary
-from deltaw.runs.memory.step import Record, Step, step, text_config
+from deltaw.runs.memory.step import Record, Step, step
 from deltaw.training.losses import Loss
 from deltaw.training.optim import ADAM_STATE
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from transformers import PreTrainedConfig
 
 from deltaw.config import TrainConfig
 from deltaw.data.encode import Example
@@ -24,6 +23,7 @@ from deltaw.data.items import Item
 from deltaw.methods.plan import Method
 from deltaw.methods.targets import blocks_of
 from deltaw.model.attach import attach, detach
+from deltaw.model.inputs import text_config
 from deltaw.runs.memory.live import Live, StandIns
 from deltaw.training import head as heads
 from deltaw.training.attention import short_row_attention
@@ -113,12 +113,6 @@ def _alike(model: nn.Module, method: Method) -> bool:
         block_parameters = model.get_submodule(name).named_parameters()
         shapes[name] += [(n, tuple(p.shape), p.dtype) for n, p in block_parameters]
     return all(shapes[name] == shapes[names[1]] for name in names[2:])
-
-
-def text_config(model: nn.Module) -> object:
-    """The transformers config of a model's language part."""
-    config: object = getattr(model, "config", None)
-    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 @contextlib.contextmanager

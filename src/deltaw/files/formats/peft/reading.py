@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, first_line
+from deltaw.errors import FileError, first_line, shown
 from deltaw.files.formats.peft.adapter import LoRAFile, Pair
 from deltaw.files.formats.peft.checks import disagreements, tensor_problems
 from deltaw.files.formats.peft.config import (
@@ -39,7 +39,7 @@ from deltaw.files.formats.peft.targets import (
     with_tied,
 )
 from deltaw.files.formats.safetensors import read_tensors
-from deltaw.layers.names import in_order, shown
+from deltaw.layers.names import in_order
 
 log = logging.getLogger("deltaw")
 

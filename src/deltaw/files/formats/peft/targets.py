@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from deltaw.errors import FileError
+from deltaw.errors import FileError, shown
 from deltaw.files.formats.peft.config import CONFIG, NO_LAYERS, Names, PeftConfig, are_names, is_pattern, listed
-from deltaw.layers.names import in_order, other_names, shown, unwrapped, unwrapped_pattern
+from deltaw.layers.names import in_order, other_names, unwrapped, unwrapped_pattern
 
 log = logging.getLogger("deltaw")
 
