@@ -46,7 +46,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "tests/model/merging/test_report.py",
     ),
     "layers.ops.undo": ("tests/layers/ops/test_undo.py", "tests/layers/ops/test_residual.py"),
-    "training.loop": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/runs/test_train.py"),
+    "training.loop.steps": ("tests/training/test_loop.py", "tests/training/test_models.py", "tests/runs/test_train.py"),
     "data.batches": ("tests/data/test_batches.py",),
     "runs.evaluation.bootstrap": ("tests/runs/evaluation/test_choice.py",),
 }

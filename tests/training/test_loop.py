@@ -22,7 +22,6 @@ from deltaw.training.events import Evaluated, Event, Stepped, Warned
 from deltaw.training.loop import (
     LoopPlan,
     LoopState,
-    Watched,
     evaluate,
     held_out_loss,
     opened,
@@ -32,6 +31,7 @@ from deltaw.training.loop import (
     seconds_left,
     should_evaluate,
 )
+from deltaw.training.loop.checks import Watched
 from deltaw.training.losses import CompletionLoss
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 from tests.training.test_models import examples

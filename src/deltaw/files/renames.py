@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import FileError
+from deltaw.errors import FileError, shown
 from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.peft.adapter import LoRAFile
 from deltaw.files.formats.peft.config import PeftConfig
@@ -30,7 +30,6 @@ from deltaw.layers.names import (
     in_order,
     other_names,
     plain_names,
-    shown,
     unwrapped,
     unwrapped_pattern,
     without_peft_prefix,

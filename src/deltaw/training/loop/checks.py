@@ -1,0 +1,105 @@
+"""What may be wrong with a step: values that are not finite, layers that it does not reach, settings without effect."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import TrainError, shown
+from deltaw.model.summary import updates
+from deltaw.training.events import Warned
+
+if TYPE_CHECKING:
+    from deltaw.training.loop.state import Loop
+
+
+class Watched:
+    """Loss and gradient norm of a step, which are to be finite. From a GPU they are copied without waiting for it."""
+
+    def __init__(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        self.step, self.lr = step, lr
+        self.pair = torch.stack([loss.float(), norm.float()])
+        """[2] on the model's device"""
+        self.copied = None
+        self.here = self.pair
+        """[2] on the CPU, once `copied`"""
+        if self.pair.is_cuda:
+            self.here = torch.empty(2, pin_memory=True).copy_(self.pair, non_blocking=True)
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.copied.record()
+
+    def check(self, scaler: torch.amp.GradScaler) -> None:
+        """Raise TrainError unless both are finite."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, norm = self.here.tolist()
+        # A gradient that only the scaler pushed out of float16 is no error: it skips that step and scales less from there on
+        overflow = scaler.is_enabled() and scaler.get_scale() > 1.0
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            raise not_finite(f"The loss is {loss} and the gradient norm {norm} at step {self.step + 1}", self.lr)
+
+
+def check_finite(loop: Loop, now: Watched) -> None:
+    """Raise TrainError before a bad step is taken.
+
+    A loop that checks late looks at the step before, long computed, and takes a bad step without gradients.
+    """
+    if loop.check_late:
+        bad = ~torch.isfinite(now.pair.sum())
+        for parameter in loop.trainable:
+            assert parameter.grad is not None
+            parameter.grad.masked_fill_(bad, 0.0)
+        now, loop.watched = loop.watched or now, now
+    now.check(loop.scaler)
+
+
+def not_finite(what: str, lr: float) -> TrainError:
+    return TrainError(
+        f"{what}: training cannot go on.\n"
+        f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
+    )
+
+
+def check_reached(loop: Loop) -> None:
+    """Warn of layers that the first step did not reach: their updates would be saved untrained and silently useless.
+
+    Raises TrainError where it reached none.
+    """
+    unreached = loop.flat.unreached()
+    if len(unreached) == len(updates(loop.plan.model, loop.plan.adapter)):
+        refuse_untrained(unreached)
+    if unreached:
+        warn(
+            loop,
+            f"{len(unreached)} adapted layers took no part in the first step and will not learn from such data: "
+            f"{shown(unreached, 5)}.",
+        )
+
+
+def refuse_untrained(layers: list[str]) -> NoReturn:
+    raise TrainError(
+        f"No adapted layer took part in the first step ({shown(layers, 5)}): this data trains none of them. Choose "
+        "targets that the model's forward pass calls with it."
+    )
+
+
+def warn_of_idle_settings(loop: Loop) -> None:
+    """Warn of settings that can have no effect on this adapter and these records."""
+    config, total = loop.plan.config, loop.plan.total_steps
+    idle = []
+    if config.lr_ratio != 1.0 and not loop.flat.parameters("B"):
+        idle.append(f"lr_ratio is {config.lr_ratio:g}, and the adapter has no B")
+    for name in ("patience", "eval_every"):
+        if getattr(config, name) and not loop.plan.valid:
+            idle.append(f"{name} is {getattr(config, name)}, and there are no held-out records")
+    if 1 < total <= config.warmup and not config.minutes:
+        idle.append(f"lr is never reached, the warm-up takes {config.warmup:g} of {total} steps")
+    for line in idle:
+        warn(loop, f"A setting has no effect: {line}.")
+
+
+def warn(loop: Loop, text: str) -> None:
+    loop.plan.on_event(Warned(loop.state.step, text))

@@ -1,0 +1,109 @@
+"""Held-out records: when their loss is taken, what follows from it, and the best adapter so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.layers.tree import evaluating, owner_of
+from deltaw.model.summary import updates
+from deltaw.training.events import Evaluated
+from deltaw.training.loop.checks import not_finite, warn
+from deltaw.training.loop.plan import LoopPlan
+from deltaw.training.loop.state import Loop, LoopState
+from deltaw.training.losses import Loss
+from deltaw.training.optim import progress
+
+# Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
+_NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
+# With `minutes`, one more evaluation is made before the end only while evaluations took at most this share of the time
+_EVALUATING = 0.2
+# The fewest records of one evaluation's forward pass
+_EVALUATED_TOGETHER = 8
+
+
+def should_evaluate(plan: LoopPlan, state: LoopState, last_evaluation: float) -> bool:
+    """Return whether held-out records are due: every `eval_every` steps, or at each tenth of the run; and at its end.
+
+    With `minutes`, a tenth is skipped where evaluations would take too much of the time. `last_evaluation`: seconds of the last
+    one.
+    """
+    if _is_last(plan, state):
+        return True
+    if plan.config.eval_every:
+        return state.step % plan.config.eval_every == 0
+    if tenths(plan, state) == state.tenths:
+        return False
+    return not plan.config.minutes or state.eval_seconds + last_evaluation <= _EVALUATING * state.seconds
+
+
+def _is_last(plan: LoopPlan, state: LoopState) -> bool:
+    """Return whether no step follows."""
+    return state.step == plan.total_steps or bool(state.stopped)
+
+
+def tenths(plan: LoopPlan, state: LoopState) -> int:
+    """Return the tenths of the run that are over; as before where they decide nothing."""
+    if _is_last(plan, state) or plan.config.eval_every:
+        return state.tenths
+    share = progress(plan.config, state.step, plan.total_steps, state.seconds)
+    return int(10 * share + 1e-9)  # 1e-9: a tenth by rounding is a tenth
+
+
+def evaluate(loop: Loop) -> None:
+    """Take the held-out loss; with `patience` keep the best adapter or stop; warn when nothing was learned.
+
+    Raises TrainError for a loss that is not finite, unless there is a best adapter to go back to.
+    """
+    plan, state, began = loop.plan, loop.state, loop.plan.clock()
+    loss = held_out_loss(plan.loss, plan.valid, batch=max(plan.config.batch, _EVALUATED_TOGETHER))
+    state.valid_loss = loss
+    if not math.isfinite(loss) and loop.best is None:
+        raise not_finite(f"The loss on held-out records is {loss} after step {state.step}", plan.config.lr)
+    ended = plan.clock()
+    loop.last_evaluation, state.seconds = ended - began, ended - loop.began
+    state.eval_seconds += loop.last_evaluation
+    if loss < state.best_loss:
+        state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
+        if plan.config.patience:
+            loop.best = [p.detach().clone() for p in loop.trainable]
+    else:
+        state.without_gain += 1
+        if plan.config.patience and state.without_gain >= plan.config.patience:
+            state.stopped = "early"
+    plan.on_event(Evaluated(state.step, loss, state.best_loss))
+    if state.step >= _AFTER_STEPS and relative_norm(plan.model, plan.adapter) < _NOTHING_LEARNED:
+        warn(
+            loop,
+            f"‖ΔW‖/‖W0‖ is still below {_NOTHING_LEARNED:g} after {state.step} steps: nothing is learned. "
+            f"Is lr = {plan.config.lr:g} ten times too small?",
+        )
+
+
+@torch.no_grad()
+def held_out_loss(loss: Loss, examples: Sequence[Any], *, batch: int) -> float:
+    """Return the mean loss of a prediction over `examples`; of a causal model −log p per supervised token."""
+    ordered = sorted(examples, key=lambda e: e.length)
+    with evaluating(loss.model):
+        pairs = [loss(loss.collate(ordered[i : i + batch])) for i in range(0, len(ordered), batch)]
+    return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)
+
+
+def restore_best(loop: Loop) -> None:
+    """Give the adapter the values of the best evaluation, where they were kept."""
+    if loop.best is not None:
+        with torch.no_grad():
+            for parameter, best in zip(loop.trainable, loop.best, strict=True):
+                parameter.copy_(best)
+
+
+def relative_norm(model: nn.Module, name: str | None = None) -> float:
+    """Return ‖ΔW‖/‖W0‖ over all of the adapter's layers together, without forming any ΔW."""
+    owner = owner_of(model)
+    moved = [update.moved(owner.get_submodule(layer)) for layer, update in updates(model, name).items()]
+    dw, w0 = sum(dw for dw, _ in moved), sum(w0 for _, w0 in moved)
+    return (dw / w0) ** 0.5 if w0 else (math.inf if dw else 0.0)

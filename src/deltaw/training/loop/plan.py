@@ -1,0 +1,61 @@
+"""A run of the loop as it was asked for. It never changes while the run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from deltaw.config import TrainConfig
+from deltaw.data import Order
+from deltaw.training.events import Event
+from deltaw.training.losses import Loss
+
+
+@dataclass(frozen=True, eq=False)
+class LoopPlan:
+    """A run of the loop as it was asked for. The loss's model carries the adapter, attached and active."""
+
+    loss: Loss
+    examples: Sequence[Any]
+    """Examples that `loss.collate` takes; each has a `length`."""
+    valid: Sequence[Any]
+    """The same, held out; empty where nothing is held out."""
+    config: TrainConfig
+    on_event: Callable[[Event], None] = lambda event: None
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after each step."""
+    adapter: str = "default"
+    clock: Callable[[], float] = time.monotonic
+    """Seconds since some fixed point."""
+    check_late: bool | None = None
+    """Check that a step is finite after the next one is computed. None: on a GPU, which would have to be waited for at once."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that carries the adapter."""
+        return self.loss.model
+
+    @cached_property
+    def order(self) -> Order:
+        """The records of each step: a function of the seed and the step's number alone."""
+        config, lengths = self.config, [e.length for e in self.examples]
+        return Order(lengths, batch=config.batch, seed=config.seed, tokens=config.batch_tokens)
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Steps of the whole run, unless something stops it before."""
+        return self.config.steps or self.order.steps(self.config.epochs)
+
+    def drawn(self, step: int) -> list[Any]:
+        """Return the examples of a step, counted from 0."""
+        return [self.examples[i] for i in self.order.at(step)]
+
+    def parts(self, rows: Sequence[Any]) -> list[Sequence[Any]]:
+        """Split a step's examples into those of one forward pass each."""
+        size = self.config.micro_batch or len(rows)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -1,0 +1,176 @@
+"""The training loop: batches → loss → step, with evaluation, early stop and a clean way to be interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import TrainError
+from deltaw.layers.ops.seeding import mixed, seeded
+from deltaw.layers.tree import evaluating, owner_of, to_train
+from deltaw.model.summary import updates
+from deltaw.training import optim
+from deltaw.training.attention import short_row_attention
+from deltaw.training.flat import Flat
+from deltaw.training.loop import log
+from deltaw.training.loop.checks import Watched, check_finite, check_reached, refuse_untrained, warn_of_idle_settings
+from deltaw.training.loop.evaluation import evaluate, restore_best, should_evaluate, tenths
+from deltaw.training.loop.plan import LoopPlan
+from deltaw.training.loop.state import Loop, LoopState, Taken
+from deltaw.training.optim import lr_factor
+from deltaw.training.together import same_input
+
+
+def run_loop(plan: LoopPlan, state: LoopState | None = None) -> LoopState:
+    """Train to the end, the clock, an early stop or an interruption, and return `state`, which follows the loop meanwhile.
+
+    Raises TrainError when a loss is not finite.
+    """
+    state = LoopState() if state is None else state
+    with opened(plan, state) as loop:
+        while loop.goes_on:
+            step(loop)
+    return state
+
+
+@contextlib.contextmanager
+def opened(plan: LoopPlan, state: LoopState) -> Iterator[Loop]:
+    """Yield a loop whose steps can be taken. On leaving, the adapter holds what was learned.
+
+    Raises TrainError when a loss is not finite.
+    """
+    longest = max(e.length for e in (*plan.examples, *plan.valid))
+    with short_row_attention(plan.model, longest), _flat(plan) as flat:
+        loop = Loop(plan, state, flat)
+        to_train(plan.model)
+        warn_of_idle_settings(loop)
+        if plan.config.gradient_checkpointing:
+            _checkpoint_activations(plan.model)
+        if plan.valid:
+            evaluate(loop)
+        try:
+            yield loop
+            if loop.watched is not None:
+                loop.watched.check(loop.scaler)
+        finally:
+            restore_best(loop)
+            plan.model.eval()
+
+
+def _flat(plan: LoopPlan) -> Flat:
+    """Return the adapter in flat buffers. A forward pass over one record shows which layers read the same tensor."""
+    model = plan.model
+    of_adapter = updates(model, plan.adapter)
+    plain = {n: plain for n, u in of_adapter.items() if (plain := u.plain) is not None}
+    one = plan.loss.collate(plan.examples[:1])
+    with evaluating(model), torch.no_grad():
+        plan.loss(one)  # the first call tries the ways to the loss, which would count as calls of the layers
+        groups = same_input(plain, lambda: plan.loss(one))
+    layers = {name: owner_of(model).get_submodule(name) for name in plain}
+    return Flat(layers, plain, groups, {n: u for n, u in of_adapter.items() if n not in plain})
+
+
+# --- a step -----------------------------------------------------------------------------------------------------
+
+
+def step(loop: Loop) -> None:
+    """Take one optimizer step and do what is due after it: a line of the log, an evaluation, a stop."""
+    clock = loop.plan.clock
+    began = clock()
+    with drawing(loop):
+        taken = take_step(loop)
+    after_step(loop, taken, clock() - began)
+
+
+def drawing(*loops: Loop) -> contextlib.AbstractContextManager[None]:
+    """Draw random numbers, while open, from the seeds and step numbers of the loops that share a pass, and from nothing else.
+
+    So dropout's masks do not depend on what is drawn between two steps.
+    """
+    numbers = [number for loop in loops for number in (loop.plan.config.seed, loop.state.step)]
+    return seeded(mixed("step", *numbers), loops[0].devices)
+
+
+def take_step(loop: Loop) -> Taken:
+    """Take a step over a batch of records, whose loss is divided by all its supervised tokens.
+
+    On a GPU nothing here waits for it: losses are added up there, and whether they are finite is read a step late.
+    """
+    plan = loop.plan
+    rows = plan.drawn(loop.state.step)
+    batches = [plan.loss.collate(part) for part in plan.parts(rows)]
+    supervised = sum(batch.targets for batch in batches)
+    loss = sum((_backward(loop, batch, supervised) for batch in batches), start=torch.zeros_like(loop.losses))
+    return learn(loop, rows, loss, supervised)
+
+
+def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
+    """Add a batch's gradients; return its share of the step's mean loss, fp32 scalar."""
+    total, _ = loop.plan.loss(batch)
+    mean = total / supervised
+    if not mean.requires_grad:
+        refuse_untrained([*updates(loop.plan.model, loop.plan.adapter)])
+    torch.autograd.backward(loop.scaler.scale(mean))
+    loop.flat.add_gradients()
+    return mean.detach()
+
+
+def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Taken:
+    """Take the optimizer's step with the gradients that are there.
+
+    They are of `loss`, the mean over the `supervised` predictions of the examples `rows`.
+    """
+    config, state = loop.plan.config, loop.state
+    lr = config.lr * lr_factor(config, state.step, loop.plan.total_steps, state.seconds)
+    optim.set_lr(loop.optimizer, lr)
+    if state.step == 0:
+        check_reached(loop)
+    loop.scaler.unscale_(loop.optimizer)
+    norm = nn.utils.clip_grad_norm_(loop.trainable, config.clip or math.inf)
+    check_finite(loop, Watched(state.step, loss, norm, lr))
+    loop.scaler.step(loop.optimizer)
+    loop.scaler.update()
+    loop.flat.zero_gradients()
+    loop.flat.refresh()
+    loop.losses += loss * supervised
+    state.step += 1
+    state.records += len(rows)
+    state.tokens += sum(e.length for e in rows)
+    state.supervised += supervised
+    return Taken(lr, norm)
+
+
+def after_step(loop: Loop, taken: Taken, seconds: float) -> None:
+    """Do what is due after a step that took so many seconds."""
+    plan, state = loop.plan, loop.state
+    state.seconds = plan.clock() - loop.began
+    state.step_seconds += seconds
+    if state.step % plan.config.log_every == 0 or state.step in (1, plan.total_steps):
+        log.tell(loop, taken)
+    if plan.config.minutes and state.seconds >= plan.config.minutes * 60:
+        state.stopped = "minutes"
+    if plan.should_stop():
+        state.stopped = "interrupted"
+    if plan.valid:
+        due = should_evaluate(plan, state, loop.last_evaluation)
+        state.tenths = tenths(plan, state)
+        if due and state.stopped != "interrupted":
+            evaluate(loop)
+    if state.stopped and loop.logged.step < state.step:
+        log.tell(loop, taken)
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Compute activations again in the backward pass. transformers names the call anew from version 5 on."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(model, name):
+            getattr(model, name)({"use_reentrant": False})
+            return
+    raise TrainError(
+        f"A {type(model).__name__} has no way to compute activations again. Train it without --gradient-checkpointing."
+    )
