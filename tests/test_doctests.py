@@ -20,6 +20,8 @@ MODULES = sorted(
     for path in SRC.rglob("*.py")
     if path.name != "__init__.py" and ">>> " in path.read_text(encoding="utf-8")
 )
+IN_PROCESSES = {"deltaw.runs.compare"}
+"""Modules whose examples start processes of their own."""
 WITHOUT_EXAMPLE: set[str] = {"__version__"}
 
 
@@ -32,7 +34,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module", [pytest.param(m, marks=pytest.mark.slow) if m in IN_PROCESSES else m for m in MODULES]
+)
 def test_examples_run(module: str, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workshop)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -114,6 +114,7 @@ def test_labels_of_smollm2_are_its_completions(smollm2):
     assert example.input_ids[: -len(kept)] == smollm2("name[Blue Spice]\n")["input_ids"]
 
 
+@pytest.mark.slow
 def test_instruct_records_are_encoded_exactly(smollm2, shared_data):
     config = DataConfig()
     counts = encode(read(shared_data / "instruct", config), smollm2, config).counts

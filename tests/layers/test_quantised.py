@@ -377,6 +377,7 @@ def test_codes_that_a_cpu_has_reordered_are_the_same_codes() -> None:
         torch.testing.assert_close(form.dense(layer, torch.float32), W0, rtol=4e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_no_package_is_imported_for_a_model_without_such_layers() -> None:
     import subprocess
     import sys

@@ -23,6 +23,7 @@ def test_an_error_is_the_candidates_score(tmp_path: Path) -> None:
     assert score["task"] == task and "none.jsonl" in score["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "result"), [("candidate", worker.SCORE), ("timing", worker.LATENCY)])
 def test_a_process_that_breaks_down_leaves_no_result_of_other_settings(part: str, result: str, tmp_path: Path) -> None:
     """What was there from settings of before used to be taken for its result."""

@@ -388,7 +388,7 @@ def test_layers_that_took_no_part_are_counted_and_five_are_named(count: int, nam
     assert (
         warning.step == 0 and text.startswith(f"{count} adapted layers took no part") and text.count("spare.") == named
     )
-    assert text.endswith("…") == (count > named)
+    assert text.endswith(" and 1 more.") == (count > named)
 
 
 def test_where_none_took_part_five_are_named() -> None:

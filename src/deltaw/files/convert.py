@@ -71,7 +71,7 @@ def convert(
     >>> import torch, deltaw
     >>> torch.save({"q_proj.lora_A": torch.ones(2, 8), "q_proj.lora_B": torch.ones(8, 2)}, "loralib.pt")
     >>> folder = deltaw.convert("loralib.pt", "converted", alpha=4)
-    >>> deltaw.spectrum(folder)["q_proj"].norm  # ‖ΔW‖, all of whose 64 entries are α/r·2 = 4
+    >>> round(deltaw.spectrum(folder)["q_proj"].norm, 6)  # ‖ΔW‖, all of whose 64 entries are α/r·2 = 4
     32.0
     """
     src, dst = Path(src), Path(dst)

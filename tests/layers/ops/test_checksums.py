@@ -60,12 +60,12 @@ def test_the_sum_of_a_device_tells_any_one_changed_word(words: list[int], data: 
 
 
 def test_what_is_longer_than_a_piece_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    import deltaw.checksums
+    from deltaw.layers.ops import checksums
 
     W = values(torch.bfloat16, 5 * 1000)
     whole = content_of(W, torch.bfloat16), content_of(W, torch.float16)
-    monkeypatch.setattr(deltaw.checksums, "_PIECE", 64)
-    monkeypatch.setattr(deltaw.checksums, "_WORDS", 16)
+    monkeypatch.setattr(checksums, "_PIECE", 64)
+    monkeypatch.setattr(checksums, "_WORDS", 16)
     assert (content_of(W, torch.bfloat16), content_of(W, torch.float16)) == whole
     was = stamp(W, "device")
     for place in (0, 63, 64, 4999):

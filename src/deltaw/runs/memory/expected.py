@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from deltaw.config import TrainConfig
+from deltaw.data import Example
 from deltaw.data.batches import padded
 from deltaw.errors import DeltaWError
 from deltaw.files import units
 from deltaw.layers.unwrap import plain_class
+from deltaw.methods.plan import Method
 from deltaw.model.summary import summary
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
-from deltaw.runs.memory.step import step
+from deltaw.runs.memory.step import Record, Step, step
 from deltaw.training.prepare import Prepared
 from deltaw.training.tasks import task_of
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("deltaw")
+
+_taken: dict[tuple[object, ...], Step] = {}
+"""Steps that were run on the meta device, by what decides them."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +84,41 @@ def _memory(prepared: Prepared) -> Memory:
     one = dataclasses.replace(config, batch=len(rows), batch_tokens=None, micro_batch=None, valid_share=0.0)
 
     def taken(checkpointed: bool) -> Taken:
-        model = _on_meta(loaded.model, dtype)
-        shadow = dataclasses.replace(loaded, model=model)
         settings = dataclasses.replace(one, gradient_checkpointing=checkpointed)
-        return Taken(step(model, prepared.method, rows, settings, device.type, lambda: task.loss(shadow)), False)
+        alike = _what_decides(loaded.model, dtype, prepared.method, rows, settings, device.type)
+        if alike not in _taken:
+            model = _on_meta(loaded.model, dtype)
+            shadow = dataclasses.replace(loaded, model=model)
+            _taken[alike] = step(model, prepared.method, rows, settings, device.type, lambda: task.loss(shadow))
+        return Taken(_taken[alike], estimated=False)
 
     plain = taken(checkpointed=False)
     passes = taken(checkpointed=True) if config.gradient_checkpointing else plain
     base = summary(loaded.model).base_bytes
     return memory_of(passes, max(0, held - base), base, plain)
+
+
+def _what_decides(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    method: Method,
+    rows: Sequence[Record],
+    settings: TrainConfig,
+    device: str,
+) -> tuple[object, ...]:
+    """Return all that decides the memory of a step, as a key: a sweep's candidates often differ in rate and seed alone."""
+    config = model.config
+    attention = getattr(config, "_attn_implementation", None)
+    tried = dataclasses.replace(settings, lr=1.0, seed=0, out="", valid=None)
+    shapes = tuple((row.length, _counted(row)) for row in rows)
+    return plain_class(model), config.to_json_string(), attention, dtype, repr(method), shapes, repr(tried), device
+
+
+def _counted(row: Record) -> object:
+    """Return the predictions of a text, or the sizes of an item's inputs."""
+    if isinstance(row, Example):
+        return sum(row.supervised)
+    return tuple((name, tuple(getattr(value, "shape", (len(value),)))) for name, value in sorted(row.inputs.items()))
 
 
 def _on_meta(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

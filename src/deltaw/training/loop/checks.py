@@ -1,4 +1,4 @@
-"""What may be wrong with a step: values that are not finite, layers that it does not reach, settings without effect."""
+"""Checks of a step: values that are not finite, layers that it does not reach, settings without effect."""
 
 from __future__ import annotations
 
