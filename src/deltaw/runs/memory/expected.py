@@ -81,10 +81,11 @@ def _memory(prepared: Prepared) -> Memory:
     held = machine.held() if device.type == "cpu" else 0
     rows = sorted(prepared.encoded.examples, key=lambda e: e.length)[-_rows(prepared) :]
     task = task_of(config.data)
-    one = dataclasses.replace(config, batch=len(rows), batch_tokens=None, micro_batch=None, valid_share=0.0)
 
     def taken(checkpointed: bool) -> Taken:
-        settings = dataclasses.replace(one, gradient_checkpointing=checkpointed)
+        settings = TrainConfig(
+            batch=len(rows), optimizer=config.optimizer, gradient_checkpointing=checkpointed, data=config.data
+        )
         alike = _what_decides(loaded.model, dtype, prepared.method, rows, settings, device.type)
         if alike not in _taken:
             model = _on_meta(loaded.model, dtype)
@@ -106,12 +107,11 @@ def _what_decides(
     settings: TrainConfig,
     device: str,
 ) -> tuple[object, ...]:
-    """Return all that decides the memory of a step, as a key: a sweep's candidates often differ in rate and seed alone."""
+    """Return all that decides the memory of a step, as a key: the candidates of a sweep often differ in rate and seed alone."""
     config = model.config
     attention = getattr(config, "_attn_implementation", None)
-    tried = dataclasses.replace(settings, lr=1.0, seed=0, out="", valid=None)
     shapes = tuple((row.length, _counted(row)) for row in rows)
-    return plain_class(model), config.to_json_string(), attention, dtype, repr(method), shapes, repr(tried), device
+    return plain_class(model), config.to_json_string(), attention, dtype, repr(method), shapes, repr(settings), device
 
 
 def _counted(row: Record) -> object:
