@@ -162,6 +162,9 @@ class TrainConfig:
     """Stop early after this many evaluations without a better held-out loss, and keep the best adapter. Default: never."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    save_every: int | None = None
+    """Steps from one saved state to the next, from which --resume goes on. Default: by time, 1% of it at most and every 5 minutes
+    at least."""
     samples: int = 4
     """Held-out records to generate before and after training, for the report; 0 for none."""
 

@@ -9,7 +9,7 @@
     │   └── BaseMismatch        exit 5   the adapter was trained on other base weights
     ├── DataError               exit 6   a record, data file or chat template cannot be used
     └── TrainError              exit 7   training cannot start or go on (loss not finite, nothing supervised)
-        └── Interrupted         exit 130 Ctrl-C: the work so far was saved
+        └── Interrupted         exit 130 Ctrl-C (143: SIGTERM): the work so far was saved
 
 A message lists *all* problems, one per line, each with its place and what to do about it.
 """
@@ -81,7 +81,16 @@ class TrainError(DeltaWError):
 
 
 class Interrupted(TrainError):
-    exit_code = 130
+    """A signal ended the work.
+
+    Args:
+        message: What was saved, and how to go on.
+        exit_code: 128 and the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str = "", *, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:

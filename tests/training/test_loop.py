@@ -283,14 +283,14 @@ def test_the_best_adapter_is_kept_where_it_was_not_the_last() -> None:
     assert state.valid_loss is not None and state.valid_loss > state.best_loss
 
 
-def test_being_asked_to_stop_ends_it_after_the_step_without_an_evaluation() -> None:
+def test_being_asked_to_stop_ends_it_after_the_step_and_its_evaluation() -> None:
     events: list[Event] = []
     plan = planned(model_of(), RECORDS[:2], **SGD, steps=9, eval_every=1)
     asked = replace(plan, on_event=events.append, should_stop=lambda: len(of_kind(events, Evaluated)) == 3)
     state = run_loop(asked)
     assert state.stopped == "interrupted"
-    assert state.step == 3 and [event.step for event in of_kind(events, Evaluated)] == [0, 1, 2]
-    assert of_kind(events, Stepped)[-1].step == 3
+    assert state.step == 2 and [event.step for event in of_kind(events, Evaluated)] == [0, 1, 2]
+    assert of_kind(events, Stepped)[-1].step == 2
 
 
 def test_a_held_out_loss_is_the_mean_over_tokens_whatever_the_batch() -> None:

@@ -48,6 +48,12 @@ class Train:
     """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
     config: str | None = None
     """YAML file of any of these settings, MODEL and DATA included. Flags override it. Each run writes one as config.yaml."""
+    resume: str | None = None
+    """Run folder whose run goes on from its last saved state, with the settings that it was begun with; MODEL and DATA are not
+    needed. A finished run is trained further with other --epochs, --steps or --minutes."""
+    resume_with: str = ""
+    """With --resume: settings, with commas, that may be others than those that the run was begun with, of epochs, steps, minutes,
+    patience, out."""
     method: MethodName = "lora"
     """Method to train. Each has its settings: `deltaw train --method prefix --help` shows those of prefix."""
     settings: LoRA = field(default_factory=LoRA)

@@ -47,7 +47,16 @@ def parse(arguments: list[str]) -> object:
     Raises ConfigError for a flag that it does not have. tyro exits with 2 for a wrong value.
     """
     path, words = _taken(arguments, "config") if arguments[:1] == ["train"] else (None, arguments)
+    resume = _taken(arguments, "resume")[0] if arguments[:1] == ["train"] else None
+    if resume is not None:
+        if path is not None:
+            raise ConfigError(
+                "--config and --resume cannot be used together: a run is resumed with its own config.yaml."
+            )
+        path = _settings_of(resume)
     values = _from_yaml(path) if path is not None else {}
+    if resume is not None:
+        values |= {"out": resume, "overwrite": False}
     train = train_with(_taken(words, "method")[0] or str(values.get("method", "lora")))
     commands = {**COMMANDS, "train": train}
     if arguments and not arguments[0].startswith("-"):
@@ -57,7 +66,7 @@ def parse(arguments: list[str]) -> object:
         if path is not None:
             default = _with_values(train, values, path)
             chosen = tyro.cli(train, prog="deltaw train", args=words[1:], default=default, config=flat)
-            return dataclasses.replace(chosen, config=path)
+            return dataclasses.replace(chosen, config=path if resume is None else None)
         return tyro.extras.subcommand_cli_from_dict(
             dict[str, Callable[..., object]](commands),
             prog="deltaw",
@@ -84,6 +93,16 @@ def _taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
         if word.startswith(f"--{flag}="):
             return word.removeprefix(f"--{flag}="), arguments[:i] + arguments[i + 1 :]
     return None, arguments
+
+
+def _settings_of(run: str) -> str:
+    """Return the settings' file of a run to resume. Raises ConfigError where there is none."""
+    from deltaw.runs.resume.place import RunFolder  # imports torch
+
+    config = RunFolder(Path(run)).latest.config
+    if not config.is_file():
+        raise ConfigError(f"{run} holds no run that could be resumed: {config.name} is not in it.")
+    return str(config)
 
 
 def _from_yaml(path: str) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deltaw.cli import show
 from deltaw.cli.flags import Train
 from deltaw.files import units
-from deltaw.training.events import Evaluated, Event, Started, Stepped
+from deltaw.training.events import Evaluated, Event, Resumed, Started, Stepped
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -21,8 +21,13 @@ def run(command: Train) -> None:
     show.quiet_libraries()
     from deltaw.runs.train import train
 
+    model, data = (None if name.startswith("<") else name for name in (command.model, command.data))
+    may_change = [key for key in command.resume_with.replace(" ", "").split(",") if key]
     with progress() as view:
-        result = train(command.model, command.data, command.run, method=command.settings, on_event=view.hear)
+        result = train(
+            model, data, command.run, method=command.settings, resume=command.resume, resume_with=may_change,
+            on_event=view.hear,
+        )  # fmt: skip
     _summary(result, command)
 
 
@@ -54,6 +59,10 @@ class _Lines:
             )
         elif isinstance(event, Evaluated):
             show.out.print(f"step {event.step}  held-out loss {event.valid_loss:.4f}")
+        elif isinstance(event, Resumed):
+            show.out.print(f"Resumed after step {event.step}.", style="bold")
+            for note in event.notes:
+                show.prose(note, style="yellow", console=show.err)
         else:
             show.prose(f"warning: {event.text}", style="yellow", console=show.err)
 

@@ -27,7 +27,7 @@ from deltaw.runs import splits, study, worker
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, TimingStarted
-from deltaw.runs.folder import RunFolder, read_json
+from deltaw.runs.folder import read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.compare import comparison_report
 from deltaw.runs.results import JsonObject
@@ -45,6 +45,7 @@ from deltaw.runs.results.compare import (
 )
 from deltaw.runs.results.scores import measured_by, over_seeds
 from deltaw.runs.results.study import Failed, StudySettings
+from deltaw.runs.resume.place import RunFolder
 from deltaw.runs.study import Study
 
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
@@ -237,7 +238,8 @@ def _task(begun: Study, contestant: Contestant, lr: float, seed: int) -> Candida
     scoring = begun.scoring
     run = to_mapping(dataclasses.replace(begun.config, data=scoring.data))
     run |= {"lr": lr, "seed": seed, "valid": begun.records("valid"), "split": None}
-    del run["out"], run["overwrite"]
+    for name in ("out", "overwrite", "save_every"):
+        del run[name]
     return CandidateTask(
         name=contestant.name,
         method=contestant.kind,

@@ -17,44 +17,8 @@ from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.runs.results import JsonObject
+from deltaw.runs.resume.place import RunFolder
 from deltaw.training.opening import of_adapter
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The one place that knows where a run's state lies on disk."""
-
-    path: Path
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, in PEFT format."""
-        return self.path / "adapter"
-
-    @property
-    def config(self) -> Path:
-        """The settings that reproduce the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        """The run's events, a line each."""
-        return self.path / "log.jsonl"
-
-    @property
-    def result(self) -> Path:
-        """The figures of the run that has ended."""
-        return self.path / "result.json"
-
-    @property
-    def report(self) -> Path:
-        """The page about the run."""
-        return self.path / "report.html"
-
-    @property
-    def score(self) -> Path:
-        """The outcome of a study's candidate."""
-        return self.path / "score.json"
 
 
 @dataclass(frozen=True)
@@ -126,9 +90,3 @@ def read_json(path: Path) -> JsonObject | None:
         return None
     values: JsonObject = json.loads(path.read_text(encoding="utf-8"))
     return values
-
-
-def refuse_a_file(folder: Path) -> None:
-    """Raise ConfigError where a file is in the place of a folder that is to be written."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out is {folder}, which is a file; name a folder.")

@@ -36,7 +36,7 @@ from deltaw.runs.directions import alike, amplifications
 from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, of_losses, shortened
 from deltaw.runs.evaluation.evaluate import evaluate
 from deltaw.runs.events import Confirming, RankEvent, Scored, SweepEvent
-from deltaw.runs.folder import Finished, RunFolder, finished, parameters_of, read_json
+from deltaw.runs.folder import Finished, finished, parameters_of, read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.plan import plan
 from deltaw.runs.reports.page import write as write_report
@@ -54,6 +54,7 @@ from deltaw.runs.results.rank import (
     ScoresOfBase,
 )
 from deltaw.runs.results.scores import SeedScores
+from deltaw.runs.resume.place import RunFolder
 from deltaw.runs.study import metrics_for
 from deltaw.runs.sweep import sweep
 from deltaw.training.opening import equip

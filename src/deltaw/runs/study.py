@@ -19,11 +19,12 @@ from deltaw.model.pretrained import read_config
 from deltaw.runs import splits
 from deltaw.runs.evaluation.evaluate import metrics_of
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER, check_metrics, installed
-from deltaw.runs.folder import read_json, refuse_a_file
+from deltaw.runs.folder import read_json
 from deltaw.runs.reports.page import Report
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.study import StudySettings
+from deltaw.runs.resume.place import refuse_a_file
 from deltaw.training.tasks import check_labels, recognised, task_of
 
 # By default; the last one that is installed ranks
@@ -150,7 +151,7 @@ def _or_last(value: float | None, *, more_is_better: bool = False) -> float:
 
 def shared_settings(config: TrainConfig) -> dict[str, object]:
     """Return the settings of training that all candidates share."""
-    return {k: v for k, v in to_mapping(config).items() if k not in ("out", "overwrite", "lr", "valid")}
+    return {k: v for k, v in to_mapping(config).items() if k not in ("out", "overwrite", "save_every", "lr", "valid")}
 
 
 def claim(folder: Path, kind: str, settings: dict[str, object], *, overwrite: bool) -> None:

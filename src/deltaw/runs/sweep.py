@@ -36,7 +36,7 @@ from deltaw.runs.events import (
     SweepEvent,
     WidthChosen,
 )
-from deltaw.runs.folder import RunFolder, finished, read_json
+from deltaw.runs.folder import finished, read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.sweep import sweep_report
 from deltaw.runs.results import JsonObject
@@ -53,6 +53,7 @@ from deltaw.runs.results.sweep import (
     TriedRate,
     outcome_from,
 )
+from deltaw.runs.resume.place import RunFolder
 from deltaw.runs.study import Study
 from deltaw.runs.train import RunResult, run_abreast
 from deltaw.training.events import Evaluated, Event, Stepped

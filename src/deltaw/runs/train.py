@@ -8,22 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
-import signal
-import threading
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record, as_said
-from deltaw.errors import ConfigError, Interrupted, TrainError
+from deltaw.errors import ConfigError, DeltaWError, Interrupted, TrainError
 from deltaw.files import store
 from deltaw.files.formats.atomic import write_text
 from deltaw.layers.ops.seeding import seeded
@@ -37,15 +34,29 @@ from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary, parameters
 from deltaw.model.switch import use, using
-from deltaw.runs.folder import RunFolder, refuse_a_file
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.train import RunFigures
+from deltaw.runs.resume.asked import Asked
+from deltaw.runs.resume.identity import LENGTHS, check_same, identity
+from deltaw.runs.resume.journal import Journal
+from deltaw.runs.resume.place import (
+    RunFolder,
+    at_work,
+    begin,
+    check_free,
+    clear,
+    copy_log,
+    finish_replacing,
+    take_place,
+)
+from deltaw.runs.resume.signals import Stopping, asked_to_stop
 from deltaw.training.abreast import run_loops
-from deltaw.training.events import Event, Started, Warned
-from deltaw.training.loop import LoopPlan, LoopState, peak_memory, run_loop
+from deltaw.training.events import Event, Resumed, Started, Warned
+from deltaw.training.keeper import Keeper, Kept, Place, read_states
+from deltaw.training.loop import LoopPlan, LoopState, Saved, peak_memory, run_loop
 from deltaw.training.optim import ADAM_STATE
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.tasks import task_of
@@ -54,6 +65,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+log = logging.getLogger("deltaw")
 # Long enough for people to see what an adapter changes
 _SAMPLE = GenerateConfig(max_new_tokens=96)
 
@@ -130,34 +142,43 @@ class RunResult:
 
 
 def train(
-    model: str | Path | nn.Module,
-    data: str | Path | Sequence[Mapping[str, object]] | Dataset,
-    config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
+    model: str | Path | nn.Module | None = None,
+    data: str | Path | Sequence[Mapping[str, object]] | Dataset | None = None,
+    config: TrainConfig | None = None,
     *,
-    method: Method = LoRA(),  # noqa: B008  (frozen)
+    method: Method | None = None,
     tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
+    resume: str | Path | None = None,
+    resume_with: Sequence[str] = (),
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> RunResult:
     """Train an update of a model and write the run folder `config.out`.
 
+    A run that is resumed ends with the same bits as one without a break, on one machine. A run that is there is replaced, with
+    `config.overwrite`, once the new one is whole; until then the new one lies in its folder next/.
+
     Args:
         model: a hub id, a folder, a GGUF file, or a loaded model.
         data: a file, folder, hub data set or list of records to train on.
-        config: the settings of training and of the records.
-        method: what is trained: `LoRA`, `DoRA`, `IA3` …
+        config: the settings of training and of the records. Default: `TrainConfig()`.
+        method: what is trained: `LoRA`, `DoRA`, `IA3` … Default: `LoRA()`.
         tokenizer: of a loaded model, which needs one.
+        resume: a run folder whose run goes on from its last state, or whose finished run is trained further, for other epochs,
+            steps or minutes. What is not given is as the run was begun.
+        resume_with: settings of which the resumed run has others: epochs, steps, minutes, patience, out.
         on_event: called with every logged step, evaluation and warning, as `deltaw.training.events` has them.
 
     Returns:
         The run's folder and figures, and the model with the trained adapter attached as "default".
 
     Raises:
-        ConfigError: settings that do not fit each other, or a run folder that is not empty. Nothing is trained.
-        FileError: a model that cannot be read. Nothing is trained.
+        ConfigError: settings that do not fit each other or the run to resume, a run folder that is not empty, or one that another
+            process trains into. Nothing is trained.
+        FileError: a model or a state that cannot be read. Nothing is trained.
         TargetError: targets that match no layer. Nothing is trained.
         DataError: records that cannot be used, all of them named. Nothing is trained.
         TrainError: a loss that is not finite. What was learned until then is in the run folder.
-        Interrupted: Ctrl-C. What was learned until then is in the run folder.
+        Interrupted: Ctrl-C, or SIGTERM. The state is saved: the run can be resumed.
 
     >>> import deltaw
     >>> config = deltaw.TrainConfig(out="run", steps=3, lr=1e-2, samples=0, overwrite=True)
@@ -166,20 +187,67 @@ def train(
     (3, '', 'adapter')
     >>> deltaw.adapters(result.model).active
     'default'
+    >>> longer = deltaw.TrainConfig(out="run", steps=5, lr=1e-2, samples=0)
+    >>> deltaw.train(config=longer, resume="run").state.step
+    5
     """
-    _check_place(config)
-    return run(prepare(model, data, config, method, tokenizer=tokenizer), on_event)
+    if resume is not None:
+        asked = Asked(Path(resume), model, data, config, method, tokenizer, tuple(resume_with))
+        return _resumed(asked, on_event)
+    if model is None or data is None:
+        raise ConfigError("train needs a model and data, or a run to resume.")
+    config = config or TrainConfig()
+    home = RunFolder(Path(config.out))
+    with at_work(home) as notes:
+        check_free(home, overwrite=config.overwrite)
+        prepared = prepare(model, data, config, method or LoRA(), tokenizer=tokenizer)
+        job = _attached(prepared, "default", begin(home))
+        return _run(replace(job, notes=notes), home, on_event)
 
 
-def run(prepared: Prepared, on_event: Callable[[Event], None] = lambda event: None) -> RunResult:
-    """Train what was prepared, into its run folder, whose former content goes. The adapter stays attached as "default"."""
-    job = _attached(prepared, "default")
-    with _recorded(job, on_event) as journal:
+def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:
+    """Go on with a run from its last state, or from its beginning where it died before the first one."""
+    home = RunFolder(asked.folder)
+    with at_work(home) as notes:
+        finish_replacing(home)
+        there = home.latest
+        begun = asked.settled(there)
+        states = read_states(there.path)
+        prepared = prepare(begun.model, begun.data, begun.config, begun.method, tokenizer=asked.tokenizer)
+        job = _attached(prepared, "default", there)
+        if states:
+            job = _going_on(job, states[0], asked)
+        job = replace(job, notes=(*notes, *job.notes))
+        new_home = RunFolder(Path(begun.config.out))
+        if new_home.path.resolve() == home.path.resolve():
+            return _run(job, home, on_event)
+        with at_work(new_home):
+            check_free(new_home, overwrite=begun.config.overwrite)
+            moved = begin(new_home)
+            copy_log(there, moved)
+            return _run(replace(job, folder=moved), new_home, on_event)
+
+
+def _going_on(job: _Job, kept: Kept, asked: Asked) -> _Job:
+    """Return the job as it goes on from a state. Raises ConfigError where the state is of another run."""
+    saved = kept.saved
+    notes = check_same(kept.about, job.identity, asked.folder, may_change=asked.resume_with, finished=saved.has_ended)
+    before, now = kept.about["settings"], job.identity["settings"]
+    if saved.has_ended and any(before[key] != now[key] for key in LENGTHS):
+        saved = saved.reopened()
+    return replace(job, kept=replace(kept, saved=saved), notes=(*kept.notes, *notes))
+
+
+def _run(job: _Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
+    """Train what was prepared. The adapter stays attached as "default". home: where the run is in the end."""
+    with asked_to_stop() as stopping, _recorded(job, on_event) as journal:
         chosen = _records_to_answer(job)
         before = _answers(job, chosen, None)
-        state = _train(job, journal)
-    after = _answers(job, chosen, job.adapter)
-    return _finished(job, journal, state, _samples(job, chosen, before, after))
+        state = _train(job, journal, stopping)
+        if stopping():
+            chosen, before = [], []  # there is no time for samples
+        samples = _samples(job, chosen, before, _answers(job, chosen, job.adapter))
+        return _finished(job, journal, state, samples, home)
 
 
 def run_abreast(
@@ -189,7 +257,7 @@ def run_abreast(
     rungs: Sequence[float] = (),
     on_event: Callable[[int, Event], None] = lambda number, event: None,
 ) -> list[RunResult | TrainError]:
-    """Train several runs that were prepared over one model.
+    """Train several runs that were prepared over one model. Runs that were begun together before go on from their states.
 
     Args:
         prepared: the runs, each with a folder of its own. Their adapters stay attached, as "0", "1" …, the last one active.
@@ -201,20 +269,50 @@ def run_abreast(
         What each run came to. A loss that is not finite ends its own run alone.
 
     Raises:
-        Interrupted: Ctrl-C.
+        Interrupted: Ctrl-C or SIGTERM. The states are saved.
     """
-    jobs = [_attached(of_run, str(number)) for number, of_run in enumerate(prepared)]
+    together = [width, *rungs, *(Path(of_run.config.out).name for of_run in prepared)]
+    attached = [_attached(p, str(i), RunFolder(Path(p.config.out)), together) for i, p in enumerate(prepared)]
+    jobs = _going_on_together(attached)
     with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(_ctrl_c())
+        stopping = stack.enter_context(asked_to_stop())
         journals = [stack.enter_context(_recorded(job, partial(on_event, i))) for i, job in enumerate(jobs)]
         plans = [_plan(job, journal, stopping) for job, journal in zip(jobs, journals, strict=True)]
-        ended = run_loops(plans, width, rungs)
-    if any(state.stopped == "interrupted" for state in ended.states):
-        raise Interrupted("Stopped; what was finished is kept.")
-    return [
-        ended.failed.get(job.adapter) or _saved_and_finished(job, journal, state)
-        for job, journal, state in zip(jobs, journals, ended.states, strict=True)
-    ]
+        starts = [job.kept.saved for job in jobs if job.kept is not None]
+        ended = run_loops(plans, width, rungs, starts=starts, keep=_keeper(jobs, journals))
+        if any(state.stopped == "interrupted" for state in ended.states):
+            raise Interrupted("Stopped. The same command goes on from here.", exit_code=stopping.exit_code)
+        return [
+            ended.failed.get(job.adapter) or _saved_and_finished(job, journal, state)
+            for job, journal, state in zip(jobs, journals, ended.states, strict=True)
+        ]
+
+
+def _going_on_together(jobs: Sequence[_Job]) -> Sequence[_Job]:
+    """Return the jobs as they go on from states after one step, where all have such states of the same runs; else as they are."""
+    try:
+        states = [read_states(job.folder.path) for job in jobs]
+        for step in sorted({kept.saved.step for of_job in states for kept in of_job}, reverse=True):
+            chosen = [next((kept for kept in of_job if _is_at(kept.saved, step)), None) for of_job in states]
+            if all(
+                kept is not None and kept.about["together"] == job.together
+                for kept, job in zip(chosen, jobs, strict=True)
+            ):
+                return [_continued(job, kept) for job, kept in zip(jobs, chosen, strict=True) if kept is not None]
+    except DeltaWError as error:
+        log.info("Runs that were begun before are trained anew: %s", error)
+    return jobs
+
+
+def _continued(job: _Job, kept: Kept) -> _Job:
+    """Return one of several jobs as it goes on from a state. Raises ConfigError where the state is of another run."""
+    notes = check_same(kept.about, job.identity, job.folder.path, may_change=(), finished=False)
+    return replace(job, kept=kept, notes=tuple(notes))
+
+
+def _is_at(saved: Saved, step: int) -> bool:
+    """Return whether a loop was at this step, or had ended before it."""
+    return saved.step == step or (saved.has_ended and saved.step < step)
 
 
 @dataclass(frozen=True)
@@ -223,10 +321,19 @@ class _Job:
 
     prepared: Prepared
     folder: RunFolder
+    """Where its files lie while it is trained."""
     adapter: str
     """The adapter's name on the model."""
     settings: dict[str, object]
     """The settings in config.yaml."""
+    identity: dict[str, Any]
+    """What its state can go on in."""
+    together: Sequence[object] = ()
+    """The runs that are trained over the model at once, which share passes."""
+    kept: Kept | None = None
+    """The state to go on from."""
+    notes: tuple[str, ...] = ()
+    """What to say as it begins."""
 
     @property
     def model(self) -> nn.Module:
@@ -234,31 +341,14 @@ class _Job:
         return model
 
 
-class _Journal:
-    """The events of a run while it lasts: each is written to log.jsonl, kept, and passed on."""
-
-    def __init__(self, path: Path, on_event: Callable[[Event], None]) -> None:
-        self.events: list[Event] = []
-        self._on_event = on_event
-        self._file = path.open("w", encoding="utf-8")
-
-    def hear(self, event: Event) -> None:
-        self.events.append(event)
-        self._file.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
-        self._file.flush()
-        self._on_event(event)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _attached(prepared: Prepared, name: str) -> _Job:
+def _attached(prepared: Prepared, name: str, folder: RunFolder, together: Sequence[object] = ()) -> _Job:
     """Attach the adapter, drawn from the run's seed, and teach it the tokens that end its records."""
-    model, config = prepared.loaded.model, prepared.config
+    model, config, settings = prepared.loaded.model, prepared.config, _settings(prepared)
+    known = identity(prepared, settings)
     with seeded(config.seed):
         attach.attach(model, prepared.method, name=name)
     teach(model, name, prepared.encoded.ends)
-    return _Job(prepared, RunFolder(Path(config.out)), name, _settings(prepared))
+    return _Job(prepared, folder, name, settings, known, together)
 
 
 def _settings(prepared: Prepared) -> dict[str, object]:
@@ -270,24 +360,25 @@ def _settings(prepared: Prepared) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _recorded(job: _Job, on_event: Callable[[Event], None]) -> Iterator[_Journal]:
-    """Claim the run's folder, and while open keep its log, which begins with what will be trained."""
+def _recorded(job: _Job, on_event: Callable[[Event], None]) -> Iterator[Journal]:
+    """Keep the run's log, while open. It begins with what will be trained; a resumed run's goes on."""
     use(job.model, job.adapter)
-    _claim(job)
-    with contextlib.closing(_Journal(job.folder.log, on_event)) as journal:
-        for event in _opening_events(job):
-            journal.hear(event)
-        yield journal
-
-
-def _claim(job: _Job) -> None:
-    """Write config.yaml. The files of another run in the folder go, so that none of them is taken for this run's."""
-    folder = job.folder
+    folder, kept = job.folder, job.kept
+    if kept is None:
+        clear(folder)
     folder.path.mkdir(parents=True, exist_ok=True)
-    for stale in (folder.report, folder.result, folder.log):
-        stale.unlink(missing_ok=True)
-    shutil.rmtree(folder.adapter, ignore_errors=True)
     write_text(folder.config, to_yaml(job.settings))
+    with contextlib.closing(Journal(folder.log, on_event, kept.about["log_bytes"] if kept else 0)) as journal:
+        if kept is None:
+            for text in job.notes:
+                journal.pass_on(Warned(0, text))
+            for event in _opening_events(job):
+                journal.hear(event)
+        else:
+            for event in journal.events[:1]:
+                journal.pass_on(event)
+            journal.pass_on(Resumed(kept.saved.step, [*job.notes, *filter(None, [journal.note])]))
+        yield journal
 
 
 def _opening_events(job: _Job) -> Iterator[Event]:
@@ -312,7 +403,7 @@ def _opening_events(job: _Job) -> Iterator[Event]:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def _plan(job: _Job, journal: _Journal, stopping: Callable[[], bool]) -> LoopPlan:
+def _plan(job: _Job, journal: Journal, stopping: Callable[[], bool]) -> LoopPlan:
     """Return the plan of the run's loop. stopping: says whether it was asked to stop."""
     prepared = job.prepared
     return LoopPlan(
@@ -326,29 +417,58 @@ def _plan(job: _Job, journal: _Journal, stopping: Callable[[], bool]) -> LoopPla
     )
 
 
-def _train(job: _Job, journal: _Journal) -> LoopState:
-    """Run the loop and save the adapter, however the loop ends. Raises Interrupted after Ctrl-C, and TrainError."""
+def _keeper(jobs: Sequence[_Job], journals: Sequence[Journal]) -> Keeper:
+    """Return what writes the states of the runs. A state that cannot be written is a warning in each log."""
+
+    def tell(text: str) -> None:
+        for journal in journals:
+            journal.hear(Warned(journal.events[-1].step, text))
+
+    both = zip(jobs, journals, strict=True)
+    places = {job.adapter: Place(job.folder.path, partial(_about, job, journal)) for job, journal in both}
+    return Keeper(places, every=jobs[0].prepared.config.save_every, on_error=tell)
+
+
+def _about(job: _Job, journal: Journal) -> dict[str, Any]:
+    """Return what stands in a state about its run."""
+    of_log = {"log_bytes": journal.position(), "peak_memory": _peak(job), "resumed": _resumed_at(job)}
+    return {**job.identity, "together": list(job.together), **of_log}
+
+
+def _peak(job: _Job) -> int:
+    """Return the most bytes that the run has held, in whatever process."""
+    return max(peak_memory(), job.kept.about["peak_memory"] if job.kept else 0)
+
+
+def _resumed_at(job: _Job) -> list[int]:
+    """Return the steps after which the run was resumed."""
+    return [*job.kept.about["resumed"], job.kept.saved.step] if job.kept else []
+
+
+def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
+    """Run the loop and save the adapter, however the loop ends. Raises Interrupted where it was asked to stop, and TrainError."""
     adapter = job.folder.adapter
-    with _ctrl_c() as stopping:
-        plan, state = _plan(job, journal, stopping), LoopState()
-        try:
-            run_loop(plan, state)
-        except BaseException as error:
-            if all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter)):
-                _save(job)
-            if _out_of_memory(error):
-                raise TrainError(
-                    f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
-                    "Try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, a smaller --max-length, "
-                    "or --dtype bfloat16."
-                ) from error
-            raise
-        _save(job)
+    plan, state = _plan(job, journal, stopping), LoopState()
+    start = job.kept.saved if job.kept else None
+    try:
+        run_loop(plan, state, start=start, keep=_keeper([job], [journal]))
+    except BaseException as error:
+        if all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter)):
+            _save(job)
+        if _out_of_memory(error):
+            raise TrainError(
+                f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
+                "Try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, a smaller --max-length, "
+                "or --dtype bfloat16."
+            ) from error
+        raise
+    _save(job)
     if state.stopped == "interrupted":
         raise Interrupted(
-            f"Stopped after step {state.step} of {plan.total_steps}; the adapter so far is in {adapter}.\n"
-            f"Use it with --adapter {adapter}, or start again:\n"
-            f"  deltaw train --config {job.folder.config} --overwrite"
+            f"Stopped after step {state.step} of {plan.total_steps}. Its state is saved: go on with\n"
+            f"  deltaw train --resume {job.settings['out']}\n"
+            f"The adapter so far is in {adapter}.",
+            exit_code=stopping.exit_code,
         )
     return state
 
@@ -357,26 +477,6 @@ def _out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out: a CPU's allocator raises a plain RuntimeError."""
     cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C asks the loop to stop after its step; a second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
@@ -388,23 +488,29 @@ def _save(job: _Job) -> None:
     store.save(job.model, job.folder.adapter, name=job.adapter, training=job.settings, tokenizer=tokenizer)
 
 
-def _saved_and_finished(job: _Job, journal: _Journal, state: LoopState) -> RunResult:
+def _saved_and_finished(job: _Job, journal: Journal, state: LoopState) -> RunResult:
     """Save one of several runs over a model, and write what it came to."""
     use(job.model, job.adapter)
     _save(job)
     return _finished(job, journal, state, [])
 
 
-def _finished(job: _Job, journal: _Journal, state: LoopState, samples: list[Sampled]) -> RunResult:
-    """Write result.json and the report of a run whose adapter is saved and active."""
+def _finished(
+    job: _Job, journal: Journal, state: LoopState, samples: list[Sampled], home: RunFolder | None = None
+) -> RunResult:
+    """Write result.json and the report of a run whose adapter is saved and active, and put it in its place.
+
+    home: where the run is in the end; where it was trained, if there is none.
+    """
     summary, merge = sizes.summary(job.model), preview(job.model)
     outcome = _figures(job, journal.events, state, summary, merge)
-    write_text(job.folder.result, json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n")
     write_report(run_report(job.settings, outcome, journal.events, samples), job.folder.report)
+    write_text(job.folder.result, json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n")
+    folder = job.folder if home is None or home.path == job.folder.path else take_place(home)
     return RunResult(
-        folder=job.folder.path,
-        adapter=job.folder.adapter,
-        report=job.folder.report,
+        folder=folder.path,
+        adapter=folder.adapter,
+        report=folder.report,
         model=job.model,
         tokenizer=job.prepared.loaded.tokenizer,
         settings=job.settings,
@@ -431,21 +537,12 @@ def _figures(job: _Job, events: Sequence[Event], state: LoopState, summary: Summ
         relative_norm=merge.relative,
         merge_dtype=str(next(job.model.parameters()).dtype).removeprefix("torch."),
         merge_rows=merge.rows(),
-        peak_memory=peak_memory(),
+        peak_memory=_peak(job),
+        resumed=_resumed_at(job),
         data=dataclasses.asdict(job.prepared.encoded.counts),
         sets=dataclasses.asdict(job.prepared.sets),
         warnings=[event.text for event in events if isinstance(event, Warned)],
     )
-
-
-def _check_place(config: TrainConfig) -> None:
-    """Raise ConfigError for a run folder that cannot be written, or holds something."""
-    folder = Path(config.out)
-    refuse_a_file(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
-        raise ConfigError(
-            f"The run folder {folder} is not empty. Choose another --out, or pass --overwrite to replace it."
-        )
 
 
 # --- samples ------------------------------------------------------------------------------------------------------

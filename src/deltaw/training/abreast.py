@@ -17,7 +17,22 @@ import torch
 
 from deltaw.errors import TrainError
 from deltaw.model.switch import route, using
-from deltaw.training.loop import Loop, LoopPlan, LoopState, after_step, drawing, evaluate, learn, opened, step
+from deltaw.training.loop import (
+    Keep,
+    Loop,
+    LoopPlan,
+    LoopState,
+    Saved,
+    after_step,
+    drawing,
+    evaluate,
+    keep_nothing,
+    learn,
+    opened,
+    settle,
+    step,
+    stop,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,33 +45,59 @@ class Ended:
     """Adapter → why it could not continue: its loss was not finite. The others do."""
 
 
-def run_loops(plans: Sequence[LoopPlan], width: int, rungs: Sequence[float] = ()) -> Ended:
+def run_loops(
+    plans: Sequence[LoopPlan],
+    width: int,
+    rungs: Sequence[float] = (),
+    *,
+    starts: Sequence[Saved] = (),
+    keep: Keep = keep_nothing,
+) -> Ended:
     """Train `plans` over one model to their ends, each an adapter of its own. At most `width` of them share a pass; with 1 they
     take turns.
 
     At each of `rungs`, shares of the run, the loops whose held-out losses are in the worse half end there (successive halving:
     Jamieson and Talwalkar 2016, arXiv 1502.07943), their states `stopped` "behind".
+
+    Args:
+        plans: the runs.
+        width: how many share a pass at most.
+        rungs: where halves end.
+        starts: the states that the loops go on from, all after the same step or ended before; none to begin.
+        keep: called after each step of all loops.
     """
-    left = sorted(rungs)
-    failed: dict[str, TrainError] = {}
+    ahead = sorted(rungs)
     with contextlib.ExitStack() as stack:
         loops = []
-        for plan in plans:
+        for plan, start in itertools.zip_longest(plans, starts):
             with using(plan.model, plan.adapter):
-                loops.append(stack.enter_context(opened(plan, LoopState())))
+                loops.append(stack.enter_context(opened(plan, LoopState(), start)))
+        settle(loops, keep)
         while going := [loop for loop in loops if loop.goes_on]:
+            if _is_at_a_rung(going, ahead):
+                keep(loops, now=True)  # from here a run resumes that is stopped in the middle of the evaluations
+                if _halve(loops):
+                    keep(loops, now=True)
+                continue
             for i in range(0, len(going), width):
-                _step_together(going[i : i + width], failed)
-            if left and max(loop.state.step / loop.plan.total_steps for loop in going) >= left[0]:
-                left.pop(0)
-                _halve(loops, failed)
-    return Ended([loop.state for loop in loops], failed)
+                _step_together(going[i : i + width])
+            settle(loops, keep, now=len(going) > sum(loop.goes_on for loop in loops))
+    return Ended(
+        [loop.state for loop in loops], {loop.plan.adapter: TrainError(loop.failed) for loop in loops if loop.failed}
+    )
 
 
-def _step_together(loops: Sequence[Loop], failed: dict[str, TrainError]) -> None:
+def _is_at_a_rung(going: Sequence[Loop], rungs: Sequence[float]) -> bool:
+    """Return whether loops have come to the next of `rungs`."""
+    passed = max(loop.rungs for loop in going)
+    share = max(loop.state.step / loop.plan.total_steps for loop in going)
+    return passed < len(rungs) and share >= rungs[passed]
+
+
+def _step_together(loops: Sequence[Loop]) -> None:
     """Take one step of each loop in one pass."""
     if len(loops) == 1:
-        with _acting(loops[0], failed):
+        with _acting(loops[0]):
             step(loops[0])
         return
     clock = loops[0].plan.clock
@@ -67,31 +108,37 @@ def _step_together(loops: Sequence[Loop], failed: dict[str, TrainError]) -> None
     share = (clock() - began) / len(loops)
     for loop, rows, loss, count in zip(loops, drawn, losses, counts, strict=True):
         began = clock()
-        with _acting(loop, failed):
+        with _acting(loop):
             taken = learn(loop, rows, loss, count)
             after_step(loop, taken, share + clock() - began)
 
 
 @contextlib.contextmanager
-def _acting(loop: Loop, failed: dict[str, TrainError]) -> Iterator[None]:
+def _acting(loop: Loop) -> Iterator[None]:
     """Use the loop's adapter, while open. A TrainError ends this loop alone."""
     with using(loop.plan.model, loop.plan.adapter):
         try:
             yield
         except TrainError as error:
             loop.state.stopped = "failed"
-            failed[loop.plan.adapter] = error
+            loop.failed = str(error)
 
 
-def _halve(loops: Sequence[Loop], failed: dict[str, TrainError]) -> None:
-    """Stop the worse half of the loops that are left."""
+def _halve(loops: Sequence[Loop]) -> bool:
+    """Stop the worse half of the loops that are left. Return False where all were stopped, as that was asked for meanwhile."""
     for loop in loops:
         if loop.goes_on:
-            with _acting(loop, failed):
+            with _acting(loop):
                 evaluate(loop)
     going = sorted((loop for loop in loops if loop.goes_on), key=_held_out)
+    if any(loop.due for loop in going):
+        stop(going)
+        return False
+    for loop in going:
+        loop.rungs += 1
     for loop in going[-(-len(going) // 2) :]:
         loop.state.stopped = "behind"
+    return True
 
 
 def _held_out(loop: Loop) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from deltaw.data import Counts
@@ -100,4 +100,28 @@ class Warned(Happened):
     text: str
 
 
-Event = Started | Stepped | Evaluated | Warned
+@dataclass(frozen=True)
+class Resumed(Happened):
+    """A run goes on from a state. Not in the log, which is as if there had been no break."""
+
+    kind: ClassVar[str] = "resumed"
+
+    notes: Sequence[str]
+    """What is worth knowing: a state that was damaged, a lock of a dead process, other versions."""
+
+
+Event = Started | Stepped | Evaluated | Warned | Resumed
+
+_IN_LOG: dict[str, type[Event]] = {cls.kind: cls for cls in (Started, Stepped, Evaluated, Warned)}
+
+
+def event_from(values: Mapping[str, Any]) -> Event:
+    """Return the event in a line of log.jsonl. Raises KeyError, TypeError or ValueError where it is none."""
+    from deltaw.data import Counts
+    from deltaw.training.prepare import Sets
+
+    cls = _IN_LOG[values["event"]]
+    fields = {name: value for name, value in values.items() if name != "event"}
+    if cls is Started:
+        fields |= {"data": Counts(**fields["data"]), "sets": Sets(**fields["sets"])}
+    return cls(**fields)

@@ -41,6 +41,8 @@ class RunFigures:
     sets: dict[str, str | None]
     """The content of train and of valid in words, and a warning where they overlap."""
     warnings: list[str]
+    resumed: list[int] = dataclasses.field(default_factory=list)
+    """The steps after which the run was resumed; none of a run without a break."""
 
     def to_json(self) -> dict[str, object]:
         """Return the values of result.json; a loss that there is not (∞) is null."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,10 +57,15 @@ def tenths(plan: LoopPlan, state: LoopState) -> int:
 def evaluate(loop: Loop) -> None:
     """Take the held-out loss; with `patience` keep the best adapter or stop; warn when nothing was learned.
 
-    Raises TrainError for a loss that is not finite, unless there is a best adapter to go back to.
+    A request to stop puts it off: then it is `due`. Raises TrainError for a loss that is not finite, unless there is a best
+    adapter to go back to.
     """
     plan, state, began = loop.plan, loop.state, loop.plan.clock()
-    loss = held_out_loss(plan.loss, plan.valid, batch=max(plan.config.batch, _EVALUATED_TOGETHER))
+    together = max(plan.config.batch, _EVALUATED_TOGETHER)
+    loss = held_out_loss(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop)
+    loop.due = loss is None
+    if loss is None:
+        return
     state.valid_loss = loss
     if not math.isfinite(loss) and loop.best is None:
         raise not_finite(f"The loss on held-out records is {loss} after step {state.step}", plan.config.lr)
@@ -85,11 +90,20 @@ def evaluate(loop: Loop) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(loss: Loss, examples: Sequence[Any], *, batch: int) -> float:
-    """Return the mean loss of a prediction over `examples`; of a causal model −log p per supervised token."""
+def held_out_loss(
+    loss: Loss, examples: Sequence[Any], *, batch: int, should_stop: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Return the mean loss of a prediction over `examples`; of a causal model −log p per supervised token.
+
+    None where `should_stop`, which is asked before each batch, said so.
+    """
     ordered = sorted(examples, key=lambda e: e.length)
+    pairs = []
     with evaluating(loss.model):
-        pairs = [loss(loss.collate(ordered[i : i + batch])) for i in range(0, len(ordered), batch)]
+        for i in range(0, len(ordered), batch):
+            if should_stop():
+                return None
+            pairs.append(loss(loss.collate(ordered[i : i + batch])))
     return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)
 
 

@@ -14,9 +14,10 @@ from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.state import Loop, LoopState, Taken
 
 
-def tell(loop: Loop, taken: Taken) -> None:
-    """Tell a line of the log. On a GPU this waits for it."""
-    state = loop.state
+def tell(loop: Loop) -> None:
+    """Tell a line of the log, of the last step. On a GPU this waits for it."""
+    state, taken = loop.state, loop.taken
+    assert taken is not None
     state.loss_sum += float(loop.losses)
     loop.losses.zero_()
     before, loop.logged = loop.logged, replace(state)

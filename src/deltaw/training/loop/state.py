@@ -47,11 +47,18 @@ class LoopState:
     stopped: Literal["", "early", "minutes", "interrupted", "behind", "failed"] = ""
 
 
+class Taken(NamedTuple):
+    """An optimizer step that was taken."""
+
+    lr: float
+    grad_norm: Tensor
+    """Before clipping, scalar on the model's device."""
+
+
 class Loop:
     """All that changes while a run goes on, `flat`'s parameters included.
 
-    Its plan and `state`, `logged`, `losses`, `best`, `last_evaluation`, the parameters, the optimizer's and the scaler's state
-    decide every step to come. Batches and random numbers follow from the seed and `state.step`.
+    saved.py copies what decides every step to come. Batches and random numbers follow from the seed and `state.step`.
     """
 
     def __init__(self, plan: LoopPlan, state: LoopState, flat: Flat) -> None:
@@ -71,6 +78,14 @@ class Loop:
         """With `patience`, `trainable` at the best evaluation."""
         self.last_evaluation = 0.0
         """Seconds that it took."""
+        self.due = False
+        """True while an evaluation is due that a request to stop put off: it comes before the next step."""
+        self.rungs = 0
+        """Halvings that it has come through (see `run_loops`)."""
+        self.failed = ""
+        """The error that ended it, of several loops over one model."""
+        self.taken: Taken | None = None
+        """The last step."""
         self.watched: Watched | None = None
         """Loss and gradient norm of the last step, where they are checked a step late."""
         self.check_late = base.device.type == "cuda" if plan.check_late is None else plan.check_late
@@ -81,11 +96,3 @@ class Loop:
     def goes_on(self) -> bool:
         """True until the last step is taken or something stopped the loop."""
         return self.state.step < self.plan.total_steps and not self.state.stopped
-
-
-class Taken(NamedTuple):
-    """An optimizer step that was taken."""
-
-    lr: float
-    grad_norm: Tensor
-    """Before clipping, scalar on the model's device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,37 +21,87 @@ from deltaw.training.loop import log
 from deltaw.training.loop.checks import Watched, check_finite, check_reached, refuse_untrained, warn_of_idle_settings
 from deltaw.training.loop.evaluation import evaluate, restore_best, should_evaluate, tenths
 from deltaw.training.loop.plan import LoopPlan
+from deltaw.training.loop.saved import Saved, restore
 from deltaw.training.loop.state import Loop, LoopState, Taken
 from deltaw.training.optim import lr_factor
 from deltaw.training.together import same_input
 
 
-def run_loop(plan: LoopPlan, state: LoopState | None = None) -> LoopState:
+class Keep(Protocol):
+    """Writes the states of loops, all after the same step. It must, rather than may, where `now` is true."""
+
+    def __call__(self, loops: Sequence[Loop], *, now: bool) -> None: ...
+
+
+def keep_nothing(loops: Sequence[Loop], *, now: bool) -> None:
+    """Keep no state."""
+
+
+def run_loop(
+    plan: LoopPlan, state: LoopState | None = None, *, start: Saved | None = None, keep: Keep = keep_nothing
+) -> LoopState:
     """Train to the end, the clock, an early stop or an interruption, and return `state`, which follows the loop meanwhile.
 
-    Raises TrainError when a loss is not finite.
+    Args:
+        plan: the run.
+        state: takes up the loop's progress.
+        start: the state to go on from.
+        keep: called after each step.
+
+    Raises:
+        TrainError: a loss is not finite.
+        FileError: `start` is the state of another adapter.
     """
     state = LoopState() if state is None else state
-    with opened(plan, state) as loop:
+    with opened(plan, state, start) as loop:
+        settle([loop], keep)
         while loop.goes_on:
             step(loop)
+            settle([loop], keep)
     return state
 
 
-@contextlib.contextmanager
-def opened(plan: LoopPlan, state: LoopState) -> Iterator[Loop]:
-    """Yield a loop whose steps can be taken. On leaving, the adapter holds what was learned.
+def settle(loops: Sequence[Loop], keep: Keep, *, now: bool = False) -> None:
+    """Keep the states of loops that have taken a step, and stop the loops where that is asked for.
 
-    Raises TrainError when a loss is not finite.
+    The state is of a loop that goes on: a run that was stopped resumes as if it had not been.
+    """
+    going = [loop for loop in loops if loop.goes_on]
+    stopping = bool(going) and going[0].plan.should_stop()
+    keep(loops, now=now or stopping or not going)
+    if stopping:
+        stop(going)
+
+
+def stop(loops: Sequence[Loop]) -> None:
+    """Stop loops as interrupted, with a line of the log for what they have learned since the last one."""
+    for loop in loops:
+        loop.state.stopped = "interrupted"
+        _log_the_rest(loop)
+
+
+def _log_the_rest(loop: Loop) -> None:
+    if loop.logged.step < loop.state.step:
+        log.tell(loop)
+
+
+@contextlib.contextmanager
+def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iterator[Loop]:
+    """Yield a loop whose steps can be taken, from the beginning or from `start`. On leaving, the adapter holds what was learned.
+
+    Raises TrainError when a loss is not finite, and FileError where `start` is the state of another adapter.
     """
     longest = max(e.length for e in (*plan.examples, *plan.valid))
     with short_row_attention(plan.model, longest), _flat(plan) as flat:
         loop = Loop(plan, state, flat)
         to_train(plan.model)
-        warn_of_idle_settings(loop)
         if plan.config.gradient_checkpointing:
             _checkpoint_activations(plan.model)
-        if plan.valid:
+        if start is None:
+            warn_of_idle_settings(loop)
+        else:
+            restore(loop, start)
+        if plan.valid and (start is None or loop.due):
             evaluate(loop)
         try:
             yield loop
@@ -148,21 +198,20 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
 def after_step(loop: Loop, taken: Taken, seconds: float) -> None:
     """Do what is due after a step that took so many seconds."""
     plan, state = loop.plan, loop.state
+    loop.taken = taken
     state.seconds = plan.clock() - loop.began
     state.step_seconds += seconds
     if state.step % plan.config.log_every == 0 or state.step in (1, plan.total_steps):
-        log.tell(loop, taken)
+        log.tell(loop)
     if plan.config.minutes and state.seconds >= plan.config.minutes * 60:
         state.stopped = "minutes"
-    if plan.should_stop():
-        state.stopped = "interrupted"
     if plan.valid:
         due = should_evaluate(plan, state, loop.last_evaluation)
         state.tenths = tenths(plan, state)
-        if due and state.stopped != "interrupted":
+        if due:
             evaluate(loop)
-    if state.stopped and loop.logged.step < state.step:
-        log.tell(loop, taken)
+    if state.stopped:
+        _log_the_rest(loop)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -1,0 +1,96 @@
+"""What is asked for when a run is to be resumed, and what of it is as the run was begun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from deltaw.config import TrainConfig, from_mapping, keys
+from deltaw.data.sources import Source
+from deltaw.errors import ConfigError, FileError
+from deltaw.methods.plan import Method
+from deltaw.methods.registry import method_class
+from deltaw.runs.resume.identity import check_changeable
+from deltaw.runs.resume.place import RunFolder
+from deltaw.training.prepare import Model
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run as it is to go on."""
+
+    model: Model
+    data: Source
+    config: TrainConfig
+    method: Method
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run to resume, and what it is to have else than it was begun with; None for what is as it was."""
+
+    folder: Path
+    model: Model | None
+    data: Source | None
+    config: TrainConfig | None
+    method: Method | None
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None
+    resume_with: tuple[str, ...]
+
+    def settled(self, there: RunFolder) -> Begun:
+        """Return all of the run as it is to go on, from what is asked for and the run's config.yaml.
+
+        Raises FileError where there is no run, and ConfigError for what no run can be resumed with, or for a model or records
+        that were in memory and are not given.
+        """
+        check_changeable(self.resume_with)
+        settings = settings_of(there)
+        known = {key: settings[key] for key in keys(TrainConfig) if key in settings}
+        config = self.config or from_mapping(TrainConfig, known, where=str(there.config))
+        if "out" not in self.resume_with:
+            if self.config is not None and Path(config.out).resolve() != self.folder.resolve():
+                raise ConfigError(
+                    f"out is {config.out}, and the run to resume is in {self.folder}: give no other out, or say that it may "
+                    "change (resume_with: out)."
+                )
+            config = replace(config, out=str(self.folder))
+        model, data = self._named("model", self.model, settings), self._named("data", self.data, settings)
+        return Begun(model, data, config, self._method(settings, there))
+
+    def _named(self, what: str, asked: Any, settings: Mapping[str, Any]) -> Any:
+        name = str(settings.get(what, ""))
+        if asked is None and (not name or name.startswith("<")):
+            raise ConfigError(
+                f"The run in {self.folder} was trained with a {what} in memory. Resume it in Python, with the same {what}: "
+                f"deltaw.train(model, data, resume={str(self.folder)!r})"
+            )
+        return name if asked is None else asked
+
+    def _method(self, settings: Mapping[str, Any], there: RunFolder) -> Method:
+        if self.method is not None:
+            return self.method
+        cls = method_class(str(settings.get("method", "lora")))
+        method: Method = from_mapping(
+            cls, {k: settings[k] for k in keys(cls) if k in settings}, where=str(there.config)
+        )
+        return method
+
+
+def settings_of(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings of a run. Raises FileError where there is none."""
+    if not folder.config.is_file():
+        raise FileError(f"{folder.path} holds no run that could be resumed: {folder.config.name} is not in it.")
+    try:
+        settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FileError(f"{folder.config} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise FileError(f"{folder.config} holds no settings.")
+    return settings

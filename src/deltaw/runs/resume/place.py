@@ -1,0 +1,194 @@
+"""Where a run's files lie, and how a run takes the place of the one before. Knows files; no models.
+
+A run that replaces another one lies in next/, within the other's folder. The other stays as it is until the new one is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltaw.errors import ConfigError
+from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.lock import locked
+from deltaw.training.keeper import BEFORE, NEWEST
+
+# Written into next/ once the run in it is whole and is about to be moved. It holds the inode of its adapter's folder, by which
+# one sees whether that was moved already, and the files of the run before that the new one lacks
+_REPLACING = "replacing.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The one place that knows where a run's files lie on disk."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT format."""
+        return self.path / "adapter"
+
+    @property
+    def config(self) -> Path:
+        """The settings that reproduce the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        """The run's events, a line each."""
+        return self.path / "log.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The figures of the run that has ended."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def score(self) -> Path:
+        """The outcome of a study's candidate."""
+        return self.path / "score.json"
+
+    @property
+    def states(self) -> tuple[Path, Path]:
+        """The state that a run is resumed from, and the one before it."""
+        return self.path / NEWEST, self.path / BEFORE
+
+    @property
+    def lock(self) -> Path:
+        """The file that the process that writes here holds."""
+        return self.path / ".lock"
+
+    @property
+    def next(self) -> RunFolder:
+        """The run that will take this one's place."""
+        return RunFolder(self.path / "next")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of a run but its adapter, those that say that it is whole last."""
+        return (self.config, self.log, *self.states, self.report, self.score, self.result)
+
+    @property
+    def holds_a_run(self) -> bool:
+        """True where anything of a run is here, its adapter alone included."""
+        return self.adapter.exists() or any(path.exists() for path in self.files)
+
+    @property
+    def is_whole(self) -> bool:
+        """True where a run has come to its end here."""
+        return self.result.exists() and self.adapter.exists()
+
+    @property
+    def latest(self) -> RunFolder:
+        """The run that was begun last: the one that will take this one's place, where there is one."""
+        return self.next if self.next.config.exists() else self
+
+
+@contextlib.contextmanager
+def at_work(folder: RunFolder) -> Iterator[tuple[str, ...]]:
+    """Be the one process that writes into a run's folder, while open. Yields what is to be told of one that died at it.
+
+    A folder that is new goes again if nothing came into it. Raises ConfigError where another process is at work there.
+    """
+    refuse_a_file(folder.path)
+    new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder.lock, "trains into it") as note:
+            yield (note,) if note else ()
+    finally:
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def refuse_a_file(folder: Path) -> None:
+    """Raise ConfigError where a file is in the place of a folder that is to be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out is {folder}, which is a file; name a folder.")
+
+
+def check_free(folder: RunFolder, *, overwrite: bool) -> None:
+    """Raise ConfigError where the folder holds something and nothing says to overwrite it."""
+    finish_replacing(folder)
+    if any(path != folder.lock for path in folder.path.iterdir()) and not overwrite:
+        raise ConfigError(_what_is_there(folder))
+
+
+def begin(folder: RunFolder) -> RunFolder:
+    """Return where a new run into `folder` lies: there, or in next/ beside the run that it is to replace."""
+    clear(folder.next)
+    return folder.next if folder.holds_a_run else folder
+
+
+def copy_log(source: RunFolder, target: RunFolder) -> None:
+    """Copy a run's log into the folder in which the run goes on."""
+    target.path.mkdir(parents=True, exist_ok=True)
+    if source.log.exists():
+        shutil.copyfile(source.log, target.log)
+
+
+def _what_is_there(folder: RunFolder) -> str:
+    latest = folder.latest
+    if latest.config.exists() and not latest.is_whole:
+        return (
+            f"The run folder {folder.path} holds a run that has not come to its end. Go on with it:\n"
+            f"  deltaw train --resume {folder.path}\n"
+            "or choose another --out, or pass --overwrite to begin anew."
+        )
+    return f"The run folder {folder.path} is not empty. Choose another --out, or pass --overwrite to replace it."
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove what a run wrote into a folder, and the folder if nothing else is in it."""
+    if not folder.path.is_dir():
+        return
+    for path in (*reversed(folder.files), *folder.path.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder.adapter, ignore_errors=True)
+    if not any(folder.path.iterdir()):
+        folder.path.rmdir()
+
+
+def take_place(folder: RunFolder) -> RunFolder:
+    """Put the run in next/, which is whole, in the place of the one that is there. Return `folder`."""
+    new = folder.next
+    stale = [there.name for here, there in zip(new.files, folder.files, strict=True) if not here.exists()]
+    write_text(new.path / _REPLACING, json.dumps({"adapter": new.adapter.stat().st_ino, "stale": stale}))
+    finish_replacing(folder)
+    return folder
+
+
+def finish_replacing(folder: RunFolder) -> None:
+    """Finish what a process was doing that died while it put a new run in the place of the one before."""
+    new, mark = folder.next, folder.next.path / _REPLACING
+    if not mark.exists():
+        return
+    replacing = json.loads(mark.read_text(encoding="utf-8"))
+    if not folder.adapter.exists() or folder.adapter.stat().st_ino != replacing["adapter"]:
+        exchange(new.adapter, folder.adapter)
+    for here, there in zip(new.files, folder.files, strict=True):
+        if here.exists():
+            here.replace(there)
+        elif there.name in replacing["stale"]:
+            there.unlink(missing_ok=True)
+    shutil.rmtree(new.path)
+
+
+def exchange(new: Path, path: Path) -> None:
+    """Give the folder `new` the name `path`, and remove what was there."""
+    aside = new.with_name(f"{new.name}.before")
+    if path.exists():
+        path.rename(aside)
+    new.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Signals that ask a process to end: the run saves its state first, and ends with the code that schedulers expect."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_ASKING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopping:
+    """Whether this process was asked to end, and by which signal."""
+
+    signum = 0
+
+    def __call__(self) -> bool:
+        return bool(self.signum)
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as a shell tells it: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + (self.signum or signal.SIGINT)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Stopping]:
+    """Note, while open, the first Ctrl-C or SIGTERM, for the loop to stop after its step. A second one interrupts at once.
+
+    Outside of the main thread nothing changes: signals do not arrive there.
+    """
+    stopping = Stopping()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if stopping.signum:
+            raise KeyboardInterrupt
+        stopping.signum = signum
+
+    previous = {signum: signal.signal(signum, ask) for signum in _ASKING}
+    try:
+        yield stopping
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

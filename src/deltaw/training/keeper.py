@@ -1,0 +1,163 @@
+"""A run's state on disk: written while the loop goes on, and read by the process that resumes it. Knows no run folders.
+
+A state is one safetensors file with a checksum over all of it. The one before is kept too. A loop waits only for the copy of its
+values; a thread hashes and writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from deltaw.errors import FileError, first_line
+from deltaw.files.formats.atomic import replacing
+from deltaw.files.formats.checksum import checksum
+from deltaw.files.formats.safetensors import read_tensors
+from deltaw.training.loop import Loop, Saved, captured
+
+log = logging.getLogger("deltaw")
+
+NEWEST, BEFORE = "state.safetensors", "state.before.safetensors"
+_FORMAT, _NUMBERS, _ABOUT, _SHA256 = "deltaw_state", "deltaw_numbers", "deltaw_about", "deltaw_sha256"
+_VERSION = "1"
+
+SHARE = 0.01
+"""States take at most this part of a run's time."""
+AT_LEAST_EVERY = 300.0
+"""Seconds between two states, at most."""
+_FIRST = 5.0
+"""Seconds before the first one, of which nothing is known yet."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state that was read from disk."""
+
+    saved: Saved
+    about: Mapping[str, Any]
+    """What its writer said of the run: what it must be to go on from here."""
+    notes: tuple[str, ...] = ()
+    """What was wrong with a newer one, for people to read."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the states of one loop go."""
+
+    folder: Path
+    about: Callable[[], Mapping[str, Any]]
+    """Asked at each state for what is to stand in it about the run, as JSON holds it."""
+
+
+class Keeper:
+    """Writes the states of loops, all after the same step.
+
+    Args:
+        places: adapter → where its loop's states go.
+        every: steps from one state to the next; by time where it is None.
+        on_error: told in words, once, when a state could not be written. The loops go on.
+    """
+
+    def __init__(self, places: Mapping[str, Place], *, every: int | None, on_error: Callable[[str], None]) -> None:
+        self.places, self.every, self.on_error = places, every, on_error
+        self._last = time.monotonic()
+        self._wait = _FIRST
+        self._writing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._told = False
+
+    def __call__(self, loops: Sequence[Loop], *, now: bool) -> None:
+        """Write the loops' states if it is time for that; if they must be on disk `now`, wait until they are."""
+        if now or self._is_due(max(loop.state.step for loop in loops)):
+            began = time.monotonic()
+            self._join()
+            states = [(self.places[loop.plan.adapter], captured(loop)) for loop in loops]
+            told = [(place.folder, saved, dict(place.about())) for place, saved in states]
+            copied = time.monotonic() - began
+            self._writing = threading.Thread(target=self._write, args=(told, copied), name="deltaw state")
+            self._writing.start()
+            self._last = began
+        if now:
+            self._join()
+
+    def _is_due(self, step: int) -> bool:
+        if self.every is not None:
+            return step > 0 and step % self.every == 0
+        return time.monotonic() - self._last >= self._wait
+
+    def _write(self, states: Sequence[tuple[Path, Saved, Mapping[str, Any]]], copied: float) -> None:
+        began = time.thread_time()
+        try:
+            for folder, saved, about in states:
+                write_state(folder, saved, about)
+        except (OSError, FileError, SafetensorError) as error:
+            self._error = error
+        self._wait = min(AT_LEAST_EVERY, (copied + time.thread_time() - began) / SHARE)
+
+    def _join(self) -> None:
+        """Wait for the states that are being written, and tell of an error."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._error is not None and not self._told:
+            self._told = True
+            self.on_error(
+                f"The run's state could not be written ({first_line(self._error)}). Training goes on; if it dies, it can only "
+                "be resumed from an earlier state."
+            )
+        self._error = None
+
+
+def write_state(folder: Path, saved: Saved, about: Mapping[str, Any]) -> None:
+    """Write a state; the newest one so far becomes the one before. A crash leaves both, or the newest as the one before.
+
+    Raises OSError where the disk is full or the folder cannot be written.
+    """
+    numbers, said = json.dumps(saved.numbers), json.dumps(about, ensure_ascii=False)
+    sha256 = checksum(saved.tensors, _VERSION, numbers, said)
+    newest = folder / NEWEST
+    with replacing(newest) as temporary:
+        metadata = {_FORMAT: _VERSION, _NUMBERS: numbers, _ABOUT: said, _SHA256: sha256}
+        save_file(dict(saved.tensors), temporary, metadata=metadata)
+        if newest.exists():
+            newest.replace(folder / BEFORE)
+
+
+def read_states(folder: Path) -> list[Kept]:
+    """Return the states in a folder that are whole, the newest first; none where there is none.
+
+    Raises FileError where each that is there is damaged.
+    """
+    problems: list[str] = []
+    states: list[Kept] = []
+    for path in (folder / NEWEST, folder / BEFORE):
+        if not path.exists():
+            continue
+        try:
+            states.append(_read(path))
+        except FileError as error:
+            problems.append(str(error))
+    if problems and not states:
+        raise FileError(f"No state in {folder} is whole:", problems, "Train again from the start, with --overwrite.")
+    notes = tuple(f"{problem} The state before it, of step {states[0].saved.step}, is used." for problem in problems)
+    return [replace(kept, notes=notes) for kept in states]
+
+
+def _read(path: Path) -> Kept:
+    """Return the state in a file. Raises FileError unless it is whole."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get(_FORMAT) != _VERSION:
+        raise FileError(f"{path} is no state that this version of deltaw reads.")
+    numbers, about = metadata.get(_NUMBERS, ""), metadata.get(_ABOUT, "")
+    if checksum(tensors, _VERSION, numbers, about) != metadata.get(_SHA256):
+        raise FileError(f"{path} is damaged: its checksum is not that of its content.")
+    return Kept(Saved(tensors, json.loads(numbers)), json.loads(about))
