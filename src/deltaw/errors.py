@@ -2,6 +2,7 @@
 
     DeltaWError                 exit 1   root: catch this to catch all of ours
     ├── ConfigError             exit 2   a flag, YAML key or argument is unknown or out of range
+    │   └── FolderInUse         exit 2   another process is at work in the folder
     ├── TargetError             exit 3   targets match nothing, or a layer that cannot take the update
     ├── AdapterError            exit 4   a name is taken or unknown, or the call does not fit the adapter's state
     │   └── MergeError          exit 4   a merge that could not be exact, or would change nothing
@@ -50,6 +51,10 @@ class DeltaWError(Exception):
 
 class ConfigError(DeltaWError):
     exit_code = 2
+
+
+class FolderInUse(ConfigError):
+    """Another process is at work in the folder."""
 
 
 class TargetError(DeltaWError):

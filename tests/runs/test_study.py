@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deltaw.config import DataConfig
 from deltaw.errors import ConfigError, DataError
 from deltaw.runs import splits
-from deltaw.runs.study import Scoring, claim, scoring_of
+from deltaw.runs.study import Scoring, bring_back, claimed, scoring_of, set_aside
 
 
 def sets_of(folder: Path, **records: list[dict[str, str]]) -> Path:
@@ -68,36 +69,46 @@ def test_a_run_without_a_held_out_loss_comes_last() -> None:
 SETTINGS = {"model": "m", "test_most": 9, "run": {"steps": 4, "seed": 0}}
 
 
-def begun(folder: Path) -> None:
-    claim(folder, "sweep", SETTINGS, overwrite=False)
-    (folder / "runs").mkdir()
+def begun(folder: Path, settings: dict[str, Any] = SETTINGS) -> None:
+    (folder / "runs").mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps(settings))
 
 
 def test_a_study_of_the_same_settings_is_resumed(tmp_path: Path) -> None:
-    begun(tmp_path / "s")
-    claim(tmp_path / "s", "sweep", SETTINGS, overwrite=False)
-    assert (tmp_path / "s" / "runs").is_dir()
+    begun(tmp_path)
+    assert claimed(tmp_path, "sweep", SETTINGS, overwrite=False)
+    assert claimed(tmp_path, "sweep", SETTINGS, overwrite=True)
 
 
 def test_a_study_of_other_settings_is_refused_and_they_are_named(tmp_path: Path) -> None:
-    begun(tmp_path / "s")
+    begun(tmp_path)
     other = {"model": "n", "test_most": 9, "run": {"steps": 5, "seed": 0}}
     with pytest.raises(ConfigError, match=r"a sweep with other settings \(steps, model\).*--overwrite"):
-        claim(tmp_path / "s", "sweep", other, overwrite=False)
-    claim(tmp_path / "s", "sweep", other, overwrite=True)
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["sweep.json"]
+        claimed(tmp_path, "sweep", other, overwrite=False)
+    assert not claimed(tmp_path, "sweep", other, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "runs"}, "asking changes nothing"
 
 
 def test_a_study_of_which_no_run_was_begun_gives_way(tmp_path: Path) -> None:
-    claim(tmp_path / "s", "sweep", SETTINGS, overwrite=False)
-    claim(tmp_path / "s", "sweep", SETTINGS | {"model": "n"}, overwrite=False)
-    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["model"] == "n"
+    begun(tmp_path)
+    (tmp_path / "runs").rmdir()
+    assert not claimed(tmp_path, "sweep", SETTINGS | {"model": "n"}, overwrite=False)
 
 
-def test_a_folder_of_something_else_and_a_file_are_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds something else"):
-        claim(tmp_path, "sweep", SETTINGS, overwrite=False)
-    with pytest.raises(ConfigError, match=r"thesis.txt, which is a file"):
-        claim(tmp_path / "thesis.txt", "sweep", SETTINGS, overwrite=True)
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+        claimed(tmp_path, "sweep", SETTINGS, overwrite=False)
+
+
+def test_what_is_replaced_is_set_aside_and_can_be_brought_back(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "thesis.txt").write_text("mine")
+    set_aside(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"previous", "thesis.txt"}
+    begun(tmp_path, SETTINGS | {"model": "n"})
+    set_aside(tmp_path)  # the one that has results stays; the newer one has none
+    assert json.loads((tmp_path / "previous" / "sweep.json").read_text()) == SETTINGS
+    bring_back(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "runs", "results.json", "thesis.txt"}

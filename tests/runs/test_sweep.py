@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import deltaw
 from deltaw.cli import main
 from deltaw.config import SweepConfig, TrainConfig
+from deltaw.errors import Interrupted
 from deltaw.files.formats.peft import tensors_of
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, SweepEvent, WidthChosen
 from deltaw.runs.results.sweep import RunScore
@@ -204,3 +208,34 @@ def test_candidates_that_fail_in_their_last_step_are_reported(place: Path, tmp_p
     assert all("held-out records is nan" in row["error"] for row in done.results["rows"])
     assert not done.choices
     assert "NaN" not in (tmp_path / "s" / "results.json").read_text()
+
+
+@pytest.mark.parametrize(("width", "halving"), [(1, False), (2, False), (1, True)])
+def test_a_sweep_that_was_stopped_goes_on_inside_its_candidates(
+    width: int, halving: bool, place: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(out=str(tmp_path / "a"), steps=8, batch=4, eval_every=3, log_every=2, save_every=1)
+    options = SweepConfig(ranks="2,1", targets="q", test_most=4, abreast=width, halving=halving)
+    model, data = str(place / "model"), place / "data.jsonl"
+    whole = sweep(model, data, config, options)
+    asked: list[int] = []
+
+    def stop(event: SweepEvent) -> None:
+        if isinstance(event, CandidateStepped) and event.progress.step >= 4 and not asked:
+            asked.append(event.progress.step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = dataclasses.replace(config, out=str(tmp_path / "b"))
+    with pytest.raises(Interrupted, match="goes on from here"):
+        sweep(model, data, config, options, on_event=stop)
+    steps: list[int] = []
+
+    def note(event: SweepEvent) -> None:
+        if isinstance(event, CandidateStepped):
+            steps.append(event.progress.step)
+
+    again = sweep(model, data, config, options, on_event=note)
+    assert min(steps) > 4 or (width == 1 and not halving)  # a candidate that had not begun begins
+    for one, other in zip(whole.outcome.rows, again.outcome.rows, strict=True):
+        assert one.best.valid == other.best.valid and one.best.scores == other.best.scores
+    assert not list((tmp_path / "b").rglob("state*.safetensors")) and not (tmp_path / "b" / ".lock").exists()

@@ -53,7 +53,7 @@ def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     before = weights(model)
     result = deltaw.train(model, RECORDS, quick(tmp_path, samples=2), method=METHOD, tokenizer=tokenizer)
-    names = {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html"}
+    names = {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html", "state.safetensors"}
     assert {p.name for p in result.folder.iterdir()} == names and len(result.samples) == 1  # of the one held-out record
     lines = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
     evals = [line["valid_loss"] for line in lines if line["event"] == "eval"]
@@ -68,7 +68,7 @@ def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
     assert settings["rank"] == 4 and settings["lr"] == 0.02 and settings["epochs"] == 3
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(small: Any, tmp_path: Path) -> None:
+def test_a_run_that_breaks_down_leaves_what_it_learned_beside_the_run_before(small: Any, tmp_path: Path) -> None:
     model, tokenizer = small
     result = deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer)
     deltaw.detach(model)
@@ -81,11 +81,13 @@ def test_overwriting_leaves_nothing_of_the_old_run(small: Any, tmp_path: Path) -
     with pytest.raises(RuntimeError, match="broken driver"):
         config = quick(tmp_path, overwrite=True, lr=0.001, log_every=1)
         deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer, on_event=crash)
-    assert {p.name for p in result.folder.iterdir()} == {"adapter", "config.yaml", "log.jsonl", "notes.txt"}
-    lines = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    new = result.folder / "next"
+    assert {p.name for p in new.iterdir()} == {"adapter", "config.yaml", "log.jsonl"}
+    assert (result.folder / "notes.txt").read_text() == "mine" and (result.folder / "result.json").exists()
+    lines = [json.loads(line) for line in (new / "log.jsonl").read_text().splitlines()]
     assert lines[0]["event"] == "start" and lines[0]["layers"] == 14 and lines[-1]["step"] == 1
     deltaw.detach(model)
-    deltaw.load(model, result.adapter)  # what one step had learned
+    deltaw.load(model, new / "adapter")  # what one step had learned
     assert relative_norm(model) < result.merge.relative / 5
 
 
@@ -208,7 +210,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small: Any, tmp_path: Path) -> None:
         if event.kind == "step" and event.step >= 4:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"Stopped after step 4(.|\n)*--adapter(.|\n)*deltaw train --config"):
+    with pytest.raises(Interrupted, match=r"Stopped after step 4(.|\n)*deltaw train --resume(.|\n)*adapter so far"):
         deltaw.train(model, RECORDS, quick(tmp_path), method=METHOD, tokenizer=tokenizer, on_event=interrupt)
     trained = [p.detach().clone() for p in deltaw.parameters(model)]
     deltaw.load(model, tmp_path / "run" / "adapter", name="saved")

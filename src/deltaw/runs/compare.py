@@ -7,6 +7,7 @@ What is finished there is not trained again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -46,9 +47,12 @@ from deltaw.runs.results.compare import (
 from deltaw.runs.results.scores import measured_by, over_seeds
 from deltaw.runs.results.study import Failed, StudySettings
 from deltaw.runs.resume.place import RunFolder
+from deltaw.runs.resume.signals import asked_to_stop
 from deltaw.runs.study import Study
 
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
+# Seconds between two looks at a candidate's process
+_LOOK_EVERY = 0.2
 _QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
 
 
@@ -132,7 +136,14 @@ def compare(
             "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
         )
     every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
-    begun = _begun(model, data, config, options)
+    with _begun(model, data, config, options) as begun:
+        return _finished(begun, options, every, on_event)
+
+
+def _finished(
+    begun: Study, options: CompareConfig, every: Sequence[Contestant], on_event: Callable[[CompareEvent], None]
+) -> Comparison:
+    """Train and time what is not yet, and write the results."""
     entries = [_entry(begun, options, contestant, on_event) for contestant in every]
     measurements = [_measurement(begun.scoring.chosen_by, entry) for entry in entries]
     results = ComparisonResults(
@@ -149,7 +160,9 @@ def compare(
     return Comparison(begun.folder, begun.report, results)
 
 
-def _begun(model: str, data: str | Path, config: TrainConfig, options: CompareConfig) -> Study:
+def _begun(
+    model: str, data: str | Path, config: TrainConfig, options: CompareConfig
+) -> contextlib.AbstractContextManager[Study]:
     """Claim the folder and write the records; --quick has less of everything."""
     config, test_most = dataclasses.replace(config, samples=0), options.test_most
     if options.quick:
@@ -332,20 +345,28 @@ def _latencies(
 def in_a_process(part: str, folder: Path, result: str) -> None:
     """Do a part of the comparison in a process, to its end. What it prints goes to FOLDER/output.txt.
 
-    part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted after Ctrl-C, and TrainError
-    where the process ended without a result.
+    A signal that asks this process to end is passed on, so that the part saves its state.
+
+    part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted where it was asked to end, and
+    TrainError where the process ended without a result.
     """
     (folder / result).unlink(missing_ok=True)  # one of other settings
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (folder / "output.txt").open("w", encoding="utf-8") as output:
+    with asked_to_stop() as stopping, (folder / "output.txt").open("w", encoding="utf-8") as output:
         words = [sys.executable, "-m", worker.__name__, part, str(folder)]
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=os.environ | quiet)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reached it too
-            code = Interrupted.exit_code
-    if code == Interrupted.exit_code:
-        raise Interrupted("Stopped. What was finished is kept: the same command goes on from there.")
-    if code < 0 or not (folder / result).is_file():
-        raise TrainError(f"The {part} ended with {code} and no result; what it said is in {folder / 'output.txt'}.")
+        # In a session of its own: a terminal's Ctrl-C would else reach it twice
+        process = subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, env=os.environ | quiet, start_new_session=True
+        )
+        passed_on = False
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK_EVERY)
+            if stopping() and not passed_on:
+                process.send_signal(stopping.signum)
+                passed_on = True
+    if stopping():
+        raise Interrupted("Stopped. The same command goes on from there.", exit_code=stopping.exit_code)
+    if process.returncode < 0 or not (folder / result).is_file():
+        said = folder / "output.txt"
+        raise TrainError(f"The {part} ended with {process.returncode} and no result; what it said is in {said}.")

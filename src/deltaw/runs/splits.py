@@ -44,28 +44,8 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def write(folder: Path, source: Source, data: DataConfig, *, valid_most: int, test_most: int) -> None:
-    """Write the three files, unless they are there. All records of a prompt are in the same set.
-
-    data: how records are read. valid_most, test_most: the most records of these sets, a seeded sample of all. Raises DataError
-    for records that cannot be used, and for too few prompts to make three sets, or an interval, of them.
-    """
-    if all(file_of(folder, name).is_file() for name in NAMES):
-        return
-    sets = _read(source, data, valid_most, test_most)
-    if len(items_in(sets["test"].records.items)) < 2:
-        raise DataError(
-            f"The test set has {described(sets['test'].records.items)}, and an interval needs two at least: give more records, "
-            "or others with --test."
-        )
-    for name, part in sets.items():
-        kept = [_kept(fields, folder / "images" / f"{name}-{i}.npy") for i, fields in enumerate(part.fields)]
-        text = "".join(json.dumps(fields, ensure_ascii=False, default=str) + "\n" for fields in kept)
-        write_text(file_of(folder, name), text)
-
-
 @dataclass(frozen=True)
-class _Set:
+class Set:
     """Records with all their fields."""
 
     records: Records
@@ -74,13 +54,18 @@ class _Set:
     def __len__(self) -> int:
         return len(self.fields)
 
-    def only(self, numbers: Collection[int]) -> _Set:
+    def only(self, numbers: Collection[int]) -> Set:
         """Return some of them by number, in their order."""
         kept = sorted(numbers)
-        return _Set(self.records.only(kept), [self.fields[i] for i in kept])
+        return Set(self.records.only(kept), [self.fields[i] for i in kept])
 
 
-def _read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> dict[str, _Set]:
+def read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> dict[str, Set]:
+    """Return the three sets. All records of a prompt are in the same one.
+
+    data: how records are read. valid_most, test_most: the most records of these sets, a seeded sample of all. Raises DataError
+    for records that cannot be used, and for too few prompts to make three sets, or an interval, of them.
+    """
     held_out = sorted((name for name in splits(source.data) if name in HELD_OUT), key=HELD_OUT.index)  # test comes last
     test, valid = (_named(name, source.data, data) for name in (source.test, source.valid))
     if test is None and held_out:
@@ -93,29 +78,43 @@ def _read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> 
         test, train = _cut_for_test(train, max(2, share))
     if valid is None:
         valid, train = _cut(train, max(1, share), seed=2)
-    return {"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": _sampled(test, test_most, seed=1)}
+    test = _sampled(test, test_most, seed=1)
+    if len(items_in(test.records.items)) < 2:
+        raise DataError(
+            f"The test set has {described(test.records.items)}, and an interval needs two at least: give more records, or others "
+            "with --test."
+        )
+    return {"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": test}
 
 
-def _named(name: str | None, source: str | Path, data: DataConfig) -> _Set | None:
+def write(folder: Path, sets: Mapping[str, Set]) -> None:
+    """Write a file for each set."""
+    for name, part in sets.items():
+        kept = [_kept(fields, folder / "images" / f"{name}-{i}.npy") for i, fields in enumerate(part.fields)]
+        text = "".join(json.dumps(fields, ensure_ascii=False, default=str) + "\n" for fields in kept)
+        write_text(file_of(folder, name), text)
+
+
+def _named(name: str | None, source: str | Path, data: DataConfig) -> Set | None:
     """Return the records of a file or a split by its name; None without one."""
     if name is None:
         return None
     return _records(name, None, data) if is_path(name) else _records(source, name, data)
 
 
-def _records(source: str | Path, split: str | None, data: DataConfig) -> _Set:
-    read, problems, name = rows(source, split, None)
-    return _Set(checked(read, problems, name, data), [dict(fields) for _, fields in read])
+def _records(source: str | Path, split: str | None, data: DataConfig) -> Set:
+    lines, problems, name = rows(source, split, None)
+    return Set(checked(lines, problems, name, data), [dict(fields) for _, fields in lines])
 
 
-def _cut(part: _Set, count: int, *, seed: int) -> tuple[_Set, _Set]:
+def _cut(part: Set, count: int, *, seed: int) -> tuple[Set, Set]:
     """Return about `count` records, in whole prompts, and the others."""
     records = part.records
     held = hold_out(records.items, count, most=_MOST, seed=seed, source=records.source, instead=_INSTEAD)
     return part.only(held), part.only(set(range(len(part))) - set(held))
 
 
-def _cut_for_test(train: _Set, count: int) -> tuple[_Set, _Set]:
+def _cut_for_test(train: Set, count: int) -> tuple[Set, Set]:
     """Return about `count` records and the others. Of a single prompt there is no interval, so another one is added then."""
     test, others = _cut(train, count, seed=0)
     if len(items_in(test.records.items)) > 1:
@@ -123,10 +122,10 @@ def _cut_for_test(train: _Set, count: int) -> tuple[_Set, _Set]:
     more, others = _cut(others, 1, seed=0)
     records = test.records.only(range(len(test)))
     records.items.extend(more.records.items)
-    return _Set(records, [*test.fields, *more.fields]), others
+    return Set(records, [*test.fields, *more.fields]), others
 
 
-def _sampled(part: _Set, most: int, *, seed: int) -> _Set:
+def _sampled(part: Set, most: int, *, seed: int) -> Set:
     return part.only(sample(part.records.items, most, seed=seed))
 
 

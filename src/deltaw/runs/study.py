@@ -3,10 +3,11 @@ records, settings and files; no weights."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from deltaw.runs.reports.page import Report
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.study import StudySettings
-from deltaw.runs.resume.place import refuse_a_file
+from deltaw.runs.resume.place import RunFolder, at_work
 from deltaw.training.tasks import check_labels, recognised, task_of
 
 # By default; the last one that is installed ranks
@@ -76,19 +77,23 @@ class Study:
         return str(splits.file_of(self.folder / "data", name))
 
     def keep(self, results: dict[str, object], report: Report) -> None:
-        """Write results.json and report.html."""
-        write_text(self.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        """Write results.json and report.html; a study before this one, which was set aside, goes."""
         write_report(report, self.report)
+        write_text(self.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(self.folder / _PREVIOUS, ignore_errors=True)
 
 
+@contextlib.contextmanager
 def opened(
     kind: str,
     settings: StudySettings,
     source: splits.Source,
     config: TrainConfig,
     metrics: str,
-) -> Study:
-    """Begin a study in `config.out`, or resume the one that is there.
+) -> Iterator[Study]:
+    """Begin a study in `config.out`, or resume the one that is there. While open, no other process can.
+
+    A study that is to be replaced is set aside in previous/, and removed when the new one has results.
 
     Args:
         kind: "sweep" or "comparison", which the settings' file in the folder is called.
@@ -97,17 +102,33 @@ def opened(
         config: the settings of training.
         metrics: names with commas; empty for the usual ones of the task.
 
-    Returns:
+    Yields:
         The study, its folder claimed and its three sets of records written.
 
     Raises:
-        ConfigError: something else is in the folder, or there is no such metric.
+        ConfigError: something else is in the folder, another process is at work there, or there is no such metric.
+        FileError: there is no such model.
         DataError: the records cannot be used, or are too few.
     """
     folder = Path(config.out)
-    claim(folder, kind, settings.to_json(), overwrite=config.overwrite)
-    splits.write(folder / "data", source, config.data, valid_most=config.valid_most, test_most=settings.test_most)
-    return Study(folder, config, settings, scoring_of(folder / "data", config.data, settings.model, metrics))
+    with at_work(RunFolder(folder)):
+        read_config(settings.model)
+        resumed = claimed(folder, kind, settings.to_json(), overwrite=config.overwrite)
+        there = all(splits.file_of(folder / "data", name).is_file() for name in splits.NAMES)
+        sets = None if resumed and there else splits.read(source, config.data, config.valid_most, settings.test_most)
+        if not resumed:
+            set_aside(folder)
+        try:
+            if not resumed:
+                write_text(folder / f"{kind}.json", json.dumps(settings.to_json(), indent=1, ensure_ascii=False) + "\n")
+            if sets is not None:
+                splits.write(folder / "data", sets)
+            scoring = scoring_of(folder / "data", config.data, settings.model, metrics)
+        except BaseException:
+            if not resumed:
+                bring_back(folder)
+            raise
+        yield Study(folder, config, settings, scoring)
 
 
 def scoring_of(sets: Path, data: DataConfig, model: str, metrics: str) -> Scoring:
@@ -154,29 +175,71 @@ def shared_settings(config: TrainConfig) -> dict[str, object]:
     return {k: v for k, v in to_mapping(config).items() if k not in ("out", "overwrite", "save_every", "lr", "valid")}
 
 
-def claim(folder: Path, kind: str, settings: dict[str, object], *, overwrite: bool) -> None:
-    """Resume a study of these settings, or begin it.
+def claimed(folder: Path, kind: str, settings: dict[str, object], *, overwrite: bool) -> bool:
+    """Return whether the folder has a study of these settings, which is resumed, or is free for a new one. Nothing changes.
 
     kind: the name of the settings' file, without its ending. settings: what must be equal, those of training under "run". Raises
     ConfigError where something else is in the folder, unless `overwrite` may replace it.
     """
-    path = folder / f"{kind}.json"
-    refuse_a_file(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        known = read_json(path)
-        begun = known is None or (folder / "runs").exists()
-        if known != settings and begun and not overwrite:
-            what = (
-                f"a {kind} with other settings ({', '.join(_differing(known, settings))})"
-                if known
-                else "something else"
-            )
-            raise ConfigError(
-                f"The folder {folder} holds {what}. Choose another --out, or pass --overwrite to replace it."
-            )
-        if known != settings:
-            shutil.rmtree(folder)
-    write_text(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    known = read_json(folder / f"{kind}.json")
+    if known == settings:
+        return True
+    begun = known is None or (folder / "runs").exists()
+    others = [path for path in folder.iterdir() if path.name not in (".lock", _PREVIOUS)]
+    if others and begun and not overwrite:
+        differing = f"a {kind} with other settings ({', '.join(_differing(known, settings))})" if known else ""
+        raise ConfigError(
+            f"The folder {folder} holds {differing or 'something else'}. Choose another --out, or pass --overwrite to replace it."
+        )
+    return False
+
+
+_PREVIOUS = "previous"
+# The settings first: without them nothing takes the rest for a study that can be resumed
+_FILES = (
+    "sweep.json",
+    "comparison.json",
+    "results.json",
+    "report.html",
+    "timing.json",
+    "latency.json",
+    "output.txt",
+    "data",
+    "runs",
+)
+
+
+def set_aside(folder: Path) -> None:
+    """Move the study in a folder into previous/; one there that has results stays, and the newer one without goes."""
+    previous = folder / _PREVIOUS
+    if (previous / "results.json").exists() and not (folder / "results.json").exists():
+        _remove(folder)
+        return
+    files = [folder / name for name in _FILES if (folder / name).exists()]
+    if files:
+        _remove(previous)
+        previous.mkdir(exist_ok=True)
+    for path in files:
+        path.rename(previous / path.name)
+
+
+def bring_back(folder: Path) -> None:
+    """Undo `set_aside`."""
+    previous = folder / _PREVIOUS
+    _remove(folder)
+    if previous.is_dir():
+        for path in previous.iterdir():
+            path.rename(folder / path.name)
+        previous.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Remove the files of a study."""
+    for path in (folder / name for name in _FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _differing(known: JsonObject, settings: JsonObject) -> list[str]:

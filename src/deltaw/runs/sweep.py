@@ -7,6 +7,7 @@ What is finished there is not trained again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -131,7 +132,13 @@ def sweep(
     >>> result.choices["q"].rank in (1, 2)
     True
     """
-    begun = _begun(model, data, dataclasses.replace(config, samples=0), options, on_event)
+    with _begun(model, data, dataclasses.replace(config, samples=0), options, on_event) as begun:
+        return _finished(begun)
+
+
+def _finished(begun: _Begun) -> Sweep:
+    """Train what is not trained yet, and write the results."""
+    options, config, on_event = begun.options, begun.study.config, begun.on_event
     tried = candidates(options, begun.base.of(config.seed).loaded.model)
     for targets, why in tried.left_out.items():
         on_event(LeftOut(targets, why))
@@ -212,16 +219,17 @@ class Measurement:
     """The first seed's run with the best learning rate."""
 
 
+@contextlib.contextmanager
 def _begun(
     model: str, data: str | Path, config: TrainConfig, options: SweepConfig, on_event: Callable[[SweepEvent], None]
-) -> _Begun:
+) -> Iterator[_Begun]:
     settings = StudySettings(
         model=model, data=str(data), test=options.test, test_most=options.test_most, valid=config.valid,
         run=study.shared_settings(config), halving=options.halving,
     )  # fmt: skip
     source = splits.Source(data, config.data.split, config.valid, options.test)
-    opened = study.opened("sweep", settings, source, config, options.metrics)
-    return _Begun(opened, options, _Base(model, opened), on_event)
+    with study.opened("sweep", settings, source, config, options.metrics) as opened:
+        yield _Begun(opened, options, _Base(model, opened), on_event)
 
 
 # --- candidates ---------------------------------------------------------------------------------------------------
@@ -376,7 +384,9 @@ def _kept(begun: _Begun, task: Task) -> Outcome | None:
 
 def _keep(begun: _Begun, task: Task, outcome: Outcome) -> None:
     values = {"task": _key(begun, task), **outcome.to_json()}
-    write_text(_folder(begun.study, task).score, json.dumps(values, ensure_ascii=False) + "\n")
+    folder = _folder(begun.study, task)
+    write_text(folder.score, json.dumps(values, ensure_ascii=False) + "\n")
+    folder.forget_states()
 
 
 # --- results ------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class RunResult:
     >>> result.state.step, result.outcome.trainable_parameters, result.outcome.unit
     (2, 1952, 'nats per supervised token')
     >>> sorted(path.name for path in result.folder.iterdir())
-    ['adapter', 'config.yaml', 'log.jsonl', 'report.html', 'result.json']
+    ['adapter', 'config.yaml', 'log.jsonl', 'report.html', 'result.json', 'state.safetensors']
     """
 
     folder: Path
@@ -321,19 +321,19 @@ class _Job:
 
     prepared: Prepared
     folder: RunFolder
-    """Where its files lie while it is trained."""
+    """The folder of its files while it is trained."""
     adapter: str
     """The adapter's name on the model."""
     settings: dict[str, object]
     """The settings in config.yaml."""
     identity: dict[str, Any]
-    """What its state can go on in."""
+    """Settings, base and records, without which its state does not go on."""
     together: Sequence[object] = ()
     """The runs that are trained over the model at once, which share passes."""
     kept: Kept | None = None
     """The state to go on from."""
     notes: tuple[str, ...] = ()
-    """What to say as it begins."""
+    """Sentences to tell as it begins."""
 
     @property
     def model(self) -> nn.Module:

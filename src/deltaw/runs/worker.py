@@ -8,14 +8,16 @@ A candidate has its own process because the peak of memory is a process's: it wo
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaw.errors import DeltaWError, Interrupted, TargetError
+from deltaw.errors import ConfigError, DeltaWError, FileError, FolderInUse, Interrupted, TargetError
 from deltaw.runs.results.compare import CandidateScore, CandidateTask, LatencyRow, Outcome, RunFigures, TimingTask
 from deltaw.runs.results.scores import MetricScore
 from deltaw.runs.results.study import Failed
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 CANDIDATE, SCORE = "candidate.json", "score.json"
 TIMING, LATENCY = "timing.json", "latency.json"
 _ROUNDS = 9
+_PR_SET_PDEATHSIG = 1
+"""An operation of Linux's prctl."""
 
 
 def main(part: str, folder: Path) -> int:
@@ -47,10 +51,15 @@ def _candidate(folder: Path) -> int:
         outcome = scored(CandidateTask.from_json(task), folder / "run")
     except DeltaWError as error:
         code = error.exit_code
-        if not isinstance(error, Interrupted):  # what was interrupted is trained again
+        if isinstance(error, Interrupted | FolderInUse):  # neither is a result
+            sys.stderr.write(f"{error}\n")
+        else:
             outcome = Failed(str(error))
     if outcome is not None:
+        from deltaw.runs.resume.place import RunFolder
+
         _write(folder / SCORE, {"task": task, **outcome.to_json()})
+        RunFolder(folder / "run").forget_states()
     return code
 
 
@@ -98,7 +107,6 @@ def scored(task: CandidateTask, folder: Path) -> CandidateScore:
 
 def _trained(task: CandidateTask, config: TrainConfig, method: Method, memory: _Memory) -> tuple[RunResult, list[str]]:
     """Train the candidate, or what its method has instead for a model that it does not fit, with a note that says so."""
-    from deltaw.runs.train import train
     from deltaw.training.events import Started
 
     def hear(event: Event) -> None:
@@ -106,12 +114,29 @@ def _trained(task: CandidateTask, config: TrainConfig, method: Method, memory: _
             memory.loaded()
 
     try:
-        return train(task.model, task.train, config, method=method, on_event=hear), []
+        return _resumed_or_begun(task, config, method, hear), []
     except TargetError:
         instead = method.instead()
         if instead is None:
             raise
-        return train(task.model, task.train, config, method=instead.method, on_event=hear), [instead.note]
+        return _resumed_or_begun(task, config, instead.method, hear), [instead.note]
+
+
+def _resumed_or_begun(
+    task: CandidateTask, config: TrainConfig, method: Method, hear: Callable[[Event], None]
+) -> RunResult:
+    """Go on with the candidate's run where one of these settings was begun, else begin it."""
+    from deltaw.runs.resume.place import RunFolder
+    from deltaw.runs.train import train
+
+    if any(state.exists() for state in RunFolder(Path(config.out)).states):
+        try:
+            return train(task.model, task.train, config, method=method, resume=config.out, on_event=hear)
+        except FolderInUse:
+            raise
+        except (ConfigError, FileError):
+            pass  # of other settings, or damaged
+    return train(task.model, task.train, config, method=method, on_event=hear)
 
 
 def _scores(
@@ -210,5 +235,12 @@ def timed(task: TimingTask) -> list[LatencyRow]:
     return table
 
 
+def _end_with_the_parent() -> None:
+    """On Linux, ask this process to end when the one that started it does: it saves its state then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    _end_with_the_parent()
     sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -107,7 +107,7 @@ class Resumed(Happened):
     kind: ClassVar[str] = "resumed"
 
     notes: Sequence[str]
-    """What is worth knowing: a state that was damaged, a lock of a dead process, other versions."""
+    """Sentences on what is worth knowing: a state that was damaged, a lock of a dead process, other versions."""
 
 
 Event = Started | Stepped | Evaluated | Warned | Resumed

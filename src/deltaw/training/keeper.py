@@ -44,14 +44,14 @@ class Kept:
 
     saved: Saved
     about: Mapping[str, Any]
-    """What its writer said of the run: what it must be to go on from here."""
+    """The run's identity and more, as its writer told it."""
     notes: tuple[str, ...] = ()
-    """What was wrong with a newer one, for people to read."""
+    """Sentences on newer states that were damaged."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the states of one loop go."""
+    """The folder that the states of one loop go to."""
 
     folder: Path
     about: Callable[[], Mapping[str, Any]]
@@ -99,7 +99,7 @@ class Keeper:
         try:
             for folder, saved, about in states:
                 write_state(folder, saved, about)
-        except (OSError, FileError, SafetensorError) as error:
+        except Exception as error:  # told, or raised, by the thread that trains
             self._error = error
         self._wait = min(AT_LEAST_EVERY, (copied + time.thread_time() - began) / SHARE)
 
@@ -108,13 +108,17 @@ class Keeper:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
-        if self._error is not None and not self._told:
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if not isinstance(error, OSError | FileError | SafetensorError):
+            raise error
+        if not self._told:
             self._told = True
             self.on_error(
-                f"The run's state could not be written ({first_line(self._error)}). Training goes on; if it dies, it can only "
-                "be resumed from an earlier state."
+                f"The run's state could not be written ({first_line(error)}). Training goes on; if it dies, it can only be "
+                "resumed from an earlier state."
             )
-        self._error = None
 
 
 def write_state(folder: Path, saved: Saved, about: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.errors import ConfigError, FileError
+from deltaw.errors import FileError, FolderInUse
 
 if sys.platform == "win32":
     import msvcrt
@@ -33,7 +33,7 @@ def locked(path: Path, doing: str) -> Iterator[str | None]:
         A sentence on a process that died while it held the lock; None where there was none.
 
     Raises:
-        ConfigError: another process holds it. The message has its number and machine.
+        FolderInUse: another process holds it. The message has its number and machine.
         FileError: the file cannot be written.
     """
     handle, held_before = _taken(path)
@@ -49,13 +49,13 @@ def locked(path: Path, doing: str) -> Iterator[str | None]:
 
 
 def _taken(path: Path) -> tuple[int, dict[str, object]]:
-    """Return a handle of the file, with its lock, and what it says of the holder before. Raises ConfigError and FileError."""
+    """Return a handle of the file, with its lock, and what it says of the holder before. Raises FolderInUse and FileError."""
     while True:
         handle = _opened(path)
         held_before = _holder(handle)
         if not _acquired(handle):
             os.close(handle)
-            raise ConfigError(_in_use(path, held_before))
+            raise FolderInUse(_in_use(path, held_before))
         if not _is_gone(handle):
             return handle, held_before
         os.close(handle)

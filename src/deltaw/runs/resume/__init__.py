@@ -1,1 +1,1 @@
-"""What a run needs to go on after it died: its folder's layout, its identity and journal, and signals that save first."""
+"""Runs that go on after they died: their folder's layout, a lock, their identity and log, and signals that save first."""

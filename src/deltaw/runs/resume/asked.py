@@ -1,4 +1,4 @@
-"""What is asked for when a run is to be resumed, and what of it is as the run was begun."""
+"""A request to resume a run, and the rest of the run, which is as it was begun."""
 
 from __future__ import annotations
 

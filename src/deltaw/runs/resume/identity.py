@@ -1,4 +1,4 @@
-"""What a run must be for its state to go on in it: its settings, base and records. Knows what was prepared."""
+"""The identity of a run, without which its state does not go on: settings, base and records. Knows what was prepared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deltaw.training.prepare import Prepared
 CHANGEABLE = ("epochs", "steps", "minutes", "patience", "out")
 """Settings that a resumed run may have others of, where that is asked for."""
 LENGTHS = ("epochs", "steps", "minutes", "patience")
-"""Those of which others are what it means to train a finished run further."""
+"""Settings of which others make a finished run longer."""
 # Names of things whose content is compared, and settings that decide no bit of the result
 _NOT_COMPARED = ("model", "data", "valid", "out", "overwrite", "log_every", "samples", "save_every")
 

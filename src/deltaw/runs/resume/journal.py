@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, path: Path, on_event: Callable[[Event], None], kept: int = 0) -> None:
         self.events: list[Event] = []
         self.note = ""
-        """What is wrong with the log so far, for people to read."""
+        """A sentence on lines that the log has lost; empty where there are none."""
         self._on_event = on_event
         if kept:
             self.events, self.note = _events(path, kept)

@@ -1,4 +1,4 @@
-"""Where a run's files lie, and how a run takes the place of the one before. Knows files; no models.
+"""The layout of a run's folder, and a run that takes the place of the one before. Knows files; no models.
 
 A run that replaces another one lies in next/, within the other's folder. The other stays as it is until the new one is whole.
 """
@@ -63,6 +63,11 @@ class RunFolder:
         """The state that a run is resumed from, and the one before it."""
         return self.path / NEWEST, self.path / BEFORE
 
+    def forget_states(self) -> None:
+        """Remove what the run could be resumed from."""
+        for path in self.states:
+            path.unlink(missing_ok=True)
+
     @property
     def lock(self) -> Path:
         """The file that the process that writes here holds."""
@@ -98,7 +103,7 @@ class RunFolder:
 def at_work(folder: RunFolder) -> Iterator[tuple[str, ...]]:
     """Be the one process that writes into a run's folder, while open. Yields what is to be told of one that died at it.
 
-    A folder that is new goes again if nothing came into it. Raises ConfigError where another process is at work there.
+    A folder that is new goes again if nothing came into it. Raises FolderInUse where another process is at work there.
     """
     refuse_a_file(folder.path)
     new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]

@@ -12,7 +12,7 @@ _ASKING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopping:
-    """Whether this process was asked to end, and by which signal."""
+    """The signal that asked this process to end, once there is one."""
 
     signum = 0
 

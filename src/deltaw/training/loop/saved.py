@@ -72,7 +72,13 @@ def captured(loop: Loop) -> Saved:
         "scaler": loop.scaler.state_dict(),
         "layout": layout(loop.flat),
     }
-    return Saved({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, numbers)
+    numbers["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if not tensor.is_contiguous()}
+    return Saved({name: _copy(tensor) for name, tensor in tensors.items()}, numbers)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU with its entries in order, as files hold them."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def restore(loop: Loop, saved: Saved) -> None:
@@ -103,12 +109,15 @@ def restore(loop: Loop, saved: Saved) -> None:
 
 
 def _restore_optimizer(loop: Loop, saved: Saved) -> None:
+    strides = saved.numbers["strides"]
     states: dict[int, dict[str, object]] = {int(i): dict(plain) for i, plain in saved.numbers["optimizer"].items()}
     for name, tensor in saved.tensors.items():
         kind, _, rest = name.partition(".")
         if kind == _OPTIMIZER:
             index, _, key = rest.partition(".")
-            states[int(index)][key] = tensor.clone()
+            # In memory as it lay there: products of other strides have other last bits
+            laid = torch.empty_strided(tensor.shape, strides.get(name, tensor.stride()), dtype=tensor.dtype)
+            states[int(index)][key] = laid.copy_(tensor)
     groups = loop.optimizer.state_dict()["param_groups"]
     loop.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
