@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.formats import gguf, loralib, peft
-from deltaw.files.formats.atomic import replacing
+from deltaw.files.formats.atomic import check_apart, replacing
 from deltaw.files.formats.gguf import GGUFLoRA
 from deltaw.files.formats.peft import LoRAFile, config_for
 from deltaw.files.formats.peft.metadata import SLICES, slices_of
@@ -66,7 +66,8 @@ def convert(
 
     Raises:
         FileError: with everything wrong in the files; `dst` is then as it was.
-        ConfigError: for settings that are missing.
+        ConfigError: for settings that are missing; for a `dst` that is, holds or lies in `src` or the base, or holds something else
+            than an adapter.
 
     >>> import torch, deltaw
     >>> torch.save({"q_proj.lora_A": torch.ones(2, 8), "q_proj.lora_B": torch.ones(8, 2)}, "loralib.pt")
@@ -75,6 +76,7 @@ def convert(
     32.0
     """
     src, dst = Path(src), Path(dst)
+    check_apart(dst, {"the adapter": src, "the base": base})
     if dst.suffix == ".gguf":
         return _to_gguf(src, dst, base)
     if src.is_dir() and dst.suffix in _LORALIB:
