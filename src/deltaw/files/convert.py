@@ -66,8 +66,8 @@ def convert(
 
     Raises:
         FileError: with everything wrong in the files; `dst` is then as it was.
-        ConfigError: for settings that are missing; for a `dst` that is, holds or lies in `src` or the base, or holds something else
-            than an adapter.
+        ConfigError: for settings that are missing, and for a `dst` that is, holds or lies in `src` or the base, or that holds
+            something else than an adapter.
 
     >>> import torch, deltaw
     >>> torch.save({"q_proj.lora_A": torch.ones(2, 8), "q_proj.lora_B": torch.ones(8, 2)}, "loralib.pt")
@@ -92,6 +92,18 @@ def convert(
             f"{src} is no adapter to convert by its name: loralib's end in .pt, .bin or .ckpt, llama.cpp's in .gguf."
         )
     return _from_loralib(src, dst, alpha, parts, base)
+
+
+def _check_is_adapter(dst: Path, read: Callable[[], object]) -> None:
+    """Raise ConfigError where a file would be replaced that is no adapter: a model's weights have the same endings."""
+    if not dst.is_file():
+        return
+    try:
+        read()
+    except FileError as error:
+        raise ConfigError(
+            f"{dst} is not replaced, since it holds no adapter. Choose another place. ({error})"
+        ) from error
 
 
 # --- loralib ----------------------------------------------------------------------------------------------------
@@ -161,6 +173,7 @@ def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
 
     Where a layer's scale is another one than α/r, its B carries the difference.
     """
+    _check_is_adapter(dst, lambda: loralib.check_holds_adapter(dst))
     file, problems = peft.read(src), list[str]()
     problems += [f"{layer}: DoRA's magnitude" for layer in file.magnitudes]
     problems += [f"{layer}: rows of some tokens" for layer in file.rows]
@@ -205,6 +218,7 @@ def _merged_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
 
 def _to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     """Write a PEFT folder as a GGUF file."""
+    _check_is_adapter(dst, lambda: gguf.read(dst))
     file = peft.read(src)
     if others := file.beyond():
         raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)

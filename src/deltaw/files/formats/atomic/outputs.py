@@ -84,8 +84,8 @@ def check_replaceable(out: str | Path, kind: str, others: Callable[[Path], Itera
     foreign = others(out) if names else []
     if foreign is None:
         raise ConfigError(
-            f"{out} is not replaced, since it is not {kind}. In it: {shown(names, 8)}. Choose another place, or remove the folder "
-            "yourself."
+            f"{out} is not replaced, since it is not {kind}. In it: {shown(names, 8)}. Choose another place, or remove "
+            "the folder yourself."
         )
     if lost := sorted(foreign):
         raise ConfigError(

@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises FileError where it cannot be written: no space, no permission.
     """
     with _one_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         with temporary(path, folder=False) as new:
             yield new
             new.chmod(0o644)
@@ -45,7 +45,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     with _one_error(path):
         if path.is_file():
             raise FileError(f"{path} is a file; name a folder.")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         with temporary(path, folder=True) as new:
             yield new
             new.chmod(0o755)
@@ -65,14 +65,19 @@ def write_text(path: Path, text: str) -> Path:
 
 def check_place(path: Path) -> None:
     """Raise FileError when no file can be written at `path`: better before the work than after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {path.parent} is no folder ({error.strerror}).") from error
+    with _one_error(path):
+        _make_parent(path)
     if path.is_dir():
         raise FileError(f"{path} is a folder; name a file.")
     if not os.access(path.parent, os.W_OK):
         raise FileError(f"{path} cannot be written: there is no permission to write into {path.parent}.")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileError(f"{path} cannot be written: {path.parent} is no folder.") from error
 
 
 @contextlib.contextmanager
@@ -97,12 +102,21 @@ def _reason(error: Exception, path: Path) -> str | None:
             return None
         if error.errno is None:  # numpy's tofile, and the errors of the hub
             return _FULL if re.search(r"\d+ requested and \d+ written", text) else None
-        elsewhere = error.filename is not None and path.parent not in Path(os.fsdecode(error.filename)).parents
-        return f"{error.strerror}{f' ({os.fsdecode(error.filename)})' if elsewhere else ''}"
-    if isinstance(error, RuntimeError) and "inline_container" in text:  # torch.save
+        if error.filename is None or _belongs_to(path, Path(os.fsdecode(error.filename))):
+            return error.strerror
+        return f"{error.strerror} ({os.fsdecode(error.filename)})"
+    if isinstance(error, RuntimeError) and re.search(r"inline_container|iostream error", text):  # torch.save
         return _FULL
     number = re.search(r"\(os error (\d+)\)", text)  # safetensors, tokenizers
     return os.strerror(int(number[1])) if number is not None and int(number[1]) in _NUMBERS else None
+
+
+def _belongs_to(path: Path, file: Path) -> bool:
+    """Return whether a file is the target, or is or lies in a temporary of it, whose name tells users nothing."""
+    start = f".{path.name}."
+    return file == path or any(
+        part.parent == path.parent and part.name.startswith(start) for part in (file, *file.parents)
+    )
 
 
 def _sync(path: Path) -> None:
