@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltaw.files.formats.atomic.exchange import unbroken
+
 log = logging.getLogger("deltaw")
 
 # Held while temporaries of this process come into being: until they are locked, another thread could take them for leftovers
@@ -45,20 +47,22 @@ def temporary(path: Path, *, folder: bool) -> Iterator[Path]:
 
     What dead processes left beside `path` is removed first, or put back where nothing is at `path`.
     """
-    with _creating:
-        _clear(path)
-        name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}@{_host()}.tmp")
-        if folder:
-            name.mkdir(mode=0o700)
-        else:
-            name.touch(mode=0o600, exist_ok=False)
-        lock = _lock(name)
+    name = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}@{_host()}.tmp")
+    lock = None
     try:
+        with unbroken(), _creating:
+            _clear(path)
+            if folder:
+                name.mkdir(mode=0o700)
+            else:
+                name.touch(mode=0o600, exist_ok=False)
+            lock = _lock(name)
         yield name
     finally:
-        _remove(name)
-        if lock is not None:
-            os.close(lock)
+        with unbroken():
+            _remove(name)
+            if lock is not None:
+                os.close(lock)
 
 
 def put_back(path: Path) -> None:
