@@ -30,11 +30,14 @@ def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
     from deltaw.data.hold_out import first
-    from deltaw.files.formats.atomic import check_place, write_text
+    from deltaw.files.formats.atomic import check_apart, check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
     from deltaw.training.tasks import recognised
 
     if command.out is not None:
+        check_apart(
+            command.out, {"the model": command.model, "the adapter": command.opening.adapter, "the data": command.data}
+        )
         check_place(Path(command.out))
     if not command.base and command.opening.adapter is None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")

@@ -12,10 +12,14 @@ def run(command: Extract) -> None:
     """Run the command."""
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
+    from deltaw.files.formats.atomic import check_apart
+    from deltaw.files.formats.peft import check_adapter_place
     from deltaw.files.store import save
     from deltaw.model.extract import extract
     from deltaw.model.pretrained import load_pretrained
 
+    check_apart(out, {"the base": command.base, "the tuned model": command.tuned})
+    check_adapter_place(out)
     base = load_pretrained(command.base, device="cpu").model
     tuned = load_pretrained(command.tuned, device="cpu").model
     extracted = extract(base, tuned, rank=command.rank, energy=command.energy, targets=command.targets)

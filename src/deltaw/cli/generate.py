@@ -21,9 +21,13 @@ def run(command: Generate) -> None:
     show.quiet_libraries()
     if command.prompt is not None and command.file is not None:
         raise ConfigError("Give either a prompt or --file, not both.")
-    from deltaw.files.formats.atomic import check_place, write_text
+    from deltaw.files.formats.atomic import check_apart, check_place, write_text
 
     if command.out is not None:
+        check_apart(
+            command.out,
+            {"the model": command.model, "the adapter": command.opening.adapter, "the prompts": command.file},
+        )
         check_place(Path(command.out))
     records = _records(command)
     from deltaw.model.inputs import within

@@ -18,8 +18,9 @@ from typing import TypeVar
 
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.formats import peft
+from deltaw.files.formats.atomic import check_apart
 from deltaw.files.formats.model_folder import copy_files
-from deltaw.files.formats.peft import CONFIG, PICKLED, WEIGHTS, LoRAFile, config_for
+from deltaw.files.formats.peft import CONFIG, PICKLED, WEIGHTS, LoRAFile, check_adapter_place, config_for
 from deltaw.files.formats.peft.keys import in_file
 from deltaw.files.formats.peft.metadata import SLICES
 from deltaw.files.units import parse_size
@@ -181,8 +182,9 @@ def compress(
         size: the most bytes that the folder may take, such as "1MB", spent where a byte keeps the most of ‖ΔW‖².
 
     Raises:
-        ConfigError: for settings out of range, or not exactly one of them.
-        FileError: for an adapter that cannot be read, or cannot be so small. `out` is then as it was.
+        ConfigError: for settings out of range, or not exactly one of them; for an `out` that is, holds or lies in the adapter, or
+            holds something else than an adapter.
+        FileError: for an adapter that cannot be read, cannot be so small, or cannot be written. `out` is then as it was.
 
     >>> from transformers import AutoModelForCausalLM
     >>> import deltaw
@@ -198,6 +200,8 @@ def compress(
             "Give one of rank, energy and size (command line: --rank, --energy, --size); "
             f"there is {' and '.join(chosen) or 'none'}."
         )
+    check_apart(out, {"the adapter": folder})
+    check_adapter_place(out)
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1.")
     if energy is not None and not 0.0 < energy <= 1.0:

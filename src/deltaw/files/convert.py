@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.formats import gguf, loralib, peft
-from deltaw.files.formats.atomic import replacing
+from deltaw.files.formats.atomic import check_apart, replacing
 from deltaw.files.formats.gguf import GGUFLoRA
 from deltaw.files.formats.peft import LoRAFile, config_for
 from deltaw.files.formats.peft.metadata import SLICES, slices_of
@@ -66,7 +66,8 @@ def convert(
 
     Raises:
         FileError: with everything wrong in the files; `dst` is then as it was.
-        ConfigError: for settings that are missing.
+        ConfigError: for settings that are missing, and for a `dst` that is, holds or lies in `src` or the base, or that holds
+            something else than an adapter.
 
     >>> import torch, deltaw
     >>> torch.save({"q_proj.lora_A": torch.ones(2, 8), "q_proj.lora_B": torch.ones(8, 2)}, "loralib.pt")
@@ -75,6 +76,7 @@ def convert(
     32.0
     """
     src, dst = Path(src), Path(dst)
+    check_apart(dst, {"the adapter": src, "the base": base})
     if dst.suffix == ".gguf":
         return _to_gguf(src, dst, base)
     if src.is_dir() and dst.suffix in _LORALIB:
@@ -90,6 +92,18 @@ def convert(
             f"{src} is no adapter to convert by its name: loralib's end in .pt, .bin or .ckpt, llama.cpp's in .gguf."
         )
     return _from_loralib(src, dst, alpha, parts, base)
+
+
+def _check_is_adapter(dst: Path, read: Callable[[], object]) -> None:
+    """Raise ConfigError where a file would be replaced that is no adapter: a model's weights have the same endings."""
+    if not dst.is_file():
+        return
+    try:
+        read()
+    except FileError as error:
+        raise ConfigError(
+            f"{dst} is not replaced, since it holds no adapter. Choose another place. ({error})"
+        ) from error
 
 
 # --- loralib ----------------------------------------------------------------------------------------------------
@@ -159,6 +173,7 @@ def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
 
     Where a layer's scale is another one than α/r, its B carries the difference.
     """
+    _check_is_adapter(dst, lambda: loralib.check_holds_adapter(dst))
     file, problems = peft.read(src), list[str]()
     problems += [f"{layer}: DoRA's magnitude" for layer in file.magnitudes]
     problems += [f"{layer}: rows of some tokens" for layer in file.rows]
@@ -203,6 +218,7 @@ def _merged_rows(B: Tensor, slices: Mapping[str, Runs]) -> Tensor | None:
 
 def _to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     """Write a PEFT folder as a GGUF file."""
+    _check_is_adapter(dst, lambda: gguf.read(dst))
     file = peft.read(src)
     if others := file.beyond():
         raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.errors import MergeError
+from deltaw.errors import FileError, MergeError
 from deltaw.files.formats import correction, model_folder, peft
-from deltaw.files.formats.atomic import replacing_folder
+from deltaw.files.formats.atomic import SIGNED, check_apart, check_replaceable, files_written, replacing_folder, sign
 from deltaw.files.formats.fingerprint import EXACT, Digest, bytes_of, combined, digest
 from deltaw.files.formats.locate import NotByFiles, Place, check_by_files, hash_of_layers, places_of, stored_twice
 from deltaw.files.formats.peft import LoRAFile
@@ -68,7 +68,7 @@ def merge_files(
     Args:
         base: folder of a safetensors checkpoint.
         adapter: folder of a LoRA or DoRA adapter.
-        out: the folder to write, in one piece; what was there is replaced.
+        out: the folder to write, in one piece; a merged model that was there is replaced.
         reversible: write a correction file too, with which `unmerge_files` gives the base's bytes back.
         check_base: refuse an adapter of other base weights.
         untie: give a head that shares the embedding's tensor one of its own, and say so in the config.
@@ -78,8 +78,9 @@ def merge_files(
         What the merge did to each layer, and the sizes of what was written.
 
     Raises:
+        ConfigError: for an `out` that is, holds or lies in the base or the adapter, or holds what no merge wrote.
         NotByFiles: a FileError, where a merge in memory may still do.
-        FileError: for files that cannot be read or do not fit.
+        FileError: for files that cannot be read, do not fit, or cannot be written.
         BaseMismatch: for an adapter of other base weights.
         MergeError: for a merge that would change nothing or is not finite. `out` is then as it was, and after an error of `look`.
 
@@ -92,6 +93,7 @@ def merge_files(
     ['model.layers.0.self_attn.q_proj', 'model.layers.1.self_attn.q_proj']
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
+    model_folder.check_place(out, {"the base": base, "the adapter": adapter})
     shards, file = shards_of(base), _lora(adapter)
     check_by_files(file, undone=reversible)
     places, ends = places_of(shards, file, base, untie=untie), peft.ends_of(file.metadata, adapter)
@@ -115,6 +117,7 @@ def merge_files(
             model_folder.stop_at(folder, ends)
             if kept is not None:
                 kept.keep(before, _beside(folder))
+        sign(folder)
         look(folder)
     size = sum((out / shard.path.name).stat().st_size for shard in shards)
     path = out / correction.NAME
@@ -254,13 +257,14 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
     Args:
         merged: folder of a checkpoint that `merge_files` wrote.
         adapter: folder of the adapter that was merged into it.
-        out: the folder to write, in one piece; what was there is replaced.
+        out: the folder to write, in one piece; a base or merged model of such weights that was there is replaced.
 
     Returns:
         How many layers were changed, whether the base's own bits are back, and if not how far an entry can be from them.
 
     Raises:
-        FileError: for files that cannot be read or do not fit.
+        ConfigError: for an `out` that is, holds or lies in `merged` or the adapter, or holds something else than a base of it.
+        FileError: for files that cannot be read, do not fit, or cannot be written.
         MergeError: for a checkpoint or an adapter that the correction does not belong to, and for a hash that differs. `out` is
             then not written.
 
@@ -274,7 +278,9 @@ def unmerge_files(merged: str | Path, adapter: str | Path, out: str | Path) -> U
     True
     """
     merged, adapter, out = Path(merged), Path(adapter), Path(out)
+    check_apart(out, {"the merged model": merged, "the adapter": adapter})
     shards, file = shards_of(merged), _lora(adapter)
+    check_replaceable(out, "a base of this model", lambda folder: _others_than_base(folder, merged, shards))
     check_by_files(file, undone=True)
     places = places_of(shards, file, merged)
     kept = correction.Reader(merged / correction.NAME) if (merged / correction.NAME).is_file() else None
@@ -319,6 +325,27 @@ def _write_unmerged(
         raise MergeError(_other_bytes(shard.path, hashes, kept.manifest.shards.get(name)))
 
 
+def _others_than_base(folder: Path, merged: Path, shards: list[Shard]) -> set[str] | None:
+    """Return the names in a folder that no unmerging of `merged` writes; None for a folder without such a base.
+
+    What unmerging wrote has the base's bytes, and no note that tells who wrote it.
+    """
+    if (written := files_written(folder)) is not None:
+        return {path.name for path in folder.iterdir()} - written
+    try:
+        tensors = _shapes(shards_of(folder))
+    except FileError:
+        return None
+    if not tensors.items() <= _shapes(shards).items():
+        return None
+    beside = {model_folder.CONFIG, model_folder.GENERATION_CONFIG, INDEX, *model_folder.TOKENIZER_FILES}
+    return {path.name for path in folder.iterdir()} - beside - {path.name for path in merged.iterdir()}
+
+
+def _shapes(shards: list[Shard]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (entry.dtype, tuple(entry.shape)) for shard in shards for name, entry in shard.entries.items()}
+
+
 def digest_of(file: LoRAFile) -> str:
     """Return the sha256 of an adapter's layers, scales, A and B: what decides ΔW, and nothing else of its files."""
     hashed = hashlib.sha256()
@@ -351,7 +378,7 @@ def _changes(
 def _copy_the_rest(source: Path, folder: Path) -> None:
     """Copy config, tokenizer and all other files that are no weights; not folders."""
     for path in source.iterdir():
-        if path.is_file() and path.suffix not in _OTHER_WEIGHTS and path.name != correction.NAME:
+        if path.is_file() and path.suffix not in _OTHER_WEIGHTS and path.name not in (correction.NAME, SIGNED):
             shutil.copyfile(path, folder / path.name)
 
 

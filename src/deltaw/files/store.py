@@ -15,6 +15,7 @@ from torch import nn
 from deltaw.errors import FileError, shown
 from deltaw.files import units
 from deltaw.files.formats import method_file, peft
+from deltaw.files.formats.atomic import check_apart
 from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.model_folder import copy_files, differs, files_in, has_vocabulary
 from deltaw.files.formats.peft import LoRAFile
@@ -74,7 +75,7 @@ def save(
 
     Args:
         model: a model with the adapter; it stays as it is. While it is merged, A and B are written all the same.
-        path: the folder; an adapter that was there is replaced.
+        path: the folder; an adapter that was there is replaced, and what else is beside it there stays.
         name: the adapter's.
         training: how it was trained, kept in the file's metadata (default: what the adapter was loaded with).
         tokenizer: goes into the folder if it has other tokens or another chat template than the base's. PEFT's users and the
@@ -87,8 +88,9 @@ def save(
 
     Raises:
         AdapterError: for an unknown name, and for updates that PEFT's format has no place for.
-        FileError: when a value is not finite, A is all zero, or the file reads back differently. What was at `path` is then
-            still there.
+        ConfigError: for a path that is, holds or lies in the base's folder, and for a folder with other things and no adapter.
+        FileError: when a value is not finite, A is all zero, the file reads back differently, or it cannot be written. What was
+            at `path` is then still there.
 
     >>> from transformers import AutoModelForCausalLM
     >>> import deltaw
@@ -99,6 +101,8 @@ def save(
     """
     record = live.record_of(model)
     adapter = record.attached[live.known(record, name)]
+    check_apart(path, {"the model's own weights": _source_of(model)})
+    peft.check_adapter_place(Path(path))
     training = adapter.metadata.get("training") if training is None else training
     kept = {TRAINING: json.dumps(dict(training), sort_keys=True, ensure_ascii=False)} if training else {}
     if ends is not None:
@@ -144,7 +148,7 @@ def _say_what_peft_computes_otherwise(file: LoRAFile, layers: Mapping[str, nn.Mo
 def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Tokenizer | None) -> Callable[[Path], None]:
     """Return what puts a tokenizer into a new adapter folder, where there is one that is not the base's."""
     origin = adapter.metadata.get("tokenizer") if tokenizer is None else None
-    source = getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
+    source = _source_of(model)
 
     def write(folder: Path) -> None:
         if origin is not None and not files_in(origin):
@@ -155,6 +159,11 @@ def _tokenizer_writer(model: nn.Module, adapter: live.Attached, tokenizer: Token
             tokenizer.save_pretrained(folder)
 
     return write
+
+
+def _source_of(model: nn.Module) -> str | None:
+    """Return the folder or hub id that transformers opened the base from; None where it does not say."""
+    return getattr(getattr(tree.owner_of(model), "config", None), "_name_or_path", None)
 
 
 def _say_what_is_large(path: Path, file: LoRAFile) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
-from deltaw.files.formats.atomic import replacing_folder
+from deltaw.files.formats import model_folder
+from deltaw.files.formats.atomic import replacing_folder, sign
 from deltaw.model.merging import merge
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained
@@ -60,10 +61,12 @@ def merge_to_folder(
         untie: store tied weights apart where the adapter changes one of them.
 
     Raises:
-        FileError: the base or the adapter cannot be read.
+        ConfigError: `out` is, holds or lies in the base or the adapter, or holds what no merge wrote.
+        FileError: the base or the adapter cannot be read, or the model not be written.
         BaseMismatch: the adapter is of another base.
         MergeError: the merge could not be exact, or what is on disk is not what was merged.
     """
+    model_folder.check_place(out, {"the base": source, "the adapter": adapter})
     loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
     data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
@@ -73,6 +76,7 @@ def merge_to_folder(
         save_pretrained(loaded.model, loaded.tokenizer, folder)
         compared = _compared(folder, data, inputs, expected, loaded.model.dtype)
         size = sum(f.stat().st_size for f in folder.iterdir())
+        sign(folder)
     return MergedFolder(report, size, compared)
 
 

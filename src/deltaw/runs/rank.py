@@ -25,7 +25,7 @@ from deltaw.errors import ConfigError, DataError, DeltaWError
 from deltaw.files import store
 from deltaw.files.compress import Spectrum, allocated, spectra_of, triples_of, truncated
 from deltaw.files.formats import peft
-from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.renames import renamed
 from deltaw.layers import tree
@@ -133,15 +133,24 @@ def choose_rank(
     pairs = [alike(adapted, other, f"{other.path} (r = {other.rank})") for other in others]
     if config.confirm:
         check_confirmable(adapted)
+    folder = Path(config.out) if config.out is not None else adapted.folder
+    _check_apart(folder, adapted, others, config)
     choice, results = _cut_and_scored(adapted, config, ranks, on_event)  # leaves no model in memory
     results = dataclasses.replace(results, alike=pairs)
-    folder = Path(config.out) if config.out is not None else adapted.folder
     _write(folder, results)
     if config.confirm and choice.rank != adapted.rank:
         confirmation = confirmed(adapted, config, choice.rank, folder / _CONFIRMED, lambda e: on_event(Confirming(e)))
         results = dataclasses.replace(results, confirmed=confirmation)
         _write(folder, results)
     return RankChoice(choice.rank, choice, folder / _REPORT, results)
+
+
+def _check_apart(folder: Path, run: Finished, others: Sequence[Finished], config: RankConfig) -> None:
+    """Raise ConfigError where the results would be written over or into what they are computed from."""
+    inputs = {"the adapter": run.adapter, "the base": run.named("model"), "the data": run.named("data")}
+    inputs |= {"the records": config.records} | {f"the adapter of {other.path}": other.adapter for other in others}
+    for name in (_RESULTS, _REPORT, _CONFIRMED):
+        check_apart(folder / name, inputs)
 
 
 def _write(folder: Path, results: RankResults) -> None:

@@ -17,7 +17,7 @@ from deltaw.data.prompts import described, items_in
 from deltaw.data.records import Records, checked
 from deltaw.data.sources import HELD_OUT, is_path, rows, splits
 from deltaw.errors import DataError
-from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.atomic import replacing, write_text
 
 NAMES = ("train", "valid", "test")
 # Without splits, the share of the records to hold out, and likewise to score; and the most of each
@@ -133,6 +133,6 @@ def _kept(record: Mapping[str, object], place: Path) -> Mapping[str, object]:
     """Return a record for a line of JSON. An image that is no file (a parquet file's bytes, an array) is written as `place`."""
     if record.get("image") is None or isinstance(record["image"], str):
         return record
-    place.parent.mkdir(parents=True, exist_ok=True)
-    np.save(place, opened(record["image"]))
+    with replacing(place) as new, new.open("wb") as file:
+        np.save(file, opened(record["image"]))
     return {**record, "image": str(place.resolve())}

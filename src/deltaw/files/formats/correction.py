@@ -77,10 +77,17 @@ def writing(path: Path, adapter: str) -> Iterator[Writer]:
 
     The manifest is written last, on leaving without an error: a file without one is no correction.
     """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=EFFORT) as archive:
-        writer = Writer(archive, adapter)
-        yield writer
-        archive.writestr(_MANIFEST, json.dumps(asdict(writer.manifest), indent=2, sort_keys=True))
+    with path.open("wb") as file:
+        archive = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=EFFORT)
+        try:
+            writer = Writer(archive, adapter)
+            yield writer
+            archive.writestr(_MANIFEST, json.dumps(asdict(writer.manifest), indent=2, sort_keys=True))
+            archive.close()
+        except BaseException:
+            # Its close would write an end, fail where a part is open, and hide what has happened (Ctrl-C, a full disk)
+            archive.fp = None
+            raise
 
 
 class Reader:

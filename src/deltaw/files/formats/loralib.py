@@ -119,6 +119,12 @@ def read(path: Path, *, alpha: float | None, parts: Sequence[str] = (), layers: 
     return checkpoint
 
 
+def check_holds_adapter(path: Path) -> None:
+    """Raise FileError for a file that is no checkpoint of loralib's, or one without an A and a B."""
+    if not _source(_state(path), 1.0, None, None).pairs:
+        raise FileError(f"{path} holds no lora_A or lora_B.")
+
+
 def _is_part(part: str) -> bool:
     return part in PARTS or _PATTERN.fullmatch(part) is not None
 

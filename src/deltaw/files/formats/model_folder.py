@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard, cast
 
 from deltaw.errors import BaseMismatch, FileError, first_line, listing
+from deltaw.files.formats.atomic import check_apart, check_replaceable, files_written
 from deltaw.model.ends import extended
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _BESIDE = (
     _TOKENIZER_CONFIG, TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "target.spm",
     "target_vocab.json", "normalizer.json", "dict.txt",
 )  # fmt: skip
+TOKENIZER_FILES = (*_VOCABULARIES, *_BESIDE, _MORE_TEMPLATES)
+"""Names in a folder that belong to its tokenizer or chat template."""
 # Sections of tokenizer.json that hold how it was last used, not what it is
 _STATE = ("padding", "truncation")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -49,13 +52,26 @@ def config_of(folder: Path) -> dict[str, object] | None:
     return config if isinstance(config, dict) else None
 
 
+def check_place(out: Path, inputs: Mapping[str, object]) -> None:
+    """Raise ConfigError where no merged model can be written to `out`.
+
+    It is apart from the inputs (what it is → its path), and holds nothing, or what a merge wrote.
+    """
+    check_apart(out, inputs)
+
+    def others(folder: Path) -> set[str] | None:
+        written = files_written(folder)
+        return None if written is None else {path.name for path in folder.iterdir()} - written
+
+    check_replaceable(out, "a merged model that deltaw wrote", others)
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------
 
 
 def files_in(folder: Path) -> list[Path]:
     """Return the files and folders of a tokenizer or chat template in a folder."""
-    names = (*_VOCABULARIES, *_BESIDE, _MORE_TEMPLATES)
-    return [path for name in names if (path := folder / name).exists()]
+    return [path for name in TOKENIZER_FILES if (path := folder / name).exists()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import FileError
+from deltaw.files.formats.atomic import put_back
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -77,6 +78,7 @@ def shards_of(folder: Path) -> list[Shard]:
         FileError: with everything wrong: no safetensors, a shard that is missing or damaged, an index that names other tensors
             than the shards hold.
     """
+    put_back(folder)
     if not (folder / INDEX).is_file():
         if not folder.is_dir():
             raise FileError(f"There is no folder {folder}.")

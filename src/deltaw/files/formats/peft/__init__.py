@@ -10,7 +10,7 @@ from deltaw.files.formats.peft.config import CONFIG, PICKLED, WEIGHTS, PeftConfi
 from deltaw.files.formats.peft.metadata import BASE, ENDS, SCALES, W0, check_base, ends_of, fingerprint_of, is_ours
 from deltaw.files.formats.peft.ranks import config_for
 from deltaw.files.formats.peft.reading import read, tensors_of
-from deltaw.files.formats.peft.writing import size, write
+from deltaw.files.formats.peft.writing import check_adapter_place, size, write
 
 __all__ = [
     "BASE",
@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHTS",
     "LoRAFile",
     "PeftConfig",
+    "check_adapter_place",
     "check_base",
     "config_for",
     "ends_of",

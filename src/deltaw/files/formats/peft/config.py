@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.errors import FileError
+from deltaw.files.formats.atomic import put_back
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -196,6 +197,7 @@ def listed(value: object) -> list[object]:
 
 def read_config(folder: Path) -> PeftConfig:
     """Read the settings in an adapter's folder. Raises FileError where the folder holds no adapter."""
+    put_back(folder)
     if not folder.is_dir():
         raise FileError(f"There is no adapter folder {folder}.")
     missing = [] if (folder / CONFIG).is_file() else [CONFIG]

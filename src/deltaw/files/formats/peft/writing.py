@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.errors import FileError
-from deltaw.files.formats.atomic import replacing_folder
+from deltaw.files.formats.atomic import check_replaceable, replacing_folder
+from deltaw.files.formats.model_folder import TOKENIZER_FILES
 from deltaw.files.formats.peft.adapter import LoRAFile
 from deltaw.files.formats.peft.checks import is_finite
-from deltaw.files.formats.peft.config import CONFIG, WEIGHTS, PeftConfig
+from deltaw.files.formats.peft.config import CONFIG, PICKLED, WEIGHTS, PeftConfig
 from deltaw.files.formats.peft.keys import PREFIX
 from deltaw.files.formats.peft.metadata import SCALES
 from deltaw.files.formats.peft.ranks import scale_of
@@ -27,12 +30,13 @@ def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lamb
     """Write the folder atomically, then read it back and compare.
 
     Args:
-        folder: the adapter's; what was there is replaced.
+        folder: the adapter's; one that was there is replaced.
         adapter: what to write.
         beside: adds other files to the folder.
 
     Raises:
-        FileError: for values that are not finite, and when the file reads back differently.
+        ConfigError: for a folder with other things than an adapter in it.
+        FileError: for values that are not finite, when the file reads back differently, and where it cannot be written.
     """
     tensors = _stored(adapter)
 
@@ -49,8 +53,10 @@ def write_folder(
 ) -> Path:  # fmt: skip
     """Write an adapter's two files atomically. `same` tells whether a folder reads back as it was meant; `beside` adds files.
 
-    Raises FileError for values that are not finite, and where `same` is False.
+    An adapter that is there is replaced, and what else is in its folder stays. Raises FileError for values that are not finite,
+    and where `same` is False; ConfigError for a folder with other things in it and no adapter.
     """
+    check_adapter_place(folder)
     if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise FileError("Not saved: values are not finite (NaN or infinity) in", bad)
     with replacing_folder(folder) as temporary:
@@ -59,7 +65,33 @@ def write_folder(
         if not same(temporary):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
         beside(temporary)
+        _keep_others(folder, temporary)
     return folder
+
+
+def check_adapter_place(folder: Path) -> None:
+    """Raise ConfigError where no adapter can be written to `folder`: it holds other things, and no adapter to replace."""
+    check_replaceable(folder, "an adapter", lambda there: [] if (there / CONFIG).is_file() else None)
+
+
+def _keep_others(folder: Path, new: Path) -> None:
+    """Take along what is in an adapter's folder and is not the adapter, such as notes or a trainer's checkpoints."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        kept = new / path.name
+        if path.name in (CONFIG, WEIGHTS, PICKLED, *TOKENIZER_FILES) or os.path.lexists(kept):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, kept, symlinks=True, copy_function=_link)
+        else:
+            _link(path, kept)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no such names."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def size(adapter: LoRAFile) -> int:
