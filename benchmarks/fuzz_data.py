@@ -1,0 +1,1 @@
+from fuzz_adapters import campaign
