@@ -5,7 +5,7 @@
     python benchmarks/fuzz.py --show adapter:123     # one case with its whole traceback
 
 Writes results/fuzz.json: how many were read right, refused, read wrongly in silence, ended in another exception, hung, or took
-more memory than three times the file and 64 MiB (the libraries' own share). Each case has a number, and is made from it and the
+more memory than three times the file and 128 MiB (the libraries' own share). Each case has a number, and is made from it and the
 seed alone. A worker process runs the cases; one that takes longer than the limit is killed and counts as hung.
 """
 
@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 import traceback
@@ -35,10 +36,12 @@ KINDS: dict[str, Callable[[Path], Callable[[int, int, Path], fuzz_adapters.Outco
     "adapter": fuzz_adapters.campaign, "data": fuzz_data.campaign,
 }  # fmt: skip
 # Memory that a case may take besides three times its files
-_SPARE = 64 << 20
+_SPARE = 128 << 20
 
 
-def run_case(case: Callable[[int, int, Path], fuzz_adapters.Outcome], seed: int, number: int, folder: Path) -> dict[str, str]:
+def run_case(
+    case: Callable[[int, int, Path], fuzz_adapters.Outcome], seed: int, number: int, folder: Path
+) -> dict[str, str]:
     """Run one case. Return its result, its mutation and, where it is a fault, what happened."""
     folder.mkdir(parents=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -100,16 +103,26 @@ def campaign(kind: str, count: int, seed: int) -> dict[str, object]:
                     mutations[result["what"].split(":")[0]] += 1
                     if result["result"] not in ("right", "refused"):
                         faults.append(f"{kind}:{number} {result['result']} {result['what']}")
+                        print(faults[-1], file=sys.stderr, flush=True)
             else:
                 raise TimeoutError
         except (TimeoutError, EOFError) as error:
+            if limit != LIMIT:
+                raise RuntimeError("a worker ended before its first case") from error
             counts["hang" if isinstance(error, TimeoutError) else "died"] += 1
             faults.append(f"{kind}:{current} {'hang' if isinstance(error, TimeoutError) else 'died'}")
             next_one = current + 1
+            print(faults[-1], file=sys.stderr, flush=True)
         worker.kill()
         worker.join()
     seconds = round(time.monotonic() - start)
-    return {"cases": count, **counts, "seconds": seconds, "mutations": dict(sorted(mutations.items())), "faults": faults}
+    return {
+        "cases": count,
+        **counts,
+        "seconds": seconds,
+        "mutations": dict(sorted(mutations.items())),
+        "faults": faults,
+    }
 
 
 def show(name: str, seed: int) -> None:
@@ -139,8 +152,6 @@ def main() -> None:
         import machine
 
         machine.write("fuzz", result)
-
-
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from torch import Tensor
 import deltaw
 from deltaw.cli.main import main as command_line
 from deltaw.errors import DeltaWError
+from deltaw.files.formats import peft
+from deltaw.files.verify import verify_adapter
+from deltaw.model.summary import updates as updates_of
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 JUNK: list[Any] = [
@@ -75,7 +78,12 @@ def seeds(folder: Path) -> dict[str, Path]:
     """Write a base and sound adapters of several kinds. Return name → folder."""
     tiny().save_pretrained(folder / "base")
     tiny(1).save_pretrained(folder / "other")
-    methods = {"lora": deltaw.LoRA(rank=2, targets="qv"), "dora": deltaw.DoRA(rank=2, targets="q"), "ia3": deltaw.IA3(), "bitfit": deltaw.BitFit()}
+    methods = {
+        "lora": deltaw.LoRA(rank=2, targets="qv"),
+        "dora": deltaw.DoRA(rank=2, targets="q"),
+        "ia3": deltaw.IA3(),
+        "bitfit": deltaw.BitFit(add=True),
+    }
     paths = {}
     for name, method in methods.items():
         model = deltaw.attach(tiny(), method)
@@ -144,16 +152,60 @@ def damage_header(path: Path, random: Random) -> str:
     header, payload = parts(path)
     names = [name for name in header if name != "__metadata__"]
     name = random.choice(names)
-    kind = random.choice(("shape", "dtype", "offsets", "rename", "drop", "swap", "duplicate", "length", "type", "metadata", "deep", "entry"))
+    kind = random.choice(
+        (
+            "shape",
+            "dtype",
+            "offsets",
+            "rename",
+            "drop",
+            "swap",
+            "duplicate",
+            "length",
+            "type",
+            "metadata",
+            "deep",
+            "entry",
+        )
+    )
     entry = header[name]
     if kind == "shape":
-        entry["shape"] = random.choice([[random.choice(NUMBERS) for _ in range(random.randrange(4))], entry["shape"][::-1], [0, 2**62, 2**62], [*entry["shape"], 1]])
+        entry["shape"] = random.choice(
+            [
+                [random.choice(NUMBERS) for _ in range(random.randrange(4))],
+                entry["shape"][::-1],
+                [0, 2**62, 2**62],
+                [*entry["shape"], 1],
+            ]
+        )
     elif kind == "dtype":
-        entry["dtype"] = random.choice(["F64", "F16", "BF16", "I32", "U8", "I8", "BOOL", "F8_E4M3", "F4", "", None, 7, [], "f32"])
+        entry["dtype"] = random.choice(
+            ["F64", "F16", "BF16", "I32", "U8", "I8", "BOOL", "F8_E4M3", "F4", "", None, 7, [], "f32"]
+        )
     elif kind == "offsets":
-        entry["data_offsets"] = random.choice([[random.choice(NUMBERS), random.choice(NUMBERS)], [], entry["data_offsets"][::-1], "0 4", header[random.choice(names)]["data_offsets"]])
+        entry["data_offsets"] = random.choice(
+            [
+                [random.choice(NUMBERS), random.choice(NUMBERS)],
+                [],
+                entry["data_offsets"][::-1],
+                "0 4",
+                header[random.choice(names)]["data_offsets"],
+            ]
+        )
     elif kind == "rename":
-        tricks = ("../../x", "", "a" * 10000, "\x1b[2J", name[1:], name.upper(), name.replace("q_proj", "k_proj"), name + ".x", "module." + name, "\ud800", "__metadata__2")
+        tricks = (
+            "../../x",
+            "",
+            "a" * 10000,
+            "\x1b[2J",
+            name[1:],
+            name.upper(),
+            name.replace("q_proj", "k_proj"),
+            name + ".x",
+            "module." + name,
+            "\ud800",
+            "__metadata__2",
+        )
         header = {random.choice(tricks) if n == name else n: value for n, value in header.items()}
     elif kind == "drop":
         del header[name]
@@ -162,24 +214,67 @@ def damage_header(path: Path, random: Random) -> str:
         header[name], header[other] = header[other], header[name]
     elif kind == "duplicate":
         text = json.dumps(header)
-        joined(path, (text[:-1] + f", {json.dumps(name)}: {json.dumps(header[random.choice(names)])}}}").encode(), payload)
+        joined(
+            path, (text[:-1] + f", {json.dumps(name)}: {json.dumps(header[random.choice(names)])}}}").encode(), payload
+        )
         return "header: duplicate"
     elif kind == "length":
         raw = path.read_bytes()
-        path.write_bytes(random.choice([0, 1, 7, 2**63, 2**64 - 1, len(raw), len(raw) - 9]).to_bytes(8, "little") + raw[8:])
+        path.write_bytes(
+            random.choice([0, 1, 7, 2**63, 2**64 - 1, len(raw), len(raw) - 9]).to_bytes(8, "little") + raw[8:]
+        )
         return "header: length"
     elif kind == "type":
         joined(path, random.choice([b"[]", b"null", b"3", b'""', b"", b"{", b"\xff", b"{}", b"[{}]"]), payload)
         return "header: type"
     elif kind == "deep":
-        joined(path, random.choice([DEEP, json.dumps(header)[:-1] + ', "__metadata__": {"a": ' + DEEP + "}}", '{"a":' * 3000 + "1" + "}" * 3000]).encode(), payload)
+        joined(
+            path,
+            random.choice(
+                [
+                    DEEP,
+                    json.dumps(header)[:-1] + ', "__metadata__": {"a": ' + DEEP + "}}",
+                    '{"a":' * 3000 + "1" + "}" * 3000,
+                ]
+            ).encode(),
+            payload,
+        )
         return "header: deep"
     elif kind == "entry":
         header[name] = random.choice(JUNK)
     else:
         metadata = header.setdefault("__metadata__", {})
-        key = random.choice([*metadata, "deltaw_slices", "deltaw_scales", "deltaw_ends", "deltaw_transposed", "deltaw_settings", "deltaw_replaced"])
-        metadata[key] = random.choice(["", "[", "{}", "[]", "null", DEEP, '{"a": 1}', "[-1]", '{"a": {"b": [[1, 0]]}}', '{"a": NaN}', "1" * 400, 7, None, {}, '{"a":1,"a":2}', '[{"a": 1}]'])
+        key = random.choice(
+            [
+                *metadata,
+                "deltaw_slices",
+                "deltaw_scales",
+                "deltaw_ends",
+                "deltaw_transposed",
+                "deltaw_settings",
+                "deltaw_replaced",
+            ]
+        )
+        metadata[key] = random.choice(
+            [
+                "",
+                "[",
+                "{}",
+                "[]",
+                "null",
+                DEEP,
+                '{"a": 1}',
+                "[-1]",
+                '{"a": {"b": [[1, 0]]}}',
+                '{"a": NaN}',
+                "1" * 400,
+                7,
+                None,
+                {},
+                '{"a":1,"a":2}',
+                '[{"a": 1}]',
+            ]
+        )
         if random.random() < 0.2:
             header["__metadata__"] = random.choice(JUNK)
     joined(path, header, payload)
@@ -199,9 +294,13 @@ def damage_config(path: Path, random: Random) -> str:
         settings.pop(key, None)
         path.write_text(json.dumps(settings))
     elif kind == "duplicate":
-        path.write_text(json.dumps(settings)[:-1] + f', "{random.choice(sorted(settings))}": {json.dumps(random.choice(JUNK))}}}')
+        path.write_text(
+            json.dumps(settings)[:-1] + f', "{random.choice(sorted(settings))}": {json.dumps(random.choice(JUNK))}}}'
+        )
     elif kind == "deep":
-        path.write_text(json.dumps(settings)[:-1] + f', "{key}": ' + random.choice([DEEP, '{"a":' * 900 + "1" + "}" * 900]) + "}")
+        path.write_text(
+            json.dumps(settings)[:-1] + f', "{key}": ' + random.choice([DEEP, '{"a":' * 900 + "1" + "}" * 900]) + "}"
+        )
     elif kind == "large":
         settings[key] = random.choice([["x"] * 100_000, {f"k{i}": i for i in range(20_000)}, "x" * 500_000])
         path.write_text(json.dumps(settings))
@@ -258,7 +357,20 @@ def damage_folder(folder: Path, random: Random) -> str:
     kind = random.choice(("loop", "dangling", "folder", "device", "pipe", "link", "tokenizer", "gone"))
     if kind == "tokenizer":
         name = random.choice(("tokenizer_config.json", "chat_template.jinja", "tokenizer.json", "chat_template.json"))
-        (folder / name).write_bytes(random.choice([b"", b"{", b"\xff\xfe", DEEP.encode(), b"[]", b'{"chat_template": [3]}', b'{"chat_template": 3}', b"{{"]))
+        (folder / name).write_bytes(
+            random.choice(
+                [
+                    b"",
+                    b"{",
+                    b"\xff\xfe",
+                    DEEP.encode(),
+                    b"[]",
+                    b'{"chat_template": [3]}',
+                    b'{"chat_template": 3}',
+                    b"{{",
+                ]
+            )
+        )
         return f"folder: {name}"
     content = path.read_bytes()
     path.unlink()
@@ -297,12 +409,17 @@ def damage(folder: Path, random: Random) -> str:
 def meaning(folder: Path, sound: Path) -> Meaning:
     """Return ΔW of each layer by the folder's settings. `sound`: the folder whose tensors count."""
     settings = json.loads((folder / CONFIG).read_bytes())
-    tensors = load_file(sound / WEIGHTS) if (sound / WEIGHTS).is_file() else torch.load(sound / PICKLED, weights_only=True)
+    tensors = (
+        load_file(sound / WEIGHTS) if (sound / WEIGHTS).is_file() else torch.load(sound / PICKLED, weights_only=True)
+    )
     result = {}
     for key, A in tensors.items():
         if not key.endswith("lora_A.weight"):
             continue
-        layer, B = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"), tensors[key.replace("lora_A", "lora_B")]
+        layer, B = (
+            key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"),
+            tensors[key.replace("lora_A", "lora_B")],
+        )
         alpha = settings["lora_alpha"]
         scale = alpha / math.sqrt(len(A)) if settings.get("use_rslora") else alpha / len(A)
         result[layer] = scale * B.double() @ A.double()
@@ -347,6 +464,8 @@ class Campaign:
         try:
             values = getattr(self, f"_{action}")(adapter, folder, own_base)
         except DeltaWError:
+            if mutation == "none" and own_base and action in ("load", "inspect"):
+                return Outcome("silent", label, "a sound adapter was refused")
             return Outcome("changed" if (changed := self._changed(adapter, folder)) else "refused", label, changed)
         except Exception as error:
             error.add_note(label)
@@ -356,7 +475,9 @@ class Campaign:
             return Outcome("changed", label, changed)
         if sealed and not own_base and action in ("load", "merge", "verify") and name in ("lora", "dora"):
             return Outcome("silent", label, "another base was taken")
-        return Outcome("silent" if (why := self._wrong(values, name, adapter, sealed, mutation)) else "right", label, why or "")
+        return Outcome(
+            "silent" if (why := self._wrong(values, name, adapter, sealed, mutation)) else "right", label, why or ""
+        )
 
     def _wrong(self, values: Meaning | None, name: str, adapter: Path, sealed: bool, mutation: str) -> str | None:
         if values is None:
@@ -377,7 +498,10 @@ class Campaign:
         if name.startswith("foreign") or mutation.startswith("config"):
             return None
         expected = load_file(self.paths[name] / WEIGHTS)
-        plain = {key.removeprefix("base_model.model.").replace(".ia3_l", ".l"): tensor.flatten().double() for key, tensor in expected.items()}
+        plain = {
+            key.removeprefix("base_model.model.").replace(".ia3_l", ".l"): tensor.flatten().double()
+            for key, tensor in expected.items()
+        }
         return wrong({key: value.flatten() for key, value in values.items()}, plain, False)
 
     def _state(self, model: Any) -> dict[str, Tensor]:
@@ -387,7 +511,9 @@ class Campaign:
         """Say what is no longer as it was before the case; empty where nothing is."""
         for own, model in self.models.items():
             state = model.state_dict()
-            if state.keys() != self.before[own].keys() or any(not torch.equal(t, self.before[own][n]) for n, t in state.items()):
+            if state.keys() != self.before[own].keys() or any(
+                not torch.equal(t, self.before[own][n]) for n, t in state.items()
+            ):
                 self.models[own] = tiny(0 if own else 1)
                 return "the model"
         left = [path.name for path in folder.iterdir() if path != adapter and (refused or path.name.startswith("."))]
@@ -399,12 +525,10 @@ class Campaign:
         name = deltaw.load(model, adapter)
         try:
             values: Meaning = {}
-            for layer, module in model.named_modules():
-                updates = getattr(getattr(module, "deltaw", None), "updates", None)
-                update = updates[name] if updates is not None and name in updates else None
-                if update is not None and hasattr(update, "A"):
+            for layer, update in updates_of(model, name).items():
+                if update.factors():
                     values[layer] = product(update.A, update.B, update.scale)
-                elif update is not None:
+                else:
                     values |= {f"{layer}.{n}": p.detach().double() for n, p in update.named_parameters()}
             model(torch.tensor([[1, 5, 7]]))
             return values
@@ -413,7 +537,7 @@ class Campaign:
 
     def _merge(self, adapter: Path, folder: Path, own_base: bool) -> Meaning | None:
         deltaw.merge_files(self.base if own_base else self.other, adapter, folder / "out")
-        if not own_base or deltaw.files.formats.peft.read(adapter, of_model=True).magnitudes:
+        if not own_base or peft.read(adapter, of_model=True).magnitudes:
             return None
         merged = load_file(folder / "out" / "model.safetensors")
         changes = {n.removesuffix(".weight"): merged[n].double() - W.double() for n, W in self.weights.items()}
@@ -428,7 +552,7 @@ class Campaign:
 
     def _compress(self, adapter: Path, folder: Path, own_base: bool) -> Meaning:
         deltaw.compress(adapter, folder / "out", rank=2)
-        file = deltaw.files.formats.peft.read(folder / "out", of_model=True)
+        file = peft.read(folder / "out", of_model=True)
         deltaw.compress(adapter, folder / "small", rank=1)
         return {layer: product(A, B, file.scales[layer]) for layer, (A, B) in file.factors.items()}
 
@@ -439,8 +563,6 @@ class Campaign:
         return {n: product(state[f"{n}.lora_A"], state[f"{n}.lora_B"], 2 / len(state[f"{n}.lora_A"])) for n in layers}
 
     def _verify(self, adapter: Path, folder: Path, own_base: bool) -> None:
-        from deltaw.files.verify import verify_adapter
-
         verify_adapter(self.base if own_base else self.other, adapter)
 
 

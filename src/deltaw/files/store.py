@@ -305,7 +305,9 @@ def _check_effect(
     Before the first step of a training B is zero; such an adapter is loaded, which is logged.
     """
     if not updates:
-        raise FileError(f"The adapter in {path} has no effect on this model: nothing in it is of one of the model's layers.")
+        raise FileError(
+            f"The adapter in {path} has no effect on this model: nothing in it is of one of the model's layers."
+        )
     steps = training.get(STEPS_TAKEN)
     if isinstance(file, LoRAFile) and not file.changes_anything and isinstance(steps, int) and steps > 0:
         raise FileError(

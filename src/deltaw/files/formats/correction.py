@@ -53,7 +53,9 @@ def _manifest(text: bytes) -> Manifest:
     values = parse_object(text)
     if unknown := values.keys() - {field.name for field in fields(Manifest)}:
         raise ValueError(f"its manifest has {sorted(unknown)}")
-    shards, untied, added = (values.get(key, kind()) for key, kind in (("shards", dict), ("untied", dict), ("added", list)))
+    shards, untied, added = (
+        values.get(key, kind()) for key, kind in (("shards", dict), ("untied", dict), ("added", list))
+    )
     sound = (
         isinstance(values.get("adapter"), str) and type(values.get("format", FORMAT)) is int and _are_texts(added)
         and isinstance(shards, dict) and all(_are_texts(hashes) and len(hashes) == 2 for hashes in shards.values())

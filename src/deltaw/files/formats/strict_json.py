@@ -18,16 +18,18 @@ _LARGEST = 100_000_000
 def parse(text: str | bytes) -> object:
     """Return the value of a JSON text.
 
-    Raises ValueError for a text that is no JSON, a key that is twice in one object (of which `json` keeps the last), and nesting
-    beyond 100 levels.
+    Raises ValueError for a text that is no JSON, a key that is twice in one object (of which `json` keeps the last), nesting
+    beyond 100 levels, and half a character.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        value: object = json.loads(text, object_pairs_hook=_without_duplicates)
+        value: object = DECODER.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    _check_depth(value)
+    check_depth(value)
+    if "\\ud" in text.lower() and not _is_text(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it has half a character (an unpaired surrogate)")
     return value
 
 
@@ -73,7 +75,19 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-def _check_depth(value: object) -> None:
+DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
+"""Decodes JSON, and raises ValueError for a key that is twice in one object."""
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_depth(value: object) -> None:
     """Raise ValueError for a value that is nested too deep, level by level."""
     level: list[object] = [value]
     for _ in range(_DEEPEST):
