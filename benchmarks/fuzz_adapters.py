@@ -30,15 +30,18 @@ from deltaw.model.summary import updates as updates_of
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 8.5, 1e308, -1e308, 10**30, 10**400, "", "x", "q_proj", "(", "(a+)+$", r"(.*\.)*(.*)*q_projx", "a" * 5000,
-    [], {}, [None], [1], ["q_proj"], ["("], [[]], {"a": 1}, {"(": 2}, {"(a+)+$": 2}, {"q": None}, {"q": 10**400}, {"(a)\\1": 3},
+    None, True, False, 0, -1, 1, 3, 8.5, 1e308, -1e308, 10**30, 10**400, "", "x", "q_proj", "(", "(a+)+$", r"(.*\.)*(.*)*q_projx",
+    "a" * 5000,
+       [], {}, [None], [1], ["q_proj"], ["("], [[]], {"a": 1}, {"(": 2}, {"(a+)+$": 2},
+    {"q": None}, {"q": 10**400}, {"(a)\\1": 3},
     "../../etc/passwd", "\x1b[31m[red]", "\ud800", 2**63, 2**64, [2**64], {"a": [2**70]}, float("nan"), float("inf"),
 ]  # fmt: skip
 KEYS = [
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "use_dora", "bias",
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "trainable_token_indices", "ensure_weight_tying", "base_model_name_or_path", "task_type", "init_lora_weights", "deltaw_method",
-    "settings", "feedforward_modules", "num_virtual_tokens", "unknown_key", "fan_in_fan_out", "peft_version", "layer_replication",
+    "trainable_token_indices", "ensure_weight_tying", "base_model_name_or_path", "task_type", "init_lora_weights",
+    "deltaw_method",    "settings", "feedforward_modules", "num_virtual_tokens", "unknown_key",
+    "fan_in_fan_out", "peft_version", "layer_replication",
 ]  # fmt: skip
 DEEP = "[" * 5000 + "]" * 5000
 NUMBERS: list[Any] = [-1, 0, 1, 1.5, True, "4", None, 2**31, 2**62, 2**64, 10**400, [], float("nan")]
@@ -325,8 +328,10 @@ def damage_pickle(path: Path, random: Random) -> str:
     key = random.choice(sorted(tensors))
     t = tensors[key]
     wrong: dict[str, Any] = {
-        "meta": t.to("meta"), "sparse": t.to_sparse(), "int8": t.to(torch.int8), "none": None, "expanded": torch.zeros(1).expand(1 << 20, 1 << 10),
-        "quantised": torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "complex": t.to(torch.complex64), "nested": {"a": t}, "list": [t],
+        "meta": t.to("meta"), "sparse": t.to_sparse(), "int8": t.to(torch.int8), "none": None,
+        "expanded": torch.zeros(1).expand(1 << 20, 1 << 10),
+        "quantised": torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "complex": t.to(torch.complex64), "nested": {"a": t},
+        "list": [t],
         "NaN": t * float("nan"), "parameter": torch.nn.Parameter(t), "bool": t > 0, "scalar": t[0, 0].clone(), "half": t.half(),
         "csr": t.to_sparse_csr(), "number": 3,
     }  # fmt: skip

@@ -27,7 +27,9 @@ from fuzz_adapters import DEEP, JUNK, Outcome, rng
 
 FORMS: dict[str, list[dict[str, Any]]] = {
     "prompt": [{"prompt": f"What is {i}? ", "completion": f"It is {i}."} for i in range(5)],
-    "chat": [{"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(5)],
+    "chat": [
+        {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(5)
+    ],
     "instruction": [{"instruction": f"Add {i}", "input": "2", "output": f"{i + 2}"} for i in range(5)],
     "text": [{"text": f"A text about {i}."} for i in range(5)],
     "labelled": [{"text": f"text {i}", "label": i % 2} for i in range(6)],
@@ -47,7 +49,8 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 VALUES: list[Any] = [
-    *JUNK, "1" * 400, int("9" * 400), 1e400, "1e400", "NaN", "-inf", "\x00", "a" * 4096, "x" * 300 + ".png", "\u2028", "é" * 3, "\ud83d",
+    *JUNK, "1" * 400, int("9" * 400), 1e400, "1e400", "NaN", "-inf", "\x00", "a" * 4096, "x" * 300 + ".png",
+    "\u2028", "é" * 3, "\ud83d",
     "/dev/zero", "/dev/stdin", "/proc/self/mem", ".", "a\x00b", [[1, [2]]], {"bytes": "x"}, {"path": "../x"}, {"bytes": b"x"},
     datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 12), datetime.timedelta(1), b"\xff\xfe", [{"role": 3}],
     [{"role": "assistant", "content": None}], [{"from": "gpt", "value": ["x"]}], "<|im_end|>", "<s>", "{{ 1 }}",
