@@ -69,6 +69,15 @@ def test_no_pattern_takes_long(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "pattern", ["q_proj", "a", "layers.0.self_attn.q_proj", "self.attn.q_proj", ".", "x", "0.mlp.down_proj"]
+)
+def test_plain_patterns_are_the_ends_of_names(pattern: str) -> None:
+    assert patterns.is_plain(pattern) and not patterns.is_plain(r"a\.b")
+    for name in NAMES:
+        assert patterns.ends_in(pattern, name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None), name
+
+
+@pytest.mark.parametrize(
     ("pattern", "why"),
     [("(", "no regular expression"), (r"(a)\1", "groupref"), ("a" * 5000, "5,000 characters"), ("(?>a)b", "atomic")],
     ids=lambda value: value[:10],

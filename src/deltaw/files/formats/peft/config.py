@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.errors import FileError
-from deltaw.files.formats.peft import patterns
+from deltaw.files.formats.peft.patterns import is_plain, problem
 from deltaw.files.formats.strict_json import is_natural, read_object
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -267,7 +267,7 @@ def _number_problems(settings: Mapping[str, object]) -> list[str]:
         problems += [
             f"{CONFIG}: {pattern_key} has {pattern!r}, which is no regular expression"
             for pattern in patterns
-            if not is_pattern(in_pattern(pattern))
+            if not (is_plain(pattern) or is_pattern(in_pattern(pattern)))
         ]
         problems += [
             f"{CONFIG}: {name} is {value!r}; it must be a {'whole ' if a_rank else ''}number above 0"
@@ -310,7 +310,7 @@ def are_names(value: object) -> bool:
 
 def is_pattern(value: object) -> bool:
     """True for a text that is a regular expression which can be matched."""
-    return isinstance(value, str) and patterns.problem(value) is None
+    return isinstance(value, str) and problem(value) is None
 
 
 def in_pattern(pattern: str) -> str:

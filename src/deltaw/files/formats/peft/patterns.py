@@ -26,6 +26,8 @@ _LONG, _SIMPLE = 4, 10
 # Places that are looked at for one name before the pattern is given up
 _MOST = 1_000_000
 
+_PLAIN = re.compile(r"[\w.-]+")
+
 _Node = Sequence[tuple[Any, Any]]
 
 
@@ -36,6 +38,19 @@ def problem(pattern: str) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def is_plain(pattern: str) -> bool:
+    """Return whether a pattern is a name whose dots stand for any character: adapters may have thousands of these."""
+    return _PLAIN.fullmatch(pattern) is not None
+
+
+def ends_in(pattern: str, name: str) -> bool:
+    """Return whether a name is what a plain pattern means, or ends so after a dot."""
+    tail = name[-len(pattern) :]
+    if len(tail) < len(pattern) or name[: -len(pattern)][-1:] not in ("", "."):
+        return False
+    return all(p == c or (p == "." and c != "\n") for p, c in zip(pattern, tail, strict=True))
 
 
 def starts(pattern: str, name: str) -> bool:
@@ -136,7 +151,8 @@ class _Matcher:
         if code is codes.BRANCH:
             return set().union(*(self.after(part, places) for part in value[1]))
         if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
-            return self._repeated(*value, places)
+            least, most, part = value
+            return self._repeated(least, most, part, places)
         if code in (codes.ASSERT, codes.ASSERT_NOT):
             direction, part = value
             return {p for p in places if self._looks(part, p, direction) == (code is codes.ASSERT)}

@@ -120,7 +120,13 @@ def _by_pattern(name: str, by_pattern: Mapping[str, _Number], default: _Number) 
     """
     for pattern, value in by_pattern.items():
         only = _only_name(pattern)
-        if only == name if only is not None else patterns.starts(in_pattern(pattern), name):
+        if only is not None:
+            meant = only == name
+        elif patterns.is_plain(pattern) and not name.endswith("\n"):
+            meant = patterns.ends_in(pattern, name)
+        else:
+            meant = patterns.starts(in_pattern(pattern), name)
+        if meant:
             return value
     return default
 
