@@ -168,7 +168,7 @@ def _entry(name: str, values: object, begin: int) -> Entry:
         else (None, None, None)
     )
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
-        raise ValueError(f"{name[:200]} has no dtype, shape and place")
+        raise ValueError(f"{name[:200]} has no dtype, shape and data_offsets")
     # A dimension of 0 may stand beside any others, which must not overflow where they are multiplied
     if not all(map(is_natural, (*shape, *place))) or not is_natural(math.prod(n for n in shape if n)):
         raise ValueError(f"the shape and place of {name[:200]} are no natural numbers: {shape!r:.100}, {place!r:.100}")
