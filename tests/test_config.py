@@ -35,7 +35,7 @@ train_configs = st.builds(
     TrainConfig,
     data=data_configs, out=st.text(min_size=1, max_size=20), overwrite=st.booleans(), lr=positive, warmup=positive,
     schedule=st.sampled_from(["cosine", "linear", "constant"]), epochs=positive, steps=st.none() | some, batch=some,
-    clip=positive, seed=st.integers(), valid=st.none() | st.text(max_size=9), patience=st.none() | some,
+    clip=positive, seed=st.integers(-(2**63) + 1, 2**63 - 1), valid=st.none() | st.text(max_size=9), patience=st.none() | some,
 )  # fmt: skip
 
 

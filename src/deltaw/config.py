@@ -40,6 +40,8 @@ T = TypeVar("T", bound="DataclassInstance")
 ABOVE_ZERO = math.ulp(0.0)
 """As a lower limit: any number above zero."""
 BELOW_ONE = math.nextafter(1.0, 0.0)
+# What every generator of random numbers takes, also with a small number added to it
+LARGEST_SEED = 2**63 - 1
 """As an upper limit: any number below one."""
 
 
@@ -177,7 +179,7 @@ class TrainConfig:
             micro_batch=(1, self.batch if bounded else None), clip=(0.0, None),
             weight_decay=(0.0, None), lr_ratio=(ABOVE_ZERO, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
-            log_every=(1, None), samples=(0, None),
+            log_every=(1, None), samples=(0, None), seed=(-LARGEST_SEED, LARGEST_SEED),
         )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check(
             self, max_new_tokens=(1, None), temperature=(0.0, None), top_p=(ABOVE_ZERO, 1.0), beams=(1, None),
-            batch=(1, None),
+            batch=(1, None), seed=(-LARGEST_SEED, LARGEST_SEED),
         )  # fmt: skip
 
 

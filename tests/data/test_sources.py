@@ -162,3 +162,46 @@ def test_hub_failure_is_ours(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     message = failure("someone/data")
     assert "someone/data" in message and "ConnectionError: offline" in message
+
+
+def test_a_key_that_is_twice_in_a_record_is_named(tmp_path):
+    line = b'{"prompt": "a", "completion": "b", "prompt": "c"}'
+    for name, content in (("x.jsonl", LINE + b"\n" + line), ("x.json", b"[" + LINE + b",\n" + line + b"]")):
+        message = failure(write(tmp_path, name, content))
+        assert f"{name}:2: not JSON that can be read: 'prompt' is in it twice" in message
+
+
+def test_records_nested_too_deep_are_named(tmp_path):
+    deep = b'{"prompt": "a", "completion": "b", "x": ' + b"[" * 500 + b"]" * 500 + b"}"
+    assert "x.jsonl:1: not JSON that can be read: it is nested deeper" in failure(write(tmp_path, "x.jsonl", deep))
+
+
+def test_parquet_values_that_python_cannot_hold_are_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    binary = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, binary.buffers())
+    table = pyarrow.table({"prompt": text, "completion": pyarrow.array(["a", "b"])})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert "x.parquet[1]: a value cannot be read" in failure(tmp_path / "x.parquet")
+    dates = pyarrow.array([0, 2**55], pyarrow.timestamp("ms"))
+    table = pyarrow.table({"prompt": pyarrow.array(["a", "b"]), "completion": dates})
+    pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
+    message = failure(tmp_path / "y.parquet")
+    assert "y.parquet[0]: field 'completion' must be text" in message and "y.parquet[1]: a value" in message
+
+
+@pytest.mark.parametrize("label", [10**400, -(10**400), "1" * 400 + ".0"], ids=["large", "small", "text"])
+def test_a_label_of_400_digits_is_no_foreign_error(label):
+    from deltaw.data.labels import class_names
+
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": label}]
+    with pytest.raises(DataError):
+        class_names(read(rows, DataConfig()).items)
+
+
+def test_an_image_field_longer_than_a_file_name_is_no_path(tmp_path):
+    rows = [{"image": "x" * 5000, "label": 0}, {"image": "a\x00b", "label": 1}]
+    path = write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [record.image for record in read(path, DataConfig())] == [row["image"] for row in rows]

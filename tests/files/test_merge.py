@@ -186,6 +186,20 @@ def test_a_damaged_correction_is_refused(reversible: Path, damage: str) -> None:
     refused(reversible, "correction|damaged", error=FileError)
 
 
+@pytest.mark.parametrize("change", [
+    {"shards": 3}, {"shards": {"a": 1}}, {"added": "name"}, {"added": [1]}, {"untied": []}, {"adapter": None}, {"format": "2"},
+    {"unknown": 1},
+], ids=str)  # fmt: skip
+def test_a_manifest_of_other_types_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    with correction.writing(tmp_path / correction.NAME, "hash"):
+        pass
+    manifest = dataclasses.asdict(correction.Reader(tmp_path / correction.NAME).manifest)
+    with zipfile.ZipFile(tmp_path / correction.NAME, "w") as archive:
+        archive.writestr("manifest.json", json.dumps(manifest | change))
+    with pytest.raises(FileError, match="no correction file, or a damaged one"):
+        correction.Reader(tmp_path / correction.NAME)
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     folder = checkpoint(MAKERS["llama"], torch.float32, tmp_path)
     index = folder / "base" / INDEX

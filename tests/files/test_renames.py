@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from deltaw import LoRA, attach, load, save
 from deltaw.errors import FileError
+from deltaw.files.formats.peft.metadata import sealed
 from tests.conftest import fill, tiny_llama
 
 
@@ -46,7 +47,7 @@ def under_old_names(source: Path, folder: Path, names: dict[str, str]) -> Path:
 
     tensors = {old(key): tensor for key, tensor in load_file(source / "adapter_model.safetensors").items()}
     with safe_open(source / "adapter_model.safetensors", "pt") as file:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata=file.metadata())
+        save_file(tensors, folder / "adapter_model.safetensors", metadata=sealed(tensors, file.metadata()))
     return folder
 
 

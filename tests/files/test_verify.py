@@ -13,6 +13,7 @@ import deltaw
 from deltaw.cli import main
 from deltaw.errors import BaseMismatch, FileError, MergeError
 from deltaw.files.formats import peft as peft_files
+from deltaw.files.formats.peft.metadata import sealed
 from deltaw.files.formats.safetensors import shards_of
 from deltaw.files.merge import merge_files
 from deltaw.files.verify import verify_adapter, verify_merged
@@ -71,7 +72,8 @@ def test_an_adapter_and_two_exchanged_entries(folder: Path, capsys: pytest.Captu
 def test_an_adapter_of_an_older_version_is_no_yes(folder: Path) -> None:
     weights = folder / "adapter" / "adapter_model.safetensors"
     old = ":".join(["0123456789abcdef" * 2] * 3)
-    save_file(load_file(weights), weights, metadata=peft_files.read(folder / "adapter").metadata | {peft_files.W0: old})
+    metadata = peft_files.read(folder / "adapter").metadata | {peft_files.W0: old}
+    save_file(tensors := load_file(weights), weights, metadata=sealed(tensors, metadata))
     with pytest.raises(FileError, match="older version"):
         verify_adapter(folder / "base", folder / "adapter")
 

@@ -16,6 +16,7 @@ import deltaw
 from deltaw.errors import FileError
 from deltaw.files.formats.method_file import as_difference, from_difference, problems_with
 from deltaw.files.formats.peft import tensors_of
+from deltaw.files.formats.peft.metadata import sealed
 from deltaw.methods.full import Full
 from deltaw.model.summary import updates
 from tests.methods.test_methods import build, trained
@@ -42,7 +43,7 @@ def test_differences_give_back_the_trained_bits_and_damaged_ones_are_refused(tmp
         deltaw.load(build("bert", seed=9), tmp_path / "a")
     path = tmp_path / "a" / "adapter_model.safetensors"
     tensors[f"base_model.model.{layer}.weight:where"][0] = 10**6
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata=sealed(tensors, metadata))
     with pytest.raises(FileError, match=f"{layer}.weight: the entries kept beside its difference"):
         deltaw.load(build("bert"), tmp_path / "a")
 

@@ -201,9 +201,17 @@ def _label(fields: Fields, wanted: bool) -> list[str]:
         return [_missing(fields, "label")] if wanted else []
     if isinstance(value, str) and value.strip():
         return _text(fields, "label")
-    if isinstance(value, numbers.Real) and math.isfinite(value):
+    if isinstance(value, numbers.Real) and _is_finite(value):
         return []
     return [f"field 'label' must be the name or number of a class, or a quantity, found {show(value)}"]
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    """Return whether a number is one that a float can hold: no NaN, no infinity, no integer of 400 digits."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _chat(place: str, fields: Fields, completions: bool) -> Record | list[str]:

@@ -29,7 +29,7 @@ def pixels(records: Sequence[Record], processor: BaseImageProcessor) -> list[NDA
         try:
             picture = opened(record.image)
             pictures.append(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32))
-        except (DataError, FileError, OSError, ValueError, TypeError) as error:
+        except Exception as error:  # for damaged pictures the decoders raise dozens of types
             problems.append(f"{record.place}: {first_line(error)}")
     if problems:
         raise DataError(f"{len(problems)} of {len(records)} records have a picture that cannot be used:", problems)

@@ -108,7 +108,7 @@ def class_name(label: Label) -> str:
     if isinstance(label, numbers.Real) and float(label).is_integer():
         return str(int(float(label)))
     text = str(label).strip()
-    return str(int(float(text))) if _WHOLE.fullmatch(text) else text
+    return str(int(float(text))) if _WHOLE.fullmatch(text) and not _overflows(text) else text
 
 
 def class_names(records: Sequence[Record], source: str = "") -> list[str]:

@@ -10,14 +10,17 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from deltaw.errors import DataError, first_line, nearest
+from deltaw.files.formats.strict_json import DECODER, check_depth
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 Fields = Mapping[str, object]
 """A row's values by their fields."""
@@ -156,9 +159,17 @@ def _file(path: Path) -> Read:
 def _with_picture(fields: Fields, folder: Path) -> Fields:
     """Return the fields with the whole path of a picture that lies beside the file that names it."""
     image = fields.get("image")
-    if isinstance(image, str) and (folder / image).is_file():
+    if isinstance(image, str) and _is_file(folder / image):
         return {**fields, "image": str((folder / image).absolute())}
     return fields
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file; none has a name that the system cannot take."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _parsed(path: Path) -> Read:
@@ -185,7 +196,8 @@ def _json_lines(raw: bytes, name: str) -> Read:
             continue
         place = f"{name}:{number}"
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = DECODER.decode(line.decode("utf-8"))
+            check_depth(value)
         except UnicodeDecodeError as error:
             problems.append(f"{place}: {_not_utf8(error)}")
         except (ValueError, RecursionError) as error:
@@ -201,7 +213,7 @@ def _json_array(raw: bytes, name: str) -> Read:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return [], [f"{name}:{_line(raw, error.start)}: {_not_utf8(error)}"]
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    space = re.compile(r"[ \t\r\n]*")
 
     def skip(at: int) -> int:
         return space.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches anywhere
@@ -214,7 +226,8 @@ def _json_array(raw: bytes, name: str) -> Read:
     while True:
         line, counted = line + text.count("\n", counted, at), at
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = DECODER.raw_decode(text, at)
+            check_depth(value)
         except json.JSONDecodeError as error:
             return read, [*problems, f"{name}:{error.lineno}: {_not_json(error)}"]
         except (ValueError, RecursionError) as error:
@@ -276,9 +289,28 @@ def _parquet(path: Path) -> Read:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # for damaged bytes the library and its metadata's readers raise dozens of types
         raise DataError(f"{path}: not a readable parquet file: {first_line(error)}") from error
-    return [(f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist())], []
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        return [], [f"{path.name}: column {name!r} is there more than once; rename one" for name in twice]
+    try:
+        return [(f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist())], []
+    except (pyarrow.ArrowException, ValueError, OverflowError):  # bytes that are no UTF-8, a date that Python has not
+        return _by_rows(table, path.name)
+
+
+def _by_rows(table: pyarrow.Table, name: str) -> Read:
+    """Return the rows of a table one by one, and those that have a value which Python cannot hold as problems."""
+    import pyarrow
+
+    read: list[Row] = []
+    problems: list[str] = []
+    for i in range(len(table)):
+        try:
+            read.append((f"{name}[{i}]", table.slice(i, 1).to_pylist()[0]))
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            problems.append(f"{name}[{i}]: a value cannot be read: {first_line(error)}")
+    return read, problems
 
 
 def _memory(source: Iterable[object], name: str) -> Read:
@@ -333,7 +365,10 @@ def show(value: object) -> str:
     """Return a value for a message: its type and its first characters."""
     if value is None:
         return "null"
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, lists within lists
+        return type(value).__name__
     short = repr(text[:40] + "…" if len(text) > 40 else text) if isinstance(value, str) else text[:40]
     return f"{type(value).__name__} {short}"
 

@@ -22,12 +22,14 @@ from deltaw.files.formats.atomic import check_apart
 from deltaw.files.formats.model_folder import copy_files
 from deltaw.files.formats.peft import CONFIG, PICKLED, WEIGHTS, LoRAFile, check_adapter_place, config_for
 from deltaw.files.formats.peft.keys import in_file
-from deltaw.files.formats.peft.metadata import SLICES
+from deltaw.files.formats.peft.metadata import SLICES, slices_of
 from deltaw.files.units import parse_size
 from deltaw.layers.names import in_order
 from deltaw.layers.ops.svd import Triples, triples
 
 _Value = TypeVar("_Value")
+# Product of the largest entries of A and scale·B from which on squares of singular values may overflow
+_LARGEST = 1e140
 # The settings that a cut changes
 _CONFIGURED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
 
@@ -128,7 +130,13 @@ def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
     directions = {}
     for layer in in_order(file.factors):
         A, B = file.matrices(layer)
-        directions[layer] = triples(A, B.double() * file.scales[layer])
+        B = B.double() * file.scales[layer]
+        # What is below this has a finite product with A, and finite squares
+        if not B.abs().max() * A.abs().max().double() < _LARGEST:
+            raise FileError(
+                f"{folder}: ΔW of {layer} is too large for its singular values (the scale is {file.scales[layer]:g})."
+            )
+        directions[layer] = triples(A, B)
     return directions
 
 
@@ -262,7 +270,8 @@ def truncated(file: LoRAFile, directions: Mapping[str, Triples], ranks: Mapping[
     )  # fmt: skip
     metadata = dict(file.metadata)
     if SLICES in metadata:  # their A's and B's are no longer apart
-        slices = {layer: runs for layer, runs in json.loads(metadata.pop(SLICES)).items() if layer not in cut}
+        slices = {layer: runs for layer, runs in slices_of(metadata).items() if layer not in cut}
+        del metadata[SLICES]
         metadata |= {SLICES: json.dumps(slices)} if slices else {}
     return dataclasses.replace(
         file, factors=factors, scales=scales, biases=biases, metadata=metadata,

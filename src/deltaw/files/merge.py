@@ -25,6 +25,7 @@ from deltaw.files.formats.fingerprint import EXACT, Digest, bytes_of, combined, 
 from deltaw.files.formats.locate import NotByFiles, Place, check_by_files, hash_of_layers, places_of, stored_twice
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.formats.safetensors import INDEX, Other, Rewritten, Shard, rewrite, shards_of, with_tensors
+from deltaw.files.formats.strict_json import read_object
 from deltaw.layers.ops.merging import MergeStats, merge_, merge_reversibly_, restore_, restored_within
 from deltaw.layers.ops.residual import integers_of
 from deltaw.layers.ties import untied_config
@@ -197,7 +198,7 @@ def _with_heads(shard: Shard, places: Mapping[str, Place], change: Callable[[str
 def _say_untied(folder: Path, shards: list[Shard], places: Mapping[str, Place]) -> None:
     """Write in a merged folder's config that the head has a tensor of its own, and into its index where that is."""
     path = folder / model_folder.CONFIG
-    config = untied_config(json.loads(path.read_text(encoding="utf-8")))
+    config = untied_config(read_object(path))
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not (path := folder / INDEX).is_file():
         return

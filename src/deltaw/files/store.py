@@ -20,6 +20,7 @@ from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.model_folder import copy_files, differs, files_in, has_vocabulary
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.formats.peft.targets import saved_module
+from deltaw.files.formats.strict_json import parse_object
 from deltaw.files.identity import base_hash
 from deltaw.files.other_methods import as_method_file, method_in, restored
 from deltaw.files.pack import as_file
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 TRAINING = "deltaw_training"
 """Metadata: JSON, how the adapter was trained."""
+STEPS_TAKEN = "steps_taken"
+"""Among the settings of a training: how many steps the adapter has behind it."""
 
 
 log = logging.getLogger("deltaw")
@@ -244,11 +247,13 @@ def place(
     if isinstance(file, LoRAFile):
         _check_names(file, layers, path)
         updates = fitted(model, layers, file, path, device=device)
-        _say_what_has_no_effect(file, layers, path)
     else:
         updates = restored(model, file, path, device=device)
-    method = _lora(file) if isinstance(file, LoRAFile) else method_in(file, path)
     training = _training(file, path)
+    _check_effect(file, updates, training, path)
+    if isinstance(file, LoRAFile):
+        _say_what_has_no_effect(file, layers, path)
+    method = _lora(file) if isinstance(file, LoRAFile) else method_in(file, path)
     metadata: live.Notes = {"training": training} if training else {}
     if files_in(path):
         metadata["tokenizer"] = path
@@ -301,6 +306,25 @@ def _check_names(file: LoRAFile, layers: Mapping[str, nn.Module], path: Path) ->
         raise FileError(f"The adapter in {path} means another model than this; nothing was changed:", problems)
 
 
+def _check_effect(
+    file: LoRAFile | MethodFile, updates: Mapping[str, Update], training: Mapping[str, Any], path: Path
+) -> None:
+    """Raise FileError for an adapter of which nothing is put on the model, and for one whose steps have changed nothing.
+
+    Before the first step of a training B is zero; such an adapter is loaded, which is logged.
+    """
+    if not updates:
+        raise FileError(
+            f"The adapter in {path} has no effect on this model: nothing in it is of one of the model's layers."
+        )
+    steps = training.get(STEPS_TAKEN)
+    if isinstance(file, LoRAFile) and not file.changes_anything and isinstance(steps, int) and steps > 0:
+        raise FileError(
+            f"The adapter in {path} has no effect: its file says that {steps} steps were taken, and B is zero in all of its "
+            f"{len(file.factors)} layers. Its values were lost; train again, or use another copy."
+        )
+
+
 def _say_what_has_no_effect(file: LoRAFile, layers: Mapping[str, nn.Module], path: Path) -> None:
     """Log an adapter that changes nothing, and updates on modules that no forward calls."""
     if not file.changes_anything:
@@ -339,12 +363,11 @@ def training_of(path: str | Path) -> dict[str, Any]:
 
 def _training(file: LoRAFile | MethodFile, path: Path) -> dict[str, Any]:
     try:
-        training = json.loads(file.metadata.get(TRAINING, "{}"))
-    except ValueError:
-        training = None
-    if not isinstance(training, dict):
-        raise FileError(f"{path}: the training settings in the metadata of {peft.WEIGHTS} are damaged.")
-    return training
+        return parse_object(file.metadata.get(TRAINING, "{}"))
+    except ValueError as error:
+        raise FileError(
+            f"{path}: the training settings in the metadata of {peft.WEIGHTS} are damaged: {error}"
+        ) from error
 
 
 def _stored_as(updates: Mapping[str, Update], dtype: torch.dtype) -> float:

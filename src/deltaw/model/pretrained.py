@@ -337,7 +337,10 @@ def _adapter_hint(path: Path) -> str:
     """Return the end of a message if the folder is an adapter's."""
     if not (path / "adapter_config.json").is_file():
         return ""
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):  # its settings are another command's subject
+        base = None
     return f"; it is an adapter of {base or 'some base'}: give the base as MODEL and this folder with --adapter"
 
 

@@ -89,7 +89,7 @@ def with_header(path: Path, header: object, body: bytes) -> Path:
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "but has 8 bytes"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "tensors end at"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
-        ({"a": 3}, "has no dtype, shape and place"),
+        ({"a": 3}, "has no dtype, shape and data_offsets"),
         ([1, 2], "no sound safetensors"),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_tensor_that_is_in_the_header_twice_is_refused(tmp_path: Path) -> None
     text = f"{{{entry},{entry}}}".encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(FileError, match="'a' is in its header twice"):
+    with pytest.raises(FileError, match="'a' is in it twice"):
         safetensors.read_header(path)
 
 

@@ -12,19 +12,24 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from deltaw.errors import FileError
 from deltaw.files.formats.safetensors import PIECE, tensor_over
+from deltaw.files.formats.strict_json import parse_object
 from deltaw.layers.ops.residual import EFFORT, Residual
 
 NAME = "base.correction"
 FORMAT = 2
 # Format 1 had no files beside the weights
 _READ = (1, FORMAT)
+# What a zip archive's reader raises for damaged bytes: its own error, of a method or version that it does not know, of encryption
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
+# Bytes of a file beside the weights
+_LARGEST = 1 << 30
 _MANIFEST, _BESIDE, _HEADERS = "manifest.json", "beside", "headers"
 
 
@@ -41,6 +46,28 @@ class Manifest:
     untied: dict[str, list[str]] = field(default_factory=dict)
     """File name → tensors in the merged file that the base's has not, for weights that it has once."""
     format: int = FORMAT
+
+
+def _manifest(text: bytes) -> Manifest:
+    """Return the manifest in a JSON text. Raises ValueError for one of other types."""
+    values = parse_object(text)
+    if unknown := values.keys() - {field.name for field in fields(Manifest)}:
+        raise ValueError(f"its manifest has {sorted(unknown)}")
+    shards, untied, added = (
+        values.get(key, kind()) for key, kind in (("shards", dict), ("untied", dict), ("added", list))
+    )
+    sound = (
+        isinstance(values.get("adapter"), str) and type(values.get("format", FORMAT)) is int and _are_texts(added)
+        and isinstance(shards, dict) and all(_are_texts(hashes) and len(hashes) == 2 for hashes in shards.values())
+        and isinstance(untied, dict) and all(map(_are_texts, untied.values()))
+    )  # fmt: skip
+    if not sound:
+        raise ValueError("its manifest has values of other types than deltaw writes")
+    return Manifest(**values)  # type: ignore[arg-type]
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 class Writer:
@@ -97,8 +124,8 @@ class Reader:
         self.path = path
         try:
             self.archive = zipfile.ZipFile(path)
-            self.manifest = Manifest(**json.loads(self.archive.read(_MANIFEST)))
-        except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            self.manifest = _manifest(self._bounded(_MANIFEST))
+        except (OSError, KeyError, ValueError, *_DAMAGED) as error:
             raise FileError(f"{path} is no correction file, or a damaged one: {error}") from error
         if self.manifest.format not in _READ:
             raise FileError(f"{path} is a correction of format {self.manifest.format}; this version reads {FORMAT}.")
@@ -114,8 +141,8 @@ class Reader:
     def header(self, file: str) -> bytes:
         """Return the header of a base's file."""
         try:
-            return self.archive.read(f"{_HEADERS}/{file}")
-        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            return self._bounded(f"{_HEADERS}/{file}")
+        except (KeyError, OSError, ValueError, *_DAMAGED) as error:
             raise FileError(f"{self.path} lacks the header of {file}, or it is damaged: {error}") from error
 
     def put_back(self, folder: Path) -> None:
@@ -130,20 +157,25 @@ class Reader:
         for name, path in places.items():
             path.parent.mkdir(exist_ok=True)
             try:
-                path.write_bytes(self.archive.read(name))
-            except (zipfile.BadZipFile, zlib.error) as error:
+                path.write_bytes(self._bounded(name))
+            except (OSError, ValueError, *_DAMAGED) as error:
                 raise FileError(f"{self.path}: its {path.name} is damaged: {error}") from error
+
+    def _bounded(self, name: str) -> bytes:
+        """Return the bytes of a part that is no tensor's. Raises ValueError where they would be more than these ever are."""
+        size = self.archive.getinfo(name).file_size
+        if size > _LARGEST:
+            raise ValueError(f"{name} would have {size:,} bytes")
+        return self.archive.read(name)
 
     def _part(self, part: str, tensor: str) -> bytearray:
         """Return the bytes of a tensor's codes or escapes."""
         name = f"{part}/{tensor}"
         try:
-            held = bytearray(self.archive.getinfo(name).file_size)
-            at = 0
+            held = bytearray()  # grows by what is there: the size in the directory may be any
             with self.archive.open(name) as stream:
                 while piece := stream.read(PIECE):
-                    held[at : at + len(piece)] = piece
-                    at += len(piece)
-        except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+                    held += piece
+        except (KeyError, OSError, ValueError, *_DAMAGED) as error:
             raise FileError(f"{self.path} lacks the {part} of {tensor}, or they are damaged: {error}") from error
         return held

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import FileError, shown
-from deltaw.files.formats.peft.reading import unpickled
+from deltaw.files.formats.peft.reading import named_tensors, unpickled
 from deltaw.layers.kinds import Runs
 from deltaw.layers.names import unwrapped
 
@@ -144,9 +144,7 @@ def _state(path: Path) -> dict[str, Tensor]:
     for wrapper in ("model_state_dict", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FileError(f"{path} holds no tensors by their names.")
-    state = {unwrapped(str(key)): tensor for key, tensor in state.items()}
+    state = {unwrapped(key): tensor for key, tensor in named_tensors(state, path).items()}
     while state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return state

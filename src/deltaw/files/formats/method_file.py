@@ -35,6 +35,7 @@ from deltaw.files.formats.peft.metadata import FORMAT, FORMAT_KEY, is_ours
 from deltaw.files.formats.peft.reading import tensors_of
 from deltaw.files.formats.peft.targets import is_meant, left_out, names, saved_module, target_problems
 from deltaw.files.formats.peft.writing import alike, write_folder
+from deltaw.files.formats.strict_json import parse, parse_texts
 
 log = logging.getLogger("deltaw")
 
@@ -65,11 +66,19 @@ class MethodFile:
 
     def replaced(self) -> set[str]:
         """Return the names of the base's parameters that the adapter has values for."""
-        return set(json.loads(self.metadata.get(REPLACED, "[]")))
+        return _names_in(self.metadata, REPLACED)
 
     def differences(self) -> set[str]:
         """Return the names of the tensors that are W − W0."""
-        return set(json.loads(self.metadata.get(DIFFERENCES, "[]")))
+        return _names_in(self.metadata, DIFFERENCES)
+
+
+def _names_in(metadata: Mapping[str, str], key: str) -> set[str]:
+    """Return the names that the metadata list under a key. Raises FileError for a damaged list."""
+    try:
+        return set(parse_texts(metadata.get(key, "[]")))
+    except ValueError as error:
+        raise FileError(f"The list {key} in the metadata of {WEIGHTS} is damaged: {error}") from error
 
 
 def read(folder: Path) -> MethodFile:
@@ -80,6 +89,8 @@ def read(folder: Path) -> MethodFile:
         raise FileError(f"The adapter in {folder} cannot be used: values are not finite in", bad)
     if config.method is not None:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        if len(plain) < len(tensors):
+            raise FileError(f"The adapter in {folder} cannot be used: {WEIGHTS} has a tensor under two names.")
         settings = _settings(config.settings.get("settings"), folder)
         return MethodFile(config.method, settings, plain, config, metadata)
     tensors = tensors if is_ours(metadata) else _foreign(folder, config, tensors)
@@ -110,7 +121,7 @@ def _foreign(folder: Path, config: PeftConfig, tensors: dict[str, Tensor]) -> di
 def _with_settings(file: MethodFile, folder: Path) -> MethodFile:
     """Return the file with the settings of its metadata. Raises FileError for damaged ones."""
     try:
-        settings = json.loads(file.metadata[SETTINGS])
+        settings = parse(file.metadata[SETTINGS])
     except ValueError:
         settings = None
     return dataclasses.replace(file, settings=_settings(settings, folder))
@@ -130,10 +141,14 @@ def _ia3(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metada
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _IA3_KEY.fullmatch(name):
-            if tensor.ndim != 2 or 1 not in tensor.shape:
-                problems.append(f"{key} is {list(tensor.shape)}; it must be [d, 1] or [1, k]")
+            if tensor.ndim != 2 or 1 not in tensor.shape or not tensor.is_floating_point():
+                problems.append(
+                    f"{key} is {tensor.dtype} {list(tensor.shape)}; it must be floating point, [d, 1] or [1, k]"
+                )
             elif tensor.shape[0] == 1 and names(config.feedforward_modules, match["layer"]):
                 inputs.add(match["layer"])
+            if f"{match['layer']}.l" in values:
+                problems.append(f"{match['layer']} has two vectors")
             values[f"{match['layer']}.l"] = tensor.flatten()
         elif saved_module(name, config):
             values[without_copy(name)] = tensor
@@ -153,7 +168,13 @@ def _ia3(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metada
 def _prompt(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> MethodFile:
     """Return PEFT's prompt, rows [length, d], as ours. Raises FileError for a file of anything else."""
     rows, length = tensors.get(PROMPT), config.num_virtual_tokens
-    if set(tensors) != {PROMPT} or rows is None or rows.ndim != 2 or len(rows) != length:
+    if (
+        set(tensors) != {PROMPT}
+        or rows is None
+        or rows.ndim != 2
+        or len(rows) != length
+        or not rows.is_floating_point()
+    ):
         shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
         raise FileError(
             f"The adapter in {folder} cannot be used: {WEIGHTS} must hold {PROMPT} [{length or 'num_virtual_tokens'}, d] and "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 
 from deltaw.errors import BaseMismatch, FileError, first_line, listing
 from deltaw.files.formats.atomic import check_apart, check_replaceable, files_written
+from deltaw.files.formats.strict_json import read_object
 from deltaw.model.ends import extended
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ _SHOWN = 5
 def config_of(folder: Path) -> dict[str, object] | None:
     """Return the settings in a model folder's config.json; None where there is none that can be read."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / CONFIG)
+    except FileError:
         return None
-    return config if isinstance(config, dict) else None
 
 
 def check_place(out: Path, inputs: Mapping[str, object]) -> None:
@@ -150,8 +150,7 @@ def template_in(folder: Path) -> str | dict[str, str] | None:
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         for name in ("chat_template.json", _TOKENIZER_CONFIG):
             if (folder / name).is_file():
-                settings = json.loads((folder / name).read_text(encoding="utf-8"))
-                template = settings.get("chat_template") if isinstance(settings, dict) else None
+                template = read_object(folder / name).get("chat_template")
                 if isinstance(template, list):
                     return {entry["name"]: entry["template"] for entry in template}
                 if template:
@@ -277,7 +276,7 @@ def stop_at(folder: Path, ends: Sequence[int]) -> None:
         FileError: for files that are no JSON.
     """
     path = folder / GENERATION_CONFIG
-    settings = _read(path) if path.is_file() else _of_config(folder)
+    settings = read_object(path) if path.is_file() else _of_config(folder)
     before = cast("int | list[int] | None", settings.get("eos_token_id"))
     after = extended(before, ends)
     if after != before:
@@ -289,20 +288,9 @@ def _of_config(folder: Path) -> dict[str, object]:
     """Return the settings of generation in a model's config.json; where it has a part for text, that part's."""
     from transformers import GenerationConfig
 
-    config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     parts = [part for key in ("decoder", "text_config") if isinstance(part := config.get(key), dict)]
     known = GenerationConfig.from_dict({}).to_dict()
     names = [name for name in known if not name.startswith(("_", "output_", "transformers_"))]
     values = {name: next((c[name] for c in (config, *parts) if c.get(name) is not None), None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _read(path: Path) -> dict[str, object]:
-    """Return the settings in a JSON file. Raises FileError."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise FileError(f"{path} holds no settings: these must stand in braces, {{…}}.")
-    return settings

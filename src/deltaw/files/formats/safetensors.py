@@ -34,6 +34,7 @@ from torch import Tensor
 
 from deltaw.errors import FileError
 from deltaw.files.formats.atomic import put_back
+from deltaw.files.formats.strict_json import is_natural, parse_object, read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -113,10 +114,12 @@ def shards_of(folder: Path) -> list[Shard]:
 def _index(path: Path) -> dict[str, str]:
     """Return the index's tensor name → shard's file name. Raises FileError."""
     try:
-        entries: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = {tensor: name for tensor, name in entries.items() if isinstance(name, str)}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise FileError(f"{path} cannot be read as an index of shards: {error!r}") from error
+        entries = read_object(path).get("weight_map")
+    except FileError as error:
+        raise FileError(f"{path} cannot be read as an index of shards: {error}") from error
+    if not isinstance(entries, dict):
+        raise FileError(f"{path} cannot be read as an index of shards: it has no weight_map.")
+    names = {tensor: name for tensor, name in entries.items() if isinstance(name, str)}
     if names.keys() != entries.keys() or any(Path(name).name != name for name in names.values()):
         raise FileError(f"{path} names shards outside its folder.")
     return names
@@ -131,32 +134,20 @@ def read_header(path: Path) -> Shard:
             if not 0 < length <= min(whole - 8, _LONGEST_HEADER):
                 raise ValueError(f"its header would have {length:,} bytes, the file has {whole:,}")
             text = file.read(length)
-        header: dict[str, object] = json.loads(text, object_pairs_hook=_without_duplicates)
+        header = parse_object(text)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is no mapping of texts")
         return Shard(path, length.to_bytes(8, "little") + text, _entries(header, 8 + length, whole), metadata)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise FileError(f"{path} is no sound safetensors file: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return the pairs as a dict. Raises ValueError for a key that is there twice, of which `json` keeps the last."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is in its header twice")
-    return values
 
 
 def _entries(header: Mapping[str, object], begin: int, whole: int) -> dict[str, Entry]:
     """Return the header's entries in the order of their bytes. Raises ValueError where they do not fill the file exactly."""
     entries = {}
     for name, values in header.items():
-        if not isinstance(values, dict):
-            raise ValueError(f"{name} has no dtype, shape and place")
-        start, end = values["data_offsets"]
-        entries[name] = Entry(values["dtype"], tuple(values["shape"]), begin + start, end - start)
+        entries[name] = _entry(name, values, begin)
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)))
     at = begin
     for name, entry in ordered.items():
@@ -169,6 +160,21 @@ def _entries(header: Mapping[str, object], begin: int, whole: int) -> dict[str, 
     if at != whole:
         raise ValueError(f"its tensors end at byte {at:,}, the file has {whole:,}")
     return ordered
+
+
+def _entry(name: str, values: object, begin: int) -> Entry:
+    """Return one entry of a header. Raises ValueError where its shape and place are no natural numbers."""
+    dtype, shape, place = (
+        (values.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if isinstance(values, dict)
+        else (None, None, None)
+    )
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+        raise ValueError(f"{name[:200]} has no dtype, shape and data_offsets")
+    # A dimension of 0 may stand beside any others, which must not overflow where they are multiplied
+    if not all(map(is_natural, (*shape, *place))) or not is_natural(math.prod(n for n in shape if n)):
+        raise ValueError(f"the shape and place of {name[:200]} are no natural numbers: {shape!r:.100}, {place!r:.100}")
+    return Entry(dtype, tuple(shape), begin + place[0], place[1] - place[0])
 
 
 def read_tensor(file: BufferedReader, entry: Entry) -> tuple[bytearray, Tensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.errors import FileError
 from deltaw.files.formats import peft
+from deltaw.files.formats.peft.metadata import sealed
 from deltaw.files.formats.peft.ranks import alpha_for, config_for, scale_of
 
 ALPHAS = (1, 2, 3, 7, 10, 16, 24, 100, 0.1, 1.7, 12.5, 16.000000001, 1e-3, 3e4)
@@ -63,7 +64,7 @@ def edited(folder: Path, *, metadata: dict[str, str] | None = None, **settings: 
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     tensors = load_file(folder / peft.WEIGHTS)
-    save_file(tensors, folder / peft.WEIGHTS, metadata=peft.read(folder).metadata | (metadata or {}))
+    save_file(tensors, folder / peft.WEIGHTS, metadata=sealed(tensors, peft.read(folder).metadata | (metadata or {})))
     return folder
 
 

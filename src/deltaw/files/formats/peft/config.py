@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,6 +9,8 @@ from pathlib import Path
 
 from deltaw.errors import FileError
 from deltaw.files.formats.atomic import put_back
+from deltaw.files.formats.peft.patterns import is_plain, problem
+from deltaw.files.formats.strict_json import is_natural, read_object
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -127,7 +127,7 @@ class PeftConfig:
             rank_pattern={p: r for p, v in _mapping(settings.get("rank_pattern")).items() if (r := _whole(v))},
             alpha_pattern={p: a for p, v in _mapping(settings.get("alpha_pattern")).items() if (a := _positive(v))},
             use_rslora=bool(settings.get("use_rslora")),
-            lora_dropout=float(_number(settings.get("lora_dropout")) or 0.0),
+            lora_dropout=float(_positive(settings.get("lora_dropout")) or 0.0),
             use_dora=bool(settings.get("use_dora")),
             bias=_text(settings.get("bias")) or "none",
             target_modules=_names(settings.get("target_modules")),
@@ -208,13 +208,7 @@ def read_config(folder: Path) -> PeftConfig:
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))  # PEFT's place for adapters with names
         hint = f" Adapters are in its folders {', '.join(inside)}: give one of these." if inside else ""
         raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.{hint}")
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise FileError(f"{folder / CONFIG} cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise FileError(f"{folder / CONFIG} holds no settings: these must stand in braces, {{…}}.")
-    return PeftConfig.of(settings)
+    return PeftConfig.of(read_object(folder / CONFIG))
 
 
 def method_of(folder: Path) -> str | None:
@@ -275,7 +269,7 @@ def _number_problems(settings: Mapping[str, object]) -> list[str]:
         problems += [
             f"{CONFIG}: {pattern_key} has {pattern!r}, which is no regular expression"
             for pattern in patterns
-            if not is_pattern(in_pattern(pattern))
+            if not (is_plain(pattern) or is_pattern(in_pattern(pattern)))
         ]
         problems += [
             f"{CONFIG}: {name} is {value!r}; it must be a {'whole ' if a_rank else ''}number above 0"
@@ -308,9 +302,7 @@ def _name_problems(settings: Mapping[str, object]) -> list[str]:
 
 def _are_ids(values: object) -> bool:
     """True for a list of tokens' ids, none twice."""
-    return (
-        isinstance(values, list) and all(type(v) is int and v >= 0 for v in values) and len(set(values)) == len(values)
-    )
+    return isinstance(values, list) and all(map(is_natural, values)) and len(set(values)) == len(values)
 
 
 def are_names(value: object) -> bool:
@@ -319,14 +311,8 @@ def are_names(value: object) -> bool:
 
 
 def is_pattern(value: object) -> bool:
-    """True for a text that is a regular expression."""
-    if not isinstance(value, str):
-        return False
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
+    """True for a text that is a regular expression which can be matched."""
+    return isinstance(value, str) and problem(value) is None
 
 
 def in_pattern(pattern: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from deltaw.errors import BaseMismatch, FileError
+from deltaw.files.formats.checksum import checksum
 from deltaw.files.formats.fingerprint import Fingerprint, Outdated
 from deltaw.files.formats.peft.config import WEIGHTS
+from deltaw.files.formats.strict_json import is_natural, parse, parse_object, parse_texts
 from deltaw.layers.kinds import Runs
 
 log = logging.getLogger("deltaw")
@@ -26,6 +30,11 @@ SLICES = "deltaw_slices"
 ENDS = "deltaw_ends"
 # JSON, layer → its scale, where no α in the settings gives that to the last bit
 SCALES = "deltaw_scales"
+# Checksum of the tensors and of all other texts under keys of ours
+CHECKSUM = "deltaw_sha256"
+_PREFIX = "deltaw_"
+# Stands before the digits, by which a checksum is known under a damaged key
+_SHA256 = "sha256:"
 
 _NO_BASE = "%s has no fingerprint of its base (it was not written by deltaw): only its keys and shapes are checked."
 _OUTDATED = (
@@ -38,8 +47,33 @@ Metadata = Mapping[str, str]
 
 
 def is_ours(metadata: Metadata) -> bool:
-    """Return whether deltaw wrote a file with this metadata."""
-    return any(key.startswith("deltaw_") for key in metadata)
+    """Return whether deltaw wrote a file with this metadata.
+
+    A checksum alone does not say it: a foreign adapter that was compressed keeps its own meaning.
+    """
+    return any(key.startswith(_PREFIX) and key != CHECKSUM for key in metadata)
+
+
+def sealed(tensors: Mapping[str, Tensor], metadata: Metadata) -> dict[str, str]:
+    """Return the metadata with the checksum of these tensors, which are on the CPU, and of the texts that deltaw added."""
+    return {**metadata, CHECKSUM: _checksum(tensors, metadata)}
+
+
+def check_whole(tensors: Mapping[str, Tensor], metadata: Metadata, path: Path) -> None:
+    """Raise FileError where the file `path` has a checksum and it is not that of what was read. Others wrote none."""
+    known = metadata.get(CHECKSUM)
+    if known is None and not any(text.startswith(_SHA256) for text in metadata.values()):
+        return
+    if known != _checksum(tensors, metadata):
+        raise FileError(
+            f"{path} is damaged: its checksum is not that of its tensors and metadata, so some bytes have changed since it was "
+            "written. Use another copy of it. (To change an adapter's tensors, load it, change them, and save it.)"
+        )
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Metadata) -> str:
+    texts = (f"{key}\0{metadata[key]}" for key in sorted(metadata) if key.startswith(_PREFIX) and key != CHECKSUM)
+    return _SHA256 + checksum(tensors, *texts)
 
 
 def check_base(
@@ -100,9 +134,9 @@ def ends_of(metadata: Metadata, folder: Path) -> tuple[int, ...]:
         FileError: for a damaged list.
     """
     try:
-        ends = json.loads(metadata.get(ENDS, "[]"))
-        if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
-            raise ValueError(f"{ends!r} is no list of token ids")
+        ends = parse(metadata.get(ENDS, "[]"))
+        if not isinstance(ends, list) or not all(map(is_natural, ends)):
+            raise ValueError(f"{ends!r:.200} is no list of token ids")
     except ValueError as error:
         raise FileError(f"{folder}: the end tokens in the metadata of {WEIGHTS} are damaged: {error}") from error
     return tuple(ends)
@@ -113,8 +147,8 @@ def transposed_layers(metadata: Metadata) -> set[str] | None:
     if not is_ours(metadata):
         return None
     try:
-        return set(json.loads(metadata.get(TRANSPOSED, "[]")))
-    except (ValueError, TypeError) as error:
+        return set(parse_texts(metadata.get(TRANSPOSED, "[]")))
+    except ValueError as error:
         raise FileError(f"The list of transposed layers in the metadata of {WEIGHTS} is damaged: {error}") from error
 
 
@@ -126,20 +160,27 @@ def slices_of(metadata: Metadata) -> dict[str, dict[str, Runs]]:
     """
     try:
         slices = {
-            layer: {name: tuple((int(a), int(b)) for a, b in runs) for name, runs in of_layer.items()}
-            for layer, of_layer in json.loads(metadata.get(SLICES, "{}")).items()
+            layer: {name: tuple((a, b) for a, b in runs) for name, runs in of_layer.items()}  # type: ignore[attr-defined]
+            for layer, of_layer in parse_object(metadata.get(SLICES, "{}")).items()
         }
         for of_layer in slices.values():
-            if not of_layer or any(not 0 <= a < b for runs in of_layer.values() for a, b in runs or ((0, 0),)):
-                raise ValueError(f"{of_layer} are no rows")
+            ends = [(a, b) for runs in of_layer.values() for a, b in runs or ((0, 0),)]
+            if not of_layer or not all(is_natural(a) and is_natural(b) and a < b for a, b in ends):
+                raise ValueError(f"{of_layer!r:.200} are no rows")
         return slices
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(f"The slices of layers in the metadata of {WEIGHTS} are damaged: {error}") from error
 
 
+def _finite(scale: object) -> float:
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not abs(scale) <= sys.float_info.max:
+        raise ValueError(f"{scale!r:.200} is no scale")
+    return float(scale)
+
+
 def scales_of(metadata: Metadata) -> dict[str, float]:
     """Return layer → scale, of those that no α gives to the last bit. Raises FileError for damaged ones."""
     try:
-        return {layer: float(scale) for layer, scale in json.loads(metadata.get(SCALES, "{}")).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return {layer: _finite(scale) for layer, scale in parse_object(metadata.get(SCALES, "{}")).items()}
+    except ValueError as error:
         raise FileError(f"The scales of layers in the metadata of {WEIGHTS} are damaged: {error}") from error

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from deltaw.files.formats.peft import patterns
 from deltaw.files.formats.peft.config import NO_LAYERS, PeftConfig, in_pattern
 from deltaw.files.formats.peft.targets import is_target
 from deltaw.layers.names import unwrapped
@@ -96,15 +97,15 @@ def pattern_names(layer: str, config: PeftConfig) -> list[str]:
     return names or [module, *(f"{module}.{parameter}" for parameter in anywhere)]
 
 
-def _values(layer: str, config: PeftConfig, patterns: Mapping[str, _Number], default: _Number) -> list[_Number]:
+def _values(layer: str, config: PeftConfig, by_pattern: Mapping[str, _Number], default: _Number) -> list[_Number]:
     """Return what patterns give a layer, once each: one value unless they tell apart what the file does not.
 
     Files of ours have a pattern of the layer's name in the file. PEFT passes over it where that is none of its own names.
     """
     exact, names = exactly(unwrapped(layer)), pattern_names(layer, config)
-    if exact in patterns and unwrapped(layer) not in names:
-        return [patterns[exact]]
-    return list(dict.fromkeys(_by_pattern(name, patterns, default) for name in names))
+    if exact in by_pattern and unwrapped(layer) not in names:
+        return [by_pattern[exact]]
+    return list(dict.fromkeys(_by_pattern(name, by_pattern, default) for name in names))
 
 
 def exactly(layer: str) -> str:
@@ -112,23 +113,29 @@ def exactly(layer: str) -> str:
     return rf"^{re.escape(layer)}"
 
 
-def _by_pattern(name: str, patterns: Mapping[str, _Number], default: _Number) -> _Number:
+def _by_pattern(name: str, by_pattern: Mapping[str, _Number], default: _Number) -> _Number:
     """Return the value of the first pattern, in the file's order, that matches the end of the name from a dot or its start on.
 
     This is PEFT's rule. PEFT sorts patterns when it saves, so that a file may mean others than its training did.
     """
-    for pattern, value in patterns.items():
-        rule = _rule(pattern)
-        if rule == name if isinstance(rule, str) else rule.match(name):
+    for pattern, value in by_pattern.items():
+        only = _only_name(pattern)
+        if only is not None:
+            meant = only == name
+        elif patterns.is_plain(pattern) and not name.endswith("\n"):
+            meant = patterns.ends_in(pattern, name)
+        else:
+            meant = patterns.starts(in_pattern(pattern), name)
+        if meant:
             return value
     return default
 
 
 @lru_cache(maxsize=1 << 14)
-def _rule(pattern: str) -> str | re.Pattern[str]:
-    """Return the one name that a pattern of `exactly` matches, since an adapter may have thousands of these; else its regex."""
+def _only_name(pattern: str) -> str | None:
+    """Return the one name that a pattern of `exactly` matches, since an adapter may have thousands of these; else None."""
     name = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
-    return name if pattern == exactly(name) else re.compile(in_pattern(pattern))
+    return name if pattern == exactly(name) else None
 
 
 # --- the settings for ranks and scales --------------------------------------------------------------------------

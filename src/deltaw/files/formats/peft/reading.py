@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from deltaw.files.formats.peft.config import (
     unknown_settings,
 )
 from deltaw.files.formats.peft.keys import Sorted, layer_of, plain_name, sort, updated_layers
-from deltaw.files.formats.peft.metadata import is_ours, scales_of
+from deltaw.files.formats.peft.metadata import check_whole, is_ours, scales_of
 from deltaw.files.formats.peft.ranks import rank_in, rank_of, scale_of
 from deltaw.files.formats.peft.targets import (
     by_default_targets,
@@ -38,10 +37,12 @@ from deltaw.files.formats.peft.targets import (
     told_by_name,
     with_tied,
 )
-from deltaw.files.formats.safetensors import read_tensors
+from deltaw.files.formats.safetensors import DTYPES, read_tensors
 from deltaw.layers.names import in_order
 
 log = logging.getLogger("deltaw")
+
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def read(folder: Path, *, of_model: bool = False) -> LoRAFile:
@@ -92,7 +93,10 @@ def read(folder: Path, *, of_model: bool = False) -> LoRAFile:
     problems = problems or disagreements(by_kind, config, name)
     if problems:
         raise FileError(f"The adapter in {folder} cannot be used:", problems)
-    return _adapter(by_kind, config, metadata, unclear)
+    adapter = _adapter(by_kind, config, metadata, unclear)
+    if large := [f"{layer}: its scale is {x:g}" for layer, x in adapter.scales.items() if x > _LARGEST_SCALE]:
+        raise FileError(f"The adapter in {folder} cannot be used: α is too large to compute with.", large)
+    return adapter
 
 
 def _adapter(by_kind: Sorted, config: PeftConfig, metadata: dict[str, str], unclear: list[str]) -> LoRAFile:
@@ -116,22 +120,47 @@ def _adapter(by_kind: Sorted, config: PeftConfig, metadata: dict[str, str], uncl
 
 
 def tensors_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return an adapter's tensors by their keys, and the file's metadata. Raises FileError."""
+    """Return an adapter's tensors by their keys, and the file's metadata. Raises FileError, also for a wrong checksum."""
     if (folder / WEIGHTS).is_file():
-        return read_tensors(folder / WEIGHTS)
-    tensors = unpickled(folder / PICKLED)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise FileError(f"{folder / PICKLED} holds no tensors by their names.")
-    return tensors, {}
+        read_in, metadata = read_tensors(folder / WEIGHTS)
+        check_whole(read_in, metadata, folder / WEIGHTS)
+        return read_in, metadata
+    return named_tensors(unpickled(folder / PICKLED), folder / PICKLED), {}
 
 
 def unpickled(path: Path) -> object:
     """Read a pickled file, in which tensors and plain containers alone are allowed. Raises FileError."""
     try:
         contents: object = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # for damaged bytes, torch and what it uses raise dozens of types
         raise FileError(f"{path} cannot be read as weights alone: {first_line(error)}") from error
     return contents
+
+
+def named_tensors(contents: object, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an unpickled file by their names.
+
+    Raises FileError where it holds anything else, or tensors that are no plain values in memory: sparse and quantised ones, those
+    without values (meta), and views of more entries than the file has.
+    """
+    if not isinstance(contents, Mapping) or not all(isinstance(tensor, Tensor) for tensor in contents.values()):
+        raise FileError(f"{path} holds no tensors by their names.")
+    problems = [f"the key {key!r:.200} is no text" for key in contents if not isinstance(key, str)]
+    problems += [f"{key!s:.200} {why}" for key, tensor in contents.items() if (why := _unlike_plain(tensor))]
+    if problems:
+        raise FileError(f"{path} cannot be used:", problems)
+    return {key: tensor.detach() for key, tensor in contents.items()}
+
+
+def _unlike_plain(tensor: Tensor) -> str | None:
+    """Say why a tensor is none that an adapter can have; None where it is one."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_nested:
+        return f"has no plain values: it is {tensor.layout} on {tensor.device}"
+    if tensor.dtype not in DTYPES.values():
+        return f"is {tensor.dtype}, which no adapter has"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"is {list(tensor.shape)}, of which the file has fewer entries"
+    return None
 
 
 def _meant(tensors: Mapping[str, Tensor], config: PeftConfig, path: Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deltaw.errors import FileError, shown
+from deltaw.files.formats.peft import patterns
 from deltaw.files.formats.peft.config import CONFIG, NO_LAYERS, Names, PeftConfig, are_names, is_pattern, listed
 from deltaw.layers.names import in_order, other_names, unwrapped, unwrapped_pattern
 
@@ -19,6 +20,8 @@ log = logging.getLogger("deltaw")
 
 # PEFT's word for all dense layers but the head
 _ALL = "all-linear"
+# A layer's number between dots; the dot after it may be the next one's
+_NUMBER = re.compile(r"\.(\d{1,9})(?=\.)")
 _NUMBERED = re.compile(r"\.\d+\.")
 # The settings that choose layers
 CHOOSING = (
@@ -37,9 +40,9 @@ def target_problems(settings: Mapping[str, object]) -> list[str]:
     ]
     problems += [
         f"{CONFIG}: {key} has {value!r}, which is no regular expression"
-        for key in ("modules_to_save", "layers_pattern")
+        for key, rule in (("modules_to_save", _as_part), ("layers_pattern", _before_number))
         for value in listed(settings.get(key))
-        if not is_pattern(value)
+        if not (isinstance(value, str) and is_pattern(rule(value)))
     ]
     if not all(type(number) is int for number in listed(numbers)):
         problems.append(f"{CONFIG}: layers_to_transform is {numbers!r}; it must be a layer's number or a list of them")
@@ -139,7 +142,7 @@ def _chosen(module: str, config: PeftConfig, dense: bool) -> bool | None:
     """Return `is_target`'s answer for one of a module's names."""
     targets = config.target_modules
     saved = (unwrapped_pattern(name) for name in config.modules_to_save)
-    if names(config.exclude_modules, module) or any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in saved):
+    if names(config.exclude_modules, module) or any(patterns.starts(_as_part(m), module) for m in saved):
         return False
     if targets is None:  # PEFT's defaults, which are not in the file
         return True
@@ -151,6 +154,16 @@ def _chosen(module: str, config: PeftConfig, dense: bool) -> bool | None:
     return isinstance(targets, str) or module in map(unwrapped_pattern, targets) or _has_number(module, config)
 
 
+def _as_part(pattern: str) -> str:
+    """Return the regular expression that PEFT makes of an entry of modules_to_save."""
+    return rf"(^|.*\.){pattern}($|\..*)"
+
+
+def _before_number(pattern: str) -> str:
+    """Return the regular expression of what stands before a layer's number, by an entry of layers_pattern."""
+    return rf"(?:^|.*\.){pattern}"
+
+
 def _has_number(module: str, config: PeftConfig) -> bool:
     """Return whether layers_to_transform has the number of the layer that the module is in.
 
@@ -158,9 +171,10 @@ def _has_number(module: str, config: PeftConfig) -> bool:
     """
     if not config.layers_to_transform:
         return True
-    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in config.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-    match = next((match for rule in rules if (match := re.match(rule, module))), None)
-    return match is not None and int(match[match.lastindex or 1]) in config.layers_to_transform
+    outer = [_before_number(p) for p in config.layers_pattern] or [r".*\.[^.]*"]
+    numbers = [(module[: match.start()], int(match[1])) for match in _NUMBER.finditer(module)]
+    first = next((n for rule in outer for before, n in numbers if patterns.matches(rule, before)), None)
+    return first in config.layers_to_transform
 
 
 def _is_wrapped(module: str, depth: int, config: PeftConfig, stack: bool) -> bool | None:
@@ -177,7 +191,7 @@ def _is_wrapped(module: str, depth: int, config: PeftConfig, stack: bool) -> boo
 def names(setting: Names, module: str) -> bool:
     """Return whether a list of names, or a regular expression, means a module."""
     if isinstance(setting, str):
-        return bool(setting) and re.fullmatch(unwrapped_pattern(setting), module) is not None
+        return bool(setting) and patterns.matches(unwrapped_pattern(setting), module)
     return any(module == name or module.endswith(f".{name}") for name in map(unwrapped_pattern, setting or ()))
 
 

@@ -20,7 +20,7 @@ from deltaw.files.formats.peft.adapter import LoRAFile
 from deltaw.files.formats.peft.checks import is_finite
 from deltaw.files.formats.peft.config import CONFIG, PICKLED, WEIGHTS, PeftConfig
 from deltaw.files.formats.peft.keys import PREFIX
-from deltaw.files.formats.peft.metadata import SCALES
+from deltaw.files.formats.peft.metadata import SCALES, sealed
 from deltaw.files.formats.peft.ranks import scale_of
 from deltaw.files.formats.peft.reading import read
 from deltaw.files.formats.peft.targets import saved_module, tokens_of
@@ -61,7 +61,7 @@ def write_folder(
         raise FileError("Not saved: values are not finite (NaN or infinity) in", bad)
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(_text(config), encoding="utf-8")
-        save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+        save_file(tensors, temporary / WEIGHTS, metadata=sealed(tensors, metadata))
         if not same(temporary):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
         beside(temporary)
@@ -96,7 +96,8 @@ def _link(old: str | Path, new: str | Path) -> None:
 
 def size(adapter: LoRAFile) -> int:
     """Return the bytes that the folder's two files would take."""
-    return len(save_bytes(_stored(adapter), metadata=_metadata(adapter))) + len(_text(adapter.config).encode())
+    tensors = _stored(adapter)
+    return len(save_bytes(tensors, metadata=sealed(tensors, _metadata(adapter)))) + len(_text(adapter.config).encode())
 
 
 def _text(config: PeftConfig) -> str:
