@@ -104,6 +104,17 @@ def first_line(error: BaseException) -> str:
     return line[:300]
 
 
+def needs_its_code(source: object, error: BaseException) -> FileError | None:
+    """Return the refusal of a model that needs Python code of its own, where transformers' error says so; else None."""
+    if "trust_remote_code=True" not in str(error):
+        return None
+    return FileError(
+        f"{source} needs Python code that stands in its folder or hub repository, and no such code runs unasked. If you have "
+        "read that code and trust its author, run it: --trust-remote-code on the command line, trust_remote_code=True in Python. "
+        "It can do whatever you can do on this machine."
+    )
+
+
 def shown(names: Sequence[str], most: int = 3) -> str:
     """Return the first of several names as a text, and how many there are besides.
 

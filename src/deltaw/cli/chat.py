@@ -36,13 +36,13 @@ class _Streams(Protocol):
 def run(command: Chat) -> None:
     """Run the command."""
     show.quiet_libraries()
-    task = as_trained(DataConfig(), command.opening.adapter, command.model).task
+    adapter, trust = command.opening.adapter, command.opening.trust_remote_code
+    task = as_trained(DataConfig(), adapter, command.model, trust_remote_code=trust).task
     if task != "causal":
         raise DataError(f"A chat needs a causal language model, and the task here is {task}. Use deltaw generate.")
     loaded = open_model(command.model, command.opening)
     if not loaded.tokenizer.chat_template:
         raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")
-    adapter = command.opening.adapter
     system = as_trained(DataConfig(system=command.system), adapter).system
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)

@@ -16,8 +16,9 @@ def run(command: Extract) -> None:
     from deltaw.model.extract import extract
     from deltaw.model.pretrained import load_pretrained
 
-    base = load_pretrained(command.base, device="cpu").model
-    tuned = load_pretrained(command.tuned, device="cpu").model
+    trust = command.trust_remote_code
+    base = load_pretrained(command.base, device="cpu", trust_remote_code=trust).model
+    tuned = load_pretrained(command.tuned, device="cpu", trust_remote_code=trust).model
     extracted = extract(base, tuned, rank=command.rank, energy=command.energy, targets=command.targets)
     save(base, out)
     show.out.print(

@@ -29,7 +29,8 @@ def run(command: Generate) -> None:
     from deltaw.model.inputs import within
     from deltaw.training.tasks import task_of
 
-    data = as_trained(command.data, command.opening.adapter, command.model)
+    adapter, trust = command.opening.adapter, command.opening.trust_remote_code
+    data = as_trained(command.data, adapter, command.model, trust_remote_code=trust)
     loaded = open_model(command.model, command.opening, data)
     task, data = task_of(data), within(data, loaded.model)
     warn_of_no_end(loaded, records, data)

@@ -57,6 +57,7 @@ def parse(arguments: list[str]) -> object:
         if path is not None:
             default = _with_values(train, values, path)
             chosen = tyro.cli(train, prog="deltaw train", args=words[1:], default=default, config=flat)
+            _check_trust(values, chosen, path)
             return dataclasses.replace(chosen, config=path)
         return tyro.extras.subcommand_cli_from_dict(
             dict[str, Callable[..., object]](commands),
@@ -98,9 +99,22 @@ def _from_yaml(path: str) -> dict[str, object]:
     return values
 
 
+def _check_trust(values: dict[str, object], chosen: Train, path: str) -> None:
+    """Raise ConfigError where a file says that the model's code may run and the command line does not.
+
+    Such a file may come from the same stranger as the model.
+    """
+    if values.get("trust_remote_code") and not chosen.run.trust_remote_code:
+        raise ConfigError(
+            f"{path} asks to run the Python code that comes with {chosen.model}, which a file cannot allow. If you trust that "
+            "code, pass --trust-remote-code too; else take the setting out of the file."
+        )
+
+
 def _with_values(cls: type[Train], values: dict[str, object], path: str) -> Train:
     """The defaults that a YAML file sets."""
     named: dict[str, object] = {"model": "", "data": ""}
     train = from_mapping(cls, named | values, where=path)
+    train = dataclasses.replace(train, run=dataclasses.replace(train.run, trust_remote_code=False))
     required = {name: tyro.MISSING for name in named if not values.get(name)}
     return dataclasses.replace(train, **required)
