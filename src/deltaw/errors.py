@@ -17,6 +17,7 @@ A message lists *all* problems, one per line, each with its place and what to do
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -96,6 +97,33 @@ def listing(head: str, problems: Sequence[str], *, most: int = 20) -> str:
     if len(problems) > most:
         lines.append(f"  … and {len(problems) - most} more")
     return "\n".join([head, *lines])
+
+
+# Controls, of which a terminal obeys most; embeddings, overrides and isolates, which reorder what stands beside them; halves of
+# a pair, which no encoding has. Tabs and newlines stay, and marks of direction and joiners, which ordinary texts need
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, *, coloured: bool = False) -> str:
+    r"""Return a text with its control characters spelled out, so that a terminal or a page shows them and obeys none.
+
+    With `coloured`, sequences that only set a colour or a weight stay.
+
+    >>> print(visible("a\x1b[2J b"))
+    a\x1b[2J b
+    """
+    if coloured:
+        pieces = _COLOUR.split(text)
+        return "".join(piece if i % 2 else visible(piece) for i, piece in enumerate(pieces))
+    return _CONTROL.sub(_spelled, text.replace("\r\n", "\n"))
+
+
+_COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
+
+
+def _spelled(control: re.Match[str]) -> str:
+    code = ord(control.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def first_line(error: BaseException) -> str:

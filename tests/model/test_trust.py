@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 import deltaw
-from deltaw.cli.main import main
 from deltaw.config import PlanConfig, TrainConfig
-from deltaw.errors import ConfigError, FileError
+from deltaw.errors import FileError
 from deltaw.model.pretrained import load_pretrained, read_config
-from tests.cli.conftest import run  # noqa: F401  (a fixture)
 from tests.data.conftest import write_chat_model
 
 RECORDS = [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(6)]
@@ -40,8 +38,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 """
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> tuple[Path, Path]:
+def model_with_code(tmp_path: Path) -> tuple[Path, Path]:
     """A model folder of a kind that transformers does not know, with its code; and the file that this code writes."""
     folder, marker = tmp_path / f"own_{tmp_path.name}", tmp_path / "marker"
     write_chat_model(folder)
@@ -50,6 +47,11 @@ def own(tmp_path: Path) -> tuple[Path, Path]:
         folder / "config.json", model_type=f"own-{tmp_path.name}", architectures=["OwnForCausalLM"], auto_map=AUTO_MAP
     )
     return folder, marker
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[Path, Path]:
+    return model_with_code(tmp_path)
 
 
 AUTO_MAP = {
@@ -88,15 +90,6 @@ def test_a_models_code_runs_only_where_it_is_asked_for(own: tuple[Path, Path], o
     assert "code_of_it" in marker.read_text()
 
 
-def test_a_yes_in_a_pipe_runs_nothing(own: tuple[Path, Path], run: Any) -> None:
-    folder, marker = own
-    ended = run("generate", folder, "--max-new-tokens", "2", stdin="y\nyes\ny\n")
-    assert ended.returncode == FileError.exit_code and "--trust-remote-code" in ended.stderr
-    assert not marker.exists()
-    ended = run("generate", folder, "Hi", "--max-new-tokens", "2", "--trust-remote-code")
-    assert ended.returncode == 0 and marker.exists(), ended.stderr
-
-
 def test_a_tokenizers_code_runs_only_where_it_is_asked_for(tmp_path: Path) -> None:
     folder, marker = tmp_path / f"tokens_{tmp_path.name}", tmp_path / "marker"
     write_chat_model(folder)
@@ -130,25 +123,6 @@ def test_code_that_fails_is_one_error(own: tuple[Path, Path]) -> None:
     (folder / "code_of_it.py").write_text("raise LookupError('there is no such table')\n")
     with pytest.raises(FileError, match="there is no such table"):
         load_pretrained(str(folder), device="cpu", trust_remote_code=True)
-
-
-def test_a_settings_file_cannot_allow_it_alone(own: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
-    folder, marker = own
-    data, settings = tmp_path / "data.jsonl", tmp_path / "settings.yaml"
-    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    settings.write_text(
-        f"model: {folder}\ndata: {data}\nout: {tmp_path / 'run'}\nsteps: 1\nsamples: 0\ntrust_remote_code: true\n"
-    )
-    ended = run("train", "--config", settings)
-    assert ended.returncode == ConfigError.exit_code and "a file cannot allow" in ended.stderr
-    assert not marker.exists()
-    assert run("train", "--config", settings, "--trust-remote-code").returncode == 0
-    assert marker.exists()
-    marker.unlink()
-    # The run's own settings say so too, and rank opens its base again
-    ended = run("rank", tmp_path / "run", "--records", data)
-    assert ended.returncode == FileError.exit_code and "--trust-remote-code" in ended.stderr
-    assert not marker.exists()
 
 
 def test_a_config_cannot_name_what_a_conversion_calls(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from deltaw.cli import show
 from deltaw.cli.flags import Chat
 from deltaw.cli.opening import NO_END, as_trained, open_model
 from deltaw.config import DataConfig
-from deltaw.errors import DataError
+from deltaw.errors import DataError, visible
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,5 +133,8 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> T
         def put(self, value: Tensor) -> None:
             if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), config):
                 super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end)
 
     return Reply(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -40,10 +40,10 @@ def run(command: Generate) -> None:
     if command.out is not None:
         write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     elif len(pairs) == 1:
-        print(pairs[0]["completion"])
+        show.answer(pairs[0]["completion"])
     else:
         for pair in pairs:
-            print(json.dumps(pair, ensure_ascii=False))
+            print(show.as_json(pair, indent=None))
 
 
 def _records(command: Generate) -> list[Record]:

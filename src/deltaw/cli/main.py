@@ -14,7 +14,7 @@ from deltaw import __version__
 from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
 from deltaw.cli.usage import folded_help, registry
 from deltaw.config import from_mapping
-from deltaw.errors import ConfigError, DeltaWError, FileError, nearest
+from deltaw.errors import ConfigError, DeltaWError, FileError, nearest, visible
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(arguments)
         return importlib.import_module(f"deltaw.cli.{type(command).__name__.lower()}").run(command) or 0
     except DeltaWError as error:
-        print(f"\ndeltaw: {error}", file=sys.stderr)
+        print(visible(f"\ndeltaw: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndeltaw: interrupted", file=sys.stderr)
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:  # no space or no permission, which the user can mend
-        print(f"\ndeltaw: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        message = f"\ndeltaw: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        print(visible(message), file=sys.stderr)
         return FileError.exit_code
 
 

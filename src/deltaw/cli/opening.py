@@ -25,7 +25,11 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
     from deltaw.model.pretrained import check_vocabulary
     from deltaw.training.opening import equip, opened
 
-    data = as_trained(DataConfig(), opening.adapter, source, trust_remote_code=opening.trust_remote_code) if data is None else data
+    data = (
+        as_trained(DataConfig(), opening.adapter, source, trust_remote_code=opening.trust_remote_code)
+        if data is None
+        else data
+    )
     loaded = opened(
         source,
         data,
