@@ -30,8 +30,10 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, DeltaWError, FileError, first_line, nearest, needs_its_code, shown
+from deltaw.layers.finite import is_finite
 from deltaw.layers.names import in_order
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
+from deltaw.model.switch import base_not_finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -289,12 +291,17 @@ def check_vocabulary(model: nn.Module, tokenizer: object, source: str, rows: int
 
 @torch.no_grad()
 def _check_causal(model: PreTrainedModel, source: str) -> None:
-    """Raise FileError if logits depend on later tokens: such a model would learn to copy its targets from its input."""
+    """Raise FileError if logits depend on later tokens: such a model would learn to copy its targets from its input.
+
+    Raises it too if they are not finite.
+    """
     embedding: Any = model.get_input_embeddings()
     vocabulary = embedding.num_embeddings
     ids = (torch.arange(8, device=model.device) % vocabulary).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
     one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    if not (is_finite(one) and is_finite(other)):
+        raise base_not_finite(model, source)
     if (one - other).abs().max() > 0.01 * one.abs().max():
         raise FileError(
             f"{source} is no causal language model: its {type(model).__name__} attends to later tokens as well (an encoder). "
