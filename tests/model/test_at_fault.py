@@ -65,7 +65,17 @@ def test_a_base_too_large_for_its_dtype_is_told_from_a_damaged_one(small: Any) -
     with torch.no_grad():
         model.model.norm.weight.fill_(6e4)
         model.lm_head.weight.fill_(6e4)
-    with pytest.raises(FileError, match=r"its weights are\. They are too large for float16"):
+    with pytest.raises(FileError, match=r"Its weights are finite, but too large for float16"):
+        generate(model, tokenizer, PROMPTS, FEW)
+
+
+@pytest.mark.parametrize("value", [1e12, 1e18])
+def test_what_a_norm_makes_of_an_overflow_is_no_answer(small: Any, value: float) -> None:
+    """Infinity squared in a norm leaves zeros: all logits are equal, and the first token was the answer."""
+    model, tokenizer = small
+    deltaw.attach(model, deltaw.LoRA(rank=2, targets="o,down"))
+    spoil(model, value)
+    with pytest.raises(AdapterError, match="all equal as after an overflow; the base alone is sound"):
         generate(model, tokenizer, PROMPTS, FEW)
 
 

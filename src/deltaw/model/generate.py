@@ -58,7 +58,7 @@ def generate(
     were. `on_done` is told how many prompts are finished.
 
     Raises, before anything is generated, DataError if the model has no positions for a prompt and its completion, and
-    AdapterError if a route names another number of rows. Raises AdapterError for an adapter whose logits are not finite, and
+    AdapterError if a route names another number of rows. Raises AdapterError for an adapter whose logits mean nothing, and
     FileError for such a base.
     """
     problem = too_long(prompts, config, model)
@@ -154,15 +154,24 @@ def _batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], asked: Gene
     return rows
 
 
+def _likeliest(logits: Tensor) -> bool:
+    """Return whether each row of logits [rows, tokens] has a likeliest token.
+
+    NaN has none. Nor have equal ones, which a norm makes of what overflowed before it.
+    """
+    least, most = torch.aminmax(logits, dim=-1)
+    return bool((torch.isfinite(most) & (most > least)).all())
+
+
 class _NotFinite(Exception):
     """Raised out of `generate` with the token ids [rows, length] whose logits are not finite."""
 
 
 class _Watch(LogitsProcessor):
-    """Raises _NotFinite for a row without a likeliest token; of NaN, a choice would be the first token each time."""
+    """Raises _NotFinite for a row without a likeliest token: the choice would be the first token each time."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not torch.isfinite(scores.amax(-1)).all():
+        if not _likeliest(scores):
             raise _NotFinite(input_ids)
         return scores
 
@@ -182,10 +191,10 @@ def watched(model: nn.Module, ids: Tensor, mask: Tensor) -> Iterator[LogitsProce
             if _has_encoder(model):
                 logits: Tensor = model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens).logits
             else:
-                logits = model(input_ids=tokens).logits[:, -1]
-            return logits
+                logits = model(input_ids=tokens).logits
+            return logits[:, -1]
 
-        raise at_fault(model, again, name=getattr(model, "name_or_path", "")) from None
+        raise at_fault(model, again, name=getattr(model, "name_or_path", ""), sound=_likeliest) from None
 
 
 def _has_encoder(model: nn.Module) -> bool:

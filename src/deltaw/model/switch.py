@@ -1,6 +1,6 @@
 """The choice among attached adapters: `use` for a model, `using` for a with-block, `route` for each row of a batch.
 
-`at_fault` tells by such a choice whether outputs that are not finite come of the base or of an adapter.
+`at_fault` tells by such a choice whether outputs that mean nothing come of the base or of an adapter.
 
 Writes a model's route and nothing else; model/row_order.py finds where the rows of a batch lie.
 """
@@ -156,28 +156,31 @@ def keep_on_device(model: nn.Module, most: int) -> None:
     record.residency.bring([], {*record.route.held(), record.route.active})
 
 
-def at_fault(model: nn.Module, again: Callable[[], Tensor], *, name: str = "") -> DeltaWError:
-    """Return the error for outputs with NaN or infinity, which says whether the base makes them or an adapter.
+def at_fault(
+    model: nn.Module, again: Callable[[], Tensor], *, name: str = "", sound: Callable[[Tensor], bool] = is_finite
+) -> DeltaWError:
+    """Return the error for outputs that mean nothing, which says whether the base makes them or an adapter.
 
     Args:
         model: The model, with the adapters in use.
         again: Computes the outputs once more; it is called with the base alone.
         name: The base, for messages.
+        sound: Tells outputs that mean something.
     """
     record = find_record(model)
     if record is not None and record.merged:
         return AdapterError(
-            f"The outputs of the model with {merged_names(record)} merged are not finite (NaN or infinity). {_NARROW} If that "
-            "changes nothing, call unmerge(model) and look at base and adapter one by one."
+            f"The outputs of the model with {merged_names(record)} merged are {_NOTHING}. {_NARROW} If that changes nothing, "
+            "call unmerge(model) and look at base and adapter one by one."
         )
     used = [] if record is None else _used(record)
     if record is None or not used:
         return base_not_finite(model, name)
     with torch.no_grad(), using(model, None):
-        if not is_finite(again()):
+        if not sound(again()):
             return base_not_finite(model, name)
     return AdapterError(
-        f"With the adapter {' or '.join(map(repr, used))} the outputs are not finite (NaN or infinity); without it they are.",
+        f"With the adapter {' or '.join(map(repr, used))} the outputs are {_NOTHING}; the base alone is sound.",
         [line for adapter in used for line in _largest(owner_of(model), record, adapter)],
         f"{_NARROW} If that changes nothing, its training went wrong: train it again with a smaller learning rate.",
     )
@@ -195,11 +198,12 @@ def base_not_finite(model: nn.Module, name: str = "") -> FileError:
             "Download or convert it anew.",
         )  # fmt: skip
     return FileError(
-        f"The outputs of {name} are not finite (NaN or infinity), without any adapter; its weights are. They are too large for "
+        f"The outputs of {name} are {_NOTHING}, without any adapter. Its weights are finite, but too large for "
         f"{str(dtype).removeprefix('torch.')}. {_NARROW}"
     )
 
 
+_NOTHING = "not finite (NaN or infinity), or all equal as after an overflow"
 _NARROW = "Try --dtype float32, in Python dtype=torch.float32."
 
 
