@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -109,9 +109,16 @@ def quiet_libraries() -> None:
     logging.getLogger("deltaw.coverage").setLevel(logging.WARNING)  # commands print it
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Print a library's warning, which may quote a file or a record."""
-    sys.stderr.write(visible(warnings.formatwarning(message, category, filename, lineno)))
+    (file or sys.stderr).write(visible(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
 def as_json(values: object, *, indent: int | None = 1) -> str:

@@ -30,8 +30,8 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, DeltaWError, FileError, first_line, nearest, needs_its_code, shown
-from deltaw.layers.finite import is_finite
 from deltaw.layers.names import in_order
+from deltaw.layers.tree import is_finite
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
 from deltaw.model.switch import base_not_finite
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, ConfigError, DeltaWError, FileError, nearest
-from deltaw.layers.finite import is_finite, not_finite_in
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.patch import slot_of
-from deltaw.layers.tree import owner_of
+from deltaw.layers.tree import is_finite, not_finite_in, owner_of
 from deltaw.model.record import Adapters, bring, find_record, known, merged_names, record_of
 from deltaw.model.row_order import check_rows_apart, trying_new_forms
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
-from deltaw.layers.finite import is_finite
-from deltaw.layers.tree import evaluating
+from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import most_positions, text_config
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead, Head

@@ -20,8 +20,7 @@ from deltaw.data.images import pixels
 from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError
-from deltaw.layers.finite import is_finite
-from deltaw.layers.tree import evaluating
+from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.generate import generate, too_long
 from deltaw.model.inputs import check_ends, row_padding
 from deltaw.model.pretrained import Pretrained, pad_id

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import DataConfig, GenerateConfig
@@ -17,8 +18,7 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.data.prompts import item_numbers
 from deltaw.errors import AdapterError, DataError, FileError
-from deltaw.layers.finite import is_finite
-from deltaw.layers.tree import evaluating
+from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import within
 from deltaw.model.pretrained import Pretrained
 from deltaw.model.switch import at_fault
@@ -177,6 +177,10 @@ def _of_labels(
     return len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items)
 
 
+def _losses(loss: Loss, inputs: Any) -> Tensor:
+    return loss.each(inputs)[0]
+
+
 @torch.no_grad()
 def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, items: list[int]) -> RecordLosses:
     """Return the losses of each example, `batch` at a time. items: the number of each one's item.
@@ -192,7 +196,7 @@ def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, it
             inputs = loss.collate([examples[i] for i in rows])
             losses, of_row = loss.each(inputs)
             if not is_finite(losses):
-                raise at_fault(loss.model, lambda inputs=inputs: loss.each(inputs)[0], name=name)
+                raise at_fault(loss.model, partial(_losses, loss, inputs), name=name)
             sums.index_add_(0, rows[of_row], losses.double().cpu())
             counts[rows] += torch.bincount(of_row, minlength=len(rows))
     return RecordLosses(sums.tolist(), counts.tolist(), items)
