@@ -1,19 +1,14 @@
 import pytest
+import torch
 from torch import nn
 
-from deltaw.layers.tree import evaluating, to_train
+import deltaw
+from deltaw.layers.tree import evaluating, is_finite, not_finite_in, to_train
+from tests.conftest import tiny_llama
 
 
 def mixed() -> nn.Module:
-    """I
-    import pytest
-    import torch
-    from torch import nn
-
-    import deltaw
-    from deltaw.layers.tree import is_finite, not_finite_in
-    from tests.conftest import tiny_llama
-    n training mode but for one module, as a user leaves a frozen batch norm."""
+    """In training mode but for one module, as a user leaves a frozen batch norm."""
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())).train()
     model[1][0].eval()
     return model
@@ -40,9 +35,6 @@ def test_norms_with_running_statistics_stay_as_they_are() -> None:
     )
     to_train(model.eval())
     assert [m.training for m in model.modules()] == [True, True, False, True, True]
-
-
-# --- NaN and infinity -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
