@@ -150,6 +150,9 @@ class TrainConfig:
     checkpoint's elsewhere. A and B are float32 always. A model object keeps its own."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     valid: str | None = None
@@ -351,6 +354,10 @@ class RankConfig:
     """Base model. Default: the run's."""
     data: str | None = None
     """Training data; --records may be a split of it. Default: the run's."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Never taken from the run. Without
+    this flag a model that needs such code is refused."""
     out: str | None = None
     """Folder for rank.json and rank.html. Default: the run's."""
 
@@ -388,6 +395,9 @@ class PlanConfig:
     float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one here. A GPU's kernels keep other tensors for the backward pass."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
     optimizer: Optimizer = "AdamW"
     """An optimizer of torch.optim, as in training."""
     gradient_checkpointing: bool = False

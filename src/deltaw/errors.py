@@ -18,6 +18,7 @@ A message lists *all* problems, one per line, each with its place and what to do
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -112,10 +113,48 @@ def listing(head: str, problems: Sequence[str], *, most: int = 20) -> str:
     return "\n".join([head, *lines])
 
 
+# Controls, of which a terminal obeys most; embeddings, overrides and isolates, which reorder what stands beside them; halves of
+# a pair, which no encoding has. Tabs and newlines stay, and marks of direction and joiners, which ordinary texts need
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, *, coloured: bool = False) -> str:
+    r"""Return a text with its control characters spelled out, so that a terminal or a page shows them and obeys none.
+
+    With `coloured`, sequences that only set a colour or a weight stay.
+
+    >>> print(visible("a\x1b[2J b"))
+    a\x1b[2J b
+    """
+    if coloured:
+        pieces = _COLOUR.split(text)
+        return "".join(piece if i % 2 else visible(piece) for i, piece in enumerate(pieces))
+    return _CONTROL.sub(_spelled, text.replace("\r\n", "\n"))
+
+
+_COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
+
+
+def _spelled(control: re.Match[str]) -> str:
+    code = ord(control.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not empty, at most 300 characters; else the name of its class."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line[:300]
+
+
+def needs_its_code(source: object, error: BaseException) -> FileError | None:
+    """Return the refusal of a model that needs Python code of its own, where transformers' error says so; else None."""
+    if "trust_remote_code=True" not in str(error):
+        return None
+    return FileError(
+        f"{source} needs Python code that stands in its folder or hub repository, and no such code runs unasked. If you have "
+        "read that code and trust its author, run it: --trust-remote-code on the command line, trust_remote_code=True in Python. "
+        "It can do whatever you can do on this machine."
+    )
 
 
 def shown(names: Sequence[str], most: int = 3) -> str:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import re
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
 
 from deltaw.cli import show
+from deltaw.errors import visible
 
 
 def test_a_path_is_on_one_line_of_a_narrow_terminal(
@@ -100,3 +107,81 @@ def test_the_title_of_a_narrow_table_is_one_line() -> None:
     assert narrow(table, 80) == [
         "", "reg.csv: 60 records of 60 items (95% intervals by bootstrap over [items])", "       base", "loss  2.178",
     ]  # fmt: skip
+
+
+# --- text of strangers --------------------------------------------------------------------------------------------
+
+HOSTILE = "\x1b[2Jgone \x07 \x9b31m \x1b]0;title\x07 \rover \u202egnp.exe [bold]b[/bold] [/q] :warning: \x7f\x08"
+ORDINARY = "한국어 👩‍👩‍👧 e\u0301 עברית\u200f tab\there ‖ΔW‖ [a-z] C:\\x"
+
+
+def obeyed(text: str) -> list[str]:
+    """The characters of a text that a terminal would act on, besides rich's own colours."""
+    return re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", re.sub("\x1b\\[[0-9;]*m", "", text))
+
+
+def every_way(console: show.PlainConsole, text: str) -> None:
+    """Print a text in each way that commands print."""
+    console.print(text, soft_wrap=True)
+    console.print(Text(text), style="dim")
+    show.prose(text, style="yellow", console=console)
+    table = show.table("name", text, title=text)
+    table.add_row(text, text)
+    console.print(table)
+    with console.status(text) as status:
+        status.update(text)
+        console.print(status.renderable)
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    handler.handle(logging.LogRecord("deltaw", logging.WARNING, "", 0, "%s", (text,), None))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec=None), max_size=40))
+@example(HOSTILE)
+@example("*[/q]_proj")
+@example("[bold]")
+@example("\ud800")
+def test_no_text_is_obeyed_by_a_terminal(text: str) -> None:
+    shown = io.StringIO()
+    every_way(show.PlainConsole(file=shown, width=400), text)
+    assert not obeyed(shown.getvalue())
+    shown.getvalue().encode("utf-8")
+
+
+def test_hostile_text_is_spelled_out_and_markup_is_text() -> None:
+    shown = io.StringIO()
+    show.PlainConsole(file=shown, width=400, force_terminal=True).print(HOSTILE, soft_wrap=True)
+    line = shown.getvalue()
+    assert (
+        r"\x1b[2Jgone \x07 \x9b31m \x1b]0;title\x07 \x0dover \u202egnp.exe [bold]b[/bold] [/q] :warning: \x7f\x08"
+        in line
+    )
+
+
+def test_ordinary_text_stays_as_it_is() -> None:
+    shown = io.StringIO()
+    console = show.PlainConsole(file=shown, width=400)
+    console.print(ORDINARY.replace("\t", " "), soft_wrap=True)
+    assert shown.getvalue() == ORDINARY.replace("\t", " ") + "\n"
+    assert visible(ORDINARY + "\nnext\r\nlast") == ORDINARY + "\nnext\nlast"
+
+
+def test_a_column_is_as_wide_as_what_is_shown_in_it() -> None:
+    table = show.table("layer", "rank")
+    table.add_row("\x1b[31mq", "8")
+    table.add_row("k", "8")
+    shown = io.StringIO()
+    show.PlainConsole(file=shown, width=80).print(table)
+    lines = shown.getvalue().splitlines()
+    assert [line.rstrip()[-1] for line in lines[1:]] == ["8", "8"] and len(
+        {len(line.rstrip()) for line in lines[1:]}
+    ) == 1
+
+
+@given(st.text(st.characters(codec=None), max_size=40))
+@example(HOSTILE)
+def test_json_reads_back_and_holds_nothing_to_obey(text: str) -> None:
+    line = show.as_json({"a": text}, indent=None)
+    assert json.loads(line) == {"a": text} and not obeyed(line)
+    line.encode("utf-8")
+    assert show.as_json(ORDINARY) == json.dumps(ORDINARY, ensure_ascii=False)

@@ -8,11 +8,11 @@ from deltaw.cli import show
 from deltaw.cli.flags import Chat
 from deltaw.cli.opening import NO_END, as_trained, open_model
 from deltaw.config import DataConfig
-from deltaw.errors import DataError
+from deltaw.errors import DataError, visible
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
     from deltaw.model.pretrained import Pretrained
 
@@ -28,6 +28,7 @@ class _Streams(Protocol):
         input_ids: Tensor,
         attention_mask: Tensor,
         generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
         streamer: TextStreamer | None,
     ) -> Tensor:
         """Return token ids [1, length], and hand them to the streamer meanwhile."""
@@ -36,13 +37,13 @@ class _Streams(Protocol):
 def run(command: Chat) -> None:
     """Run the command."""
     show.quiet_libraries()
-    task = as_trained(DataConfig(), command.opening.adapter, command.model).task
+    adapter, trust = command.opening.adapter, command.opening.trust_remote_code
+    task = as_trained(DataConfig(), adapter, command.model, trust_remote_code=trust).task
     if task != "causal":
         raise DataError(f"A chat needs a causal language model, and the task here is {task}. Use deltaw generate.")
     loaded = open_model(command.model, command.opening)
     if not loaded.tokenizer.chat_template:
         raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")
-    adapter = command.opening.adapter
     system = as_trained(DataConfig(system=command.system), adapter).system
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -99,7 +100,7 @@ def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -
     from deltaw.data import Message, prompt_ids, turn_ends
     from deltaw.layers.ops.seeding import mixed
     from deltaw.model.ends import in_use
-    from deltaw.model.generate import drawing, settings, too_long, until_end
+    from deltaw.model.generate import drawing, settings, too_long, until_end, watched
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], command.generation, loaded.model)
@@ -110,11 +111,15 @@ def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
     seed = mixed(command.generation.seed, len(messages))  # the same question twice may have two answers
     model = cast(_Streams, loaded.model)
-    with torch.no_grad(), drawing(loaded.model, command.generation, seed):
+    prompt = torch.tensor([ids], device=loaded.model.device)
+    mask = torch.ones_like(prompt)
+    drawn = drawing(loaded.model, command.generation, seed)
+    with torch.no_grad(), drawn, watched(loaded.model, prompt, mask) as watch:
         out = model.generate(
-            input_ids=torch.tensor([ids], device=loaded.model.device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=loaded.model.device),
+            input_ids=prompt,
+            attention_mask=mask,
             generation_config=config,
+            logits_processor=watch,
             streamer=_streamer(loaded.tokenizer, config) if command.generation.beams == 1 else None,
         )
     reply = loaded.tokenizer.decode(until_end(out[0, len(ids) :].tolist(), config), skip_special_tokens=True)
@@ -133,5 +138,8 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> T
         def put(self, value: Tensor) -> None:
             if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), config):
                 super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end)
 
     return Reply(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from deltaw.cli import show
 from deltaw.cli.flags import Compress
@@ -19,7 +18,7 @@ def run(command: Compress) -> None:
 
     compressed = compress(command.adapter, out, rank=command.rank, energy=command.energy, size=command.bytes)
     if command.json:
-        print(json.dumps(dataclasses.asdict(compressed) | {"path": str(compressed.path)}, indent=1, ensure_ascii=False))
+        print(show.as_json(dataclasses.asdict(compressed) | {"path": str(compressed.path)}))
         return
     show.out.print(
         show.errors_of_layers(compressed.ranks, compressed.errors, "‖ΔW − ΔW'‖ / ‖ΔW‖", every=command.all_layers)

@@ -27,7 +27,14 @@ def run(command: Convert) -> None:
     from deltaw.files.formats.peft import read
 
     parts = [part.strip() for part in (command.parts or "").split(",") if part.strip()]
-    convert(command.source, out, alpha=command.alpha, parts=parts, base=command.base)
+    convert(
+        command.source,
+        out,
+        alpha=command.alpha,
+        parts=parts,
+        base=command.base,
+        trust_remote_code=command.trust_remote_code,
+    )
     if to_file:
         whose = "llama.cpp" if out.suffix == ".gguf" else "loralib"
         show.out.print(f"Adapter for {whose}: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)

@@ -43,7 +43,7 @@ def run(command: Eval) -> None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")
     data = as_trained(command.records, command.opening.adapter)
     records = read(command.data, data)
-    data = recognised(data, records, read_config(command.model))
+    data = recognised(data, records, read_config(command.model, trust_remote_code=command.opening.trust_remote_code))
     metrics = _metrics(command, data, records.form)
     if command.most is not None:
         records = records.only(first(records.items, command.most))

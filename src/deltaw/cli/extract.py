@@ -20,8 +20,9 @@ def run(command: Extract) -> None:
 
     check_apart(out, {"the base": command.base, "the tuned model": command.tuned})
     check_adapter_place(out)
-    base = load_pretrained(command.base, device="cpu").model
-    tuned = load_pretrained(command.tuned, device="cpu").model
+    trust = command.trust_remote_code
+    base = load_pretrained(command.base, device="cpu", trust_remote_code=trust).model
+    tuned = load_pretrained(command.tuned, device="cpu", trust_remote_code=trust).model
     extracted = extract(base, tuned, rank=command.rank, energy=command.energy, targets=command.targets)
     save(base, out)
     show.out.print(

@@ -128,6 +128,9 @@ class Opening:
     """Precision of the weights."""
     device: str = "auto"
     """auto, cpu, cuda, mps …"""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,9 @@ class Merge:
     """Load the merged model and compare its logits with the unmerged model's. auto: for models of up to 2 GB."""
     dtype: DType = "auto"
     """Precision of the merged weights. auto: the checkpoint's. Any other is merged in memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
 
@@ -253,6 +259,9 @@ class Convert:
     """α of the adapter's training, which loralib's files do not contain."""
     parts: str | None = None
     """Parts of loralib's merged layers with updates, among query, key and value: q,v or, with a digit a part, 101."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
     overwrite: bool = False
     """Replace what is already there."""
 
@@ -273,6 +282,9 @@ class Extract:
     """Instead of --rank: the share of ‖W − W0‖² that each layer keeps, for example 0.9."""
     targets: str = "all-linear"
     """Layers to adapt, as in training."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False

@@ -33,7 +33,8 @@ def run(command: Generate) -> None:
     from deltaw.model.inputs import within
     from deltaw.training.tasks import task_of
 
-    data = as_trained(command.data, command.opening.adapter, command.model)
+    adapter, trust = command.opening.adapter, command.opening.trust_remote_code
+    data = as_trained(command.data, adapter, command.model, trust_remote_code=trust)
     loaded = open_model(command.model, command.opening, data)
     task, data = task_of(data), within(data, loaded.model)
     warn_of_no_end(loaded, records, data)
@@ -43,10 +44,10 @@ def run(command: Generate) -> None:
     if command.out is not None:
         write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     elif len(pairs) == 1:
-        print(pairs[0]["completion"])
+        show.answer(pairs[0]["completion"])
     else:
         for pair in pairs:
-            print(json.dumps(pair, ensure_ascii=False))
+            print(show.as_json(pair, indent=None))
 
 
 def _records(command: Generate) -> list[Record]:

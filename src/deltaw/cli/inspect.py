@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ def run(command: Inspect) -> None:
             "config": dict(file.config.settings),
             "metadata": file.metadata,
         }
-        print(json.dumps(contents, indent=1))
+        print(show.as_json(contents))
         return
     facts = {
         "layers": f"{len(rows)}",
@@ -96,7 +95,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
             "bytes": size,
             "metadata": file.metadata,
         }
-        print(json.dumps(contents, indent=1))
+        print(show.as_json(contents))
         return
     settings = {key: value for key, value in file.settings.items() if value not in ("", False, None, [])}
     facts = {

@@ -14,7 +14,7 @@ from deltaw import __version__
 from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
 from deltaw.cli.usage import folded_help, registry
 from deltaw.config import from_mapping
-from deltaw.errors import ConfigError, DeltaWError, FileError, nearest
+from deltaw.errors import ConfigError, DeltaWError, FileError, nearest, visible
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(arguments)
         return importlib.import_module(f"deltaw.cli.{type(command).__name__.lower()}").run(command) or 0
     except DeltaWError as error:
-        print(f"\ndeltaw: {error}", file=sys.stderr)
+        print(visible(f"\ndeltaw: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndeltaw: interrupted", file=sys.stderr)
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:  # no space or no permission, which the user can mend
-        print(f"\ndeltaw: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        message = f"\ndeltaw: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        print(visible(message), file=sys.stderr)
         return FileError.exit_code
 
 
@@ -66,6 +67,7 @@ def parse(arguments: list[str]) -> object:
         if path is not None:
             default = _with_values(train, values, path)
             chosen = tyro.cli(train, prog="deltaw train", args=words[1:], default=default, config=flat)
+            _check_trust(values, chosen, path)
             return dataclasses.replace(chosen, config=path if resume is None else None)
         return tyro.extras.subcommand_cli_from_dict(
             dict[str, Callable[..., object]](commands),
@@ -117,9 +119,22 @@ def _from_yaml(path: str) -> dict[str, object]:
     return values
 
 
+def _check_trust(values: dict[str, object], chosen: Train, path: str) -> None:
+    """Raise ConfigError where a file says that the model's code may run and the command line does not.
+
+    Such a file may come from the same stranger as the model.
+    """
+    if values.get("trust_remote_code") and not chosen.run.trust_remote_code:
+        raise ConfigError(
+            f"{path} asks to run the Python code that comes with {chosen.model}, which a file cannot allow. If you trust that "
+            "code, pass --trust-remote-code too; else take the setting out of the file."
+        )
+
+
 def _with_values(cls: type[Train], values: dict[str, object], path: str) -> Train:
     """The defaults that a YAML file sets."""
     named: dict[str, object] = {"model": "", "data": ""}
     train = from_mapping(cls, named | values, where=path)
+    train = dataclasses.replace(train, run=dataclasses.replace(train.run, trust_remote_code=False))
     required = {name: tyro.MISSING for name in named if not values.get(name)}
     return dataclasses.replace(train, **required)

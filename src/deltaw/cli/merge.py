@@ -87,6 +87,7 @@ def _merge(command: Merge, out: Path) -> _Merged:
         dtype=command.dtype,
         check_base=not command.any_base,
         untie=command.untie,
+        trust_remote_code=command.trust_remote_code,
     )
     return _Merged(merged.report, merged.bytes, compared=merged.compared)
 
@@ -114,7 +115,8 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Merged:
         if command.check == "on" or (command.check == "auto" and size <= _SMALL):
             from deltaw.runs.export import compare
 
-            comparisons.append(compare(str(base), adapter, folder, check_base=not command.any_base))
+            check_base, trust = not command.any_base, command.trust_remote_code
+            comparisons.append(compare(str(base), adapter, folder, check_base=check_base, trust_remote_code=trust))
 
     merged = merge_files(
         base,
@@ -124,6 +126,7 @@ def _on_disk(command: Merge, base: Path, out: Path) -> _Merged:
         check_base=not command.any_base,
         untie=command.untie,
         look=look,
+        trust_remote_code=command.trust_remote_code,
     )
     report = MergeReport((adapter.name,), merged.layers)
     return _Merged(report, merged.bytes, merged.correction, comparisons[0] if comparisons else None)

@@ -25,15 +25,27 @@ def open_model(source: str, opening: Opening, data: DataConfig | None = None) ->
     from deltaw.model.pretrained import check_vocabulary
     from deltaw.training.opening import equip, opened
 
-    data = as_trained(DataConfig(), opening.adapter, source) if data is None else data
-    loaded = opened(source, data, dtype=opening.dtype, device=opening.device)
+    data = (
+        as_trained(DataConfig(), opening.adapter, source, trust_remote_code=opening.trust_remote_code)
+        if data is None
+        else data
+    )
+    loaded = opened(
+        source,
+        data,
+        dtype=opening.dtype,
+        device=opening.device,
+        trust_remote_code=opening.trust_remote_code,
+    )
     if opening.adapter is not None:
         return equip(loaded, opening.adapter, check_base=not opening.any_base)
     check_vocabulary(loaded.model, loaded.tokenizer, loaded.name)
     return loaded
 
 
-def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) -> DataConfig:
+def as_trained(
+    data: DataConfig, adapter: str | None, model: str | None = None, *, trust_remote_code: bool = False
+) -> DataConfig:
     """Return `data` with the task and prompt settings of the adapter's training where the user gave none.
 
     Without an adapter's task, a `model` with an encoder and a decoder has seq2seq, and any other causal.
@@ -50,7 +62,8 @@ def as_trained(data: DataConfig, adapter: str | None, model: str | None = None) 
     if data.task == "auto" and model is not None:
         from deltaw.model.pretrained import read_config
 
-        encodes = getattr(read_config(model), "is_encoder_decoder", False)
+        config = read_config(model, trust_remote_code=trust_remote_code)
+        encodes = getattr(config, "is_encoder_decoder", False)
         data = dataclasses.replace(data, task="seq2seq" if encodes else "causal")
     return data
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ def run(command: Plan) -> None:
     with show.err.status("planning …"):
         planned = plan(command.model, command.plan)
     if command.json:
-        print(json.dumps(_plain(planned), indent=1, ensure_ascii=False))
+        print(show.as_json(_plain(planned)))
         return
     settings = command.plan
     rows = "images" if planned.length is None else f"× {planned.length} tokens"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from deltaw.cli import show
@@ -27,7 +26,7 @@ def run(command: Rank) -> None:
         choice = choose_rank(command.run, command.rank, on_event=lambda event: _hear(event, status))
     outcome = choice.outcome
     if command.json:
-        print(json.dumps(outcome.to_json(), indent=1, ensure_ascii=False))
+        print(show.as_json(outcome.to_json()))
         return
     show.out.print(_table(outcome))
     show.prose(f"\n{sentence(outcome)}")

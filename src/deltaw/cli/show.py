@@ -1,20 +1,29 @@
-"""The terminal: consoles, tables, and which messages of libraries pass. Knows no models."""
+"""The terminal: consoles, tables, and which messages of libraries pass. Knows no models.
+
+All text for people goes through here, or through `errors.visible`. What stands in a record, a name or a message is shown as it
+is: no markup in it counts, and no control character of it reaches the terminal.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.logging import RichHandler
+from rich.segment import Segment
+from rich.status import Status
 from rich.table import Column, Table
 from rich.text import Text
 
+from deltaw.errors import visible
 from deltaw.layers.names import by_family, in_order
 
 _INTERVAL = re.compile(r"\s+(?=\[)")
@@ -24,9 +33,40 @@ _GAP = 2  # spaces between the columns of a table
 # A file or a pipe has no edge, so no name needs to be broken over two lines
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
-# No markup: a path, a target or a model's words may hold square brackets
-out = Console(highlight=False, markup=False, width=_width)
-err = Console(stderr=True, highlight=False, markup=False)
+
+class PlainConsole(Console):
+    """A console that shows any text as it is: markup counts only where a call asks for it (`markup=True`)."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Return a text, before its width is measured, with its control characters spelled out."""
+        return super().render_str(visible(text), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render an object. Texts inside it that did not come as strings are spelled out here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def status(self, status: RenderableType, **settings: Any) -> Status:
+        """Return a line that is shown while it is open as a context, and replaced by its `update`."""
+        return _PlainStatus(_plain(status), console=self, **settings)
+
+
+class _PlainStatus(Status):
+    """A line with a spinner; rich takes a string there for markup."""
+
+    def update(self, status: RenderableType | None = None, **settings: Any) -> None:
+        super().update(None if status is None else _plain(status), **settings)
+
+
+def _plain(renderable: RenderableType) -> RenderableType:
+    return Text(visible(renderable)) if isinstance(renderable, str) else renderable
+
+
+out = PlainConsole(width=_width)
+err = PlainConsole(stderr=True)
 
 
 class _Once(logging.Filter):
@@ -49,6 +89,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _show_warning
     # torchao, which transformers imports if it is installed, warns of kernels that it cannot load, and torch of its classes
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -68,11 +109,38 @@ def quiet_libraries() -> None:
     logging.getLogger("deltaw.coverage").setLevel(logging.WARNING)  # commands print it
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a library's warning, which may quote a file or a record."""
+    (file or sys.stderr).write(visible(warnings.formatwarning(message, category, filename, lineno, line)))
+
+
+def as_json(values: object, *, indent: int | None = 1) -> str:
+    """Return JSON in which a terminal has nothing to obey; it reads back as the same values."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False)
+    return _UNSAFE.sub(lambda character: f"\\u{ord(character.group()):04x}", text)
+
+
+# json spells out those below 0x20 by itself
+_UNSAFE = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def answer(text: str) -> None:
+    """Print what a model wrote: exactly in a file or a pipe, with control characters spelled out in a terminal."""
+    print(visible(text) if sys.stdout.isatty() else text)
+
+
 def facts(rows: dict[str, str]) -> None:
     """Print a value beside each label. The terminal breaks long lines, so that a path is copied whole."""
     width = max(map(len, rows))
     for label, value in rows.items():
-        out.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)
+        out.print(Text.assemble((f"{visible(label):<{width}}  ", "dim"), visible(value)), soft_wrap=True)
 
 
 def prose(text: str, *, style: str | None = None, console: Console | None = None) -> None:
@@ -93,9 +161,15 @@ class _PlainTable(Table):
     parts, each beside the names.
     """
 
+    def add_column(self, header: RenderableType = "", *args: Any, **settings: Any) -> None:
+        super().add_column(visible(str(header)), *args, **settings)
+
+    def add_row(self, *cells: RenderableType | None, **settings: Any) -> None:
+        super().add_row(*(visible(str(cell)) for cell in cells), **settings)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.title is not None:  # rich would fold it to the width of the table
-            yield Text(str(self.title), style="bold")
+            yield Text(visible(str(self.title)), style="bold")
         names, *amounts = self.columns
         most = options.max_width - _GAP  # rich counts one after the last column too
         for name_width, group in _parts(names, amounts, most):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from deltaw.cli import show
@@ -28,7 +27,7 @@ def run(command: Sweep) -> None:
         )  # fmt: skip
     outcome = result.outcome
     if command.json:
-        print(json.dumps(outcome.to_json(), indent=1, ensure_ascii=False))
+        print(show.as_json(outcome.to_json()))
         return
     for warning in outcome.warnings:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)

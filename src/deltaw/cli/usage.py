@@ -20,6 +20,7 @@ from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from deltaw.cli.flags import CHOICES
+from deltaw.errors import visible
 
 _BY_NAME = {
     "adapter": "FOLDER", "base": "FOLDER", "out": "PATH", "config": "FILE", "file": "FILE", "valid": "FILE|SPLIT",
@@ -88,13 +89,14 @@ def _default(value: object) -> str:
 @contextlib.contextmanager
 def folded_help() -> Iterator[None]:
     """Fold the lines between words where tyro would print help lines that are longer than the terminal."""
-    printed = _Terminal(sys.stdout)
+    printed, complaints = _Terminal(sys.stdout), _Terminal(sys.stderr)
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
             yield
     finally:
+        sys.stderr.write(visible(complaints.getvalue(), coloured=True))  # it quotes the arguments
         width = shutil.get_terminal_size().columns
-        for line in printed.getvalue().splitlines():
+        for line in visible(printed.getvalue(), coloured=True).splitlines():
             line = re.sub(r"\{train,[a-z,]*\}", "COMMAND", line)
             narrow = len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= width
             print(line if narrow else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))

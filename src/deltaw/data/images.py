@@ -62,7 +62,7 @@ def opened(image: object) -> NDArray[np.generic]:
 
 def _read(path: Path) -> Image | NDArray[np.generic]:
     if path.suffix == ".npy":
-        array: NDArray[np.generic] = np.load(path)
+        array: NDArray[np.generic] = np.load(path, allow_pickle=False)
         return array
     if not path.is_file():
         raise DataError(f"there is no picture {path}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, FileError
+from deltaw.errors import ConfigError, FileError, first_line, needs_its_code
 from deltaw.files.formats import gguf, loralib, peft
 from deltaw.files.formats.atomic import check_apart, replacing
 from deltaw.files.formats.gguf import GGUFLoRA
@@ -46,6 +46,7 @@ def convert(
     alpha: float | None = None,
     parts: Sequence[str] = (),
     base: str | Path | nn.Module | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write an adapter in another format, atomically. The names of `src` and `dst` say which.
 
@@ -60,6 +61,7 @@ def convert(
             "101", a digit a part.
         base: for GGUF, the model folder or hub id whose config says how layers are named. For loralib, also as a model, it says
             which layers embed tokens or are convolutions; without it, embeddings are told by their names.
+        trust_remote_code: run Python code that comes with the base.
 
     Returns:
         `dst`.
@@ -91,7 +93,8 @@ def convert(
         raise FileError(
             f"{src} is no adapter to convert by its name: loralib's end in .pt, .bin or .ckpt, llama.cpp's in .gguf."
         )
-    return _from_loralib(src, dst, alpha, parts, base)
+    layers = None if base is None else _layers(base, trust_remote_code)
+    return _from_loralib(loralib.read(src, alpha=alpha, parts=parts, layers=layers), dst)
 
 
 def _check_is_adapter(dst: Path, read: Callable[[], object]) -> None:
@@ -109,11 +112,8 @@ def _check_is_adapter(dst: Path, read: Callable[[], object]) -> None:
 # --- loralib ----------------------------------------------------------------------------------------------------
 
 
-def _from_loralib(
-    src: Path, dst: Path, alpha: float | None, parts: Sequence[str], base: str | Path | nn.Module | None
-) -> Path:
+def _from_loralib(checkpoint: loralib.Checkpoint, dst: Path) -> Path:
     """Write loralib's checkpoint as a PEFT folder."""
-    checkpoint = loralib.read(src, alpha=alpha, parts=parts, layers=None if base is None else _layers(base))
     modules, bias, task = _trained_whole(checkpoint)
     factors, scales = checkpoint.factors, checkpoint.scales
     ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
@@ -145,9 +145,9 @@ def _trained_whole(checkpoint: loralib.Checkpoint) -> tuple[list[str], str, str 
     return sorted(modules), bias, "SEQ_CLS" if whole else None
 
 
-def _layers(base: str | Path | nn.Module) -> loralib.Layers:
+def _layers(base: str | Path | nn.Module, trust_remote_code: bool) -> loralib.Layers:
     """Return what is known of a base's layers."""
-    model = base if isinstance(base, nn.Module) else _without_weights(base)
+    model = base if isinstance(base, nn.Module) else _without_weights(base, trust_remote_code=trust_remote_code)
     weights = {n: (m, w) for n, m in model.named_modules() if (w := m._parameters.get("weight")) is not None}
     embeddings = frozenset(n for n, (m, _) in weights.items() if isinstance(m, nn.Embedding))
     shapes = {
@@ -156,16 +156,23 @@ def _layers(base: str | Path | nn.Module) -> loralib.Layers:
     return loralib.Layers(shapes, embeddings)
 
 
-def _without_weights(base: str | Path, *, causal: bool = False) -> nn.Module:
-    """Return the model that a config describes, as a causal one or by its own class; no weight is read."""
+def _without_weights(base: str | Path, *, causal: bool = False, trust_remote_code: bool = False) -> nn.Module:
+    """Return the model that a config describes, as a causal one or by its own class; no weight is read. Raises FileError."""
     import transformers
 
-    config = _base_config(base)
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    config = _base_config(base, trust_remote_code)
+    named = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    make: Callable[[PretrainedConfig], nn.Module] = auto.from_config if causal or named is None else named
     with torch.device("meta"):
-        return make(config)
+        # The config may name anything in transformers; only a class of models is called
+        if not causal and isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            model: nn.Module = named(config)
+            return model
+        try:
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            raise needs_its_code(base, error) or FileError(f"{base} cannot be built: {first_line(error)}") from error
+        return model
 
 
 def _to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
@@ -292,14 +299,15 @@ def _names(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], _R
     return arch, {name: tensor for name, tensor in tensors.items() if tensor is not None}, reorder
 
 
-def _base_config(base: str | Path) -> PretrainedConfig:
+def _base_config(base: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return the config of a model folder or hub id. Raises FileError."""
     from transformers import AutoConfig
 
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(base))
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise FileError(f"{base} has no config that can be read: {error}") from error
+        message = f"{base} has no config that can be read: {first_line(error)}"
+        raise needs_its_code(base, error) or FileError(message) from error
     return config
 
 

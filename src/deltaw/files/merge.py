@@ -59,6 +59,7 @@ def merge_files(
     check_base: bool = True,
     untie: bool = False,
     look: Callable[[Path], None] = lambda folder: None,
+    trust_remote_code: bool = False,
 ) -> MergedFiles:
     """Write a checkpoint with an adapter's ΔW in it, in the dtypes that it is stored in.
 
@@ -74,6 +75,7 @@ def merge_files(
         check_base: refuse an adapter of other base weights.
         untie: give a head that shares the embedding's tensor one of its own, and say so in the config.
         look: called with the finished folder before it takes `out`'s place.
+        trust_remote_code: run Python code that comes with the tokenizers.
 
     Returns:
         What the merge did to each layer, and the sizes of what was written.
@@ -104,7 +106,7 @@ def merge_files(
     if check_base:
         hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base_model_name_or_path
         peft.check_base(file.metadata, adapter, peft.W0, hash_of, trained_on)
-    brings_tokenizer = _brings_tokenizer(base, adapter, check_base)
+    brings_tokenizer = _brings_tokenizer(base, adapter, check_base, trust_remote_code)
     with replacing_folder(out) as folder:
         with _correction(folder, file, reversible) as kept:
             stats = _write_merged(shards, places, file, folder, kept)
@@ -112,7 +114,7 @@ def merge_files(
             _copy_the_rest(base, folder)
             before = _beside(folder)
             if brings_tokenizer:
-                model_folder.replace_files(adapter, folder)
+                model_folder.replace_files(adapter, folder, trust_remote_code=trust_remote_code)
             if twice or any(place.untied for place in places.values()):
                 _say_untied(folder, shards, places)
             model_folder.stop_at(folder, ends)
@@ -150,15 +152,16 @@ def _write_merged(
     return stats
 
 
-def _brings_tokenizer(base: Path, adapter: Path, check: bool) -> bool:
+def _brings_tokenizer(base: Path, adapter: Path, check: bool, trust: bool) -> bool:
     """Return whether the adapter's folder has a tokenizer or a chat template that the base's has not.
 
     Raises NotByFiles where that has tokens which the checkpoint has no rows for.
     """
     if not model_folder.files_in(adapter):
         return False
-    of_base = model_folder.open_tokenizer(base) if model_folder.files_in(base) else None
-    tokenizer = model_folder.brought(adapter, of_base, check=check)
+    has_tokenizer = bool(model_folder.files_in(base))
+    of_base = model_folder.open_tokenizer(base, trust_remote_code=trust) if has_tokenizer else None
+    tokenizer = model_folder.brought(adapter, of_base, check=check, trust_remote_code=trust)
     if tokenizer is None:
         return False
     rows = _rows(base)

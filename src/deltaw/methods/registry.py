@@ -125,7 +125,10 @@ def _settings(entry: str, text: str) -> dict[str, object]:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{entry}: {word!r} is no setting; write key=value")
-        settings[key.strip()] = yaml.safe_load(value)
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:  # a pattern, as *q_proj
+            settings[key.strip()] = value.strip()
     return settings
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from deltaw.config import GenerateConfig
 from deltaw.errors import AdapterError, DataError, shown
@@ -18,7 +18,7 @@ from deltaw.layers.tree import evaluating
 from deltaw.model.ends import Ends, in_use, listed, own_ends, routed, taught
 from deltaw.model.inputs import most_positions
 from deltaw.model.pretrained import pad_id
-from deltaw.model.switch import route
+from deltaw.model.switch import at_fault, route
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 class Generates(Protocol):
     """A model that can generate."""
 
-    def generate(self, *, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:
+    def generate(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+    ) -> Tensor:
         """Return token ids [rows, length], after a decoder's prompts or a first token of an encoder's decoder."""
         ...
 
@@ -51,7 +58,8 @@ def generate(
     were. `on_done` is told how many prompts are finished.
 
     Raises, before anything is generated, DataError if the model has no positions for a prompt and its completion, and
-    AdapterError if a route names another number of rows.
+    AdapterError if a route names another number of rows. Raises AdapterError for an adapter whose logits mean nothing, and
+    FileError for such a base.
     """
     problem = too_long(prompts, config, model)
     if problem:
@@ -138,11 +146,55 @@ def _batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], asked: Gene
     mask = torch.tensor([padded([1] * len(p), 0) for p in prompts], device=model.device)
     if not isinstance(model, Generates):
         raise AdapterError(f"A {type(model).__name__} cannot generate.")
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=asked)
+    with watched(model, ids, mask) as watch:
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=watch)
     rows: list[list[int]] = out[
         :, 1 if has_encoder else width :
     ].tolist()  # a decoder behind an encoder has a first token
     return rows
+
+
+def _likeliest(logits: Tensor) -> bool:
+    """Return whether each row of logits [rows, tokens] has a likeliest token.
+
+    NaN has none. Nor have equal ones, which a norm makes of what overflowed before it.
+    """
+    least, most = torch.aminmax(logits, dim=-1)
+    return bool((torch.isfinite(most) & (most > least)).all())
+
+
+class _NotFinite(Exception):
+    """Raised out of `generate` with the token ids [rows, length] whose logits are not finite."""
+
+
+class _Watch(LogitsProcessor):
+    """Raises _NotFinite for a row without a likeliest token: the choice would be the first token each time."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not _likeliest(scores):
+            raise _NotFinite(input_ids)
+        return scores
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, ids: Tensor, mask: Tensor) -> Iterator[LogitsProcessorList]:
+    """Yield what a call of the model's `generate` takes as logits_processor.
+
+    ids, mask: the prompts [rows, length]. Raises AdapterError or FileError, for an adapter or a base whose logits are not finite.
+    """
+    try:
+        yield LogitsProcessorList([_Watch()])
+    except _NotFinite as stopped:
+        (tokens,) = stopped.args
+
+        def again() -> Tensor:
+            if _has_encoder(model):
+                logits: Tensor = model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens).logits
+            else:
+                logits = model(input_ids=tokens).logits
+            return logits[:, -1]
+
+        raise at_fault(model, again, name=getattr(model, "name_or_path", ""), sound=_likeliest) from None
 
 
 def _has_encoder(model: nn.Module) -> bool:

@@ -29,9 +29,11 @@ from transformers import (
 )
 
 from deltaw.config import DType, Task
-from deltaw.errors import ConfigError, FileError, first_line, nearest, shown
+from deltaw.errors import ConfigError, DeltaWError, FileError, first_line, nearest, needs_its_code, shown
 from deltaw.layers.names import in_order
+from deltaw.layers.tree import is_finite
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
+from deltaw.model.switch import base_not_finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +60,8 @@ class Location(TypedDict):
     """The arguments by which from_pretrained finds a model."""
 
     pretrained_model_name_or_path: str
+    trust_remote_code: bool
+    """Always given: where it is missing, transformers asks on the terminal, and a pipe may answer."""
     gguf_file: NotRequired[str]
 
 
@@ -96,6 +100,8 @@ class Pretrained:
     """The tokenizer was handed over with a model object, and may differ from its checkpoint's."""
     base_tokenizer: PreTrainedTokenizerBase | None = None
     """The base's tokenizer, if `tokenizer` is an adapter's: the base alone has no rows for its new tokens."""
+    trust_remote_code: bool = False
+    """Python code that comes with the model, or with a tokenizer beside its adapter, may run."""
 
     def of_base(self) -> Pretrained:
         """Return the same model with the base's tokenizer."""
@@ -110,17 +116,19 @@ def load_pretrained(
     dtype: DType = "auto",
     device: str = "auto",
     to_train: bool = False,
+    trust_remote_code: bool = False,
 ) -> Pretrained:
     """Return the model and tokenizer of `source`, with a head for the task.
 
     A head for classes has an output for each of `labels`. dtype "auto" keeps the checkpoint's precision, but is float32 on a
-    CPU and for GGUF files. With `to_train` it is bfloat16 if the device multiplies faster in it.
+    CPU and for GGUF files. With `to_train` it is bfloat16 if the device multiplies faster in it. With `trust_remote_code`,
+    Python code in the model's folder or hub repository runs.
 
     Raises FileError if the model is not there, is damaged, is no model for that task, or lacks weights besides those of a head:
-    these would be random.
+    these would be random. Raises it too for a model that needs its own code, without `trust_remote_code`.
     """
     where = pick_device(device)
-    arguments = locate(source)
+    arguments = locate(source, trust_remote_code=trust_remote_code)
     model_class, kind = OPENERS[task]
     try:
         tokenizer: Any = (AutoImageProcessor if task == "image" else AutoTokenizer).from_pretrained(**arguments)
@@ -129,8 +137,10 @@ def load_pretrained(
     except ImportError as error:
         hint = "\nGGUF files need: pip install 'deltaw[gguf]'" if "gguf_file" in arguments else ""
         raise FileError(f"{source} needs a package that is not installed: {str(error).strip()}{hint}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise FileError(f"{_absent(source)}{source} cannot be loaded as {kind}: {first_line(error)}") from error
+    except Exception as error:
+        raise _refusal(source, error, f"cannot be loaded as {kind}", trust_remote_code) from error
+    if not trust_remote_code:
+        _warn_of_code(model, tokenizer, source)
     new = _new_modules(model, info) if task in HEADED else ()
     _judge(model, info, new, source)
     if task == "causal":
@@ -139,7 +149,33 @@ def load_pretrained(
         settle_padding(model, tokenizer, pad_id(tokenizer), source, scored=task in HEADED)
     if "gguf_file" in arguments:
         _forget_gguf(model)
-    return Pretrained(model, tokenizer, source, head_of(model, new) if task in HEADED else (), new)
+    head = head_of(model, new) if task in HEADED else ()
+    return Pretrained(model, tokenizer, source, head, new, trust_remote_code=trust_remote_code)
+
+
+_ON_OPENING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+"""Errors by which transformers refuses a model."""
+
+
+def _refusal(source: str, error: Exception, what: str, trust_remote_code: bool) -> FileError:
+    """Return our error for transformers' one. Raises an error of ours as it is, and one that is a fault of the code.
+
+    The model's own code, where that runs, may raise any.
+    """
+    if isinstance(error, DeltaWError) or not (trust_remote_code or isinstance(error, _ON_OPENING)):
+        raise error
+    if not trust_remote_code and (refused := needs_its_code(source, error)) is not None:
+        return refused
+    return FileError(f"{_absent(source)}{source} {what}: {first_line(error)}")
+
+
+def _warn_of_code(model: PreTrainedModel, tokenizer: object, source: str) -> None:
+    """Warn of code beside the weights that was not run, as transformers has its own for that kind of model."""
+    if getattr(model.config, "auto_map", None) or getattr(tokenizer, "init_kwargs", {}).get("auto_map"):
+        log.warning(
+            "%s comes with Python code, which is not run: transformers' own %s takes its place. --trust-remote-code runs it.",
+            source, type(model).__name__,
+        )  # fmt: skip
 
 
 def _open(
@@ -149,20 +185,18 @@ def _open(
     opened: Any
     with torch.random.fork_rng(devices=[]):  # a head that the checkpoint lacks is drawn
         opened = model_class.from_pretrained(
-            **location, **head, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            **location, **head, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, weights_only=True
         )
     return opened[0].eval().to(device), opened[1]
 
 
-def read_config(source: str) -> PreTrainedConfig:
-    """Return the model's config. Raises FileError if there is none."""
+def read_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the model's config. Raises FileError if there is none, or if it needs the model's code without the flag for it."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(**locate(source))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**locate(source, trust_remote_code=trust_remote_code))
         return config
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FileError(
-            f"{_absent(source)}{source} has no config that transformers knows: {first_line(error)}"
-        ) from error
+    except Exception as error:
+        raise _refusal(source, error, "has no config that transformers knows", trust_remote_code) from error
 
 
 def _head(task: Task, labels: Sequence[str] | None) -> Head:
@@ -257,12 +291,17 @@ def check_vocabulary(model: nn.Module, tokenizer: object, source: str, rows: int
 
 @torch.no_grad()
 def _check_causal(model: PreTrainedModel, source: str) -> None:
-    """Raise FileError if logits depend on later tokens: such a model would learn to copy its targets from its input."""
+    """Raise FileError if logits depend on later tokens: such a model would learn to copy its targets from its input.
+
+    Raises it too if they are not finite.
+    """
     embedding: Any = model.get_input_embeddings()
     vocabulary = embedding.num_embeddings
     ids = (torch.arange(8, device=model.device) % vocabulary).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
     one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    if not (is_finite(one) and is_finite(other)):
+        raise base_not_finite(model, source)
     if (one - other).abs().max() > 0.01 * one.abs().max():
         raise FileError(
             f"{source} is no causal language model: its {type(model).__name__} attends to later tokens as well (an encoder). "
@@ -305,8 +344,8 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def locate(source: str) -> Location:
-    """Return the arguments by which from_pretrained finds a model.
+def locate(source: str, *, trust_remote_code: bool = False) -> Location:
+    """Return the arguments by which from_pretrained finds a model, and whether it may run the model's code.
 
     Raises FileError for a file or folder that holds no model, and for a path that is not there: the hub is not asked for it.
     """
@@ -314,18 +353,23 @@ def locate(source: str) -> Location:
     if path.is_file():
         if path.suffix != ".gguf":
             raise FileError(f"{source} is a file, but no GGUF file. MODEL is a hub id, a model folder or a .gguf file.")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return _at(path.parent, trust_remote_code, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(path.glob("*.gguf"))
             if len(ggufs) == 1:
-                return {"pretrained_model_name_or_path": str(path), "gguf_file": ggufs[0].name}
+                return _at(path, trust_remote_code, ggufs[0].name)
             raise FileError(f"{source} is a folder without config.json, so it is no model folder{_adapter_hint(path)}.")
-        return {"pretrained_model_name_or_path": str(path)}
+        return _at(path, trust_remote_code)
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileError(f"There is no model at {source}{nearest(path.name, siblings)}.")
-    return {"pretrained_model_name_or_path": source}
+    return _at(source, trust_remote_code)
+
+
+def _at(place: str | Path, trust_remote_code: bool, gguf_file: str | None = None) -> Location:
+    location: Location = {"pretrained_model_name_or_path": str(place), "trust_remote_code": trust_remote_code}
+    return location if gguf_file is None else {**location, "gguf_file": gguf_file}
 
 
 def _absent(source: str) -> str:

@@ -1,18 +1,23 @@
 """The choice among attached adapters: `use` for a model, `using` for a with-block, `route` for each row of a batch.
 
+`at_fault` tells by such a choice whether outputs that mean nothing come of the base or of an adapter.
+
 Writes a model's route and nothing else; model/row_order.py finds where the rows of a batch lie.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from deltaw.errors import AdapterError, ConfigError, nearest
+from deltaw.errors import AdapterError, ConfigError, DeltaWError, FileError, nearest
 from deltaw.layers.ops.rows import Rows
-from deltaw.model.record import Adapters, bring, known, merged_names, record_of
+from deltaw.layers.patch import slot_of
+from deltaw.layers.tree import is_finite, not_finite_in, owner_of
+from deltaw.model.record import Adapters, bring, find_record, known, merged_names, record_of
 from deltaw.model.row_order import check_rows_apart, trying_new_forms
 
 
@@ -148,6 +153,78 @@ def keep_on_device(model: nn.Module, most: int) -> None:
     record = record_of(model)
     record.residency.most = most
     record.residency.bring([], {*record.route.held(), record.route.active})
+
+
+def at_fault(
+    model: nn.Module, again: Callable[[], Tensor], *, name: str = "", sound: Callable[[Tensor], bool] = is_finite
+) -> DeltaWError:
+    """Return the error for outputs that mean nothing, which says whether the base makes them or an adapter.
+
+    Args:
+        model: The model, with the adapters in use.
+        again: Computes the outputs once more; it is called with the base alone.
+        name: The base, for messages.
+        sound: Tells outputs that mean something.
+    """
+    record = find_record(model)
+    if record is not None and record.merged:
+        return AdapterError(
+            f"The outputs of the model with {merged_names(record)} merged are {_NOTHING}. {_NARROW} If that changes nothing, "
+            "call unmerge(model) and look at base and adapter one by one."
+        )
+    used = [] if record is None else _used(record)
+    if record is None or not used:
+        return base_not_finite(model, name)
+    with torch.no_grad(), using(model, None):
+        if not sound(again()):
+            return base_not_finite(model, name)
+    return AdapterError(
+        f"With the adapter {' or '.join(map(repr, used))} the outputs are {_NOTHING}; the base alone is sound.",
+        [line for adapter in used for line in _largest(owner_of(model), record, adapter)],
+        f"{_NARROW} If that changes nothing, its training went wrong: train it again with a smaller learning rate.",
+    )
+
+
+def base_not_finite(model: nn.Module, name: str = "") -> FileError:
+    """Return the error for a base whose own outputs are not finite, with the tensors that are to blame for it."""
+    name, dtype = (
+        name or "the base",
+        next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
+    )
+    if broken := not_finite_in(model):
+        return FileError(
+            f"{name} is damaged: {len(broken)} of its tensors hold NaN or infinity, and so would every output:", broken,
+            "Download or convert it anew.",
+        )  # fmt: skip
+    return FileError(
+        f"The outputs of {name} are {_NOTHING}, without any adapter. Its weights are finite, but too large for "
+        f"{str(dtype).removeprefix('torch.')}. {_NARROW}"
+    )
+
+
+_NOTHING = "not finite (NaN or infinity), or all equal as after an overflow"
+_NARROW = "Try --dtype float32, in Python dtype=torch.float32."
+
+
+def _used(record: Adapters) -> list[str]:
+    """Return the adapters that passes go through now."""
+    choice, _ = record.route.taken()
+    names = choice.names if isinstance(choice, Rows) else [choice]
+    return [name for name in dict.fromkeys(names) if isinstance(name, str)]
+
+
+def _largest(owner: nn.Module, record: Adapters, name: str) -> list[str]:
+    """Return lines on the layers of an adapter with the largest entries, where these are far beyond those of a weight."""
+    sizes = {
+        layer: max((float(p.detach().abs().max()) for p in slot.get(name).parameters() if p.numel()), default=0.0)
+        for layer in record.attached[name].layers
+        if (slot := slot_of(owner.get_submodule(layer))) is not None
+    }
+    large = sorted((layer for layer in sizes if not sizes[layer] < _LARGE), key=lambda layer: -sizes[layer])
+    return [f"{name}: {layer} has entries of {sizes[layer]:.3g}" for layer in large[:3]]
+
+
+_LARGE = 1e4
 
 
 def _check(record: Adapters, name: str | None) -> None:

@@ -46,7 +46,14 @@ class MergedFolder:
 
 
 def merge_to_folder(
-    source: str, adapter: Path, out: Path, *, dtype: DType = "auto", check_base: bool = True, untie: bool = False
+    source: str,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: DType = "auto",
+    check_base: bool = True,
+    untie: bool = False,
+    trust_remote_code: bool = False,
 ) -> MergedFolder:
     """Write base + ΔW as an ordinary model folder, through the model in memory.
 
@@ -59,6 +66,7 @@ def merge_to_folder(
         dtype: the precision to store; auto is the checkpoint's.
         check_base: refuse an adapter of another base.
         untie: store tied weights apart where the adapter changes one of them.
+        trust_remote_code: run Python code that comes with the base.
 
     Raises:
         ConfigError: `out` is, holds or lies in the base or the adapter, or holds what no merge wrote.
@@ -67,32 +75,38 @@ def merge_to_folder(
         MergeError: the merge could not be exact, or what is on disk is not what was merged.
     """
     model_folder.check_place(out, {"the base": source, "the adapter": adapter})
-    loaded = _opened(source, adapter, _checkpoint_dtype(source) if dtype == "auto" else dtype, check_base)
+    read_as = _checkpoint_dtype(source) if dtype == "auto" else dtype
+    loaded = _opened(source, adapter, read_as, check_base, trust_remote_code)
     data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
     report = merge.merge(loaded.model, untie=untie)
     with replacing_folder(out) as folder:
         merge.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
-        compared = _compared(folder, data, inputs, expected, loaded.model.dtype)
+        compared = _compared(folder, data, inputs, expected, loaded.model.dtype, trust_remote_code)
         size = sum(f.stat().st_size for f in folder.iterdir())
         sign(folder)
     return MergedFolder(report, size, compared)
 
 
-def compare(source: str, adapter: Path, folder: Path, *, check_base: bool = True) -> Compared:
+def compare(
+    source: str, adapter: Path, folder: Path, *, check_base: bool = True, trust_remote_code: bool = False
+) -> Compared:
     """Compare the merged model in `folder` with the unmerged one. Raises MergeError when they differ by more than rounding."""
-    loaded = _opened(source, adapter, _checkpoint_dtype(source), check_base)
+    loaded = _opened(source, adapter, "auto", check_base, trust_remote_code)
     data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
     dtype = loaded.model.dtype
     del loaded  # the two models are not in memory together
-    return _compared(folder, data, inputs, expected, dtype)
+    return _compared(folder, data, inputs, expected, dtype, trust_remote_code)
 
 
-def _opened(source: str, adapter: Path, dtype: DType, check_base: bool) -> Pretrained:
+def _opened(source: str, adapter: Path, dtype: DType, check_base: bool, trust_remote_code: bool) -> Pretrained:
     """Return the base with the adapter on it, and with as many tokens as the adapter has."""
-    loaded = opening.opened(source, opening.of_adapter(adapter), dtype=dtype, device="cpu")
+    stored = _checkpoint_dtype(source, trust_remote_code) if dtype == "auto" else dtype
+    loaded = opening.opened(
+        source, opening.of_adapter(adapter), dtype=stored, device="cpu", trust_remote_code=trust_remote_code
+    )
     return opening.equip(loaded, adapter, check_base=check_base, resize=True)
 
 
@@ -105,10 +119,15 @@ def _logits(loaded: Pretrained, data: DataConfig) -> tuple[dict[str, Tensor], Te
 
 @torch.no_grad()
 def _compared(
-    folder: Path, data: DataConfig, inputs: dict[str, Tensor], expected: Tensor, dtype: torch.dtype
+    folder: Path,
+    data: DataConfig,
+    inputs: dict[str, Tensor],
+    expected: Tensor,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> Compared:
     """Load the folder's model in this dtype and compare its logits with the expected ones."""
-    again = opening.opened(str(folder), data, dtype=_NAMES[dtype], device="cpu")
+    again = opening.opened(str(folder), data, dtype=_NAMES[dtype], device="cpu", trust_remote_code=trust_remote_code)
     logits = again.model(**inputs).logits.float()
     drift = float((logits - expected).abs().max())
     limit = _TOLERANCE.get(dtype, 1e-3) * max(1.0, float(expected.abs().max()))
@@ -121,13 +140,11 @@ def _compared(
     return Compared(drift, agreement, logits[..., 0].numel())
 
 
-def _checkpoint_dtype(source: str) -> DType:
+def _checkpoint_dtype(source: str, trust_remote_code: bool) -> DType:
     """Return the precision that the checkpoint is stored in, which merging must not widen or narrow unasked."""
-    from transformers import AutoConfig
+    from deltaw.model.pretrained import locate, read_config
 
-    from deltaw.model.pretrained import locate
-
-    arguments = locate(source)
-    if "gguf_file" in arguments:
+    if "gguf_file" in locate(source):
         return "float32"
-    return _NAMES.get(AutoConfig.from_pretrained(**arguments).dtype, "float32")
+    dtype = read_config(source, trust_remote_code=trust_remote_code).dtype
+    return _NAMES.get(dtype, "float32") if isinstance(dtype, torch.dtype) else "float32"

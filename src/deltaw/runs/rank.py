@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, to_mapping
+from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import Record
 from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
@@ -222,9 +222,14 @@ def _opened(run: Finished, config: RankConfig) -> _Opened:
     )
 
 
+def _settings_of(run: Finished, options: RankConfig) -> TrainConfig:
+    """Return the run's settings of training. That the model's code may run is never taken from its files."""
+    return dataclasses.replace(run.config(), trust_remote_code=options.trust_remote_code)
+
+
 def _held_out(run: Finished, options: RankConfig) -> HeldOut:
     """Open the base with what the adapter brings for it, but without the adapter, and the records to score."""
-    config, records = run.config(), options.records
+    config, records = _settings_of(run, options), options.records
     model = options.model or run.named("model")
     data = options.data or run.named("data") or (records if records and is_path(records) else None)
     problems = []
@@ -448,7 +453,7 @@ def confirmed(
         init=method.init, dropout=method.dropout, margin=config.margin, metrics=config.metrics,
         method="dora" if run.settings.get("method") == "dora" else "lora",
     )  # fmt: skip
-    training = dataclasses.replace(run.config(), out=str(folder), overwrite=False)
+    training = dataclasses.replace(_settings_of(run, config), out=str(folder), overwrite=False)
     result = sweep(model, data, training, options, on_event=on_event)
     choice = next(iter(result.choices.values()), None)
     if choice is None:

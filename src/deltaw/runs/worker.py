@@ -216,7 +216,8 @@ def timed(task: TimingTask) -> list[LatencyRow]:
     from deltaw.training.tasks import Causal, task_of
 
     data = of_adapter(next(iter(task.adapters.values())))  # all of one comparison have the same
-    model = opened(task.model, data, dtype=task.dtype, device=task.device).model.eval()
+    loaded = opened(task.model, data, dtype=task.dtype, device=task.device, trust_remote_code=task.trust_remote_code)
+    model = loaded.model.eval()
     shown: dict[str, str] = {}
     for i, (name, adapter) in enumerate(task.adapters.items()):
         shown[f"m{i}"] = name  # an adapter's name may hold no dot, a method's may

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
-from deltaw.layers.tree import evaluating
+from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import most_positions, text_config
 from deltaw.training import head as heads
 from deltaw.training.head import AfterHead, Head
@@ -119,6 +119,8 @@ class CompletionLoss:
             if logits.shape == z.shape and (after(z) - logits).abs().max() <= tolerance * logits.abs().max():
                 self.path, self.after = "head", after
                 return
+        if not is_finite(logits):  # of which nothing can be told
+            return
         log.warning(
             "This model changes its head's logits in a way that is not known: the loss is computed from its own logits (slower)."
         )

@@ -62,11 +62,25 @@ def _of_foreign(data: DataConfig, file: LoRAFile | MethodFile) -> DataConfig:
 
 
 def opened(
-    source: str, data: DataConfig, *, dtype: DType = "auto", device: str = "auto", to_train: bool = False
+    source: str,
+    data: DataConfig,
+    *,
+    dtype: DType = "auto",
+    device: str = "auto",
+    to_train: bool = False,
+    trust_remote_code: bool = False,
 ) -> Pretrained:
     """Return `load_pretrained` for the task of these settings. Raises as that does."""
     task = cast(Task, task_of(data).name)
-    return load_pretrained(source, task=task, labels=data.labels, dtype=dtype, device=device, to_train=to_train)
+    return load_pretrained(
+        source,
+        task=task,
+        labels=data.labels,
+        dtype=dtype,
+        device=device,
+        to_train=to_train,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, resize: bool = False) -> Pretrained:
@@ -81,7 +95,13 @@ def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, r
     model, folder, tokenizer = loaded.model, Path(adapter), None
     file = store.named_for(model, store.read(folder))
     if hasattr(loaded.tokenizer, "get_vocab"):  # an image processor has no tokens
-        tokenizer = brought(folder, loaded.tokenizer, config=model.config, check=check_base)
+        tokenizer = brought(
+            folder,
+            loaded.tokenizer,
+            config=model.config,
+            check=check_base,
+            trust_remote_code=loaded.trust_remote_code,
+        )
         rows, used = store.tokens_with(model, file), loaded.tokenizer if tokenizer is None else tokenizer
         if resize:
             resize_vocabulary(model, rows if tokenizer is None else _with_new(used, rows, folder))

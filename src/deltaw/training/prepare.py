@@ -166,17 +166,19 @@ def _begin(model: Model, data: Source, config: TrainConfig, positions: int, toke
     """Open the model and read the records to train on and to hold out. `positions`: those that the method takes."""
     records = read(data, config.data, split=config.data.split)
     valid = _held_out(data, config)
-    config = replace(config, data=recognised(config.data, records, _config_of(model)))
+    config = replace(config, data=recognised(config.data, records, _config_of(model, config.trust_remote_code)))
     with seeded(config.seed):  # a head that the checkpoint does not have is drawn
         loaded = _loaded(model, tokenizer, config)
     config = _resolved(config, records.form, loaded, positions)
     return _Begun(loaded, config, *_split(records, valid, config))
 
 
-def _config_of(model: Model) -> PretrainedConfig | None:
+def _config_of(model: Model, trust_remote_code: bool = False) -> PretrainedConfig | None:
     """Return transformers' config of a model by its name, or of an object; None where that has none."""
     config: PretrainedConfig | None = getattr(model, "config", None)
-    return read_config(str(model)) if isinstance(model, (str, Path)) else config
+    if not isinstance(model, (str, Path)):
+        return config
+    return read_config(str(model), trust_remote_code=trust_remote_code)
 
 
 def with_head(method: Any, head: Sequence[str]) -> Any:
@@ -191,7 +193,14 @@ def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> P
     """Open a model by its name, or take a model object with its tokenizer."""
     task, labels = config.data.task, config.data.labels
     if isinstance(model, (str, Path)):
-        loaded = opened(str(model), config.data, dtype=config.dtype, device=config.device, to_train=True)
+        loaded = opened(
+            str(model),
+            config.data,
+            dtype=config.dtype,
+            device=config.device,
+            to_train=True,
+            trust_remote_code=config.trust_remote_code,
+        )
         if task != "image":
             check_vocabulary(loaded.model, loaded.tokenizer, loaded.name)
         return loaded

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -19,10 +20,11 @@ from deltaw.data.images import pixels
 from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
 from deltaw.errors import DataError
-from deltaw.layers.tree import evaluating
+from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.generate import generate, too_long
 from deltaw.model.inputs import check_ends, row_padding
 from deltaw.model.pretrained import Pretrained, pad_id
+from deltaw.model.switch import at_fault
 from deltaw.training.losses import ClassLoss, CompletionLoss, DecoderLoss, Loss, RecordLoss, SquaredLoss
 
 if TYPE_CHECKING:
@@ -166,14 +168,20 @@ class Scored(Task):
 
     @torch.no_grad()
     def logits(self, loaded: Pretrained, items: Sequence[Item], batch: int, told: Told) -> Tensor:
-        """Return the logits of each item, fp32 [n, outputs] on the CPU."""
+        """Return the logits of each item, fp32 [n, outputs] on the CPU.
+
+        Raises AdapterError or FileError where they are not finite.
+        """
         order = sorted(range(len(items)), key=lambda i: items[i].length)
         loss = self.loss(loaded)
         parts = []
         with evaluating(loaded.model):
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]
-                parts.append(loss.logits(loss.collate([items[i] for i in rows])).float().cpu())
+                inputs = loss.collate([items[i] for i in rows])
+                parts.append(loss.logits(inputs).float().cpu())
+                if not is_finite(parts[-1]):
+                    raise at_fault(loaded.model, partial(loss.logits, inputs), name=loaded.name)
                 told(start + len(rows))
         return torch.cat(parts)[torch.tensor(order).argsort()]
 

@@ -150,7 +150,7 @@ class Reader:
         names = [name for name in self.archive.namelist() if name.startswith(f"{_BESIDE}/")]
         places = {name: folder / name.removeprefix(f"{_BESIDE}/") for name in names}
         added = [folder / name for name in self.manifest.added]
-        if any(not path.resolve().is_relative_to(folder.resolve()) for path in (*added, *places.values())):
+        if not all(_lies_in(folder, path) for path in (*added, *places.values())):
             raise FileError(f"{self.path} names files outside its folder.")
         for path in added:
             path.unlink(missing_ok=True)
@@ -179,3 +179,12 @@ class Reader:
         except (KeyError, OSError, ValueError, *_DAMAGED) as error:
             raise FileError(f"{self.path} lacks the {part} of {tensor}, or they are damaged: {error}") from error
         return held
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    """Return whether a path is one of a file within the folder, whatever `..`, links or zeros are in it."""
+    try:
+        place, root = path.resolve(), folder.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return place != root and place.is_relative_to(root)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard, cast
 
-from deltaw.errors import BaseMismatch, FileError, first_line, listing
+from deltaw.errors import BaseMismatch, FileError, first_line, listing, needs_its_code
 from deltaw.files.formats.atomic import check_apart, check_replaceable, files_written
 from deltaw.files.formats.strict_json import read_object
 from deltaw.model.ends import extended
@@ -80,13 +80,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for paths in inside for p in paths if p.is_file()}
 
 
-def open_tokenizer(source: str | Path, **arguments: object) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub id. `arguments` go to transformers. Raises FileError."""
+def open_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, **arguments: object
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub id. `arguments` go to transformers.
+
+    Raises FileError, also for a tokenizer that needs code of its own, without `trust_remote_code`.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source), **arguments)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(source), trust_remote_code=trust_remote_code, **arguments
+        )
+    except Exception as error:
+        expected = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+        if not (trust_remote_code or isinstance(error, expected)):  # its own code may raise any
+            raise
+        refused = None if trust_remote_code else needs_its_code(f"The tokenizer in {source}", error)
+        if refused is not None:
+            raise refused from error
         reason = first_line(error)
         raise FileError(
             f"The tokenizer in {source} cannot be opened: {reason}\nBeside an adapter: without its files the base's is used."
@@ -95,7 +108,12 @@ def open_tokenizer(source: str | Path, **arguments: object) -> PreTrainedTokeniz
 
 
 def brought(
-    folder: Path, base: PreTrainedTokenizerBase | None, *, config: PretrainedConfig | None = None, check: bool = True
+    folder: Path,
+    base: PreTrainedTokenizerBase | None,
+    *,
+    config: PretrainedConfig | None = None,
+    check: bool = True,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that an adapter's folder has, where it is another one than the base's, and log what differs.
 
@@ -106,6 +124,7 @@ def brought(
         base: the base's tokenizer, if it has one.
         config: the model's.
         check: refuse a tokenizer that gives the ids of the base's ordinary tokens to other ones.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
         FileError: for a tokenizer that cannot be opened.
@@ -120,7 +139,8 @@ def brought(
         if tokenizer is not None:
             log.warning("The chat template is the one in %s; the base has another one, or none.", folder)
         return tokenizer
-    tokenizer = open_tokenizer(folder, **({} if config is None else {"config": config}))
+    arguments = {} if config is None else {"config": config}
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code, **arguments)
     if base is None:
         log.warning("The tokenizer is the one in %s; the base has none.", folder)
         return tokenizer
@@ -249,7 +269,7 @@ def copy_files(source: Path, folder: Path) -> None:
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
 
 
-def replace_files(source: Path, folder: Path) -> None:
+def replace_files(source: Path, folder: Path, *, trust_remote_code: bool = False) -> None:
     """Put the tokenizer and chat template of an adapter's folder into a model's, in place of those that it has.
 
     A chat template alone goes into the model's tokenizer.
@@ -259,7 +279,7 @@ def replace_files(source: Path, folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         copy_files(source, folder)
     elif (template := template_in(source)) is not None:
-        tokenizer = open_tokenizer(folder)
+        tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import DataConfig, GenerateConfig
@@ -17,10 +17,11 @@ from deltaw.data import Record, Records, as_said, references
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.data.prompts import item_numbers
-from deltaw.errors import DataError
-from deltaw.layers.tree import evaluating
+from deltaw.errors import AdapterError, DataError, FileError
+from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import within
 from deltaw.model.pretrained import Pretrained
+from deltaw.model.switch import at_fault
 from deltaw.runs.evaluation.bootstrap import ItemScore
 from deltaw.runs.evaluation.metrics import (
     CLASS_METRICS,
@@ -110,7 +111,8 @@ def evaluate(
 
     Raises:
         ConfigError: A metric is unknown, or its package is not installed.
-        DataError: A loss is not finite, so that no score would mean anything.
+        DataError: Logits or a loss are not finite, so that no score would mean anything. It says whether the base makes them so
+            or an adapter.
     """
     known = metrics_of(data, records.form)
     metrics = known if metrics is None else metrics
@@ -120,25 +122,15 @@ def evaluate(
     loaded = Pretrained(cast(PreTrainedModel, model), tokenizer, "")
     began = time.monotonic()
     arguments = (loaded, records, data, generation, metrics, on_done)
-    judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
+    try:
+        judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
+    except (AdapterError, FileError) as error:  # outputs that are not finite, by the adapter or by the base
+        raise DataError(f"There is no score: {error}") from error
     scored, items, predictions, scores, losses = judged
-    _check_finite(losses)
     if losses is not None and _OF_LOSSES & set(metrics):
         scores["loss"] = ratio(*losses)
         scores["perplexity"] = perplexity(scores["loss"])
     return Evaluation(scored, items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
-
-
-def _check_finite(losses: RecordLosses | None) -> None:
-    if losses is None:
-        return
-    bad = sum(not math.isfinite(loss) for loss in losses.sums)
-    if bad:
-        raise DataError(
-            f"The loss of {bad} of {len(losses.sums)} records is not finite under this model. Its weights are too large or not "
-            "numbers, or its dtype is too narrow for them.\n"
-            "Try --dtype float32. If that changes nothing, its training went wrong."
-        )
 
 
 _Judged = tuple[int, int, list[str], dict[str, ItemScore], RecordLosses | None]
@@ -185,15 +177,26 @@ def _of_labels(
     return len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items)
 
 
+def _losses(loss: Loss, inputs: Any) -> Tensor:
+    return loss.each(inputs)[0]
+
+
 @torch.no_grad()
 def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, items: list[int]) -> RecordLosses:
-    """Return the losses of each example, `batch` at a time. items: the number of each one's item."""
+    """Return the losses of each example, `batch` at a time. items: the number of each one's item.
+
+    Raises AdapterError or FileError for a loss that is not finite.
+    """
+    name = getattr(loss.model, "name_or_path", "")
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss.model):
         for start in range(0, len(order), batch):
             rows = torch.tensor(order[start : start + batch])
-            losses, of_row = loss.each(loss.collate([examples[i] for i in rows]))
+            inputs = loss.collate([examples[i] for i in rows])
+            losses, of_row = loss.each(inputs)
+            if not is_finite(losses):
+                raise at_fault(loss.model, partial(_losses, loss, inputs), name=name)
             sums.index_add_(0, rows[of_row], losses.double().cpu())
             counts[rows] += torch.bincount(of_row, minlength=len(rows))
     return RecordLosses(sums.tolist(), counts.tolist(), items)

@@ -20,7 +20,7 @@ from deltaw.config import DType, PlanConfig, Task, TrainConfig
 from deltaw.data.batches import padded
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
-from deltaw.errors import ConfigError, FileError, TargetError, first_line, nearest
+from deltaw.errors import ConfigError, FileError, TargetError, first_line, nearest, needs_its_code
 from deltaw.files.units import parse_size
 from deltaw.methods.plan import Method
 from deltaw.methods.registry import DEFAULT, contestants
@@ -179,7 +179,7 @@ def _subject(model: str | PreTrainedConfig, asked: PlanConfig) -> _Subject:
     if preset is not None:
         config, task = preset.config(), preset.task
     else:
-        config = _config_of(model) if isinstance(model, str) else copy.deepcopy(model)
+        config = _config_of(model, asked.trust_remote_code) if isinstance(model, str) else copy.deepcopy(model)
         task = _usual_task(config)
     task = task if asked.task == "auto" else asked.task
     if task in HEADED:
@@ -190,17 +190,17 @@ def _subject(model: str | PreTrainedConfig, asked: PlanConfig) -> _Subject:
             setattr(config, key, 0)
     device = pick_device("auto").type if asked.device == "auto" else asked.device
     dtype, process = _dtype(asked.dtype, device), machine.held() if device == "cpu" else 0
-    bare = _built(config, task, dtype, name)
+    bare = _built(config, task, dtype, name, asked.trust_remote_code)
     checkpoints = getattr(bare, "supports_gradient_checkpointing", False)
     return _Subject(
         name, task, device, dtype, None if task == "image" else _length(asked, name, most_positions(bare)), process, asked,
-        bare, _built(config, task, dtype, name) if checkpoints else None,
+        bare, _built(config, task, dtype, name, asked.trust_remote_code) if checkpoints else None,
     )  # fmt: skip
 
 
-def _config_of(model: str) -> PreTrainedConfig:
+def _config_of(model: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = read_config(model)
+        config: PreTrainedConfig = read_config(model, trust_remote_code=trust_remote_code)
         return config
     except FileError as error:
         raise FileError(
@@ -240,17 +240,23 @@ def _length(asked: PlanConfig, name: str, positions: int | None) -> int:
     return asked.length
 
 
-def _built(config: PreTrainedConfig, task: Task, dtype: torch.dtype, name: str) -> PreTrainedModel:
+def _built(
+    config: PreTrainedConfig, task: Task, dtype: torch.dtype, name: str, trust_remote_code: bool
+) -> PreTrainedModel:
     """The model on the meta device."""
     if task not in OPENERS:
         raise ConfigError(f"No plan can be made for task {task}; there are {', '.join(OPENERS)}.")
     opener, _ = OPENERS[task]
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = opener.from_config(copy.deepcopy(config), dtype=dtype).eval()
+            model: PreTrainedModel = opener.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            ).eval()
             return model
     except (ValueError, KeyError, ImportError) as error:
-        raise FileError(f"{name} cannot be opened for task {task}: {first_line(error)}") from error
+        raise needs_its_code(name, error) or FileError(
+            f"{name} cannot be opened for task {task}: {first_line(error)}"
+        ) from error
 
 
 # --- a method ---------------------------------------------------------------------------------------------------

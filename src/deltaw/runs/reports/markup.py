@@ -6,16 +6,15 @@ Data passes through `text` (or `attributes`) exactly once; everything else is a 
 from __future__ import annotations
 
 import html
-import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from deltaw.errors import visible
+
 _INNER = ("article", "div", "dl", "figure", "main", "ol", "section", "table", "tbody", "thead")
 
 
 def text(value: object) -> str:
-    """Return `value` as characters of a page: escaped, control characters made visible, lone surrogates replaced."""
-    plain = str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
-    return html.escape(_CONTROL.sub(_picture, plain), quote=True)
+    """Return `value` as characters of a page: escaped, control characters and lone surrogates made visible."""
+    return html.escape(visible(str(value)), quote=True)
 
 
 def attributes(**values: object) -> str:
@@ -34,9 +33,3 @@ def tag(name: str, inner: str = "", **values: object) -> str:
     """Return `<name …>inner</name>`; `inner` is HTML already. Only containers get line breaks."""
     pad = "\n" if name in _INNER else ""
     return f"<{name}{attributes(**values)}>{pad}{inner}{pad}</{name}>"
-
-
-def _picture(control: re.Match[str]) -> str:
-    """A visible character for a control character."""
-    code = ord(control.group())
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"

@@ -135,6 +135,8 @@ class TimingTask:
     """Rows that are decoded."""
     seconds: float
     """Longest time for each setting, all methods together."""
+    trust_remote_code: bool = False
+    """The model's own code may run."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> TimingTask:

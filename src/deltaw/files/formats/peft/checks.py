@@ -17,6 +17,10 @@ def tensor_problems(sorted_: Sorted, tensors: Mapping[str, Tensor]) -> list[str]
     """List what is wrong with the tensors by themselves: parts that are missing, shapes, dtypes, values that are not finite."""
     finite = _surely_finite(tensors.values())
     problems = [problem for layer, parts in sorted_.parts.items() for problem in _part_problems(layer, parts, finite)]
+    if not problems and any(_largest(t) > _HALF for t in _whole_storages(tensors.values())):
+        problems += [
+            line for layer, parts in sorted_.parts.items() for line in _overflow(layer, parts["A"], parts["B"])
+        ]
     values = *sorted_.whole.items(), *sorted_.rows.items(), *sorted_.copies.items(), *sorted_.originals.items()
     for name, value in values:
         # A copied module's counters are whole numbers; only a model tells whether they are its buffers
@@ -56,14 +60,36 @@ def _value_problems(name: str, value: Tensor, finite: bool) -> list[str]:
     return [] if finite or is_finite(value) else [f"{name} has values that are not finite"]
 
 
+_MOST = torch.finfo(torch.float32).max
+_HALF = _MOST**0.5
+"""Entries up to this one have products in float32."""
+
+
+def _overflow(layer: str, A: Tensor, B: Tensor) -> list[str]:
+    """List factors whose ΔW no float32 could hold: what comes of them is infinite, or a constant."""
+    a, b = _largest(A), _largest(B)
+    return [f"{layer}: A has entries of {a:.3g} and B of {b:.3g}, whose products overflow"] if a * b > _MOST else []
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute entry; 0 for a tensor without any."""
+    floats = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return max(map(abs, map(float, torch.aminmax(floats)))) if tensor.numel() else 0.0
+
+
 def _surely_finite(tensors: Collection[Tensor]) -> bool:
     """True only if all entries are finite, since a sum is finite only if its terms are. (One that overflows tells nothing.)"""
+    sums = [t.sum(dtype=torch.float32) for t in _whole_storages(tensors)]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+
+
+def _whole_storages(tensors: Collection[Tensor]) -> list[Tensor]:
+    """Return the tensors of floating point, as one where they are all of a file: that takes one pass."""
     floats = [t for t in tensors if t.is_floating_point()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in floats}
-    if len(storages) == len({t.dtype for t in tensors}) == 1:  # a whole file's: one sum
-        floats = [torch.empty(0, dtype=floats[0].dtype).set_(*storages.values())]
-    sums = [t.sum(dtype=torch.float32) for t in floats]
-    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+    if len(storages) == len({t.dtype for t in tensors}) == 1:
+        return [torch.empty(0, dtype=floats[0].dtype).set_(*storages.values())]
+    return floats
 
 
 def is_finite(tensor: Tensor) -> bool:
