@@ -5,8 +5,8 @@
     python benchmarks/merge_cycles.py --cycles 50 --part drift --drift-model .cache/smollm2
     python benchmarks/merge_cycles.py --part time --turns 9
 
-The drift is counted on one layer of SmolLM2's shapes with random weights, or on --drift-model, in float32, bfloat16 and float16,
-with the same A and B for both tools. It is the mean |W − W0| of the targeted weights over their mean |W0|. Times are of --model in
+The drift is counted on one layer of SmolLM2's shapes with random weights, or on --drift-model, in three dtypes, with the same A
+and B for both tools. It is the mean |W − W0| of the targeted weights over their mean |W0|. Times are of --model in
 bfloat16: every row has a process of its own, and the rows take turns, a cycle each. A ratio is the median over the turns.
 Wall times depend on who else uses the machine; CPU times do less.
 
@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=1000, help="before the weights are compared")
     parser.add_argument("--turns", type=int, default=7, help="timed cycles of each row, after one that is not")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 0], help="of PyTorch; 0: its default")
+    parser.add_argument("--keep", nargs="+", choices=KEEPS, default=KEEPS, help="what the timed merges keep")
     parser.add_argument("--part", choices=("drift", "time", "both"), default="both")
     parser.add_argument("--against", metavar="CHECKOUT", help="time the deltaw of another checkout, too")
     parser.add_argument("--name", default="merge_cycles", help="of the result file")
@@ -182,13 +183,13 @@ def race(chosen: argparse.Namespace, threads: int) -> dict[str, Any]:
         tools["deltaw before"] = ("deltaw", chosen.against)
     tools["peft"] = ("peft", None)
     workers = {name: Worker(tool, chosen.model, threads, checkout) for name, (tool, checkout) in tools.items()}
-    rows = [(name, keep) for keep in KEEPS for name in tools if keep == "copy" or name != "peft"]
+    rows = [(name, keep) for keep in chosen.keep for name in tools if keep == "copy" or name != "peft"]
     turns: dict[tuple[str, str], list[Turn]] = {row: [] for row in rows}
     for number in range(chosen.turns + 1):
         for name, keep in rows[:: 1 if number % 2 == 0 else -1]:  # who goes first takes turns, too
             turns[name, keep].append(workers[name].turn(keep))
     hashes = {name: worker.end() for name, worker in workers.items()}
-    figures: dict[str, dict[str, Any]] = {keep: {} for keep in KEEPS}
+    figures: dict[str, dict[str, Any]] = {keep: {} for keep in chosen.keep}
     for (name, keep), taken in turns.items():
         others = {other: turns[other, keep][1:] for other in tools if other != name and (other, keep) in turns}
         figures[keep][name] = summary(taken[1:], others)
