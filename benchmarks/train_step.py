@@ -119,9 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
     parser.add_argument("--part", default="main", choices=PARTS)
     parser.add_argument("--rows", help=f"of {', '.join(ROWS)}, with commas between; they make one heat")
-    parser.add_argument(
-        "--against", metavar="CHECKOUT", help="race the deltaw of another checkout instead of the other rows"
-    )
+    parser.add_argument("--against", metavar="CHECKOUT", help="race the deltaw of another checkout instead of the other rows")
     parser.add_argument("--targets", choices=("all-linear", "qv"))
     for name in ("rank", "batch", "length", "warm", "steps"):
         parser.add_argument(f"--{name}", type=int)
