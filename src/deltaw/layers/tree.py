@@ -33,8 +33,11 @@ def matrix_of(owner: nn.Module, name: str) -> Tensor:
 
 def place_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that has the parameter of this dotted name, and its name there."""
-    layer_name, _, own_name = name.rpartition(".")
-    return owner.get_submodule(layer_name), own_name
+    *path, own_name = name.split(".")
+    module: nn.Module | None = owner
+    for step in path:  # get_submodule asks for much more on the way
+        module = None if module is None else module._modules.get(step)
+    return module or owner.get_submodule(".".join(path)), own_name
 
 
 def dotted(module_name: str, own_name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -38,6 +39,8 @@ def between(W0: Tensor, back: Tensor) -> Residual:
     True
     """
     difference = _ordinals(W0) - _ordinals(back)  # wraps around, and back again in `corrected`
+    if difference.numel() and all(-127 <= int(extreme) <= 127 for extreme in torch.aminmax(difference)):
+        return Residual(difference.to(torch.int8), difference.new_empty(0))
     wide = (difference < -127) | (difference > 127)
     return Residual(difference.masked_fill(wide, _ESCAPE).to(torch.int8), difference[wide])
 
@@ -46,7 +49,8 @@ def corrected(back: Tensor, residual: Residual) -> Tensor:
     """Return W0, bit for bit: the inverse of `between`."""
     ordinals = _ordinals(back)
     difference = residual.codes.to(ordinals.dtype)
-    difference[residual.codes == _ESCAPE] = residual.escapes
+    if escaped(residual.codes):
+        difference[residual.codes == _ESCAPE] = residual.escapes
     return _bits(ordinals + difference).view(back.dtype)
 
 
@@ -57,7 +61,9 @@ def integers_of(dtype: torch.dtype) -> torch.dtype:
 
 def escaped(codes: Tensor) -> int:
     """Count the entries whose difference is among the escapes."""
-    return int((codes == _ESCAPE).sum())
+    if codes.device.type != "cpu":
+        return int(torch.count_nonzero(codes == _ESCAPE))
+    return int(numpy.count_nonzero(numpy.equal(codes.numpy(), _ESCAPE)))
 
 
 def _ordinals(values: Tensor) -> Tensor:

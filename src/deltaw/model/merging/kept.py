@@ -21,6 +21,8 @@ from deltaw.model.record import Adapters, find_record, named_parameters, readers
 
 Changed = Literal["refuse", "restore", "keep"]
 """The treatment of merged weights that were changed since: see `unmerge`."""
+_Names = Mapping[int, Sequence[str]]
+"""Identity of a parameter → its names."""
 
 
 def stamped(owner: nn.Module, originals: Mapping[str, Original]) -> dict[str, Kept]:
@@ -41,9 +43,10 @@ def lost(model: nn.Module, changed: Changed) -> set[str]:
     is "keep".
     """
     record, owner = record_of(model), owner_of(model)
-    problems = {name: why for name, kept in record.originals.items() if (why := _change_since(owner, name, kept))}
+    ties = _names(owner)
+    problems = {n: why for n, kept in record.originals.items() if (why := _change_since(owner, n, kept, ties))}
     if changed == "restore":
-        problems = {n: why for n, why in problems.items() if not _can_take_copy(owner, record.originals[n])}
+        problems = {n: why for n, why in problems.items() if not _can_take_copy(owner, record.originals[n], ties)}
     if problems and changed != "keep":
         raise MergeError(_why_not_unmerged(owner, problems, record.originals))
     return set(problems)
@@ -101,7 +104,7 @@ def _put_back(owner: nn.Module, name: str, original: Original, names: Sequence[s
             parameter.copy_(values)
 
 
-def _change_since(owner: nn.Module, name: str, kept: Kept) -> str | None:
+def _change_since(owner: nn.Module, name: str, kept: Kept, ties: _Names) -> str | None:
     """Return how a merged weight differs from what the merge made of it; None if it does not."""
     for alias in kept.names:
         parameter = _parameter(owner, alias)
@@ -111,15 +114,19 @@ def _change_since(owner: nn.Module, name: str, kept: Kept) -> str | None:
             return "it was quantised"
         if why := difference(parameter, kept.stamp):
             return why if alias == name else f"{why} as {alias}, which was tied to it"
-    others = _tied_since(owner, kept)
+    others = _tied_since(owner, kept, ties)
     return f"it is tied to {', '.join(others)} now, which would change with it" if others else None
 
 
-def _tied_since(owner: nn.Module, kept: Kept) -> list[str]:
+def _names(owner: nn.Module) -> _Names:
+    """Return all names of each parameter as the model is now."""
+    return {id(parameter): names for parameter, names in readers(owner, now=True).items()}
+
+
+def _tied_since(owner: nn.Module, kept: Kept, ties: _Names) -> list[str]:
     """Return the names of parameters that a merged weight was tied to after the merge."""
-    parameters = {id(_parameter(owner, alias)) for alias in kept.names}
-    names = [name for p, same in readers(owner, now=True).items() if id(p) in parameters for name in same]
-    return [name for name in names if name not in kept.names]
+    parameters = dict.fromkeys(id(_parameter(owner, alias)) for alias in kept.names)
+    return [name for p in parameters for name in ties.get(p, ()) if name not in kept.names]
 
 
 def _parameter(owner: nn.Module, name: str) -> nn.Parameter | None:
@@ -131,11 +138,11 @@ def _parameter(owner: nn.Module, name: str) -> nn.Parameter | None:
     return layer._parameters.get(own_name)
 
 
-def _can_take_copy(owner: nn.Module, kept: Kept) -> bool:
+def _can_take_copy(owner: nn.Module, kept: Kept, ties: _Names) -> bool:
     """Return whether the weight that is there now can take the copy from before the merge."""
     parameters = [_parameter(owner, alias) for alias in kept.names]
     same_shape = all(p is not None and tuple(p.shape) == kept.stamp.shape for p in parameters)
-    if not (isinstance(kept.original, Copy) and same_shape) or _tied_since(owner, kept):
+    if not (isinstance(kept.original, Copy) and same_shape) or _tied_since(owner, kept, ties):
         return False
     return not any(in_few_bits(*place_of(owner, alias)) for alias in kept.names)
 
@@ -151,7 +158,8 @@ def _why_not_unmerged(owner: nn.Module, problems: Mapping[str, str], originals: 
             p is not None and p.dtype != dtype and not difference(p.to(dtype), stamps[name]) for name, p in now.items()
         ):
             ways.append(f"Call model.to({dtype}) first: that gives the merged weights as they were.")
-    if all(_can_take_copy(owner, originals[name]) for name in problems):
+    ties = _names(owner)
+    if all(_can_take_copy(owner, originals[name], ties) for name in problems):
         ways.append(
             "unmerge(model, changed='restore') puts the copies from before the merge back, whatever was done since."
         )
@@ -175,11 +183,12 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
     """Yield (name, parameter, its values before attach) of the base; the values are the parameter itself unless it is merged."""
-    record = find_record(model)
+    record, owner = find_record(model), owner_of(model)
     merged = record.originals if record else {}
+    ties = _names(owner) if merged else {}
     for name, parameter in named_parameters(model):
         if name in merged:
-            yield name, parameter, as_stored(*place_of(owner_of(model), name), before_merge(model, name))
+            yield name, parameter, as_stored(*place_of(owner, name), _before(owner, name, merged[name], ties))
         else:
             yield name, parameter, parameter
 
@@ -188,8 +197,11 @@ def before_merge(model: nn.Module, name: str) -> Tensor:
     """Return a parameter as a matrix with its values from before a merge. Raises MergeError if these are lost."""
     owner = owner_of(model)
     kept = record_of(model).originals.get(name)
-    if kept is None:
-        return matrix_of(owner, name)
-    if why := _change_since(owner, name, kept):
+    return matrix_of(owner, name) if kept is None else _before(owner, name, kept, _names(owner))
+
+
+def _before(owner: nn.Module, name: str, kept: Kept, ties: _Names) -> Tensor:
+    """Return a merged weight as it was before. Raises MergeError if it was changed since."""
+    if why := _change_since(owner, name, kept, ties):
         raise MergeError(_why_not_unmerged(owner, {name: why}, {name: kept}))
     return kept.original.restored(matrix_of(owner, name))
