@@ -328,6 +328,7 @@ def _latencies(
         dtype="float32" if begun.config.dtype == "auto" else begun.config.dtype,
         device=begun.config.device,
         adapters={name: str(RunFolder(folder / "run").adapter) for name, folder in trained.items()},
+        trust_remote_code=begun.config.trust_remote_code,
         passes=timed.passes,
         decoding=timed.decoding,
         seconds=timed.seconds,

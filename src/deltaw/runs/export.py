@@ -75,8 +75,7 @@ def merge_to_folder(
         MergeError: the merge could not be exact, or what is on disk is not what was merged.
     """
     model_folder.check_place(out, {"the base": source, "the adapter": adapter})
-    read_as = _checkpoint_dtype(source) if dtype == "auto" else dtype
-    loaded = _opened(source, adapter, read_as, check_base, trust_remote_code)
+    loaded = _opened(source, adapter, dtype, check_base, trust_remote_code)
     data = opening.of_adapter(adapter)
     inputs, expected = _logits(loaded, data)
     report = merge.merge(loaded.model, untie=untie)

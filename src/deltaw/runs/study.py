@@ -15,7 +15,7 @@ from deltaw.config import DataConfig, TrainConfig, to_mapping
 from deltaw.data import Records, read
 from deltaw.data.prompts import described, overlap
 from deltaw.errors import ConfigError
-from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.model.pretrained import read_config
 from deltaw.runs import splits
 from deltaw.runs.evaluation.evaluate import metrics_of
@@ -112,7 +112,16 @@ def opened(
     """
     folder = Path(config.out)
     with at_work(RunFolder(folder)):
-        read_config(settings.model)
+        read_config(settings.model, trust_remote_code=config.trust_remote_code)
+        check_apart(
+            folder,
+            {
+                "the base": settings.model,
+                "the data": source.data,
+                "the held-out records": source.valid,
+                "the test records": source.test,
+            },
+        )
         resumed = claimed(folder, kind, settings.to_json(), overwrite=config.overwrite)
         there = all(splits.file_of(folder / "data", name).is_file() for name in splits.NAMES)
         sets = None if resumed and there else splits.read(source, config.data, config.valid_most, settings.test_most)
@@ -123,7 +132,7 @@ def opened(
                 write_text(folder / f"{kind}.json", json.dumps(settings.to_json(), indent=1, ensure_ascii=False) + "\n")
             if sets is not None:
                 splits.write(folder / "data", sets)
-            scoring = scoring_of(folder / "data", config.data, settings.model, metrics)
+            scoring = scoring_of(folder / "data", config, settings.model, metrics)
         except BaseException:
             if not resumed:
                 bring_back(folder)
@@ -131,14 +140,14 @@ def opened(
         yield Study(folder, config, settings, scoring)
 
 
-def scoring_of(sets: Path, data: DataConfig, model: str, metrics: str) -> Scoring:
+def scoring_of(sets: Path, config: TrainConfig, model: str, metrics: str) -> Scoring:
     """Return what candidates are scored by, from the files of the three sets.
 
     sets: their folder. metrics: names with commas; empty for the usual ones of the task. Raises ConfigError for an unknown metric
     and DataError for records that do not fit each other.
     """
-    records = [read(splits.file_of(sets, name), data) for name in splits.NAMES]
-    data = recognised(data, records[0], read_config(model))
+    records = [read(splits.file_of(sets, name), config.data) for name in splits.NAMES]
+    data = recognised(config.data, records[0], read_config(model, trust_remote_code=config.trust_remote_code))
     check_labels(data, records)
     chosen = metrics_for(metrics, data, records[0].form)
     described_sets = {name: described(part.items) for name, part in zip(splits.NAMES, records, strict=True)}
@@ -172,7 +181,11 @@ def _or_last(value: float | None, *, more_is_better: bool = False) -> float:
 
 def shared_settings(config: TrainConfig) -> dict[str, object]:
     """Return the settings of training that all candidates share."""
-    return {k: v for k, v in to_mapping(config).items() if k not in ("out", "overwrite", "save_every", "lr", "valid")}
+    return {
+        k: v
+        for k, v in to_mapping(config).items()
+        if k not in ("out", "overwrite", "save_every", "trust_remote_code", "lr", "valid")
+    }
 
 
 def claimed(folder: Path, kind: str, settings: dict[str, object], *, overwrite: bool) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
-from deltaw.errors import DataError, TrainError
+from deltaw.errors import DeltaWError, TrainError
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.lora import LoRA
 from deltaw.model import attach
@@ -320,7 +320,7 @@ def _outcome(study: Study, base: Prepared, result: RunResult | TrainError) -> Ou
         return Behind(result.state.step, result.state.valid_loss)
     try:
         return _scored(study, base, result)
-    except DataError as error:  # its losses are not finite
+    except DeltaWError as error:  # its losses are not finite
         return Failed(str(error))
 
 

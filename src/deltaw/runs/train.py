@@ -22,7 +22,7 @@ from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record, as_said
 from deltaw.errors import ConfigError, DeltaWError, Interrupted, TrainError
 from deltaw.files import store
-from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.layers.ops.seeding import seeded
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
@@ -198,6 +198,7 @@ def train(
         raise ConfigError("train needs a model and data, or a run to resume.")
     config = config or TrainConfig()
     home = RunFolder(Path(config.out))
+    check_apart(home.path, {"the base": model, "the data": data, "the held-out records": config.valid})
     with at_work(home) as notes:
         check_free(home, overwrite=config.overwrite)
         prepared = prepare(model, data, config, method or LoRA(), tokenizer=tokenizer)
@@ -454,7 +455,7 @@ def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
         run_loop(plan, state, start=start, keep=_keeper([job], [journal]))
     except BaseException as error:
         if all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter)):
-            _save(job)
+            _save(job, state.step)
         if _out_of_memory(error):
             raise TrainError(
                 f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
@@ -462,7 +463,7 @@ def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
                 "or --dtype bfloat16."
             ) from error
         raise
-    _save(job)
+    _save(job, state.step)
     if state.stopped == "interrupted":
         raise Interrupted(
             f"Stopped after step {state.step} of {plan.total_steps}. Its state is saved: go on with\n"
@@ -482,16 +483,23 @@ def _out_of_memory(error: BaseException) -> bool:
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 
-def _save(job: _Job) -> None:
+def _save(job: _Job, step: int) -> None:
+    """Save the adapter as it is after `step` steps."""
     loaded = job.prepared.loaded
     tokenizer = loaded.tokenizer if loaded.handed_over else None
-    store.save(job.model, job.folder.adapter, name=job.adapter, training=job.settings, tokenizer=tokenizer)
+    store.save(
+        job.model,
+        job.folder.adapter,
+        name=job.adapter,
+        training=job.settings | {"steps_taken": step},
+        tokenizer=tokenizer,
+    )
 
 
 def _saved_and_finished(job: _Job, journal: Journal, state: LoopState) -> RunResult:
     """Save one of several runs over a model, and write what it came to."""
     use(job.model, job.adapter)
-    _save(job)
+    _save(job, state.step)
     return _finished(job, journal, state, [])
 
 

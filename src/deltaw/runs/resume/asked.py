@@ -52,7 +52,8 @@ class Asked:
         """
         check_changeable(self.resume_with)
         settings = settings_of(there)
-        known = {key: settings[key] for key in keys(TrainConfig) if key in settings}
+        # Whether the model's code may run is for the caller to say, and not for a file
+        known = {key: settings[key] for key in keys(TrainConfig) if key in settings and key != "trust_remote_code"}
         config = self.config or from_mapping(TrainConfig, known, where=str(there.config))
         if "out" not in self.resume_with:
             if self.config is not None and Path(config.out).resolve() != self.folder.resolve():

@@ -26,7 +26,17 @@ CHANGEABLE = ("epochs", "steps", "minutes", "patience", "out")
 LENGTHS = ("epochs", "steps", "minutes", "patience")
 """Settings of which others make a finished run longer."""
 # Names of things whose content is compared, and settings that decide no bit of the result
-_NOT_COMPARED = ("model", "data", "valid", "out", "overwrite", "log_every", "samples", "save_every")
+_NOT_COMPARED = (
+    "model",
+    "data",
+    "valid",
+    "out",
+    "overwrite",
+    "log_every",
+    "samples",
+    "save_every",
+    "trust_remote_code",
+)
 
 
 def identity(prepared: Prepared, settings: Mapping[str, object]) -> dict[str, Any]:
