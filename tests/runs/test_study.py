@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deltaw.config import DataConfig
+from deltaw.config import DataConfig, TrainConfig
 from deltaw.errors import ConfigError, DataError
 from deltaw.runs import splits
 from deltaw.runs.study import Scoring, bring_back, claimed, scoring_of, set_aside
@@ -27,14 +27,14 @@ def asked(prompts: str) -> list[dict[str, str]]:
 
 def test_texts_are_scored_and_chosen_by_their_loss(place: Path, tmp_path: Path) -> None:
     sets = sets_of(tmp_path / "sets", train=asked("abcab"), valid=asked("de"), test=asked("fgg"))
-    scoring = scoring_of(sets, DataConfig(), str(place / "model"), "")
+    scoring = scoring_of(sets, TrainConfig(), str(place / "model"), "")
     assert scoring.metrics == ("loss",) and scoring.chosen_by == "loss" and not scoring.warnings
     assert scoring.sets["train"] == "5 records of 3 prompts" and scoring.sets["test"] == "3 records of 2 prompts"
 
 
 def test_prompts_in_two_sets_are_warned_of(place: Path, tmp_path: Path) -> None:
     sets = sets_of(tmp_path / "sets", train=asked("abc"), valid=asked("cd"), test=asked("ab"))
-    warnings = scoring_of(sets, DataConfig(), str(place / "model"), "").warnings
+    warnings = scoring_of(sets, TrainConfig(), str(place / "model"), "").warnings
     assert ["held-out" in warnings[0], "test" in warnings[1], len(warnings)] == [True, True, 2]
 
 
@@ -42,7 +42,7 @@ def test_classes_that_training_never_shows_are_refused(place: Path, tmp_path: Pa
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     sets = sets_of(tmp_path / "sets", train=rows, valid=rows, test=[{"text": "c", "label": "z"}])
     with pytest.raises(DataError, match="there is no class 'z'"):
-        scoring_of(sets, DataConfig(), str(place / "model"), "")
+        scoring_of(sets, TrainConfig(), str(place / "model"), "")
 
 
 @pytest.mark.parametrize(

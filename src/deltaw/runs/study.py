@@ -113,15 +113,8 @@ def opened(
     folder = Path(config.out)
     with at_work(RunFolder(folder)):
         read_config(settings.model, trust_remote_code=config.trust_remote_code)
-        check_apart(
-            folder,
-            {
-                "the base": settings.model,
-                "the data": source.data,
-                "the held-out records": source.valid,
-                "the test records": source.test,
-            },
-        )
+        inputs = {"the base": settings.model, "the data": source.data}
+        check_apart(folder, inputs | {"the held-out records": source.valid, "the test records": source.test})
         resumed = claimed(folder, kind, settings.to_json(), overwrite=config.overwrite)
         there = all(splits.file_of(folder / "data", name).is_file() for name in splits.NAMES)
         sets = None if resumed and there else splits.read(source, config.data, config.valid_most, settings.test_most)
