@@ -167,6 +167,8 @@ class TrainConfig:
     """Stop early after this many evaluations without a better held-out loss, and keep the best adapter. Default: never."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    skip_bad_steps: int = 0
+    """Steps whose loss or gradient is not finite that may be passed over; one more ends the run."""
     save_every: int | None = None
     """Steps from one saved state to the next, from which --resume goes on. Default: by time, 1% of it at most and every 5 minutes
     at least."""
@@ -182,7 +184,8 @@ class TrainConfig:
             micro_batch=(1, self.batch if bounded else None), clip=(0.0, None),
             weight_decay=(0.0, None), lr_ratio=(ABOVE_ZERO, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
-            log_every=(1, None), samples=(0, None), seed=(-LARGEST_SEED, LARGEST_SEED),
+            log_every=(1, None), samples=(0, None), skip_bad_steps=(0, None), save_every=(1, None),
+            seed=(-LARGEST_SEED, LARGEST_SEED),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@
     │   └── BaseMismatch        exit 5   the adapter was trained on other base weights
     ├── DataError               exit 6   a record, data file or chat template cannot be used
     └── TrainError              exit 7   training cannot start or go on (loss not finite, nothing supervised)
+        ├── NotFinite           exit 7   a loss or gradient is NaN or infinite
         └── Interrupted         exit 130 Ctrl-C (143: SIGTERM): the work so far was saved
 
 A message lists *all* problems, one per line, each with its place and what to do about it.
@@ -84,6 +85,21 @@ class DataError(DeltaWError):
 
 class TrainError(DeltaWError):
     exit_code = 7
+
+
+class NotFinite(TrainError):
+    """A loss or gradient is not finite.
+
+    Args:
+        message: The values and their step.
+        problems: Layers, and the records of the step.
+        advice: What to try.
+        step: Steps that were taken before.
+    """
+
+    def __init__(self, message: str = "", problems: Sequence[str] = (), advice: str = "", *, step: int = 0) -> None:
+        super().__init__(message, problems, advice)
+        self.step = step
 
 
 class Interrupted(TrainError):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw import LoRA, TrainConfig
-from deltaw.errors import ConfigError, FileError, FolderInUse, Interrupted, TrainError
+from deltaw.errors import ConfigError, FileError, FolderInUse, Interrupted, NotFinite
 from deltaw.files.formats.lock import locked
 from deltaw.runs.resume.place import RunFolder, clear, finish_replacing, take_place
 from deltaw.training.events import Evaluated, Event, Resumed, Stepped
@@ -326,10 +326,73 @@ def test_only_what_a_run_wrote_is_cleared(tmp_path: Path) -> None:
     assert [path.name for path in folder.path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_loss_that_is_not_finite_keeps_what_was_good(place: Path, tmp_path: Path) -> None:
-    config = settings(tmp_path / "a", lr=1e30, schedule="constant", warmup=0, clip=0.0, optimizer="SGD", eval_every=100)
-    with pytest.raises(TrainError, match=r"is (nan|inf)"):
+class Poisoned:
+    """Makes the model's head give NaN at the steps named, counted by its passes in training."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.passes = steps, 0
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        self.passes += 1
+        return output * float("nan") if self.passes in self.steps else output
+
+
+def poisoned(place: Path, steps: set[int]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    model.model.norm.register_forward_hook(Poisoned(steps))
+    return model, AutoTokenizer.from_pretrained(place / "model")
+
+
+def test_a_step_that_is_not_finite_is_named_and_what_was_good_is_kept(place: Path, tmp_path: Path) -> None:
+    model, tokenizer = poisoned(place, {5})
+    config = settings(tmp_path / "a", valid_share=0.0, eval_every=None)
+    with pytest.raises(NotFinite) as stopped:
+        deltaw.train(model, place / "data.jsonl", config, tokenizer=tokenizer)
+    text = str(stopped.value)
+    assert "at step 5" in text and "layers whose gradients are not finite: model.layers.0" in text
+    assert text.count("data.jsonl:") == 4 and "The adapter after step 4, the last good one, is in" in text
+    again = deltaw.train(
+        str(place / "model"), place / "data.jsonl", settings(tmp_path / "b", valid_share=0.0, eval_every=None)
+    )
+    with pytest.raises(Interrupted):
+        stop = settings(tmp_path / "c", valid_share=0.0, eval_every=None, log_every=1)
+        deltaw.train(str(place / "model"), place / "data.jsonl", stop, on_event=Stop(4))
+    ours, theirs = tensors(tmp_path / "a"), tensors(tmp_path / "c")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and again.state.step == 12
+
+
+def test_bad_steps_are_passed_over_as_many_as_are_allowed(place: Path, tmp_path: Path) -> None:
+    for bad, allowed in (({3, 5}, 2), ({3, 5, 6}, 2)):
+        model, tokenizer = poisoned(place, bad)
+        config = settings(tmp_path / f"{len(bad)}", valid_share=0.0, eval_every=None, skip_bad_steps=allowed)
+        if len(bad) > allowed:
+            with pytest.raises(NotFinite, match="at step 6"):
+                deltaw.train(model, place / "data.jsonl", config, tokenizer=tokenizer)
+        else:
+            result = deltaw.train(model, place / "data.jsonl", config, tokenizer=tokenizer)
+            over = [text for text in result.warnings if "passed over" in text]
+            assert result.state.step == 12 and [text.split()[1] for text in over] == ["3", "5"]
+            assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "2").values())
+
+
+def test_a_rate_that_is_absurd_leaves_no_broken_adapter(place: Path, tmp_path: Path) -> None:
+    config = settings(tmp_path / "a", lr=1e30, schedule="constant", warmup=0, clip=0.0, eval_every=None)
+    with pytest.raises(NotFinite, match="No adapter was saved"):
         deltaw.train(str(place / "model"), place / "data.jsonl", config)
+    assert not (tmp_path / "a" / "adapter").exists()
+
+
+def test_a_damaged_base_is_blamed_and_not_the_rate(place: Path, tmp_path: Path) -> None:
+    model, tokenizer = poisoned(place, set())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FileError, match=r"(?s)damaged.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        deltaw.train(model, place / "data.jsonl", settings(tmp_path / "a", valid_share=0.0), tokenizer=tokenizer)
+    assert not (tmp_path / "a" / "adapter").exists()
 
 
 def test_the_config_of_a_run_is_what_it_goes_on_with(stopped: Path) -> None:

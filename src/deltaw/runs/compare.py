@@ -269,7 +269,11 @@ def _task(begun: Study, contestant: Contestant, lr: float, seed: int) -> Candida
 def _kept(folder: Path, task: dict[str, object]) -> Outcome | None:
     """Return what the candidate of this very task came to; None where it is to be trained."""
     score = read_json(folder / worker.SCORE)
-    return None if score is None or score["task"] != json.loads(json.dumps(task)) else outcome_from(score)
+    if score is None:
+        return None
+    known, now = score["task"], json.loads(json.dumps(task))
+    known["run"] = study.with_defaults(known["run"], now["run"])
+    return outcome_from(score) if known == now else None
 
 
 def _write(path: Path, values: dict[str, object]) -> None:

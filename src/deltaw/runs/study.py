@@ -173,21 +173,26 @@ def _or_last(value: float | None, *, more_is_better: bool = False) -> float:
 
 
 def shared_settings(config: TrainConfig) -> dict[str, object]:
-    """Return the settings of training that all candidates share."""
-    return {
-        k: v
-        for k, v in to_mapping(config).items()
-        if k not in ("out", "overwrite", "save_every", "trust_remote_code", "lr", "valid")
-    }
+    """Return the settings of training that all candidates share and that decide about results."""
+    others = ("out", "overwrite", "save_every", "trust_remote_code", "lr", "valid")
+    return {k: v for k, v in to_mapping(config).items() if k not in others}
 
 
-def claimed(folder: Path, kind: str, settings: dict[str, object], *, overwrite: bool) -> bool:
+def with_defaults(run: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """Return settings of training as a version of before wrote them, with the defaults of those that it did not have."""
+    defaults = to_mapping(TrainConfig())
+    return {key: run.get(key, defaults.get(key)) for key in now} | dict(run)
+
+
+def claimed(folder: Path, kind: str, settings: JsonObject, *, overwrite: bool) -> bool:
     """Return whether the folder has a study of these settings, which is resumed, or is free for a new one. Nothing changes.
 
     kind: the name of the settings' file, without its ending. settings: what must be equal, those of training under "run". Raises
     ConfigError where something else is in the folder, unless `overwrite` may replace it.
     """
     known = read_json(folder / f"{kind}.json")
+    if known is not None and "run" in known:
+        known["run"] = with_defaults(known["run"], settings["run"])
     if known == settings:
         return True
     begun = known is None or (folder / "runs").exists()

@@ -20,10 +20,11 @@ from torch import nn
 
 from deltaw.config import GenerateConfig, TrainConfig, to_mapping, to_yaml
 from deltaw.data import Record, as_said
-from deltaw.errors import ConfigError, DeltaWError, Interrupted, TrainError
+from deltaw.errors import ConfigError, DeltaWError, Interrupted, NotFinite, TrainError
 from deltaw.files import store
 from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.layers.ops.seeding import seeded
+from deltaw.layers.tree import evaluating
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
 from deltaw.methods.registry import name_of
@@ -33,7 +34,7 @@ from deltaw.model.ends import teach
 from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary, parameters
-from deltaw.model.switch import use, using
+from deltaw.model.switch import base_not_finite, use, using
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
@@ -56,7 +57,7 @@ from deltaw.runs.resume.signals import Stopping, asked_to_stop
 from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, read_states
-from deltaw.training.loop import LoopPlan, LoopState, Saved, peak_memory, run_loop
+from deltaw.training.loop import LoopPlan, LoopState, Saved, opened, peak_memory, run_loop
 from deltaw.training.optim import ADAM_STATE
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.tasks import task_of
@@ -453,6 +454,8 @@ def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
     start = job.kept.saved if job.kept else None
     try:
         run_loop(plan, state, start=start, keep=_keeper([job], [journal]))
+    except NotFinite as error:
+        raise _with_what_was_good(job, plan, error) from error
     except BaseException as error:
         if all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter)):
             _save(job, state.step)
@@ -472,6 +475,46 @@ def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
             exit_code=stopping.exit_code,
         )
     return state
+
+
+def _with_what_was_good(job: _Job, plan: LoopPlan, error: NotFinite) -> DeltaWError:
+    """Save the last values of the adapter with which the bad step's records have a finite loss, if there are any.
+
+    Returns the error, with what was saved; one of the base, where it alone gives no finite loss.
+    """
+    rows = plan.drawn(error.step)
+    if not _is_finite(job, plan, rows, None):
+        return base_not_finite(job.model, job.prepared.loaded.name)
+    step = _last_good(job, plan, rows, error.step)
+    if step is None:
+        return NotFinite(f"{error}\nNo adapter was saved: none of its values so far are good.", step=error.step)
+    _save(job, step)
+    return NotFinite(
+        f"{error}\nThe adapter after step {step}, the last good one, is in {job.folder.adapter}.", step=error.step
+    )
+
+
+def _last_good(job: _Job, plan: LoopPlan, rows: Sequence[Any], step: int) -> int | None:
+    """Give the adapter the last values, its own or a saved state's, with which these records have a finite loss.
+
+    Returns the steps after which it had them; None where there are none.
+    """
+    if _is_finite(job, plan, rows, job.adapter):
+        return step
+    for kept in read_states(job.folder.path):
+        with opened(replace(plan, valid=(), on_event=lambda event: None), LoopState(), kept.saved):
+            pass  # on leaving, the adapter holds the state's values
+        if kept.saved.step and _is_finite(job, plan, rows, job.adapter):
+            return kept.saved.step
+    return None
+
+
+def _is_finite(job: _Job, plan: LoopPlan, rows: Sequence[Any], adapter: str | None) -> bool:
+    """Return whether the records' loss is finite, with the adapter or the base alone."""
+    if adapter is not None and not all(bool(torch.isfinite(p).all()) for p in parameters(job.model, adapter)):
+        return False
+    with using(job.model, adapter), torch.no_grad(), evaluating(job.model):
+        return all(bool(plan.loss(plan.loss.collate(part))[0].isfinite()) for part in plan.parts(rows))
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -150,6 +150,11 @@ class Flat:
                 unreached.append(name)
         return unreached
 
+    def not_finite(self) -> list[str]:
+        """Return the layers with a gradient that is not finite."""
+        every = {**self.updates, **self.others}
+        return [n for n, u in every.items() if not all(bool(_gradient(p).isfinite().all()) for p in u.parameters())]
+
     def _loose_with(self, letter: str) -> list[nn.Parameter]:
         return [p for p, counted_with in self._loose.items() if counted_with == letter]
 

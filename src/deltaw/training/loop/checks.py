@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
-from deltaw.errors import TrainError, shown
+from deltaw.errors import NotFinite, TrainError, shown
 from deltaw.model.summary import updates
 from deltaw.training.events import Warned
 
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
     from deltaw.training.loop.state import Loop
 
 
-class Watched:
-    """Loss and gradient norm of a step, which are to be finite. From a GPU they are copied without waiting for it."""
+# Records of a bad step that are named
+_NAMED = 8
 
-    def __init__(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
-        self.step, self.lr = step, lr
+
+class Watched:
+    """Loss and gradient norm of a step, which are to be finite. From a GPU they are copied without waiting for it.
+
+    places: of the step's records, for messages.
+    """
+
+    def __init__(self, step: int, loss: Tensor, norm: Tensor, lr: float, places: Sequence[str] = ()) -> None:
+        self.step, self.lr, self.places = step, lr, places
         self.pair = torch.stack([loss.float(), norm.float()])
         """[2] on the model's device"""
         self.copied = None
@@ -31,36 +39,45 @@ class Watched:
             self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.copied.record()
 
-    def check(self, scaler: torch.amp.GradScaler) -> None:
-        """Raise TrainError unless both are finite."""
+    def is_sound(self, scaler: torch.amp.GradScaler) -> bool:
+        """Return whether both are finite. A gradient that only the scaler pushed out of float16 is no error: it skips that step
+        and scales less from there on."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, norm = self.here.tolist()
-        # A gradient that only the scaler pushed out of float16 is no error: it skips that step and scales less from there on
         overflow = scaler.is_enabled() and scaler.get_scale() > 1.0
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-            raise not_finite(f"The loss is {loss} and the gradient norm {norm} at step {self.step + 1}", self.lr)
+        return math.isfinite(loss) and (math.isfinite(norm) or overflow)
+
+    def check(self, scaler: torch.amp.GradScaler, layers: Callable[[], Sequence[str]] = list) -> None:
+        """Raise NotFinite unless both are finite. layers: returns those whose gradients are not."""
+        if not self.is_sound(scaler):
+            raise self.error(layers())
+
+    def error(self, layers: Sequence[str] = ()) -> NotFinite:
+        """Return the error of this step, with the layers and the records."""
+        loss, norm = self.here.tolist()
+        problems = [f"layers whose gradients are not finite: {shown(layers, 5)}"] if layers else []
+        problems += [f"records of the step: {shown(self.places, _NAMED)}"] if self.places else []
+        return not_finite(
+            f"The loss is {loss} and the gradient norm {norm} at step {self.step + 1}", self.lr, self.step, problems
+        )
 
 
-def check_finite(loop: Loop, now: Watched) -> None:
-    """Raise TrainError before a bad step is taken.
-
-    A loop that checks late looks at the step before, long computed, and takes a bad step without gradients.
-    """
-    if loop.check_late:
-        bad = ~torch.isfinite(now.pair.sum())
-        for parameter in loop.trainable:
-            assert parameter.grad is not None
-            parameter.grad.masked_fill_(bad, 0.0)
-        now, loop.watched = loop.watched or now, now
-    now.check(loop.scaler)
+def mask_bad(loop: Loop, now: Watched) -> None:
+    """Take a bad step without gradients, on a device that is looked at a step late. Raises NotFinite for the step before."""
+    bad = ~torch.isfinite(now.pair.sum())
+    for parameter in loop.trainable:
+        assert parameter.grad is not None
+        parameter.grad.masked_fill_(bad, 0.0)
+    before, loop.watched = loop.watched or now, now
+    before.check(loop.scaler)
 
 
-def not_finite(what: str, lr: float) -> TrainError:
-    return TrainError(
-        f"{what}: training cannot go on.\n"
-        f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32. What was learned before this step is kept."
-    )
+def not_finite(what: str, lr: float, step: int, problems: Sequence[str] = ()) -> NotFinite:
+    """Return the error for a value that is not finite after so many steps."""
+    advice = f"Try a smaller --lr (it was {lr:.3g}) or --dtype float32."
+    heading = f"{what}: training cannot go on."
+    return NotFinite(heading, problems, advice, step=step)
 
 
 def check_reached(loop: Loop) -> None:

@@ -68,7 +68,7 @@ def evaluate(loop: Loop) -> None:
         return
     state.valid_loss = loss
     if not math.isfinite(loss) and loop.best is None:
-        raise not_finite(f"The loss on held-out records is {loss} after step {state.step}", plan.config.lr)
+        raise not_finite(f"The loss on held-out records is {loss} after step {state.step}", plan.config.lr, state.step)
     ended = plan.clock()
     loop.last_evaluation, state.seconds = ended - began, ended - loop.began
     state.eval_seconds += loop.last_evaluation

@@ -33,7 +33,7 @@ def log_line(plan: LoopPlan, state: LoopState, before: LoopState, taken: Taken) 
     seconds = max(state.step_seconds - before.step_seconds, 1e-9)
     return Stepped(
         state.step,
-        loss=(state.loss_sum - before.loss_sum) / (state.supervised - before.supervised),
+        loss=(state.loss_sum - before.loss_sum) / max(1, state.supervised - before.supervised),
         lr=taken.lr,
         grad_norm=norm if math.isfinite(norm) else None,
         seconds=state.seconds,

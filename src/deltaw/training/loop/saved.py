@@ -66,6 +66,7 @@ def captured(loop: Loop) -> Saved:
         "last_evaluation": loop.last_evaluation,
         "due": loop.due,
         "rungs": loop.rungs,
+        "skipped": loop.skipped,
         "failed": loop.failed,
         "has_ended": not loop.goes_on,
         "optimizer": of_optimizer,
@@ -104,7 +105,7 @@ def restore(loop: Loop, saved: Saved) -> None:
         setattr(loop.state, name, value)
     loop.logged = LoopState(**_state(numbers["logged"]))
     loop.last_evaluation, loop.due = numbers["last_evaluation"], numbers["due"]
-    loop.rungs, loop.failed = numbers["rungs"], numbers["failed"]
+    loop.rungs, loop.skipped, loop.failed = numbers["rungs"], numbers["skipped"], numbers["failed"]
     loop.began = loop.plan.clock() - loop.state.seconds
 
 

@@ -84,11 +84,14 @@ class Loop:
         """Halvings that it has come through (see `run_loops`)."""
         self.failed = ""
         """The error that ended it, of several loops over one model."""
+        self.skipped = 0
+        """Bad steps that were passed over."""
         self.taken: Taken | None = None
         """The last step."""
         self.watched: Watched | None = None
         """Loss and gradient norm of the last step, where they are checked a step late."""
-        self.check_late = base.device.type == "cuda" if plan.check_late is None else plan.check_late
+        late = base.device.type == "cuda" if plan.check_late is None else plan.check_late
+        self.check_late = late and not plan.config.skip_bad_steps
         self.devices = devices_of(plan.model)
         self.began = plan.clock() - state.seconds
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import TrainError
+from deltaw.errors import TrainError, first_line
 from deltaw.layers.ops.seeding import mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
 from deltaw.model.summary import updates
@@ -18,7 +18,7 @@ from deltaw.training import optim
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat
 from deltaw.training.loop import log
-from deltaw.training.loop.checks import Watched, check_finite, check_reached, refuse_untrained, warn_of_idle_settings
+from deltaw.training.loop.checks import Watched, check_reached, mask_bad, refuse_untrained, warn, warn_of_idle_settings
 from deltaw.training.loop.evaluation import evaluate, restore_best, should_evaluate, tenths
 from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.saved import Saved, restore
@@ -181,8 +181,16 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     if state.step == 0:
         check_reached(loop)
     loop.scaler.unscale_(loop.optimizer)
-    norm = nn.utils.clip_grad_norm_(loop.trainable, config.clip or math.inf)
-    check_finite(loop, Watched(state.step, loss, norm, lr))
+    gradients = [parameter.grad for parameter in loop.trainable if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    now = Watched(state.step, loss, norm, lr, [row.place for row in rows])
+    if not loop.check_late and not now.is_sound(loop.scaler):
+        if loop.skipped >= config.skip_bad_steps:
+            raise now.error(loop.flat.not_finite())
+        return _passed_over(loop, now)
+    nn.utils.clip_grads_with_norm_(loop.trainable, config.clip or math.inf, norm)
+    if loop.check_late:
+        mask_bad(loop, now)
     loop.scaler.step(loop.optimizer)
     loop.scaler.update()
     loop.flat.zero_gradients()
@@ -193,6 +201,16 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     state.tokens += sum(e.length for e in rows)
     state.supervised += supervised
     return Taken(lr, norm)
+
+
+def _passed_over(loop: Loop, now: Watched) -> Taken:
+    """Go on after a bad step without it: neither A nor B, nor the optimizer's moments, see its gradients."""
+    loop.skipped += 1
+    warn(loop, f"Step {now.step + 1} was passed over: {first_line(now.error(loop.flat.not_finite()))}")
+    loop.scaler.update(loop.scaler.get_scale() if loop.scaler.is_enabled() else None)
+    loop.flat.zero_gradients()
+    loop.state.step += 1
+    return Taken(now.lr, now.pair[1])
 
 
 def after_step(loop: Loop, taken: Taken, seconds: float) -> None:
