@@ -110,6 +110,8 @@ class Interrupted(TrainError):
         exit_code: 128 and the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
+    exit_code = 130
+
     def __init__(self, message: str = "", *, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code

@@ -12,7 +12,7 @@ from deltaw.cli import main
 
 
 def test_a_run_folder_has_adapter_settings_log_result_and_report(place: Path) -> None:
-    names = {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html"}
+    names = {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html", "state.safetensors"}
     assert {p.name for p in (place / "run").iterdir()} == names
 
 

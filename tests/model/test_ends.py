@@ -237,12 +237,14 @@ def test_damaged_ends_are_an_error_before_the_model_is_touched(damage: str, tmp_
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    from deltaw.files.formats.peft.metadata import sealed
+
     adapter = with_end(tmp_path, 77)
     path = adapter / peft.WEIGHTS
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    save_file(tensors, path, metadata | {peft.ENDS: damage})
+    save_file(tensors, path, sealed(tensors, metadata | {peft.ENDS: damage}))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(FileError, match="end tokens in the metadata"):
         deltaw.load(model, adapter)

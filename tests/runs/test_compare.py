@@ -18,6 +18,7 @@ from deltaw.runs.compare import compare
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent
 from deltaw.runs.results.compare import BestRun
 from deltaw.runs.results.study import Failed
+from deltaw.runs.study import with_defaults
 from tests.runs.conftest import BEFORE, RECORDS
 from tests.training.test_tasks import SIZE, TEXTS, about, folder_of, image_processor
 
@@ -104,6 +105,8 @@ def test_a_comparison_of_before_is_resumed(place: Path, tmp_path: Path, monkeypa
     result = compare("model", "data.jsonl", config, options, on_event=events.append)
     assert len(events) == 8 and all(isinstance(event, CandidateFinished) and not event.fresh for event in events)
     before = json.loads((BEFORE / "compare" / "results.json").read_text())
+    # Settings that there were not then have their defaults
+    before["settings"]["run"] = with_defaults(before["settings"]["run"], result.results["settings"]["run"])
     for name in ("settings", "chosen_by", "sets", "warnings", "rows", "compared"):
         assert result.results[name] == before[name], name
 

@@ -20,6 +20,7 @@ from deltaw.files.formats.peft import tensors_of
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, SweepEvent, WidthChosen
 from deltaw.runs.results.study import Failed
 from deltaw.runs.results.sweep import BestRun, RunScore
+from deltaw.runs.study import with_defaults
 from deltaw.runs.sweep import sweep
 from tests.runs.conftest import BEFORE
 from tests.training.test_tasks import TEXTS, about, folder_of, write
@@ -75,6 +76,8 @@ def test_a_sweep_of_before_is_resumed(place: Path, tmp_path: Path, monkeypatch: 
     result = sweep("model", "data.jsonl", config, options, on_event=events.append)
     assert len(events) == 3 and all(isinstance(event, CandidateFinished) and not event.fresh for event in events)
     before = json.loads((BEFORE / "sweep" / "results.json").read_text())
+    # Settings that there were not then have their defaults
+    before["settings"]["run"] = with_defaults(before["settings"]["run"], result.results["settings"]["run"])
     assert result.results | {"environment": {}} == before | {"environment": {}}
 
 

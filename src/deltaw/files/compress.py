@@ -132,7 +132,7 @@ def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
         A, B = file.matrices(layer)
         B = B.double() * file.scales[layer]
         # What is below this has a finite product with A, and finite squares
-        if not B.abs().max() * A.abs().max().double() < _LARGEST:
+        if not B.abs().max() * A.double().abs().max() < _LARGEST:
             raise FileError(
                 f"{folder}: ΔW of {layer} is too large for its singular values (the scale is {file.scales[layer]:g})."
             )

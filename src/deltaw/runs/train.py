@@ -296,14 +296,16 @@ def _going_on_together(jobs: Sequence[_Job]) -> Sequence[_Job]:
         states = [read_states(job.folder.path) for job in jobs]
         for step in sorted({kept.saved.step for of_job in states for kept in of_job}, reverse=True):
             chosen = [next((kept for kept in of_job if _is_at(kept.saved, step)), None) for of_job in states]
-            if all(
-                kept is not None and kept.about["together"] == job.together
-                for kept, job in zip(chosen, jobs, strict=True)
-            ):
+            if all(_goes_on(kept, job) for kept, job in zip(chosen, jobs, strict=True)):
                 return [_continued(job, kept) for job, kept in zip(jobs, chosen, strict=True) if kept is not None]
     except DeltaWError as error:
         log.info("Runs that were begun before are trained anew: %s", error)
     return jobs
+
+
+def _goes_on(kept: Kept | None, job: _Job) -> bool:
+    """Return whether a job can go on from a state: one of the same runs together, or one that had come to its end."""
+    return kept is not None and (kept.saved.has_ended or kept.about["together"] == list(job.together))
 
 
 def _continued(job: _Job, kept: Kept) -> _Job:

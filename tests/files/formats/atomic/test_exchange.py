@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,14 @@ def test_two_folders_are_exchanged(folders: tuple[Path, Path], tmp_path: Path) -
 def test_the_new_folder_is_there_and_the_old_one_has_its_name(exchange: Exchange, folders: tuple[Path, Path]) -> None:
     take_place(*folders, exchange)
     assert contents(*folders) == ["place", "new.tmp"] and len(list(folders[0].parent.iterdir())) == 2
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Let Ctrl-C interrupt this process, also where it was started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("answer", [True, False])
