@@ -167,6 +167,8 @@ class TrainConfig:
     """Stop early after this many evaluations without a better held-out loss, and keep the best adapter. Default: never."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    start: str | None = None
+    """Adapter folder whose values training begins with: of the same method, rank and targets, on the same base."""
     skip_bad_steps: int = 0
     """Steps whose loss or gradient is not finite that may be passed over; one more ends the run."""
     save_every: int | None = None

@@ -399,3 +399,28 @@ def test_the_config_of_a_run_is_what_it_goes_on_with(stopped: Path) -> None:
     result = deltaw.train(resume=str(stopped))
     fields = {field.name for field in dataclasses.fields(TrainConfig)} & result.settings.keys()
     assert result.settings["lr"] == 0.01 and result.settings["rank"] == 2 and "steps" in fields
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "norms", "bottleneck", "embeddings"])
+def test_a_run_begins_with_another_ones_adapter(method: str, place: Path, tmp_path: Path) -> None:
+    """Its first evaluation is the other one's last; the other adapter stays as it is."""
+    model, data = str(place / "model"), place / "data.jsonl"
+    kind = METHODS[method] if method != "lora" else LoRA(rank=2)
+    first = deltaw.train(model, data, settings(tmp_path / "a"), method=kind)
+    before = tensors(tmp_path / "a")
+    second = deltaw.train(model, data, settings(tmp_path / "b", start=str(first.adapter), steps=4), method=kind)
+    losses = [[event.valid_loss for event in run.events if isinstance(event, Evaluated)] for run in (first, second)]
+    assert losses[1][0] == pytest.approx(losses[0][-1], abs=1e-6) and losses[1][0] < losses[0][0]
+    assert tuple(deltaw.adapters(second.model)) == ("default",)
+    assert all(torch.equal(tensors(tmp_path / "a")[name], before[name]) for name in before)
+
+
+def test_an_adapter_of_other_shapes_is_no_start(place: Path, tmp_path: Path) -> None:
+    model, data = str(place / "model"), place / "data.jsonl"
+    first = deltaw.train(model, data, settings(tmp_path / "a", steps=2), method=LoRA(rank=2, targets="q"))
+    config = settings(tmp_path / "b", start=str(first.adapter))
+    with pytest.raises(
+        ConfigError, match=r"(?s)cannot begin with.*v_proj A: not in the adapter.*q_proj A: shape and scale"
+    ):
+        deltaw.train(model, data, config, method=LoRA(rank=4, targets="qv"))
+    assert not (tmp_path / "b").exists()

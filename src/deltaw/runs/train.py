@@ -33,7 +33,7 @@ from deltaw.model import summary as sizes
 from deltaw.model.ends import teach
 from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
-from deltaw.model.summary import Summary, parameters
+from deltaw.model.summary import Summary, parameters, updates
 from deltaw.model.switch import base_not_finite, use, using
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.page import write as write_report
@@ -41,7 +41,7 @@ from deltaw.runs.reports.train import Sampled, run_report
 from deltaw.runs.results import JsonObject
 from deltaw.runs.results.train import RunFigures
 from deltaw.runs.resume.asked import Asked
-from deltaw.runs.resume.identity import LENGTHS, check_same, identity
+from deltaw.runs.resume.identity import LENGTHS, check_same, differing, identity
 from deltaw.runs.resume.journal import Journal
 from deltaw.runs.resume.place import (
     RunFolder,
@@ -199,7 +199,10 @@ def train(
         raise ConfigError("train needs a model and data, or a run to resume.")
     config = config or TrainConfig()
     home = RunFolder(Path(config.out))
-    check_apart(home.path, {"the base": model, "the data": data, "the held-out records": config.valid})
+    check_apart(
+        home.path,
+        {"the base": model, "the data": data, "the held-out records": config.valid, "the start": config.start},
+    )
     with at_work(home) as notes:
         check_free(home, overwrite=config.overwrite)
         prepared = prepare(model, data, config, method or LoRA(), tokenizer=tokenizer)
@@ -369,6 +372,7 @@ def _recorded(job: _Job, on_event: Callable[[Event], None]) -> Iterator[Journal]
     use(job.model, job.adapter)
     folder, kept = job.folder, job.kept
     if kept is None:
+        _begin_with(job)
         clear(folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, to_yaml(job.settings))
@@ -383,6 +387,37 @@ def _recorded(job: _Job, on_event: Callable[[Event], None]) -> Iterator[Journal]
                 journal.pass_on(event)
             journal.pass_on(Resumed(kept.saved.step, [*job.notes, *filter(None, [journal.note])]))
         yield journal
+
+
+def _begin_with(job: _Job) -> None:
+    """Give the adapter the values of the one that the run is to begin with. Raises ConfigError where they are of other shapes."""
+    start = job.prepared.config.start
+    if start is None:
+        return
+    name = store.load(job.model, start, name=f"{job.adapter} begins with", activate=False)
+    try:
+        source, target = (_values(job.model, adapter) for adapter in (name, job.adapter))
+        sizes, asked = ({key: (tuple(t.shape), scale) for key, (t, scale) in v.items()} for v in (source, target))
+        if problems := differing(sizes, asked):
+            raise ConfigError(
+                f"The run cannot begin with {start}:",
+                problems,
+                "Give it the adapter's method, --rank, --alpha and --targets.",
+            )
+        with torch.no_grad():
+            for key, (tensor, _) in target.items():
+                tensor.copy_(source[key][0])
+    finally:
+        attach.detach(job.model, name)
+
+
+def _values(model: nn.Module, name: str) -> dict[str, tuple[nn.Parameter, float | None]]:
+    """Return layer and name of each trained tensor of an adapter → the tensor, and the scale of its update."""
+    return {
+        f"{layer} {key}": (tensor, getattr(update, "scale", None))
+        for layer, update in updates(model, name).items()
+        for key, tensor in update.named_parameters()
+    }
 
 
 def _opening_events(job: _Job) -> Iterator[Event]:

@@ -27,16 +27,8 @@ LENGTHS = ("epochs", "steps", "minutes", "patience")
 """Settings of which others make a finished run longer."""
 # Names of things whose content is compared, and settings that decide no bit of the result
 _NOT_COMPARED = (
-    "model",
-    "data",
-    "valid",
-    "out",
-    "overwrite",
-    "log_every",
-    "samples",
-    "save_every",
-    "trust_remote_code",
-)
+    "model", "data", "valid", "out", "overwrite", "log_every", "samples", "save_every", "trust_remote_code", "start",
+)  # fmt: skip
 
 
 def identity(prepared: Prepared, settings: Mapping[str, object]) -> dict[str, Any]:
@@ -124,6 +116,14 @@ def check_same(
 
 
 _RECORDS = {"records": "training records", "held_out": "held-out records"}
+
+
+def differing(there: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
+    """Return a sentence for each tensor that an adapter has and a run lacks, or the other way round, or that differs in size."""
+    problems = [f"{key}: not in the run" for key in there if key not in asked]
+    problems += [f"{key}: not in the adapter" for key in asked if key not in there]
+    both = (key for key in there if key in asked and there[key] != asked[key])
+    return problems + [f"{key}: shape and scale {there[key]} in the adapter, {asked[key]} in the run" for key in both]
 
 
 def check_changeable(keys: Collection[str]) -> None:
