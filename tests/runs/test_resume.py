@@ -18,7 +18,7 @@ import deltaw
 from deltaw import LoRA, TrainConfig
 from deltaw.errors import ConfigError, FileError, FolderInUse, Interrupted, NotFinite
 from deltaw.files.formats.lock import locked
-from deltaw.runs.resume.place import RunFolder, clear, finish_replacing, take_place
+from deltaw.runs.resume.place import RunFolder, clear, finish_replacing, put_in_place
 from deltaw.training.events import Evaluated, Event, Resumed, Stepped
 from deltaw.training.keeper import BEFORE, NEWEST, read_states
 from tests.runs.conftest import RECORDS
@@ -264,7 +264,7 @@ def test_a_replacement_that_died_is_finished(died_before: str, tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", dying)
         with contextlib.suppress(Killed):
-            take_place(home)
+            put_in_place(home)
     finish_replacing(home)
     assert {path.name: path.read_text() for path in home.path.rglob("*") if path.is_file()} == dict.fromkeys(
         ("weights", "log.jsonl", "result.json", "config.yaml"), "new"

@@ -51,7 +51,7 @@ from deltaw.runs.resume.place import (
     clear,
     copy_log,
     finish_replacing,
-    take_place,
+    put_in_place,
 )
 from deltaw.runs.resume.signals import Stopping, asked_to_stop
 from deltaw.training.abreast import run_loops
@@ -594,7 +594,7 @@ def _finished(
     outcome = _figures(job, journal.events, state, summary, merge)
     write_report(run_report(job.settings, outcome, journal.events, samples), job.folder.report)
     write_text(job.folder.result, json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n")
-    folder = job.folder if home is None or home.path == job.folder.path else take_place(home)
+    folder = job.folder if home is None or home.path == job.folder.path else put_in_place(home)
     return RunResult(
         folder=folder.path,
         adapter=folder.adapter,

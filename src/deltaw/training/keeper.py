@@ -79,7 +79,7 @@ class Keeper:
         """Write the loops' states if it is time for that; if they must be on disk `now`, wait until they are."""
         if now or self._is_due(max(loop.state.step for loop in loops)):
             began = time.monotonic()
-            self._join()
+            self.wait()
             states = [(self.places[loop.plan.adapter], captured(loop)) for loop in loops]
             told = [(place.folder, saved, dict(place.about())) for place, saved in states]
             copied = time.monotonic() - began
@@ -87,7 +87,7 @@ class Keeper:
             self._writing.start()
             self._last = began
         if now:
-            self._join()
+            self.wait()
 
     def _is_due(self, step: int) -> bool:
         if self.every is not None:
@@ -103,7 +103,7 @@ class Keeper:
             self._error = error
         self._wait = min(AT_LEAST_EVERY, (copied + time.thread_time() - began) / SHARE)
 
-    def _join(self) -> None:
+    def wait(self) -> None:
         """Wait for the states that are being written, and tell of an error."""
         if self._writing is not None:
             self._writing.join()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.errors import ConfigError
-from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.atomic import exchange, write_text
 from deltaw.files.formats.lock import locked
 from deltaw.training.keeper import BEFORE, NEWEST
 
@@ -165,7 +165,7 @@ def clear(folder: RunFolder) -> None:
         folder.path.rmdir()
 
 
-def take_place(folder: RunFolder) -> RunFolder:
+def put_in_place(folder: RunFolder) -> RunFolder:
     """Put the run in next/, which is whole, in the place of the one that is there. Return `folder`."""
     new = folder.next
     stale = [there.name for here, there in zip(new.files, folder.files, strict=True) if not here.exists()]
@@ -178,22 +178,15 @@ def finish_replacing(folder: RunFolder) -> None:
     """Finish what a process was doing that died while it put a new run in the place of the one before."""
     new, mark = folder.next, folder.next.path / _REPLACING
     if not mark.exists():
+        if not new.config.exists():
+            clear(new)  # it died while it removed what it had moved
         return
     replacing = json.loads(mark.read_text(encoding="utf-8"))
     if not folder.adapter.exists() or folder.adapter.stat().st_ino != replacing["adapter"]:
-        exchange(new.adapter, folder.adapter)
+        exchange.take_place(new.adapter, folder.adapter)
     for here, there in zip(new.files, folder.files, strict=True):
         if here.exists():
             here.replace(there)
         elif there.name in replacing["stale"]:
             there.unlink(missing_ok=True)
     shutil.rmtree(new.path)
-
-
-def exchange(new: Path, path: Path) -> None:
-    """Give the folder `new` the name `path`, and remove what was there."""
-    aside = new.with_name(f"{new.name}.before")
-    if path.exists():
-        path.rename(aside)
-    new.rename(path)
-    shutil.rmtree(aside, ignore_errors=True)
