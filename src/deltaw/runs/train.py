@@ -24,7 +24,7 @@ from deltaw.errors import ConfigError, DeltaWError, Interrupted, NotFinite, Trai
 from deltaw.files import store
 from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.layers.ops.seeding import seeded
-from deltaw.layers.tree import evaluating
+from deltaw.layers.tree import evaluating, not_finite_in
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
 from deltaw.methods.registry import name_of
@@ -494,7 +494,7 @@ def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
     except NotFinite as error:
         raise _with_what_was_good(job, plan, error) from error
     except BaseException as error:
-        if all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter)):
+        if _values_are_finite(job):
             _save(job, state.step)
         if _out_of_memory(error):
             raise TrainError(
@@ -517,18 +517,26 @@ def _train(job: _Job, journal: Journal, stopping: Stopping) -> LoopState:
 def _with_what_was_good(job: _Job, plan: LoopPlan, error: NotFinite) -> DeltaWError:
     """Save the last values of the adapter with which the bad step's records have a finite loss, if there are any.
 
-    Returns the error, with what was saved; one of the base, where it alone gives no finite loss.
+    Returns the error, with what was saved; one of the base, where that is damaged or gives no finite loss from the first step on.
     """
-    rows = plan.drawn(error.step)
-    if not _is_finite(job, plan, rows, None):
+    rows, folder = plan.drawn(error.step), job.folder.adapter
+    base_is_sound = _is_finite(job, plan, rows, None)
+    if not base_is_sound and (error.step == 0 or not_finite_in(job.model)):
         return base_not_finite(job.model, job.prepared.loaded.name)
-    step = _last_good(job, plan, rows, error.step)
+    step: int | None = error.step if _values_are_finite(job) else None
+    if base_is_sound:
+        step = _last_good(job, plan, rows, error.step)
     if step is None:
         return NotFinite(f"{error}\nNo adapter was saved: none of its values so far are good.", step=error.step)
     _save(job, step)
+    with_base = "" if base_is_sound else " The base alone gives no finite loss with these records either: look at them."
     return NotFinite(
-        f"{error}\nThe adapter after step {step}, the last good one, is in {job.folder.adapter}.", step=error.step
+        f"{error}{with_base}\nThe adapter after step {step}, the last good one, is in {folder}.", step=error.step
     )
+
+
+def _values_are_finite(job: _Job) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter))
 
 
 def _last_good(job: _Job, plan: LoopPlan, rows: Sequence[Any], step: int) -> int | None:
@@ -548,7 +556,7 @@ def _last_good(job: _Job, plan: LoopPlan, rows: Sequence[Any], step: int) -> int
 
 def _is_finite(job: _Job, plan: LoopPlan, rows: Sequence[Any], adapter: str | None) -> bool:
     """Return whether the records' loss is finite, with the adapter or the base alone."""
-    if adapter is not None and not all(bool(torch.isfinite(p).all()) for p in parameters(job.model, adapter)):
+    if adapter is not None and not _values_are_finite(job):
         return False
     with using(job.model, adapter), torch.no_grad(), evaluating(job.model):
         return all(bool(plan.loss(plan.loss.collate(part))[0].isfinite()) for part in plan.parts(rows))
