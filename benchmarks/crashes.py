@@ -104,7 +104,7 @@ WORK = (
     Work("sweep", SWEEP, ["sweep/runs"]),
     Work("merge", [*MERGE, "--overwrite"], ["out"], BEFORE, keep=["out"]),
     Work("merge --reversible", [*MERGE, "--reversible", "--overwrite"], ["out"], BEFORE, keep=["out"]),
-    Work("unmerge", ["unmerge", "out", "adapter", "-o", "back"], ["back"], [[*MERGE, "--reversible"]]),
+    Work("unmerge", ["unmerge", "out", "adapter", "-o", "back", "--overwrite"], ["back"], [[*MERGE, "--reversible"]]),
     Work(
         "compress",
         ["compress", "adapter", "--rank", "1", "-o", "out", "--overwrite"],

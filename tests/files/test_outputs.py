@@ -156,7 +156,8 @@ def test_a_full_disk_leaves_the_old_output_and_says_its_path(name: str, place: P
 
 
 MERGE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from deltaw.cli import main
 print("here", flush=True)
 sys.exit(main(["merge", "models/base", "adapter", "-o", "out", "--reversible", "--overwrite", "--check", "off"]))
@@ -164,8 +165,8 @@ sys.exit(main(["merge", "models/base", "adapter", "-o", "out", "--reversible", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_reversible_merge_that_is_stopped_leaves_the_old_or_the_new(number: signal.Signals, place: Path) -> None:
+def test_a_reversible_merge_that_is_stopped_leaves_the_old_or_the_new(place: Path) -> None:
+    """By Ctrl-C. benchmarks/crashes.py kills all kinds of work."""
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=8000
     )
@@ -176,16 +177,17 @@ def test_a_reversible_merge_that_is_stopped_leaves_the_old_or_the_new(number: si
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", MERGE], cwd=place, check=True, env=environment)
     whole, seconds = state(place / "out"), time.monotonic() - start
-    for part in (0.5, 0.8, 0.95):
+    for part in (0.6, 0.9):
         process = subprocess.Popen(
             [sys.executable, "-c", MERGE], cwd=place, text=True, stdout=-1, stderr=-1, env=environment
         )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(seconds * part * 0.8)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         said = process.communicate()[1]
-        assert process.returncode in (0, 130, -signal.SIGKILL) and "Traceback" not in said, said
+        # -SIGINT: it came after the command had returned
+        assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in said, said
         # The correction's archive has times in it; what it gives back is checked
         assert state(place / "out").items() >= {(n, h) for n, h in whole.items() if n != correction.NAME}
         deltaw.unmerge_files(place / "out", place / "adapter", place / "back")

@@ -227,7 +227,7 @@ def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:
         if new_home.path.resolve() == home.path.resolve():
             return _run(job, home, on_event)
         with at_work(new_home):
-            check_free(new_home, overwrite=begun.config.overwrite)
+            check_free(new_home, overwrite=begun.overwrite)
             moved = begin(new_home)
             copy_log(there, moved)
             return _run(replace(job, folder=moved), new_home, on_event)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from deltaw.errors import FileError, first_line
 from deltaw.files.formats.atomic import replacing
 from deltaw.files.formats.checksum import checksum
-from deltaw.files.formats.safetensors import read_tensors
+from deltaw.files.formats.safetensors import read_tensors, write
 from deltaw.training.loop import Loop, Saved, captured
 
 log = logging.getLogger("deltaw")
@@ -131,7 +130,7 @@ def write_state(folder: Path, saved: Saved, about: Mapping[str, Any]) -> None:
     newest = folder / NEWEST
     with replacing(newest) as temporary:
         metadata = {_FORMAT: _VERSION, _NUMBERS: numbers, _ABOUT: said, _SHA256: sha256}
-        save_file(dict(saved.tensors), temporary, metadata=metadata)
+        write(temporary, saved.tensors, metadata)
         if newest.exists():
             newest.replace(folder / BEFORE)
 

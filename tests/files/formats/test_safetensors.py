@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from deltaw.errors import FileError
 from deltaw.files.formats import safetensors
@@ -176,3 +176,16 @@ def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
         safetensors.shards_of(tmp_path)
     with pytest.raises(FileError, match=r"There is no folder .*nowhere"):
         safetensors.shards_of(tmp_path / "nowhere")
+
+
+def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
+    """In one process too: the package orders the metadata anew for each file."""
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
+    metadata = {f"key {i}": f'텍스트 \n \x1f " {i}' for i in range(12)}
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for i, file in enumerate(files):
+        safetensors.write(file, tensors, dict(sorted(metadata.items(), reverse=bool(i % 2))))
+    assert len({file.read_bytes() for file in files}) == 1
+    back, there = safetensors.read_tensors(files[0])
+    assert there == metadata and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert load_file(files[0]).keys() == tensors.keys()

@@ -3,7 +3,7 @@
 The format (safetensors' own specification): eight bytes with the length of a JSON header, the header, and the tensors' bytes
 without gaps. A checkpoint is one such file, or several and an index that says which tensor is in which.
 
-Why not safetensors' own loader everywhere? New files are written by its `save_file`. Three uses need more than it gives:
+Why not safetensors' own loader everywhere? New files are written by its `save_file`, in `write`. Three uses need more than it gives:
 
 - A merge on disk copies untouched tensors byte for byte, of dtypes unknown to PyTorch too, and takes headers as they are. The
   package gives neither byte ranges nor headers.
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.errors import FileError
@@ -225,6 +226,24 @@ def _view(held: Tensor, entry: Entry, at: int) -> Tensor:
 def tensor_over(held: bytearray, dtype: torch.dtype) -> Tensor:
     """Return the flat tensor that these bytes are the memory of. (PyTorch refuses an empty one.)"""
     return torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file whose bytes follow from its content alone.
+
+    The package writes the metadata in an order that differs from process to process: equal adapters were unequal files.
+    """
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    shard = read_header(path)
+    header = json.loads(shard.header[8:])
+    header["__metadata__"] = dict(sorted(shard.metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    space = len(shard.header) - 8 - len(text)
+    if space < 0:
+        raise FileError(f"{path} has a header that cannot be put in order: it would be {-space} bytes longer.")
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(text + b" " * space)
 
 
 @dataclass(frozen=True)

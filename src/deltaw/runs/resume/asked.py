@@ -29,7 +29,10 @@ class Begun:
     model: Model
     data: Source
     config: TrainConfig
+    """Its `overwrite` is as the run was begun: the adapter's file tells it."""
     method: Method
+    overwrite: bool
+    """Whether a run in another folder may be replaced."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Asked:
         """
         check_changeable(self.resume_with)
         settings = settings_of(there)
-        # Whether the model's code may run is for the caller to say, and not for a file
-        known = {key: settings[key] for key in keys(TrainConfig) if key in settings and key != "trust_remote_code"}
+        # Whether the model's code may run, and a folder be replaced, is for the caller to say, and not for a file
+        of_file = set(keys(TrainConfig)) & settings.keys() - {"trust_remote_code", "overwrite"}
+        known = {key: settings[key] for key in of_file}
         config = self.config or from_mapping(TrainConfig, known, where=str(there.config))
         if "out" not in self.resume_with:
             if self.config is not None and Path(config.out).resolve() != self.folder.resolve():
@@ -62,8 +66,9 @@ class Asked:
                     "change (resume_with: out)."
                 )
             config = replace(config, out=str(self.folder))
+        overwrite, config = config.overwrite, replace(config, overwrite=bool(settings.get("overwrite")))
         model, data = self._named("model", self.model, settings), self._named("data", self.data, settings)
-        return Begun(model, data, config, self._method(settings, there))
+        return Begun(model, data, config, self._method(settings, there), overwrite)
 
     def _named(self, what: str, asked: Any, settings: Mapping[str, Any]) -> Any:
         name = str(settings.get(what, ""))

@@ -85,7 +85,8 @@ def test_a_killed_writer_leaves_whole_files(tmp_path: Path, after: float) -> Non
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from deltaw.files.formats.atomic import replacing_folder
 place = Path(sys.argv[1])

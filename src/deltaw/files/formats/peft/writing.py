@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save as save_bytes
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.errors import FileError
@@ -24,6 +23,7 @@ from deltaw.files.formats.peft.metadata import SCALES, sealed
 from deltaw.files.formats.peft.ranks import scale_of
 from deltaw.files.formats.peft.reading import read
 from deltaw.files.formats.peft.targets import saved_module, tokens_of
+from deltaw.files.formats.safetensors import write as write_tensors
 
 
 def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lambda folder: None) -> Path:
@@ -61,7 +61,7 @@ def write_folder(
         raise FileError("Not saved: values are not finite (NaN or infinity) in", bad)
     with replacing_folder(folder) as temporary:
         (temporary / CONFIG).write_text(_text(config), encoding="utf-8")
-        save_file(tensors, temporary / WEIGHTS, metadata=sealed(tensors, metadata))
+        write_tensors(temporary / WEIGHTS, tensors, sealed(tensors, metadata))
         if not same(temporary):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
         beside(temporary)
