@@ -3,7 +3,7 @@
 The format (safetensors' own specification): eight bytes with the length of a JSON header, the header, and the tensors' bytes
 without gaps. A checkpoint is one such file, or several and an index that says which tensor is in which.
 
-Why not safetensors' own loader everywhere? New files are written by its `save_file`, in `write`. Three uses need more than it gives:
+Why not safetensors' own loader everywhere? New files are written by its `save_file`. Three uses need more than it gives:
 
 - A merge on disk copies untouched tensors byte for byte, of dtypes unknown to PyTorch too, and takes headers as they are. The
   package gives neither byte ranges nor headers.
