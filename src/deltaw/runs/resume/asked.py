@@ -32,7 +32,7 @@ class Begun:
     """Its `overwrite` is as the run was begun: the adapter's file tells it."""
     method: Method
     overwrite: bool
-    """Whether a run in another folder may be replaced."""
+    """True if a run in another folder may be replaced."""
 
 
 @dataclass(frozen=True)
