@@ -51,9 +51,9 @@ from deltaw.runs.resume.signals import asked_to_stop
 from deltaw.runs.study import Study
 
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
+_QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
 # Seconds between two looks at a candidate's process
 _LOOK_EVERY = 0.2
-_QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
 
 
 class _Timed(NamedTuple):

@@ -24,7 +24,7 @@ from deltaw.errors import ConfigError, DeltaWError, Interrupted, NotFinite, Trai
 from deltaw.files import store
 from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.layers.ops.seeding import seeded
-from deltaw.layers.tree import evaluating, not_finite_in
+from deltaw.layers.tree import evaluating, is_finite, not_finite_in
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
 from deltaw.methods.registry import name_of
@@ -520,7 +520,7 @@ def _with_what_was_good(job: _Job, plan: LoopPlan, error: NotFinite) -> DeltaWEr
     Returns the error, with what was saved; one of the base, where that is damaged or gives no finite loss from the first step on.
     """
     rows, folder = plan.drawn(error.step), job.folder.adapter
-    base_is_sound = _is_finite(job, plan, rows, None)
+    base_is_sound = _gives_finite_loss(job, plan, rows, None)
     if not base_is_sound and (error.step == 0 or not_finite_in(job.model)):
         return base_not_finite(job.model, job.prepared.loaded.name)
     step: int | None = error.step if _values_are_finite(job) else None
@@ -536,7 +536,7 @@ def _with_what_was_good(job: _Job, plan: LoopPlan, error: NotFinite) -> DeltaWEr
 
 
 def _values_are_finite(job: _Job) -> bool:
-    return all(bool(torch.isfinite(p).all()) for p in parameters(job.model, job.adapter))
+    return all(is_finite(p) for p in parameters(job.model, job.adapter))
 
 
 def _last_good(job: _Job, plan: LoopPlan, rows: Sequence[Any], step: int) -> int | None:
@@ -544,17 +544,17 @@ def _last_good(job: _Job, plan: LoopPlan, rows: Sequence[Any], step: int) -> int
 
     Returns the steps after which it had them; None where there are none.
     """
-    if _is_finite(job, plan, rows, job.adapter):
+    if _gives_finite_loss(job, plan, rows, job.adapter):
         return step
     for kept in read_states(job.folder.path):
         with opened(replace(plan, valid=(), on_event=lambda event: None), LoopState(), kept.saved):
             pass  # on leaving, the adapter holds the state's values
-        if kept.saved.step and _is_finite(job, plan, rows, job.adapter):
+        if kept.saved.step and _gives_finite_loss(job, plan, rows, job.adapter):
             return kept.saved.step
     return None
 
 
-def _is_finite(job: _Job, plan: LoopPlan, rows: Sequence[Any], adapter: str | None) -> bool:
+def _gives_finite_loss(job: _Job, plan: LoopPlan, rows: Sequence[Any], adapter: str | None) -> bool:
     """Return whether the records' loss is finite, with the adapter or the base alone."""
     if adapter is not None and not _values_are_finite(job):
         return False

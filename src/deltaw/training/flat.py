@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from deltaw.layers.tree import is_finite
 from deltaw.methods.updates.base import Update, own_tensor
 from deltaw.methods.updates.lowrank import LowRank, low_rank_parts
 from deltaw.training.together import Branch, Member, Together, elsewhere
@@ -153,7 +154,7 @@ class Flat:
     def not_finite(self) -> list[str]:
         """Return the layers with a gradient that is not finite."""
         every = {**self.updates, **self.others}
-        return [n for n, u in every.items() if not all(bool(_gradient(p).isfinite().all()) for p in u.parameters())]
+        return [n for n, u in every.items() if not all(is_finite(_gradient(p)) for p in u.parameters())]
 
     def _loose_with(self, letter: str) -> list[nn.Parameter]:
         return [p for p, counted_with in self._loose.items() if counted_with == letter]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deltaw.errors import FileError
 from deltaw.files.formats.atomic import replacing
-from deltaw.files.formats.peft.checks import is_finite
 from deltaw.files.formats.peft.ranks import commonest
+from deltaw.layers.tree import is_finite
 
 _PARTS = {".lora_a": 0, ".lora_b": 1}
 # A key of ours, which llama.cpp passes over: the tokens that end what the adapter was taught to say

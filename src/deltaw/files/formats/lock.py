@@ -85,7 +85,9 @@ def _acquired(handle: int) -> bool:
         return False
     except OSError:
         holder = _holder(handle)
-        return not holder or (_is_here(holder) and not _is_alive(holder))
+        pid = holder.get("pid")
+        here = holder.get("host") == socket.gethostname()
+        return not holder or (here and not (isinstance(pid, int) and pid != os.getpid() and lives(pid)))
     return True
 
 
@@ -99,13 +101,14 @@ def _holder(handle: int) -> dict[str, object]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_here(holder: dict[str, object]) -> bool:
-    return holder.get("host") == socket.gethostname()
-
-
-def _is_alive(holder: dict[str, object]) -> bool:
-    pid = holder.get("pid")
-    return isinstance(pid, int) and pid != os.getpid() and psutil.pid_exists(pid)
+def lives(pid: int) -> bool:
+    """Return whether a process of this machine is alive. One that has ended, and that its parent has not asked for, is dead."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError, OverflowError):
+        return True
 
 
 def _in_use(path: Path, holder: dict[str, object]) -> str:

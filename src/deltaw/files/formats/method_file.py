@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import FileError
-from deltaw.files.formats.peft.checks import is_finite
 from deltaw.files.formats.peft.config import (
     OF_ALL,
     OF_OTHERS,
@@ -36,6 +35,7 @@ from deltaw.files.formats.peft.reading import tensors_of
 from deltaw.files.formats.peft.targets import is_meant, left_out, names, saved_module, target_problems
 from deltaw.files.formats.peft.writing import alike, write_folder
 from deltaw.files.formats.strict_json import parse, parse_texts
+from deltaw.layers.tree import is_finite
 
 log = logging.getLogger("deltaw")
 

@@ -17,7 +17,8 @@ from deltaw import __version__
 from deltaw.data import Example
 from deltaw.data.items import Item
 from deltaw.errors import ConfigError
-from deltaw.files.identity import base_fingerprint
+from deltaw.files.formats.fingerprint import EXACT
+from deltaw.files.identity import base_hash
 from deltaw.layers.ops.checksums import octets
 from deltaw.training.prepare import Prepared
 
@@ -37,10 +38,9 @@ def identity(prepared: Prepared, settings: Mapping[str, object]) -> dict[str, An
     The adapter is not attached yet.
     """
     model = prepared.loaded.model
-    fingerprint = base_fingerprint(model)
     return {
         "settings": json.loads(json.dumps({k: v for k, v in settings.items() if k not in _NOT_COMPARED})),
-        "base": None if fingerprint is None else fingerprint.exact,
+        "base": base_hash(model, EXACT),
         "records": records_hash(prepared.encoded.examples),
         "held_out": records_hash(prepared.valid.examples if prepared.valid else ()),
         "environment": {

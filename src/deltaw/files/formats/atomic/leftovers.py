@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.files.formats.atomic.exchange import unbroken
+from deltaw.files.formats.lock import lives
 
 log = logging.getLogger("deltaw")
 
@@ -106,7 +107,8 @@ def _leftovers(path: Path) -> list[Leftover]:
 
 def _is_in_use(leftover: Leftover) -> bool:
     """Return whether a process may still use it: any that lives, and any on another host."""
-    if leftover.host != _host() or (leftover.pid != os.getpid() and _lives(leftover.pid)):
+    others = leftover.pid != os.getpid()
+    if leftover.host != _host() or (others and (os.name == "nt" or lives(leftover.pid))):
         return True
     try:
         lock = _lock(leftover.path)
@@ -116,22 +118,6 @@ def _is_in_use(leftover: Leftover) -> bool:
         os.close(lock)
         return False
     return leftover.pid == os.getpid()
-
-
-def _lives(pid: int) -> bool:
-    if os.name == "nt":  # where a signal 0 would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    try:  # a process that has ended keeps its number until its parent asks for it, which some never do
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError, UnicodeDecodeError):
-        return True
-    return state not in "ZX"
 
 
 def _lock(path: Path) -> int | None:

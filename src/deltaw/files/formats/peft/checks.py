@@ -11,6 +11,7 @@ from deltaw.files.formats.peft.config import CONFIG, PeftConfig
 from deltaw.files.formats.peft.keys import Sorted
 from deltaw.files.formats.peft.ranks import pattern_problem, rank_in, rank_of
 from deltaw.files.formats.peft.targets import saved_module, tokens_of
+from deltaw.layers.tree import is_finite
 
 
 def tensor_problems(sorted_: Sorted, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -90,12 +91,6 @@ def _whole_storages(tensors: Collection[Tensor]) -> list[Tensor]:
     if len(storages) == len({t.dtype for t in tensors}) == 1:
         return [torch.empty(0, dtype=floats[0].dtype).set_(*storages.values())]
     return floats
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """True if all entries are finite, of any dtype."""
-    eight_bits = tensor.is_floating_point() and tensor.element_size() == 1  # which PyTorch does not ask
-    return bool(torch.isfinite(tensor.float() if eight_bits else tensor).all())
 
 
 def disagreements(sorted_: Sorted, config: PeftConfig, name: str) -> list[str]:

@@ -16,7 +16,6 @@ from deltaw.errors import FileError
 from deltaw.files.formats.atomic import check_replaceable, replacing_folder
 from deltaw.files.formats.model_folder import TOKENIZER_FILES
 from deltaw.files.formats.peft.adapter import LoRAFile
-from deltaw.files.formats.peft.checks import is_finite
 from deltaw.files.formats.peft.config import CONFIG, PICKLED, WEIGHTS, PeftConfig
 from deltaw.files.formats.peft.keys import PREFIX
 from deltaw.files.formats.peft.metadata import SCALES, sealed
@@ -24,6 +23,7 @@ from deltaw.files.formats.peft.ranks import scale_of
 from deltaw.files.formats.peft.reading import read
 from deltaw.files.formats.peft.targets import saved_module, tokens_of
 from deltaw.files.formats.safetensors import write as write_tensors
+from deltaw.layers.tree import is_finite
 
 
 def write(folder: Path, adapter: LoRAFile, beside: Callable[[Path], None] = lambda folder: None) -> Path:
