@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from deltaw.cli import show
 from deltaw.cli.flags import Chat
@@ -12,26 +12,11 @@ from deltaw.errors import DataError, visible
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
     from deltaw.model.pretrained import Pretrained
 
 _HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
-
-
-class _Streams(Protocol):
-    """A causal language model of transformers."""
-
-    def generate(
-        self,
-        *,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        generation_config: GenerationConfig,
-        logits_processor: LogitsProcessorList,
-        streamer: TextStreamer | None,
-    ) -> Tensor:
-        """Return token ids [1, length], and hand them to the streamer meanwhile."""
 
 
 def run(command: Chat) -> None:
@@ -100,7 +85,7 @@ def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -
     from deltaw.data import Message, prompt_ids, turn_ends
     from deltaw.layers.ops.seeding import mixed
     from deltaw.model.ends import in_use
-    from deltaw.model.generate import drawing, settings, too_long, until_end, watched
+    from deltaw.model.generate import Generates, drawing, settings, too_long, until_end, watched
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], command.generation, loaded.model)
@@ -110,7 +95,7 @@ def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -
     config = settings(loaded.model, loaded.tokenizer, command.generation, ends)
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
     seed = mixed(command.generation.seed, len(messages))  # the same question twice may have two answers
-    model = cast(_Streams, loaded.model)
+    model = cast(Generates, loaded.model)
     prompt = torch.tensor([ids], device=loaded.model.device)
     mask = torch.ones_like(prompt)
     drawn = drawing(loaded.model, command.generation, seed)

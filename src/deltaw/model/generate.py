@@ -21,7 +21,7 @@ from deltaw.model.pretrained import pad_id
 from deltaw.model.switch import at_fault, route
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
 @runtime_checkable
@@ -35,8 +35,12 @@ class Generates(Protocol):
         attention_mask: Tensor,
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
+        streamer: TextStreamer | None = None,
     ) -> Tensor:
-        """Return token ids [rows, length], after a decoder's prompts or a first token of an encoder's decoder."""
+        """Return token ids [rows, length], which a streamer gets meanwhile.
+
+        They begin with a decoder's prompts, or with the first token of an encoder's decoder.
+        """
         ...
 
 
