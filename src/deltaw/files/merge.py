@@ -140,7 +140,7 @@ def _write_merged(
             stats[layer] = merge_(W0, file.change(layer))
         else:
             stats[layer], residual = merge_reversibly_(W0, file.product(layer))
-            kept.put(place.tensor, residual)
+            kept.put(place.tensor, residual, tuple(W0.shape))
 
     for shard in shards:
         name, other = shard.path.name, _with_heads(shard, places, change)

@@ -29,7 +29,29 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @given(seed=st.integers(0, 2**32))
 def test_any_weight_comes_back_from_any_other(dtype: torch.dtype, seed: int) -> None:
     W0, back = any_bits(dtype, seed), any_bits(dtype, seed + 1)
-    assert same_bits(residual.corrected(back, residual.between(W0, back)), W0)
+    kept = residual.between(W0, back)
+    residual.correct_(back, kept)
+    assert same_bits(back, W0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(seed=st.integers(0, 2**32), share=st.sampled_from([0.0, 0.001, 0.1, 1.0]))
+def test_its_forms_in_memory_and_in_a_file_give_it_back(dtype: torch.dtype, seed: int, share: float) -> None:
+    W0, back = any_bits(dtype, seed).repeat(1, 20), any_bits(dtype, seed + 1).repeat(1, 20)
+    same = torch.rand(W0.shape, generator=torch.Generator().manual_seed(seed)) >= share
+    back = torch.where(same, W0, back)
+    kept = residual.between(W0, back)
+    for form in (
+        residual.unpacked(residual.packed(kept)),
+        residual.decoded(*residual.coded(kept, W0.shape)),
+    ):
+        assert torch.equal(form.places, kept.places) and torch.equal(form.differences, kept.differences)
+        assert form.differences.dtype == residual.integers_of(dtype)
+
+
+def test_codes_of_other_escapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 escapes for 2 codes"):
+        residual.decoded(torch.tensor([[-128, 3, -128]], dtype=torch.int8), torch.tensor([400], dtype=torch.int16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,7 +59,7 @@ def test_neighbours_differ_by_one_across_zero_too(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest float above zero
     row = torch.tensor([-tiny, -0.0, 0.0, tiny], dtype=dtype)
     found = residual.between(row[1:], row[:-1])
-    assert found.codes.tolist() == [1, 1, 1] and not found.escapes.numel()
+    assert found.places.tolist() == [0, 1, 2] and found.differences.tolist() == [1, 1, 1]
 
 
 def update(seed: int = 0) -> tuple[Tensor, Tensor, float]:
@@ -73,4 +95,6 @@ def test_an_ordinary_update_leaves_nearly_nothing_to_keep() -> None:
     W0 = torch.randn(256, 256)
     A, B = torch.randn(8, 256), torch.randn(256, 8) * 0.01
     _, kept = merging.merge_reversibly_(W0.clone(), merging.Product(A, B, 1.3))
-    assert (kept.codes == 0).float().mean() > 0.8 and kept.escapes.numel() < 0.001 * W0.numel()
+    packed = residual.packed(kept)
+    assert len(kept.places) < 0.2 * W0.numel() and packed.escapes.numel() < 0.001 * W0.numel()
+    assert packed.bytes < 0.1 * W0.numel() * W0.element_size()

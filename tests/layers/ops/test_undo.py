@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltaw.layers.ops.merging import Product, merge_
+from deltaw.layers.ops.residual import Packed
 from deltaw.layers.ops.undo import Copy, Correction, merge_correctably_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -27,8 +28,9 @@ def test_a_correction_gives_the_bits_back_of_what_was_merged(dtype: torch.dtype,
 def test_what_is_kept_is_counted_in_bytes() -> None:
     assert Copy(torch.zeros(5, 3, dtype=torch.bfloat16)).bytes == 5 * 3 * 2
     product = Product(torch.zeros(3, 40), torch.zeros(24, 3), 2.0)
-    correction = Correction(product, b"thirteen code", torch.zeros(7, dtype=torch.int64))
-    assert correction.bytes == 13 + 4 * 3 * 40 + 4 * 24 * 3 + 8 * 7
+    gaps, short = torch.zeros(13, dtype=torch.uint8), torch.zeros(11, dtype=torch.int8)
+    correction = Correction(product, Packed(gaps, short, torch.zeros(7, dtype=torch.int64)))
+    assert correction.bytes == 13 + 11 + 8 * 7 + 4 * 3 * 40 + 4 * 24 * 3
 
 
 def test_a_copy_is_what_it_is_a_copy_of() -> None:

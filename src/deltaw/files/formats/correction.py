@@ -20,7 +20,7 @@ import torch
 from deltaw.errors import FileError
 from deltaw.files.formats.safetensors import PIECE, tensor_over
 from deltaw.files.formats.strict_json import parse_object
-from deltaw.layers.ops.residual import EFFORT, Residual
+from deltaw.layers.ops.residual import EFFORT, Residual, coded, decoded
 
 NAME = "base.correction"
 FORMAT = 2
@@ -77,9 +77,9 @@ class Writer:
         self.archive = archive
         self.manifest = Manifest(adapter)
 
-    def put(self, tensor: str, residual: Residual) -> None:
-        """Write the residual of one tensor."""
-        for part, values in zip(("codes", "escapes"), residual, strict=True):
+    def put(self, tensor: str, residual: Residual, shape: tuple[int, ...]) -> None:
+        """Write the residual of one tensor of this shape."""
+        for part, values in coded(residual, shape)._asdict().items():
             with self.archive.open(f"{part}/{tensor}", "w", force_zip64=True) as stream:
                 flat = values.contiguous().view(-1).view(torch.uint8).numpy()
                 for at in range(0, len(flat), PIECE):
@@ -134,9 +134,9 @@ class Reader:
         """Return the residual of a tensor of this shape, whose escapes are of that dtype."""
         codes, escapes = self._part("codes", tensor), self._part("escapes", tensor)
         try:
-            return Residual(tensor_over(codes, torch.int8).view(shape), tensor_over(escapes, integers))
+            return decoded(tensor_over(codes, torch.int8).view(shape), tensor_over(escapes, integers))
         except (RuntimeError, ValueError) as error:
-            raise FileError(f"{self.path}: {tensor} is of another shape in it: {error}") from error
+            raise FileError(f"{self.path}: {tensor} is of another shape in it, or damaged: {error}") from error
 
     def header(self, file: str) -> bytes:
         """Return the header of a base's file."""

@@ -22,9 +22,9 @@ from torch import Tensor
 from deltaw.layers.ops import residual
 from deltaw.layers.ops.residual import Residual
 
-# Elements of a block for each thread. A merge of a block is some thirty operations on a few fp32 buffers of this size: in smaller
-# ones, calling them and waiting for all threads takes the time; larger ones leave the cache. On other devices one launch is dear
-# and there is no such cache, so blocks are as large as memory comfortably allows.
+# Elements of a block for each thread: a few fp32 buffers of this size nearly stay in cache. In smaller ones, calling them and
+# waiting for all threads takes the time. On other devices one launch is dear and there is no such cache, so blocks are as large
+# as memory comfortably allows.
 _CPU_BLOCK = 1 << 17
 _DEVICE_BLOCK = 1 << 25
 
@@ -217,15 +217,12 @@ def merge_stats(W0: Tensor, change: Change) -> MergeStats:
 def restore_(W: Tensor, product: Product, kept: Residual | None = None) -> None:
     """Replace a merged W [d, k] in place by round(wide(W) − scale·B·A): W0 but for a few units in the last place; with what
     `merge_reversibly_` kept, W0 bit for bit."""
-    taken, dtype, room = 0, wide(W.dtype), _Room()
+    dtype, room = wide(W.dtype), _Room()
     for rows, dW in _delta_blocks(product, dtype):
-        merged = room.cast("merged", W[rows], dtype)
-        back = room.cast("back", torch.sub(merged, dW, out=room.like("merged", dW)), W.dtype)
+        merged = room.cast("merged", W[rows].contiguous(), dtype)
+        back = room.cast("back", torch.sub(merged, dW, out=room.like("wide back", dW)), W.dtype)
         if kept is not None:
-            codes = kept.codes[rows]
-            count = residual.escaped(codes)
-            back = residual.corrected(back, Residual(codes, kept.escapes[taken : taken + count]))
-            taken += count
+            residual.correct_(back, kept, rows.start * W.shape[1])
         W[rows].copy_(back)
 
 
@@ -240,9 +237,8 @@ def restored_within(W: Tensor, back: Tensor) -> float:
 def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False) -> tuple[MergeStats, Residual | None]:
     w0_squared = dw_squared = survived = 0.0
     changed = 0
-    largest = [0.0]
-    codes = torch.empty(W0.shape, dtype=torch.int8, device=W0.device) if reversibly else None
-    escapes: list[Tensor] = []
+    extremes = [0.0]
+    residuals: list[Residual] = []
     dtype, room = wide(W0.dtype), _Room()
     for rows, dW, whole in change.blocks(W0):
         original = W0[rows].contiguous()
@@ -253,15 +249,14 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
             "merged", torch.add(before, dW, out=room.like("after", dW)) if whole is None else whole, W0.dtype
         )
         after = room.cast("after", merged, dtype)
-        if codes is not None:
+        if reversibly:
             back = room.cast("back", torch.sub(after, dW, out=room.like("wide back", dW)), W0.dtype)
-            codes[rows], escaped = residual.between(original, back)
-            escapes.append(escaped)
+            residuals.append(residual.between(original, back, rows.start * W0.shape[1]))
         # In the memory of `before`, unless that is W0's own
         moved = torch.sub(after, before, out=room.like("before", dW))
         survived += _dot(moved, dW)
         changed += _nonzero(moved)
-        largest += [float(v) for v in torch.aminmax(moved)]
+        extremes += [float(moved.amax()), float(moved.amin())]
         if write:
             W0[rows].copy_(merged)  # last: in its own dtype `before` may be a view of W0
     stats = MergeStats(
@@ -269,9 +264,9 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
         dw_norm=dw_squared**0.5,
         survived=survived / dw_squared if dw_squared else 1.0,
         changed=changed / W0.numel(),
-        largest_change=float(torch.tensor(largest).abs().max()),  # not a number if any is
+        largest_change=float(torch.tensor(extremes).abs().max()),  # not a number if any is
     )
-    return stats, None if codes is None else Residual(codes, torch.cat(escapes))
+    return stats, residual.joined(residuals) if reversibly else None
 
 
 class _Room:
@@ -283,9 +278,12 @@ class _Room:
     def like(self, use: str, block: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory of a block's shape, and of its dtype or another one; the next block of the same use overwrites it."""
         memory = self._memory.get(use)
+        if memory is not None and memory.shape == block.shape:
+            return memory
         if memory is None or memory.numel() < block.numel():
-            memory = self._memory[use] = torch.empty(block.numel(), dtype=dtype or block.dtype, device=block.device)
-        return memory[: block.numel()].view(block.shape)
+            memory = torch.empty(block.shape, dtype=dtype or block.dtype, device=block.device)
+        self._memory[use] = memory.view(-1)[: block.numel()].view(block.shape)
+        return self._memory[use]
 
     def cast(self, use: str, block: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a block in `dtype`: itself where it is."""
@@ -326,7 +324,8 @@ def _delta_blocks(product: Product, dtype: torch.dtype) -> Iterator[tuple[slice,
 def _height(k: int, device: torch.device) -> int:
     """Return the rows of a block of k columns: the same for all changes of a weight, which a sum of them goes through side by
     side."""
-    return max(1, _block_elements(device) // max(1, k))
+    elements = _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
+    return max(1, elements // max(1, k))
 
 
 def _row_norms(V: Tensor) -> Tensor:
@@ -339,11 +338,6 @@ def _row_norms(V: Tensor) -> Tensor:
         squares[:, : width - half] += squares[:, half:width]
         width = half
     return squares[:, 0].sqrt().to(V.dtype)
-
-
-def _block_elements(device: torch.device) -> int:
-    """Return the entries that are worked on at once. It changes no bit of a result."""
-    return _CPU_BLOCK * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def delta_norm(A: Tensor, B: Tensor, scale: float) -> float:

@@ -4,16 +4,14 @@ the weight is still what the merge made of it. Knows tensors only.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from deltaw.layers.ops.checksums import Stamp
 from deltaw.layers.ops.merging import MergeStats, Product, merge_reversibly_, restore_
-from deltaw.layers.ops.residual import EFFORT, Residual
+from deltaw.layers.ops.residual import Packed, Residual, packed, unpacked
 
 
 class Original(Protocol):
@@ -48,21 +46,18 @@ class Correction:
     """A few percent of the weight's bytes, and a second merge's time to undo."""
 
     product: Product
-    codes: bytes
-    """Compressed."""
-    escapes: Tensor
+    residual: Packed
 
     @property
     def bytes(self) -> int:
-        tensors = (self.product.A, self.product.B, self.escapes)
-        return len(self.codes) + sum(t.numel() * t.element_size() for t in tensors)
+        factors = (self.product.A, self.product.B)
+        return self.residual.bytes + sum(t.numel() * t.element_size() for t in factors)
 
     def restored(self, W: Tensor) -> Tensor:
-        codes = torch.frombuffer(bytearray(zlib.decompress(self.codes)), dtype=torch.int8).view(W.shape)
         A, B, scale = self.product
         back = W.clone()
-        product = Product(A.to(W.device), B.to(W.device), scale)
-        restore_(back, product, Residual(codes.to(W.device), self.escapes.to(W.device)))
+        kept = Residual(*(part.to(W.device) for part in unpacked(self.residual)))
+        restore_(back, Product(A.to(W.device), B.to(W.device), scale), kept)
         return back
 
 
@@ -79,6 +74,5 @@ class Kept:
 def merge_correctably_(W0: Tensor, product: Product) -> tuple[MergeStats, Correction]:
     """Merge in place, W0 [d, k] of any strides. A and B are copied, since they may change while they are merged."""
     product = Product(product.A.detach().clone(), product.B.detach().clone(), product.scale)
-    stats, (codes, escapes) = merge_reversibly_(W0, product)
-    packed = zlib.compress(codes.cpu().contiguous().numpy().data, EFFORT)
-    return stats, Correction(product, packed, escapes)
+    stats, residual = merge_reversibly_(W0, product)
+    return stats, Correction(product, packed(residual))

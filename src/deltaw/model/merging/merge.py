@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltaw.errors import MergeError
 from deltaw.layers import ties
@@ -100,17 +100,12 @@ def merge(
     if check_possible(owner, changes, untie=untie):
         record.untied = _untie(owner)
         changes = of_all_names
-    stats: dict[str, MergeStats] = {}
     originals: dict[str, Original] = {}
     try:
-        for parameter, change in changes.items():
-            W0 = matrix_of(owner, parameter)
-            with torch.inference_mode(W0.is_inference()), torch.no_grad():
-                originals[parameter] = Copy(W0.clone())  # first: whatever interrupts the merge can be undone
-                if keep == "correction" and isinstance(change, Product):
-                    stats[line(parameter)], originals[parameter] = merge_correctably_(W0, change)
-                else:
-                    stats[line(parameter)] = merge_(W0, change)
+        stats = {
+            line(name): _merged(matrix_of(owner, name), change, name, originals, keep)
+            for name, change in changes.items()
+        }
         updated = [line(n) for n, c in changes.items() if _must_change(c, stats[line(n)])]
         check_merged(stats, allow_unchanged, updated)
         kept = stamped(owner, originals)
@@ -123,6 +118,18 @@ def merge(
     record.before_merge, record.route.active = record.route.active, None
     extra = sum(original.bytes for original in originals.values())
     return MergeReport(tuple(chosen), stats, extra + _bytes_of_untied(record))
+
+
+def _merged(W0: Tensor, change: Change, name: str, originals: dict[str, Original], keep: Keep) -> MergeStats:
+    """Merge one weight, and put the way back of it under its name, first of all: whatever interrupts the merge can be undone."""
+    with torch.inference_mode(W0.is_inference()), torch.no_grad():
+        copy = originals[name] = Copy(W0.clone())
+        if keep == "copy" or not isinstance(change, Product):
+            return merge_(W0, change)
+        stats, correction = merge_correctably_(W0, change)
+        if correction.bytes < copy.bytes:  # ΔW may be so large that it takes more
+            originals[name] = correction
+        return stats
 
 
 def _must_change(change: Change, stats: MergeStats) -> bool:
@@ -205,7 +212,7 @@ def unmerge(model: nn.Module, name: str | None = None, *, changed: Changed = "re
 def _merge_others(model: nn.Module, record: Adapters, others: Mapping[str, float], changed: Changed) -> None:
     """Merge these adapters in place of what is merged."""
     keep: Keep = "copy"
-    if all(isinstance(kept.original, Correction) for kept in record.originals.values()):
+    if any(isinstance(kept.original, Correction) for kept in record.originals.values()):
         keep = "correction"
     untied = record.untied is not None
     before = record.merged, dict(record.originals), record.before_merge, record.route.active
