@@ -1,12 +1,16 @@
-"""Kill deltaw at random instants and see what is left: nothing half-made may be taken for whole, and nothing from before be lost.
+"""Kill deltaw at random instants, or let the disk be full, and see what is left: nothing half-made may be taken for whole, and
+nothing from before be lost.
 
-    python benchmarks/crashes.py                  # 240 kills over all kinds of work, about ten minutes
-    python benchmarks/crashes.py --kills 40 --only train,merge
+    python benchmarks/crashes.py                  # 240 kills and 110 full disks over all kinds of work, about ten minutes
+    python benchmarks/crashes.py --kills 40 --disks 0 --only train,merge
 
 Each kill works in a copy of a small prepared folder. A command is run there once without a break: its time bounds the instants,
 its files are what must come out. Then, for each kill, the command is started and gets SIGKILL after a random time. Now each
 output must be the one from before, the new one, or absent where nothing was before, by its sha256. After that the command is run
 again (a training is resumed): the outputs must be the new ones, bit for bit, and no temporary file may be left.
+
+A full disk is a limit on the size of files (RLIMIT_FSIZE), a random one below the largest file that the command writes. The
+command must end with one message and no traceback; then the same is asked as after a kill.
 
 A command is a fork of this process, which has imported everything: a new process would take seconds to start. Writes
 results/crashes.json.
@@ -19,6 +23,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -133,6 +138,7 @@ WORK = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=240)
+    parser.add_argument("--disks", type=int, default=110)
     parser.add_argument("--only", help="kinds of work, with commas")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--dry", action="store_true", help="write no result")
@@ -141,8 +147,8 @@ def main() -> None:
 
     works = [work for work in WORK if not chosen.only or work.name in chosen.only.split(",")]
     with tempfile.TemporaryDirectory() as name:
-        counts = campaign(Path(name), works, chosen.kills, chosen.seed)
-    total = {key: sum(of_work[key] for of_work in counts.values()) for key in ("kills", "hit", *FAULTS)}
+        counts = campaign(Path(name), works, chosen.kills, chosen.disks, chosen.seed)
+    total = {key: sum(of_work[key] for of_work in counts.values()) for key in (*TRIED, *FAULTS)}
     for work_name, of_work in counts.items():
         print(work_name, {k: v for k, v in of_work.items() if k != "problems"}, *of_work["problems"], sep="\n  ")
     print(total)
@@ -151,20 +157,22 @@ def main() -> None:
     sys.exit(any(total[fault] for fault in FAULTS))
 
 
-FAULTS = ("half_made", "lost", "other_bits", "left_over", "failed")
+TRIED = ("kills", "hit", "disks", "full")
+"""Kills, and those that met the command at work; limits on files, and those that stopped it."""
+FAULTS = ("half_made", "lost", "other_bits", "left_over", "failed", "traceback")
 """An output that is neither the old nor the new one; an old one that is gone; a result of other bits after going on; temporary
-files afterwards; a command that could not go on."""
+files afterwards; a command that could not go on; a full disk told by a traceback."""
 
 
-def campaign(place: Path, works: Sequence[Work], kills: int, seed: int) -> dict[str, Any]:
-    """Return the counts of each kind of work."""
+def campaign(place: Path, works: Sequence[Work], kills: int, disks: int, seed: int) -> dict[str, Any]:
+    """Return the counts of each kind of work, over which kills and full disks are shared out."""
     imports()
     template = place / "template"
     call(place, ["template", str(template)])
     chance, counts = random.Random(seed), {}
     for i, work in enumerate(works):
-        share = kills // len(works) + (i < kills % len(works))
-        counts[work.name] = of_work(place, template, work, share, chance)
+        shares = [number // len(works) + (i < number % len(works)) for number in (kills, disks)]
+        counts[work.name] = of_work(place, template, work, *shares, chance)
     return counts
 
 
@@ -173,8 +181,8 @@ def imports() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
 
-def of_work(place: Path, template: Path, work: Work, kills: int, chance: random.Random) -> dict[str, Any]:
-    """Kill one kind of work so many times."""
+def of_work(place: Path, template: Path, work: Work, kills: int, disks: int, chance: random.Random) -> dict[str, Any]:
+    """Kill one kind of work so many times, and let it meet so many full disks."""
     before = place / "before"
     shutil.copytree(template, before)
     for words in work.prepare:
@@ -182,26 +190,44 @@ def of_work(place: Path, template: Path, work: Work, kills: int, chance: random.
     old = {output: digest(before / output) for output in work.outputs}
     reference = place / "reference"
     shutil.copytree(before, reference)
-    began = time.monotonic()
+    clock, began = time.time(), time.monotonic()
     call(reference, work.words)
     seconds = time.monotonic() - began
     new = {output: digest(reference / output) for output in work.outputs}
     counts: dict[str, Any] = {
         "kills": kills,
         "hit": 0,
+        "disks": disks,
+        "full": 0,
         **dict.fromkeys(FAULTS, 0),
         "seconds": round(seconds, 3),
         "problems": [],
     }
+    files = [file.stat() for file in reference.rglob("*") if file.is_file()]
+    largest = max(file.st_size for file in files if file.st_mtime >= clock)
+
+    def look(folder: Path, what: str) -> None:
+        for fault, problem in looked_at(folder, work, old, new):
+            counts[fault] += 1
+            counts["problems"].append(f"{what}: {problem}")
+        shutil.rmtree(folder)
+
     for number in range(kills):
         folder = place / "here"
         shutil.copytree(before, folder)
         wait = chance.uniform(0, seconds)
         counts["hit"] += killed(folder, work.words, wait)
-        for fault, problem in looked_at(folder, work, old, new):
-            counts[fault] += 1
-            counts["problems"].append(f"kill {number} after {wait:.3f} s: {problem}")
-        shutil.rmtree(folder)
+        look(folder, f"kill {number} after {wait:.3f} s")
+    for number in range(disks):
+        folder = place / "here"
+        shutil.copytree(before, folder)
+        limit = chance.randrange(largest)
+        code, said = limited(folder, work.words, limit)
+        counts["full"] += code != 0
+        if "Traceback" in said:
+            counts["traceback"] += 1
+            counts["problems"].append(f"files of at most {limit:,} bytes: {said}")
+        look(folder, f"disk {number}, files of at most {limit:,} bytes")
     shutil.rmtree(before)
     shutil.rmtree(reference)
     return counts
@@ -249,8 +275,11 @@ def digest(path: Path) -> str:
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def started(folder: Path, words: Sequence[str]) -> int:
-    """Start a command in a folder as a fork, in a group of its own. Return its number."""
+def started(folder: Path, words: Sequence[str], *, said: int | None = None, limit: int | None = None) -> int:
+    """Start a command in a folder as a fork, in a group of its own. Return its number.
+
+    What it prints goes to this file descriptor, by default into said.txt. `limit`: bytes of a file that it can write.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -258,9 +287,11 @@ def started(folder: Path, words: Sequence[str]) -> int:
     try:
         os.setpgid(0, 0)
         os.chdir(folder)
-        said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if said is None else said
         os.dup2(said, 1)
         os.dup2(said, 2)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         code = run(list(words))
     except BaseException:
         import traceback
@@ -281,6 +312,16 @@ def killed(folder: Path, words: Sequence[str], seconds: float) -> bool:
     except ProcessLookupError:
         os.kill(pid, signal.SIGKILL)  # it has no group yet
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def limited(folder: Path, words: Sequence[str], limit: int) -> tuple[int, str]:
+    """Run a command to its end with this limit on the size of files. Return its code and what it has printed."""
+    ours, its = os.pipe()
+    pid = started(folder, words, said=its, limit=limit)
+    os.close(its)
+    with os.fdopen(ours) as stream:
+        said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 def call(folder: Path, words: Sequence[str], *, check: bool = True) -> int:
@@ -350,7 +391,11 @@ def saved(source: str, out: str) -> int:
 
     model = AutoModelForCausalLM.from_pretrained("model")
     deltaw.load(model, source)
-    deltaw.save(model, out)
+    try:
+        deltaw.save(model, out)
+    except deltaw.DeltaWError as error:
+        print(error)
+        return 1
     return 0
 
 

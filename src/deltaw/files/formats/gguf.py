@@ -55,14 +55,34 @@ def write(path: Path, adapter: GGUFLoRA) -> None:
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         if adapter.ends:
             writer.add_array(_ENDS, list(adapter.ends))
+        factors = {}
         for name, (A, B) in adapter.factors.items():
             rest = adapter.scales[name] / (alpha / A.shape[0])
-            writer.add_tensor(f"{name}.lora_a", A.detach().float().contiguous().numpy())
-            writer.add_tensor(f"{name}.lora_b", (B.detach().float() * rest).contiguous().numpy())
+            factors[name] = A.detach().float().contiguous(), (B.detach().float() * rest).contiguous()
+            for part, tensor in zip(_PARTS, factors[name], strict=True):
+                writer.add_tensor(f"{name}{part}", tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        if not _has(temporary, factors):
+            raise FileError(
+                f"{path} could not be written whole: the disk may be full. What was there before is there still."
+            )
+
+
+def _has(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    """Return whether a file that was just written has these A and B.
+
+    The gguf package writes tensors by NumPy's `tofile`, which tells of no error where the last bytes find no place.
+    """
+    try:
+        written = read(path).factors
+    except FileError:
+        return False
+    return written.keys() == factors.keys() and all(
+        torch.equal(a, b) for name, pair in factors.items() for a, b in zip(written[name], pair, strict=True)
+    )
 
 
 def _alpha(adapter: GGUFLoRA) -> float:
