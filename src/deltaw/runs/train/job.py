@@ -1,0 +1,129 @@
+"""A run whose adapter is attached: how it is prepared, and how its adapter is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.config import to_mapping
+from deltaw.errors import ConfigError
+from deltaw.files import store
+from deltaw.layers.ops.seeding import seeded
+from deltaw.layers.tree import is_finite
+from deltaw.methods.registry import name_of
+from deltaw.model import attach
+from deltaw.model.ends import teach
+from deltaw.model.summary import parameters, updates
+from deltaw.runs.resume.identity import differing, identity
+from deltaw.runs.resume.place import RunFolder
+from deltaw.training.keeper import Kept
+from deltaw.training.loop import peak_memory
+from deltaw.training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose adapter is attached."""
+
+    prepared: Prepared
+    folder: RunFolder
+    """The folder of its files while it is trained."""
+    adapter: str
+    """The adapter's name on the model."""
+    settings: dict[str, object]
+    """The settings in config.yaml."""
+    identity: dict[str, Any]
+    """Settings, base and records, without which its state does not go on."""
+    together: Sequence[object] = ()
+    """The runs that are trained over the model at once, which share passes."""
+    kept: Kept | None = None
+    """The state to go on from."""
+    notes: tuple[str, ...] = ()
+    """Sentences to tell as it begins."""
+
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self.prepared.loaded.model
+        return model
+
+
+def attached(prepared: Prepared, name: str, folder: RunFolder, together: Sequence[object] = ()) -> Job:
+    """Attach the adapter, drawn from the run's seed, and teach it the tokens that end its records."""
+    model, config, settings = prepared.loaded.model, prepared.config, _settings(prepared)
+    known = identity(prepared, settings)
+    with seeded(config.seed):
+        attach.attach(model, prepared.method, name=name)
+    teach(model, name, prepared.encoded.ends)
+    return Job(prepared, folder, name, settings, known, together)
+
+
+def _settings(prepared: Prepared) -> dict[str, object]:
+    """Return what config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is."""
+    source, count = prepared.source, len(prepared.encoded.examples)
+    data = source if isinstance(source, (str, Path)) else f"<{count} records in memory>"
+    named = {"model": prepared.loaded.name, "data": str(data), "method": name_of(prepared.method)}
+    return {**named, **to_mapping(prepared.method), **to_mapping(prepared.config)}
+
+
+def begin_with(job: Job) -> None:
+    """Give the adapter the values of the one that the run is to begin with. Raises ConfigError where they are of other shapes."""
+    start = job.prepared.config.start
+    if start is None:
+        return
+    name = store.load(job.model, start, name=f"{job.adapter} begins with", activate=False)
+    try:
+        source, target = (_values(job.model, adapter) for adapter in (name, job.adapter))
+        sizes, asked = ({key: (tuple(t.shape), scale) for key, (t, scale) in v.items()} for v in (source, target))
+        if problems := differing(sizes, asked):
+            raise ConfigError(
+                f"The run cannot begin with {start}:",
+                problems,
+                "Give it the adapter's method, --rank, --alpha and --targets.",
+            )
+        with torch.no_grad():
+            for key, (tensor, _) in target.items():
+                tensor.copy_(source[key][0])
+    finally:
+        attach.detach(job.model, name)
+
+
+def _values(model: nn.Module, name: str) -> dict[str, tuple[nn.Parameter, float | None]]:
+    """Return layer and name of each trained tensor of an adapter → the tensor, and the scale of its update."""
+    return {
+        f"{layer} {key}": (tensor, getattr(update, "scale", None))
+        for layer, update in updates(model, name).items()
+        for key, tensor in update.named_parameters()
+    }
+
+
+def values_are_finite(job: Job) -> bool:
+    """Return whether all trained values of the adapter are finite."""
+    return all(is_finite(p) for p in parameters(job.model, job.adapter))
+
+
+def save(job: Job, step: int) -> None:
+    """Save the adapter as it is after `step` steps."""
+    loaded = job.prepared.loaded
+    tokenizer = loaded.tokenizer if loaded.handed_over else None
+    store.save(
+        job.model,
+        job.folder.adapter,
+        name=job.adapter,
+        training=job.settings | {"steps_taken": step},
+        tokenizer=tokenizer,
+    )
+
+
+def peak(job: Job) -> int:
+    """Return the most bytes that the run has held, in whatever process."""
+    return max(peak_memory(), job.kept.about["peak_memory"] if job.kept else 0)
+
+
+def resumed_at(job: Job) -> list[int]:
+    """Return the steps after which the run was resumed."""
+    return [*job.kept.about["resumed"], job.kept.saved.step] if job.kept else []

@@ -1,0 +1,156 @@
+"""Results of a training run: its figures, its report, and the value that `train` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from deltaw.files.formats.atomic import write_text
+from deltaw.model import summary as sizes
+from deltaw.model.merging.merge import preview
+from deltaw.model.merging.report import MergeReport
+from deltaw.model.summary import Summary
+from deltaw.runs.reports.page import write as write_report
+from deltaw.runs.reports.train import Sampled, run_report
+from deltaw.runs.results import JsonObject
+from deltaw.runs.results.train import RunFigures
+from deltaw.runs.resume.journal import Journal
+from deltaw.runs.resume.place import (
+    RunFolder,
+    put_in_place,
+)
+from deltaw.runs.train.job import Job, peak, resumed_at
+from deltaw.training.events import Event, Warned
+from deltaw.training.loop import LoopState
+from deltaw.training.optim import ADAM_STATE
+from deltaw.training.tasks import task_of
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a training run.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="result", steps=2, samples=0, overwrite=True)
+    >>> result = deltaw.train("model", "train.jsonl", config, method=deltaw.LoRA(rank=2))
+    >>> result.state.step, result.outcome.trainable_parameters, result.outcome.unit
+    (2, 1952, 'nats per supervised token')
+    >>> sorted(path.name for path in result.folder.iterdir())
+    ['adapter', 'config.yaml', 'log.jsonl', 'report.html', 'result.json', 'state.safetensors']
+    """
+
+    folder: Path
+    """The run's folder."""
+    adapter: Path
+    """The adapter's folder in it, in PEFT format."""
+    report: Path
+    """The page about the run."""
+    model: nn.Module
+    """The model with the trained adapter attached, active, as "default"."""
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor
+    """The model's tokenizer; of a model of images its image processor."""
+    settings: dict[str, object]
+    """The settings in config.yaml."""
+    summary: Summary
+    """Sizes of the base and of the adapter."""
+    merge: MergeReport
+    """Figures of a merge into the base, in the dtype that it was trained on."""
+    samples: list[Sampled]
+    """Held-out records with what the base and the adapter say to them."""
+    events: list[Event]
+    """All that happened, one event a line of log.jsonl."""
+    outcome: RunFigures
+    """The figures in result.json."""
+
+    @property
+    def state(self) -> LoopState:
+        """The state in which the loop ended: steps, seconds, losses, and why it stopped."""
+        return self.outcome.loop
+
+    @property
+    def data(self) -> dict[str, int]:
+        """Counts of the training records: kept, truncated, dropped, tokens …"""
+        return self.outcome.data
+
+    @property
+    def sets(self) -> dict[str, str | None]:
+        """The content of train and of valid, for example "300 records of 47 prompts", and their overlap in words."""
+        return self.outcome.sets
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings, in the order in which they came."""
+        return self.outcome.warnings
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes: the most that the process has held, on the GPU where one is in use."""
+        return self.outcome.peak_memory
+
+    @property
+    def log(self) -> list[JsonObject]:
+        """The lines of log.jsonl as plain values."""
+        return [event.to_json() for event in self.events]
+
+    def figures(self) -> JsonObject:
+        """Return the plain values of result.json."""
+        return self.outcome.to_json()
+
+
+def finished(
+    job: Job, journal: Journal, state: LoopState, samples: list[Sampled], home: RunFolder | None = None
+) -> RunResult:
+    """Write result.json and the report of a run whose adapter is saved and active, and put it in its place.
+
+    home: where the run is in the end; where it was trained, if there is none.
+    """
+    summary, merge = sizes.summary(job.model), preview(job.model)
+    outcome = _figures(job, journal.events, state, summary, merge)
+    write_report(run_report(job.settings, outcome, journal.events, samples), job.folder.report)
+    write_text(job.folder.result, json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n")
+    folder = job.folder if home is None or home.path == job.folder.path else put_in_place(home)
+    return RunResult(
+        folder=folder.path,
+        adapter=folder.adapter,
+        report=folder.report,
+        model=job.model,
+        tokenizer=job.prepared.loaded.tokenizer,
+        settings=job.settings,
+        summary=summary,
+        merge=merge,
+        samples=samples,
+        events=journal.events,
+        outcome=outcome,
+    )
+
+
+def _figures(job: Job, events: Sequence[Event], state: LoopState, summary: Summary, merge: MergeReport) -> RunFigures:
+    adapter, task = summary.adapters[job.adapter], task_of(job.prepared.config.data)
+    size = sum(file.stat().st_size for file in job.folder.adapter.iterdir())
+    return RunFigures(
+        loop=state,
+        trainable_parameters=adapter.parameters,
+        trainable_share=adapter.share,
+        adapter_bytes=size,
+        bytes_with_optimizer=size + ADAM_STATE * adapter.parameters,
+        base_bytes=summary.base_bytes,
+        unit=task.unit,
+        counted=task.counted,
+        relative_norm=merge.relative,
+        merge_dtype=str(next(job.model.parameters()).dtype).removeprefix("torch."),
+        merge_rows=merge.rows(),
+        peak_memory=peak(job),
+        resumed=resumed_at(job),
+        data=dataclasses.asdict(job.prepared.encoded.counts),
+        sets=dataclasses.asdict(job.prepared.sets),
+        warnings=[event.text for event in events if isinstance(event, Warned)],
+    )

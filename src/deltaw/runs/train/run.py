@@ -1,0 +1,349 @@
+"""Train: one run, one that is resumed, or several over one model. Prints nothing; it emits events."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltaw.config import TrainConfig, to_yaml
+from deltaw.errors import ConfigError, DeltaWError, Interrupted, NotFinite, TrainError
+from deltaw.files.formats.atomic import check_apart, write_text
+from deltaw.methods.lora import LoRA
+from deltaw.methods.plan import Method
+from deltaw.model import summary as sizes
+from deltaw.model.switch import use
+from deltaw.runs.memory.expected import expected
+from deltaw.runs.resume.asked import Asked
+from deltaw.runs.resume.identity import LENGTHS, check_same
+from deltaw.runs.resume.journal import Journal
+from deltaw.runs.resume.place import (
+    RunFolder,
+    at_work,
+    begin,
+    check_free,
+    clear,
+    copy_log,
+    finish_replacing,
+)
+from deltaw.runs.resume.signals import Stopping, asked_to_stop
+from deltaw.runs.train.job import Job, attached, begin_with, peak, resumed_at, save, values_are_finite
+from deltaw.runs.train.rescue import with_what_was_good
+from deltaw.runs.train.result import RunResult, finished
+from deltaw.runs.train.samples import answers, records_to_answer, sampled
+from deltaw.training.abreast import run_loops
+from deltaw.training.events import Event, Resumed, Started, Warned
+from deltaw.training.keeper import Keeper, Kept, Place, read_states
+from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
+from deltaw.training.prepare import Prepared, prepare
+from deltaw.training.tasks import task_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+log = logging.getLogger("deltaw")
+
+
+def train(
+    model: str | Path | nn.Module | None = None,
+    data: str | Path | Sequence[Mapping[str, object]] | Dataset | None = None,
+    config: TrainConfig | None = None,
+    *,
+    method: Method | None = None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
+    resume: str | Path | None = None,
+    resume_with: Sequence[str] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> RunResult:
+    """Train an update of a model and write the run folder `config.out`.
+
+    A run that is resumed ends with the same bits as one without a break, on one machine. A run that is there is replaced, with
+    `config.overwrite`, once the new one is whole; until then the new one lies in its folder next/.
+
+    Args:
+        model: a hub id, a folder, a GGUF file, or a loaded model.
+        data: a file, folder, hub data set or list of records to train on.
+        config: the settings of training and of the records. Default: `TrainConfig()`.
+        method: what is trained: `LoRA`, `DoRA`, `IA3` … Default: `LoRA()`.
+        tokenizer: of a loaded model, which needs one.
+        resume: a run folder whose run goes on from its last state, or whose finished run is trained further, for other epochs,
+            steps or minutes. What is not given is as the run was begun.
+        resume_with: settings of which the resumed run has others: epochs, steps, minutes, patience, out.
+        on_event: called with every logged step, evaluation and warning, as `deltaw.training.events` has them.
+
+    Returns:
+        The run's folder and figures, and the model with the trained adapter attached as "default".
+
+    Raises:
+        ConfigError: settings that do not fit each other or the run to resume, a run folder that is not empty, or one that another
+            process trains into. Nothing is trained.
+        FileError: a model or a state that cannot be read. Nothing is trained.
+        TargetError: targets that match no layer. Nothing is trained.
+        DataError: records that cannot be used, all of them named. Nothing is trained.
+        TrainError: a loss that is not finite. What was learned until then is in the run folder.
+        Interrupted: Ctrl-C, or SIGTERM. The state is saved: the run can be resumed.
+
+    >>> import deltaw
+    >>> config = deltaw.TrainConfig(out="run", steps=3, lr=1e-2, samples=0, overwrite=True)
+    >>> result = deltaw.train("model", "train.jsonl", config, method=deltaw.LoRA(rank=4, targets="q,v"))
+    >>> result.state.step, result.state.stopped, result.adapter.name
+    (3, '', 'adapter')
+    >>> deltaw.adapters(result.model).active
+    'default'
+    >>> longer = deltaw.TrainConfig(out="run", steps=5, lr=1e-2, samples=0)
+    >>> deltaw.train(config=longer, resume="run").state.step
+    5
+    """
+    if resume is not None:
+        asked = Asked(Path(resume), model, data, config, method, tokenizer, tuple(resume_with))
+        return _resumed(asked, on_event)
+    if model is None or data is None:
+        raise ConfigError("train needs a model and data, or a run to resume.")
+    config = config or TrainConfig()
+    home = RunFolder(Path(config.out))
+    check_apart(
+        home.path,
+        {"the base": model, "the data": data, "the held-out records": config.valid, "the start": config.start},
+    )
+    with at_work(home) as notes:
+        check_free(home, overwrite=config.overwrite)
+        prepared = prepare(model, data, config, method or LoRA(), tokenizer=tokenizer)
+        job = attached(prepared, "default", begin(home))
+        return _run(replace(job, notes=notes), home, on_event)
+
+
+def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:
+    """Go on with a run from its last state, or from its beginning where it died before the first one."""
+    home = RunFolder(asked.folder)
+    with at_work(home) as notes:
+        finish_replacing(home)
+        there = home.latest
+        begun = asked.settled(there)
+        states = read_states(there.path)
+        prepared = prepare(begun.model, begun.data, begun.config, begun.method, tokenizer=asked.tokenizer)
+        job = attached(prepared, "default", there)
+        if states:
+            job = _going_on(job, states[0], asked)
+        job = replace(job, notes=(*notes, *job.notes))
+        new_home = RunFolder(Path(begun.config.out))
+        if new_home.path.resolve() == home.path.resolve():
+            return _run(job, home, on_event)
+        with at_work(new_home):
+            check_free(new_home, overwrite=begun.overwrite)
+            moved = begin(new_home)
+            copy_log(there, moved)
+            return _run(replace(job, folder=moved), new_home, on_event)
+
+
+def _going_on(job: Job, kept: Kept, asked: Asked) -> Job:
+    """Return the job as it goes on from a state. Raises ConfigError where the state is of another run."""
+    saved = kept.saved
+    notes = check_same(kept.about, job.identity, asked.folder, may_change=asked.resume_with, finished=saved.has_ended)
+    before, now = kept.about["settings"], job.identity["settings"]
+    if saved.has_ended and any(before[key] != now[key] for key in LENGTHS):
+        saved = saved.reopened()
+    return replace(job, kept=replace(kept, saved=saved), notes=(*kept.notes, *notes))
+
+
+def _run(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
+    """Train what was prepared. The adapter stays attached as "default". home: where the run is in the end."""
+    with asked_to_stop() as stopping, _recorded(job, on_event) as journal:
+        chosen = records_to_answer(job)
+        before = answers(job, chosen, None)
+        state = _train(job, journal, stopping)
+        if stopping():
+            chosen, before = [], []  # there is no time for samples
+        samples = sampled(job, chosen, before, answers(job, chosen, job.adapter))
+        return finished(job, journal, state, samples, home)
+
+
+def run_abreast(
+    prepared: Sequence[Prepared],
+    width: int,
+    *,
+    rungs: Sequence[float] = (),
+    on_event: Callable[[int, Event], None] = lambda number, event: None,
+) -> list[RunResult | TrainError]:
+    """Train several runs that were prepared over one model. Runs that were begun together before go on from their states.
+
+    Args:
+        prepared: the runs, each with a folder of its own. Their adapters stay attached, as "0", "1" …, the last one active.
+        width: how many of them share a pass at most.
+        rungs: where the worse half ends (see `run_loops`).
+        on_event: called with the number of a run and its event.
+
+    Returns:
+        What each run came to. A loss that is not finite ends its own run alone.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM. The states are saved.
+    """
+    together = [width, *rungs, *(Path(of_run.config.out).name for of_run in prepared)]
+    begun = [attached(p, str(i), RunFolder(Path(p.config.out)), together) for i, p in enumerate(prepared)]
+    jobs = _going_on_together(begun)
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(asked_to_stop())
+        journals = [stack.enter_context(_recorded(job, partial(on_event, i))) for i, job in enumerate(jobs)]
+        plans = [_plan(job, journal, stopping) for job, journal in zip(jobs, journals, strict=True)]
+        starts = [job.kept.saved for job in jobs if job.kept is not None]
+        ended = run_loops(plans, width, rungs, starts=starts, keep=_keeper(jobs, journals))
+        if any(state.stopped == "interrupted" for state in ended.states):
+            raise Interrupted("Stopped. The same command goes on from here.", exit_code=stopping.exit_code)
+        return [
+            ended.failed.get(job.adapter) or _saved_and_finished(job, journal, state)
+            for job, journal, state in zip(jobs, journals, ended.states, strict=True)
+        ]
+
+
+def _going_on_together(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Return the jobs as they go on from states after one step, where all have such states of the same runs; else as they are."""
+    try:
+        states = [read_states(job.folder.path) for job in jobs]
+        for step in sorted({kept.saved.step for of_job in states for kept in of_job}, reverse=True):
+            chosen = [next((kept for kept in of_job if _is_at(kept.saved, step)), None) for of_job in states]
+            if all(_goes_on(kept, job) for kept, job in zip(chosen, jobs, strict=True)):
+                return [_continued(job, kept) for job, kept in zip(jobs, chosen, strict=True) if kept is not None]
+    except DeltaWError as error:
+        log.info("Runs that were begun before are trained anew: %s", error)
+    return jobs
+
+
+def _goes_on(kept: Kept | None, job: Job) -> bool:
+    """Return whether a job can go on from a state: one of the same runs together, or one that had come to its end."""
+    return kept is not None and (kept.saved.has_ended or kept.about["together"] == list(job.together))
+
+
+def _continued(job: Job, kept: Kept) -> Job:
+    """Return one of several jobs as it goes on from a state. Raises ConfigError where the state is of another run."""
+    notes = check_same(kept.about, job.identity, job.folder.path, may_change=(), finished=False)
+    return replace(job, kept=kept, notes=tuple(notes))
+
+
+def _is_at(saved: Saved, step: int) -> bool:
+    """Return whether a loop was at this step, or had ended before it."""
+    return saved.step == step or (saved.has_ended and saved.step < step)
+
+
+@contextlib.contextmanager
+def _recorded(job: Job, on_event: Callable[[Event], None]) -> Iterator[Journal]:
+    """Keep the run's log, while open. It begins with what will be trained; a resumed run's goes on."""
+    use(job.model, job.adapter)
+    folder, kept = job.folder, job.kept
+    if kept is None:
+        begin_with(job)
+        clear(folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_text(folder.config, to_yaml(job.settings))
+    with contextlib.closing(Journal(folder.log, on_event, kept.about["log_bytes"] if kept else 0)) as journal:
+        if kept is None:
+            for text in job.notes:
+                journal.pass_on(Warned(0, text))
+            for event in _opening_events(job):
+                journal.hear(event)
+        else:
+            for event in journal.events[:1]:
+                journal.pass_on(event)
+            journal.pass_on(Resumed(kept.saved.step, [*job.notes, *filter(None, [journal.note])]))
+        yield journal
+
+
+def _opening_events(job: Job) -> Iterator[Event]:
+    """Yield what will be trained, and what is worth a warning beforehand."""
+    prepared, task = job.prepared, task_of(job.prepared.config.data)
+    summary = sizes.summary(job.model)
+    adapter, memory = summary.adapters[job.adapter], expected(prepared)
+    yield Started(
+        0, layers=adapter.layers, parameters=adapter.parameters, share=adapter.share, left_out=adapter.left_out,
+        coverage=adapter.coverage.lines(), task=task.name, counted=task.counted, labels=prepared.config.data.labels,
+        data=prepared.encoded.counts, base_bytes=summary.base_bytes, sets=prepared.sets,
+        expected_memory=None if memory is None else memory.figures(),
+    )  # fmt: skip
+    if prepared.sets.overlap is not None:
+        yield Warned(0, prepared.sets.overlap)
+    if memory is not None and memory.missing:
+        yield Warned(0, memory.warning())
+    if prepared.encoded.note:
+        yield Warned(0, prepared.encoded.note)
+
+
+def _plan(job: Job, journal: Journal, stopping: Callable[[], bool]) -> LoopPlan:
+    """Return the plan of the run's loop. stopping: says whether it was asked to stop."""
+    prepared = job.prepared
+    return LoopPlan(
+        task_of(prepared.config.data).loss(prepared.loaded),
+        prepared.encoded.examples,
+        prepared.valid.examples if prepared.valid else (),
+        prepared.config,
+        on_event=journal.hear,
+        should_stop=stopping,
+        adapter=job.adapter,
+    )
+
+
+def _keeper(jobs: Sequence[Job], journals: Sequence[Journal]) -> Keeper:
+    """Return what writes the states of the runs. A state that cannot be written is a warning in each log."""
+
+    def tell(text: str) -> None:
+        for journal in journals:
+            journal.hear(Warned(journal.events[-1].step, text))
+
+    both = zip(jobs, journals, strict=True)
+    places = {job.adapter: Place(job.folder.path, partial(_about, job, journal)) for job, journal in both}
+    return Keeper(places, every=jobs[0].prepared.config.save_every, on_error=tell)
+
+
+def _about(job: Job, journal: Journal) -> dict[str, Any]:
+    """Return what stands in a state about its run."""
+    of_log = {"log_bytes": journal.position(), "peak_memory": peak(job), "resumed": resumed_at(job)}
+    return {**job.identity, "together": list(job.together), **of_log}
+
+
+def _train(job: Job, journal: Journal, stopping: Stopping) -> LoopState:
+    """Run the loop and save the adapter, however the loop ends. Raises Interrupted where it was asked to stop, and TrainError."""
+    adapter = job.folder.adapter
+    plan, state = _plan(job, journal, stopping), LoopState()
+    start = job.kept.saved if job.kept else None
+    try:
+        run_loop(plan, state, start=start, keep=_keeper([job], [journal]))
+    except NotFinite as error:
+        raise with_what_was_good(job, plan, error) from error
+    except BaseException as error:
+        if values_are_finite(job):
+            save(job, state.step)
+        if _out_of_memory(error):
+            raise TrainError(
+                f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
+                "Try --micro-batch 1 (or another part of --batch), --gradient-checkpointing, a smaller --max-length, "
+                "or --dtype bfloat16."
+            ) from error
+        raise
+    save(job, state.step)
+    if state.stopped == "interrupted":
+        raise Interrupted(
+            f"Stopped after step {state.step} of {plan.total_steps}. Its state is saved: go on with\n"
+            f"  deltaw train --resume {job.settings['out']}\n"
+            f"The adapter so far is in {adapter}.",
+            exit_code=stopping.exit_code,
+        )
+    return state
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: a CPU's allocator raises a plain RuntimeError."""
+    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _saved_and_finished(job: Job, journal: Journal, state: LoopState) -> RunResult:
+    """Save one of several runs over a model, and write what it came to."""
+    use(job.model, job.adapter)
+    save(job, state.step)
+    return finished(job, journal, state, [])
