@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deltaw.errors import shown
+
 if TYPE_CHECKING:
     from deltaw.data import Counts
     from deltaw.training.prepare import Sets
@@ -92,6 +94,28 @@ class Evaluated(Happened):
 
 
 @dataclass(frozen=True)
+class Spiked(Happened):
+    """A step's loss was far above those of the steps before. `step` is that step."""
+
+    kind: ClassVar[str] = "spike"
+
+    loss: float
+    """Mean over the step's predictions."""
+    usual: float
+    """The average of the last steps."""
+    grad_norm: float | None
+    """Before clipping; None where float16 overflowed."""
+    records: Sequence[str]
+    """The step's records, by file and line."""
+
+    @property
+    def text(self) -> str:
+        """Sentences for people."""
+        of_records = f" Records: {shown(self.records, 3)}." if self.records else ""
+        return f"The loss jumped to {self.loss:.4g} at step {self.step}, from about {self.usual:.4g}.{of_records}"
+
+
+@dataclass(frozen=True)
 class Warned(Happened):
     """A warning for people to read."""
 
@@ -110,9 +134,9 @@ class Resumed(Happened):
     """Sentences on what is worth knowing: a state that was damaged, a lock of a dead process, other versions."""
 
 
-Event = Started | Stepped | Evaluated | Warned | Resumed
+Event = Started | Stepped | Evaluated | Spiked | Warned | Resumed
 
-_IN_LOG: dict[str, type[Event]] = {cls.kind: cls for cls in (Started, Stepped, Evaluated, Warned)}
+_IN_LOG: dict[str, type[Event]] = {cls.kind: cls for cls in (Started, Stepped, Evaluated, Spiked, Warned)}
 
 
 def event_from(values: Mapping[str, Any]) -> Event:

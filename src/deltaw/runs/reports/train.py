@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltaw import __version__
+from deltaw.errors import shown
 from deltaw.files import units
 from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
 from deltaw.runs.results.train import RunFigures
-from deltaw.training.events import Evaluated, Event, Stepped
+from deltaw.training.events import Evaluated, Event, Spiked, Stepped
 
 _SMOOTH = 0.9
 # A loss's unit → its formula
@@ -57,7 +58,7 @@ def run_report(
         facts=_facts(figures),
         curves=[*_curves(events, figures), *charts],
         examples=[Sample(s.prompt, s.reference, s.before, s.after) for s in samples],
-        tables=[*tables, _merge(figures), _counts(figures), _settings(settings)],
+        tables=[*tables, *_spikes(events), _merge(figures), _counts(figures), _settings(settings)],
         warnings=list(figures.warnings),
         commands=list(commands) if commands is not None else next_commands(str(settings["model"]), adapter, settings),
         footer=f"deltaw {__version__}",
@@ -111,6 +112,8 @@ def _curves(events: Sequence[Event], figures: RunFigures) -> list[Chart]:
     loss = [Series("training", raw, "dots"), Series("training, smoothed", _smoothed(raw), "line")]
     if held_out:
         loss.append(Series("held out", held_out, "line"))
+    if spikes := [(event.step, event.loss) for event in events if isinstance(event, Spiked)]:
+        loss.append(Series("spikes of single steps", spikes, "dots"))
     rates = [(step.step, step.lr) for step in steps]
     norms = [(step.step, step.grad_norm) for step in steps if step.grad_norm is not None]
     speed = [(step.step, step.tokens_per_second) for step in steps]
@@ -147,6 +150,27 @@ def _merge(figures: RunFigures) -> Table:
     note = "What merging into the weights as they were trained on would do. Kept is the share of ΔW that survives rounding."
     rows = [merge_cells(row) for row in figures.merge_rows]
     return Table(f"A merge into {figures.merge_dtype}", list(MERGE_COLUMNS), rows, note=note)
+
+
+def _spikes(events: Sequence[Event]) -> list[Table]:
+    """Return a table of the steps whose loss was far above those before, if there are any."""
+    rows = [
+        [
+            e.step,
+            f"{e.loss:.4f}",
+            f"{e.usual:.4f}",
+            "" if e.grad_norm is None else f"{e.grad_norm:.3g}",
+            shown(e.records, 8),
+        ]
+        for e in events
+        if isinstance(e, Spiked)
+    ]
+    note = "A few spikes point to records that are unlike the others; many, to a rate that is too high."
+    return (
+        [Table("Spikes of the loss", ["step", "loss", "before", "gradient norm", "records"], rows, note)]
+        if rows
+        else []
+    )
 
 
 def _counts(figures: RunFigures) -> Table:

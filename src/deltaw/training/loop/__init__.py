@@ -1,7 +1,8 @@
 """The training loop. A `LoopPlan` is the run as it was asked for, a `Loop` all that changes; the rest are functions of the two.
 
 plan.py has the run as it was asked for, state.py what changes, steps.py the procedure. evaluation.py decides on held-out records,
-checks.py on what may be wrong. log.py writes the lines of the log, and saved.py has what a run is resumed from.
+checks.py on what may be wrong, spikes.py on what is unusual. log.py writes the lines of the log, and saved.py has what a run is
+resumed from.
 """
 
 from deltaw.training.loop.evaluation import evaluate, held_out_loss, relative_norm, should_evaluate

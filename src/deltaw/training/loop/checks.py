@@ -12,6 +12,7 @@ from torch import Tensor
 from deltaw.errors import NotFinite, TrainError, shown
 from deltaw.model.summary import updates
 from deltaw.training.events import Warned
+from deltaw.training.loop.spikes import mark
 
 if TYPE_CHECKING:
     from deltaw.training.loop.state import Loop
@@ -69,8 +70,23 @@ def mask_bad(loop: Loop, now: Watched) -> None:
     for parameter in loop.trainable:
         assert parameter.grad is not None
         parameter.grad.masked_fill_(bad, 0.0)
-    before, loop.watched = loop.watched or now, now
-    before.check(loop.scaler)
+    before, loop.watched = loop.watched, now
+    if before is None:
+        now.check(loop.scaler)
+    else:
+        _look_at(loop, before)
+
+
+def look_back(loop: Loop) -> None:
+    """Look at the last step where that is done a step late. Raises NotFinite."""
+    watched, loop.watched = loop.watched, None
+    if watched is not None:
+        _look_at(loop, watched)
+
+
+def _look_at(loop: Loop, watched: Watched) -> None:
+    watched.check(loop.scaler)
+    mark(loop, watched)
 
 
 def not_finite(what: str, lr: float, step: int, problems: Sequence[str] = ()) -> NotFinite:

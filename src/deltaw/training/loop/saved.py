@@ -15,6 +15,8 @@ from torch import Tensor
 
 from deltaw.errors import FileError
 from deltaw.training.flat import Flat
+from deltaw.training.loop.checks import look_back
+from deltaw.training.loop.spikes import Usual
 from deltaw.training.loop.state import Loop, LoopState
 
 _TRAINED, _BEST, _OPTIMIZER, _LOSSES = "trained", "best", "optimizer", "losses"
@@ -47,8 +49,8 @@ class Saved:
 
 def captured(loop: Loop) -> Saved:
     """Return a copy of the loop's state. On a GPU this waits for it. Raises TrainError where the last step was not finite."""
-    if loop.watched is not None and not loop.failed:
-        loop.watched.check(loop.scaler)
+    if not loop.failed:
+        look_back(loop)
     tensors: dict[str, Tensor] = {f"{_TRAINED}.{i}": p for i, p in enumerate(loop.trainable)}
     tensors |= {f"{_BEST}.{i}": p for i, p in enumerate(loop.best or ())}
     tensors[_LOSSES] = loop.losses
@@ -67,6 +69,7 @@ def captured(loop: Loop) -> Saved:
         "due": loop.due,
         "rungs": loop.rungs,
         "skipped": loop.skipped,
+        "usual": asdict(loop.usual),
         "failed": loop.failed,
         "has_ended": not loop.goes_on,
         "optimizer": of_optimizer,
@@ -105,6 +108,7 @@ def restore(loop: Loop, saved: Saved) -> None:
         setattr(loop.state, name, value)
     loop.logged = LoopState(**_state(numbers["logged"]))
     loop.last_evaluation, loop.due = numbers["last_evaluation"], numbers["due"]
+    loop.usual = Usual(**numbers.get("usual", {}))  # the state of an older version has none
     loop.rungs, loop.skipped, loop.failed = numbers["rungs"], numbers["skipped"], numbers["failed"]
     loop.began = loop.plan.clock() - loop.state.seconds
 

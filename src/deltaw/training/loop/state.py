@@ -14,6 +14,7 @@ from deltaw.training import optim
 from deltaw.training.flat import Flat
 from deltaw.training.loop.checks import Watched
 from deltaw.training.loop.plan import LoopPlan
+from deltaw.training.loop.spikes import Usual
 
 
 @dataclass
@@ -86,6 +87,8 @@ class Loop:
         """The error that ended it, of several loops over one model."""
         self.skipped = 0
         """Bad steps that were passed over."""
+        self.usual = Usual()
+        """The losses of the last steps, to tell spikes from."""
         self.taken: Taken | None = None
         """The last step."""
         self.watched: Watched | None = None

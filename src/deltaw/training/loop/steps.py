@@ -18,10 +18,19 @@ from deltaw.training import optim
 from deltaw.training.attention import short_row_attention
 from deltaw.training.flat import Flat
 from deltaw.training.loop import log
-from deltaw.training.loop.checks import Watched, check_reached, mask_bad, refuse_untrained, warn, warn_of_idle_settings
+from deltaw.training.loop.checks import (
+    Watched,
+    check_reached,
+    look_back,
+    mask_bad,
+    refuse_untrained,
+    warn,
+    warn_of_idle_settings,
+)
 from deltaw.training.loop.evaluation import evaluate, restore_best, should_evaluate, tenths
 from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.saved import Saved, restore
+from deltaw.training.loop.spikes import mark
 from deltaw.training.loop.state import Loop, LoopState, Taken
 from deltaw.training.optim import lr_factor
 from deltaw.training.together import same_input
@@ -105,8 +114,7 @@ def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iter
             evaluate(loop)
         try:
             yield loop
-            if loop.watched is not None:
-                loop.watched.check(loop.scaler)
+            look_back(loop)
         finally:
             restore_best(loop)
             plan.model.eval()
@@ -191,6 +199,8 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     nn.utils.clip_grads_with_norm_(loop.trainable, config.clip or math.inf, norm)
     if loop.check_late:
         mask_bad(loop, now)
+    else:
+        mark(loop, now)
     loop.scaler.step(loop.optimizer)
     loop.scaler.update()
     loop.flat.zero_gradients()

@@ -1,0 +1,60 @@
+"""Marks of losses far above those of the steps before: records to look at, or a rate that is too high."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+from deltaw.training.events import Spiked
+
+if TYPE_CHECKING:
+    from deltaw.training.loop.checks import Watched
+    from deltaw.training.loop.state import Loop
+
+# Steps before the first that can be one: what is usual is not known earlier
+_FIRST = 10
+# Steps that tell what is usual
+_WINDOW = 32
+# Spreads above the usual loss. A spread is the median of |loss − usual|, scaled to a normal distribution's standard deviation.
+# Normally distributed losses never pass it; of exponentially distributed ones, such as those of single records, 4 in 10,000 do
+_SPREADS = 10.0
+_NORMAL = 1.4826
+# Times the usual loss that it must be, too: losses that hardly vary make no spike of nothing
+_TIMES = 1.5
+
+
+@dataclass
+class Usual:
+    """The losses of the last steps. Their medians do not follow a spike."""
+
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """The median."""
+        return median(self.losses)
+
+    def is_passed(self, loss: float) -> bool:
+        """Return whether a loss is far above what is usual."""
+        if len(self.losses) < _FIRST:
+            return False
+        usual = self.loss
+        spread = _NORMAL * median(abs(one - usual) for one in self.losses)
+        return loss > max(usual + _SPREADS * spread, _TIMES * usual)
+
+    def add(self, loss: float) -> None:
+        """Take up the loss of a step."""
+        self.losses = [*self.losses[1 - _WINDOW :], loss]
+
+
+def mark(loop: Loop, step: Watched) -> None:
+    """Tell of a step whose loss is a spike. On a GPU its values must be there."""
+    loss, norm = step.here.tolist()
+    if not math.isfinite(loss):
+        return
+    if loop.usual.is_passed(loss):
+        norm_or_none = norm if math.isfinite(norm) else None
+        loop.plan.on_event(Spiked(step.step + 1, loss, loop.usual.loss, norm_or_none, list(step.places)))
+    loop.usual.add(loss)
