@@ -9,7 +9,7 @@ import pytest
 
 from deltaw.errors import TrainError
 from deltaw.runs import worker
-from deltaw.runs.compare import in_a_process
+from deltaw.runs.apart import Processes
 
 
 def test_an_error_is_the_candidates_score(tmp_path: Path) -> None:
@@ -28,6 +28,7 @@ def test_an_error_is_the_candidates_score(tmp_path: Path) -> None:
 def test_a_process_that_breaks_down_leaves_no_result_of_other_settings(part: str, result: str, tmp_path: Path) -> None:
     """What was there from settings of before used to be taken for its result."""
     (tmp_path / result).write_text("{}")
-    with pytest.raises(TrainError, match=f"The {part} ended with 1 and no result; what it said is in .*output.txt"):
-        in_a_process(part, tmp_path, result)
+    message = f"The {part} ended with 1 and no result; what it said is in .*output.txt"
+    with Processes() as processes, pytest.raises(TrainError, match=message):
+        processes.do(part, tmp_path, result)
     assert not (tmp_path / result).exists() and "FileNotFoundError" in (tmp_path / "output.txt").read_text()

@@ -11,20 +11,18 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
-from deltaw.errors import ConfigError, Interrupted, TrainError
+from deltaw.errors import ConfigError
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
 from deltaw.runs import splits, study, worker
+from deltaw.runs.apart import Processes
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, TimingStarted
@@ -47,13 +45,10 @@ from deltaw.runs.results.compare import (
 from deltaw.runs.results.scores import measured_by, over_seeds
 from deltaw.runs.results.study import Failed, StudySettings
 from deltaw.runs.resume.place import RunFolder
-from deltaw.runs.resume.signals import asked_to_stop
 from deltaw.runs.study import Study
 
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
 _QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
-# Seconds between two looks at a candidate's process
-_LOOK_EVERY = 0.2
 
 
 class _Timed(NamedTuple):
@@ -136,15 +131,24 @@ def compare(
             "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
         )
     every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
-    with _begun(model, data, config, options) as begun:
-        return _finished(begun, options, every, on_event)
+    with _begun(model, data, config, options) as begun, Processes() as processes:
+        return _finished(_Work(begun, options, on_event, processes), every)
 
 
-def _finished(
-    begun: Study, options: CompareConfig, every: Sequence[Contestant], on_event: Callable[[CompareEvent], None]
-) -> Comparison:
+@dataclass(frozen=True)
+class _Work:
+    """A comparison that goes on."""
+
+    begun: Study
+    options: CompareConfig
+    on_event: Callable[[CompareEvent], None]
+    processes: Processes
+
+
+def _finished(work: _Work, every: Sequence[Contestant]) -> Comparison:
     """Train and time what is not yet, and write the results."""
-    entries = [_entry(begun, options, contestant, on_event) for contestant in every]
+    begun = work.begun
+    entries = [_entry(work, contestant) for contestant in every]
     measurements = [_measurement(begun.scoring.chosen_by, entry) for entry in entries]
     results = ComparisonResults(
         settings=begun.settings,
@@ -154,7 +158,7 @@ def _finished(
         warnings=list(begun.scoring.warnings),
         rows=[measurement.row for measurement in measurements],
         compared=_compared(measurements, begun.scoring.metrics[-1]),
-        latency=_latencies(begun, options, entries, on_event),
+        latency=_latencies(work, entries),
     )
     begun.keep(results.to_json(), comparison_report(results))
     return Comparison(begun.folder, begun.report, results)
@@ -201,13 +205,12 @@ class _Entry:
     """Runs with the best learning rate, one a seed, the first seed's first."""
 
 
-def _entry(
-    begun: Study, options: CompareConfig, contestant: Contestant, on_event: Callable[[CompareEvent], None]
-) -> _Entry:
+def _entry(work: _Work, contestant: Contestant) -> _Entry:
     """Train a method at all learning rates, then with the other seeds at its best one."""
+    begun, options = work.begun, work.options
 
     def trained(lr: float, seed: int) -> Outcome:
-        return _outcome(begun, contestant, lr, seed, on_event)
+        return _outcome(work, contestant, lr, seed)
 
     seed, order = begun.config.seed, begun.scoring.order
     tried = {lr: trained(lr, seed) for lr in rates(contestant.lr, options.lrs)}
@@ -224,10 +227,9 @@ def _entry(
     return _Entry(contestant, tried, runs)
 
 
-def _outcome(
-    begun: Study, contestant: Contestant, lr: float, seed: int, on_event: Callable[[CompareEvent], None]
-) -> Outcome:
-    """Return what a candidate came to: as its folder says, or else by training it in a new process."""
+def _outcome(work: _Work, contestant: Contestant, lr: float, seed: int) -> Outcome:
+    """Return what a candidate came to: as its folder says, or else by training it in a process of its own."""
+    begun, on_event = work.begun, work.on_event
     folder = _folder(begun, contestant, lr, seed)
     task = _task(begun, contestant, lr, seed).to_json()
     outcome = _kept(folder, task)
@@ -235,7 +237,7 @@ def _outcome(
     if outcome is None:
         on_event(CandidateStarted(contestant.name, lr, seed))
         _write(folder / worker.CANDIDATE, task)
-        in_a_process("candidate", folder, worker.SCORE)
+        work.processes.do("candidate", folder, worker.SCORE)
         outcome = _kept(folder, task)
     assert outcome is not None
     on_event(CandidateFinished(contestant.name, lr, seed, outcome, fresh))
@@ -318,10 +320,9 @@ def _compared(measurements: Sequence[_Measurement], metric: str) -> list[Compare
     return compared(by_name, more_is_better=metric in MORE_IS_BETTER) if len(by_name) > 1 else []
 
 
-def _latencies(
-    begun: Study, options: CompareConfig, entries: Sequence[_Entry], on_event: Callable[[CompareEvent], None]
-) -> list[LatencyRow]:
+def _latencies(work: _Work, entries: Sequence[_Entry]) -> list[LatencyRow]:
     """Time inference with each method's adapter, unless that is done already. A fully fine-tuned model is as fast as the base."""
+    begun, options = work.begun, work.options
     timeable = [entry for entry in entries if entry.runs and not METHODS[entry.contestant.kind].trains_everything]
     trained = {entry.contestant.name: entry.runs[0].folder for entry in timeable}
     if not options.latency or not trained:
@@ -339,39 +340,9 @@ def _latencies(
     ).to_json()
     kept = read_json(begun.folder / worker.LATENCY)
     if kept is None or kept["task"] != task:
-        on_event(TimingStarted(list(trained)))
+        work.on_event(TimingStarted(list(trained)))
         _write(begun.folder / worker.TIMING, task)
-        in_a_process("timing", begun.folder, worker.LATENCY)
+        work.processes.do("timing", begun.folder, worker.LATENCY)
         kept = read_json(begun.folder / worker.LATENCY)
     assert kept is not None
     return [LatencyRow.from_json(row) for row in kept["rows"]]
-
-
-def in_a_process(part: str, folder: Path, result: str) -> None:
-    """Do a part of the comparison in a process, to its end. What it prints goes to FOLDER/output.txt.
-
-    A signal that asks this process to end is passed on, so that the part saves its state.
-
-    part: as `worker` takes it. result: the file that it leaves in the folder. Raises Interrupted where it was asked to end, and
-    TrainError where the process ended without a result.
-    """
-    (folder / result).unlink(missing_ok=True)  # one of other settings
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with asked_to_stop() as stopping, (folder / "output.txt").open("w", encoding="utf-8") as output:
-        words = [sys.executable, "-m", worker.__name__, part, str(folder)]
-        # In a session of its own: a terminal's Ctrl-C would else reach it twice
-        process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=os.environ | quiet, start_new_session=True
-        )
-        passed_on = False
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_LOOK_EVERY)
-            if stopping() and not passed_on:
-                process.send_signal(stopping.signum)
-                passed_on = True
-    if stopping():
-        raise Interrupted("Stopped. The same command goes on from there.", exit_code=stopping.exit_code)
-    if process.returncode < 0 or not (folder / result).is_file():
-        said = folder / "output.txt"
-        raise TrainError(f"The {part} ended with {process.returncode} and no result; what it said is in {said}.")

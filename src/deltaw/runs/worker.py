@@ -8,9 +8,7 @@ A candidate has its own process because the peak of memory is a process's: it wo
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 CANDIDATE, SCORE = "candidate.json", "score.json"
 TIMING, LATENCY = "timing.json", "latency.json"
 _ROUNDS = 9
-_PR_SET_PDEATHSIG = 1
-"""An operation of Linux's prctl."""
 
 
 def main(part: str, folder: Path) -> int:
@@ -236,12 +232,17 @@ def timed(task: TimingTask) -> list[LatencyRow]:
     return table
 
 
-def _end_with_the_parent() -> None:
-    """On Linux, ask this process to end when the one that started it does: it saves its state then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def imported() -> None:
+    """Import what the parts need, and compute nothing: threads do not survive a fork."""
+    import transformers
+    import transformers.models.auto.modeling_auto
+
+    for name in ("AutoTokenizer", "PreTrainedModel", "GenerationMixin"):
+        getattr(transformers, name)
 
 
 if __name__ == "__main__":
-    _end_with_the_parent()
+    from deltaw.runs.resume.signals import end_with_the_parent
+
+    end_with_the_parent()
     sys.exit(main(sys.argv[1], Path(sys.argv[2])))
