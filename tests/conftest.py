@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 # A busy machine is no failure
-hypothesis.settings.register_profile("deltaw", deadline=None)
+hypothesis.settings.register_profile("deltaw", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("deltaw")
 
 

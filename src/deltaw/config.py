@@ -19,6 +19,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from deltaw.errors import ConfigError, nearest
@@ -467,6 +468,19 @@ def to_yaml(values: Mapping[str, object]) -> str:
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # PyYAML writes some line separators (U+0085) bare and reads them as others; escaped, they come back
     return text if yaml.safe_load(text) == values else yaml.safe_dump(values, sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """Return the settings in a YAML file. Raises ConfigError, which names the file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings, one `key: value` a line.")
+    return values
 
 
 def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "config") -> T:

@@ -37,56 +37,61 @@ def scores(folder: Path) -> object:
     return json.loads((folder / worker.SCORE).read_text())["scores"]
 
 
-def test_a_fork_has_the_result_of_a_new_process(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Processes() as processes:
-        for name in ("a", "b"):
-            processes.do("candidate", task(place, tmp_path / name), worker.SCORE)
-        (server,) = [child for child in psutil.Process().children() if apart.__name__ in child.cmdline()]
-    assert not server.is_running()
-    monkeypatch.setattr(apart, "_can_fork", lambda: False)
-    with Processes() as processes:
-        processes.do("candidate", task(place, tmp_path / "c"), worker.SCORE)
-    assert scores(tmp_path / "a") == scores(tmp_path / "b") == scores(tmp_path / "c")
+def server() -> psutil.Process:
+    (found,) = [child for child in psutil.Process().children() if apart.__name__ in child.cmdline()]
+    return found
 
 
-@pytest.mark.parametrize("forked", [True, False])
-def test_a_signal_reaches_the_part_which_saves_its_state(
-    forked: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not forked:
-        monkeypatch.setattr(apart, "_can_fork", lambda: False)
-    folder = task(place, tmp_path / "a", steps=100_000, save_every=50)
+def when(folder: Path, do: object) -> None:
+    """Call `do` once the run in a folder has kept two states."""
 
-    def stop() -> None:
+    def wait() -> None:
         while not (folder / "run" / "state.before.safetensors").exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        assert callable(do)
+        do()
 
-    threading.Thread(target=stop, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_one_server_forks_part_after_part_whatever_becomes_of_them(place: Path, tmp_path: Path) -> None:
+    endless = {"steps": 100_000, "save_every": 50}
     with Processes() as processes:
-        with pytest.raises(Interrupted) as stopped:
-            processes.do("candidate", folder, worker.SCORE)
-        assert stopped.value.exit_code == 143
-        assert not (folder / worker.SCORE).exists() and (folder / "run" / "state.safetensors").exists()
-        processes.do("candidate", task(place, tmp_path / "b"), worker.SCORE)  # the server has outlived it
-
-
-def test_a_part_that_is_killed_is_told_and_the_next_one_is_done(place: Path, tmp_path: Path) -> None:
-    folder = task(place, tmp_path / "a", steps=100_000, save_every=50)
-
-    def kill() -> None:
-        while not (folder / "run" / "state.safetensors").exists():
-            time.sleep(0.05)
-        (server,) = [child for child in psutil.Process().children() if apart.__name__ in child.cmdline()]
-        (part,) = server.children()
-        part.kill()
-
-    threading.Thread(target=kill, daemon=True).start()
-    with Processes() as processes:
+        processes.do("candidate", task(place, tmp_path / "first"), worker.SCORE)
+        forker = server()
+        killed = task(place, tmp_path / "killed", **endless)
+        when(killed, lambda: forker.children()[0].kill())
         with pytest.raises(TrainError, match="ended with -9 and no result"):
-            processes.do("candidate", folder, worker.SCORE)
-        processes.do("candidate", task(place, tmp_path / "b"), worker.SCORE)
-    assert scores(tmp_path / "b")
+            processes.do("candidate", killed, worker.SCORE)
+        stopped = task(place, tmp_path / "stopped", **endless)
+        when(stopped, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted) as ended:
+            processes.do("candidate", stopped, worker.SCORE)
+        assert ended.value.exit_code == 143 and not (stopped / worker.SCORE).exists()
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for part, result in (("candidate", worker.SCORE), ("timing", worker.LATENCY)):
+            (broken / result).write_text("{}")  # of other settings
+            with pytest.raises(
+                TrainError, match=f"The {part} ended with 1 and no result; what it said is in .*output.txt"
+            ):
+                processes.do(part, broken, result)
+            assert not (broken / result).exists()
+            assert "FileNotFoundError" in (broken / "output.txt").read_text()
+        processes.do("candidate", task(place, tmp_path / "last"), worker.SCORE)
+        assert server() == forker
+    assert not forker.is_running()
+    assert scores(tmp_path / "first") == scores(tmp_path / "last")
+
+
+def test_a_new_process_does_the_same(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on other systems, and with a GPU."""
+    monkeypatch.setattr(apart, "_can_fork", lambda: False)
+    folder = task(place, tmp_path / "a", steps=100_000, save_every=50)
+    when(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with Processes() as processes, pytest.raises(Interrupted) as ended:
+        processes.do("candidate", folder, worker.SCORE)
+    assert ended.value.exit_code == 130 and (folder / "run" / "state.safetensors").exists()
 
 
 ALONE = """

@@ -275,18 +275,16 @@ def test_two_processes_do_not_train_into_one_folder(place: Path, tmp_path: Path)
     out = tmp_path / "a"
     out.mkdir()
     with (
-        locked(out / ".lock", "trains into it"),
-        pytest.raises(FolderInUse, match=rf"Process {os.getpid()} on .* trains into it"),
+        locked(out / ".lock", "works in it"),
+        pytest.raises(FolderInUse, match=rf"Process {os.getpid()} on .* works in it"),
     ):
         deltaw.train(str(place / "model"), place / "data.jsonl", settings(out))
     assert [path.name for path in out.iterdir()] == []
 
 
 def test_a_lock_of_a_dead_process_is_taken_over_and_told(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text(
-        json.dumps({"pid": 4242, "host": "there", "since": "then", "doing": "trains into it"})
-    )
-    with locked(tmp_path / ".lock", "trains into it") as note:
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 4242, "host": "there", "since": "then", "doing": "works in it"}))
+    with locked(tmp_path / ".lock", "works in it") as note:
         assert note is not None and "4242" in note and "is dead" in note
     assert not (tmp_path / ".lock").exists()
 

@@ -6,14 +6,13 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import tyro
 
 from deltaw import __version__
 from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
 from deltaw.cli.usage import folded_help, registry
-from deltaw.config import from_mapping
+from deltaw.config import from_mapping, read_yaml
 from deltaw.errors import ConfigError, DeltaWError, FileError, nearest, visible
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
@@ -54,8 +53,10 @@ def parse(arguments: list[str]) -> object:
             raise ConfigError(
                 "--config and --resume cannot be used together: a run is resumed with its own config.yaml."
             )
-        path = _settings_of(resume)
-    values = _from_yaml(path) if path is not None else {}
+        from deltaw.runs.resume.asked import settings_file  # imports torch
+
+        path = str(settings_file(resume))
+    values = read_yaml(path) if path is not None else {}
     if resume is not None:
         values |= {"out": resume, "overwrite": False}
     train = train_with(_taken(words, "method")[0] or str(values.get("method", "lora")))
@@ -95,28 +96,6 @@ def _taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
         if word.startswith(f"--{flag}="):
             return word.removeprefix(f"--{flag}="), arguments[:i] + arguments[i + 1 :]
     return None, arguments
-
-
-def _settings_of(run: str) -> str:
-    """Return the settings' file of a run to resume. Raises ConfigError where there is none."""
-    from deltaw.runs.resume.place import RunFolder  # imports torch
-
-    config = RunFolder(Path(run)).latest.config
-    if not config.is_file():
-        raise ConfigError(f"{run} holds no run that could be resumed: {config.name} is not in it.")
-    return str(config)
-
-
-def _from_yaml(path: str) -> dict[str, object]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings, one `key: value` a line.")
-    return values
 
 
 def _check_trust(values: dict[str, object], chosen: Train, path: str) -> None:

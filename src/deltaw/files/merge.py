@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -205,7 +206,7 @@ def _say_untied(folder: Path, shards: list[Shard], places: Mapping[str, Place]) 
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not (path := folder / INDEX).is_file():
         return
-    index = json.loads(path.read_text(encoding="utf-8"))
+    index: dict[str, Any] = read_object(path)
     for place in places.values():
         if place.untied:
             shard = next(s for s in shards if place.tensor in s.entries)

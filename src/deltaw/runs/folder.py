@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from deltaw.files import store
 from deltaw.files.compress import triples_of
 from deltaw.files.formats import peft
 from deltaw.files.formats.peft import LoRAFile
+from deltaw.files.formats.strict_json import read_object
 from deltaw.layers.ops.svd import Triples
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
@@ -85,8 +85,5 @@ def parameters_of(file: LoRAFile) -> int:
 
 
 def read_json(path: Path) -> JsonObject | None:
-    """Return the object in a JSON file; None where there is no file."""
-    if not path.is_file():
-        return None
-    values: JsonObject = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    """Return the object in a JSON file; None where there is no file. Raises FileError for another content."""
+    return read_object(path) if path.is_file() else None

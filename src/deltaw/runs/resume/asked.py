@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from deltaw.config import TrainConfig, from_mapping, keys
+from deltaw.config import TrainConfig, from_mapping, keys, read_yaml
 from deltaw.data.sources import Source
-from deltaw.errors import ConfigError, FileError
+from deltaw.errors import ConfigError
 from deltaw.methods.plan import Method
 from deltaw.methods.registry import method_class
 from deltaw.runs.resume.identity import check_changeable
@@ -50,11 +48,11 @@ class Asked:
     def settled(self, there: RunFolder) -> Begun:
         """Return all of the run as it is to go on, from what is asked for and the run's config.yaml.
 
-        Raises FileError where there is no run, and ConfigError for what no run can be resumed with, or for a model or records
-        that were in memory and are not given.
+        Raises ConfigError where there is no run, for what no run can be resumed with, and for a model or records that were in
+        memory and are not given.
         """
         check_changeable(self.resume_with)
-        settings = settings_of(there)
+        settings: Mapping[str, Any] = read_yaml(settings_file(there.path))
         # Whether the model's code may run, and a folder be replaced, is for the caller to say, and not for a file
         of_file = set(keys(TrainConfig)) & settings.keys() - {"trust_remote_code", "overwrite"}
         known = {key: settings[key] for key in of_file}
@@ -89,14 +87,9 @@ class Asked:
         return method
 
 
-def settings_of(folder: RunFolder) -> dict[str, Any]:
-    """Return the settings of a run. Raises FileError where there is none."""
-    if not folder.config.is_file():
-        raise FileError(f"{folder.path} holds no run that could be resumed: {folder.config.name} is not in it.")
-    try:
-        settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FileError(f"{folder.config} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise FileError(f"{folder.config} holds no settings.")
-    return settings
+def settings_file(run: str | Path) -> Path:
+    """Return the file with a run's settings. Raises ConfigError where there is no run."""
+    config = RunFolder(Path(run)).latest.config
+    if not config.is_file():
+        raise ConfigError(f"{run} holds no run that could be resumed: {config.name} is not in it.")
+    return config

@@ -109,7 +109,7 @@ def at_work(folder: RunFolder) -> Iterator[tuple[str, ...]]:
     new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder.lock, "trains into it") as note:
+        with locked(folder.lock, "works in it") as note:
             yield (note,) if note else ()
     finally:
         for path in new:

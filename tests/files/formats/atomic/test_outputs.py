@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import ConfigError
-from deltaw.files.formats.atomic import check_apart, check_names, check_replaceable, files_written, sign
+from deltaw.files.formats.atomic import check_apart, check_replaceable, files_written, sign
 
 
 @pytest.fixture
@@ -79,14 +79,3 @@ def test_a_folder_is_replaced_if_it_is_empty_or_all_in_it_was_written(tmp_path: 
         check_replaceable(out, "a merge", others)
     with pytest.raises(ConfigError, match="is a file; name a folder"):
         check_replaceable(out / "a", "a merge", others)
-
-
-def test_a_kind_that_is_told_by_its_names(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("")
-    with pytest.raises(ConfigError, match="it is not a run's folder"):
-        check_names(tmp_path, "a run's folder", ["config"], ["log"])
-    (tmp_path / "config").write_text("")
-    check_names(tmp_path, "a run's folder", ["config"], ["log"])
-    (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"lost: thesis.txt"):
-        check_names(tmp_path, "a run's folder", ["config"], ["log"])

@@ -5,13 +5,12 @@ and removes those of killed processes. outputs.py refuses outputs that would des
 """
 
 from deltaw.files.formats.atomic.leftovers import put_back
-from deltaw.files.formats.atomic.outputs import SIGNED, check_apart, check_names, check_replaceable, files_written, sign
+from deltaw.files.formats.atomic.outputs import SIGNED, check_apart, check_replaceable, files_written, sign
 from deltaw.files.formats.atomic.writing import check_place, replacing, replacing_folder, write_text
 
 __all__ = [
     "SIGNED",
     "check_apart",
-    "check_names",
     "check_place",
     "check_replaceable",
     "files_written",

@@ -94,24 +94,6 @@ def check_replaceable(out: str | Path, kind: str, others: Callable[[Path], Itera
         )
 
 
-def check_names(out: str | Path, kind: str, sure: Iterable[str], names: Iterable[str]) -> None:
-    """Do as `check_replaceable` with a kind of folder that is told by its names.
-
-    Args:
-        out: the folder to write.
-        kind: what may be replaced there, for the message: "a run's folder".
-        sure: a folder with one of these names is of this kind.
-        names: all names that one of this kind may have.
-    """
-    sure, known = set(sure), {*sure, *names}
-
-    def others(folder: Path) -> Iterable[str] | None:
-        there = {path.name for path in folder.iterdir()}
-        return there - known if there & sure else None
-
-    check_replaceable(out, kind, others)
-
-
 def sign(folder: Path) -> None:
     """Note in a folder which files are in it: `files_written` tells by this that deltaw wrote it."""
     names = sorted(path.name for path in folder.iterdir() if path.name != SIGNED)
