@@ -17,7 +17,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -483,13 +483,21 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     return values
 
 
-def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "config") -> T:
-    """Return a `cls` from flat `values`. `where` names their source in messages.
+def from_mapping(
+    cls: type[T],
+    values: Mapping[str, object],
+    *,
+    where: str = "config",
+    meaning: Callable[[str], str] = lambda key: "",
+) -> T:
+    """Return a `cls` from flat `values`.
+
+    where: their source, for messages. meaning: says what an unknown key may mean, as the end of a sentence; "" where it cannot.
 
     Raises one ConfigError with every unknown key (and its nearest), missing key, wrong type and value out of range.
     """
     known = keys(cls)
-    problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
+    problems = [f"{where}: unknown key {k!r}{meaning(k) or nearest(k, known)}" for k in values if k not in known]
     config = _built(cls, values, where, problems)
     if problems or config is None:
         raise ConfigError("The configuration cannot be used:", problems)

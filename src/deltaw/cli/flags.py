@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from deltaw.cli.synonyms import answer
 from deltaw.config import (
     CompareConfig,
     DataConfig,
@@ -369,11 +370,15 @@ def check_flags(command: str, cls: type[DataclassInstance], words: Sequence[str]
         else:
             others = [m for m in METHODS if command == "train" and name.replace("-", "_") in keys(train_with(m))]
             where = f" (a setting of --method {' or '.join(others)})" if others else ""
-            near = "" if others else nearest("--" + name, ("--" + k for k in known))
-            problems.append(f"unknown flag --{name}{where}{near}")
+            settings = {k.replace("-", "_") for k in known} | set(positional.values())
+            meant = where or answer(name, settings, lambda setting: "--" + setting.replace("_", "-"))
+            near = "" if meant else nearest("--" + name, ("--" + k for k in known))
+            problems.append(f"unknown flag --{name}{meant}{near}")
     if problems:
         usage = " ".join(("deltaw", command, *positional.values()))
-        raise ConfigError("These flags cannot be used:", problems, f"Usage: {usage} [flags]; see --help.")
+        raise ConfigError(
+            "These flags cannot be used:", problems, f"Usage: {usage} [flags]; see deltaw {command} --help."
+        )
 
 
 def _metavar(hint: object) -> str | None:
