@@ -93,6 +93,10 @@ class DataConfig:
         check(self, max_length=(2, None), max_records=(1, None))
 
 
+LATEST = "runs/latest"
+"""The default folder of a run: a link to a dated one."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of one training run.
@@ -113,8 +117,9 @@ class TrainConfig:
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    out: str = "runs/latest"
-    """Run folder: adapter, config.yaml, log.jsonl, report.html."""
+    out: str = LATEST
+    """Run folder: adapter, config.yaml, log.jsonl, report.html. With runs/latest, a new one each time, runs/DATE-NUMBER, which
+    runs/latest is then a link to."""
     overwrite: bool = False
     """Replace a run folder that is already there."""
     lr: float = 5e-4

@@ -1,4 +1,4 @@
-"""Names that other tools have for a setting, and what it is here: for flags and for keys of a YAML file that deltaw does not have.
+"""Names that other tools have for a setting, and what it is here: for flags and YAML keys that deltaw does not have.
 
 Names are those of transformers' TrainingArguments, PEFT, TRL, Unsloth, LLaMA-Factory, axolotl, torchtune and mlx-lm.
 """
