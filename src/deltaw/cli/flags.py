@@ -146,6 +146,8 @@ class Generate:
     """File of prompts: records in any form that train reads, or a .txt file with a prompt a line."""
     out: str | None = None
     """JSONL file for {prompt, completion} records, instead of the screen."""
+    json: bool = False
+    """Print {prompt, completion} records for one prompt too, a line each."""
     opening: Opening = field(default_factory=Opening)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
@@ -181,6 +183,8 @@ class Eval:
     """Score only about the first so many records. All records of a prompt stay together."""
     out: str | None = None
     """JSON file for scores and predictions."""
+    json: bool = False
+    """Print the scores as JSON."""
     records: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 
