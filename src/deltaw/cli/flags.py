@@ -320,6 +320,27 @@ class Compress:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """Look at DATA before anything is trained on it: form, counts, lengths, copies, overlaps and odd records; with --model its
+    tokens, and which of them are taught."""
+
+    data: Data
+    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    model: str | None = None
+    """Model to encode the records for, exactly as train does: hub id, model folder or GGUF file."""
+    valid: str | None = None
+    """Held-out data: a file, or a split of DATA, as in train."""
+    out: str | None = None
+    """HTML file to write the page to."""
+    json: bool = False
+    """Print the results as JSON."""
+    records: DataConfig = field(default_factory=DataConfig)
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Show what is in an adapter folder: layers, ranks, parameters, bytes, norms."""
 
@@ -344,8 +365,8 @@ class Plan:
 
 
 COMMANDS: dict[str, type[DataclassInstance]] = {
-    "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate, "chat": Chat,
-    "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
+    "data": Survey, "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate,
+    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
     "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
