@@ -250,6 +250,23 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Put ADAPTER into the repository REPO on the hub, in one commit, with its card. The folder is checked first. Needs a token
+    (`hf auth login`, or HF_TOKEN)."""
+
+    adapter: Adapter
+    """Adapter folder."""
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
+    """Repository on the hub, OWNER/NAME. It is made where there is none."""
+    base: str | None = None
+    """The base's id on the hub, in place of the path that it was opened from."""
+    private: bool = False
+    """Make the repository private. A public one that is there already is refused."""
+    dry_run: bool = False
+    """Show which files would go, with their sizes, and push nothing."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Convert an adapter of loralib or llama.cpp into a folder for deltaw and PEFT, or such a folder into a file for them."""
 
@@ -310,7 +327,7 @@ class Compress:
     energy: float | None = None
     """Instead of --rank: the share of each layer's ‖ΔW‖² to keep, for example 0.99."""
     bytes: str | None = None
-    """Instead of --rank: the folder's largest size, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
+    """Instead of --rank: the largest size of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
@@ -366,8 +383,8 @@ class Plan:
 
 COMMANDS: dict[str, type[DataclassInstance]] = {
     "data": Survey, "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate,
-    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
-    "compress": Compress, "inspect": Inspect,
+    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "push": Push,
+    "extract": Extract, "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
 
