@@ -3,7 +3,7 @@
 plain   [BOS] prompt+separator | completion EOS    prompt and completion are tokenized apart, so generation, which has
                                                    the prompt alone, sees the very ids that training saw
         [BOS] text EOS                             text records: everything but the first token is supervised
-chat    the tokenizer's chat template; see chat.py
+chat    the tokenizer's chat template; see chats/
 
 BOS is there if the tokenizer adds one by default. A text that has its BOS or EOS already gets no second one. Right of the bar
 is supervised. The first token never is, as nothing comes before it to predict it from.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deltaw.config import DataConfig
@@ -88,6 +88,8 @@ def encode(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataCon
     """Return every record as an Example. Raises one DataError with all records that cannot be, and what to do."""
     template = template_of(records.form, tokenizer, config)
     note = None
+    if template != "chat" and config.turns != "all":
+        raise DataError(f"turns: {config.turns} has no effect in a plain template; remove it.")
     if template == "chat":
         rows = _chats(records.items, tokenizer, config)
         wholes, of_record = [_example(row) for row in rows], [row.number for row in rows]
@@ -164,8 +166,6 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     else:
         if form == "chat":
             problems.append("chat records need template: chat (or auto) and a tokenizer with a chat template")
-        if config.turns != "all":
-            problems.append(f"turns: {config.turns} has no effect in a plain template; remove it")
         if config.system is not None:
             problems.append("system has no effect in a plain template; remove it or use template: chat")
         if form == "text" and config.separator:
@@ -202,6 +202,26 @@ def as_said(completions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
         last = next((end for end in ends if end and bare.endswith(end)), None)
         bare_ones.append(completion if last is None else bare.removesuffix(last))
     return bare_ones
+
+
+def as_taught(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[str | None]:
+    """Return each record's last answer as a model that learnt it writes it; None where a record has none.
+
+    In a chat template that is the rendered turn: with thoughts, and with tool calls in the template's own words.
+    """
+    answers = [record.completion for record in records]
+    chats = [
+        i for i, record in enumerate(records)
+        if record.completion is not None and template_of(record.form, tokenizer, config) == "chat"
+    ]  # fmt: skip
+    rows = _chats([records[i] for i in chats], tokenizer, replace(config, turns="last"))
+    for i, row in zip(chats, rows, strict=True):
+        start, end = row.supervised.index(True), len(row.supervised) - row.supervised[::-1].index(True)
+        answers[i] = str(tokenizer.decode(row.ids[start:end], skip_special_tokens=True))
+    others = [i for i, answer in enumerate(answers) if answer is not None and i not in set(chats)]
+    for i, said in zip(others, as_said([answers[i] or "" for i in others], tokenizer), strict=True):
+        answers[i] = said
+    return answers
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:

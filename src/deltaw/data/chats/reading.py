@@ -27,7 +27,8 @@ _SETTINGS = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
 _RESERVED = (
     "messages", "conversation", "tools", "documents", "add_generation_prompt", "chat_template", "continue_final_message",
-    "padding", "tokenize", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "padding", "tokenize", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
 
 
