@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from deltaw.data.chats.checks import left_out
+from deltaw.data.chats.checks import LeftOut, advice_on, left_out
 from deltaw.data.chats.endings import Ending, Ids, Turn, tokens_of
 from deltaw.data.chats.messages import Conversation, Message
 from deltaw.data.chats.template import Template
@@ -105,14 +105,21 @@ def _encoded(
     """Encode conversations whose messages have none of the template's marks in them."""
     encoded: list[InTokens] = []
     problems: list[str] = []
+    lost: list[LeftOut] = []
     failed: set[int] = set()
     for at in range(0, len(conversations), _TOKENIZED_AT_ONCE):
         rendered: list[_Rendered] = []
         for number in range(at, min(at + _TOKENIZED_AT_ONCE, len(conversations))):
             try:
-                rendered += _render_turns(conversations[number], template, number, places[number], turns)
+                parts, left = _render_turns(conversations[number], template, number, places[number], turns)
             except DataError as error:
-                problems += [f"{places[number]}: {line}" for line in error.problems or [str(error)]]
+                problems.append(f"{places[number]}: {error}")
+                failed.add(number)
+                continue
+            rendered += parts
+            if left:
+                problems += [f"{places[number]}: {one.line}" for one in left]
+                lost += left
                 failed.add(number)
         ids = tokenized((text for one in rendered for text in one.texts), template.tokenizer)
         read = _Reader(template.tokenizer, ids)
@@ -124,7 +131,9 @@ def _encoded(
                 failed.add(one.number)
     if problems:
         share = f"{len(failed)} of {len(conversations)} records"
-        raise DataError(f"The assistant's tokens cannot be told exactly in {share}:", problems)
+        raise DataError(
+            f"The assistant's tokens cannot be told exactly in {share}:", problems, advice_on(lost) if lost else ""
+        )
     return encoded
 
 
@@ -201,28 +210,32 @@ def tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[
 
 def _render_turns(
     conversation: Conversation, template: Template, number: int, place: str, turns: Turns
-) -> list[_Rendered]:
-    """Return a conversation's text with its taught turns; a text for each of them where the template changes earlier turns."""
+) -> tuple[list[_Rendered], list[LeftOut]]:
+    """Return a conversation's text with its taught turns; a text for each of them where the template changes earlier turns.
+
+    Second are the parts that the template leaves out: where there are any, no text is returned.
+    """
     taught = [i for i, message in enumerate(conversation.messages) if message.is_taught]
     if not taught:
         raise DataError("there is no assistant message, so nothing to learn.")
     taught = taught[-1:] if turns == "last" else taught
     conversation = conversation.upto(taught[-1] + 1)
     rendered = [(i, _turn(conversation.upto(i + 1), template)) for i in taught]
-    problems = left_out(template, conversation, rendered)
-    if problems:
-        raise DataError("The chat template leaves something out:", problems)
+    lost = left_out(template, conversation, rendered)
+    if lost:
+        return [], lost
     whole, eos = rendered[-1][1].after, template.tokenizer.eos_token or ""
     joined = [replace(turn, after=_begun(turn.after, whole, eos)) for _, turn in rendered]
     if all(whole.startswith(turn.before) and whole.startswith(turn.after) for turn in joined):
-        return [_Rendered(number, place, whole, joined, _spans(conversation, template, whole, joined))]
-    return [
+        return [_Rendered(number, place, whole, joined, _spans(conversation, template, whole, joined))], []
+    parts = [
         _Rendered(
             number, f"{place}, message {i + 1}", turn.after, [turn],
             _spans(conversation.upto(i + 1), template, turn.after, [turn]), is_part=True,
         )
         for i, turn in rendered
     ]  # fmt: skip
+    return parts, []
 
 
 def _turn(conversation: Conversation, template: Template) -> Turn:
