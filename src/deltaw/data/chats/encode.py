@@ -225,13 +225,14 @@ def _render_turns(
     if lost:
         return [], lost
     whole, eos = rendered[-1][1].after, template.tokenizer.eos_token or ""
-    joined = [replace(turn, after=_begun(turn.after, whole, eos)) for _, turn in rendered]
-    if all(whole.startswith(turn.before) and whole.startswith(turn.after) for turn in joined):
-        return [_Rendered(number, place, whole, joined, _spans(conversation, template, whole, joined))], []
+    joined = [(i, replace(turn, after=_begun(turn.after, whole, eos))) for i, turn in rendered]
+    if all(whole.startswith(turn.before) and whole.startswith(turn.after) for _, turn in joined):
+        spans = _spans(conversation, template, whole, joined)
+        return [_Rendered(number, place, whole, [turn for _, turn in joined], spans)], []
     parts = [
         _Rendered(
             number, f"{place}, message {i + 1}", turn.after, [turn],
-            _spans(conversation.upto(i + 1), template, turn.after, [turn]), is_part=True,
+            _spans(conversation.upto(i + 1), template, turn.after, [(i, turn)]), is_part=True,
         )
         for i, turn in rendered
     ]  # fmt: skip
@@ -267,33 +268,54 @@ def _not_begun(name: str, before: str, after: str) -> str:
         f"{name}: the text to generate it from, the messages before it with the generation prompt, is not how the conversation "
         f"with it begins: at character {at + 1} it has {before[at : at + 30]!r}, the conversation {after[at : at + 30]!r}. So "
         "the template teaches something else than a model is asked for. Use one whose generation prompt begins the answer as it "
-        "is rendered (TRL has training versions of many)."
+        "is rendered (TRL has training versions of many), or set the template's variables in chat_template_kwargs, for example "
+        '{"enable_thinking": false}.'
     )
 
 
-def _spans(conversation: Conversation, template: Template, whole: str, turns: Sequence[Turn]) -> Spans:
+def _spans(conversation: Conversation, template: Template, whole: str, rendered: Sequence[tuple[int, Turn]]) -> Spans:
     """Return the supervised spans: the turns, or what lies inside {% generation %} marks in them.
 
-    Each mark must lie in an assistant's turn, and each taught turn must have one.
+    Each mark must lie in an assistant's turn, and each taught turn must have one. A mark may begin in the generation
+    prompt (as in TRL's template for Qwen2.5), which is not supervised, as a model is given it.
+
+    rendered: the number of each taught message, and the turn.
     """
+    turns = [turn for _, turn in rendered]
     if not template.has_marks(conversation):
         return [(turn.before, turn.after) for turn in turns]
-    text, spans = template.marked(conversation)
+    text, marks = template.marked(conversation)
     if text != whole:
         raise DataError("the template renders differently each time, so its {% generation %} marks have no place.")
-    inside = [[(a, b) for a, b in spans if len(turn.before) <= a and b <= len(turn.after)] for turn in turns]
-    for i, of_turn in enumerate(inside, 1):
-        if not of_turn:
-            raise DataError(f"assistant message {i}: the template's {{% generation %}} marks enclose nothing of it.")
-    kept = [span for of_turn in inside for span in of_turn]
+    used: set[tuple[int, int]] = set()
+    spans: Spans = []
+    for number, turn in rendered:
+        start, end = len(turn.before), len(turn.after)
+        asked = _asked_at(conversation.upto(number), template, turn)
+        inside = [(a, b) for a, b in marks if asked <= a and start < b <= end]
+        if not inside:
+            raise DataError(
+                f"message {number + 1} (assistant): the template's {{% generation %}} marks enclose nothing of it."
+            )
+        used |= set(inside)
+        spans += [(whole[: max(a, start)], whole[:b]) for a, b in inside]
     others = sum(m.role == "assistant" for m in conversation.messages) - len(turns)
-    for a, b in spans:
-        if (a, b) not in kept and not others:  # else it may be in a turn that is not taught here
+    for a, b in marks:
+        if (a, b) not in used and not others:  # else it may be in a turn that is not taught here
             raise DataError(
                 f"the {{% generation %}} marks enclose {whole[a:b][:30]!r}, which is not in the assistant's turn."
             )
     # each turn's own prompt is checked too, as generation starts from it: an empty span costs nothing
-    return [(turn.before, turn.before) for turn in turns] + [(whole[:a], whole[:b]) for a, b in kept]
+    return [(turn.before, turn.before) for turn in turns] + spans
+
+
+def _asked_at(context: Conversation, template: Template, turn: Turn) -> int:
+    """Return the character at which the generation prompt of a turn begins; its end where that cannot be told."""
+    try:
+        text = template.render(context)
+    except DataError:
+        return len(turn.before)
+    return len(text) if turn.before.startswith(text) else len(turn.before)
 
 
 class _Reader:
