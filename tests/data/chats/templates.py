@@ -43,7 +43,8 @@ LLAMA3 = (
 )
 """Llama 3.1's: tools in the first user turn, one call a turn, no text beside it, results as JSON."""
 MISTRAL = (
-    "{{ bos_token }}{%- for m in messages -%}{%- if m.role == 'user' -%}{%- if tools and loop.last -%}[TOOLS]{{ tools | tojson }}[/TOOLS]"
+    "{{ bos_token }}{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}{%- if tools and m == users[-1] -%}[TOOLS]{{ tools | tojson }}[/TOOLS]"
     "{%- endif -%}[INST] {{ m.content }}[/INST]{%- elif m.tool_calls -%}[CALLS] ["
     "{%- for c in m.tool_calls -%}{%- if c.id is not defined or c.id | length != 9 -%}{{ raise_exception('ids have 9 letters') }}"
     '{%- endif -%}{{ \', \' if not loop.first }}{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, '
@@ -53,9 +54,9 @@ MISTRAL = (
 )
 """Mistral's: no system turn, ids of nine letters, tools before the last user turn (so earlier turns change), no generation prompt."""
 DEEPSEEK = (
-    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{ '<A>' }}{%- if m.content is none -%}{%- for c in m.tool_calls -%}"
+    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{ '<A>' }}{%- if m.content is not defined -%}{%- for c in m.tool_calls -%}"
     "{{ '<call>' + c.function.name + '\n' + c.function.arguments + '</call>' }}{%- endfor -%}{%- else -%}{{ m.content }}{%- endif -%}"
     "{{ eos_token }}{%- else -%}{{ '<' ~ m.role ~ '>' ~ (tools | tojson if tools and loop.first else '') ~ m.content }}{%- endif -%}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<A>' }}{%- endif -%}"
 )
-"""DeepSeek's: arguments as text, and calls only where the content is null."""
+"""DeepSeek's: arguments as text, and calls only where there is no content."""
