@@ -1,0 +1,252 @@
+"""All rows of a source under the names that forms know, with every problem, and the fields that were left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from deltaw.data.fields.columns import Columns, columns_of, has, head_of, value_at
+from deltaw.data.fields.meaning import Why, is_empty, of_pairs, refused, turns_before, weighed
+from deltaw.data.fields.names import HISTORY, SYSTEM, Asked, Named, Reading, differing, plain, readings, recognise
+from deltaw.data.sources import Fields, Read, show
+from deltaw.errors import DataError, shown
+
+_PLACES = 3  # records that a problem of many names
+
+
+@dataclass(frozen=True)
+class Part:
+    """The fields that make one record. A row with several answers makes several."""
+
+    place: str
+    form: str
+    fields: Named
+    before: tuple[tuple[str, str], ...] = ()
+    """Roles and texts of turns that stand before the question."""
+    written: Fields | None = None
+    """The row as it was, where it makes this record alone and without the user's columns."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The rows of a source."""
+
+    form: str
+    parts: list[Part]
+    problems: list[str]
+    """Lines, each with its place."""
+    refusals: list[str]
+    """Lines of fields that carry meaning and are not used, each with how many records have it."""
+    ignored: Mapping[str, int]
+    """Field that is not used → how many records have it."""
+    notes: tuple[str, ...]
+    """Sentences on how the rows were read."""
+
+
+@dataclass
+class _Sums:
+    """Sums over the rows."""
+
+    problems: list[str] = field(default_factory=list)
+    refusals: dict[Why, list[str]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+def take(read: Read, columns: str, asked: Asked) -> Taken:
+    """Return the rows of a source, each as the fields of one record or more.
+
+    Args:
+        read: the rows, one at least.
+        columns: the user's columns; see columns.py.
+        asked: what the caller wants of the records. Its columns are set here.
+
+    Raises:
+        ConfigError: the columns cannot be used.
+        DataError: the fields make no form or several, or the records are preference pairs.
+    """
+    chosen = columns_of(columns, read.rows, read.name, answers=asked.completions)
+    asked = replace(asked, columns=frozenset(chosen.taken))
+    sums = _Sums()
+    rows = [_named(fields, chosen) for _, fields in read.rows]
+    places = [place for place, _ in read.rows]
+    if asked.completions:
+        _check_pairs(rows, places, read.name)
+    reading = recognise(rows, read.name, asked)
+    parts: list[Part] = []
+    for (place, fields), row in zip(read.rows, rows, strict=True):
+        new = list(_parts(place, row, reading, asked, sums))
+        parts += new if columns or len(new) > 1 else [replace(part, written=fields) for part in new]
+        sums.problems += [f"{place}: {line}" for line in _clashes(fields)]
+        sums.ignored.update(name for name in chosen.ignored if not is_empty(fields.get(name)))
+    if asked.completions:
+        sums.refusals |= weighed(rows, places, reading.form)
+    refusals = [f"{name!r} ({_counted(there)}) {why}" for (name, why), there in sums.refusals.items()]
+    return Taken(
+        reading.form, parts, sums.problems, refusals, sums.ignored, (*read.notes, *_synonyms(reading, rows, chosen))
+    )
+
+
+def _check_pairs(rows: Sequence[Named], places: Sequence[str], source: str) -> None:
+    """Raise DataError for preference pairs."""
+    ways = [of_pairs(row) for row in rows]
+    there = [place for place, way in zip(places, ways, strict=True) if way is not None]
+    if there:
+        way = next(filter(None, ways))
+        raise DataError(f"{source}: {len(there):,} of {len(rows):,} records ({_first(there)}): {way}.")
+
+
+def _named(fields: Fields, columns: Columns) -> Named:
+    """Return a row's values under the names that forms know: the user's columns first, then all others."""
+    heads = {head_of(fields, path) for path in columns.taken.values()}
+    values: dict[str, object] = {}
+    names: dict[str, str] = {}
+    for name, path in columns.taken.items():
+        names[name] = path
+        if has(fields, path):
+            values[name] = value_at(fields, path)
+    for key, value in fields.items():
+        if key in heads or key in columns.ignored:
+            continue
+        called = str(key)
+        name = plain(called)
+        while name in names:  # another field has the name, which counts
+            name = f"{name} "
+        values[name], names[name] = value, called
+    return Named(values, names, [str(key) for key in fields])
+
+
+def _clashes(fields: Fields) -> list[str]:
+    """Return a line for fields whose names differ in capitals alone, where forms know them."""
+    by_name: dict[str, list[str]] = {}
+    for key, value in fields.items():
+        if value is not None:
+            by_name.setdefault(plain(str(key)), []).append(str(key))
+    return [
+        f"the fields {' and '.join(map(repr, keys))} are one name; leave one"
+        for keys in by_name.values()
+        if len(keys) > 1
+    ]
+
+
+def _parts(place: str, row: Named, reading: Reading, asked: Asked, sums: _Sums) -> Iterator[Part]:
+    """Yield the fields of each record that a row makes. What is wrong, and what is left out, is added to the sums."""
+    alike = readings(row, asked)
+    if len(alike) > 1:
+        sums.refusals.setdefault(("fields", f"fit more than one form: {differing(alike)}"), []).append(place)
+    elif alike and alike[0].form == reading.form:
+        reading = alike[0]
+    lines: list[str] = []
+    used, before = set(reading.used), list[tuple[str, str]]()
+    if reading.form in ("prompt", "instruction"):
+        before, others = turns_before(row, lines)
+        used.update(others)
+    new = (
+        _of_chat(place, row) if reading.form == "chat" else _of_texts(place, row, reading, tuple(before), asked, lines)
+    )
+    if new and new[0].form == "chat":
+        used |= {*_CHAT} & set(row)
+    for why in refused(row, reading, used, asked):
+        sums.refusals.setdefault(why, []).append(place)
+    sums.ignored.update(row.names.get(n, n) for n, value in row.items() if n not in used and not is_empty(value))
+    sums.problems += [f"{place}: {line}" for line in lines]
+    yield from () if lines else new
+
+
+_CHAT = ("messages", "conversations", "tools")
+
+
+def _of_chat(place: str, row: Named) -> list[Part]:
+    return [Part(place, "chat", row)]
+
+
+def _of_texts(
+    place: str, row: Named, reading: Reading, before: tuple[tuple[str, str], ...], asked: Asked, lines: list[str]
+) -> list[Part]:
+    """Return the parts of a row that is no conversation yet: one for each answer."""
+    names = {name: row.names.get(field_, field_) for name, field_ in reading.takes}
+    values = {name: row[field_] for name, field_ in reading.takes if field_ in row}
+    fields = Named(values, names, row.there)
+    if reading.form == "prompt" and any(_are_messages(value) for value in values.values()):
+        return _of_lists(place, fields, row, before, asked, lines)
+    answer = {"prompt": "completion", "instruction": "output"}.get(reading.form)
+    answers = values.get(answer) if answer is not None else None
+    if answer is None or not isinstance(answers, (list, tuple)) or not asked.completions:
+        return [Part(place, reading.form, fields, before)]
+    if not answers:
+        lines.append(f"field {names[answer]!r} is a list without an answer")
+    several = len(answers) > 1
+    return [
+        Part(
+            f"{place}, answer {i}" if several else place,
+            reading.form,
+            Named(values | {answer: text}, names | {answer: f"{names[answer]}[{i - 1}]"}, row.there),
+            before,
+        )
+        for i, text in enumerate(answers, 1)
+    ]
+
+
+def _of_lists(
+    place: str, fields: Named, row: Named, before: Sequence[tuple[str, str]], asked: Asked, lines: list[str]
+) -> list[Part]:
+    """Return the conversation of a prompt and a completion of which one is a list of messages, the other too or a text.
+
+    Answers in the prompt are context: weight 0 says so.
+    """
+    turns: dict[str, list[Mapping[str, object]]] = {"prompt": [], "completion": []}
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = fields.get(name)
+        if isinstance(value, str) and value.strip():
+            turns[name] = [{"role": role, "content": value}]
+        elif isinstance(value, (list, tuple)) and _are_messages(value):
+            turns[name] = [dict(turn) for turn in value]
+        elif name == "prompt" or asked.completions:
+            lines.append(
+                f"field {fields.names.get(name, name)!r} must be text or a list of messages, found {show(value)}"
+            )
+    context = [*({"role": role, "content": text} for role, text in before), *turns["prompt"]]
+    if asked.completions:
+        context = [{**turn, "weight": 0} if turn.get("role") == "assistant" else turn for turn in context]
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion", *SYSTEM, *HISTORY)}
+    messages = [*context, *(turns["completion"] if asked.completions else [])]
+    return [Part(place, "chat", Named({**rest, "messages": messages}, row.names, row.there))]
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def _synonyms(reading: Reading, rows: Sequence[Named], columns: Columns) -> list[str]:
+    """Return a sentence on fields that are taken under other names, unless the user named them."""
+    if reading.form not in ("prompt", "instruction"):
+        return []
+    first = next((row for row in rows if set(reading.used) <= set(row)), None)
+    names = first.names if first is not None else {}
+    other = [
+        f"{names.get(field_, field_)} as {name}"
+        for name, field_ in reading.takes
+        if field_ != name and name not in columns.taken
+    ]
+    return [f"taken: {', '.join(other)}"] if other else []
+
+
+def left_out(ignored: Mapping[str, int]) -> str | None:
+    """Return a sentence on the fields that are not used: "ignored: ticket_id, priority (300 records)"; None without any."""
+    by_count: dict[int, list[str]] = {}
+    for name, count in ignored.items():
+        by_count.setdefault(count, []).append(name)
+    groups = [f"{', '.join(names)} ({_records(count)})" for count, names in by_count.items()]
+    return f"ignored: {'; '.join(groups)}" if groups else None
+
+
+def _counted(places: Sequence[str]) -> str:
+    return f"{_records(len(places))}: {_first(places)}"
+
+
+def _first(places: Sequence[str]) -> str:
+    return shown(places, _PLACES)
+
+
+def _records(count: int) -> str:
+    return f"{count:,} record{'s' * (count != 1)}"
