@@ -17,7 +17,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -100,6 +100,10 @@ class DataConfig:
         check(self, problems, max_length=(2, None), max_records=(1, None))
 
 
+LATEST = "runs/latest"
+"""The default folder of a run: a link to a dated one."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of one training run.
@@ -120,8 +124,9 @@ class TrainConfig:
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    out: str = "runs/latest"
-    """Run folder: adapter, config.yaml, log.jsonl, report.html."""
+    out: str = LATEST
+    """Run folder: adapter, config.yaml, log.jsonl, report.html. With runs/latest, a new one each time, runs/DATE-NUMBER, which
+    runs/latest is then a link to."""
     overwrite: bool = False
     """Replace a run folder that is already there."""
     lr: float = 5e-4
@@ -317,7 +322,7 @@ class SweepConfig:
     halving: bool = False
     """End the worse half of the candidates, by held-out loss, after a quarter of the steps and again after a half."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the largest rank's."""
+    """Share by which a recommended rank's loss may exceed the largest rank's; 0.005 nats are always allowed, unless it is 0."""
     metrics: str = ""
     """Scores on the test records, with commas. Default: the loss, and the usual ones for classes and numbers."""
     test: str | None = None
@@ -349,7 +354,7 @@ class RankConfig:
     ranks: str = ""
     """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its rank."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the whole adapter's."""
+    """Share by which a recommended rank's loss may exceed the whole adapter's; 0.005 nats are always allowed, unless it is 0."""
     records: str | None = None
     """Held-out records to score: a file, or a split of the run's data. Default: the records that the run held out."""
     most: int = 256
@@ -504,13 +509,21 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     return values
 
 
-def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "config") -> T:
-    """Return a `cls` from flat `values`. `where` names their source in messages.
+def from_mapping(
+    cls: type[T],
+    values: Mapping[str, object],
+    *,
+    where: str = "config",
+    meaning: Callable[[str], str] = lambda key: "",
+) -> T:
+    """Return a `cls` from flat `values`.
+
+    where: their source, for messages. meaning: says what an unknown key may mean, as the end of a sentence; "" where it cannot.
 
     Raises one ConfigError with every unknown key (and its nearest), missing key, wrong type and value out of range.
     """
     known = keys(cls)
-    problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
+    problems = [f"{where}: unknown key {k!r}{meaning(k) or nearest(k, known)}" for k in values if k not in known]
     config = _built(cls, values, where, problems)
     if problems or config is None:
         raise ConfigError("The configuration cannot be used:", problems)

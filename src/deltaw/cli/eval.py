@@ -59,9 +59,13 @@ def run(command: Eval) -> None:
         command = dataclasses.replace(command, base=False)
     warn_of_no_end(loaded, records.items, data)
     evaluations = _evaluate(loaded, records, data, command, metrics)
-    show.out.print(_table(evaluations, metrics, command))
+    values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}
+    if command.json:
+        scores = {name: {k: v for k, v in of_one.items() if k != "predictions"} for name, of_one in values.items()}
+        print(show.as_json(scores))
+    else:
+        show.out.print(_table(evaluations, metrics, command))
     if command.out is not None:
-        values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}
         write_text(Path(command.out), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from deltaw.cli.synonyms import answer
 from deltaw.config import (
     CompareConfig,
     DataConfig,
@@ -145,6 +146,8 @@ class Generate:
     """File of prompts: records in any form that train reads, or a .txt file with a prompt a line."""
     out: str | None = None
     """JSONL file for {prompt, completion} records, instead of the screen."""
+    json: bool = False
+    """Print {prompt, completion} records for one prompt too, a line each."""
     opening: Opening = field(default_factory=Opening)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
@@ -180,6 +183,8 @@ class Eval:
     """Score only about the first so many records. All records of a prompt stay together."""
     out: str | None = None
     """JSON file for scores and predictions."""
+    json: bool = False
+    """Print the scores as JSON."""
     records: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 
@@ -369,11 +374,15 @@ def check_flags(command: str, cls: type[DataclassInstance], words: Sequence[str]
         else:
             others = [m for m in METHODS if command == "train" and name.replace("-", "_") in keys(train_with(m))]
             where = f" (a setting of --method {' or '.join(others)})" if others else ""
-            near = "" if others else nearest("--" + name, ("--" + k for k in known))
-            problems.append(f"unknown flag --{name}{where}{near}")
+            settings = {k.replace("-", "_") for k in known} | set(positional.values())
+            meant = where or answer(name, settings, lambda setting: "--" + setting.replace("_", "-"))
+            near = "" if meant else nearest("--" + name, ("--" + k for k in known))
+            problems.append(f"unknown flag --{name}{meant}{near}")
     if problems:
         usage = " ".join(("deltaw", command, *positional.values()))
-        raise ConfigError("These flags cannot be used:", problems, f"Usage: {usage} [flags]; see --help.")
+        raise ConfigError(
+            "These flags cannot be used:", problems, f"Usage: {usage} [flags]; see deltaw {command} --help."
+        )
 
 
 def _metavar(hint: object) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ from deltaw.cli.opening import as_trained, open_model, warn_of_no_end
 from deltaw.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from deltaw.config import DataConfig
     from deltaw.data import Record
+    from deltaw.model.pretrained import Pretrained
 
 
 def run(command: Generate) -> None:
@@ -37,18 +40,46 @@ def run(command: Generate) -> None:
     adapter, trust = command.opening.adapter, command.opening.trust_remote_code
     data = as_trained(command.data, adapter, command.model, trust_remote_code=trust)
     loaded = open_model(command.model, command.opening, data)
-    task, data = task_of(data), within(data, loaded.model)
+    task, data = task_of(data), within(_as_made(data, loaded, records), loaded.model)
     warn_of_no_end(loaded, records, data)
     answers = task.answer(loaded, records, data, command.generation, lambda count: None)
     completions = [task.said(answer, data) for answer in answers]
+    if silent := sum(completion is not None and not completion.strip() for completion in completions):
+        show.prose(_why_silent(silent, len(completions), data), style="yellow", console=show.err)
     pairs = [{"prompt": r.question, "completion": c} for r, c in zip(records, completions, strict=True)]
     if command.out is not None:
         write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-    elif len(pairs) == 1:
+    elif len(pairs) == 1 and not command.json:
         show.answer(pairs[0]["completion"])
     else:
         for pair in pairs:
             print(show.as_json(pair, indent=None))
+
+
+def _as_made(data: DataConfig, loaded: Pretrained, records: Sequence[Record]) -> DataConfig:
+    """Return the settings with the chat template that the model was made for, where nothing says how prompts are to be put.
+
+    An adapter's training says it. A model that was taught to answer in a template says little, or nothing, to a bare prompt.
+    """
+    bare = data.task == "causal" and data.template == "auto" and not data.separator
+    if not (bare and getattr(loaded.tokenizer, "chat_template", None) and {r.form for r in records} == {"prompt"}):
+        return data
+    what = "The prompt is" if len(records) == 1 else "The prompts are"
+    show.prose(
+        f"{what} put into the model's chat template; --template plain leaves it out.", style="dim", console=show.err
+    )
+    return dataclasses.replace(data, template="chat")
+
+
+def _why_silent(silent: int, count: int, data: DataConfig) -> str:
+    """Return what to say of empty completions."""
+    what = (
+        "The model said nothing: it ended"
+        if count == 1
+        else f"The model said nothing to {silent} of {count} prompts: it ended"
+    )
+    other = "plain" if data.template == "chat" else "chat"
+    return f"{what} at once. Try --template {other}, another wording, or --temperature."
 
 
 def _records(command: Generate) -> list[Record]:

@@ -11,8 +11,9 @@ import tyro
 
 from deltaw import __version__
 from deltaw.cli.flags import COMMANDS, Train, check_flags, train_with
+from deltaw.cli.synonyms import answer
 from deltaw.cli.usage import folded_help, registry
-from deltaw.config import from_mapping, read_yaml
+from deltaw.config import from_mapping, keys, read_yaml
 from deltaw.errors import ConfigError, DeltaWError, FileError, nearest, visible
 
 _DESCRIPTION = "ΔW: train, keep, switch, merge and exactly undo low-rank updates of pretrained models."
@@ -113,7 +114,8 @@ def _check_trust(values: dict[str, object], chosen: Train, path: str) -> None:
 def _with_values(cls: type[Train], values: dict[str, object], path: str) -> Train:
     """The defaults that a YAML file sets."""
     named: dict[str, object] = {"model": "", "data": ""}
-    train = from_mapping(cls, named | values, where=path)
+    known = {*keys(cls), "MODEL", "DATA"}
+    train = from_mapping(cls, named | values, where=path, meaning=lambda key: answer(key, known, str.lower))
     train = dataclasses.replace(train, run=dataclasses.replace(train.run, trust_remote_code=False))
     required = {name: tyro.MISSING for name in named if not values.get(name)}
     return dataclasses.replace(train, **required)

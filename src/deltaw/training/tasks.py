@@ -44,6 +44,8 @@ class Task(ABC):
     """Forms of the records that it learns from."""
     unit: ClassVar[str] = "nats per supervised token"
     """The unit of its loss."""
+    least_margin: ClassVar[float] = 0.005
+    """A difference of losses below which nothing is given up. Of nats: an answer half a percent less likely."""
     counted: ClassVar[str] = "tokens"
     """The things that its speed counts."""
     answers: ClassVar[Literal["text", "class", "number"]]
@@ -228,6 +230,7 @@ class Regression(_OfTexts):
 
     name = "regression"
     unit = "squared error per record"
+    least_margin = 0.0
     answers = "number"
     loss_class: ClassVar[type[RecordLoss]] = SquaredLoss
 
