@@ -79,6 +79,9 @@ class DataConfig:
     """Text between prompt and completion when the template is plain, for example a newline."""
     system: str | None = None
     """System message for every conversation that has none (chat template only)."""
+    turns: Literal["all", "last"] = "all"
+    """Answers of a conversation that are taught: all of them, or the last alone. Each is learnt in the context that the chat
+    template renders for it. Where the template changes earlier turns, each answer becomes a record of its own."""
     max_length: int = 1024
     """Longest record in tokens, prompt and completion together."""
     too_long: TooLong = "truncate"

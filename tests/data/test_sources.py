@@ -95,11 +95,10 @@ def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
         ("a.json", b"[\n" + LINE, ["a.json:2", "ends inside the array"]),
         ("a.csv", b'prompt,completion\na,b\n\n"x\ny",b\nc\n', ["a.csv:6", "1 cells under 2 columns"]),
         ("a.csv", b'prompt,completion\na,b\na,"b\nc\n', ["a.csv:3", "double quote"]),
-        ("a.csv", b"prompt;completion\na;b\n", ["a.csv:1", "divided by ';'"]),
         ("a.csv", b"prompt,prompt\na,b\n", ["a.csv:1", "more than once"]),
         ("a.csv", b"prompt,completion\na,b\nc,\xfe\n", ["a.csv:3", "0xfe"]),
         ("a.parquet", b"PAR1 no", ["a.parquet", "parquet"]),
-        ("a.txt", b"hello", ["'.txt'", ".jsonl"]),
+        ("a.docx", b"hello", ["'.docx'", ".jsonl"]),
     ],
 )
 def test_damaged_files_are_refused_with_the_reason(tmp_path, name, content, words):

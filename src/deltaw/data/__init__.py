@@ -6,8 +6,7 @@ forms.py     fields → records: prompt/completion, chat, instruction, text, lab
 prompts.py   items: records with the same prompt
 hold_out.py  records set aside by whole items
 records.py   sources and forms together: read, and references for scoring
-endings.py   the tokens that end the assistant's turns
-chat.py      conversations → tokens and exactly the assistant's
+chats/       conversations: messages, their template, exactly the assistant's tokens
 encode.py    records → examples; prompts to generate from
 labels.py    classes and quantities
 items.py     records of tasks other than the next token → a model's inputs and targets; their batches
@@ -16,9 +15,10 @@ batches.py   examples → length-bucketed batches, as tensors
 """
 
 from deltaw.data.batches import Batch, Order, collate, plan
-from deltaw.data.chat import encode_chat, prompt_ids, turn_ends
+from deltaw.data.chats.encode import encode_chat, prompt_ids, turn_ends
+from deltaw.data.chats.messages import Message
 from deltaw.data.encode import Counts, Encoded, Example, as_said, encode, encode_prompt, prompt_ends, template_of
-from deltaw.data.forms import Message, Record
+from deltaw.data.forms import Record
 from deltaw.data.records import Records, read, references
 from deltaw.data.sources import held_out_split, splits
 

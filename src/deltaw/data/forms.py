@@ -1,7 +1,7 @@
 """Forms that a record may have, and how each becomes a `Record`. Knows no file and no tokenizer.
 
     prompt       {"prompt": str, "completion": str}
-    chat         {"messages": [{"role", "content"}, …]}, or {"conversations": [{"from", "value"}, …]}
+    chat         {"messages": [{"role", "content"}, …]} and other spellings: chats/reading.py
     instruction  {"instruction": str, "input": str (may be missing or empty), "output": str}
     text         {"text": str}
     labelled     {"text": str, "text_pair": str (may be missing), "label": a class's name or number, or a quantity}; and GLUE's
@@ -16,30 +16,18 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from deltaw.data.chats.messages import Conversation, Message, last_assistant
+from deltaw.data.chats.reading import Reading, read_conversation
 from deltaw.data.fields.names import VOCABULARY, called, fields_of
 from deltaw.data.sources import Fields, show
 from deltaw.errors import nearest
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_ALIASES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 Label = str | float | None
 """A class's name or number, or a quantity."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-    def as_dict(self) -> dict[str, str]:
-        """Return the message as chat templates take it."""
-        return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +54,12 @@ class Record:
     input: str = ""
     label: Label = None
     image: object = None
+    tools: tuple[str, ...] = ()
+    """JSON schemas of the tools on offer in a chat."""
+    settings: str = "{}"
+    """Further variables of a chat's template: a JSON object."""
+    unused: tuple[str, ...] = ()
+    """Names of a chat's fields that say nothing to training."""
 
     @property
     def question(self) -> str:
@@ -87,10 +81,9 @@ class Record:
         answer = () if self.completion is None else (Message("assistant", self.completion),)
         return (*self.context, *answer)
 
-
-def last_assistant(messages: Sequence[Message]) -> int:
-    """Return the index of the last assistant message; -1 if there is none."""
-    return max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    def as_chat(self, messages: tuple[Message, ...]) -> Conversation:
+        """Return messages of this record as a template takes them: with its tools and settings."""
+        return Conversation(messages, self.tools, self.settings)
 
 
 def make(form: str, place: str, fields: Fields, *, completions: bool) -> Record | list[str]:
@@ -169,44 +162,17 @@ def _is_finite(value: numbers.Real) -> bool:
 
 
 def _chat(place: str, fields: Fields, completions: bool) -> Record | list[str]:
-    name = "messages" if fields.get("messages") is not None else "conversations"
-    turns = fields.get(name)
-    if turns is None:
-        return [_missing(fields, "messages")]
-    if not isinstance(turns, (list, tuple)) or not turns:
-        return [f"field {name!r} must be a list of messages that is not empty, found {show(turns)}"]
-    lines = ["tools are not supported yet; write them into a system message"] if fields.get("tools") else []
-    messages = tuple(_message(turn, f"{name}[{i}]", lines) for i, turn in enumerate(turns))
-    if lines:
-        return lines
+    reading = read_conversation(fields, completions=completions)
+    if not isinstance(reading, Reading):
+        return reading
+    conversation, messages = reading.conversation, reading.conversation.messages
     answer = last_assistant(messages)
-    if not completions and answer < len(messages) - 1:  # a conversation that waits for its answer
-        return Record("chat", messages[-1].content, None, place, messages)
-    if answer < 0:
-        roles = ", ".join(m.role for m in messages)
-        return [f"field {name!r} has no assistant message to learn from (roles: {roles})"]
-    return Record("chat", messages[answer - 1].content if answer else "", messages[answer].content, place, messages)
-
-
-def _message(turn: object, where: str, lines: list[str]) -> Message:
-    """Return one turn. Add what is wrong with it to `lines`: all turns are checked before any is used."""
-    if not isinstance(turn, Mapping):
-        lines.append(f"{where} must be an object with role and content, found {show(turn)}")
-        return Message("user", "")
-    role_key, content_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
-    role, content = turn.get(role_key), turn.get(content_key)
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        known = (*ROLES, *_ALIASES)
-        wrong = (
-            _missing(turn, role_key) if role_key not in turn else f"unknown role {role!r}{nearest(str(role), known)}"
-        )
-        lines.append(f"{where}: {wrong}; roles are {', '.join(ROLES)}")
-    if turn.get("tool_calls"):
-        lines.append(f"{where}: tool_calls are not supported yet; write the call as the message's text")
-    else:
-        lines.extend(f"{where}: {line}" for line in _text(turn, content_key, empty=role != "assistant"))
-    return Message(str(role), content if isinstance(content, str) else "")
+    waits = not completions and messages[-1].role != "assistant"  # a conversation that waits for its answer
+    before = messages[-1:] if waits else messages[max(0, answer - 1) : answer]
+    return Record(
+        "chat", before[0].text if before else "", None if waits else messages[answer].text, place, messages,
+        tools=conversation.tools, settings=conversation.settings, unused=reading.unused,
+    )  # fmt: skip
 
 
 def _answer(fields: Fields, name: str, wanted: bool) -> list[str]:

@@ -88,9 +88,11 @@ def _made(taken: Taken, read: sources.Read, *, completions: bool) -> tuple[Recor
     items: list[Record] = []
     fields: list[Mapping[str, object]] = []
     problems = [*read.problems, *taken.problems]
+    ignored = Counter(taken.ignored)
     for part in taken.parts:
         record = forms.make(part.form, part.place, part.fields, completions=completions)
         if isinstance(record, Record):
+            ignored.update(part.fields.names.get(name, name) for name in record.unused)
             items.append(forms.after(record, part.before) if part.before else record)
             fields.append(part.fields if part.written is None else part.written)
         else:
@@ -102,7 +104,7 @@ def _made(taken: Taken, read: sources.Read, *, completions: bool) -> tuple[Recor
         if record.form != form or taken.parts[i].before:
             items[i] = forms.after(record, ())
             fields[i] = {"messages": [{"role": m.role, "content": m.content} for m in items[i].conversation]}
-    return Records(items, form, read.name, taken.notes, taken.ignored), fields
+    return Records(items, form, read.name, taken.notes, ignored), fields
 
 
 def _unusable(read: sources.Read, taken: Taken, problems: Sequence[str]) -> DataError:

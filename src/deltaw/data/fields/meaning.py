@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
 from deltaw.data.sources import show
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_TOOLS = ("tools", "functions")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
+"""Names of what is no text."""
+TOOLS = ("tools", "functions")
+"""Names of tools on offer."""
 _STEPS = "labels"
 WEIGHTS = ("weight", "weights", "score", "reward")
 """Numbers that tell records apart: refused where they are not all the same."""
@@ -76,11 +78,11 @@ def refused(row: Named, reading: Reading, used: Iterable[str], asked: Asked) -> 
 def _reason(name: str, row: Named, reading: Reading, used: set[str], asked: Asked) -> str | None:
     """Return why a field that is not used is refused; None where it is not."""
     form, word = reading.form, name.lower()
-    if word in _MEDIA and form not in ("image", "labelled"):
+    if word in MEDIA and form not in ("image", "labelled"):
         return "is not taught from, and would be lost: texts alone are"
     if form not in ("prompt", "instruction", "chat", "text"):
         return None
-    if word in _TOOLS and form in ("prompt", "instruction"):
+    if word in TOOLS and form in ("prompt", "instruction"):
         return "are tools on offer, which stand beside messages: give the question and the answer as messages"
     chosen = asked.form != "auto" or asked.columns
     if asked.completions and form != "text":

@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from deltaw.data.chats.reading import TURNS
+from deltaw.data.chats.turns import ROLE_KEYS
 from deltaw.errors import DataError, nearest
 
 FIELDS: dict[str, str] = {
     "prompt": "prompt, completion",
-    "chat": "messages (or conversations)",
+    "chat": "messages (or conversations), and if need be tools",
     "instruction": "instruction, output, and if need be input",
     "text": "text",
     "labelled": "text, label, and of pairs text_pair",
@@ -26,7 +28,7 @@ ANSWERS = ("completion", "completions", "response", "answer", "output")
 """Names of answers."""
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "context")
 """Names of what is asked."""
-TALKS = ("messages", "conversations")
+TALKS = TURNS
 """Names of conversations."""
 SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a system message."""
@@ -36,6 +38,8 @@ _PAIRS = (
     *(("prompt", answer) for answer in ANSWERS), ("question", "answer"), ("question", "response"), ("query", "response"),
     ("query", "answer"), ("input", "output"), ("source", "target"),
 )  # fmt: skip
+_MAY_BE = TURNS[2:]
+"""Names that mean a conversation only where they hold one."""
 _INPUTS = ("input", "context")
 _TEXTS = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
@@ -84,6 +88,13 @@ def plain(field: str) -> str:
     return name if name in VOCABULARY else field
 
 
+def are_turns(value: object) -> bool:
+    """Return whether a value is a list of messages."""
+    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], Mapping):
+        return False
+    return any(key in value[0] for key in ROLE_KEYS)
+
+
 @dataclass(frozen=True)
 class Reading:
     """A form, and the fields that it takes."""
@@ -116,7 +127,9 @@ class Asked:
 
 def readings(row: Mapping[str, object], asked: Asked) -> list[Reading]:
     """Return the readings that a record's fields make."""
-    there = frozenset(name for name in VOCABULARY if row.get(name) is not None)
+    there = frozenset(
+        name for name in VOCABULARY if row.get(name) is not None and (name not in _MAY_BE or are_turns(row[name]))
+    )
     labelled = "label" in row and (asked.completions or row["label"] is not None)  # a null one is named when it is read
     return list(_readings(there, labelled and (asked.labels or asked.form in ("labelled", "image")), asked))
 

@@ -7,8 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaw.data.fields.columns import Columns, columns_of, has, head_of, value_at
-from deltaw.data.fields.meaning import Why, is_empty, of_pairs, refused, turns_before, weighed
-from deltaw.data.fields.names import HISTORY, SYSTEM, Asked, Named, Reading, differing, plain, readings, recognise
+from deltaw.data.fields.meaning import MEDIA, TOOLS, Why, is_empty, of_pairs, refused, turns_before, weighed
+from deltaw.data.fields.names import (
+    HISTORY,
+    SYSTEM,
+    TALKS,
+    Asked,
+    Named,
+    Reading,
+    are_turns,
+    called,
+    differing,
+    plain,
+    readings,
+    recognise,
+)
 from deltaw.data.sources import Fields, Read, show
 from deltaw.errors import DataError, shown
 
@@ -141,23 +154,23 @@ def _parts(place: str, row: Named, reading: Reading, asked: Asked, sums: _Sums) 
     if reading.form in ("prompt", "instruction"):
         before, others = turns_before(row, lines)
         used.update(others)
-    new = (
-        _of_chat(place, row) if reading.form == "chat" else _of_texts(place, row, reading, tuple(before), asked, lines)
-    )
-    if new and new[0].form == "chat":
-        used |= {*_CHAT} & set(row)
+    if reading.form == "chat":
+        new = [Part(place, "chat", row)]
+    else:
+        new = _of_texts(place, row, reading, tuple(before), asked, lines)
+    is_chat = any(part.form == "chat" for part in new)
+    if is_chat:
+        used |= _CHAT
     for why in refused(row, reading, used, asked):
         sums.refusals.setdefault(why, []).append(place)
-    sums.ignored.update(row.names.get(n, n) for n, value in row.items() if n not in used and not is_empty(value))
+    if not is_chat:  # a conversation's fields are told with it
+        sums.ignored.update(row.names.get(n, n) for n, value in row.items() if n not in used and not is_empty(value))
     sums.problems += [f"{place}: {line}" for line in lines]
     yield from () if lines else new
 
 
-_CHAT = ("messages", "conversations", "tools")
-
-
-def _of_chat(place: str, row: Named) -> list[Part]:
-    return [Part(place, "chat", row)]
+_CHAT = {*TALKS, *SYSTEM, *MEDIA, *TOOLS}
+"""Fields that are read, or refused, with the conversation (chats/reading.py)."""
 
 
 def _of_texts(
@@ -166,55 +179,51 @@ def _of_texts(
     """Return the parts of a row that is no conversation yet: one for each answer."""
     names = {name: row.names.get(field_, field_) for name, field_ in reading.takes}
     values = {name: row[field_] for name, field_ in reading.takes if field_ in row}
-    fields = Named(values, names, row.there)
-    if reading.form == "prompt" and any(_are_messages(value) for value in values.values()):
-        return _of_lists(place, fields, row, before, asked, lines)
     answer = {"prompt": "completion", "instruction": "output"}.get(reading.form)
-    answers = values.get(answer) if answer is not None else None
-    if answer is None or not isinstance(answers, (list, tuple)) or not asked.completions:
-        return [Part(place, reading.form, fields, before)]
+    answers = values.get(answer) if answer is not None and asked.completions else None
+    if answer is None or not isinstance(answers, (list, tuple)) or are_turns(answers):
+        return [_part(place, Named(values, names, row.there), row, reading, before, lines)]
     if not answers:
         lines.append(f"field {names[answer]!r} is a list without an answer")
     several = len(answers) > 1
     return [
-        Part(
+        _part(
             f"{place}, answer {i}" if several else place,
-            reading.form,
             Named(values | {answer: text}, names | {answer: f"{names[answer]}[{i - 1}]"}, row.there),
+            row,
+            reading,
             before,
+            lines,
         )
         for i, text in enumerate(answers, 1)
     ]
 
 
-def _of_lists(
-    place: str, fields: Named, row: Named, before: Sequence[tuple[str, str]], asked: Asked, lines: list[str]
-) -> list[Part]:
-    """Return the conversation of a prompt and a completion of which one is a list of messages, the other too or a text.
+def _part(
+    place: str, fields: Named, row: Named, reading: Reading, before: tuple[tuple[str, str], ...], lines: list[str]
+) -> Part:
+    """Return the part of a row with one answer. A question or an answer that is a list of messages makes a conversation of it."""
+    if reading.form == "prompt" and any(are_turns(value) for value in fields.values()):
+        return _of_lists(place, fields, row, reading, before, lines)
+    return Part(place, reading.form, fields, before)
 
-    Answers in the prompt are context: weight 0 says so.
-    """
-    turns: dict[str, list[Mapping[str, object]]] = {"prompt": [], "completion": []}
+
+def _of_lists(
+    place: str, fields: Named, row: Named, reading: Reading, before: Sequence[tuple[str, str]], lines: list[str]
+) -> Part:
+    """Return the conversation of a question and an answer of which one is a list of messages, the other too or a text."""
+    turns: dict[str, list[object]] = {}
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = fields.get(name)
         if isinstance(value, str) and value.strip():
             turns[name] = [{"role": role, "content": value}]
-        elif isinstance(value, (list, tuple)) and _are_messages(value):
-            turns[name] = [dict(turn) for turn in value]
-        elif name == "prompt" or asked.completions:
-            lines.append(
-                f"field {fields.names.get(name, name)!r} must be text or a list of messages, found {show(value)}"
-            )
-    context = [*({"role": role, "content": text} for role, text in before), *turns["prompt"]]
-    if asked.completions:
-        context = [{**turn, "weight": 0} if turn.get("role") == "assistant" else turn for turn in context]
-    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion", *SYSTEM, *HISTORY)}
-    messages = [*context, *(turns["completion"] if asked.completions else [])]
-    return [Part(place, "chat", Named({**rest, "messages": messages}, row.names, row.there))]
-
-
-def _are_messages(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+        elif are_turns(value):
+            turns[name] = [*value]  # type: ignore[misc]
+        elif name in fields:
+            lines.append(f"field {called(fields, name)!r} must be text or a list of messages, found {show(value)}")
+    turns["prompt"] = [*({"role": role, "content": text} for role, text in before), *turns.get("prompt", [])]
+    rest = {name: value for name, value in row.items() if name not in {*reading.used, *SYSTEM, *HISTORY}}
+    return Part(place, "chat", Named({**rest, **turns}, row.names, row.there))
 
 
 def _synonyms(reading: Reading, rows: Sequence[Named], columns: Columns) -> list[str]:

@@ -1,10 +1,13 @@
 """Conversations → token ids and exactly the assistant's tokens. Knows a tokenizer and its chat template, no file.
 
-Prefixes show where the assistant's text lies. Let W be the rendered conversation. For the assistant message
-i, P is the rendering of messages[:i] with the generation prompt, Q that of messages[:i+1]. If P and Q are prefixes of
+Prefixes show where the assistant's text lies. Let W be the rendered conversation up to its last taught message. For the taught
+message i, P is the rendering of messages[:i] with the generation prompt, Q that of messages[:i+1]. If P and Q are prefixes of
 W as text, *and* their token ids are prefixes of W's token ids, then the ids between are exactly those of the turn,
 and what a model is given to generate from (P's ids) is exactly what it was trained after. This holds for every
 tokenizer, with or without offsets. A conversation that fails is refused with the reason; nothing is guessed.
+
+Some templates change a turn once others follow: Qwen3's drop earlier thoughts. Then P or Q is no prefix of W, but P is one of Q.
+There each taught turn becomes a row of tokens of its own, Q, in the context that a model has in its place.
 
 A message that begins with the template's BOS or ends with a turn's end already gets no second one. Supervised are the
 content and the end-of-turn token (endings.py), not white space that the template puts after that token. In a template
@@ -13,42 +16,52 @@ with {% generation %} marks, the text inside the marks is supervised instead (tr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from deltaw.data.endings import Ending, Ids, Turn, tokens_of
-from deltaw.data.forms import Message
+from deltaw.data.chats.checks import left_out
+from deltaw.data.chats.endings import Ending, Ids, Turn, tokens_of
+from deltaw.data.chats.messages import Conversation, Message
+from deltaw.data.chats.template import Template
 from deltaw.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENIZED_AT_ONCE = 2000  # texts per call: enough to keep the threads busy, little enough to keep memory flat
 
 Spans = list[tuple[str, str]]
 """For each supervised span: all the text before it, and all the text up to its end."""
+Turns = Literal["all", "last"]
+"""Taught turns of a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """A whole conversation in tokens."""
+class InTokens:
+    """A conversation in tokens, or one of its taught turns in its context."""
 
     ids: Ids
     supervised: list[bool]
     endings: list[Ending]
-    """One for each assistant's turn."""
+    """One for each taught turn."""
+    number: int
+    """The number of the conversation among those that were given."""
+    place: str
+    is_part: bool
+    """True for one turn of a conversation whose template changes earlier ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
     """A conversation's text, before tokens are looked at."""
 
+    number: int
+    place: str
     whole: str
     turns: list[Turn]
     spans: Spans
+    is_part: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -60,53 +73,62 @@ class _Rendered:
 def encode_chat(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, place: str = "conversation"
 ) -> tuple[Ids, list[bool]]:
-    """Return token ids [t] of a whole conversation and which of them are supervised [t].
+    """Return token ids [t] of a conversation up to its last taught message, and which of them are supervised [t].
 
-    Raises DataError where that cannot be told exactly.
+    Raises DataError where that cannot be told exactly, and where the template makes several rows of it.
     """
-    (conversation,) = encode_chats([messages], tokenizer, [place])
-    return conversation.ids, conversation.supervised
+    first, *others = encode_chats([Conversation(tuple(messages))], tokenizer, [place])
+    if others:
+        raise DataError(f"{place}: the template changes earlier turns, so this conversation is {1 + len(others)} rows.")
+    return first.ids, first.supervised
 
 
 def encode_chats(
-    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, places: Sequence[str]
-) -> list[Conversation]:
-    """Encode many conversations as `encode_chat` does, tokenized together.
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    places: Sequence[str],
+    *,
+    turns: Turns = "all",
+) -> list[InTokens]:
+    """Return conversations in tokens, in their order, tokenized together.
 
     Raises one DataError with every conversation that fails.
     """
-    check_template(tokenizer)
-    marks = _marks_of(tokenizer)
-    return _encoded([marks.without(messages) for messages in conversations], tokenizer, places)
+    template = Template(tokenizer)
+    marks = _marks_of(template)
+    return _encoded([marks.without(one) for one in conversations], template, places, turns)
 
 
 def _encoded(
-    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, places: Sequence[str]
-) -> list[Conversation]:
+    conversations: Sequence[Conversation], template: Template, places: Sequence[str], turns: Turns = "all"
+) -> list[InTokens]:
     """Encode conversations whose messages have none of the template's marks in them."""
-    encoded: list[Conversation] = []
+    encoded: list[InTokens] = []
     problems: list[str] = []
+    failed: set[int] = set()
     for at in range(0, len(conversations), _TOKENIZED_AT_ONCE):
-        rendered: list[tuple[str, _Rendered]] = []
-        for messages, place in zip(conversations[at : at + _TOKENIZED_AT_ONCE], places[at:], strict=False):
+        rendered: list[_Rendered] = []
+        for number in range(at, min(at + _TOKENIZED_AT_ONCE, len(conversations))):
             try:
-                rendered.append((place, _render_spans(messages, tokenizer)))
+                rendered += _render_turns(conversations[number], template, number, places[number], turns)
             except DataError as error:
-                problems.append(f"{place}: {error}")
-        ids = tokenized((text for _, one in rendered for text in one.texts), tokenizer)
-        read = _Reader(tokenizer, ids)
-        for place, one in rendered:
+                problems += [f"{places[number]}: {line}" for line in error.problems or [str(error)]]
+                failed.add(number)
+        ids = tokenized((text for one in rendered for text in one.texts), template.tokenizer)
+        read = _Reader(template.tokenizer, ids)
+        for one in rendered:
             try:
                 encoded.append(read.conversation(one))
             except DataError as error:
-                problems.append(f"{place}: {error}")
+                problems.append(f"{one.place}: {error}")
+                failed.add(one.number)
     if problems:
-        share = f"{len(problems)} of {len(conversations)} records"
+        share = f"{len(failed)} of {len(conversations)} records"
         raise DataError(f"The assistant's tokens cannot be told exactly in {share}:", problems)
     return encoded
 
 
-_TRIAL = (Message("user", "Hello"), Message("assistant", "Hello"))
+_TRIAL = Conversation((Message("user", "Hello"), Message("assistant", "Hello")))
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> Ids:
@@ -115,7 +137,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> Ids:
     Empty where plain text ends it, or where the template takes no such conversation.
     """
     try:
-        endings = _encoded([_TRIAL], tokenizer, [""])[0].endings
+        endings = _encoded([_TRIAL], Template(tokenizer), [""])[0].endings
     except DataError:
         return []
     return [token for ending in endings for token in ending.tokens]
@@ -128,9 +150,10 @@ class _Marks:
     begin: tuple[str, ...]
     end: tuple[str, ...]
 
-    def without(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """Return the messages without the marks at their start and end, and white space after these."""
-        return tuple(replace(m, content=self._bare(m.content)) for m in messages)
+    def without(self, conversation: Conversation) -> Conversation:
+        """Return the conversation without the marks at the start and end of its messages, and white space after these."""
+        messages = tuple(replace(m, content=self._bare(m.content)) for m in conversation.messages)
+        return replace(conversation, messages=messages)
 
     def _bare(self, content: str) -> str:
         for mark in self.begin:
@@ -139,25 +162,28 @@ class _Marks:
         return content if last is None else content.rstrip().removesuffix(last)
 
 
-def _marks_of(tokenizer: PreTrainedTokenizerBase) -> _Marks:
+def _marks_of(template: Template) -> _Marks:
     """Return BOS where the template renders it, and the ends of a turn, with the tokenizer's eos, which would be a second end."""
+    tokenizer = template.tokenizer
     ends = [str(word) for word in tokenizer.convert_ids_to_tokens(turn_ends(tokenizer))]
     ends += [tokenizer.eos_token] if ends and tokenizer.eos_token else []
     bos = str(getattr(tokenizer, "bos_token", None) or "")
     try:
-        begins = bos != "" and _render(_TRIAL, tokenizer).startswith(bos)
+        begins = bos != "" and template.render(_TRIAL).startswith(bos)
     except DataError:
         begins = False
     return _Marks((bos,) if begins else (), tuple(dict.fromkeys(ends)))
 
 
-def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Ids:
+def prompt_ids(conversation: Conversation | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Return token ids to generate the next assistant message from: the conversation and the generation prompt.
 
     Raises DataError where the tokenizer has no chat template, or the template refuses the conversation.
     """
-    check_template(tokenizer)
-    text = _render(_marks_of(tokenizer).without(messages), tokenizer, prompt=True)
+    template = Template(tokenizer)
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(tuple(conversation))
+    text = template.render(_marks_of(template).without(conversation), prompt=True)
     return tokenized([text], tokenizer)[text]
 
 
@@ -173,98 +199,88 @@ def tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[
     return ids_of
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise DataError if the tokenizer has no chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "This tokenizer has no chat template, which chat records need. Use an instruction-tuned model's tokenizer, "
-            "or prompt/completion records with template: plain."
-        )
-
-
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False) -> str:
-    """Return the text of a conversation. Raises DataError with the template's message if it refuses, for example roles."""
-    try:
-        return str(
-            tokenizer.apply_chat_template([m.as_dict() for m in messages], tokenize=False, add_generation_prompt=prompt)
-        )
-    except Exception as error:  # jinja2's errors, and any that a template provokes
-        roles = ", ".join(m.role for m in messages) or "none"
-        raise DataError(f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}") from error
-
-
-def _render_spans(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Rendered:
-    """Return a conversation's text, its assistant's turns, and its supervised spans."""
-    whole = _render(messages, tokenizer)
-    turns: list[Turn] = []
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before = _render(messages[:i], tokenizer, prompt=True)
-        after = whole if i == len(messages) - 1 else _begun(_render(messages[: i + 1], tokenizer), whole, tokenizer)
-        name = f"message {i + 1} (assistant)"
-        _check_prefix(
-            before, whole, f"{name}: the text to generate it from, messages 1 to {i} with the generation prompt,"
-        )
-        _check_prefix(after, whole, f"{name}: the conversation up to and with it")
-        if len(after) <= len(before):
-            raise DataError(f"{name}: the template renders no text for it.")
-        turns.append(Turn(before, after, message.content))
-    if not turns:
+def _render_turns(
+    conversation: Conversation, template: Template, number: int, place: str, turns: Turns
+) -> list[_Rendered]:
+    """Return a conversation's text with its taught turns; a text for each of them where the template changes earlier turns."""
+    taught = [i for i, message in enumerate(conversation.messages) if message.is_taught]
+    if not taught:
         raise DataError("there is no assistant message, so nothing to learn.")
-    template, spans = tokenizer.get_chat_template(), [(turn.before, turn.after) for turn in turns]
-    if _MARKS.search(template):
-        spans = _marked(messages, tokenizer, template, whole, spans)
-    return _Rendered(whole, turns, spans)
+    taught = taught[-1:] if turns == "last" else taught
+    conversation = conversation.upto(taught[-1] + 1)
+    rendered = [(i, _turn(conversation.upto(i + 1), template)) for i in taught]
+    problems = left_out(template, conversation, rendered)
+    if problems:
+        raise DataError("The chat template leaves something out:", problems)
+    whole, eos = rendered[-1][1].after, template.tokenizer.eos_token or ""
+    joined = [replace(turn, after=_begun(turn.after, whole, eos)) for _, turn in rendered]
+    if all(whole.startswith(turn.before) and whole.startswith(turn.after) for turn in joined):
+        return [_Rendered(number, place, whole, joined, _spans(conversation, template, whole, joined))]
+    return [
+        _Rendered(
+            number, f"{place}, message {i + 1}", turn.after, [turn],
+            _spans(conversation.upto(i + 1), template, turn.after, [turn]), is_part=True,
+        )
+        for i, turn in rendered
+    ]  # fmt: skip
 
 
-def _begun(part: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _turn(conversation: Conversation, template: Template) -> Turn:
+    """Return the last message, an assistant's, as rendered. Raises DataError where its context is no prefix of it."""
+    count, message = len(conversation.messages), conversation.messages[-1]
+    before = template.render(conversation.upto(count - 1), prompt=True)
+    after = template.render(conversation)
+    name = f"message {count} (assistant)"
+    if not after.startswith(before):
+        raise DataError(_not_begun(name, before, after))
+    if len(after) <= len(before):
+        raise DataError(f"{name}: the template renders no text for it.")
+    return Turn(before, after, None if message.tool_calls or message.reasoning else message.content)
+
+
+def _begun(part: str, whole: str, eos: str) -> str:
     """Return the first messages of a conversation as the whole has them.
 
     Some templates (Phi's) put one eos after the last turn, which is no part of the whole.
     """
-    bare = part.removesuffix(tokenizer.eos_token or "")
+    bare = part.removesuffix(eos)
     return bare if whole.startswith(bare) and not whole.startswith(part) else part
 
 
-def _check_prefix(part: str, whole: str, what: str) -> None:
-    """Raise DataError that shows where `part` leaves `whole`: the template rewrites, drops or adds text as turns follow."""
-    if whole.startswith(part):
-        return
-    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
-    raise DataError(
-        f"{what} is not how the whole conversation begins: at character {at + 1} it has {part[at : at + 30]!r}, "
-        f"the whole has {whole[at : at + 30]!r}. The template changes a turn once others follow (it drops earlier "
-        "thinking, for example). Use a template that keeps turns as they are, or records that end with that turn."
+def _not_begun(name: str, before: str, after: str) -> str:
+    """Return where the text that a turn is generated from leaves the one that holds the turn."""
+    at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+    return (
+        f"{name}: the text to generate it from, the messages before it with the generation prompt, is not how the conversation "
+        f"with it begins: at character {at + 1} it has {before[at : at + 30]!r}, the conversation {after[at : at + 30]!r}. So "
+        "the template teaches something else than a model is asked for. Use one whose generation prompt begins the answer as it "
+        "is rendered (TRL has training versions of many)."
     )
 
 
-def _marked(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, whole: str, turns: Spans
-) -> Spans:
-    """Return the spans inside {% generation %} marks; each must lie in an assistant turn, and each turn must have one."""
-    from transformers.utils import chat_template_utils
+def _spans(conversation: Conversation, template: Template, whole: str, turns: Sequence[Turn]) -> Spans:
+    """Return the supervised spans: the turns, or what lies inside {% generation %} marks in them.
 
-    render: Any = chat_template_utils.render_jinja_template  # annotated to return a str, and it returns (texts, spans)
-    texts, marks = render(
-        conversations=[[m.as_dict() for m in messages]],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    if texts[0] != whole:
+    Each mark must lie in an assistant's turn, and each taught turn must have one.
+    """
+    if not template.has_marks(conversation):
+        return [(turn.before, turn.after) for turn in turns]
+    text, spans = template.marked(conversation)
+    if text != whole:
         raise DataError("the template renders differently each time, so its {% generation %} marks have no place.")
-    spans = [(a, b) for a, b in marks[0] if b > a]
-    for i, (before, after) in enumerate(turns, 1):
-        if not any(len(before) <= a and b <= len(after) for a, b in spans):
+    inside = [[(a, b) for a, b in spans if len(turn.before) <= a and b <= len(turn.after)] for turn in turns]
+    for i, of_turn in enumerate(inside, 1):
+        if not of_turn:
             raise DataError(f"assistant message {i}: the template's {{% generation %}} marks enclose nothing of it.")
+    kept = [span for of_turn in inside for span in of_turn]
+    others = sum(m.role == "assistant" for m in conversation.messages) - len(turns)
     for a, b in spans:
-        if not any(len(before) <= a and b <= len(after) for before, after in turns):
+        if (a, b) not in kept and not others:  # else it may be in a turn that is not taught here
             raise DataError(
                 f"the {{% generation %}} marks enclose {whole[a:b][:30]!r}, which is not in the assistant's turn."
             )
     # each turn's own prompt is checked too, as generation starts from it: an empty span costs nothing
-    return [(before, before) for before, _ in turns] + [(whole[:a], whole[:b]) for a, b in spans]
+    return [(turn.before, turn.before) for turn in turns] + [(whole[:a], whole[:b]) for a, b in kept]
 
 
 class _Reader:
@@ -274,7 +290,7 @@ class _Reader:
         self.tokenizer, self.ids = tokenizer, ids
         self.added, self.special = _added_ids(tokenizer), _special_ids(tokenizer)
 
-    def conversation(self, rendered: _Rendered) -> Conversation:
+    def conversation(self, rendered: _Rendered) -> InTokens:
         """Return its tokens [t], which of them lie in its spans [t], and how its turns end.
 
         Raises DataError where a boundary falls inside a token.
@@ -291,7 +307,8 @@ class _Reader:
             raise DataError(
                 "the assistant's text is the very first token, which nothing comes before to predict it from."
             )
-        return Conversation(tokens, mask, self._endings(rendered, ends, tokens, mask))
+        endings = self._endings(rendered, ends, tokens, mask)
+        return InTokens(tokens, mask, endings, rendered.number, rendered.place, rendered.is_part)
 
     def _endings(self, rendered: _Rendered, ends: Sequence[Ids], tokens: Ids, mask: Sequence[bool]) -> list[Ending]:
         starts = [self._boundary(turn.before, rendered.whole) for turn in rendered.turns]
