@@ -463,7 +463,9 @@ _ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1", "cp1251", "cp932", "gb1803
 def _is_encoding(name: str) -> bool:
     """Return whether Python decodes bytes of this encoding to text."""
     try:
-        b"".decode(name)
+        bytes(4).decode(name)
+    except UnicodeError:  # an encoding that these bytes are not of
+        return True
     except (LookupError, ValueError):
         return False
     return True

@@ -58,17 +58,16 @@ def of_pairs(row: Named) -> str | None:
     return f"{both} {_PAIRS}. To train on the chosen answers alone, set --columns {columns}"
 
 
-def refused(row: Named, reading: Reading, used: Iterable[str], asked: Asked) -> Iterator[Why]:
+def refused(rest: Iterable[str], row: Named, reading: Reading, used: set[str], asked: Asked) -> Iterator[Why]:
     """Yield each field of a record that carries meaning and is not used.
 
     Args:
-        row: a record.
+        rest: its fields that are not used and not empty.
+        row: the record.
         reading: the form that it is read as.
         used: the fields that are used.
         asked: what the caller wants of the records.
     """
-    used = set(used)
-    rest = [name for name, value in row.items() if name not in used and not is_empty(value)]
     for name in rest:
         why = _reason(name, row, reading, used, asked)
         if why is not None:

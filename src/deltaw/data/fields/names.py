@@ -128,7 +128,9 @@ class Asked:
 def readings(row: Mapping[str, object], asked: Asked) -> list[Reading]:
     """Return the readings that a record's fields make."""
     there = frozenset(
-        name for name in VOCABULARY if row.get(name) is not None and (name not in _MAY_BE or are_turns(row[name]))
+        name
+        for name, value in row.items()
+        if value is not None and name in VOCABULARY and (name not in _MAY_BE or are_turns(value))
     )
     labelled = "label" in row and (asked.completions or row["label"] is not None)  # a null one is named when it is read
     return list(_readings(there, labelled and (asked.labels or asked.form in ("labelled", "image")), asked))
@@ -195,11 +197,16 @@ def recognise(rows: Sequence[Named], source: str, asked: Asked) -> Reading:
     unlabelled = [r.form for r in best] == ["text"] and asked.form == "auto" and asked.labels and asked.completions
     if unlabelled and any(row.get("label") is not None for row in rows):
         return Reading("labelled", (("text", "text"), ("label", "label")))  # so that each one without a label is named
-    if len(best) == 1:
+    apart = all(len(readings(row, asked)) < 2 for row in first)
+    if len(best) == 1 or (apart and len({reading.form for reading in best}) == 1):
         return best[0]
     if asked.form != "auto" and not best:
         return _CANONICAL[asked.form]
     there = list(dict.fromkeys(field for row in first for field in row.there))
+    if best and apart:
+        raise DataError(
+            f"{source}: its records have several forms, {' and '.join(map(str, best))}. Give each as a file of its own."
+        )
     raise DataError(f"{source}: {_several(there, best) if best else _none(there)}")
 
 

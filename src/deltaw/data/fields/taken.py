@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from deltaw.data.fields.columns import Columns, columns_of, has, head_of, value_at
 from deltaw.data.fields.meaning import MEDIA, TOOLS, Why, is_empty, of_pairs, refused, turns_before, weighed
@@ -28,8 +29,7 @@ from deltaw.errors import DataError, shown
 _PLACES = 3  # records that a problem of many names
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The fields that make one record. A row with several answers makes several."""
 
     place: str
@@ -81,7 +81,8 @@ def take(read: Read, columns: str, asked: Asked) -> Taken:
     chosen = columns_of(columns, read.rows, read.name, answers=asked.completions)
     asked = replace(asked, columns=frozenset(chosen.taken))
     sums = _Sums()
-    rows = [_named(fields, chosen) for _, fields in read.rows]
+    known: dict[tuple[str, ...], _Layout] = {}
+    rows = [_named(fields, chosen, known) for _, fields in read.rows]
     places = [place for place, _ in read.rows]
     if asked.completions:
         _check_pairs(rows, places, read.name)
@@ -89,14 +90,16 @@ def take(read: Read, columns: str, asked: Asked) -> Taken:
     parts: list[Part] = []
     for (place, fields), row in zip(read.rows, rows, strict=True):
         new = list(_parts(place, row, reading, asked, sums))
-        parts += new if columns or len(new) > 1 else [replace(part, written=fields) for part in new]
-        sums.problems += [f"{place}: {line}" for line in _clashes(fields)]
-        sums.ignored.update(name for name in chosen.ignored if not is_empty(fields.get(name)))
+        parts += new if columns or len(new) > 1 else [part._replace(written=fields) for part in new]
+        if any(name.endswith(" ") for name in row):
+            sums.problems += [f"{place}: {line}" for line in _clashes(fields)]
+        for name in chosen.ignored:
+            sums.ignored[name] += not is_empty(fields.get(name))
     if asked.completions:
         sums.refusals |= weighed(rows, places, reading.form)
     refusals = [f"{name!r} ({_counted(there)}) {why}" for (name, why), there in sums.refusals.items()]
     return Taken(
-        reading.form, parts, sums.problems, refusals, sums.ignored, (*read.notes, *_synonyms(reading, rows, chosen))
+        reading.form, parts, sums.problems, refusals, +sums.ignored, (*read.notes, *_synonyms(reading, rows, chosen))
     )
 
 
@@ -109,24 +112,39 @@ def _check_pairs(rows: Sequence[Named], places: Sequence[str], source: str) -> N
         raise DataError(f"{source}: {len(there):,} of {len(rows):,} records ({_first(there)}): {way}.")
 
 
-def _named(fields: Fields, columns: Columns) -> Named:
-    """Return a row's values under the names that forms know: the user's columns first, then all others."""
-    heads = {head_of(fields, path) for path in columns.taken.values()}
-    values: dict[str, object] = {}
-    names: dict[str, str] = {}
-    for name, path in columns.taken.items():
-        names[name] = path
-        if has(fields, path):
-            values[name] = value_at(fields, path)
-    for key, value in fields.items():
+class _Layout(NamedTuple):
+    """The fields that rows have, under the names that forms know. Rows of equal fields share one."""
+
+    names: dict[str, str]
+    """Name → field, or the path into it."""
+    fields: list[tuple[str, str]]
+    """Name and field of all that are no user's columns."""
+    there: list[str]
+
+
+def _layout(keys: Sequence[str], columns: Columns, heads: Collection[str]) -> _Layout:
+    names = dict(columns.taken)
+    fields: list[tuple[str, str]] = []
+    for key in keys:
         if key in heads or key in columns.ignored:
             continue
-        called = str(key)
-        name = plain(called)
+        name = plain(str(key))
         while name in names:  # another field has the name, which counts
             name = f"{name} "
-        values[name], names[name] = value, called
-    return Named(values, names, [str(key) for key in fields])
+        names[name] = str(key)
+        fields.append((name, key))
+    return _Layout(names, fields, [str(key) for key in keys])
+
+
+def _named(fields: Fields, columns: Columns, known: dict[tuple[str, ...], _Layout]) -> Named:
+    """Return a row's values under the names that forms know: the user's columns, then all others."""
+    keys = tuple(fields)
+    layout = known.get(keys)
+    if layout is None:
+        layout = known[keys] = _layout(keys, columns, {head_of(fields, path) for path in columns.taken.values()})
+    values = {name: value_at(fields, path) for name, path in columns.taken.items() if has(fields, path)}
+    values.update((name, fields[key]) for name, key in layout.fields)
+    return Named(values, layout.names, layout.there)
 
 
 def _clashes(fields: Fields) -> list[str]:
@@ -151,7 +169,7 @@ def _parts(place: str, row: Named, reading: Reading, asked: Asked, sums: _Sums) 
         reading = alike[0]
     lines: list[str] = []
     used, before = set(reading.used), list[tuple[str, str]]()
-    if reading.form in ("prompt", "instruction"):
+    if reading.form in ("prompt", "instruction") and not _BEFORE.isdisjoint(row):
         before, others = turns_before(row, lines)
         used.update(others)
     if reading.form == "chat":
@@ -161,14 +179,17 @@ def _parts(place: str, row: Named, reading: Reading, asked: Asked, sums: _Sums) 
     is_chat = any(part.form == "chat" for part in new)
     if is_chat:
         used |= _CHAT
-    for why in refused(row, reading, used, asked):
+    rest = [name for name, value in row.items() if name not in used and not is_empty(value)]
+    for why in refused(rest, row, reading, used, asked):
         sums.refusals.setdefault(why, []).append(place)
     if not is_chat:  # a conversation's fields are told with it
-        sums.ignored.update(row.names.get(n, n) for n, value in row.items() if n not in used and not is_empty(value))
+        for name in rest:
+            sums.ignored[row.names.get(name, name)] += 1
     sums.problems += [f"{place}: {line}" for line in lines]
     yield from () if lines else new
 
 
+_BEFORE = {*SYSTEM, *HISTORY}
 _CHAT = {*TALKS, *SYSTEM, *MEDIA, *TOOLS}
 """Fields that are read, or refused, with the conversation (chats/reading.py)."""
 
@@ -177,7 +198,7 @@ def _of_texts(
     place: str, row: Named, reading: Reading, before: tuple[tuple[str, str], ...], asked: Asked, lines: list[str]
 ) -> list[Part]:
     """Return the parts of a row that is no conversation yet: one for each answer."""
-    names = {name: row.names.get(field_, field_) for name, field_ in reading.takes}
+    names = _called(reading.takes, row)
     values = {name: row[field_] for name, field_ in reading.takes if field_ in row}
     answer = {"prompt": "completion", "instruction": "output"}.get(reading.form)
     answers = values.get(answer) if answer is not None and asked.completions else None
@@ -197,6 +218,11 @@ def _of_texts(
         )
         for i, text in enumerate(answers, 1)
     ]
+
+
+def _called(takes: Sequence[tuple[str, str]], row: Named) -> dict[str, str]:
+    """Return what the record calls the fields that a form takes."""
+    return {name: row.names.get(field_, field_) for name, field_ in takes}
 
 
 def _part(
