@@ -159,9 +159,9 @@ _TABLE = (
     Meaning("max_train_samples max_samples num_samples limit", "max_records"),
     Meaning("dataset_split train_split", "split"),
     Meaning(
-        "dataset_text_field text_column text_field text_feature prompt_column prompt_field prompt_feature prompt_key query_column "
-        "completion_column completion_field completion_feature response_column answer_column input_key output_key field_instruction "
-        "field_input field_output column_mapping columns_mapping remap_columns",
+        "dataset_text_field text_column text_field text_feature prompt_column prompt_field prompt_feature prompt_key "
+        "query_column completion_column completion_field completion_feature response_column answer_column input_key output_key "
+        "field_instruction field_input field_output column_mapping columns_mapping remap_columns",
         "columns",
         "prompt=FIELD,completion=FIELD, or text=FIELD",
     ),
