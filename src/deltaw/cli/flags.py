@@ -46,7 +46,7 @@ class Train:
     model: Model
     """Hub id, model folder or GGUF file."""
     data: Data
-    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    """JSONL, JSON, CSV, TSV, parquet, text or Markdown file, a folder with splits or of documents, or a hub data set."""
     config: str | None = None
     """YAML file of any of these settings, MODEL and DATA included. Flags override it. Each run writes one as config.yaml."""
     resume: str | None = None
