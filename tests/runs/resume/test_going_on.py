@@ -132,6 +132,20 @@ def test_nothing_writes_into_the_folder_once_the_run_has_let_go_of_it(
     assert [kept.saved.step for kept in read_states(tmp_path / "a")] == [2]
 
 
+def test_a_run_with_relative_names_goes_on_from_another_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(place / "model")
+    for name in ("data.jsonl", "valid.jsonl"):
+        (tmp_path / name).symlink_to(place / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Interrupted):
+        deltaw.train("model", "data.jsonl", by_time(Path("runs/a"), valid="valid.jsonl"), on_event=Stop(7))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resumed(Path("../runs/a")) == [7]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once_with_the_first_ones_code(signum: int) -> None:
     with pytest.raises((Interrupted, KeyboardInterrupt)) as ended, asked_to_stop():
