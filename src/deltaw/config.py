@@ -87,13 +87,20 @@ class DataConfig:
     too_long: TooLong = "truncate"
     """A longer record: truncate it (a prompt at its left; a text, and a completion of an encoder's decoder, at the end), drop it,
     or stop with an error. The numbers are reported."""
+    columns: str = ""
+    """Fields of the records by what they are taken as: prompt=question,completion=choices.0.text. ignore=score leaves a field out
+    that would be refused."""
+    encoding: str = "utf-8"
+    """Encoding of JSON, CSV and text files, for example cp1252."""
     split: str | None = None
     """Split of a hub data set or a folder to train on. Default: train."""
     max_records: int | None = None
     """Train on a random sample of at most this many records. Default: all."""
 
     def __post_init__(self) -> None:
-        check(self, max_length=(2, None), max_records=(1, None))
+        wrong = [] if not isinstance(self.encoding, str) or _is_encoding(self.encoding) else [self.encoding]
+        problems = [f"encoding is {name!r}, which is no encoding of text{nearest(name, _ENCODINGS)}" for name in wrong]
+        check(self, problems, max_length=(2, None), max_records=(1, None))
 
 
 LATEST = "runs/latest"
@@ -423,12 +430,14 @@ class PlanConfig:
         check(self, labels=(1, None), batch=(1, None), length=(2, None))
 
 
-def check(config: DataclassInstance, **limits: tuple[float | None, float | None]) -> None:
+def check(config: DataclassInstance, problems: Sequence[str] = (), **limits: tuple[float | None, float | None]) -> None:
     """Raise one ConfigError with each field of a wrong type, not one of its literals, not finite, or outside its (low, high).
+
+    `problems` are others of the same settings.
 
     Values of the right type in another guise (a Path for text, numpy's numbers) become plain.
     """
-    problems = []
+    problems = list(problems)
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -446,6 +455,20 @@ def check(config: DataclassInstance, **limits: tuple[float | None, float | None]
             object.__setattr__(config, name, plain)
     if problems:
         raise ConfigError("These settings cannot be used:", problems)
+
+
+_ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1", "cp1251", "cp932", "gb18030", "euc-kr", "shift-jis", "big5")
+
+
+def _is_encoding(name: str) -> bool:
+    """Return whether Python decodes bytes of this encoding to text."""
+    try:
+        bytes(4).decode(name)
+    except UnicodeError:  # an encoding that these bytes are not of
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def keys(cls: type[DataclassInstance]) -> list[str]:

@@ -76,7 +76,7 @@ def test_unknown_and_ambiguous_fields_are_refused():
     message = failure([{"promt": "p", "answer": "a"}])
     assert "promt, answer" in message and "did you mean 'prompt'" in message and "instruction, output" in message
     message = failure([{"instruction": "i", "output": "o", "text": "t"}])
-    assert "more than one form: instruction, text" in message
+    assert "more than one form: instruction (instruction, output) and text (text)" in message
     assert read([{"instruction": "i", "output": "o", "text": "t"}], DataConfig(form="text")).form == "text"
     assert "no records" in failure([])
     assert "records[0]" in failure([3])

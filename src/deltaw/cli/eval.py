@@ -30,6 +30,7 @@ def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
     from deltaw.data.hold_out import first
+    from deltaw.data.records import notes_of
     from deltaw.files.formats.atomic import check_apart, check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
     from deltaw.training.tasks import recognised
@@ -43,6 +44,7 @@ def run(command: Eval) -> None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")
     data = as_trained(command.records, command.opening.adapter)
     records = read(command.data, data)
+    show.notes(notes_of([records]))
     data = recognised(data, records, read_config(command.model, trust_remote_code=command.opening.trust_remote_code))
     metrics = _metrics(command, data, records.form)
     if command.most is not None:

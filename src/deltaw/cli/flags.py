@@ -46,7 +46,7 @@ class Train:
     model: Model
     """Hub id, model folder or GGUF file."""
     data: Data
-    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    """JSONL, JSON, CSV, TSV, parquet, text or Markdown file, a folder with splits or of documents, or a hub data set."""
     config: str | None = None
     """YAML file of any of these settings, MODEL and DATA included. Flags override it. Each run writes one as config.yaml."""
     resume: str | None = None
@@ -327,7 +327,7 @@ class Compress:
     energy: float | None = None
     """Instead of --rank: the share of each layer's ‖ΔW‖² to keep, for example 0.99."""
     bytes: str | None = None
-    """Instead of --rank: the largest size of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
+    """Instead of --rank: most bytes of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False

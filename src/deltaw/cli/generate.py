@@ -85,19 +85,27 @@ def _why_silent(silent: int, count: int, data: DataConfig) -> str:
 def _records(command: Generate) -> list[Record]:
     """The prompts as records: a file of records keeps its form; plain text has a prompt a line."""
     from deltaw.data import read
+    from deltaw.data.records import notes_of
 
+    plain = dataclasses.replace(
+        command.data, columns="", encoding="utf-8"
+    )  # for prompts that are in no file of records
     if command.prompt is not None:
-        return list(read([{"prompt": command.prompt}], command.data, completions=False))
+        return list(read([{"prompt": command.prompt}], plain, completions=False))
     if command.file is not None and Path(command.file).suffix != ".txt":
-        return list(read(command.file, command.data, completions=False))
+        records = read(command.file, command.data, completions=False)
+        show.notes(notes_of([records]))
+        return list(records)
     if command.file is None and sys.stdin.isatty():
         raise ConfigError("There is no prompt: give one, or --file, or pipe prompts into standard input.")
     try:
-        text = Path(command.file).read_text(encoding="utf-8") if command.file else sys.stdin.read()
+        text = Path(command.file).read_text(encoding=command.data.encoding) if command.file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{command.file or 'Standard input'} cannot be read as UTF-8 text: {error}") from error
+        raise DataError(
+            f"{command.file or 'Standard input'} cannot be read as {command.data.encoding} text: {error}"
+        ) from error
     # Not splitlines, which also cuts at U+2028 and its like inside a prompt
     lines = [{"prompt": line} for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError("There is no prompt in the input.")
-    return list(read(lines, command.data, completions=False))
+    return list(read(lines, plain, completions=False))

@@ -158,6 +158,14 @@ _TABLE = (
     Meaning("val_batches max_eval_samples eval_limit", "valid_most"),
     Meaning("max_train_samples max_samples num_samples limit", "max_records"),
     Meaning("dataset_split train_split", "split"),
+    Meaning(
+        "dataset_text_field text_column text_field text_feature prompt_column prompt_field prompt_feature prompt_key "
+        "query_column completion_column completion_field completion_feature response_column answer_column input_key output_key "
+        "field_instruction field_input field_output column_mapping columns_mapping remap_columns",
+        "columns",
+        "prompt=FIELD,completion=FIELD, or text=FIELD",
+    ),
+    Meaning("file_encoding data_encoding", "encoding"),
     Meaning("dataset_format data_format dataset_type prompt_style conversation_format", "form"),
     Meaning("chat_template prompt_template", "template"),
     Meaning("system_prompt default_system system_message", "system"),

@@ -142,6 +142,7 @@ def _coverage(event: Started) -> None:
     )
     held = f"held out: {event.sets.valid}" if event.sets.valid else "nothing is held out"
     show.prose(f"Trained on {event.sets.train}; {held}.")
+    show.notes(event.sets.notes)
     if event.expected_memory:
         show.out.print(_memory(event.expected_memory), soft_wrap=True, markup=True)
 

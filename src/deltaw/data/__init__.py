@@ -1,7 +1,8 @@
 """Records → tokens and masks → batches. Knows no model beyond its tokenizer.
 
-sources.py   files, folders, hub data sets, lists → rows with their places
-forms.py     rows → records: prompt/completion, chat, instruction, text, labelled, image
+sources/     files, folders, hub data sets, lists → rows with their places
+fields/      a row's fields → the names that forms know: columns, other names, fields with a meaning that is not used
+forms.py     fields → records: prompt/completion, chat, instruction, text, labelled, image
 prompts.py   items: records with the same prompt
 hold_out.py  records set aside by whole items
 records.py   sources and forms together: read, and references for scoring

@@ -11,7 +11,6 @@ is supervised. The first token never is, as nothing comes before it to predict i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -250,7 +249,7 @@ def _example(row: chat.InTokens) -> Example:
 
 
 def _note(items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart, unused fields."""
+    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart."""
     endings = [ending for row in rows for ending in row.endings]
     told = [problem(endings, lambda token: str(tokenizer.convert_ids_to_tokens(token)))]
     parts = [row.number for row in rows if row.is_part]
@@ -260,10 +259,6 @@ def _note(items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: Pre
             f"the {len(parts):,} answers in {len(set(parts)):,} of {len(items):,} conversations is a record of its own, in the "
             "context that a model has in its place. To train on the last answers alone, set turns: last."
         )
-    unused = Counter(name for record in items for name in record.unused)
-    if unused:
-        names = ", ".join(f"{name} (of {count:,})" for name, count in unused.most_common())
-        told.append(f"Fields of these {len(items):,} records that training does not use: {names}.")
     return "\n".join(text for text in told if text) or None
 
 

@@ -8,38 +8,26 @@
                  names for the texts
     image        {"image": a path, an array [h, w] or [h, w, channels], or a PIL image, "label": as above}
 
-Other fields are ignored. Each `make` returns a Record, or the lines that say why there is none.
+Other names of fields, several answers and earlier turns: fields/. Each `make` returns a Record, or the lines that say why there
+is none.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from deltaw.data.chats.messages import Conversation, Message, last_assistant
-from deltaw.data.chats.reading import Reading, holds_conversation, in_lists, read_conversation
-from deltaw.data.sources import Fields, Row, show
-from deltaw.errors import DataError, nearest
+from deltaw.data.chats.reading import Reading, read_conversation
+from deltaw.data.fields.names import VOCABULARY, called, fields_of
+from deltaw.data.sources import Fields, show
+from deltaw.errors import nearest
 
-FIELDS: dict[str, str] = {
-    "prompt": "prompt, completion",
-    "chat": "messages (or conversations), and if need be tools",
-    "instruction": "instruction, output, and if need be input",
-    "text": "text",
-    "labelled": "text, label, and of pairs text_pair",
-    "image": "image, label",
-}
 Label = str | float | None
 """A class's name or number, or a quantity."""
-PAIRS = (
-    ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
-    ("question", "sentence"), ("sentence", None), ("text", None),
-)  # fmt: skip
-"""Names of a labelled record's texts; the first pair that is there counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,59 +86,18 @@ class Record:
         return Conversation(messages, self.tools, self.settings)
 
 
-def recognise(rows: Sequence[Row], source: str, *, completions: bool, labels: bool = True) -> str:
-    """Return the form that the first records have. Without `labels`, a label is a field like any other.
-
-    Raises DataError, with the fields, if they have no form or more than one.
-    """
-    first = [fields for _, fields in rows[:20]]
-    counts = Counter(form for fields in first for form in _fits(fields, completions, labels))
-    there = list(dict.fromkeys(str(field) for fields in first for field in fields))
-    most = max(counts.values(), default=0)
-    forms = [form for form in FIELDS if counts[form] == most and most]
-    if forms == ["text"] and labels and completions and any(fields.get("label") is not None for _, fields in rows):
-        return "labelled"  # so that each one without a label is named
-    if len(forms) == 1:
-        return forms[0]
-    known = "\n".join(f"  - {form}: {fields}" for form, fields in FIELDS.items())
-    if forms:
-        raise DataError(
-            f"{source}: the fields {', '.join(there)} fit more than one form: {', '.join(forms)}. "
-            f"Set form to the one you mean. Forms and their fields:\n{known}"
-        )
-    near = "".join(f"\n  - {f!r}{nearest(f, _KNOWN)}" for f in there if f not in _KNOWN and nearest(f, _KNOWN))
-    names = ", ".join(there) or "(none)"
-    tail = f"\nNear misses:{near}" if near else ""
-    raise DataError(f"{source}: no known form has the fields {names}. Rename them to those of one form:\n{known}{tail}")
-
-
-def _fits(fields: Fields, completions: bool, labels: bool) -> list[str]:
-    need = {
-        "prompt": ("prompt", "completion") if completions else ("prompt",),
-        "instruction": ("instruction", "output") if completions else ("instruction",),
-        "text": ("text",),
-    }
-    forms = [form for form, names in need.items() if all(fields.get(n) is not None for n in names)]
-    if (
-        labels and "label" in fields and (completions or fields["label"] is not None)
-    ):  # a null one is named when it is read
-        forms = [f for f in forms if f != "text"]
-        forms += ["labelled"] * (texts_of(fields) is not None) + ["image"] * (fields.get("image") is not None)
-    if in_lists(fields, completions=completions):
-        forms = [f for f in forms if f != "prompt"]
-    return forms + ["chat"] * holds_conversation(fields, completions=completions)
-
-
-def texts_of(fields: Fields) -> tuple[str, str | None] | None:
-    """Return the names of a labelled record's text, and of the second one of a pair."""
-    there = [pair for pair in PAIRS if all(fields.get(name) is not None for name in pair if name is not None)]
-    return there[0] if there else None
-
-
 def make(form: str, place: str, fields: Fields, *, completions: bool) -> Record | list[str]:
     """Return one record of a known form, or what is wrong with it (a line each, beginning with `place`)."""
     record = _MAKERS[form](place, fields, completions)
     return record if isinstance(record, Record) else [f"{place}: {line}" for line in record]
+
+
+def after(record: Record, turns: Sequence[tuple[str, str]]) -> Record:
+    """Return a record of a prompt or an instruction as a conversation, after turns of these roles and texts."""
+    if record.form == "chat":
+        return record
+    before = (Message(role, text) for role, text in turns)
+    return Record("chat", record.question, record.completion, record.place, (*before, *record.conversation))
 
 
 def _prompt(place: str, fields: Fields, completions: bool) -> Record | list[str]:
@@ -173,10 +120,10 @@ def _plain_text(place: str, fields: Fields, completions: bool) -> Record | list[
 
 
 def _labelled(place: str, fields: Fields, completions: bool) -> Record | list[str]:
-    names = texts_of(fields) or ("text", None)
-    lines = [line for name in names if name is not None for line in _text(fields, name)] + _label(fields, completions)
-    second = _str(fields, names[1]) if names[1] is not None else ""
-    return lines or Record("labelled", _str(fields, names[0]), None, place, input=second, label=_label_of(fields))
+    names = ["text", *(["text_pair"] if fields.get("text_pair") is not None else [])]
+    lines = [line for name in names for line in _text(fields, name)] + _label(fields, completions)
+    second = _str(fields, "text_pair")
+    return lines or Record("labelled", _str(fields, "text"), None, place, input=second, label=_label_of(fields))
 
 
 def _image(place: str, fields: Fields, completions: bool) -> Record | list[str]:
@@ -190,14 +137,20 @@ def _label(fields: Fields, wanted: bool) -> list[str]:
     """Return what is wrong with a label, which is a class's name or number, or a quantity."""
     value = fields.get("label")
     if value is None and "label" in fields:
-        return ["field 'label' is null; fill it in, leave the record out, or set task: causal"] if wanted else []
+        return (
+            [f"field {called(fields, 'label')!r} is null; fill it in, leave the record out, or set task: causal"]
+            if wanted
+            else []
+        )
     if value is None:
         return [_missing(fields, "label")] if wanted else []
     if isinstance(value, str) and value.strip():
         return _text(fields, "label")
     if isinstance(value, numbers.Real) and _is_finite(value):
         return []
-    return [f"field 'label' must be the name or number of a class, or a quantity, found {show(value)}"]
+    return [
+        f"field {called(fields, 'label')!r} must be the name or number of a class, or a quantity, found {show(value)}"
+    ]
 
 
 def _is_finite(value: numbers.Real) -> bool:
@@ -228,18 +181,18 @@ def _answer(fields: Fields, name: str, wanted: bool) -> list[str]:
 
 def _text(fields: Fields, name: str, *, empty: bool = False) -> list[str]:
     """Return what is wrong with a text field: nothing, or one line."""
-    value = fields.get(name)
+    value, said = fields.get(name), called(fields, name)
     if name not in fields:
         return [_missing(fields, name)]
     if not isinstance(value, str):
-        return [f"field {name!r} must be text, found {show(value)}"]
+        return [f"field {said!r} must be text, found {show(value)}"]
     if not empty and not value.strip():
-        return [f"field {name!r} is empty ({value!r}); fill it in or remove the record"]
+        return [f"field {said!r} is empty ({value!r}); fill it in or remove the record"]
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         return [
-            f"field {name!r} has half a character (unpaired surrogate \\u{ord(value[error.start]):04x} "
+            f"field {said!r} has half a character (unpaired surrogate \\u{ord(value[error.start]):04x} "
             f"at character {error.start + 1}); write the whole character"
         ]
     return []
@@ -257,24 +210,11 @@ def _label_of(fields: Fields) -> Label:
 
 
 def _missing(fields: Fields, name: str) -> str:
-    there = [str(f) for f in fields]
-    spare = [f for f in there if f not in _KNOWN]  # a field that has its own meaning is no misspelling of another
-    return f"field {name!r} is missing{nearest(name, spare)}; the record has {', '.join(there) or 'no fields'}"
+    there = fields_of(fields)
+    spare = [f for f in there if f not in VOCABULARY]  # a field that has its own meaning is no misspelling of another
+    said = called(fields, name)
+    return f"field {said!r} is missing{nearest(said, spare)}; the record has {', '.join(there) or 'no fields'}"
 
-
-_KNOWN = (
-    "prompt",
-    "completion",
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "text",
-    "text_pair",
-    "label",
-    "image",
-)
 
 _MAKERS: dict[str, Callable[[str, Fields, bool], Record | list[str]]] = {
     "prompt": _prompt,

@@ -34,6 +34,7 @@ from deltaw.runs.events import (
     CandidateStarted,
     CandidateStepped,
     LeftOut,
+    RecordsRead,
     SweepEvent,
     WidthChosen,
 )
@@ -230,6 +231,8 @@ def _begun(
     )  # fmt: skip
     source = splits.Source(data, config.data.split, config.valid, options.test)
     with study.opened("sweep", settings, source, config, options.metrics) as opened:
+        if opened.notes:
+            on_event(RecordsRead(opened.notes))
         yield _Begun(opened, options, _Base(model, opened), on_event)
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from deltaw.config import TrainConfig
 from deltaw.data import Record, held_out_split, read
 from deltaw.data.encode import Counts, Example
-from deltaw.data.forms import FIELDS
+from deltaw.data.fields.names import FIELDS
 from deltaw.data.prompts import described, item_of, items_in, overlap
+from deltaw.data.records import notes_of
 from deltaw.data.sources import is_path
 from deltaw.errors import shown
 from deltaw.methods.lora import LoRA
@@ -87,6 +88,8 @@ class Survey:
     """Items with more than one answer."""
     labels: dict[str, int]
     """Records of each class, the most first; empty for records without labels."""
+    notes: tuple[str, ...]
+    """Sentences on how fields and files were taken, and on fields that are ignored, with their counts."""
     odd: list[str]
     """Sentences on records that are worth a look, with their places."""
     lengths: Lengths
@@ -136,11 +139,11 @@ def survey(
     held = read(data, config.data, split=split) if split and config.valid is None else None
     if config.valid is not None:
         held = read(config.valid, config.data) if is_path(config.valid) else read(data, config.data, split=config.valid)
-    look = _of_records(records.items, records.source, held.items if held is not None else ())
+    look = _of_records(records.items, records.source, held.items if held is not None else (), notes_of([records, held]))
     return dataclasses.replace(look, lengths=Lengths.of([_characters(r) for r in records.items], "characters"))
 
 
-def _of_records(records: Sequence[Record], source: str, held: Sequence[Record]) -> Survey:
+def _of_records(records: Sequence[Record], source: str, held: Sequence[Record], notes: tuple[str, ...]) -> Survey:
     """Return what can be said without a model."""
     form = records[0].form
     kept = Counter(_content(record) for record in records)
@@ -157,6 +160,7 @@ def _of_records(records: Sequence[Record], source: str, held: Sequence[Record]) 
         copies=len(records) - len(kept),
         several=sum(len(of_item) > 1 for of_item in answers) if form != "text" else 0,
         labels=dict(labels.most_common()),
+        notes=notes,
         odd=_odd(records),
         lengths=Lengths.of([], "characters"),
     )
@@ -169,7 +173,7 @@ def _in_tokens(data: Any, prepared: Prepared) -> Survey:
     held = prepared.valid_records.items if prepared.valid_records is not None else ()
     of_held = {id(record) for record in held} | {record.place for record in held}
     trained = [record for record in records.items if record.place not in of_held] or records.items
-    look = _of_records(trained, records.source, held)
+    look = _of_records(trained, records.source, held, notes_of([records]))
     return dataclasses.replace(
         look,
         lengths=Lengths.of(prepared.encoded.lengths, "tokens") if config.data.task != "image" else look.lengths,
