@@ -84,6 +84,21 @@ def test_one_server_forks_part_after_part_whatever_becomes_of_them(place: Path, 
     assert scores(tmp_path / "first") == scores(tmp_path / "last")
 
 
+@pytest.mark.parametrize("forks", [True, False])
+def test_no_code_of_the_working_folder_runs(
+    forks: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be a stranger's: `python -m` looks there first."""
+    for name in ("xxhash", "statistics"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(apart, "_can_fork", lambda: forks)
+    monkeypatch.setenv("PYTHONPATH", "")  # an empty entry is the working folder, too
+    with Processes() as processes:
+        processes.do("candidate", task(place, tmp_path / "a"), worker.SCORE)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_new_process_does_the_same(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on other systems, and with a GPU."""
     monkeypatch.setattr(apart, "_can_fork", lambda: False)

@@ -377,6 +377,20 @@ def test_bad_steps_are_passed_over_as_many_as_are_allowed(place: Path, tmp_path:
             assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "2").values())
 
 
+def test_steps_without_a_loss_have_no_line_in_the_log(place: Path, tmp_path: Path) -> None:
+    """And a run of nothing else learned nothing."""
+    model, tokenizer = poisoned(place, {1, 2, 5})
+    config = settings(tmp_path / "a", valid_share=0.0, eval_every=None, skip_bad_steps=12, log_every=1)
+    result = deltaw.train(model, place / "data.jsonl", config, tokenizer=tokenizer)
+    losses = {event.step: event.loss for event in result.events if isinstance(event, Stepped)}
+    assert losses.keys() == {3, 4, *range(6, 13)} and min(losses.values()) > 1 and result.state.first_loss == losses[3]
+    model, tokenizer = poisoned(place, set(range(1, 100)))
+    with pytest.raises(NotFinite, match="at step 12"):
+        deltaw.train(
+            model, place / "data.jsonl", dataclasses.replace(config, out=str(tmp_path / "b")), tokenizer=tokenizer
+        )
+
+
 def test_a_rate_that_is_absurd_leaves_no_broken_adapter(place: Path, tmp_path: Path) -> None:
     config = settings(tmp_path / "a", lr=1e30, schedule="constant", warmup=0, clip=0.0, eval_every=None)
     with pytest.raises(NotFinite, match="No adapter was saved"):

@@ -33,6 +33,13 @@ def test_noise_around_a_falling_loss_is_none(seed: int) -> None:
     assert passed([0.25] * 100) == []
 
 
+def test_rounding_errors_of_a_loss_of_zero_are_none() -> None:
+    rng = np.random.default_rng(0)
+    assert passed([0.0] * 12 + [1e-7] + [0.0] * 8) == []
+    assert passed(list(rng.choice([0.0, 0.0, 1.19e-7, 2.4e-7], 300))) == []
+    assert passed([0.0] * 12 + [0.5] + [0.0] * 8) == [12]
+
+
 def test_a_jump_is_one_and_a_new_level_is_soon_usual() -> None:
     rng = np.random.default_rng(0)
     losses = list(1 + 0.1 * rng.standard_normal(400))

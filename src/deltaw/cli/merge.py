@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def run(command: Merge) -> None:
     if merged.correction:
         lines.append(
             f"Correction file: {units.size(merged.correction)} ({merged.correction / merged.bytes:.1%}). To restore the base's "
-            f"bytes: deltaw unmerge {out} {command.adapter} -o FOLDER"
+            f"bytes: deltaw unmerge {shlex.quote(str(out))} {shlex.quote(command.adapter)} -o FOLDER"
         )
     if merged.compared is None:
         lines.append("Not loaded and compared with the unmerged model (--check on does that).")

@@ -94,7 +94,16 @@ def _can_fork() -> bool:
 
 def _started(words: list[str], **files: object) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own: a terminal's Ctrl-C would else reach it twice. Its pipes have no buffer here."""
-    return subprocess.Popen(words, env=os.environ | _QUIET, start_new_session=True, bufsize=0, **files)  # type: ignore[call-overload, no-any-return]
+    env = os.environ | _QUIET | _same_imports()
+    return subprocess.Popen(words, env=env, start_new_session=True, bufsize=0, **files)  # type: ignore[call-overload, no-any-return]
+
+
+def _same_imports() -> dict[str, str]:
+    """Return the variables by which a process imports from where this one does.
+
+    `python -m` alone would import from the working folder first: a file json.py in it, which may be a stranger's, would run.
+    """
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if os.pathsep not in path)}
 
 
 class _New:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -46,6 +47,8 @@ class Kept:
     """The run's identity and more, as its writer told it."""
     notes: tuple[str, ...] = ()
     """Sentences on newer states that were damaged."""
+    path: Path | None = None
+    """The file that it was read from."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ class Keeper:
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
         self._told = False
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writing is not None:
+            self._writing.join()  # nothing is written into a run's folder once the run has let go of it
 
     def __call__(self, loops: Sequence[Loop], *, now: bool) -> None:
         """Write the loops' states if it is time for that; if they must be on disk `now`, wait until they are."""
@@ -151,7 +163,9 @@ def read_states(folder: Path) -> list[Kept]:
             problems.append(str(error))
     if problems and not states:
         raise FileError(f"No state in {folder} is whole:", problems, "Train again from the start, with --overwrite.")
-    notes = tuple(f"{problem} The state before it, of step {states[0].saved.step}, is used." for problem in problems)
+    notes = tuple(
+        f"{problem.rstrip('.')}. The state before it, of step {states[0].saved.step}, is used." for problem in problems
+    )
     return [replace(kept, notes=notes) for kept in states]
 
 
@@ -163,4 +177,27 @@ def _read(path: Path) -> Kept:
     numbers, about = metadata.get(_NUMBERS, ""), metadata.get(_ABOUT, "")
     if checksum(tensors, _VERSION, numbers, about) != metadata.get(_SHA256):
         raise FileError(f"{path} is damaged: its checksum is not that of its content.")
-    return Kept(Saved(tensors, json.loads(numbers)), json.loads(about))
+    return Kept(Saved(tensors, json.loads(numbers)), json.loads(about), path=path)
+
+
+def go_on_from(kept: Kept, folder: Path, about: Mapping[str, Any]) -> None:
+    """Make a state that was read the newest one of a folder, before the loop goes on from it.
+
+    A newer state, which is damaged or of no use, would else become the one before, and the good one would be lost.
+
+    Args:
+        kept: the state. Its file may lie in another folder.
+        folder: the folder of the run that goes on.
+        about: what is to stand in it about the run: other settings, for example.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    newest, before = folder / NEWEST, folder / BEFORE
+    if kept.path == before:
+        try:
+            before.replace(newest)
+        except OSError as error:
+            raise FileError(f"{before} cannot take the place of {newest}: {error.strerror}.") from error
+    if kept.path not in (newest, before) or kept.about != about:
+        write_state(folder, kept.saved, about)

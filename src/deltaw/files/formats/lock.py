@@ -21,6 +21,9 @@ else:
     import fcntl
 
 
+_ADVICE = "Wait for it or stop it, or choose another folder."
+
+
 @contextlib.contextmanager
 def locked(path: Path, doing: str) -> Iterator[str | None]:
     """Hold the lock in the file `path`, whose folder exists. The file goes when the lock does.
@@ -38,14 +41,31 @@ def locked(path: Path, doing: str) -> Iterator[str | None]:
     """
     handle, held_before = _taken(path)
     try:
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T"), "doing": doing}
-        os.write(handle, json.dumps(holder).encode())
+        _sign(handle, path, doing)
         yield _took_over(held_before)
     finally:
-        path.unlink(missing_ok=True)
+        if _is_at(path, handle):
+            path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _sign(handle: int, path: Path, doing: str) -> None:
+    """Write into the file who holds it. Raises FileError."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T"), "doing": doing}
+    try:
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, json.dumps(holder).encode())
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Return whether the file still has its name: a folder that was removed meanwhile may be another process's by now."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
 
 
 def _taken(path: Path) -> tuple[int, dict[str, object]]:
@@ -53,9 +73,10 @@ def _taken(path: Path) -> tuple[int, dict[str, object]]:
     while True:
         handle = _opened(path)
         held_before = _holder(handle)
-        if not _acquired(handle):
+        advice = _refused(handle, path)
+        if advice is not None:
             os.close(handle)
-            raise FolderInUse(_in_use(path, held_before))
+            raise FolderInUse(_in_use(path, held_before, advice))
         if not _is_gone(handle):
             return handle, held_before
         os.close(handle)
@@ -71,24 +92,30 @@ def _opened(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise FileError(f"{path} cannot be written ({error.strerror}): nothing was begun in {path.parent}.") from error
+        raise _not_writable(path, error) from error
 
 
-def _acquired(handle: int) -> bool:
-    """Take the system's lock of the file at once, or return False. Where a file system has none, the holder's number decides."""
+def _not_writable(path: Path, error: OSError) -> FileError:
+    return FileError(f"{path} cannot be written ({error.strerror}): nothing was begun in {path.parent}.")
+
+
+def _refused(handle: int, path: Path) -> str | None:
+    """Take the system's lock of the file at once, or return what to do about it. Where a file system has no locks, the holder's
+    number decides."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return False
+        return _ADVICE
     except OSError:
         holder = _holder(handle)
         pid = holder.get("pid")
         here = holder.get("host") == socket.gethostname()
-        return not holder or (here and not (isinstance(pid, int) and pid != os.getpid() and lives(pid)))
-    return True
+        if holder and not (here and not (isinstance(pid, int) and pid != os.getpid() and lives(pid))):
+            return f"{_ADVICE} If it has ended (this file system has no locks that could tell), remove {path}."
+    return None
 
 
 def _holder(handle: int) -> dict[str, object]:
@@ -111,11 +138,11 @@ def lives(pid: int) -> bool:
         return True
 
 
-def _in_use(path: Path, holder: dict[str, object]) -> str:
+def _in_use(path: Path, holder: dict[str, object], advice: str) -> str:
     who = "A process is at work here"
     if holder:
         who = f"Process {holder.get('pid')} on {holder.get('host')} {holder.get('doing')}, since {holder.get('since')}"
-    return f"{path.parent} is in use. {who}. Wait for it or stop it, or choose another folder."
+    return f"{path.parent} is in use. {who}. {advice}"
 
 
 def _took_over(holder: dict[str, object]) -> str | None:

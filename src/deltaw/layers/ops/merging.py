@@ -11,6 +11,7 @@ an element. (The row norms of DoRA do; they are summed in float64 by halving, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -264,7 +265,7 @@ def _merge(W0: Tensor, change: Change, *, write: bool, reversibly: bool = False)
         dw_norm=dw_squared**0.5,
         survived=survived / dw_squared if dw_squared else 1.0,
         changed=changed / W0.numel(),
-        largest_change=float(torch.tensor(extremes).abs().max()),  # not a number if any is
+        largest_change=float(torch.tensor(extremes, dtype=torch.float64).abs().max()),  # not a number if any is
     )
     return stats, residual.joined(residuals) if reversibly else None
 
@@ -291,8 +292,10 @@ class _Room:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """Return ⟨a, b⟩ of two blocks, summed in their dtype; the caller adds up blocks in float64."""
-    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+    """Return ⟨a, b⟩ of two blocks, summed in their dtype, or in float64 where that is too large for it; the caller adds up blocks
+    in float64."""
+    product = float(torch.dot(a.reshape(-1), b.reshape(-1)))
+    return product if math.isfinite(product) else float(torch.dot(a.reshape(-1).double(), b.reshape(-1).double()))
 
 
 def _nonzero(values: Tensor) -> int:

@@ -61,23 +61,33 @@ def restore(model: nn.Module, changed: Changed = "refuse") -> None:
     left_as_they_are = lost(model, changed)
     for name in left_as_they_are:
         del record.originals[name]
-    for name in list(record.originals):
-        _put_back(owner, name, record.originals[name].original, record.originals[name].names)
-        del record.originals[name]  # one by one, so that after an interrupt another call restores the rest
+    for name, kept in list(record.originals.items()):
+        try:
+            _put_back(owner, name, kept.original, kept.names)
+            del record.originals[name]  # one by one, so that after an interrupt another call restores the rest
+        except BaseException:  # an interrupt may come between the two
+            if all(difference(p, kept.stamp) for alias in kept.names if (p := _parameter(owner, alias)) is not None):
+                record.originals.pop(name, None)
+            raise
     if any(_was_untied(record, owner, name) for name in left_as_they_are):
         record.untied = None  # weights that keep their changes are not tied again
     tie_again(model)
-    if record.eos is not None:
-        config, before = record.eos
-        config.eos_token_id = before
-    record.merged, record.eos = {}, None
-    record.route.active, record.before_merge = record.before_merge, None
+    stop_as_before(record)
+    record.merged, record.route.active, record.before_merge = {}, record.before_merge, None
 
 
 def _was_untied(record: Adapters, owner: nn.Module, name: str) -> bool:
     """Return whether the merge has untied this parameter from others."""
     shared = {} if record.untied is None else record.untied.shared
     return name in shared or any(_parameter(owner, name) is parameter for parameter in shared.values())
+
+
+def stop_as_before(record: Adapters) -> None:
+    """Let the model stop at the base's end tokens alone again."""
+    if record.eos is not None:
+        config, before = record.eos
+        config.eos_token_id = before
+        record.eos = None
 
 
 def tie_again(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from deltaw.model.merging.checks import (
     line,
     misfit,
 )
-from deltaw.model.merging.kept import Changed, lost, put_back, restore, stamped, tie_again
+from deltaw.model.merging.kept import Changed, lost, put_back, restore, stamped, stop_as_before, tie_again
 from deltaw.model.merging.report import MergeReport, check_merged
 from deltaw.model.record import (
     Adapters,
@@ -101,6 +101,7 @@ def merge(
         record.untied = _untie(owner)
         changes = of_all_names
     originals: dict[str, Original] = {}
+    active = record.route.active
     try:
         stats = {
             line(name): _merged(matrix_of(owner, name), change, name, originals, keep)
@@ -109,15 +110,18 @@ def merge(
         updated = [line(n) for n, c in changes.items() if _must_change(c, stats[line(n)])]
         check_merged(stats, allow_unchanged, updated)
         kept = stamped(owner, originals)
+        extra = sum(original.bytes for original in originals.values())
+        report = MergeReport(tuple(chosen), stats, extra + _bytes_of_untied(record))
+        record.eos = _extended(model, chosen)
+        record.before_merge, record.route.active = active, None
+        record.merged, record.originals = chosen, kept
     except BaseException:  # also an interrupt from the keyboard: the model is left as it was
+        record.merged, record.originals, record.before_merge, record.route.active = {}, {}, None, active
         put_back(model, originals)
         tie_again(model)
+        stop_as_before(record)
         raise
-    record.merged, record.originals = chosen, kept
-    record.eos = _extended(model, chosen)
-    record.before_merge, record.route.active = record.route.active, None
-    extra = sum(original.bytes for original in originals.values())
-    return MergeReport(tuple(chosen), stats, extra + _bytes_of_untied(record))
+    return report
 
 
 def _merged(W0: Tensor, change: Change, name: str, originals: dict[str, Original], keep: Keep) -> MergeStats:

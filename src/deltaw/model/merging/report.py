@@ -93,7 +93,7 @@ def check_merged(stats: Mapping[str, MergeStats], allow_unchanged: bool, updated
         raise MergeError(
             f"{len(broken)} of {len(stats)} merged weights would not be finite (NaN or infinity): ΔW is not, or the sum "
             "is too large for the weight's dtype:",
-            broken,
+            [n if math.isfinite(stats[n].w0_norm) else f"{n}: the base's weight itself is not finite" for n in broken],
         )
     same = [n for n in (stats if updated is None else updated) if stats[n].changed == 0.0]
     if same and not allow_unchanged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 
 from deltaw.files import units
@@ -252,8 +253,8 @@ def _commands(results: RankResults) -> list[str]:
     if rank == results.largest.rank:
         return []
     adapter = f"{run}/adapter" if results.settings else run
-    cut = f"deltaw compress {adapter} --rank {rank} -o {run}-r{rank}"
-    return [cut] if results.confirmed else [cut, f"deltaw rank {run} --confirm"]
+    cut = f"deltaw compress {shlex.quote(adapter)} --rank {rank} -o {shlex.quote(f'{run}-r{rank}')}"
+    return [cut] if results.confirmed else [cut, f"deltaw rank {shlex.quote(run)} --confirm"]
 
 
 # --- rules of thumb -----------------------------------------------------------------------------------------------

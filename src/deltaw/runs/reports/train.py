@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ def run_report(
 
 def next_commands(model: str, adapter: str, settings: Mapping[str, object]) -> list[str]:
     """Return what to try with an adapter that these settings made."""
+    model, adapter = (shlex.quote(name) for name in (model, adapter))
     speaks = {"causal": "chat", "seq2seq": "generate"}.get(str(settings.get("task", "causal")))
     return [
         *([f"deltaw {speaks} {model} --adapter {adapter}"] if speaks else []),

@@ -67,6 +67,8 @@ class Asked:
             # As it was written, where that is this folder: the adapter's file tells it
             same = was and Path(was).resolve() == self.folder.resolve()
             config = replace(config, out=was if same else str(self.folder))
+        if config.valid and config.valid == settings.get("valid"):
+            config = replace(config, valid=self._from_here(config.valid, settings))
         overwrite, config = config.overwrite, replace(config, overwrite=bool(settings.get("overwrite")))
         model, data = self._named("model", self.model, settings), self._named("data", self.data, settings)
         return Begun(model, data, config, self._method(settings, there), overwrite)
@@ -78,7 +80,18 @@ class Asked:
                 f"The run in {self.folder} was trained with a {what} in memory. Resume it in Python, with the same {what}: "
                 f"deltaw.train(model, data, resume={str(self.folder)!r})"
             )
-        return name if asked is None else asked
+        return self._from_here(name, settings) if asked is None or asked == name else asked
+
+    def _from_here(self, name: str, settings: Mapping[str, Any]) -> str:
+        """Return a name of the run's settings as it is to be read in the working folder, which may be another one by now.
+
+        The folder in which the run was begun follows from its `out`, where that was relative too.
+        """
+        out, parts = Path(str(settings.get("out", ""))), self.folder.resolve().parts
+        if Path(name).exists() or out.is_absolute() or not out.parts or parts[-len(out.parts) :] != out.parts:
+            return name
+        there = Path(*parts[: -len(out.parts)]) / name
+        return str(there) if there.exists() else name
 
     def _method(self, settings: Mapping[str, Any], there: RunFolder) -> Method:
         if self.method is not None:

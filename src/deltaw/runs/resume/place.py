@@ -6,9 +6,11 @@ A run that replaces another one lies in next/, within the other's folder. The ot
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.config import LATEST
-from deltaw.errors import ConfigError
+from deltaw.errors import ConfigError, FileError
 from deltaw.files.formats.atomic import exchange, write_text
 from deltaw.files.formats.lock import locked
 from deltaw.training.keeper import BEFORE, NEWEST
 
-# Written into next/ once the run in it is whole and is about to be moved. It holds the inode of its adapter's folder, by which
-# one sees whether that was moved already, and the files of the run before that the new one lacks
+# Written into next/ once the run in it is whole and is about to be moved. It holds the checksum of its adapter, by which one sees
+# whether that was moved already, also in a copy of the folder, and the files of the run before that the new one lacks
 _REPLACING = "replacing.json"
 
 
@@ -111,7 +113,10 @@ def at_work(folder: RunFolder) -> Iterator[tuple[str, ...]]:
     """
     refuse_a_file(folder.path)
     new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
-    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder.path} cannot be made ({error.strerror}): nothing was begun.") from error
     try:
         with locked(folder.lock, "works in it") as note:
             yield (note,) if note else ()
@@ -145,9 +150,10 @@ def name_latest(folder: RunFolder) -> str:
 
 
 def refuse_a_file(folder: Path) -> None:
-    """Raise ConfigError where a file is in the place of a folder that is to be written."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out is {folder}, which is a file; name a folder.")
+    """Raise ConfigError where a file, or a link to nothing, is in the place of a folder that is to be written."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = "a file" if folder.exists() else "a link that leads nowhere"
+        raise ConfigError(f"out is {folder}, which is {kind}; name a folder.")
 
 
 def check_free(folder: RunFolder, *, overwrite: bool) -> None:
@@ -175,7 +181,7 @@ def _what_is_there(folder: RunFolder) -> str:
     if latest.config.exists() and not latest.is_whole:
         return (
             f"The run folder {folder.path} holds a run that has not come to its end. Go on with it:\n"
-            f"  deltaw train --resume {folder.path}\n"
+            f"  deltaw train --resume {shlex.quote(str(folder.path))}\n"
             "or choose another --out, or pass --overwrite to begin anew."
         )
     return f"The run folder {folder.path} is not empty. Choose another --out, or pass --overwrite to replace it."
@@ -187,7 +193,8 @@ def clear(folder: RunFolder) -> None:
         return
     for path in (*reversed(folder.files), *folder.path.glob(".*.tmp")):
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder.adapter, ignore_errors=True)
+    for adapter in (folder.adapter, folder.adapter.with_suffix(".old")):  # what take_place moves aside
+        shutil.rmtree(adapter, ignore_errors=True)
     if not any(folder.path.iterdir()):
         folder.path.rmdir()
 
@@ -196,7 +203,7 @@ def put_in_place(folder: RunFolder) -> RunFolder:
     """Put the run in next/, which is whole, in the place of the one that is there. Return `folder`."""
     new = folder.next
     stale = [there.name for here, there in zip(new.files, folder.files, strict=True) if not here.exists()]
-    write_text(new.path / _REPLACING, json.dumps({"adapter": new.adapter.stat().st_ino, "stale": stale}))
+    write_text(new.path / _REPLACING, json.dumps({"adapter": _content(new.adapter), "stale": stale}))
     finish_replacing(folder)
     return folder
 
@@ -209,11 +216,23 @@ def finish_replacing(folder: RunFolder) -> None:
             clear(new)  # it died while it removed what it had moved
         return
     replacing = json.loads(mark.read_text(encoding="utf-8"))
-    if not folder.adapter.exists() or folder.adapter.stat().st_ino != replacing["adapter"]:
+    if not folder.adapter.exists() or _content(folder.adapter) != replacing["adapter"]:
         exchange.take_place(new.adapter, folder.adapter)
     for here, there in zip(new.files, folder.files, strict=True):
         if here.exists():
             here.replace(there)
         elif there.name in replacing["stale"]:
             there.unlink(missing_ok=True)
-    shutil.rmtree(new.path)
+    mark.unlink()
+    clear(new)
+
+
+def _content(folder: Path) -> str:
+    """Return the sha256, in hex, over the names and the bytes of a folder's files."""
+    hashed = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        hashed.update(f"{path.relative_to(folder)!r} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                hashed.update(piece)
+    return hashed.hexdigest()

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from deltaw.errors import Interrupted
+
 _ASKING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 """An operation of Linux's prctl."""
@@ -48,6 +50,10 @@ def asked_to_stop() -> Iterator[Stopping]:
     previous = {signum: signal.signal(signum, ask) for signum in _ASKING}
     try:
         yield stopping
+    except KeyboardInterrupt:
+        if stopping.signum != signal.SIGTERM:
+            raise
+        raise Interrupted("Stopped at once, since a second signal came.", exit_code=stopping.exit_code) from None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

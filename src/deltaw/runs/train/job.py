@@ -63,11 +63,30 @@ def attached(prepared: Prepared, name: str, folder: RunFolder, together: Sequenc
 
 
 def _settings(prepared: Prepared) -> dict[str, object]:
-    """Return what config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is."""
+    """Return what config.yaml holds: the command's own keys, so that `deltaw train --config` takes it as it is.
+
+    Raises ConfigError for names that it cannot hold.
+    """
     source, count = prepared.source, len(prepared.encoded.examples)
     data = source if isinstance(source, (str, Path)) else f"<{count} records in memory>"
     named = {"model": prepared.loaded.name, "data": str(data), "method": name_of(prepared.method)}
-    return {**named, **to_mapping(prepared.method), **to_mapping(prepared.config)}
+    settings = {**named, **to_mapping(prepared.method), **to_mapping(prepared.config)}
+    if wrong := [key for key, value in settings.items() if not _is_text(value)]:
+        raise ConfigError(
+            "A run's files cannot hold these names, which are not UTF-8:",
+            [f"{key}: {settings[key]!r}" for key in wrong],
+            "Rename them, or name them through a link.",
+        )
+    return settings
+
+
+def _is_text(value: object) -> bool:
+    """Return whether UTF-8 can hold a value: names of files may have any bytes."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def begin_with(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from deltaw.config import LATEST, TrainConfig, to_yaml
-from deltaw.errors import ConfigError, DeltaWError, Interrupted, NotFinite, TrainError
+from deltaw.errors import ConfigError, DeltaWError, FileError, Interrupted, NotFinite, TrainError
 from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
@@ -42,7 +43,7 @@ from deltaw.runs.train.result import RunResult, finished
 from deltaw.runs.train.samples import answers, records_to_answer, sampled
 from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Resumed, Started, Warned
-from deltaw.training.keeper import Keeper, Kept, Place, read_states
+from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
 from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.tasks import task_of
@@ -132,14 +133,23 @@ def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:
         there = home.latest
         begun = asked.settled(there)
         states = read_states(there.path)
+        if not states and there.is_whole:
+            raise ConfigError(
+                f"The run in {asked.folder} has come to its end, and its state is not there any more: it cannot be trained "
+                f"further. A new run can begin with its adapter: --start {shlex.quote(str(there.adapter))}"
+            )
         prepared = prepare(begun.model, begun.data, begun.config, begun.method, tokenizer=asked.tokenizer)
         job = attached(prepared, "default", there)
         if states:
             job = _going_on(job, states[0], asked)
+        else:
+            job = replace(job, notes=("No state of the run had been saved: it begins anew.",))
         job = replace(job, notes=(*notes, *job.notes))
         new_home = RunFolder(Path(begun.config.out))
         if new_home.path.resolve() == home.path.resolve():
             return _run(job, home, on_event)
+        inputs = {"the base": begun.model, "the data": begun.data, "the held-out records": begun.config.valid}
+        check_apart(new_home.path, {**inputs, "the run to resume": home.path})
         with at_work(new_home):
             check_free(new_home, overwrite=begun.overwrite)
             moved = begin(new_home)
@@ -154,6 +164,11 @@ def _going_on(job: Job, kept: Kept, asked: Asked) -> Job:
     before, now = kept.about["settings"], job.identity["settings"]
     if saved.has_ended and any(before[key] != now[key] for key in LENGTHS):
         saved = saved.reopened()
+    steps = _plan(job, lambda event: None, lambda: False).total_steps
+    if saved.step > steps:
+        raise ConfigError(
+            f"The run in {asked.folder} has taken {saved.step} steps already: it cannot be resumed with a length of {steps}."
+        )
     return replace(job, kept=replace(kept, saved=saved), notes=(*kept.notes, *notes))
 
 
@@ -196,9 +211,10 @@ def run_abreast(
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(asked_to_stop())
         journals = [stack.enter_context(_recorded(job, partial(on_event, i))) for i, job in enumerate(jobs)]
-        plans = [_plan(job, journal, stopping) for job, journal in zip(jobs, journals, strict=True)]
+        plans = [_plan(job, journal.hear, stopping) for job, journal in zip(jobs, journals, strict=True)]
         starts = [job.kept.saved for job in jobs if job.kept is not None]
-        ended = run_loops(plans, width, rungs, starts=starts, keep=_keeper(jobs, journals))
+        keep = stack.enter_context(_keeper(jobs, journals))
+        ended = run_loops(plans, width, rungs, starts=starts, keep=keep)
         if any(state.stopped == "interrupted" for state in ended.states):
             raise Interrupted("Stopped. The same command goes on from here.", exit_code=stopping.exit_code)
         return [
@@ -245,6 +261,8 @@ def _recorded(job: Job, on_event: Callable[[Event], None]) -> Iterator[Journal]:
         begin_with(job)
         clear(folder)
     folder.path.mkdir(parents=True, exist_ok=True)
+    if kept is not None:
+        go_on_from(kept, folder.path, {**kept.about, "settings": job.identity["settings"]})
     write_text(folder.config, to_yaml(job.settings))
     with contextlib.closing(Journal(folder.log, on_event, kept.about["log_bytes"] if kept else 0)) as journal:
         if kept is None:
@@ -278,7 +296,7 @@ def _opening_events(job: Job) -> Iterator[Event]:
         yield Warned(0, prepared.encoded.note)
 
 
-def _plan(job: Job, journal: Journal, stopping: Callable[[], bool]) -> LoopPlan:
+def _plan(job: Job, on_event: Callable[[Event], None], stopping: Callable[[], bool]) -> LoopPlan:
     """Return the plan of the run's loop. stopping: says whether it was asked to stop."""
     prepared = job.prepared
     return LoopPlan(
@@ -286,7 +304,7 @@ def _plan(job: Job, journal: Journal, stopping: Callable[[], bool]) -> LoopPlan:
         prepared.encoded.examples,
         prepared.valid.examples if prepared.valid else (),
         prepared.config,
-        on_event=journal.hear,
+        on_event=on_event,
         should_stop=stopping,
         adapter=job.adapter,
     )
@@ -313,15 +331,18 @@ def _about(job: Job, journal: Journal) -> dict[str, Any]:
 def _train(job: Job, journal: Journal, stopping: Stopping) -> LoopState:
     """Run the loop and save the adapter, however the loop ends. Raises Interrupted where it was asked to stop, and TrainError."""
     adapter = job.folder.adapter
-    plan, state = _plan(job, journal, stopping), LoopState()
+    plan, state = _plan(job, journal.hear, stopping), LoopState()
     start = job.kept.saved if job.kept else None
     try:
-        run_loop(plan, state, start=start, keep=_keeper([job], [journal]))
+        with _keeper([job], [journal]) as keep:
+            run_loop(plan, state, start=start, keep=keep)
     except NotFinite as error:
         raise with_what_was_good(job, plan, error) from error
     except BaseException as error:
-        if values_are_finite(job):
-            save(job, state.step)
+        # Of a disk that is full the first error tells
+        with contextlib.suppress(*([FileError] if isinstance(error, FileError) else [])):
+            if values_are_finite(job):
+                save(job, state.step)
         if _out_of_memory(error):
             raise TrainError(
                 f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
@@ -333,7 +354,7 @@ def _train(job: Job, journal: Journal, stopping: Stopping) -> LoopState:
     if state.stopped == "interrupted":
         raise Interrupted(
             f"Stopped after step {state.step} of {plan.total_steps}. Its state is saved: go on with\n"
-            f"  deltaw train --resume {job.settings['out']}\n"
+            f"  deltaw train --resume {shlex.quote(str(job.settings['out']))}\n"
             f"The adapter so far is in {adapter}.",
             exit_code=stopping.exit_code,
         )

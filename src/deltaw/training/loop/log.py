@@ -15,8 +15,13 @@ from deltaw.training.loop.state import Loop, LoopState, Taken
 
 
 def tell(loop: Loop) -> None:
-    """Tell a line of the log, of the last step. On a GPU this waits for it."""
+    """Tell a line of the log, of the last step. On a GPU this waits for it.
+
+    Where all steps since the last line were passed over, there is none: nothing has a loss.
+    """
     state, taken = loop.state, loop.taken
+    if state.supervised == loop.logged.supervised:
+        return
     assert taken is not None
     state.loss_sum += float(loop.losses)
     loop.losses.zero_()

@@ -23,6 +23,8 @@ _SPREADS = 10.0
 _NORMAL = 1.4826
 # Times the usual loss that it must be, too: losses that hardly vary make no spike of nothing
 _TIMES = 1.5
+# The least loss that can be one: below it are rounding errors and chance, of an adapter that knows its records by heart
+_LEAST = 1e-4
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Usual:
             return False
         usual = self.loss
         spread = _NORMAL * median(abs(one - usual) for one in self.losses)
-        return loss > max(usual + _SPREADS * spread, _TIMES * usual)
+        return loss > max(usual + _SPREADS * spread, _TIMES * usual, _LEAST)
 
     def add(self, loss: float) -> None:
         """Take up the loss of a step."""

@@ -193,7 +193,8 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     norm = nn.utils.get_total_norm(gradients)
     now = Watched(state.step, loss, norm, lr, [row.place for row in rows])
     if not loop.check_late and not now.is_sound(loop.scaler):
-        if loop.skipped >= config.skip_bad_steps:
+        nothing_learned = state.supervised == 0 and state.step + 1 == loop.plan.total_steps
+        if loop.skipped >= config.skip_bad_steps or nothing_learned:
             raise now.error(loop.flat.not_finite())
         return _passed_over(loop, now)
     nn.utils.clip_grads_with_norm_(loop.trainable, config.clip or math.inf, norm)
