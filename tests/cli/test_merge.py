@@ -104,3 +104,22 @@ def test_a_resized_vocabulary_trains_merges_and_verifies(
         and "Without --reversible this is merged in memory" in said
     )
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("check", ["on", "off", "auto"])
+def test_check_says_whether_a_merge_in_memory_is_loaded_again(
+    check: str, place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaw.runs import export
+
+    compared: list[Path] = []
+    real = export._compared
+    monkeypatch.setattr(export, "_compared", lambda folder, *rest: compared.append(folder) or real(folder, *rest))
+    words = ("merge", place / "model", place / "run" / "adapter", "-o", tmp_path / "merged", "--dtype", "float16")
+    done = run(*words, "--check", check)
+    assert done.returncode == 0, done.stderr
+    assert len(compared) == (0 if check == "off" else 1)
+    assert ("Not loaded and compared" in done.stdout) == (check == "off")
+    assert "torch_dtype" in json.loads((tmp_path / "merged" / "config.json").read_text())
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert weights.dtype == torch.float16 and not (tmp_path / "merged" / "adapter_config.json").exists()

@@ -106,7 +106,7 @@ def test_an_adapters_folder_keeps_other_files_and_folders_and_no_stale_adapter(p
         (place / "adapter" / stale).write_text("old")
     deltaw.save(model_in(place), place / "adapter")
     assert state(place / "adapter").keys() == {
-        "adapter_config.json", "adapter_model.safetensors", "checkpoint-3/optimizer.pt"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-3/optimizer.pt"
     }  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def test_minutes_are_for_training(small: Any, tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in valid))
         config = quick(
             tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=1500, epochs=100_000,
-            minutes=0.05,
+            minutes=0.03,
         )  # fmt: skip
         result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
         counts[name] = [line["step"] for line in result.log if line["event"] == "eval"]

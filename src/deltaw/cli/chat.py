@@ -130,9 +130,9 @@ def _save(talk: _Talk, path: str) -> None:
         with Path(path).expanduser().open("a", encoding="utf-8") as file:
             file.write(record + "\n")
     except OSError as error:
-        show.out.print(f"{path} cannot be written: {error.strerror}.", style="yellow")
+        show.out.print(f"{path} cannot be written: {error.strerror}.", style="yellow", soft_wrap=True)
     else:
-        show.out.print(f"Added to {path}.", style="dim")
+        show.out.print(f"Added to {path}.", style="dim", soft_wrap=True)
 
 
 def _whole(talk: _Talk, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:

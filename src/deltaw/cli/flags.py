@@ -250,6 +250,23 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Put ADAPTER into the repository REPO on the hub, in one commit, with its card. The folder is checked first. Needs a token
+    (`hf auth login`, or HF_TOKEN)."""
+
+    adapter: Adapter
+    """Adapter folder."""
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
+    """Repository on the hub, OWNER/NAME. It is made where there is none."""
+    base: str | None = None
+    """The base's id on the hub, in place of the path that it was opened from."""
+    private: bool = False
+    """Make the repository private. A public one that is there already is refused."""
+    dry_run: bool = False
+    """Show which files would go, with their sizes, and push nothing."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Convert an adapter of loralib or llama.cpp into a folder for deltaw and PEFT, or such a folder into a file for them."""
 
@@ -310,13 +327,34 @@ class Compress:
     energy: float | None = None
     """Instead of --rank: the share of each layer's ‖ΔW‖² to keep, for example 0.99."""
     bytes: str | None = None
-    """Instead of --rank: the folder's largest size, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
+    """Instead of --rank: the largest size of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
     """Replace a folder that is already there."""
     json: bool = False
     """Print the results as JSON."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Look at DATA before anything is trained on it: form, counts, lengths, copies, overlaps and odd records; with --model its
+    tokens, and which of them are taught."""
+
+    data: Data
+    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    model: str | None = None
+    """Model to encode the records for, exactly as train does: hub id, model folder or GGUF file."""
+    valid: str | None = None
+    """Held-out data: a file, or a split of DATA, as in train."""
+    out: str | None = None
+    """HTML file to write the page to."""
+    json: bool = False
+    """Print the results as JSON."""
+    records: DataConfig = field(default_factory=DataConfig)
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
 
 
 @dataclass(frozen=True)
@@ -344,9 +382,9 @@ class Plan:
 
 
 COMMANDS: dict[str, type[DataclassInstance]] = {
-    "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate, "chat": Chat,
-    "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "extract": Extract,
-    "compress": Compress, "inspect": Inspect,
+    "data": Survey, "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate,
+    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "push": Push,
+    "extract": Extract, "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from deltaw.model.merging.report import MergeReport
     from deltaw.runs.export import Compared
 
-# Bytes of a checkpoint whose merged logits are compared unasked: loading it twice takes seconds
-_SMALL = 2e9
-
 
 @dataclass(frozen=True)
 class _Merged:
@@ -87,6 +84,7 @@ def _merge(command: Merge, out: Path) -> _Merged:
         dtype=command.dtype,
         check_base=not command.any_base,
         untie=command.untie,
+        check=command.check,
         trust_remote_code=command.trust_remote_code,
     )
     return _Merged(merged.report, merged.bytes, compared=merged.compared)
@@ -106,15 +104,14 @@ def _checkpoint(command: Merge) -> Path | None:
 def _on_disk(command: Merge, base: Path, out: Path) -> _Merged:
     from deltaw.files.merge import merge_files
     from deltaw.model.merging.report import MergeReport
+    from deltaw.runs.export import compare, is_checked
 
     adapter = Path(command.adapter)
     comparisons: list[Compared] = []
 
     def look(folder: Path) -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        if command.check == "on" or (command.check == "auto" and size <= _SMALL):
-            from deltaw.runs.export import compare
-
+        if is_checked(command.check, size):
             check_base, trust = not command.any_base, command.trust_remote_code
             comparisons.append(compare(str(base), adapter, folder, check_base=check_base, trust_remote_code=trust))
 

@@ -194,7 +194,11 @@ _TABLE = (
         None,
         "the loss is the paper's, −log p(y_t | x, y_<t)",
     ),
-    Meaning("push_to_hub hub_model_id hub_token hub_strategy", None, "nothing is uploaded by training"),
+    Meaning(
+        "push_to_hub hub_model_id hub_token hub_strategy",
+        None,
+        "nothing is uploaded by training; deltaw push uploads an adapter",
+    ),
     Meaning("data_seed random_seed", "seed"),
     Meaning("max_tokens max_length_generation num_predict n_predict", "max_new_tokens"),
     Meaning("temp", "temperature"),

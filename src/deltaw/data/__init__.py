@@ -17,7 +17,17 @@ batches.py   examples → length-bucketed batches, as tensors
 from deltaw.data.batches import Batch, Order, collate, plan
 from deltaw.data.chats.encode import encode_chat, prompt_ids, turn_ends
 from deltaw.data.chats.messages import Message
-from deltaw.data.encode import Counts, Encoded, Example, as_said, encode, encode_prompt, prompt_ends, template_of
+from deltaw.data.encode import (
+    Counts,
+    Encoded,
+    Example,
+    as_said,
+    as_taught,
+    encode,
+    encode_prompt,
+    prompt_ends,
+    template_of,
+)
 from deltaw.data.forms import Record
 from deltaw.data.records import Records, read, references
 from deltaw.data.sources import held_out_split, splits
@@ -32,6 +42,7 @@ __all__ = [
     "Record",
     "Records",
     "as_said",
+    "as_taught",
     "collate",
     "encode",
     "encode_chat",

@@ -24,6 +24,7 @@ from deltaw.files.formats import correction, model_folder, peft
 from deltaw.files.formats.atomic import SIGNED, check_apart, check_replaceable, files_written, replacing_folder, sign
 from deltaw.files.formats.fingerprint import EXACT, Digest, bytes_of, combined, digest
 from deltaw.files.formats.locate import NotByFiles, Place, check_by_files, hash_of_layers, places_of, stored_twice
+from deltaw.files.formats.older_readers import add_older_settings
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.formats.safetensors import INDEX, Other, Rewritten, Shard, rewrite, shards_of, with_tensors
 from deltaw.files.formats.strict_json import read_object
@@ -65,8 +66,8 @@ def merge_files(
     """Write a checkpoint with an adapter's ΔW in it, in the dtypes that it is stored in.
 
     Config and tokenizer go along, and the adapter's tokenizer or chat template in their place where its folder has another. The
-    tokens that the adapter was taught to end with are added to those that generation_config.json names. At most one and a half
-    times the largest tensor is held in memory.
+    tokens that the adapter was taught to end with are added to those that generation_config.json names. Settings are also written
+    by their older names, which transformers 5 leaves out. At most one and a half times the largest tensor is held in memory.
 
     Args:
         base: folder of a safetensors checkpoint.
@@ -119,6 +120,7 @@ def merge_files(
             if twice or any(place.untied for place in places.values()):
                 _say_untied(folder, shards, places)
             model_folder.stop_at(folder, ends)
+            add_older_settings(folder, trust_remote_code=trust_remote_code)
             if kept is not None:
                 kept.keep(before, _beside(folder))
         sign(folder)

@@ -23,7 +23,8 @@ from deltaw.files.formats.method_file import (
     is_beside,
     problems_with,
 )
-from deltaw.files.formats.peft.config import METHOD, PeftConfig
+from deltaw.files.formats.peft.card import base_name
+from deltaw.files.formats.peft.config import METHOD, WRITTEN_AS, PeftConfig
 from deltaw.files.formats.peft.metadata import BASE, FORMAT, FORMAT_KEY, VERSION_KEY
 from deltaw.files.identity import base_fingerprint
 from deltaw.layers.kinds import Conv1DKind, kind_of
@@ -69,9 +70,9 @@ def as_method_file(model: nn.Module, name: str) -> MethodFile:
 
 
 def name_of_base(model: nn.Module) -> str | None:
-    """Return the name or path that the base was opened by, where it has one."""
+    """Return the name or path that the base was opened by, where it has one; of the hub's cache, the hub's id."""
     name = getattr(getattr(owner_of(model), "config", None), "_name_or_path", None)
-    return str(name) if name else None
+    return base_name(str(name)) if name else None
 
 
 def _replaced(updates: Mapping[str, Update]) -> set[str]:
@@ -131,7 +132,8 @@ def _as_ia3(model: nn.Module, file: MethodFile, updates: Mapping[str, Update], b
     inputs = frozenset(n for n, u in scaled.items() if u.inputs)
     transposed = all(isinstance(kind_of(owner.get_submodule(n)), Conv1DKind) for n in scaled)
     config = PeftConfig.of({
-        "peft_type": "IA3", "task_type": None, "base_model_name_or_path": base, "target_modules": sorted(scaled),
+        "peft_type": "IA3", "task_type": None, "peft_version": WRITTEN_AS, "base_model_name_or_path": base,
+        "target_modules": sorted(scaled),
         "feedforward_modules": sorted(inputs), "fan_in_fan_out": transposed, "modules_to_save": sorted(others) or None,
         "init_ia3_weights": True, "inference_mode": True,
     })  # fmt: skip
@@ -150,7 +152,8 @@ def _as_prompt(
         return None
     length, d = update.rows.shape
     settings = PeftConfig.of({
-        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "num_virtual_tokens": length,
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "peft_version": WRITTEN_AS, "base_model_name_or_path": base,
+        "num_virtual_tokens": length,
         "token_dim": d, "num_transformer_submodules": 1, "num_attention_heads": getattr(config, "num_attention_heads", None),
         "num_layers": getattr(config, "num_hidden_layers", None), "prompt_tuning_init": "RANDOM", "inference_mode": True,
     })  # fmt: skip

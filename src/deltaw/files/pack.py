@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ log = logging.getLogger("deltaw")
 
 # What transformers 4 called the dense layers of an expert, and their router
 _EXPERTS_BEFORE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+# Ends of names of modules that PEFT trains whole of a classifier
+_HEADS = ("classifier", "score")
 
 _Weights = dict[str, tuple[str, LowRank]]
 """A weight's name in the file → the parameter's in the model, and its update."""
@@ -271,7 +273,7 @@ def _config(
         transposed=bool(updates) and all(isinstance(u.kind, Conv1DKind) for u in updates.values()),
         target_parameters=[*parameters, *(f"{n}.weight" for n in sorted(by_weight))] or None,
         base=name_of_base(model),
-        task=_task(base),
+        task=_task(base, named, others),
         **others,
     )
 
@@ -293,17 +295,30 @@ def _names_experts(config: object) -> bool:
     return any("experts" in name and type(value) is int and value > 1 for name, value in fields)
 
 
-def _task(base: nn.Module) -> str | None:
+def _task(base: nn.Module, layers: Collection[str], others: Mapping[str, object]) -> str | None:
     """Return PEFT's name of what the model does, where its reader needs no more than that.
 
-    For classifiers it would want a head, for encoder-decoders a method that transformers no longer has. It calls any causal model
-    with these arguments.
+    For encoder-decoders it wants a method that transformers no longer has. It calls any other model with these arguments.
     """
-    config = getattr(base, "config", None)
-    if not getattr(base, "can_generate", lambda: False)() or getattr(config, "is_encoder_decoder", False):
-        return None
     asked = {"input_ids", "attention_mask", "inputs_embeds", "labels"}
-    return "CAUSAL_LM" if asked <= inspect.signature(base.forward).parameters.keys() else None
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or not asked <= inspect.signature(base.forward).parameters.keys():
+        return None
+    if type(base).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS" if _has_heads_whole(base, layers, others) else None
+    return "CAUSAL_LM" if getattr(base, "can_generate", lambda: False)() else None
+
+
+def _has_heads_whole(base: nn.Module, layers: Collection[str], others: Mapping[str, object]) -> bool:
+    """Return whether an adapter has all that PEFT takes for a classifier's head, as a whole: it refuses a file without."""
+    names = [name for name, _ in base_modules(base)]
+    heads = {name for name in names if name.endswith(_HEADS)}
+    saved = others["modules_to_save"]
+    ends = tuple(saved) if isinstance(saved, list) else ()
+    whole = {name for name in names if ends and name.endswith(ends)}
+    changed = {*layers, *(whole - heads)}
+    within = any(name == head or name.startswith(f"{head}.") for name in changed for head in heads)
+    return heads <= whole and not within and others["bias"] == "none"
 
 
 def _target_modules(model: nn.Module, updates: set[str]) -> list[str]:

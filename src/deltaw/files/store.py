@@ -19,6 +19,7 @@ from deltaw.files.formats.atomic import check_apart
 from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.model_folder import copy_files, differs, files_in, has_vocabulary
 from deltaw.files.formats.peft import LoRAFile
+from deltaw.files.formats.peft.metadata import TRAINING
 from deltaw.files.formats.peft.targets import saved_module
 from deltaw.files.formats.strict_json import parse_object
 from deltaw.files.identity import base_hash
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerBase | BaseImageProcessor
 
-TRAINING = "deltaw_training"
-"""Metadata: JSON, how the adapter was trained."""
 STEPS_TAKEN = "steps_taken"
 """Among the settings of a training: how many steps the adapter has behind it."""
 
@@ -74,7 +73,8 @@ def save(
 ) -> Path:  # fmt: skip
     """Write an adapter as a PEFT-format folder, atomically, and read it back.
 
-    Where modules that are trained whole make up most of a large file, that is logged.
+    Where modules that are trained whole make up most of a large file, that is logged. README.md is the card that the hub shows;
+    one that somebody has edited stays.
 
     Args:
         model: a model with the adapter; it stays as it is. While it is merged, A and B are written all the same.
@@ -100,7 +100,7 @@ def save(
     >>> model = AutoModelForCausalLM.from_pretrained("model")
     >>> folder = deltaw.save(deltaw.attach(model, deltaw.LoRA(rank=4)), "saved")
     >>> sorted(path.name for path in folder.iterdir())
-    ['adapter_config.json', 'adapter_model.safetensors']
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     record = live.record_of(model)
     adapter = record.attached[live.known(record, name)]

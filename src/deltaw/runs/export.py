@@ -1,9 +1,10 @@
-"""Merged model folders, verified: what is on disk is loaded again and compared with the unmerged model."""
+"""Merged model folders: what is on disk is loaded again and compared with the unmerged model, where that is asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from deltaw.config import DataConfig, DType
 from deltaw.errors import MergeError
 from deltaw.files.formats import model_folder
 from deltaw.files.formats.atomic import replacing_folder, sign
+from deltaw.files.formats.older_readers import add_older_settings
 from deltaw.model.merging import merge
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained
@@ -20,6 +22,21 @@ from deltaw.training import opening
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 _NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+Check = Literal["auto", "on", "off"]
+"""The answers to whether a merged model is loaded again and compared."""
+# Bytes of a checkpoint whose merged logits are compared unasked: loading it twice takes seconds
+_SMALL = 2e9
+
+
+def is_checked(check: Check, size: int) -> bool:
+    """Return whether a merged model of so many bytes is loaded again and compared.
+
+    >>> is_checked("auto", 1_000), is_checked("off", 1_000), is_checked("on", 10**12)
+    (True, False, True)
+    """
+    return check == "on" or (check == "auto" and size <= _SMALL)
 
 
 @dataclass(frozen=True)
@@ -36,13 +53,13 @@ class Compared:
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """A model folder that was written and checked."""
+    """A model folder that was written."""
 
     report: MergeReport
     bytes: int
     """The size of all its files."""
-    compared: Compared
-    """Its model, loaded again, beside the unmerged one."""
+    compared: Compared | None
+    """Its model, loaded again, beside the unmerged one; None where that was not asked for."""
 
 
 def merge_to_folder(
@@ -53,6 +70,7 @@ def merge_to_folder(
     dtype: DType = "auto",
     check_base: bool = True,
     untie: bool = False,
+    check: Check = "auto",
     trust_remote_code: bool = False,
 ) -> MergedFolder:
     """Write base + ΔW as an ordinary model folder, through the model in memory.
@@ -66,6 +84,7 @@ def merge_to_folder(
         dtype: the precision to store; auto is the checkpoint's.
         check_base: refuse an adapter of another base.
         untie: store tied weights apart where the adapter changes one of them.
+        check: load what was written and compare its logits with the unmerged model's: always, never, or for small models.
         trust_remote_code: run Python code that comes with the base.
 
     Raises:
@@ -77,12 +96,16 @@ def merge_to_folder(
     model_folder.check_place(out, {"the base": source, "the adapter": adapter})
     loaded = _opened(source, adapter, dtype, check_base, trust_remote_code)
     data = opening.of_adapter(adapter)
-    inputs, expected = _logits(loaded, data)
+    size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    before = _logits(loaded, data) if is_checked(check, size) else None
     report = merge.merge(loaded.model, untie=untie)
     with replacing_folder(out) as folder:
         merge.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
-        compared = _compared(folder, data, inputs, expected, loaded.model.dtype, trust_remote_code)
+        add_older_settings(folder, trust_remote_code=trust_remote_code)
+        compared = None
+        if before is not None:
+            compared = _compared(folder, data, *before, loaded.model.dtype, trust_remote_code)
         size = sum(f.stat().st_size for f in folder.iterdir())
         sign(folder)
     return MergedFolder(report, size, compared)

@@ -153,3 +153,39 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.close()
         read(tmp_path / "model.gguf")
+
+
+def adapter_file(path: Path, alpha: Any, arch: str = "llama") -> Path:
+    """An adapter of one layer, with this α or with none (`...`)."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    if isinstance(alpha, str):
+        writer.add_string(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    elif alpha is not ...:
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_tensor("blk.1.ffn_down.weight.lora_a", torch.ones(4, 56).numpy())
+    writer.add_tensor("blk.1.ffn_down.weight.lora_b", torch.ones(32, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(..., 1.0), (0.0, 1.0), (10.0, 2.5)], ids=["none", "zero", "ten"])
+def test_without_an_alpha_the_scale_is_one_as_in_llama_cpp(alpha: Any, scale: float, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    path = adapter_file(tmp_path / "a.gguf", alpha)
+    assert set(read(path).scales.values()) == {scale}
+    convert(path, tmp_path / "adapter", base=tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    deltaw.load(model, tmp_path / "adapter")
+    dW = deltaw.delta(model, "model.layers.1.mlp.down_proj")
+    assert torch.equal(dW, torch.full((32, 56), 4 * scale))
+
+
+@pytest.mark.parametrize("alpha", ["ten", float("nan"), float("inf")], ids=str)
+def test_an_alpha_that_is_no_number_is_refused_by_its_name(alpha: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"adapter\.lora\.alpha is"):
+        read(adapter_file(tmp_path / "a.gguf", alpha))

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from deltaw.data.chats.checks import left_out
+from deltaw.data.chats.checks import LeftOut, advice_on, left_out
 from deltaw.data.chats.endings import Ending, Ids, Turn, tokens_of
 from deltaw.data.chats.messages import Conversation, Message
 from deltaw.data.chats.template import Template
@@ -105,14 +105,21 @@ def _encoded(
     """Encode conversations whose messages have none of the template's marks in them."""
     encoded: list[InTokens] = []
     problems: list[str] = []
+    lost: list[LeftOut] = []
     failed: set[int] = set()
     for at in range(0, len(conversations), _TOKENIZED_AT_ONCE):
         rendered: list[_Rendered] = []
         for number in range(at, min(at + _TOKENIZED_AT_ONCE, len(conversations))):
             try:
-                rendered += _render_turns(conversations[number], template, number, places[number], turns)
+                parts, left = _render_turns(conversations[number], template, number, places[number], turns)
             except DataError as error:
-                problems += [f"{places[number]}: {line}" for line in error.problems or [str(error)]]
+                problems.append(f"{places[number]}: {error}")
+                failed.add(number)
+                continue
+            rendered += parts
+            if left:
+                problems += [f"{places[number]}: {one.line}" for one in left]
+                lost += left
                 failed.add(number)
         ids = tokenized((text for one in rendered for text in one.texts), template.tokenizer)
         read = _Reader(template.tokenizer, ids)
@@ -124,7 +131,9 @@ def _encoded(
                 failed.add(one.number)
     if problems:
         share = f"{len(failed)} of {len(conversations)} records"
-        raise DataError(f"The assistant's tokens cannot be told exactly in {share}:", problems)
+        raise DataError(
+            f"The assistant's tokens cannot be told exactly in {share}:", problems, advice_on(lost) if lost else ""
+        )
     return encoded
 
 
@@ -201,28 +210,33 @@ def tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[
 
 def _render_turns(
     conversation: Conversation, template: Template, number: int, place: str, turns: Turns
-) -> list[_Rendered]:
-    """Return a conversation's text with its taught turns; a text for each of them where the template changes earlier turns."""
+) -> tuple[list[_Rendered], list[LeftOut]]:
+    """Return a conversation's text with its taught turns; a text for each of them where the template changes earlier turns.
+
+    Second are the parts that the template leaves out: where there are any, no text is returned.
+    """
     taught = [i for i, message in enumerate(conversation.messages) if message.is_taught]
     if not taught:
         raise DataError("there is no assistant message, so nothing to learn.")
     taught = taught[-1:] if turns == "last" else taught
     conversation = conversation.upto(taught[-1] + 1)
     rendered = [(i, _turn(conversation.upto(i + 1), template)) for i in taught]
-    problems = left_out(template, conversation, rendered)
-    if problems:
-        raise DataError("The chat template leaves something out:", problems)
+    lost = left_out(template, conversation, rendered)
+    if lost:
+        return [], lost
     whole, eos = rendered[-1][1].after, template.tokenizer.eos_token or ""
-    joined = [replace(turn, after=_begun(turn.after, whole, eos)) for _, turn in rendered]
-    if all(whole.startswith(turn.before) and whole.startswith(turn.after) for turn in joined):
-        return [_Rendered(number, place, whole, joined, _spans(conversation, template, whole, joined))]
-    return [
+    joined = [(i, replace(turn, after=_begun(turn.after, whole, eos))) for i, turn in rendered]
+    if all(whole.startswith(turn.before) and whole.startswith(turn.after) for _, turn in joined):
+        spans = _spans(conversation, template, whole, joined)
+        return [_Rendered(number, place, whole, [turn for _, turn in joined], spans)], []
+    parts = [
         _Rendered(
             number, f"{place}, message {i + 1}", turn.after, [turn],
-            _spans(conversation.upto(i + 1), template, turn.after, [turn]), is_part=True,
+            _spans(conversation.upto(i + 1), template, turn.after, [(i, turn)]), is_part=True,
         )
         for i, turn in rendered
     ]  # fmt: skip
+    return parts, []
 
 
 def _turn(conversation: Conversation, template: Template) -> Turn:
@@ -254,33 +268,54 @@ def _not_begun(name: str, before: str, after: str) -> str:
         f"{name}: the text to generate it from, the messages before it with the generation prompt, is not how the conversation "
         f"with it begins: at character {at + 1} it has {before[at : at + 30]!r}, the conversation {after[at : at + 30]!r}. So "
         "the template teaches something else than a model is asked for. Use one whose generation prompt begins the answer as it "
-        "is rendered (TRL has training versions of many)."
+        "is rendered (TRL has training versions of many), or set the template's variables in chat_template_kwargs, for example "
+        '{"enable_thinking": false}.'
     )
 
 
-def _spans(conversation: Conversation, template: Template, whole: str, turns: Sequence[Turn]) -> Spans:
+def _spans(conversation: Conversation, template: Template, whole: str, rendered: Sequence[tuple[int, Turn]]) -> Spans:
     """Return the supervised spans: the turns, or what lies inside {% generation %} marks in them.
 
-    Each mark must lie in an assistant's turn, and each taught turn must have one.
+    Each mark must lie in an assistant's turn, and each taught turn must have one. A mark may begin in the generation
+    prompt (as in TRL's template for Qwen2.5), which is not supervised, as a model is given it.
+
+    rendered: the number of each taught message, and the turn.
     """
+    turns = [turn for _, turn in rendered]
     if not template.has_marks(conversation):
         return [(turn.before, turn.after) for turn in turns]
-    text, spans = template.marked(conversation)
+    text, marks = template.marked(conversation)
     if text != whole:
         raise DataError("the template renders differently each time, so its {% generation %} marks have no place.")
-    inside = [[(a, b) for a, b in spans if len(turn.before) <= a and b <= len(turn.after)] for turn in turns]
-    for i, of_turn in enumerate(inside, 1):
-        if not of_turn:
-            raise DataError(f"assistant message {i}: the template's {{% generation %}} marks enclose nothing of it.")
-    kept = [span for of_turn in inside for span in of_turn]
+    used: set[tuple[int, int]] = set()
+    spans: Spans = []
+    for number, turn in rendered:
+        start, end = len(turn.before), len(turn.after)
+        asked = _asked_at(conversation.upto(number), template, turn)
+        inside = [(a, b) for a, b in marks if asked <= a and start < b <= end]
+        if not inside:
+            raise DataError(
+                f"message {number + 1} (assistant): the template's {{% generation %}} marks enclose nothing of it."
+            )
+        used |= set(inside)
+        spans += [(whole[: max(a, start)], whole[:b]) for a, b in inside]
     others = sum(m.role == "assistant" for m in conversation.messages) - len(turns)
-    for a, b in spans:
-        if (a, b) not in kept and not others:  # else it may be in a turn that is not taught here
+    for a, b in marks:
+        if (a, b) not in used and not others:  # else it may be in a turn that is not taught here
             raise DataError(
                 f"the {{% generation %}} marks enclose {whole[a:b][:30]!r}, which is not in the assistant's turn."
             )
     # each turn's own prompt is checked too, as generation starts from it: an empty span costs nothing
-    return [(turn.before, turn.before) for turn in turns] + [(whole[:a], whole[:b]) for a, b in kept]
+    return [(turn.before, turn.before) for turn in turns] + spans
+
+
+def _asked_at(context: Conversation, template: Template, turn: Turn) -> int:
+    """Return the character at which the generation prompt of a turn begins; its end where that cannot be told."""
+    try:
+        text = template.render(context)
+    except DataError:
+        return len(turn.before)
+    return len(text) if turn.before.startswith(text) else len(turn.before)
 
 
 class _Reader:

@@ -54,11 +54,13 @@ class Message:
     def as_dict(self, *, arguments_as_text: bool = False, empty: str | None = "") -> dict[str, object]:
         """Return the message as chat templates take it.
 
-        arguments_as_text: give the arguments of calls as JSON text, not as objects. empty: the content where calls stand alone.
+        arguments_as_text: give the arguments of calls as JSON text, not as objects. empty: the content where calls stand alone;
+        without it there is no content then, as transformers removes a null.
         """
         fields: dict[str, object] = {"role": self.role, "content": self.content}
         if self.tool_calls:
-            fields["content"] = self.content or empty
+            if not self.content and empty is None:
+                del fields["content"]
             fields["tool_calls"] = [call.as_dict(arguments_as_text) for call in self.tool_calls]
         if self.reasoning:  # templates read either name
             fields |= {"reasoning_content": self.reasoning, "thinking": self.reasoning}

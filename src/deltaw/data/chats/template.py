@@ -1,7 +1,8 @@
 """A tokenizer's chat template: the text that it makes of a conversation. Knows nothing of what is taught.
 
-Templates take the arguments of a tool call as an object (Qwen, Llama) or as JSON text (DeepSeek), and a call's missing content as
-"" or as null. A trial tells which: the right one renders the call's name and arguments, without quotes escaped or Python's.
+Templates take the arguments of a tool call as an object (Qwen, Llama) or as JSON text (DeepSeek), and the content of a message of
+calls alone as "" or not at all (transformers removes a null). A trial tells which: the right form renders the call's name and
+arguments, without quotes escaped or Python's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Shape:
 
     arguments_as_text: bool = False
     empty: str | None = ""
-    """The content of a message of calls alone."""
+    """The content of a message of calls alone; None: it has none."""
 
 
 _SHAPES = [Shape(as_text, empty) for as_text in (False, True) for empty in ("", None)]

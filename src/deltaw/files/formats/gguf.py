@@ -6,6 +6,7 @@ own r. Where an adapter's scales differ from that, the rest goes into B.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -103,10 +104,15 @@ def read(path: Path) -> GGUFLoRA:
         kind, form, alpha, arch, ends = (field.contents() if field is not None else None for field in settings.values())
     except (OSError, ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be read as a GGUF file: {error}") from error
-    if kind != "adapter" or form != "lora" or arch is None or alpha is None:
+    if kind != "adapter" or form != "lora":
         raise FileError(f"{path} is no LoRA adapter: its general.type is {kind!r}, its adapter.type {form!r}.")
+    if not isinstance(arch, str):
+        raise FileError(f"{path} cannot be used: its general.architecture is {arch!r}.")
+    alpha = 0.0 if alpha is None else alpha  # as llama.cpp takes a file without one
     pairs: dict[str, dict[int, Tensor]] = {}
     problems = []
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        problems.append(f"its adapter.lora.alpha is {alpha!r}; it must be a finite number")
     for tensor in file.tensors:
         name, part = tensor.name[:-7], tensor.name[-7:]
         if part not in _PARTS:
@@ -121,6 +127,7 @@ def read(path: Path) -> GGUFLoRA:
     if problems:
         raise FileError(f"{path} cannot be used:", problems)
     factors = {name: (pair[0], pair[1]) for name, pair in pairs.items()}
+    # Without α, and with α = 0, llama.cpp adds BA as it is
     scales = {name: (alpha / A.shape[0] if alpha else 1.0) for name, (A, _) in factors.items()}
     return GGUFLoRA(arch, factors, scales, tuple(int(end) for end in ends or ()))
 

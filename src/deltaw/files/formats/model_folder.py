@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deltaw")
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 _MORE_TEMPLATES = "additional_chat_templates"
 # Files that hold tokens, as transformers' tokenizers name them; any of the first makes a tokenizer with the others
 _VOCABULARIES = (
@@ -33,7 +32,7 @@ _VOCABULARIES = (
     "sentencepiece.model", "vocab.bpe", "tiktoken.model", "tekken.json", "source.spm", "bpe.codes",
 )  # fmt: skip
 _BESIDE = (
-    _TOKENIZER_CONFIG, TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "target.spm",
+    TOKENIZER_CONFIG, TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "target.spm",
     "target_vocab.json", "normalizer.json", "dict.txt",
 )  # fmt: skip
 TOKENIZER_FILES = (*_VOCABULARIES, *_BESIDE, _MORE_TEMPLATES)
@@ -168,7 +167,7 @@ def template_in(folder: Path) -> str | dict[str, str] | None:
     try:
         if (folder / TEMPLATE).is_file():
             return (folder / TEMPLATE).read_text(encoding="utf-8")
-        for name in ("chat_template.json", _TOKENIZER_CONFIG):
+        for name in ("chat_template.json", TOKENIZER_CONFIG):
             if (folder / name).is_file():
                 template = read_object(folder / name).get("chat_template")
                 if isinstance(template, list):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from deltaw.files.formats.atomic import write_text
+from deltaw.files.formats.peft import card
 from deltaw.model import summary as sizes
 from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
@@ -113,6 +114,7 @@ def finished(
 
     home: where the run is in the end; where it was trained, if there is none.
     """
+    _say_scores(job, state)
     summary, merge = sizes.summary(job.model), preview(job.model)
     outcome = _figures(job, journal.events, state, summary, merge)
     write_report(run_report(job.settings, outcome, journal.events, samples), job.folder.report)
@@ -131,6 +133,13 @@ def finished(
         events=journal.events,
         outcome=outcome,
     )
+
+
+def _say_scores(job: Job, state: LoopState) -> None:
+    """Write the held-out loss into the adapter's card, where the run measured it."""
+    loss = state.best_loss if state.best_loss is not None else state.valid_loss
+    if loss is not None:
+        card.add_scores(job.folder.adapter, {"held-out loss": f"{loss:.4g} {task_of(job.prepared.config.data).unit}"})
 
 
 def _figures(job: Job, events: Sequence[Event], state: LoopState, summary: Summary, merge: MergeReport) -> RunFigures:

@@ -52,6 +52,8 @@ HARMLESS = {
     "velora_config", "qalora_group_size", "runtime_config", "merge_weights",
 }  # fmt: skip
 KNOWN = SETTINGS.keys() | READ | HARMLESS
+# Version of PEFT whose form our files have
+WRITTEN_AS = "0.21.0"
 # PEFT's target_modules of an adapter without A and B, which it refuses with any other value
 NO_LAYERS = "dummy-target-modules"
 

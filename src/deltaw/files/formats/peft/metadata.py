@@ -28,6 +28,8 @@ TRANSPOSED = "deltaw_transposed"
 SLICES = "deltaw_slices"
 # JSON list of the tokens that end what the adapter was taught to say
 ENDS = "deltaw_ends"
+# JSON, how the adapter was trained
+TRAINING = "deltaw_training"
 # JSON, layer → its scale, where no α in the settings gives that to the last bit
 SCALES = "deltaw_scales"
 # Checksum of the tensors and of all other texts under keys of ours

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from deltaw.files.formats.peft import patterns
-from deltaw.files.formats.peft.config import NO_LAYERS, PeftConfig, in_pattern
+from deltaw.files.formats.peft.config import NO_LAYERS, WRITTEN_AS, PeftConfig, in_pattern
 from deltaw.files.formats.peft.targets import is_target
 from deltaw.layers.names import unwrapped
 
@@ -163,6 +163,7 @@ def config_for(
     return PeftConfig.of({
         "peft_type": "LORA",
         "task_type": task,
+        "peft_version": WRITTEN_AS,
         "base_model_name_or_path": base,
         "r": r,
         "lora_alpha": alpha,

@@ -16,6 +16,8 @@ from deltaw.errors import FileError
 from deltaw.files.formats.atomic import check_replaceable, replacing_folder
 from deltaw.files.formats.model_folder import TOKENIZER_FILES
 from deltaw.files.formats.peft.adapter import LoRAFile
+from deltaw.files.formats.peft.card import NAME as CARD
+from deltaw.files.formats.peft.card import card_of, is_ours
 from deltaw.files.formats.peft.config import CONFIG, PICKLED, WEIGHTS, PeftConfig
 from deltaw.files.formats.peft.keys import PREFIX
 from deltaw.files.formats.peft.metadata import SCALES, sealed
@@ -51,7 +53,9 @@ def write_folder(
     folder: Path, config: PeftConfig, tensors: dict[str, Tensor], metadata: dict[str, str],
     same: Callable[[Path], bool], beside: Callable[[Path], None],
 ) -> Path:  # fmt: skip
-    """Write an adapter's two files atomically. `same` tells whether a folder reads back as it was meant; `beside` adds files.
+    """Write an adapter's files and its card atomically.
+
+    `same` tells whether a folder reads back as it was meant; `beside` adds files.
 
     An adapter that is there is replaced, and what else is in its folder stays. Raises FileError for values that are not finite,
     and where `same` is False; ConfigError for a folder with other things in it and no adapter.
@@ -64,6 +68,8 @@ def write_folder(
         write_tensors(temporary / WEIGHTS, tensors, sealed(tensors, metadata))
         if not same(temporary):
             raise FileError(f"Not saved: what was written to {folder} did not read back the same.")
+        if is_ours(folder / CARD):
+            (temporary / CARD).write_text(card_of(config, metadata).text(), encoding="utf-8")
         beside(temporary)
         _keep_others(folder, temporary)
     return folder
@@ -95,7 +101,7 @@ def _link(old: str | Path, new: str | Path) -> None:
 
 
 def size(adapter: LoRAFile) -> int:
-    """Return the bytes that the folder's two files would take."""
+    """Return the bytes that the adapter's two files would take, without its card."""
     tensors = _stored(adapter)
     return len(save_bytes(tensors, metadata=sealed(tensors, _metadata(adapter)))) + len(_text(adapter.config).encode())
 
