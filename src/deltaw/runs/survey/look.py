@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from deltaw.config import TrainConfig
 from deltaw.data import Record, held_out_split, read
 from deltaw.data.encode import Counts, Example
-from deltaw.data.forms import FIELDS
+from deltaw.data.fields.names import FIELDS
 from deltaw.data.prompts import described, item_of, items_in, overlap
+from deltaw.data.records import notes_of
 from deltaw.data.sources import is_path
 from deltaw.errors import shown
 from deltaw.methods.lora import LoRA
@@ -98,6 +99,8 @@ class Survey:
     template: str = ""
     """chat or plain, as the records are put to this model; empty without one."""
     rendered: tuple[Rendered, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences on how the records were read, and on the fields that are not used."""
 
     def to_json(self) -> dict[str, object]:
         """Return plain values."""
@@ -137,7 +140,8 @@ def survey(
     if config.valid is not None:
         held = read(config.valid, config.data) if is_path(config.valid) else read(data, config.data, split=config.valid)
     look = _of_records(records.items, records.source, held.items if held is not None else ())
-    return dataclasses.replace(look, lengths=Lengths.of([_characters(r) for r in records.items], "characters"))
+    lengths = Lengths.of([_characters(r) for r in records.items], "characters")
+    return dataclasses.replace(look, lengths=lengths, notes=notes_of([records, held]))
 
 
 def _of_records(records: Sequence[Record], source: str, held: Sequence[Record]) -> Survey:
@@ -175,6 +179,7 @@ def _in_tokens(data: Any, prepared: Prepared) -> Survey:
         lengths=Lengths.of(prepared.encoded.lengths, "tokens") if config.data.task != "image" else look.lengths,
         tokens=prepared.encoded.counts,
         note=prepared.encoded.note,
+        notes=tuple(prepared.sets.notes),
         template=str(config.data.template) if config.data.task == "causal" else "",
         rendered=tuple(
             _rendered(example, prepared.loaded.tokenizer)
