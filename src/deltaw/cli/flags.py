@@ -327,7 +327,7 @@ class Compress:
     energy: float | None = None
     """Instead of --rank: the share of each layer's ‖ΔW‖² to keep, for example 0.99."""
     bytes: str | None = None
-    """Instead of --rank: the largest size of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
+    """Instead of --rank: most bytes of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
