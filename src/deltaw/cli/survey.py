@@ -59,8 +59,7 @@ def _tell(look: Survey) -> None:
     if look.labels:
         facts["classes"] = ", ".join(f"{name} {count:,}" for name, count in list(look.labels.items())[:12])
     show.facts(facts)
-    show.notes(look.notes)
-    for warning in (*filter(None, [look.overlap, look.note]), *look.odd):
+    for warning in (*filter(None, [look.overlap, look.note]), *look.notes, *look.odd):
         show.prose(warning, style="yellow")
     _draw(look.lengths)
     for one in look.rendered:

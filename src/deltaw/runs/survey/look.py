@@ -88,6 +88,8 @@ class Survey:
     """Items with more than one answer."""
     labels: dict[str, int]
     """Records of each class, the most first; empty for records without labels."""
+    notes: tuple[str, ...]
+    """Sentences on how fields and files were taken, and on fields that are ignored, with their counts."""
     odd: list[str]
     """Sentences on records that are worth a look, with their places."""
     lengths: Lengths
@@ -99,8 +101,6 @@ class Survey:
     template: str = ""
     """chat or plain, as the records are put to this model; empty without one."""
     rendered: tuple[Rendered, ...] = ()
-    notes: tuple[str, ...] = ()
-    """Sentences on how the records were read, and on the fields that are not used."""
 
     def to_json(self) -> dict[str, object]:
         """Return plain values."""
@@ -139,12 +139,11 @@ def survey(
     held = read(data, config.data, split=split) if split and config.valid is None else None
     if config.valid is not None:
         held = read(config.valid, config.data) if is_path(config.valid) else read(data, config.data, split=config.valid)
-    look = _of_records(records.items, records.source, held.items if held is not None else ())
-    lengths = Lengths.of([_characters(r) for r in records.items], "characters")
-    return dataclasses.replace(look, lengths=lengths, notes=notes_of([records, held]))
+    look = _of_records(records.items, records.source, held.items if held is not None else (), notes_of([records, held]))
+    return dataclasses.replace(look, lengths=Lengths.of([_characters(r) for r in records.items], "characters"))
 
 
-def _of_records(records: Sequence[Record], source: str, held: Sequence[Record]) -> Survey:
+def _of_records(records: Sequence[Record], source: str, held: Sequence[Record], notes: tuple[str, ...]) -> Survey:
     """Return what can be said without a model."""
     form = records[0].form
     kept = Counter(_content(record) for record in records)
@@ -161,6 +160,7 @@ def _of_records(records: Sequence[Record], source: str, held: Sequence[Record]) 
         copies=len(records) - len(kept),
         several=sum(len(of_item) > 1 for of_item in answers) if form != "text" else 0,
         labels=dict(labels.most_common()),
+        notes=notes,
         odd=_odd(records),
         lengths=Lengths.of([], "characters"),
     )
@@ -173,13 +173,12 @@ def _in_tokens(data: Any, prepared: Prepared) -> Survey:
     held = prepared.valid_records.items if prepared.valid_records is not None else ()
     of_held = {id(record) for record in held} | {record.place for record in held}
     trained = [record for record in records.items if record.place not in of_held] or records.items
-    look = _of_records(trained, records.source, held)
+    look = _of_records(trained, records.source, held, tuple(prepared.sets.notes))
     return dataclasses.replace(
         look,
         lengths=Lengths.of(prepared.encoded.lengths, "tokens") if config.data.task != "image" else look.lengths,
         tokens=prepared.encoded.counts,
         note=prepared.encoded.note,
-        notes=tuple(prepared.sets.notes),
         template=str(config.data.template) if config.data.task == "causal" else "",
         rendered=tuple(
             _rendered(example, prepared.loaded.tokenizer)

@@ -41,6 +41,6 @@ def survey_report(look: Survey) -> Report:
             for one in look.rendered
         ],
         tables=[Table("Classes", ["class", "records"], classes)] if classes else [],
-        warnings=[*look.notes, *filter(None, [look.overlap, look.note]), *look.odd],
+        warnings=[*filter(None, [look.overlap, look.note]), *look.notes, *look.odd],
         footer=f"deltaw {__version__}",
     )
