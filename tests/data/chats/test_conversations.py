@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deltaw.config import DataConfig
 from deltaw.data import Record, as_taught, encode, encode_prompt, read
 from deltaw.data.chats.encode import encode_chats
+from deltaw.data.records import notes_of
 from deltaw.errors import DataError
 
 from ..conftest import CHATML, LLAMA2, MARKED, tiny_tokenizer
@@ -255,7 +256,7 @@ def test_sharegpt_is_read_in_its_spellings(field: str, human: str, model: str) -
                      id="two thoughts"),
         pytest.param({"messages": [{"role": "system", "content": "A"}, USER, ANSWER], "system": "B"}, QWEN2,
                      ["two different system texts"], id="two systems"),
-        pytest.param({"messages": [USER, ANSWER], "items": [USER, ANSWER]}, QWEN2, ["messages, items fit more than one form"],
+        pytest.param({"messages": [USER, ANSWER], "items": [USER, ANSWER]}, QWEN2, ["chat (messages) and chat (items)"],
                      id="two conversations"),
         pytest.param({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "look"}]}, QWEN2,
                      ["conversations[1]: value is text that is no JSON"], id="a call in words"),
@@ -293,6 +294,7 @@ def test_turns_apart_and_unused_fields_are_told_once_with_their_count() -> None:
         "records[1]",
     ]
     assert encoded.note is not None and "2 answers in 1 of 2 conversations is a record of its own" in encoded.note
+    assert notes_of([records]) == ("ignored: id (2 records); messages' ts, messages' name (1 record)",)
     assert encode(read(rows[1:], config), tiny_tokenizer(CHATML), config).note is None
 
 
