@@ -9,6 +9,7 @@ from deltaw.data import encode, read
 from deltaw.data.prompts import item_numbers
 from deltaw.data.records import notes_of
 from deltaw.errors import ConfigError, DataError
+from deltaw.runs.survey import survey
 
 from .conftest import CHATML, tiny_tokenizer
 
@@ -220,6 +221,12 @@ def test_prompts_alone_need_no_answers():
     assert prompts({"Question": "ab"}) == prompts({"prompt": "ab", "chosen": "x", "rejected": "y"}) == ["ab"]
     assert prompts({"prompt": "ab", "source": "web", "label": False}) == prompts({"source": "ab"}) == ["ab"]
     assert prompts({"q": "ab"}, columns="prompt=q,completion=a") == ["ab"]
+
+
+def test_a_survey_names_the_fields_that_are_not_used(tmp_path):
+    (tmp_path / "train.jsonl").write_text(lines(*[GOOD | {"id": i} for i in range(3)]))
+    (tmp_path / "valid.jsonl").write_text(lines(GOOD | {"id": 9}))
+    assert survey(tmp_path).notes == ("ignored: id (4 records)",)
 
 
 def test_separators_and_cuts_are_stated(tmp_path):

@@ -102,7 +102,7 @@ def _records(command: Generate) -> list[Record]:
         text = Path(command.file).read_text(encoding=command.data.encoding) if command.file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{command.file or 'Standard input'} cannot be read as {command.data.encoding} text: {error}"
+            f"{command.file or 'Standard input'} cannot be read as {command.data.encoding.upper()} text: {error}"
         ) from error
     # Not splitlines, which also cuts at U+2028 and its like inside a prompt
     lines = [{"prompt": line} for line in text.split("\n") if line.strip()]

@@ -185,7 +185,7 @@ def _without_answers(there: frozenset[str]) -> list[Reading]:
     return every
 
 
-def recognise(rows: Sequence[Named], source: str, asked: Asked) -> Reading:
+def recognise(rows: Sequence[Named], places: Sequence[str], source: str, asked: Asked) -> Reading:
     """Return the reading that most of the first records have.
 
     Raises DataError, with the fields, if they have none, or several of them.
@@ -207,7 +207,10 @@ def recognise(rows: Sequence[Named], source: str, asked: Asked) -> Reading:
         raise DataError(
             f"{source}: its records have several forms, {' and '.join(map(str, best))}. Give each as a file of its own."
         )
-    raise DataError(f"{source}: {_several(there, best) if best else _none(there)}")
+    if not best:
+        raise DataError(f"{source}: {_none(there)}")
+    place = next(place for place, row in zip(places, rows, strict=True) if len(readings(row, asked)) > 1)
+    raise DataError(f"{source}: {_several(there, place, best)}")
 
 
 def differing(alike: Sequence[Reading]) -> str:
@@ -218,10 +221,9 @@ def differing(alike: Sequence[Reading]) -> str:
     return f"{' and '.join(map(str, alike))}. {', or '.join(ways)}".replace(". name", ". Name")
 
 
-def _several(there: Sequence[str], best: Sequence[Reading]) -> str:
-    return (
-        f"the fields {', '.join(there)} fit more than one form: {differing(best)}. Forms and their fields:\n{_forms()}"
-    )
+def _several(there: Sequence[str], place: str, best: Sequence[Reading]) -> str:
+    fit = f"the fields {', '.join(there)} (for example of {place}) fit more than one form"
+    return f"{fit}: {differing(best)}. Forms and their fields:\n{_forms()}"
 
 
 def _none(there: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ def take(read: Read, columns: str, asked: Asked) -> Taken:
     places = [place for place, _ in read.rows]
     if asked.completions:
         _check_pairs(rows, places, read.name)
-    reading = recognise(rows, read.name, asked)
+    reading = recognise(rows, places, read.name, asked)
     parts: list[Part] = []
     for (place, fields), row in zip(read.rows, rows, strict=True):
         new = list(_parts(place, row, reading, asked, sums))

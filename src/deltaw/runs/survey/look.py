@@ -173,7 +173,7 @@ def _in_tokens(data: Any, prepared: Prepared) -> Survey:
     held = prepared.valid_records.items if prepared.valid_records is not None else ()
     of_held = {id(record) for record in held} | {record.place for record in held}
     trained = [record for record in records.items if record.place not in of_held] or records.items
-    look = _of_records(trained, records.source, held, notes_of([records]))
+    look = _of_records(trained, records.source, held, tuple(prepared.sets.notes))
     return dataclasses.replace(
         look,
         lengths=Lengths.of(prepared.encoded.lengths, "tokens") if config.data.task != "image" else look.lengths,
