@@ -584,9 +584,10 @@ def test_runs_without_a_name_are_dated_and_the_latest_is_a_link(
     assert Path("runs/latest").resolve() == second.folder.resolve()
     assert second.settings["out"] == str(second.folder)
     deltaw.detach(model)
-    longer = dataclasses.replace(config, out="runs/latest", steps=(config.steps or 4) + 2)
+    longer = dataclasses.replace(config, out="runs/latest", steps=second.state.step + 2)
     again = deltaw.train(model, RECORDS, longer, method=METHOD, tokenizer=tokenizer, resume="runs/latest")
     assert again.folder.resolve() == second.folder.resolve() and again.settings["out"] == str(second.folder)
+    assert again.state.step == second.state.step + 2
     assert sorted(path.name for path in Path("runs").iterdir()) == [first.folder.name, second.folder.name, "latest"]
 
 
