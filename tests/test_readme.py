@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaw import errors
 from tests.conftest import ROOT
 from tests.data.conftest import write_chat_model
 
@@ -66,3 +67,10 @@ def test_no_link_is_dead(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (document.parent / link).exists()]
     assert not dead
+
+
+def test_the_page_of_errors_has_each_exit_code() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE))
+    classes = [errors.DeltaWError, *errors.DeltaWError.__subclasses__(), errors.Interrupted]
+    assert {str(cls.exit_code): cls.__name__ for cls in classes} == {c: n for c, n in rows.items() if c != "143"}

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from deltaw.runs.compare import Comparison, compare
     from deltaw.runs.memory.plan import Planned, plan
     from deltaw.runs.rank import RankChoice, choose_rank
+    from deltaw.runs.survey import Survey, survey
     from deltaw.runs.sweep import Sweep, sweep
     from deltaw.runs.train import RunResult, train
 
@@ -74,6 +75,7 @@ _HOME = {
     "RunResult": "runs.train",
     "Spectrum": "files.compress",
     "Summary": "model.summary",
+    "Survey": "runs.survey",
     "Sweep": "runs.sweep",
     "adapters": "model.summary",
     "attach": "model.attach",
@@ -95,6 +97,7 @@ _HOME = {
     "save": "files.store",
     "spectrum": "files.compress",
     "summary": "model.summary",
+    "survey": "runs.survey",
     "sweep": "runs.sweep",
     "train": "runs.train",
     "unmerge": "model.merging.merge",
@@ -125,6 +128,7 @@ __all__ = [
     "RunResult",
     "Spectrum",
     "Summary",
+    "Survey",
     "Sweep",
     "SweepConfig",
     "TrainConfig",
@@ -149,6 +153,7 @@ __all__ = [
     "save",
     "spectrum",
     "summary",
+    "survey",
     "sweep",
     "train",
     "unmerge",

@@ -17,7 +17,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -79,18 +79,32 @@ class DataConfig:
     """Text between prompt and completion when the template is plain, for example a newline."""
     system: str | None = None
     """System message for every conversation that has none (chat template only)."""
+    turns: Literal["all", "last"] = "all"
+    """Answers of a conversation that are taught: all of them, or the last alone. Each is learnt in the context that the chat
+    template renders for it. Where the template changes earlier turns, each answer becomes a record of its own."""
     max_length: int = 1024
     """Longest record in tokens, prompt and completion together."""
     too_long: TooLong = "truncate"
     """A longer record: truncate it (a prompt at its left; a text, and a completion of an encoder's decoder, at the end), drop it,
     or stop with an error. The numbers are reported."""
+    columns: str = ""
+    """Fields of the records by what they are taken as: prompt=question,completion=choices.0.text. ignore=score leaves a field out
+    that would be refused."""
+    encoding: str = "utf-8"
+    """Encoding of JSON, CSV and text files, for example cp1252."""
     split: str | None = None
     """Split of a hub data set or a folder to train on. Default: train."""
     max_records: int | None = None
     """Train on a random sample of at most this many records. Default: all."""
 
     def __post_init__(self) -> None:
-        check(self, max_length=(2, None), max_records=(1, None))
+        wrong = [] if not isinstance(self.encoding, str) or _is_encoding(self.encoding) else [self.encoding]
+        problems = [f"encoding is {name!r}, which is no encoding of text{nearest(name, _ENCODINGS)}" for name in wrong]
+        check(self, problems, max_length=(2, None), max_records=(1, None))
+
+
+LATEST = "runs/latest"
+"""The default folder of a run: a link to a dated one."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +127,9 @@ class TrainConfig:
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    out: str = "runs/latest"
-    """Run folder: adapter, config.yaml, log.jsonl, report.html."""
+    out: str = LATEST
+    """Run folder: adapter, config.yaml, log.jsonl, report.html. With runs/latest, a new one each time, runs/DATE-NUMBER, which
+    runs/latest is then a link to."""
     overwrite: bool = False
     """Replace a run folder that is already there."""
     lr: float = 5e-4
@@ -310,7 +325,7 @@ class SweepConfig:
     halving: bool = False
     """End the worse half of the candidates, by held-out loss, after a quarter of the steps and again after a half."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the largest rank's."""
+    """Share by which a recommended rank's loss may exceed the largest rank's; 0.005 nats are always allowed, unless it is 0."""
     metrics: str = ""
     """Scores on the test records, with commas. Default: the loss, and the usual ones for classes and numbers."""
     test: str | None = None
@@ -342,7 +357,7 @@ class RankConfig:
     ranks: str = ""
     """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its rank."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the whole adapter's."""
+    """Share by which a recommended rank's loss may exceed the whole adapter's; 0.005 nats are always allowed, unless it is 0."""
     records: str | None = None
     """Held-out records to score: a file, or a split of the run's data. Default: the records that the run held out."""
     most: int = 256
@@ -415,12 +430,14 @@ class PlanConfig:
         check(self, labels=(1, None), batch=(1, None), length=(2, None))
 
 
-def check(config: DataclassInstance, **limits: tuple[float | None, float | None]) -> None:
+def check(config: DataclassInstance, problems: Sequence[str] = (), **limits: tuple[float | None, float | None]) -> None:
     """Raise one ConfigError with each field of a wrong type, not one of its literals, not finite, or outside its (low, high).
+
+    `problems` are others of the same settings.
 
     Values of the right type in another guise (a Path for text, numpy's numbers) become plain.
     """
-    problems = []
+    problems = list(problems)
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -438,6 +455,20 @@ def check(config: DataclassInstance, **limits: tuple[float | None, float | None]
             object.__setattr__(config, name, plain)
     if problems:
         raise ConfigError("These settings cannot be used:", problems)
+
+
+_ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1", "cp1251", "cp932", "gb18030", "euc-kr", "shift-jis", "big5")
+
+
+def _is_encoding(name: str) -> bool:
+    """Return whether Python decodes bytes of this encoding to text."""
+    try:
+        bytes(4).decode(name)
+    except UnicodeError:  # an encoding that these bytes are not of
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def keys(cls: type[DataclassInstance]) -> list[str]:
@@ -483,13 +514,21 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     return values
 
 
-def from_mapping(cls: type[T], values: Mapping[str, object], *, where: str = "config") -> T:
-    """Return a `cls` from flat `values`. `where` names their source in messages.
+def from_mapping(
+    cls: type[T],
+    values: Mapping[str, object],
+    *,
+    where: str = "config",
+    meaning: Callable[[str], str] = lambda key: "",
+) -> T:
+    """Return a `cls` from flat `values`.
+
+    where: their source, for messages. meaning: says what an unknown key may mean, as the end of a sentence; "" where it cannot.
 
     Raises one ConfigError with every unknown key (and its nearest), missing key, wrong type and value out of range.
     """
     known = keys(cls)
-    problems = [f"{where}: unknown key {k!r}{nearest(k, known)}" for k in values if k not in known]
+    problems = [f"{where}: unknown key {k!r}{meaning(k) or nearest(k, known)}" for k in values if k not in known]
     config = _built(cls, values, where, problems)
     if problems or config is None:
         raise ConfigError("The configuration cannot be used:", problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.cli.conftest import Run
@@ -19,3 +20,26 @@ def test_a_conversation_over_the_models_positions_says_so_and_goes_on(place: Pat
     done = run("chat", place / "model", "--max-new-tokens", 4, stdin="x" * 260 + "\nhi\n/quit\n")
     assert done.returncode == 0, done.stderr
     assert "256 positions" in done.stdout and "/new starts over" in done.stdout and done.stdout.count("model ›") == 1
+
+
+def test_a_chat_is_steered_saved_and_asked_again(place: Path, tmp_path: Path, run: Run) -> None:
+    saved = tmp_path / "chats.jsonl"
+    lines = [
+        "/retry", "/save", "/system Be brief.", "/temperature warm", "/temperature 1.5", "red and blue?", "/retry", "/retry",
+        f"/save {saved}", "/system", "hi", f"/save {saved}", f"/save {tmp_path}", "/help", "/quit",
+    ]  # fmt: skip
+    done = run("chat", place / "model", "--max-new-tokens", 5, stdin="\n".join(lines) + "\n")
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "There is no answer yet",
+        "There is nothing to save",
+        "warm is no temperature",
+        "cannot be written",
+        "/retry",
+    ):
+        assert said in done.stdout
+    first, second = (json.loads(line)["messages"] for line in saved.read_text().splitlines())
+    assert [m["role"] for m in first] == ["system", "user", "assistant"] and first[0]["content"] == "Be brief."
+    assert [m["role"] for m in second] == ["user", "assistant"] and second[0]["content"] == "hi"
+    answers = done.stdout.split("model ›")[1:4]
+    assert len({answer.split("you ›")[0] for answer in answers}) > 1  # asked again, it says other things

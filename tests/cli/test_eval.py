@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
-from tests.cli.conftest import WORDS
+from tests.cli.conftest import WORDS, Run
 
 
 def test_base_and_adapter_are_scored_side_by_side(
@@ -31,3 +31,10 @@ def test_texts_have_no_scores_of_answers(place: Path, tmp_path: Path, capsys: py
     assert "perplexity" in text and "bleu" not in text
     assert main(["eval", str(place / "model"), str(tmp_path / "texts.jsonl"), "--metrics", "bleu"]) == 6
     assert "has no prompt" in capsys.readouterr().err
+
+
+def test_the_scores_as_json(place: Path, run: Run) -> None:
+    words = ["eval", place / "model", place / "data.jsonl", "--adapter", place / "run" / "adapter", "--metrics", "loss"]
+    scores = json.loads(run(*words, "--json").stdout)
+    assert scores.keys() == {"base", "adapter"} and "predictions" not in scores["base"]
+    assert scores["adapter"]["scores"]["loss"]["low"] <= scores["adapter"]["scores"]["loss"]["value"]

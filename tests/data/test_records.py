@@ -49,9 +49,11 @@ def test_the_context_ends_before_the_last_answer():
         ({"messages": "hi"}, ["list of messages", "str 'hi'"]),
         ({"messages": [{"role": "assistent", "content": "a"}]}, ["messages[0]", "'assistant'"]),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, ["messages[1]", "'content' is empty"]),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}, ["tool_calls are not"]),
-        ({"messages": [USER, {"role": "assistant", "content": "Hm.", "tool_calls": [1]}]}, ["tool_calls are not"]),
-        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, ["tools are not supported"]),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+            ["tool_calls must be a call"],
+        ),
+        ({"messages": [USER, ANSWER], "tools": [{"names": "f"}]}, ["tools[0] must be the schema"]),
         ({"messages": ["hi"]}, ["messages[0]", "role and content"]),
         ({"instruction": "", "output": "o"}, ["'instruction' is empty"]),
         ({"instruction": "i", "input": 1, "output": "o"}, ["'input' must be text"]),
@@ -74,7 +76,7 @@ def test_unknown_and_ambiguous_fields_are_refused():
     message = failure([{"promt": "p", "answer": "a"}])
     assert "promt, answer" in message and "did you mean 'prompt'" in message and "instruction, output" in message
     message = failure([{"instruction": "i", "output": "o", "text": "t"}])
-    assert "more than one form: instruction, text" in message
+    assert "more than one form: instruction (instruction, output) and text (text)" in message
     assert read([{"instruction": "i", "output": "o", "text": "t"}], DataConfig(form="text")).form == "text"
     assert "no records" in failure([])
     assert "records[0]" in failure([3])

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from deltaw.config import DataConfig
 from deltaw.data import held_out_split, read, splits
-from deltaw.data.sources import _csv, _json_array, _json_lines
+from deltaw.data.sources.json_text import json_array, json_lines
+from deltaw.data.sources.tables import table
 from deltaw.errors import DataError
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -34,10 +35,12 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 )
 def test_json_roundtrip_in_any_script(records, ascii_only, newline):
     lines = [json.dumps(r, ensure_ascii=ascii_only).encode() for r in records]
-    found, problems = _json_lines(newline.join(lines), "f")
+    parsed = json_lines(newline.join(lines), "f")
+    found, problems = parsed.rows, parsed.problems
     assert not problems and [r for _, r in found] == records
     assert [p for p, _ in found] == [f"f:{i}" for i in range(1, len(records) + 1)]
-    found, problems = _json_array(b"[\n" + b",\n".join(lines) + b"\n]", "f")
+    parsed = json_array(b"[\n" + b",\n".join(lines) + b"\n]", "f")
+    found, problems = parsed.rows, parsed.problems
     assert not problems and [r for _, r in found] == records
     assert [p for p, _ in found] == [f"f:{i}" for i in range(2, len(records) + 2)]
 
@@ -46,7 +49,8 @@ def test_json_roundtrip_in_any_script(records, ascii_only, newline):
 @given(st.lists(st.sampled_from(["good", "blank", "bad", "bytes", "list"]), min_size=1, max_size=30))
 def test_every_bad_line_is_named_by_its_number(kinds):
     parts = {"good": LINE, "blank": b" ", "bad": b'{"prompt": "x', "bytes": b'{"a": "\xff"}', "list": b"[1]"}
-    found, problems = _json_lines(b"\n".join(parts[k] for k in kinds), "f")
+    parsed = json_lines(b"\n".join(parts[k] for k in kinds), "f")
+    found, problems = parsed.rows, parsed.problems
     assert [p for p, _ in found] == [f"f:{i}" for i, k in enumerate(kinds, 1) if k == "good"]
     bad = [f"f:{i}:" for i, k in enumerate(kinds, 1) if k in ("bad", "bytes", "list")]
     assert [p.split(" ")[0] for p in problems] == bad
@@ -61,7 +65,8 @@ def test_csv_roundtrip(pairs):
     out = io.StringIO(newline="")
     writer = csv.writer(out, quoting=csv.QUOTE_ALL)
     writer.writerows([("prompt", "completion"), *pairs])
-    found, problems = _csv(out.getvalue().encode(), "f")
+    parsed = table(out.getvalue().encode(), "f")
+    found, problems = parsed.rows, parsed.problems
     assert not problems
     assert [(r["prompt"], r["completion"]) for _, r in found] == pairs
 
@@ -90,11 +95,10 @@ def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
         ("a.json", b"[\n" + LINE, ["a.json:2", "ends inside the array"]),
         ("a.csv", b'prompt,completion\na,b\n\n"x\ny",b\nc\n', ["a.csv:6", "1 cells under 2 columns"]),
         ("a.csv", b'prompt,completion\na,b\na,"b\nc\n', ["a.csv:3", "double quote"]),
-        ("a.csv", b"prompt;completion\na;b\n", ["a.csv:1", "divided by ';'"]),
         ("a.csv", b"prompt,prompt\na,b\n", ["a.csv:1", "more than once"]),
         ("a.csv", b"prompt,completion\na,b\nc,\xfe\n", ["a.csv:3", "0xfe"]),
         ("a.parquet", b"PAR1 no", ["a.parquet", "parquet"]),
-        ("a.txt", b"hello", ["'.txt'", ".jsonl"]),
+        ("a.docx", b"hello", ["'.docx'", ".jsonl"]),
     ],
 )
 def test_damaged_files_are_refused_with_the_reason(tmp_path, name, content, words):

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: what it writes, what it refuses, how it stops; a user's own loop; transformers' Trainer."""
 
 import copy
+import dataclasses
 import functools
 import json
 import signal
@@ -194,7 +195,7 @@ def test_minutes_are_for_training(small: Any, tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in valid))
         config = quick(
             tmp_path, out=str(tmp_path / name), valid=str(tmp_path / f"{name}.jsonl"), valid_most=1500, epochs=100_000,
-            minutes=0.05,
+            minutes=0.03,
         )  # fmt: skip
         result = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
         counts[name] = [line["step"] for line in result.log if line["event"] == "eval"]
@@ -567,3 +568,35 @@ def test_a_new_head_is_drawn_by_the_seed_alone(small: Any, tmp_path: Path) -> No
         heads.append(deltaw.model.summary.updates(result.model)["score"].weight.detach().clone())
         torch.testing.assert_close(torch.get_rng_state(), before)
     assert torch.allclose(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-3)
+
+
+def test_runs_without_a_name_are_dated_and_the_latest_is_a_link(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = small
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(quick(tmp_path), out=TrainConfig().out)
+    first = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+    assert Path("runs/latest").resolve() == first.folder.resolve()
+    deltaw.detach(model)
+    second = deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer)
+    assert second.folder.name == first.folder.name[:-1] + "2" and (first.folder / "adapter").is_dir()
+    assert Path("runs/latest").resolve() == second.folder.resolve()
+    assert second.settings["out"] == str(second.folder)
+    deltaw.detach(model)
+    longer = dataclasses.replace(config, out="runs/latest", steps=(config.steps or 4) + 2)
+    again = deltaw.train(model, RECORDS, longer, method=METHOD, tokenizer=tokenizer, resume="runs/latest")
+    assert again.folder.resolve() == second.folder.resolve() and again.settings["out"] == str(second.folder)
+    assert sorted(path.name for path in Path("runs").iterdir()) == [first.folder.name, second.folder.name, "latest"]
+
+
+def test_a_latest_run_of_before_is_left_alone(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = small
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    (tmp_path / "runs" / "latest" / "config.yaml").write_text("rank: 3\n")
+    config = dataclasses.replace(quick(tmp_path), out=TrainConfig().out)
+    events: list[Any] = []
+    deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer, on_event=events.append)
+    assert any("stays as it is" in event.text for event in events if event.kind == "warning")
+    assert (tmp_path / "runs" / "latest" / "config.yaml").read_text() == "rank: 3\n"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from deltaw.cli import show
 from deltaw.cli.flags import Chat
 from deltaw.cli.opening import NO_END, as_trained, open_model
-from deltaw.config import DataConfig
-from deltaw.errors import DataError, visible
+from deltaw.config import DataConfig, GenerateConfig
+from deltaw.errors import ConfigError, DataError, visible
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,7 +21,31 @@ if TYPE_CHECKING:
 
     from deltaw.model.pretrained import Pretrained
 
-_HELP = "/base and /adapter switch, /new starts over, /quit or Ctrl-D ends."
+_COMMANDS = {
+    "/base": "use the base alone",
+    "/adapter": "use the adapter again",
+    "/system TEXT": "set the system message, and start over; without TEXT there is none",
+    "/temperature T": "sample at this temperature; at 0 each token is the likeliest",
+    "/retry": "answer the last message again, another way",
+    "/save FILE": "write the conversation as a record to train on",
+    "/new": "start over",
+    "/help": "show this",
+    "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
+}
+
+
+@dataclass
+class _Talk:
+    """A conversation as it goes on."""
+
+    loaded: Pretrained
+    adapter: str | None
+    system: str | None
+    generation: GenerateConfig
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """The turns after the system message."""
+    tries: int = 0
+    """Answers so far to the last message, beside the first one."""
 
 
 def run(command: Chat) -> None:
@@ -29,10 +58,8 @@ def run(command: Chat) -> None:
     loaded = open_model(command.model, command.opening)
     if not loaded.tokenizer.chat_template:
         raise DataError(f"{command.model} has no chat template. Use deltaw generate for plain prompts.")
-    system = as_trained(DataConfig(system=command.system), adapter).system
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    show.prose(f"{command.model}{f' with {adapter}' if adapter else ''}. {_HELP}", style="dim")
+    talk = _Talk(loaded, adapter, as_trained(DataConfig(system=command.system), adapter).system, command.generation)
+    show.prose(f"{command.model}{f' with {adapter}' if adapter else ''}. /help shows the commands.", style="dim")
     from deltaw.data import turn_ends
 
     if not turn_ends(loaded.tokenizer):
@@ -45,18 +72,72 @@ def run(command: Chat) -> None:
             return
         if text == "/quit":
             return
-        if text == "/new":
-            messages = list(start)
-        elif text in ("/base", "/adapter"):
-            _switch(loaded.model, text == "/adapter", adapter)
-        elif text.startswith("/"):
-            show.out.print(f"There is no {text}. {_HELP}", style="dim")
+        if text.startswith("/"):
+            _obey(talk, text)
         elif text:
-            turn = [*messages, {"role": "user", "content": text}]
-            try:
-                messages = [*turn, {"role": "assistant", "content": _answer(_in_use(loaded), turn, command)}]
-            except DataError as error:
-                show.out.print(f"{error} /new starts over.", style="yellow")
+            talk.tries = 0
+            _answer(talk, [*talk.messages, {"role": "user", "content": text}])
+
+
+def _obey(talk: _Talk, text: str) -> None:
+    """Do what a line with a slash asks for."""
+    word, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if word == "/new":
+        talk.messages = []
+    elif word in ("/base", "/adapter"):
+        _switch(talk.loaded.model, word == "/adapter", talk.adapter)
+    elif word == "/system":
+        talk.system, talk.messages = rest or None, []
+        show.out.print("A new conversation, with this system message." if rest else "A new conversation.", style="dim")
+    elif word == "/temperature":
+        _set_temperature(talk, rest)
+    elif word == "/retry" and talk.messages:
+        talk.tries += 1
+        if not talk.generation.temperature:
+            show.out.print("At temperature 0 it says the same again; /temperature 0.7 changes that.", style="dim")
+        _answer(talk, talk.messages[:-1])
+    elif word == "/retry":
+        show.out.print("There is no answer yet.", style="dim")
+    elif word == "/save":
+        _save(talk, rest)
+    else:
+        if word != "/help":
+            show.out.print(f"There is no {word}.", style="dim")
+        width = max(map(len, _COMMANDS))
+        for name, what in _COMMANDS.items():
+            show.out.print(f"  {name:<{width}}  {what}", style="dim")
+
+
+def _set_temperature(talk: _Talk, text: str) -> None:
+    try:
+        talk.generation = dataclasses.replace(talk.generation, temperature=float(text))
+    except (ValueError, ConfigError):
+        show.out.print(
+            f"{text or 'Nothing'} is no temperature: give a number from 0 on, as /temperature 0.7.", style="yellow"
+        )
+
+
+def _save(talk: _Talk, path: str) -> None:
+    """Add the conversation to a JSONL file of records."""
+    if not path or not talk.messages:
+        show.out.print(
+            "Give a file: /save chats.jsonl." if talk.messages else "There is nothing to save yet.", style="dim"
+        )
+        return
+    record = json.dumps({"messages": _whole(talk, talk.messages)}, ensure_ascii=False)
+    try:
+        with Path(path).expanduser().open("a", encoding="utf-8") as file:
+            file.write(record + "\n")
+    except OSError as error:
+        show.out.print(f"{path} cannot be written: {error.strerror}.", style="yellow", soft_wrap=True)
+    else:
+        show.out.print(f"Added to {path}.", style="dim", soft_wrap=True)
+
+
+def _whole(talk: _Talk, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Return messages with the system message before them, if there is one."""
+    return [*([{"role": "system", "content": talk.system}] if talk.system else []), *messages]
 
 
 def _switch(model: nn.Module, on: bool, adapter: str | None) -> None:
@@ -71,6 +152,18 @@ def _switch(model: nn.Module, on: bool, adapter: str | None) -> None:
     show.out.print("Now with the adapter." if on else "Now the base alone.", style="dim")
 
 
+def _answer(talk: _Talk, turn: list[dict[str, str]]) -> None:
+    """Answer the last message of these, and take both into the conversation. Ctrl-C stops the answer, which is not taken."""
+    try:
+        reply = _generated(_in_use(talk.loaded), _whole(talk, turn), talk.generation, talk.tries)
+    except DataError as error:
+        show.out.print(f"{error} /new starts over.", style="yellow")
+    except KeyboardInterrupt:
+        show.out.print("\nStopped.", style="dim")
+    else:
+        talk.messages = [*turn, {"role": "assistant", "content": reply}]
+
+
 def _in_use(loaded: Pretrained) -> Pretrained:
     """The model with the tokenizer of the adapter, or of the base while no adapter is used."""
     from deltaw.model.summary import adapters
@@ -78,8 +171,8 @@ def _in_use(loaded: Pretrained) -> Pretrained:
     return loaded if adapters(loaded.model).active else loaded.of_base()
 
 
-def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -> str:
-    """Generate the reply, and show it while it is written."""
+def _generated(loaded: Pretrained, messages: list[dict[str, str]], generation: GenerateConfig, tries: int) -> str:
+    """Generate the reply, and show it while it is written. Another number of tries draws another reply, if it is sampled."""
     import torch
 
     from deltaw.data import Message, prompt_ids, turn_ends
@@ -88,27 +181,27 @@ def _answer(loaded: Pretrained, messages: list[dict[str, str]], command: Chat) -
     from deltaw.model.generate import Generates, drawing, settings, too_long, until_end, watched
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
-    problem = too_long([ids], command.generation, loaded.model)
+    problem = too_long([ids], generation, loaded.model)
     if problem:
         raise DataError(problem)
     ends = [*turn_ends(loaded.tokenizer), *in_use(loaded.model)]
-    config = settings(loaded.model, loaded.tokenizer, command.generation, ends)
+    config = settings(loaded.model, loaded.tokenizer, generation, ends)
     show.out.print("[bold magenta]model[/] › ", end="", markup=True)
-    seed = mixed(command.generation.seed, len(messages))  # the same question twice may have two answers
+    seed = mixed(generation.seed, len(messages), tries)  # the same question twice may have two answers
     model = cast(Generates, loaded.model)
     prompt = torch.tensor([ids], device=loaded.model.device)
     mask = torch.ones_like(prompt)
-    drawn = drawing(loaded.model, command.generation, seed)
+    drawn = drawing(loaded.model, generation, seed)
     with torch.no_grad(), drawn, watched(loaded.model, prompt, mask) as watch:
         out = model.generate(
             input_ids=prompt,
             attention_mask=mask,
             generation_config=config,
             logits_processor=watch,
-            streamer=_streamer(loaded.tokenizer, config) if command.generation.beams == 1 else None,
+            streamer=_streamer(loaded.tokenizer, config) if generation.beams == 1 else None,
         )
     reply = loaded.tokenizer.decode(until_end(out[0, len(ids) :].tolist(), config), skip_special_tokens=True)
-    if command.generation.beams > 1:
+    if generation.beams > 1:
         show.out.print(reply, soft_wrap=True)
     return reply
 

@@ -43,9 +43,11 @@ def run(command: Compare) -> None:
 
 
 def _hear(event: CompareEvent, status: Status) -> None:
-    from deltaw.runs.events import CandidateStarted, TimingStarted
+    from deltaw.runs.events import CandidateStarted, RecordsRead, TimingStarted
 
-    if isinstance(event, TimingStarted):
+    if isinstance(event, RecordsRead):
+        show.notes(event.notes)
+    elif isinstance(event, TimingStarted):
         status.update("timing inference with each method …")
     elif isinstance(event, CandidateStarted):
         status.update(f"{event.name}: lr {event.lr:g}, seed {event.seed} …")

@@ -30,6 +30,7 @@ def run(command: Eval) -> None:
     show.quiet_libraries()
     from deltaw.data import read
     from deltaw.data.hold_out import first
+    from deltaw.data.records import notes_of
     from deltaw.files.formats.atomic import check_apart, check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
     from deltaw.training.tasks import recognised
@@ -43,6 +44,7 @@ def run(command: Eval) -> None:
         raise ConfigError("Nothing to score: --no-base needs an --adapter.")
     data = as_trained(command.records, command.opening.adapter)
     records = read(command.data, data)
+    show.notes(notes_of([records]))
     data = recognised(data, records, read_config(command.model, trust_remote_code=command.opening.trust_remote_code))
     metrics = _metrics(command, data, records.form)
     if command.most is not None:
@@ -57,9 +59,13 @@ def run(command: Eval) -> None:
         command = dataclasses.replace(command, base=False)
     warn_of_no_end(loaded, records.items, data)
     evaluations = _evaluate(loaded, records, data, command, metrics)
-    show.out.print(_table(evaluations, metrics, command))
+    values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}
+    if command.json:
+        scores = {name: {k: v for k, v in of_one.items() if k != "predictions"} for name, of_one in values.items()}
+        print(show.as_json(scores))
+    else:
+        show.out.print(_table(evaluations, metrics, command))
     if command.out is not None:
-        values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}
         write_text(Path(command.out), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 

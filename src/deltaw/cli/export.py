@@ -20,14 +20,18 @@ def run(command: Export) -> None:
     """Run the command."""
     show.quiet_libraries()
     out = new_folder(command.out, command.overwrite)
-    done = _of_adapter(command, out) if (Path(command.source) / "adapter_config.json").is_file() else _of_model(command)
+    exported = (
+        _of_adapter(command, out) if (Path(command.source) / "adapter_config.json").is_file() else _of_model(command)
+    )
     show.out.print(
-        f"GGUF model: {done.file}  {units.size(done.bytes)}, {command.type}, {done.tensors} tensors of {done.arch!r}",
+        f"GGUF model: {exported.file}  {units.size(exported.bytes)}, {command.type}, {exported.tensors} tensors of {exported.arch!r}",
         soft_wrap=True,
     )
-    if done.kept:
-        show.out.print(f"In f16, since their rows have no whole blocks of 32: {', '.join(done.kept)}", soft_wrap=True)
-    show.out.print(f"llama.cpp: llama-cli -m {done.file}\nOllama: cd {out} && ollama create NAME", soft_wrap=True)
+    if exported.kept:
+        show.out.print(
+            f"In f16, since their rows have no whole blocks of 32: {', '.join(exported.kept)}", soft_wrap=True
+        )
+    show.out.print(f"llama.cpp: llama-cli -m {exported.file}\nOllama: cd {out} && ollama create NAME", soft_wrap=True)
 
 
 def _of_model(command: Export) -> Exported:
@@ -36,9 +40,7 @@ def _of_model(command: Export) -> Exported:
 
     if command.base is not None:
         raise ConfigError(f"--base is for adapters, and {command.source} is a model.")
-    return export_gguf(
-        command.source, command.out, kind=command.type, trust_remote_code=command.trust_remote_code
-    )  # fmt: skip
+    return export_gguf(command.source, command.out, kind=command.type, trust_remote_code=command.trust_remote_code)
 
 
 def _of_adapter(command: Export, out: Path) -> Exported:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from deltaw.cli.synonyms import answer
 from deltaw.config import (
     CompareConfig,
     DataConfig,
@@ -45,7 +46,7 @@ class Train:
     model: Model
     """Hub id, model folder or GGUF file."""
     data: Data
-    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    """JSONL, JSON, CSV, TSV, parquet, text or Markdown file, a folder with splits or of documents, or a hub data set."""
     config: str | None = None
     """YAML file of any of these settings, MODEL and DATA included. Flags override it. Each run writes one as config.yaml."""
     resume: str | None = None
@@ -145,6 +146,8 @@ class Generate:
     """File of prompts: records in any form that train reads, or a .txt file with a prompt a line."""
     out: str | None = None
     """JSONL file for {prompt, completion} records, instead of the screen."""
+    json: bool = False
+    """Print {prompt, completion} records for one prompt too, a line each."""
     opening: Opening = field(default_factory=Opening)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
@@ -180,6 +183,8 @@ class Eval:
     """Score only about the first so many records. All records of a prompt stay together."""
     out: str | None = None
     """JSON file for scores and predictions."""
+    json: bool = False
+    """Print the scores as JSON."""
     records: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 
@@ -273,7 +278,7 @@ class Export:
     to: Literal["gguf"] = "gguf"
     """Format to write."""
     type: Literal["q8_0", "f16", "f32"] = "q8_0"
-    """How matrices are stored. Vectors are float32."""
+    """Type of the matrices. Vectors are float32."""
     base: str | None = None
     """For an adapter: its base, a model folder or hub id. Default: the one that it names."""
     overwrite: bool = False
@@ -343,13 +348,34 @@ class Compress:
     energy: float | None = None
     """Instead of --rank: the share of each layer's ‖ΔW‖² to keep, for example 0.99."""
     bytes: str | None = None
-    """Instead of --rank: the most bytes of weights and settings, for example 1MB, spent where a byte keeps most of ‖ΔW‖²."""
+    """Instead of --rank: most bytes of weights and settings, for example 1MB, spent where a byte keeps the most of ‖ΔW‖²."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
     """Replace a folder that is already there."""
     json: bool = False
     """Print the results as JSON."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Look at DATA before anything is trained on it: form, counts, lengths, copies, overlaps and odd records; with --model its
+    tokens, and which of them are taught."""
+
+    data: Data
+    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    model: str | None = None
+    """Model to encode the records for, exactly as train does: hub id, model folder or GGUF file."""
+    valid: str | None = None
+    """Held-out data: a file, or a split of DATA, as in train."""
+    out: str | None = None
+    """HTML file to write the page to."""
+    json: bool = False
+    """Print the results as JSON."""
+    records: DataConfig = field(default_factory=DataConfig)
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
+    machine. Without this flag a model that needs such code is refused."""
 
 
 @dataclass(frozen=True)
@@ -377,9 +403,9 @@ class Plan:
 
 
 COMMANDS: dict[str, type[DataclassInstance]] = {
-    "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate, "chat": Chat,
-    "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "export": Export, "push": Push,
-    "extract": Extract, "compress": Compress, "inspect": Inspect,
+    "data": Survey, "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate,
+    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert,
+    "export": Export, "push": Push, "extract": Extract, "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
 
@@ -407,11 +433,15 @@ def check_flags(command: str, cls: type[DataclassInstance], words: Sequence[str]
         else:
             others = [m for m in METHODS if command == "train" and name.replace("-", "_") in keys(train_with(m))]
             where = f" (a setting of --method {' or '.join(others)})" if others else ""
-            near = "" if others else nearest("--" + name, ("--" + k for k in known))
-            problems.append(f"unknown flag --{name}{where}{near}")
+            settings = {k.replace("-", "_") for k in known} | set(positional.values())
+            meant = where or answer(name, settings, lambda setting: "--" + setting.replace("_", "-"))
+            near = "" if meant else nearest("--" + name, ("--" + k for k in known))
+            problems.append(f"unknown flag --{name}{meant}{near}")
     if problems:
         usage = " ".join(("deltaw", command, *positional.values()))
-        raise ConfigError("These flags cannot be used:", problems, f"Usage: {usage} [flags]; see --help.")
+        raise ConfigError(
+            "These flags cannot be used:", problems, f"Usage: {usage} [flags]; see deltaw {command} --help."
+        )
 
 
 def _metavar(hint: object) -> str | None:

@@ -149,6 +149,12 @@ def prose(text: str, *, style: str | None = None, console: Console | None = None
     console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
+def notes(texts: Iterable[str]) -> None:
+    """Print sentences on how records were read, on standard error."""
+    for text in texts:
+        prose(text, style="dim", console=err)
+
+
 def is_terminal() -> bool:
     """Return whether a person reads the output as it comes."""
     return sys.stdout.isatty() and out.is_terminal

@@ -44,7 +44,7 @@ def run(command: Sweep) -> None:
 
 def _hear(event: SweepEvent, status: Status, *, quiet: bool) -> None:
     """Show an event. `quiet` shows only the status line."""
-    from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, LeftOut
+    from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, LeftOut, RecordsRead
 
     if isinstance(event, CandidateStarted):
         status.update(_named(event))
@@ -54,6 +54,8 @@ def _hear(event: SweepEvent, status: Status, *, quiet: bool) -> None:
         status.update(f"{_named(event)}: step {progress.step} of {progress.total_steps}, {left} left …")
     elif quiet:
         return
+    elif isinstance(event, RecordsRead):
+        show.notes(event.notes)
     elif isinstance(event, LeftOut):
         show.prose(f"{event.targets} is left out: {event.why}.", style="yellow")
     elif isinstance(event, CandidateFinished):

@@ -73,7 +73,7 @@ class _Lines:
 
 
 class _Live(_Lines):
-    """Shows a progress bar on one line; evaluations and warnings scroll above it."""
+    """Shows a progress bar on one line; evaluations and warnings scroll above it. Before the first step it says what goes on."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -83,19 +83,41 @@ class _Live(_Lines):
             TextColumn("{task.description}"), console=show.out,
         )  # fmt: skip
         self.task: TaskID | None = None
+        self.held_out = ""
+        self.status = show.out.status("reading the records, opening the model")
+
+    def __enter__(self) -> _Live:
+        self.status.start()
+        return self
 
     def __exit__(self, *exception: object) -> None:
+        self.status.stop()
         self.progress.stop()
 
     def hear(self, event: Event) -> None:
         """Show an event."""
         if not isinstance(event, Stepped):
             super().hear(event)
+            if isinstance(event, Started):
+                self.status.update(
+                    "letting the base answer samples, scoring the held-out records"
+                    if event.sets.valid
+                    else "taking the first step"
+                )
+            elif isinstance(event, Evaluated):
+                self.status.update("taking the first step")
+                self.held_out = f"  held out {event.valid_loss:.4f}"
             return
         if self.task is None:
+            self.status.stop()
             self.progress.start()
             self.task = self.progress.add_task("", total=event.total_steps)
-        self.progress.update(self.task, completed=event.step, description=f"loss {event.loss:.4f}  {self._pace(event)}")
+        described = f"loss {event.loss:.4f}{self.held_out}  lr {event.lr:.1e}  {self._pace(event)}"
+        self.progress.update(self.task, completed=event.step, description=described)
+        if event.step == event.total_steps:
+            self.progress.stop()
+            self.status.update("writing the samples and the report")
+            self.status.start()
 
 
 def _coverage(event: Started) -> None:
@@ -120,6 +142,7 @@ def _coverage(event: Started) -> None:
     )
     held = f"held out: {event.sets.valid}" if event.sets.valid else "nothing is held out"
     show.prose(f"Trained on {event.sets.train}; {held}.")
+    show.notes(event.sets.notes)
     if event.expected_memory:
         show.out.print(_memory(event.expected_memory), soft_wrap=True, markup=True)
 

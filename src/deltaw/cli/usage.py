@@ -97,7 +97,7 @@ def folded_help() -> Iterator[None]:
         sys.stderr.write(visible(complaints.getvalue(), coloured=True))  # it quotes the arguments
         width = shutil.get_terminal_size().columns
         for line in visible(printed.getvalue(), coloured=True).splitlines():
-            line = re.sub(r"\{train,[a-z,]*\}", "COMMAND", line)
+            line = re.sub(r"\{[a-z]+(,[a-z]+){9,}\}", "COMMAND", line)
             narrow = len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= width
             print(line if narrow else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
 

@@ -1,12 +1,12 @@
 """Records → tokens and masks → batches. Knows no model beyond its tokenizer.
 
-sources.py   files, folders, hub data sets, lists → rows with their places
-forms.py     rows → records: prompt/completion, chat, instruction, text, labelled, image
+sources/     files, folders, hub data sets, lists → rows with their places
+fields/      a row's fields → the names that forms know: columns, other names, fields with a meaning that is not used
+forms.py     fields → records: prompt/completion, chat, instruction, text, labelled, image
 prompts.py   items: records with the same prompt
 hold_out.py  records set aside by whole items
 records.py   sources and forms together: read, and references for scoring
-endings.py   the tokens that end the assistant's turns
-chat.py      conversations → tokens and exactly the assistant's
+chats/       conversations: messages, their template, exactly the assistant's tokens
 encode.py    records → examples; prompts to generate from
 labels.py    classes and quantities
 items.py     records of tasks other than the next token → a model's inputs and targets; their batches
@@ -15,9 +15,20 @@ batches.py   examples → length-bucketed batches, as tensors
 """
 
 from deltaw.data.batches import Batch, Order, collate, plan
-from deltaw.data.chat import encode_chat, prompt_ids, turn_ends
-from deltaw.data.encode import Counts, Encoded, Example, as_said, encode, encode_prompt, prompt_ends, template_of
-from deltaw.data.forms import Message, Record
+from deltaw.data.chats.encode import encode_chat, prompt_ids, turn_ends
+from deltaw.data.chats.messages import Message
+from deltaw.data.encode import (
+    Counts,
+    Encoded,
+    Example,
+    as_said,
+    as_taught,
+    encode,
+    encode_prompt,
+    prompt_ends,
+    template_of,
+)
+from deltaw.data.forms import Record
 from deltaw.data.records import Records, read, references
 from deltaw.data.sources import held_out_split, splits
 
@@ -31,6 +42,7 @@ __all__ = [
     "Record",
     "Records",
     "as_said",
+    "as_taught",
     "collate",
     "encode",
     "encode_chat",

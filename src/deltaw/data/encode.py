@@ -3,7 +3,7 @@
 plain   [BOS] prompt+separator | completion EOS    prompt and completion are tokenized apart, so generation, which has
                                                    the prompt alone, sees the very ids that training saw
         [BOS] text EOS                             text records: everything but the first token is supervised
-chat    the tokenizer's chat template; see chat.py
+chat    the tokenizer's chat template; see chats/
 
 BOS is there if the tokenizer adds one by default. A text that has its BOS or EOS already gets no second one. Right of the bar
 is supervised. The first token never is, as nothing comes before it to predict it from.
@@ -12,13 +12,15 @@ is supervised. The first token never is, as nothing comes before it to predict i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deltaw.config import DataConfig
-from deltaw.data import chat
-from deltaw.data.endings import Ending, problem, taught
-from deltaw.data.forms import Message, Record
+from deltaw.data.chats import encode as chat
+from deltaw.data.chats.endings import problem, taught
+from deltaw.data.chats.messages import Message
+from deltaw.data.chats.template import Template
+from deltaw.data.forms import Record
 from deltaw.data.records import Records
 from deltaw.errors import DataError
 
@@ -85,17 +87,21 @@ def encode(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataCon
     """Return every record as an Example. Raises one DataError with all records that cannot be, and what to do."""
     template = template_of(records.form, tokenizer, config)
     note = None
+    if template != "chat" and config.turns != "all":
+        raise DataError(f"turns: {config.turns} has no effect in a plain template; remove it.")
     if template == "chat":
-        wholes, endings = _chats(records.items, tokenizer, config)
-        ends, note = taught(endings), problem(endings, lambda token: str(tokenizer.convert_ids_to_tokens(token)))
+        rows = _chats(records.items, tokenizer, config)
+        wholes, of_record = [_example(row) for row in rows], [row.number for row in rows]
+        ends, note = taught([e for row in rows for e in row.endings]), _note(records.items, rows, tokenizer)
     else:
         wholes, ends = _plains(records.items, tokenizer, config), (int(tokenizer.eos_token_id),)
+        of_record = list(range(len(wholes)))
     examples: list[Example] = []
     numbers: list[int] = []
     problems: list[str] = []
     truncated = dropped = 0
     bos = _bos(tokenizer)
-    for number, whole in enumerate(wholes):
+    for number, whole in zip(of_record, wholes, strict=True):
         if len(whole.input_ids) > config.max_length:
             dropped += config.too_long == "drop"
             if config.too_long == "drop":
@@ -117,7 +123,7 @@ def encode(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataCon
             f"{records.source}: all {len(records)} records are longer than max_length ({config.max_length} tokens) "
             "and were dropped. Raise max_length or set too_long: truncate."
         )
-    return Encoded(examples, _count(examples, len(records), truncated, dropped), numbers, ends, note)
+    return Encoded(examples, _count(examples, len(wholes), truncated, dropped), numbers, ends, note)
 
 
 def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
@@ -126,7 +132,7 @@ def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, config: Da
     Raises DataError for a record without a prompt.
     """
     if template_of(record.form, tokenizer, config) == "chat":
-        return chat.prompt_ids(with_system(record.context, config.system), tokenizer)
+        return chat.prompt_ids(record.as_chat(with_system(record.context, config.system)), tokenizer)
     if record.form == "text":
         raise DataError(f"{record.place}: a text record has no prompt to generate from. Use prompt/completion records.")
     text = plain_prompt(record, config.separator)
@@ -155,7 +161,7 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
         if config.separator:
             problems.append(f"separator {config.separator!r} has no effect in a chat; remove it or use template: plain")
         if form != "text":
-            chat.check_template(tokenizer)
+            Template(tokenizer)  # raises where there is none
     else:
         if form == "chat":
             problems.append("chat records need template: chat (or auto) and a tokenizer with a chat template")
@@ -197,6 +203,26 @@ def as_said(completions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
     return bare_ones
 
 
+def as_taught(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[str | None]:
+    """Return each record's last answer as a model that learnt it writes it; None where a record has none.
+
+    In a chat template that is the rendered turn: with thoughts, and with tool calls in the template's own words.
+    """
+    answers = [record.completion for record in records]
+    chats = [
+        i for i, record in enumerate(records)
+        if record.completion is not None and template_of(record.form, tokenizer, config) == "chat"
+    ]  # fmt: skip
+    rows = _chats([records[i] for i in chats], tokenizer, replace(config, turns="last"))
+    for i, row in zip(chats, rows, strict=True):
+        start, end = row.supervised.index(True), len(row.supervised) - row.supervised[::-1].index(True)
+        answers[i] = str(tokenizer.decode(row.ids[start:end], skip_special_tokens=True))
+    others = [i for i, answer in enumerate(answers) if answer is not None and i not in set(chats)]
+    for i, said in zip(others, as_said([answers[i] or "" for i in others], tokenizer), strict=True):
+        answers[i] = said
+    return answers
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
     """Return the conversation with a system message in front, unless it has one or `system` is None."""
     if system is None or (messages and messages[0].role in ("system", "developer")):
@@ -210,21 +236,30 @@ _NO_PROMPT = (
 )
 
 
-def _chats(
-    items: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> tuple[list[Example], list[Ending]]:
-    """Return the records in tokens, and how each answer in them ends.
+def _chats(items: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[chat.InTokens]:
+    """Return the records in tokens: one row each, or one for each answer where the template changes earlier ones."""
+    conversations = [record.as_chat(with_system(record.conversation, config.system)) for record in items]
+    return chat.encode_chats(conversations, tokenizer, [record.place for record in items], turns=config.turns)
 
-    Tokens after the last supervised one are left out: they teach nothing and cost time.
-    """
-    encoded = chat.encode_chats(
-        [with_system(r.conversation, config.system) for r in items], tokenizer, [r.place for r in items]
-    )
-    examples = []
-    for record, one in zip(items, encoded, strict=True):
-        end = len(one.supervised) - one.supervised[::-1].index(True)
-        examples.append(Example(one.ids[:end], one.supervised[:end], record.place))
-    return examples, [ending for one in encoded for ending in one.endings]
+
+def _example(row: chat.InTokens) -> Example:
+    """Return a row without the tokens after the last supervised one: they teach nothing and cost time."""
+    end = len(row.supervised) - row.supervised[::-1].index(True)
+    return Example(row.ids[:end], row.supervised[:end], row.place)
+
+
+def _note(items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart."""
+    endings = [ending for row in rows for ending in row.endings]
+    told = [problem(endings, lambda token: str(tokenizer.convert_ids_to_tokens(token)))]
+    parts = [row.number for row in rows if row.is_part]
+    if parts:
+        told.append(
+            "The chat template changes earlier turns once others follow (it drops their thoughts, for example). So each of "
+            f"the {len(parts):,} answers in {len(set(parts)):,} of {len(items):,} conversations is a record of its own, in the "
+            "context that a model has in its place. To train on the last answers alone, set turns: last."
+        )
+    return "\n".join(text for text in told if text) or None
 
 
 def _plains(items: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Example]:

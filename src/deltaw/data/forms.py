@@ -1,57 +1,33 @@
 """Forms that a record may have, and how each becomes a `Record`. Knows no file and no tokenizer.
 
     prompt       {"prompt": str, "completion": str}
-    chat         {"messages": [{"role", "content"}, …]}, or {"conversations": [{"from", "value"}, …]}
+    chat         {"messages": [{"role", "content"}, …]} and other spellings: chats/reading.py
     instruction  {"instruction": str, "input": str (may be missing or empty), "output": str}
     text         {"text": str}
     labelled     {"text": str, "text_pair": str (may be missing), "label": a class's name or number, or a quantity}; and GLUE's
                  names for the texts
     image        {"image": a path, an array [h, w] or [h, w, channels], or a PIL image, "label": as above}
 
-Other fields are ignored. Each `make` returns a Record, or the lines that say why there is none.
+Other names of fields, several answers and earlier turns: fields/. Each `make` returns a Record, or the lines that say why there
+is none.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from deltaw.data.sources import Fields, Row, show
-from deltaw.errors import DataError, nearest
+from deltaw.data.chats.messages import Conversation, Message, last_assistant
+from deltaw.data.chats.reading import Reading, read_conversation
+from deltaw.data.fields.names import VOCABULARY, called, fields_of
+from deltaw.data.sources import Fields, show
+from deltaw.errors import nearest
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_ALIASES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-FIELDS: dict[str, str] = {
-    "prompt": "prompt, completion",
-    "chat": "messages (or conversations)",
-    "instruction": "instruction, output, and if need be input",
-    "text": "text",
-    "labelled": "text, label, and of pairs text_pair",
-    "image": "image, label",
-}
 Label = str | float | None
 """A class's name or number, or a quantity."""
-PAIRS = (
-    ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
-    ("question", "sentence"), ("sentence", None), ("text", None),
-)  # fmt: skip
-"""Names of a labelled record's texts; the first pair that is there counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-    def as_dict(self) -> dict[str, str]:
-        """Return the message as chat templates take it."""
-        return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +54,12 @@ class Record:
     input: str = ""
     label: Label = None
     image: object = None
+    tools: tuple[str, ...] = ()
+    """JSON schemas of the tools on offer in a chat."""
+    settings: str = "{}"
+    """Further variables of a chat's template: a JSON object."""
+    unused: tuple[str, ...] = ()
+    """Names of a chat's fields that say nothing to training."""
 
     @property
     def question(self) -> str:
@@ -99,64 +81,23 @@ class Record:
         answer = () if self.completion is None else (Message("assistant", self.completion),)
         return (*self.context, *answer)
 
-
-def last_assistant(messages: Sequence[Message]) -> int:
-    """Return the index of the last assistant message; -1 if there is none."""
-    return max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
-
-
-def recognise(rows: Sequence[Row], source: str, *, completions: bool, labels: bool = True) -> str:
-    """Return the form that the first records have. Without `labels`, a label is a field like any other.
-
-    Raises DataError, with the fields, if they have no form or more than one.
-    """
-    first = [fields for _, fields in rows[:20]]
-    counts = Counter(form for fields in first for form in _fits(fields, completions, labels))
-    there = list(dict.fromkeys(str(field) for fields in first for field in fields))
-    most = max(counts.values(), default=0)
-    forms = [form for form in FIELDS if counts[form] == most and most]
-    if forms == ["text"] and labels and completions and any(fields.get("label") is not None for _, fields in rows):
-        return "labelled"  # so that each one without a label is named
-    if len(forms) == 1:
-        return forms[0]
-    known = "\n".join(f"  - {form}: {fields}" for form, fields in FIELDS.items())
-    if forms:
-        raise DataError(
-            f"{source}: the fields {', '.join(there)} fit more than one form: {', '.join(forms)}. "
-            f"Set form to the one you mean. Forms and their fields:\n{known}"
-        )
-    near = "".join(f"\n  - {f!r}{nearest(f, _KNOWN)}" for f in there if f not in _KNOWN and nearest(f, _KNOWN))
-    names = ", ".join(there) or "(none)"
-    tail = f"\nNear misses:{near}" if near else ""
-    raise DataError(f"{source}: no known form has the fields {names}. Rename them to those of one form:\n{known}{tail}")
-
-
-def _fits(fields: Fields, completions: bool, labels: bool) -> list[str]:
-    need = {
-        "prompt": ("prompt", "completion") if completions else ("prompt",),
-        "instruction": ("instruction", "output") if completions else ("instruction",),
-        "text": ("text",),
-    }
-    forms = [form for form, names in need.items() if all(fields.get(n) is not None for n in names)]
-    if (
-        labels and "label" in fields and (completions or fields["label"] is not None)
-    ):  # a null one is named when it is read
-        forms = [f for f in forms if f != "text"]
-        forms += ["labelled"] * (texts_of(fields) is not None) + ["image"] * (fields.get("image") is not None)
-    chat = fields.get("messages") is not None or fields.get("conversations") is not None
-    return forms + ["chat"] * chat
-
-
-def texts_of(fields: Fields) -> tuple[str, str | None] | None:
-    """Return the names of a labelled record's text, and of the second one of a pair."""
-    there = [pair for pair in PAIRS if all(fields.get(name) is not None for name in pair if name is not None)]
-    return there[0] if there else None
+    def as_chat(self, messages: tuple[Message, ...]) -> Conversation:
+        """Return messages of this record as a template takes them: with its tools and settings."""
+        return Conversation(messages, self.tools, self.settings)
 
 
 def make(form: str, place: str, fields: Fields, *, completions: bool) -> Record | list[str]:
     """Return one record of a known form, or what is wrong with it (a line each, beginning with `place`)."""
     record = _MAKERS[form](place, fields, completions)
     return record if isinstance(record, Record) else [f"{place}: {line}" for line in record]
+
+
+def after(record: Record, turns: Sequence[tuple[str, str]]) -> Record:
+    """Return a record of a prompt or an instruction as a conversation, after turns of these roles and texts."""
+    if record.form == "chat":
+        return record
+    before = (Message(role, text) for role, text in turns)
+    return Record("chat", record.question, record.completion, record.place, (*before, *record.conversation))
 
 
 def _prompt(place: str, fields: Fields, completions: bool) -> Record | list[str]:
@@ -179,10 +120,10 @@ def _plain_text(place: str, fields: Fields, completions: bool) -> Record | list[
 
 
 def _labelled(place: str, fields: Fields, completions: bool) -> Record | list[str]:
-    names = texts_of(fields) or ("text", None)
-    lines = [line for name in names if name is not None for line in _text(fields, name)] + _label(fields, completions)
-    second = _str(fields, names[1]) if names[1] is not None else ""
-    return lines or Record("labelled", _str(fields, names[0]), None, place, input=second, label=_label_of(fields))
+    names = ["text", *(["text_pair"] if fields.get("text_pair") is not None else [])]
+    lines = [line for name in names for line in _text(fields, name)] + _label(fields, completions)
+    second = _str(fields, "text_pair")
+    return lines or Record("labelled", _str(fields, "text"), None, place, input=second, label=_label_of(fields))
 
 
 def _image(place: str, fields: Fields, completions: bool) -> Record | list[str]:
@@ -196,14 +137,20 @@ def _label(fields: Fields, wanted: bool) -> list[str]:
     """Return what is wrong with a label, which is a class's name or number, or a quantity."""
     value = fields.get("label")
     if value is None and "label" in fields:
-        return ["field 'label' is null; fill it in, leave the record out, or set task: causal"] if wanted else []
+        return (
+            [f"field {called(fields, 'label')!r} is null; fill it in, leave the record out, or set task: causal"]
+            if wanted
+            else []
+        )
     if value is None:
         return [_missing(fields, "label")] if wanted else []
     if isinstance(value, str) and value.strip():
         return _text(fields, "label")
     if isinstance(value, numbers.Real) and _is_finite(value):
         return []
-    return [f"field 'label' must be the name or number of a class, or a quantity, found {show(value)}"]
+    return [
+        f"field {called(fields, 'label')!r} must be the name or number of a class, or a quantity, found {show(value)}"
+    ]
 
 
 def _is_finite(value: numbers.Real) -> bool:
@@ -215,44 +162,17 @@ def _is_finite(value: numbers.Real) -> bool:
 
 
 def _chat(place: str, fields: Fields, completions: bool) -> Record | list[str]:
-    name = "messages" if fields.get("messages") is not None else "conversations"
-    turns = fields.get(name)
-    if turns is None:
-        return [_missing(fields, "messages")]
-    if not isinstance(turns, (list, tuple)) or not turns:
-        return [f"field {name!r} must be a list of messages that is not empty, found {show(turns)}"]
-    lines = ["tools are not supported yet; write them into a system message"] if fields.get("tools") else []
-    messages = tuple(_message(turn, f"{name}[{i}]", lines) for i, turn in enumerate(turns))
-    if lines:
-        return lines
+    reading = read_conversation(fields, completions=completions)
+    if not isinstance(reading, Reading):
+        return reading
+    conversation, messages = reading.conversation, reading.conversation.messages
     answer = last_assistant(messages)
-    if not completions and answer < len(messages) - 1:  # a conversation that waits for its answer
-        return Record("chat", messages[-1].content, None, place, messages)
-    if answer < 0:
-        roles = ", ".join(m.role for m in messages)
-        return [f"field {name!r} has no assistant message to learn from (roles: {roles})"]
-    return Record("chat", messages[answer - 1].content if answer else "", messages[answer].content, place, messages)
-
-
-def _message(turn: object, where: str, lines: list[str]) -> Message:
-    """Return one turn. Add what is wrong with it to `lines`: all turns are checked before any is used."""
-    if not isinstance(turn, Mapping):
-        lines.append(f"{where} must be an object with role and content, found {show(turn)}")
-        return Message("user", "")
-    role_key, content_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
-    role, content = turn.get(role_key), turn.get(content_key)
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        known = (*ROLES, *_ALIASES)
-        wrong = (
-            _missing(turn, role_key) if role_key not in turn else f"unknown role {role!r}{nearest(str(role), known)}"
-        )
-        lines.append(f"{where}: {wrong}; roles are {', '.join(ROLES)}")
-    if turn.get("tool_calls"):
-        lines.append(f"{where}: tool_calls are not supported yet; write the call as the message's text")
-    else:
-        lines.extend(f"{where}: {line}" for line in _text(turn, content_key, empty=role != "assistant"))
-    return Message(str(role), content if isinstance(content, str) else "")
+    waits = not completions and messages[-1].role != "assistant"  # a conversation that waits for its answer
+    before = messages[-1:] if waits else messages[max(0, answer - 1) : answer]
+    return Record(
+        "chat", before[0].text if before else "", None if waits else messages[answer].text, place, messages,
+        tools=conversation.tools, settings=conversation.settings, unused=reading.unused,
+    )  # fmt: skip
 
 
 def _answer(fields: Fields, name: str, wanted: bool) -> list[str]:
@@ -261,18 +181,18 @@ def _answer(fields: Fields, name: str, wanted: bool) -> list[str]:
 
 def _text(fields: Fields, name: str, *, empty: bool = False) -> list[str]:
     """Return what is wrong with a text field: nothing, or one line."""
-    value = fields.get(name)
+    value, said = fields.get(name), called(fields, name)
     if name not in fields:
         return [_missing(fields, name)]
     if not isinstance(value, str):
-        return [f"field {name!r} must be text, found {show(value)}"]
+        return [f"field {said!r} must be text, found {show(value)}"]
     if not empty and not value.strip():
-        return [f"field {name!r} is empty ({value!r}); fill it in or remove the record"]
+        return [f"field {said!r} is empty ({value!r}); fill it in or remove the record"]
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         return [
-            f"field {name!r} has half a character (unpaired surrogate \\u{ord(value[error.start]):04x} "
+            f"field {said!r} has half a character (unpaired surrogate \\u{ord(value[error.start]):04x} "
             f"at character {error.start + 1}); write the whole character"
         ]
     return []
@@ -290,24 +210,11 @@ def _label_of(fields: Fields) -> Label:
 
 
 def _missing(fields: Fields, name: str) -> str:
-    there = [str(f) for f in fields]
-    spare = [f for f in there if f not in _KNOWN]  # a field that has its own meaning is no misspelling of another
-    return f"field {name!r} is missing{nearest(name, spare)}; the record has {', '.join(there) or 'no fields'}"
+    there = fields_of(fields)
+    spare = [f for f in there if f not in VOCABULARY]  # a field that has its own meaning is no misspelling of another
+    said = called(fields, name)
+    return f"field {said!r} is missing{nearest(said, spare)}; the record has {', '.join(there) or 'no fields'}"
 
-
-_KNOWN = (
-    "prompt",
-    "completion",
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "text",
-    "text_pair",
-    "label",
-    "image",
-)
 
 _MAKERS: dict[str, Callable[[str, Fields, bool], Record | list[str]]] = {
     "prompt": _prompt,

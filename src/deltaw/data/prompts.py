@@ -2,8 +2,8 @@
 Knows records; no tokenizer and no model.
 
 prompt, instruction   the prompt, an instruction with its input
-chat                  the messages before the first answer to a user: every answer is taught, so conversations that begin alike
-                      share an answer's context, and unrolled ones all of it
+chat                  the tools, and the messages before the first answer to a user: every answer is taught, so conversations that
+                      begin alike share an answer's context, and unrolled ones all of it
 labelled              the text, or the pair of texts
 image                 the picture's bytes
 text                  the text itself, as for an empty prompt: nothing is asked, so only copies are one item
@@ -33,7 +33,7 @@ def item_of(record: Record) -> Hashable:
     turns = record.context
     asked = next((i for i, m in enumerate(turns) if m.role not in ("system", "developer", "assistant")), len(turns))
     answered = next((i for i in range(asked, len(turns)) if turns[i].role == "assistant"), len(turns))
-    return tuple((m.role, m.content) for m in turns[:answered])
+    return (*record.tools, *(m.said for m in turns[:answered]))
 
 
 def question_of(record: Record) -> Hashable:
@@ -42,7 +42,7 @@ def question_of(record: Record) -> Hashable:
     Equal questions are of one item and have each other's answers as references. An item of conversations may have several
     questions.
     """
-    return tuple((m.role, m.content) for m in record.context)
+    return (*record.tools, *(m.said for m in record.context))
 
 
 def item_numbers(records: Sequence[Record]) -> list[int]:

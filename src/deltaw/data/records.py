@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from deltaw.config import DataConfig
 from deltaw.data import forms, sources
+from deltaw.data.fields.columns import IGNORE, picture_of
+from deltaw.data.fields.names import FIELDS, Asked
+from deltaw.data.fields.taken import Taken, left_out, take
 from deltaw.data.forms import Record
 from deltaw.data.prompts import question_of
 from deltaw.errors import DataError
@@ -19,9 +23,13 @@ class Records:
 
     items: list[Record]
     form: str
-    """One of forms.FIELDS."""
+    """One of FIELDS."""
     source: str
     """The name for messages."""
+    notes: tuple[str, ...] = ()
+    """Sentences on how the source was read, where that is no matter of course."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Field of the source that is not used → how many rows have it."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -45,45 +53,70 @@ def read(
 
     Args:
         source: a path, hub id, list of dicts or data set.
-        config: form, task and split of the records. The trainer applies `max_records`.
+        config: form, task, columns, encoding and split of the records. The trainer applies `max_records`.
         split: takes precedence over `config.split`, which is ignored for sources without splits.
         completions: False reads prompts alone, to generate from. Answers may be missing and are ignored, except in chats that
             end with one.
 
     Raises one DataError with every record that cannot be used; only blank lines are skipped.
     """
-    rows, problems, name = sources.rows(source, split, config.split)
-    return checked(rows, problems, name, config, completions=completions)
+    return checked(source, config, split=split, completions=completions)[0]
 
 
 def checked(
-    rows: Sequence[sources.Row], problems: list[str], name: str, config: DataConfig, *, completions: bool = True
-) -> Records:
-    """Return the rows of a source as records, one each in their order. `problems` were met in reading them.
+    source: sources.Source, config: DataConfig, *, split: str | None = None, completions: bool = True
+) -> tuple[Records, list[Mapping[str, object]]]:
+    """Return the records as `read` does, and of each the fields that make it, under the names that forms know.
 
     Raises DataError as `read` does.
     """
-    total = len(rows) + len(problems)
+    picture = picture_of(config.columns)
+    read = sources.rows(source, split, config.split, sources.Reading(config.encoding, picture))
+    total = len(read.rows) + len(read.problems)
     if not total:
-        raise DataError(f"{name}: no records in it. Each record is one JSON object a line, one CSV row, or one dict.")
-    if not rows:
-        raise DataError(f"{name}: none of its {total} records can be read:", problems)
-    form = config.form
-    resolved: str = form
-    if form == "auto":
-        resolved = forms.recognise(rows, name, completions=completions, labels=config.task != "causal")
+        raise DataError(
+            f"{read.name}: no records in it. Each record is one JSON object a line, one CSV row, or one dict."
+        )
+    if not read.rows:
+        raise DataError(f"{read.name}: none of its {total} records can be read:", read.problems)
+    labels = config.task != "causal"
+    return _made(take(read, config.columns, Asked(config.form, completions, labels)), read, completions=completions)
+
+
+def _made(taken: Taken, read: sources.Read, *, completions: bool) -> tuple[Records, list[Mapping[str, object]]]:
+    """Return the records that the fields of a source make, and the fields of each."""
     items: list[Record] = []
-    for place, fields in rows:
-        record = forms.make(resolved, place, fields, completions=completions)
+    fields: list[Mapping[str, object]] = []
+    problems = [*read.problems, *taken.problems]
+    ignored = Counter(taken.ignored)
+    for part in taken.parts:
+        record = forms.make(part.form, part.place, part.fields, completions=completions)
         if isinstance(record, Record):
-            items.append(record)
+            ignored.update(part.fields.names.get(name, name) for name in record.unused)
+            items.append(forms.after(record, part.before) if part.before else record)
+            fields.append(part.fields if part.written is None else part.written)
         else:
             problems.extend(record)
-    if problems:
-        bad = total - len(items)
-        head = f"{name}: {bad} of {total} records cannot be used as {resolved} records ({forms.FIELDS[resolved]}):"
-        raise DataError(head, sorted(problems, key=_by_place))
-    return Records(items, resolved, name)
+    if problems or taken.refusals:
+        raise _unusable(read, taken, problems)
+    form = "chat" if any(record.form == "chat" for record in items) else taken.form
+    for i, record in enumerate(items):
+        if record.form != form or taken.parts[i].before:
+            items[i] = forms.after(record, ())
+            fields[i] = {"messages": [{"role": m.role, "content": m.content} for m in items[i].conversation]}
+    return Records(items, form, read.name, taken.notes, ignored), fields
+
+
+def _unusable(read: sources.Read, taken: Taken, problems: Sequence[str]) -> DataError:
+    """Return the error of records that cannot be used: fields that would be lost, then records by their places."""
+    places = {_by_place(line)[:2] for line in problems}
+    count = len(read.rows) + len(read.problems)
+    what = f"{taken.form} records ({FIELDS[taken.form]})"
+    head = f"{len(places):,} of {count:,} records cannot be used as {what}"
+    if not problems:
+        head = f"fields of its records have a meaning that {what} have no place for"
+    advice = f"--columns {IGNORE}=NAME leaves a field out on purpose." if taken.refusals else ""
+    return DataError(f"{read.name}: {head}:", [*taken.refusals, *sorted(problems, key=_by_place)], advice)
 
 
 def _by_place(problem: str) -> tuple[str, int]:
@@ -100,3 +133,13 @@ def references(records: Sequence[Record] | Records) -> list[tuple[Record, list[s
         if record.completion is not None:
             item[1].append(record.completion)
     return list(items.values())
+
+
+def notes_of(parts: Iterable[Records | None]) -> tuple[str, ...]:
+    """Return sentences on how sources were read, and on the fields that are not used, each named once with its records."""
+    there = [part for part in parts if part is not None]
+    ignored: Counter[str] = Counter()
+    for part in there:
+        ignored.update(part.ignored)
+    notes = [note for part in there for note in part.notes]
+    return tuple(dict.fromkeys([*notes, *filter(None, [left_out(ignored)])]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 import timeit
@@ -29,7 +30,6 @@ from transformers import (
 
 from deltaw.config import DType, Task
 from deltaw.errors import ConfigError, DeltaWError, FileError, first_line, nearest, needs_its_code, shown
-from deltaw.files.formats.strict_json import parse_object
 from deltaw.layers.names import in_order
 from deltaw.layers.tree import is_finite
 from deltaw.model.inputs import settle_padding, tokens_beyond, vocabulary_size
@@ -382,8 +382,8 @@ def _adapter_hint(path: Path) -> str:
     if not (path / "adapter_config.json").is_file():
         return ""
     try:
-        base = parse_object((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError):  # its settings are another command's subject
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):  # its settings are another command's subject
         base = None
     return f"; it is an adapter of {base or 'some base'}: give the base as MODEL and this folder with --adapter"
 

@@ -25,7 +25,7 @@ from deltaw.runs import splits, study, worker
 from deltaw.runs.apart import Processes
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
-from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, TimingStarted
+from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, RecordsRead, TimingStarted
 from deltaw.runs.folder import read_json
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.compare import comparison_report
@@ -132,6 +132,8 @@ def compare(
         )
     every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
     with _begun(model, data, config, options) as begun, Processes() as processes:
+        if begun.notes:
+            on_event(RecordsRead(begun.notes))
         return _finished(_Work(begun, options, on_event, processes), every)
 
 

@@ -48,6 +48,16 @@ class CandidateFinished(CandidateEvent):
 
 
 @dataclass(frozen=True)
+class RecordsRead:
+    """The records were read in a way that is worth a word, or have fields that are not used."""
+
+    kind: ClassVar[str] = "records"
+
+    notes: Sequence[str]
+    """Sentences for people."""
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """A choice of targets is not tried, as its layers cannot hold the budget."""
 
@@ -98,6 +108,6 @@ class Confirming:
     event: SweepEvent
 
 
-SweepEvent: TypeAlias = LeftOut | WidthChosen | CandidateStarted | CandidateStepped | CandidateFinished
-CompareEvent: TypeAlias = CandidateStarted | CandidateFinished | TimingStarted
+SweepEvent: TypeAlias = RecordsRead | LeftOut | WidthChosen | CandidateStarted | CandidateStepped | CandidateFinished
+CompareEvent: TypeAlias = RecordsRead | CandidateStarted | CandidateFinished | TimingStarted
 RankEvent: TypeAlias = Scored | Confirming

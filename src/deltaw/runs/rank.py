@@ -286,7 +286,8 @@ def _cut_and_scored(
     base = _base_scores(opened, on_event)
     cuts = {rank: _cut(opened, f"r = {rank}", opened.cut(opened.uniform(rank)), on_event) for rank in ranks}
     whole = cuts[ranks[-1]].scores.losses
-    choice = chosen({rank: cut.scores.losses for rank, cut in cuts.items()}, config.margin)
+    losses = {rank: cut.scores.losses for rank, cut in cuts.items()}
+    choice = chosen(losses, config.margin, task_of(opened.held.config.data).least_margin)
     results = RankResults(
         run=str(run.path),
         settings=dict(run.settings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,16 @@ from deltaw.config import DataConfig
 from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.images import opened
 from deltaw.data.prompts import described, items_in
-from deltaw.data.records import Records, checked
-from deltaw.data.sources import HELD_OUT, is_path, rows, splits
+from deltaw.data.records import Records, checked, notes_of
+from deltaw.data.sources import HELD_OUT, is_path, splits
 from deltaw.errors import DataError
 from deltaw.files.formats.atomic import replacing, write_text
+from deltaw.runs.folder import read_json
 
 NAMES = ("train", "valid", "test")
 # Without splits, the share of the records to hold out, and likewise to score; and the most of each
 _SHARE, _MOST = 0.1, 1000
+_NOTES = "notes.json"
 _INSTEAD = "Give held-out records with --valid, and test records with --test."
 
 
@@ -46,10 +48,11 @@ def file_of(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Set:
-    """Records with all their fields."""
+    """Records with the fields that make them."""
 
     records: Records
     fields: list[Mapping[str, object]]
+    """Under the names that forms know."""
 
     def __len__(self) -> int:
         return len(self.fields)
@@ -60,7 +63,22 @@ class Set:
         return Set(self.records.only(kept), [self.fields[i] for i in kept])
 
 
-def read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> dict[str, Set]:
+@dataclass(frozen=True)
+class Sets:
+    """The three sets, and how their sources were read."""
+
+    parts: Mapping[str, Set]
+    """One of NAMES → its set."""
+    notes: tuple[str, ...]
+    """Sentences, also on fields that are not used."""
+
+
+def as_written(data: DataConfig) -> DataConfig:
+    """Return the settings by which the files of the sets are read: their fields have the names that forms know."""
+    return replace(data, columns="", encoding="utf-8")
+
+
+def read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> Sets:
     """Return the three sets. All records of a prompt are in the same one.
 
     data: how records are read. valid_most, test_most: the most records of these sets, a seeded sample of all. Raises DataError
@@ -73,6 +91,7 @@ def read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> d
     if valid is None and len(held_out) > 1:
         valid = _records(source.data, held_out[0], data)
     train = _records(source.data, source.split, data)
+    notes = notes_of(part.records for part in (train, valid, test) if part is not None)
     share = min(round(len(train) * _SHARE), _MOST)
     if test is None:
         test, train = _cut_for_test(train, max(2, share))
@@ -84,15 +103,21 @@ def read(source: Source, data: DataConfig, valid_most: int, test_most: int) -> d
             f"The test set has {described(test.records.items)}, and an interval needs two at least: give more records, or others "
             "with --test."
         )
-    return {"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": test}
+    return Sets({"train": train, "valid": _sampled(valid, valid_most, seed=3), "test": test}, notes)
 
 
-def write(folder: Path, sets: Mapping[str, Set]) -> None:
-    """Write a file for each set."""
-    for name, part in sets.items():
+def write(folder: Path, sets: Sets) -> None:
+    """Write a file for each set, and how their sources were read."""
+    write_text(folder / _NOTES, json.dumps({"notes": sets.notes}, ensure_ascii=False) + "\n")
+    for name, part in sets.parts.items():
         kept = [_kept(fields, folder / "images" / f"{name}-{i}.npy") for i, fields in enumerate(part.fields)]
         text = "".join(json.dumps(fields, ensure_ascii=False, default=str) + "\n" for fields in kept)
         write_text(file_of(folder, name), text)
+
+
+def notes(folder: Path) -> tuple[str, ...]:
+    """Return how the sources of the sets in a folder were read; nothing where a version of before wrote them."""
+    return tuple((read_json(folder / _NOTES) or {}).get("notes", ()))
 
 
 def _named(name: str | None, source: str | Path, data: DataConfig) -> Set | None:
@@ -103,8 +128,8 @@ def _named(name: str | None, source: str | Path, data: DataConfig) -> Set | None
 
 
 def _records(source: str | Path, split: str | None, data: DataConfig) -> Set:
-    lines, problems, name = rows(source, split, None)
-    return Set(checked(lines, problems, name, data), [dict(fields) for _, fields in lines])
+    records, fields = checked(source, replace(data, split=None), split=split)
+    return Set(records, fields)
 
 
 def _cut(part: Set, count: int, *, seed: int) -> tuple[Set, Set]:

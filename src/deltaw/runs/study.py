@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaw.config import DataConfig, TrainConfig, to_mapping
@@ -67,6 +67,8 @@ class Study:
     settings: StudySettings
     """The settings that decide about results."""
     scoring: Scoring
+    notes: tuple[str, ...] = ()
+    """Sentences on how the records were read, and on the fields that are not used."""
 
     @property
     def report(self) -> Path:
@@ -125,12 +127,13 @@ def opened(
                 write_text(folder / f"{kind}.json", json.dumps(settings.to_json(), indent=1, ensure_ascii=False) + "\n")
             if sets is not None:
                 splits.write(folder / "data", sets)
-            scoring = scoring_of(folder / "data", config, settings.model, metrics)
+            written = replace(config, data=splits.as_written(config.data))
+            scoring = scoring_of(folder / "data", written, settings.model, metrics)
         except BaseException:
             if not resumed:
                 bring_back(folder)
             raise
-        yield Study(folder, config, settings, scoring)
+        yield Study(folder, config, settings, scoring, splits.notes(folder / "data"))
 
 
 def scoring_of(sets: Path, config: TrainConfig, model: str, metrics: str) -> Scoring:

@@ -34,6 +34,7 @@ from deltaw.runs.events import (
     CandidateStarted,
     CandidateStepped,
     LeftOut,
+    RecordsRead,
     SweepEvent,
     WidthChosen,
 )
@@ -59,6 +60,7 @@ from deltaw.runs.study import Study
 from deltaw.runs.train import RunResult, run_abreast
 from deltaw.training.events import Evaluated, Event, Stepped
 from deltaw.training.prepare import Prepared, prepare, with_head
+from deltaw.training.tasks import task_of
 
 # Where the worse half ends, if it is to: shares of the run
 _RUNGS = (0.25, 0.5)
@@ -143,7 +145,7 @@ def _finished(begun: _Begun) -> Sweep:
     for targets, why in tried.left_out.items():
         on_event(LeftOut(targets, why))
     measurements = _measured(begun, tried.candidates)
-    choices = choices_of(measurements, options.margin)
+    choices = choices_of(measurements, options.margin, task_of(begun.study.scoring.data).least_margin)
     results = SweepResults(
         settings=begun.study.settings,
         options=to_mapping(options),
@@ -229,6 +231,8 @@ def _begun(
     )  # fmt: skip
     source = splits.Source(data, config.data.split, config.valid, options.test)
     with study.opened("sweep", settings, source, config, options.metrics) as opened:
+        if opened.notes:
+            on_event(RecordsRead(opened.notes))
         yield _Begun(opened, options, _Base(model, opened), on_event)
 
 
@@ -434,13 +438,13 @@ def losses_of(losses: Sequence[RecordLosses], seeds: Sequence[int]) -> Measured:
     return of_losses(sums, counts[0], items[0], seeds)
 
 
-def choices_of(measurements: Sequence[Measurement], margin: float) -> dict[str, Choice]:
+def choices_of(measurements: Sequence[Measurement], margin: float, least: float) -> dict[str, Choice]:
     """Return the rank that is enough, by targets of which several ranks were trained."""
     by_targets: dict[str, dict[int, Measured]] = {}
     for measurement in measurements:
         if measurement.losses is not None:
             by_targets.setdefault(measurement.row.targets, {})[measurement.row.rank] = measurement.losses
-    return {targets: chosen(losses, margin) for targets, losses in by_targets.items() if len(losses) > 1}
+    return {targets: chosen(losses, margin, least) for targets, losses in by_targets.items() if len(losses) > 1}
 
 
 def compared_of(measurements: Sequence[Measurement]) -> list[Compared]:

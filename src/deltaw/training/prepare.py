@@ -16,6 +16,7 @@ from deltaw.data import Encoded, Example, Records, held_out_split, read
 from deltaw.data.hold_out import hold_out, sample
 from deltaw.data.items import Item
 from deltaw.data.prompts import described, overlap
+from deltaw.data.records import notes_of
 from deltaw.data.sources import Source, is_path, local
 from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, shown
 from deltaw.layers.ops.seeding import seeded
@@ -65,6 +66,8 @@ class Sets:
     """None where nothing is held out."""
     overlap: str | None
     """A warning where prompts are on both sides."""
+    notes: Sequence[str] = ()
+    """Sentences on how the records were read, and on the fields that are not used."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def prepare(
         encoded,
         valid,
         begun.valid,
-        _sets(begun.train, begun.valid),
+        _sets(begun),
     )
 
 
@@ -131,7 +134,7 @@ def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
     begun = _begin(model, data, config, 0, None)
     if begun.valid is None:
         raise DataError(f"The run held out none of the records of {data}: give others with --records.")
-    return HeldOut(begun.loaded, begun.config, begun.valid, _sets(begun.train, begun.valid))
+    return HeldOut(begun.loaded, begun.config, begun.valid, _sets(begun))
 
 
 def trained_on(settings: Mapping[str, object]) -> Records | None:
@@ -149,10 +152,11 @@ def trained_on(settings: Mapping[str, object]) -> Records | None:
         return None
 
 
-def _sets(train: Records, valid: Records | None) -> Sets:
+def _sets(begun: _Begun) -> Sets:
+    train, valid = begun.train, begun.valid
     if valid is None:
-        return Sets(described(train.items), None, None)
-    return Sets(described(train.items), described(valid.items), overlap(valid.items, train.items))
+        return Sets(described(train.items), None, None, begun.notes)
+    return Sets(described(train.items), described(valid.items), overlap(valid.items, train.items), begun.notes)
 
 
 class _Begun(NamedTuple):
@@ -160,6 +164,8 @@ class _Begun(NamedTuple):
     config: TrainConfig
     train: Records
     valid: Records | None
+    notes: tuple[str, ...]
+    """On how the records were read."""
 
 
 def _begin(model: Model, data: Source, config: TrainConfig, positions: int, tokenizer: Tokenizer | None) -> _Begun:
@@ -170,7 +176,7 @@ def _begin(model: Model, data: Source, config: TrainConfig, positions: int, toke
     with seeded(config.seed):  # a head that the checkpoint does not have is drawn
         loaded = _loaded(model, tokenizer, config)
     config = _resolved(config, records.form, loaded, positions)
-    return _Begun(loaded, config, *_split(records, valid, config))
+    return _Begun(loaded, config, *_split(records, valid, config), notes_of([records, valid]))
 
 
 def _config_of(model: Model, trust_remote_code: bool = False) -> PretrainedConfig | None:

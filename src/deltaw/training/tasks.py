@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.data import Encoded, Record, Records, encode, encode_prompt, prompt_ends
+from deltaw.data import Encoded, Record, Records, as_said, as_taught, encode, encode_prompt, prompt_ends
 from deltaw.data.images import pixels
 from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
@@ -44,6 +44,8 @@ class Task(ABC):
     """Forms of the records that it learns from."""
     unit: ClassVar[str] = "nats per supervised token"
     """The unit of its loss."""
+    least_margin: ClassVar[float] = 0.005
+    """A difference of losses below which nothing is given up. Of nats: an answer half a percent less likely."""
     counted: ClassVar[str] = "tokens"
     """The things that its speed counts."""
     answers: ClassVar[Literal["text", "class", "number"]]
@@ -65,6 +67,10 @@ class Task(ABC):
     @abstractmethod
     def wanted(self, record: Record, data: DataConfig) -> str | None:
         """Return the answer that the record has, of a class its name; None where it has none."""
+
+    def learnt(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[str | None]:
+        """Return the answers that the records have, as a model that learnt them gives them."""
+        return [self.wanted(record, data) for record in records]
 
     @abstractmethod
     def said(self, answer: Answer, data: DataConfig) -> str:
@@ -97,6 +103,9 @@ class Written(Task):
     def wanted(self, record: Record, data: DataConfig) -> str | None:
         return record.completion
 
+    def learnt(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[str | None]:
+        return [*as_said([record.completion or "" for record in records], loaded.tokenizer)]
+
     def said(self, answer: Answer, data: DataConfig) -> str:
         return str(answer)
 
@@ -118,6 +127,9 @@ class Causal(Written):
 
     def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
         return [encode_prompt(record, loaded.tokenizer, data) for record in records]
+
+    def learnt(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[str | None]:
+        return as_taught(records, loaded.tokenizer, data)
 
     def ends(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> Sequence[int]:
         return prompt_ends(records, loaded.tokenizer, data)
@@ -228,6 +240,7 @@ class Regression(_OfTexts):
 
     name = "regression"
     unit = "squared error per record"
+    least_margin = 0.0
     answers = "number"
     loss_class: ClassVar[type[RecordLoss]] = SquaredLoss
 

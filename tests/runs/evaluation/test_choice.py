@@ -130,3 +130,12 @@ def test_few_records_of_a_prompt_are_not_many_items() -> None:
 def test_a_wider_margin_never_asks_for_more_rank(more: float, margin: float) -> None:
     losses = made({1: more, 2: more / 2, 4: 0.0}, n=60)
     assert chosen(losses, 2 * margin).rank <= chosen(losses, margin).rank
+
+
+def test_a_loss_near_zero_gives_up_a_little() -> None:
+    """A share of it is so little that no smaller rank would be enough."""
+    near = made({1: 0.003, 4: 0.001, 16: 0.0}, noise=0.0001)
+    assert chosen(near, 1e-6).rank == 16
+    assert chosen(near, 1e-6, least=0.005).rank == 1 and chosen(near, 1e-6, least=0.005).margin == 0.005
+    assert chosen(near, 1e-6, least=0.002).rank == 4
+    assert chosen(near, 0.0, least=0.005).rank == 16

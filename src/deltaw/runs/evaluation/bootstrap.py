@@ -276,11 +276,15 @@ class Choice:
     """All ranks, from the smallest."""
 
 
-def chosen(losses: Mapping[int, Measured], margin: float) -> Choice:
-    """Choose by the losses of each rank on the same items. `margin` is a share of the largest rank's loss, for example 0.01."""
+def chosen(losses: Mapping[int, Measured], margin: float, least: float = 0.0) -> Choice:
+    """Choose by the losses of each rank on the same items.
+
+    `margin` is a share of the largest rank's loss, for example 0.01. Where that is less than `least`, in the loss's unit, it is
+    that: of a loss near 0 any share is so little that no smaller rank would do.
+    """
     ranks = sorted(losses)
     largest = losses[max(ranks)]
-    most = margin * largest.value
+    most = max(margin * largest.value, least if margin else 0.0)
     tested = []
     for rank in ranks:
         difference = losses[rank].less(largest).interval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.data import Record, Records, as_said, references
+from deltaw.data import Record, Records, references
 from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.data.prompts import item_numbers
@@ -149,12 +149,17 @@ def _of_texts(
         losses = record_losses(task.loss(loaded), encoded.examples, generation.batch, items)
     scores, answered = dict[str, ItemScore](), [m for m in metrics if m in TEXT_METRICS]
     if answered:
-        asked = Questions.of(records)
+        asked = Questions.of(_as_learnt(task, loaded, records, data))
         said = [str(a) for a in task.answer(loaded, asked.records, data, generation, on_done)]
-        plain = iter(as_said([text for texts in asked.references for text in texts], loaded.tokenizer))
-        wanted = [[next(plain) for _ in texts] for texts in asked.references]
-        scores = {m: TEXT_METRICS[m](said, wanted, asked.items) for m in answered}
+        scores = {m: TEXT_METRICS[m](said, asked.references, asked.items) for m in answered}
     return len(records), len(set(item_numbers(records.items))), said, scores, losses
+
+
+def _as_learnt(task: Task, loaded: Pretrained, records: Records, data: DataConfig) -> Records:
+    """Return the records with their answers as a model that learnt them writes them."""
+    answers = task.learnt(loaded, records.items, data)
+    items = [replace(record, completion=answer) for record, answer in zip(records, answers, strict=True)]
+    return replace(records, items=items)
 
 
 def _of_labels(

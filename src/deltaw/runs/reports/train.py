@@ -13,7 +13,6 @@ from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
 from deltaw.runs.results.train import RunFigures
 from deltaw.training.events import Evaluated, Event, Spiked, Stepped
 
-_SMOOTH = 0.9
 # A loss's unit → its formula
 _LOSSES = {
     "nats per supervised token": "−log p(y_t | x, y_<t), averaged over supervised tokens",
@@ -126,12 +125,13 @@ def _curves(events: Sequence[Event], figures: RunFigures) -> list[Chart]:
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the exponential moving average, corrected for its start."""
-    total = weight = 0.0
+    """Return the mean of each point and its neighbours, as many on each side: it lags behind nothing."""
+    most = max(1, len(points) // 20)
     smooth = []
-    for x, y in points:
-        total, weight = _SMOOTH * total + (1 - _SMOOTH) * y, _SMOOTH * weight + (1 - _SMOOTH)
-        smooth.append((x, total / weight))
+    for i, (x, _) in enumerate(points):
+        side = min(most, i, len(points) - 1 - i)
+        window = [y for _, y in points[i - side : i + side + 1]]
+        smooth.append((x, sum(window) / len(window)))
     return smooth
 
 

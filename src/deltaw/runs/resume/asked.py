@@ -63,7 +63,10 @@ class Asked:
                     f"out is {config.out}, and the run to resume is in {self.folder}: give no other out, or say that it may "
                     "change (resume_with: out)."
                 )
-            config = replace(config, out=str(self.folder))
+            was = str(settings.get("out", ""))
+            # As it was written, where that is this folder: the adapter's file tells it
+            same = was and Path(was).resolve() == self.folder.resolve()
+            config = replace(config, out=was if same else str(self.folder))
         overwrite, config = config.overwrite, replace(config, overwrite=bool(settings.get("overwrite")))
         model, data = self._named("model", self.model, settings), self._named("data", self.data, settings)
         return Begun(model, data, config, self._method(settings, there), overwrite)

@@ -6,12 +6,16 @@ A run that replaces another one lies in next/, within the other's folder. The ot
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltaw.config import LATEST
 from deltaw.errors import ConfigError
 from deltaw.files.formats.atomic import exchange, write_text
 from deltaw.files.formats.lock import locked
@@ -115,6 +119,29 @@ def at_work(folder: RunFolder) -> Iterator[tuple[str, ...]]:
         for path in new:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def dated(out: str) -> str:
+    """Return the folder of a new run: `out`, or for the default one beside it, with today's date and the next number."""
+    if out != LATEST:
+        return out
+    beside, day = Path(out).parent, time.strftime("%Y-%m-%d")
+    return str(next(path for n in itertools.count(1) if not (path := beside / f"{day}-{n}").exists()))
+
+
+def name_latest(folder: RunFolder) -> str:
+    """Let the default folder be a link to this run. Returns a sentence to tell where it cannot be; "" else."""
+    link = Path(LATEST)
+    if link.exists() and not link.is_symlink():
+        return f"{link} holds a run of before, and stays as it is. This run is in {folder.path}."
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.path.name, target_is_directory=True)
+        temporary.replace(link)
+    except (OSError, NotImplementedError) as error:  # on Windows, links are for administrators
+        return f"{link} could not be made a link to this run, which is in {folder.path}: {error}"
+    return ""
 
 
 def refuse_a_file(folder: Path) -> None:

@@ -160,6 +160,6 @@ def _figures(job: Job, events: Sequence[Event], state: LoopState, summary: Summa
         peak_memory=peak(job),
         resumed=resumed_at(job),
         data=dataclasses.asdict(job.prepared.encoded.counts),
-        sets=dataclasses.asdict(job.prepared.sets),
+        sets={name: value for name, value in dataclasses.asdict(job.prepared.sets).items() if name != "notes"},
         warnings=[event.text for event in events if isinstance(event, Warned)],
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltaw.config import TrainConfig, to_yaml
+from deltaw.config import LATEST, TrainConfig, to_yaml
 from deltaw.errors import ConfigError, DeltaWError, Interrupted, NotFinite, TrainError
 from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.methods.lora import LoRA
@@ -31,7 +31,9 @@ from deltaw.runs.resume.place import (
     check_free,
     clear,
     copy_log,
+    dated,
     finish_replacing,
+    name_latest,
 )
 from deltaw.runs.resume.signals import Stopping, asked_to_stop
 from deltaw.runs.train.job import Job, attached, begin_with, peak, resumed_at, save, values_are_finite
@@ -108,6 +110,7 @@ def train(
     if model is None or data is None:
         raise ConfigError("train needs a model and data, or a run to resume.")
     config = config or TrainConfig()
+    is_latest, config = config.out == LATEST, replace(config, out=dated(config.out))
     home = RunFolder(Path(config.out))
     check_apart(
         home.path,
@@ -117,7 +120,8 @@ def train(
         check_free(home, overwrite=config.overwrite)
         prepared = prepare(model, data, config, method or LoRA(), tokenizer=tokenizer)
         job = attached(prepared, "default", begin(home))
-        return _run(replace(job, notes=notes), home, on_event)
+        note = name_latest(home) if is_latest else ""
+        return _run(replace(job, notes=(*notes, *filter(None, [note]))), home, on_event)
 
 
 def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:

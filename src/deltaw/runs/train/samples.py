@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltaw.config import GenerateConfig
-from deltaw.data import Record, as_said
+from deltaw.data import Record
 from deltaw.model.switch import using
 from deltaw.runs.reports.train import Sampled
 from deltaw.runs.train.job import Job
@@ -42,8 +42,6 @@ def sampled(
 ) -> list[Sampled]:
     """Return the records with what was wanted, and what the base and the adapter said."""
     task, data = task_of(job.prepared.config.data), job.prepared.config.data
-    wanted: Sequence[str | None] = [task.wanted(record, data) for record in records]
-    if task.answers == "text":
-        wanted = as_said([text or "" for text in wanted], job.prepared.loaded.tokenizer)
+    wanted = task.learnt(job.prepared.loaded, records, data)
     rows = zip(records, wanted, before, after, strict=True)
     return [Sampled(record.question, reference, base, adapter) for record, reference, base, adapter in rows]

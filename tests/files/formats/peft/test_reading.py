@@ -177,9 +177,8 @@ def test_one_token_of_tied_layers_that_differ_is_not_saved(tmp_path: Path) -> No
     assert not (tmp_path / "ours").exists()
 
 
-ON_SMOLLM2 = [
-    "all linear", "dora", "patterns", "norms whole", "embedding", "head", "both whole and tied", "embedding whole", "tokens",
-]  # fmt: skip
+# The others are read on tiny models
+ON_SMOLLM2 = ["all linear", "dora", "embedding", "both whole and tied", "tokens"]
 
 
 @pytest.mark.slow

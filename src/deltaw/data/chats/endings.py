@@ -19,7 +19,8 @@ class Turn:
     """All the text that it is generated from."""
     after: str
     """All the text up to its end."""
-    content: str
+    content: str | None
+    """None where the turn is more than its content: thoughts or tool calls."""
 
     @property
     def text(self) -> str:
@@ -29,6 +30,8 @@ class Turn:
     @property
     def tail(self) -> str | None:
         """The template's text after the content; None where the turn does not begin with the content as it is."""
+        if self.content is None:
+            return None
         content = self.content.strip()
         return self.text.lstrip()[len(content) :] if self.text.lstrip().startswith(content) else None
 
@@ -58,7 +61,7 @@ def tokens_of(turn: Turn, ids: Ids, special: Collection[int], added: Collection[
 
     ids: the tokens of the turn's end. special, added: ids of the special tokens, and of all tokens added to the vocabulary.
     """
-    if turn.end == turn.tail and turn.content.strip():
+    if turn.end == turn.tail and (turn.content or "").strip():
         return [token for token in ids if token in special] or [token for token in ids if token in added][-1:]
     return [token for token in ids[-1:] if token in special]
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from deltaw.data import Message, encode_chat, prompt_ids
 from deltaw.errors import DataError
 
-from .conftest import CHATML, FORGETFUL, LLAMA2, MARKED, tiny_tokenizer
+from ..conftest import CHATML, FORGETFUL, LLAMA2, MARKED, tiny_tokenizer
 
 TALK = [
     Message("user", "Hi"),
@@ -78,7 +78,7 @@ def test_either_exact_or_refused(answers):
 def test_refusals_say_what_is_not_exact():
     think = [*TALK[:1], Message("assistant", "<think>so</think>Hello"), *TALK[2:]]
     message = failure(FORGETFUL, think)
-    assert "train.jsonl:7" in message and "message 2" in message and "<think>" in message
+    assert "train.jsonl:7" in message and "2 rows" in message
     message = failure(LLAMA2, [Message("system", "s"), *TALK])
     assert "no system here" in message
     message = failure(CHATML, [Message("user", "Hi"), Message("assistant", "\n\nHello")])

@@ -1,0 +1,200 @@
+"""Fields that carry meaning and are not used by a reading: each is refused with the reason.
+
+A system message and earlier turns, which stand before a question, are used.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
+from deltaw.data.sources import show
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
+"""Names of what is no text."""
+TOOLS = ("tools", "functions")
+"""Names of tools on offer."""
+_STEPS = "labels"
+WEIGHTS = ("weight", "weights", "score", "reward")
+"""Numbers that tell records apart: refused where they are not all the same."""
+_YES_OR_NO = {"true", "false", "0", "1", "-1", "0.0", "1.0", "-1.0", "yes", "no", "good", "bad"}
+
+_KTO = (
+    "says whether the answer is good (KTO), which is not trained on yet: bad answers would be taught as good ones. Keep the "
+    "records with good answers, and leave the field out of them"
+)
+_PAIRS = "are a preference pair, which is not trained on yet"
+_LOST = "is no part of {form} records, and what it says would be lost"
+_WEIGHED = (
+    "differs from record to record, and records are not weighed yet. Keep the records that count, and leave the field out; or, "
+    "where it is what is to be learned, take it with --columns label={name}"
+)
+Why = tuple[str, str]
+"""A field, and what is wrong with it."""
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a field says nothing: null, no text, an empty list or object."""
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value) or (
+        isinstance(value, str) and not value.strip()
+    )  # fmt: skip
+
+
+def of_pairs(row: Named) -> str | None:
+    """Return what to do with a record that is a preference pair; None for others."""
+    chosen, rejected = (next((f for f in row if f.strip().lower() == name), None) for name in ("chosen", "rejected"))
+    if chosen is None or rejected is None or is_empty(row[chosen]) or is_empty(row[rejected]):
+        return None
+    name, answer = row.names.get(chosen, chosen), row[chosen]
+    asks = (
+        isinstance(answer, list) and answer and isinstance(answer[0], Mapping) and answer[0].get("role") != "assistant"
+    )
+    question = next((f for f in QUESTIONS if not is_empty(row.get(f))), None)
+    columns = f"messages={name}" if asks else f"text={name}"
+    if question is not None and not asks:
+        columns = f"prompt={row.names[question]},completion={name}"
+    both = f"{name} and {row.names.get(rejected, rejected)}"
+    return f"{both} {_PAIRS}. To train on the chosen answers alone, set --columns {columns}"
+
+
+def refused(rest: Iterable[str], row: Named, reading: Reading, used: set[str], asked: Asked) -> Iterator[Why]:
+    """Yield each field of a record that carries meaning and is not used.
+
+    Args:
+        rest: its fields that are not used and not empty.
+        row: the record.
+        reading: the form that it is read as.
+        used: the fields that are used.
+        asked: what the caller wants of the records.
+    """
+    for name in rest:
+        why = _reason(name, row, reading, used, asked)
+        if why is not None:
+            yield row.names.get(name, name), why
+
+
+def _reason(name: str, row: Named, reading: Reading, used: set[str], asked: Asked) -> str | None:
+    """Return why a field that is not used is refused; None where it is not."""
+    form, word = reading.form, name.lower()
+    if word in MEDIA and form not in ("image", "labelled"):
+        return "is not taught from, and would be lost: texts alone are"
+    if form not in ("prompt", "instruction", "chat", "text"):
+        return None
+    if word in TOOLS and form in ("prompt", "instruction"):
+        return "are tools on offer, which stand beside messages: give the question and the answer as messages"
+    chosen = asked.form != "auto" or asked.columns
+    if asked.completions and form != "text":
+        if word == "label" and _is_verdict(row[name]):
+            pair = ",".join(
+                f"{t}={row.names.get(f, f)}" for t, (_, f) in zip(("text", "text_pair"), reading.takes, strict=False)
+            )
+            return f"{_KTO}; or, where it is a class to learn, set --columns {pair}"
+        if word == _STEPS and isinstance(row[name], (list, tuple)):
+            return "judges the steps of an answer, which is not trained on yet"
+    if chosen or _is_repeated(row[name], [row.get(field) for field in used]):
+        return None
+    known = {*QUESTIONS, *SYSTEM, *HISTORY, "text"} | ({*ANSWERS, *TALKS} if asked.completions else set())
+    if name not in known or (name in (*SYSTEM, *HISTORY) and form == "text"):
+        return None
+    return _LOST.format(form=form) + _instead(name, row, reading)
+
+
+def _instead(name: str, row: Named, reading: Reading) -> str:
+    """Return what to do with a field that a form has no place for."""
+    if reading.form == "prompt" and name in ("context", "input") and len(reading.takes) == 2:
+        (_, question), (_, answer) = ((t, row.names.get(f, f)) for t, f in reading.takes)
+        return f". Take it as an input: --columns instruction={question},input={row.names[name]},output={answer}"
+    return ". Write it into a field that is used"
+
+
+def _is_verdict(value: object) -> bool:
+    """Return whether a label is yes or no."""
+    return isinstance(value, (bool, numbers.Real, str)) and str(value).strip().lower() in _YES_OR_NO
+
+
+def _is_repeated(value: object, used: Sequence[object]) -> bool:
+    """Return whether a text stands in what is used already, so that nothing is lost without it."""
+    return isinstance(value, str) and any(value.strip() in text for part in used for text in _texts(part))
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+
+
+def weighed(rows: Sequence[Named], places: Sequence[str], form: str) -> dict[Why, list[str]]:
+    """Return the fields by which records count differently, each with the records that have it."""
+    names = WEIGHTS if form not in ("labelled", "image") else ("weight", "weights")
+    refusals: dict[Why, list[str]] = {}
+    for name in dict.fromkeys(field for row in rows for field in row if field.lower() in names):
+        there = [(place, row[name]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get(name))]
+        if len({str(value) for _, value in there}) > 1 and all(_is_weight(value) for _, value in there):
+            refusals[(name, _WEIGHED.format(name=name))] = [place for place, _ in there]
+    return refusals
+
+
+def _is_weight(value: object) -> bool:
+    """Return whether a value is a number, also as the text of a table's cell, or a list of them for each answer."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_weight, value))
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def turns_before(row: Named, lines: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the roles and texts of what stands before a record's question, and the fields that say it.
+
+    It is a system message and earlier questions with their answers. What is wrong with them is added to `lines`.
+    """
+    systems = [name for name in SYSTEM if not is_empty(row.get(name))]
+    if len(systems) > 1:
+        lines.append(
+            f"it has several system messages, in {' and '.join(repr(row.names[n]) for n in systems)}; leave one"
+        )
+    turns = [("system", _text(row[name], row.names[name], lines)) for name in systems[:1]]
+    used = systems
+    for name in (name for name in HISTORY if not is_empty(row.get(name))):
+        used.append(name)
+        turns += _history(row[name], row.names[name], lines)
+    return turns, used
+
+
+def _history(value: object, name: str, lines: list[str]) -> list[tuple[str, str]]:
+    """Return earlier turns: [[question, answer], …], or messages."""
+    if not isinstance(value, (list, tuple)):
+        lines.append(f"field {name!r} must be a list of [question, answer] pairs, found {show(value)}")
+        return []
+    turns: list[tuple[str, str]] = []
+    for i, turn in enumerate(value):
+        where = f"{name}[{i}]"
+        if isinstance(turn, (list, tuple)) and len(turn) == 2:
+            turns += [
+                ("user", _text(turn[0], f"{where}[0]", lines)),
+                ("assistant", _text(turn[1], f"{where}[1]", lines)),
+            ]
+        elif (
+            isinstance(turn, Mapping)
+            and turn.get("role") in ("system", "user", "assistant")
+            and set(turn) == {"role", "content"}
+        ):
+            turns.append((str(turn["role"]), _text(turn["content"], f"{where}.content", lines)))
+        else:
+            lines.append(f"{where} must be a pair [question, answer], found {show(turn)}")
+    return turns
+
+
+def _text(value: object, name: str, lines: list[str]) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    lines.append(f"field {name!r} must be text that is not empty, found {show(value)}")
+    return ""

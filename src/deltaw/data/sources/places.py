@@ -1,0 +1,196 @@
+"""A path, hub id, list or data set → the rows of one split. Knows no form of record and no format of a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from deltaw.data.sources.files import SUFFIXES, TEXTS, Reading, read_file
+from deltaw.data.sources.row import Fields, Read, Row, keep
+from deltaw.errors import DataError, first_line, nearest
+
+if TYPE_CHECKING:
+    import datasets
+
+Source: TypeAlias = (
+    "str | Path | Sequence[Fields] | Mapping[str, Sequence[Fields]] | datasets.Dataset | datasets.DatasetDict"
+)
+"""A path or hub id, a list of records, or splits of such lists by name."""
+
+HELD_OUT = ("valid", "validation", "val", "dev", "eval", "test")
+_SHARD = re.compile(r"-\d+(-of-\d+)?$")  # train-00000-of-00002.parquet, the hub's own naming
+
+
+def rows(source: Source, split: str | None, default_split: str | None, how: Reading | None = None) -> Read:
+    """Return the rows of one split, the problems met, and the source's name.
+
+    `split` is asked for by the caller. `default_split` applies only where a source has splits; None is `train`.
+    Raises DataError where there is nothing to read at all.
+    """
+    how = how or Reading()
+    if isinstance(source, Mapping):  # a DatasetDict, or a plain dict of lists
+        name = _pick(list(source), split or default_split, "the data set")
+        return replace(_memory(source[name], name), name=name)
+    if not isinstance(source, (str, Path)):
+        _refuse_split(split, "records in memory")
+        return replace(_memory(source, "records"), name="records in memory")
+    path = local(source)
+    if path is None:
+        return _hub(str(source), split or default_split or "train")
+    if path.is_file():
+        _refuse_split(split, str(path))
+        return replace(read_file(path, how), name=str(path))
+    files = _folder(path)
+    name = _pick(list(files), split or default_split, str(path))
+    return _together(path, name, files[name], how)
+
+
+def _together(folder: Path, split: str, files: Sequence[Path], how: Reading) -> Read:
+    """Return the rows of a split's files."""
+    whole = _are_documents(files)
+    parts = [read_file(file, how, whole=whole) for file in files]
+    notes = [note for part in parts for note in part.notes]
+    notes += [f"{folder}: each of its {len(files):,} text files is a record"] if whole else []
+    return Read(
+        [row for part in parts for row in part.rows],
+        [line for part in parts for line in part.problems],
+        tuple(notes),
+        str(files[0]) if len(parts) == 1 else f"{folder} ({split})",
+    )
+
+
+def is_path(name: str) -> bool:
+    """Return whether held-out records are named by a file or folder, not by a split of the data.
+
+    What looks like a path is no split.
+    """
+    path = Path(name)
+    return path.exists() or bool(path.suffix) or len(path.parts) > 1
+
+
+def splits(source: Source) -> dict[str, list[Path] | None]:
+    """Return split name → its files, None where they are not local. A single file or list is one `train`."""
+    if isinstance(source, Mapping):
+        return dict.fromkeys(source)
+    if not isinstance(source, (str, Path)):
+        return {"train": None}
+    path = local(source)
+    if path is None:
+        return dict.fromkeys(_hub_splits(str(source)))
+    return {"train": [path]} if path.is_file() else {name: list(files) for name, files in _folder(path).items()}
+
+
+def held_out_split(source: Source) -> str | None:
+    """Return the split to evaluate on: the first there is of valid, validation, val, dev, eval and test; None without one."""
+    there = splits(source)
+    return next((name for name in HELD_OUT if name in there), None)
+
+
+def local(source: str | Path) -> Path | None:
+    """Return `source` as a local path, or None if it names a hub data set.
+
+    Raises DataError for what looks local but is not there.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix.lower() not in SUFFIXES:
+            raise DataError(
+                f"{path}: cannot tell the format from the ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}."
+            )
+        return path
+    text = str(source)
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in SUFFIXES
+    if isinstance(source, Path) or not is_id:
+        folder = path.parent
+        there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        hint = nearest(path.name, there) if there else f"; the folder {folder} is not there either"
+        raise DataError(f"{path}: no such file or folder{hint}. Give a data file, a folder of splits, or a hub id.")
+    return None
+
+
+def _refuse_split(split: str | None, name: str) -> None:
+    if split not in (None, "train"):
+        raise DataError(f"{name} has no splits, so no split {split!r}. Give held-out records as a file of their own.")
+
+
+def _pick(names: list[str], wanted: str | None, source: str) -> str:
+    if wanted is None and "train" not in names and len(names) == 1:
+        return names[0]
+    wanted = wanted or "train"
+    if wanted not in names:
+        raise DataError(f"{source} has no split {wanted!r}{nearest(wanted, names)}. Its splits: {', '.join(names)}.")
+    return wanted
+
+
+def _folder(folder: Path) -> dict[str, list[Path]]:
+    """Return split name → files of a folder (or of its `data/`), shards in order. Two formats of one split are ambiguous.
+
+    Text files count where there are no others: a README beside data is none. If they are named for no split, they are documents.
+    """
+    there = [sorted(p for p in place.glob("*") if p.is_file()) for place in (folder, folder / "data")]
+    records = [[p for p in files if p.suffix.lower() in SUFFIXES and p.suffix.lower() not in TEXTS] for files in there]
+    texts = [[p for p in files if p.suffix.lower() in TEXTS] for files in there]
+    files = next(filter(None, [*records, *texts]), [])
+    if not files:
+        raise DataError(
+            f"{folder}: no data files; expected train.jsonl, valid.jsonl or the like ({', '.join(SUFFIXES)})."
+        )
+    if _are_documents(files):
+        return {"train": files}
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    unclear = [
+        f"split {name!r}: {', '.join(p.name for p in group)}"
+        for name, group in by_split.items()
+        if len({p.suffix for p in group}) > 1 or (len(group) > 1 and any(p.stem == name for p in group))
+    ]
+    if unclear:
+        raise DataError(f"{folder}: several files claim one split. Keep one of each, or name a file:", unclear)
+    if "train" not in by_split and "all" in by_split:
+        by_split = {"train": by_split.pop("all"), **by_split}
+    return by_split
+
+
+def _are_documents(files: Sequence[Path]) -> bool:
+    """Return whether these are text files that are each a document of its own: none is named for a split."""
+    splits_named = {"train", "all", *HELD_OUT} & {_SHARD.sub("", file.stem) for file in files}
+    return not splits_named and all(file.suffix.lower() in TEXTS for file in files)
+
+
+def _memory(source: Iterable[object], name: str) -> Read:
+    rows: list[Row] = []
+    problems: list[str] = []
+    if isinstance(source, (bytes, bytearray)) or not hasattr(source, "__getitem__"):
+        raise DataError(f"{type(source).__name__} is no data source. Give a path, hub id, list of dicts or Dataset.")
+    for i, value in enumerate(source):
+        keep(f"{name}[{i}]", value, rows, problems)
+    return Read(rows, problems)
+
+
+def _hub(name: str, split: str) -> Read:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library and its network layers raise dozens of types
+        raise DataError(
+            f"{name!r} is not a local file or folder, and the hub data set could not be loaded (split {split!r}): "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    return replace(_memory(data, f"{name}/{split}"), name=f"{name} ({split})")
+
+
+def _hub_splits(name: str) -> list[str]:
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_split_names(name))
+    except Exception as error:  # as above
+        raise DataError(
+            f"{name!r} is not a local file or folder, and the hub does not list its splits: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
