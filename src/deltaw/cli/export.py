@@ -24,7 +24,8 @@ def run(command: Export) -> None:
         _of_adapter(command, out) if (Path(command.source) / "adapter_config.json").is_file() else _of_model(command)
     )
     show.out.print(
-        f"GGUF model: {exported.file}  {units.size(exported.bytes)}, {command.type}, {exported.tensors} tensors of {exported.arch!r}",
+        f"GGUF model: {exported.file}  {units.size(exported.bytes)}, {command.type}, {exported.tensors} tensors "
+        f"of {exported.arch!r}",
         soft_wrap=True,
     )
     if exported.kept:
