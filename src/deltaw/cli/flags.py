@@ -267,6 +267,27 @@ class Push:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a whole model as a GGUF file for llama.cpp and Ollama, with a Modelfile. It is a merged folder, or an adapter, which
+    is merged into its base first. Llama, Mistral, Qwen2 and Qwen3 with a byte-level BPE tokenizer."""
+
+    source: Annotated[Positional[str], arg(metavar="MERGED_OR_ADAPTER")]
+    """Model folder, or adapter folder."""
+    out: Annotated[str, arg(aliases=["-o"])]
+    """Folder to write: model.gguf and Modelfile."""
+    to: Literal["gguf"] = "gguf"
+    """Format to write."""
+    type: Literal["q8_0", "f16", "f32"] = "q8_0"
+    """Type of the matrices. Vectors are float32."""
+    base: str | None = None
+    """For an adapter: its base, a model folder or hub id. Default: the one that it names."""
+    overwrite: bool = False
+    """Replace a folder that is already there."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's tokenizer. It can do whatever you can do on this machine."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Convert an adapter of loralib or llama.cpp into a folder for deltaw and PEFT, or such a folder into a file for them."""
 
@@ -383,8 +404,8 @@ class Plan:
 
 COMMANDS: dict[str, type[DataclassInstance]] = {
     "data": Survey, "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate,
-    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert, "push": Push,
-    "extract": Extract, "compress": Compress, "inspect": Inspect,
+    "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert,
+    "export": Export, "push": Push, "extract": Extract, "compress": Compress, "inspect": Inspect,
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ _HEADS = ("classifier", "score")
 
 # model_type of transformers → llama.cpp's architecture, and whether it stores the rows of q and k in another order. Those that
 # are not here store some weight in a way that has not been checked against llama.cpp's own conversion
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def _without_weights(base: str | Path, *, causal: bool = False, trust_remote_cod
     """Return the model that a config describes, as a causal one or by its own class; no weight is read. Raises FileError."""
     import transformers
 
-    config = _base_config(base, trust_remote_code)
+    config = base_config(base, trust_remote_code)
     named = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     with torch.device("meta"):
@@ -276,13 +276,13 @@ def _names(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], _R
             "Give the base (command line: --base), a model folder or hub id: its config says how layers are named."
         )
     package = gguf.package()
-    config = _base_config(base)
-    if config.model_type not in _ARCHITECTURES:
+    config = base_config(base)
+    if config.model_type not in ARCHITECTURES:
         raise FileError(
-            f"{base} is a {config.model_type!r}; GGUF adapters are converted for {', '.join(_ARCHITECTURES)}, whose weights "
+            f"{base} is a {config.model_type!r}; GGUF adapters are converted for {', '.join(ARCHITECTURES)}, whose weights "
             "llama.cpp is known to store in this order."
         )
-    arch, permuted = _ARCHITECTURES[config.model_type]
+    arch, permuted = ARCHITECTURES[config.model_type]
     number = {name: value for value, name in package.MODEL_ARCH_NAMES.items()}[arch]
     table = package.get_tensor_name_map(number, config.num_hidden_layers)
     tensors = {
@@ -294,12 +294,12 @@ def _names(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], _R
 
     def reorder(name: str, B: Tensor, back: bool) -> Tensor:
         count = next((count for part, count in heads.items() if part in name), None) if permuted else None
-        return B if count is None else _halves(B, count, back)
+        return B if count is None else halves(B, count, back)
 
     return arch, {name: tensor for name, tensor in tensors.items() if tensor is not None}, reorder
 
 
-def _base_config(base: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+def base_config(base: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return the config of a model folder or hub id. Raises FileError."""
     from transformers import AutoConfig
 
@@ -311,7 +311,7 @@ def _base_config(base: str | Path, trust_remote_code: bool = False) -> Pretraine
     return config
 
 
-def _halves(B: Tensor, heads: int, back: bool) -> Tensor:
+def halves(B: Tensor, heads: int, back: bool) -> Tensor:
     """Return B [d, r] with the rows of rotary pairs in llama.cpp's order, or `back` in transformers'.
 
     Rotary positions turn pairs of rows. transformers has the first of all pairs of a head before the second ones, llama.cpp has

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 import deltaw
 from deltaw.errors import ConfigError, FileError
-from deltaw.files.convert import _halves, _names, convert
+from deltaw.files.convert import _names, convert, halves
 from deltaw.files.formats.gguf import read
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 
@@ -101,8 +101,8 @@ def test_rows_of_q_and_k_alone_are_reordered_and_of_qwen_none(make: Any, reorder
 )
 def test_each_pair_of_a_head_is_together_in_llama_cpp(heads: int, theirs: list[int]) -> None:
     B = torch.arange(len(theirs) * 2).view(len(theirs), 2)
-    assert torch.equal(_halves(B, heads, False), B[theirs])
-    assert torch.equal(_halves(B[theirs], heads, True), B)
+    assert torch.equal(halves(B, heads, False), B[theirs])
+    assert torch.equal(halves(B[theirs], heads, True), B)
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_rows_of_q_and_k_are_in_llama_cpps_order(smollm2_gguf: Path, smollm2: Pa
 
 def test_the_order_of_rows_by_hand() -> None:
     rows = torch.arange(8)[:, None]
-    assert _halves(rows, 2, False).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(_halves(_halves(rows, 2, False), 2, True), rows)
+    assert halves(rows, 2, False).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(halves(halves(rows, 2, False), 2, True), rows)
 
 
 def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:

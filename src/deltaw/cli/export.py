@@ -1,0 +1,64 @@
+"""`deltaw export`: a merged model, or an adapter with its base, as a file for programs that serve it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltaw.cli import show
+from deltaw.cli.flags import Export
+from deltaw.cli.merge import new_folder
+from deltaw.errors import ConfigError
+from deltaw.files import units
+
+if TYPE_CHECKING:
+    from deltaw.files.publish.gguf_model import Exported
+
+
+def run(command: Export) -> None:
+    """Run the command."""
+    show.quiet_libraries()
+    out = new_folder(command.out, command.overwrite)
+    exported = (
+        _of_adapter(command, out) if (Path(command.source) / "adapter_config.json").is_file() else _of_model(command)
+    )
+    show.out.print(
+        f"GGUF model: {exported.file}  {units.size(exported.bytes)}, {command.type}, {exported.tensors} tensors "
+        f"of {exported.arch!r}",
+        soft_wrap=True,
+    )
+    if exported.kept:
+        show.out.print(
+            f"In f16, since their rows have no whole blocks of 32: {', '.join(exported.kept)}", soft_wrap=True
+        )
+    show.out.print(f"llama.cpp: llama-cli -m {exported.file}\nOllama: cd {out} && ollama create NAME", soft_wrap=True)
+
+
+def _of_model(command: Export) -> Exported:
+    """Export a model folder."""
+    from deltaw.files.publish.gguf_model import export_gguf
+
+    if command.base is not None:
+        raise ConfigError(f"--base is for adapters, and {command.source} is a model.")
+    return export_gguf(command.source, command.out, kind=command.type, trust_remote_code=command.trust_remote_code)
+
+
+def _of_adapter(command: Export, out: Path) -> Exported:
+    """Merge an adapter into its base beside the output, export that, and remove it."""
+    from deltaw.files.formats.atomic import check_apart
+    from deltaw.files.formats.peft.config import read_config
+    from deltaw.files.merge import merge_files
+    from deltaw.files.publish.gguf_model import export_gguf
+    from deltaw.model.pretrained import is_hub_id, snapshot
+
+    base = command.base or read_config(Path(command.source)).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"{command.source} does not name its base: give it with --base.")
+    folder = snapshot(base) if is_hub_id(base) else Path(base).expanduser()
+    check_apart(out, {"the adapter": command.source, "the base": folder})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+        merged = Path(place) / "merged"
+        merge_files(folder, command.source, merged, trust_remote_code=command.trust_remote_code)
+        return export_gguf(merged, out, kind=command.type, trust_remote_code=command.trust_remote_code)
