@@ -213,7 +213,7 @@ def as_taught(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, con
         i for i, record in enumerate(records)
         if record.completion is not None and template_of(record.form, tokenizer, config) == "chat"
     ]  # fmt: skip
-    rows = _chats([records[i] for i in chats], tokenizer, replace(config, turns="last"))
+    rows = _chats([records[i] for i in chats], tokenizer, replace(config, turns="last")) if chats else []
     for i, row in zip(chats, rows, strict=True):
         start, end = row.supervised.index(True), len(row.supervised) - row.supervised[::-1].index(True)
         answers[i] = str(tokenizer.decode(row.ids[start:end], skip_special_tokens=True))
