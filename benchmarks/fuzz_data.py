@@ -265,6 +265,7 @@ class Campaign:
                         json.loads(line, object_pairs_hook=twice)
         except Exception as error:
             return f"accepted, and the reference refuses it: {error!r:.100}"
+        records = [one for record in records for one in of_each_answer(record)]
         if len(records) != len(texts):
             return f"{len(texts)} of {len(records)} records"
         for record, text in zip(records, texts, strict=True):
@@ -279,6 +280,14 @@ class Campaign:
             if text and not all(str(part).rstrip() in text for part in parts):
                 return f"{text[:80]!r} for {parts!r:.100}"
         return None
+
+
+def of_each_answer(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a record for each of several answers."""
+    name = next((n for n in ("completion", "output") if isinstance(record.get(n), list)), None)
+    if name is None or not all(isinstance(text, str) for text in record[name]):
+        return [record]
+    return [{**record, name: text} for text in record[name]]
 
 
 def campaign(scratch: Path) -> Callable[[int, int, Path], Outcome]:

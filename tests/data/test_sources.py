@@ -209,3 +209,13 @@ def test_an_image_field_longer_than_a_file_name_is_no_path(tmp_path):
     rows = [{"image": "x" * 5000, "label": 0}, {"image": "a\x00b", "label": 1}]
     path = write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows)))
     assert [record.image for record in read(path, DataConfig())] == [row["image"] for row in rows]
+
+
+def test_a_row_without_values_is_a_record_unless_it_ends_the_file(tmp_path):
+    """Excel writes such rows after the last one. Between others it is a record whose fields are empty."""
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,completion\na,b\n,\n,\n\n")
+    assert len(read(path, DataConfig())) == 1
+    path.write_text("prompt,completion\na,b\n,\nc,d\n,\n")
+    with pytest.raises(DataError, match=r"d\.csv:3: field 'completion' is empty"):
+        read(path, DataConfig())

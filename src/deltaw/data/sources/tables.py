@@ -104,10 +104,11 @@ class _NotCSV(Exception):
 
 
 def _cells(text: str, mark: str, first: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row's first line and its cells. Lines that are blank, or have separators alone (Excel's), are none."""
+    """Yield each row's first line and its cells. Blank lines are none, nor are rows of separators alone at the end (Excel's)."""
     lines = text.split("\n")
     reader = csv.reader(io.StringIO("\n".join(lines[first - 1 :]), newline="\n"), delimiter=mark, strict=True)
     start = first
+    empty: list[tuple[int, list[str]]] = []
     while True:
         try:
             cells = next(reader)
@@ -116,7 +117,11 @@ def _cells(text: str, mark: str, first: int) -> Iterator[tuple[int, list[str]]]:
         except csv.Error as error:
             raise _NotCSV(str(error), start) from error
         if cells and lines[start - 1].strip(mark + "\r \t"):
+            yield from empty
+            empty = []
             yield start, cells
+        elif len(cells) > 1:
+            empty.append((start, cells))  # a record without values, if another one follows
         start = first + reader.line_num
 
 
