@@ -123,7 +123,7 @@ _TABLE = (
     Meaning(
         "save_steps save_interval save_freq save_every_n_steps checkpoint_interval steps_per_save",
         "save_every",
-        "steps; by default a state is kept as often as 1% of the time allows",
+        "steps; by default a state is kept as often as a fraction of 1% of the time allows",
     ),
     Meaning(
         "save_strategy save_total_limit save_only_model save_safetensors load_best_model_at_end",
