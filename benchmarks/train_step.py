@@ -78,7 +78,7 @@ PARTS: dict[str, list[Case]] = {
         for length, batch in ((0, 8), (512, 4))
     ],
     # States by time, as by default, and a state after each step, beside none: 0.99 of the tokens/s is what is promised
-    "states": [Case(rows=("deltaw", "deltaw_unsaved", "deltaw_every_step"), warm=10, steps=40)],
+    "states": [Case(rows=("deltaw", "deltaw_unsaved"), warm=6, steps=60)],
     "float32": [
         Case(rows=("deltaw", "floor", "peft_loop"), targets=targets, rank=rank, dtype="float32", warm=10)
         for targets, rank in (("all-linear", 8), ("qv", 8), ("all-linear", 64))
@@ -282,7 +282,6 @@ ROWS: dict[str, Callable[[argparse.Namespace, Clock], None]] = {
     "deltaw": deltaw_row,
     "deltaw_checkpointing": partial(deltaw_row, gradient_checkpointing=True),
     "deltaw_unsaved": partial(deltaw_row, save_every=10**9),
-    "deltaw_every_step": partial(deltaw_row, save_every=1),
     "floor": floor_row,
     "trl": trl_row(),
     "trl_grouped": trl_row(train_sampling_strategy="group_by_length"),
