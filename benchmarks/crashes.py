@@ -69,7 +69,9 @@ class Work:
 
 
 def resumed() -> Sequence[str]:
-    """A training is resumed where it had begun, else begun anew."""
+    """A training is resumed where it had begun, else begun anew. One that ended, but could not write its state, is looked at."""
+    if Path("run/result.json").exists() and not Path("run/state.safetensors").exists():
+        return ["inspect", "run/adapter"]
     begun = Path("run/config.yaml").exists() or Path("run/next/config.yaml").exists()
     return ["train", "--resume", "run"] if begun else ["train", "model", "data.jsonl", "--out", "run", *TRAIN]
 
