@@ -56,6 +56,13 @@ def test_tokens_are_those_of_training(place: Path, tmp_path: Path, run: Run) -> 
     assert "Length in tokens" in (tmp_path / "page.html").read_text()
 
 
+def test_a_held_out_file_of_the_same_name_takes_no_record_away(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    data, valid = written(tmp_path, RECORDS), written(tmp_path / "other", RECORDS[:3])
+    look = deltaw.survey(data, place / "model", deltaw.TrainConfig(valid=str(valid)))
+    assert look.records == len(RECORDS) and look.tokens is not None and look.tokens.kept == len(RECORDS)
+
+
 def test_classes_are_counted(tmp_path: Path, run: Run) -> None:
     records: list[dict[str, object]] = [{"text": f"t{i}", "label": "good" if i % 3 else "bad"} for i in range(9)]
     assert deltaw.survey(written(tmp_path, records)).labels == {"good": 6, "bad": 3}

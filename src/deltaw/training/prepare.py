@@ -88,18 +88,22 @@ def prepare(
 
     Raises ConfigError, FileError or DataError, each with everything wrong of its kind.
     """
-    begun = _begin(model, data, config, method.positions, tokenizer)
+    return encoded(begin(model, data, config, method.positions, tokenizer), data, method)
+
+
+def encoded(begun: Begun, data: Source, method: Method) -> Prepared:
+    """Return what was begun with its records encoded. Raises DataError with all that cannot be."""
     loaded, config = begun.loaded, begun.config
     task = task_of(config.data)
-    encoded = task.encode(begun.train, loaded, config.data)
+    train = task.encode(begun.train, loaded, config.data)
     valid = task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None
-    check_ids(loaded, [*encoded.examples, *(valid.examples if valid is not None else ())])
+    check_ids(loaded, [*train.examples, *(valid.examples if valid is not None else ())])
     return Prepared(
         loaded,
         data,
         config,
         with_head(method, loaded.head),
-        encoded,
+        train,
         valid,
         begun.valid,
         _sets(begun),
@@ -131,7 +135,7 @@ def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
     """
     if config.valid is not None or held_out_split(data):
         config = replace(config, valid_most=most)
-    begun = _begin(model, data, config, 0, None)
+    begun = begin(model, data, config, 0, None)
     if begun.valid is None:
         raise DataError(f"The run held out none of the records of {data}: give others with --records.")
     return HeldOut(begun.loaded, begun.config, begun.valid, _sets(begun))
@@ -146,37 +150,41 @@ def trained_on(settings: Mapping[str, object]) -> Records | None:
         known = {key: settings[key] for key in keys(TrainConfig) if key in settings}
         config = from_mapping(TrainConfig, known, where="config.yaml")
         records = read(data, config.data, split=config.data.split)
-        return _split(records, _held_out(data, config), config)[0]
+        return _split(records, held_out_records(data, config), config)[0]
     except DeltaWError as error:
         log.debug("The records that the adapter was trained on cannot be read: %s", error)
         return None
 
 
-def _sets(begun: _Begun) -> Sets:
+def _sets(begun: Begun) -> Sets:
     train, valid = begun.train, begun.valid
     if valid is None:
         return Sets(described(train.items), None, None, begun.notes)
     return Sets(described(train.items), described(valid.items), overlap(valid.items, train.items), begun.notes)
 
 
-class _Begun(NamedTuple):
+class Begun(NamedTuple):
+    """An opened model and the records for it, not encoded yet."""
+
     loaded: Pretrained
     config: TrainConfig
+    """With `auto` resolved."""
     train: Records
     valid: Records | None
+    """None where nothing is held out."""
     notes: tuple[str, ...]
     """On how the records were read."""
 
 
-def _begin(model: Model, data: Source, config: TrainConfig, positions: int, tokenizer: Tokenizer | None) -> _Begun:
+def begin(model: Model, data: Source, config: TrainConfig, positions: int, tokenizer: Tokenizer | None = None) -> Begun:
     """Open the model and read the records to train on and to hold out. `positions`: those that the method takes."""
     records = read(data, config.data, split=config.data.split)
-    valid = _held_out(data, config)
+    valid = held_out_records(data, config)
     config = replace(config, data=recognised(config.data, records, _config_of(model, config.trust_remote_code)))
     with seeded(config.seed):  # a head that the checkpoint does not have is drawn
         loaded = _loaded(model, tokenizer, config)
     config = _resolved(config, records.form, loaded, positions)
-    return _Begun(loaded, config, *_split(records, valid, config), notes_of([records, valid]))
+    return Begun(loaded, config, *_split(records, valid, config), notes_of([records, valid]))
 
 
 def _config_of(model: Model, trust_remote_code: bool = False) -> PretrainedConfig | None:
@@ -244,7 +252,7 @@ def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) ->
     return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 
 
-def _held_out(source: Source, config: TrainConfig) -> Records | None:
+def held_out_records(source: Source, config: TrainConfig) -> Records | None:
     """Return the held-out records where there is a split or file for them, else None."""
     if config.valid is not None:
         if is_path(config.valid):

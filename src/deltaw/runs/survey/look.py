@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.config import TrainConfig
-from deltaw.data import Record, held_out_split, read
+from deltaw.data import Record, read
 from deltaw.data.encode import Counts, Example
 from deltaw.data.fields.names import FIELDS
 from deltaw.data.prompts import described, item_of, items_in, overlap
 from deltaw.data.records import notes_of
-from deltaw.data.sources import is_path
 from deltaw.errors import shown
 from deltaw.methods.lora import LoRA
-from deltaw.training.prepare import Prepared, prepare
+from deltaw.training.prepare import Begun, begin, encoded, held_out_records
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +44,8 @@ class Lengths:
         >>> Lengths.of([1, 1, 2, 40], "tokens").counts[:2]
         [3, 0]
         """
-        width = max(1, -(-(max(numbers, default=0) - min(numbers, default=0) + 1) // _BINS))
         first = min(numbers, default=0)
+        width = max(1, -(-(max(numbers, default=0) - first + 1) // _BINS))
         bins = Counter((number - first) // width for number in numbers)
         last = max(bins, default=0)
         return cls(unit, [first + width * i for i in range(last + 2)], [bins[i] for i in range(last + 1)])
@@ -133,12 +132,8 @@ def survey(
     """
     config = config or TrainConfig()
     if model is not None:
-        return _in_tokens(data, prepare(str(model), data, config, LoRA()))
-    records = read(data, config.data, split=config.data.split)
-    split = held_out_split(data) if isinstance(data, (str, Path)) else None
-    held = read(data, config.data, split=split) if split and config.valid is None else None
-    if config.valid is not None:
-        held = read(config.valid, config.data) if is_path(config.valid) else read(data, config.data, split=config.valid)
+        return _in_tokens(data, begin(str(model), data, config, LoRA().positions))
+    records, held = read(data, config.data, split=config.data.split), held_out_records(data, config)
     look = _of_records(records.items, records.source, held.items if held is not None else (), notes_of([records, held]))
     return dataclasses.replace(look, lengths=Lengths.of([_characters(r) for r in records.items], "characters"))
 
@@ -166,14 +161,11 @@ def _of_records(records: Sequence[Record], source: str, held: Sequence[Record], 
     )
 
 
-def _in_tokens(data: Any, prepared: Prepared) -> Survey:
-    """Return the look at records that were encoded for a model."""
-    config = prepared.config
-    records = read(data, config.data, split=config.data.split)
-    held = prepared.valid_records.items if prepared.valid_records is not None else ()
-    of_held = {id(record) for record in held} | {record.place for record in held}
-    trained = [record for record in records.items if record.place not in of_held] or records.items
-    look = _of_records(trained, records.source, held, tuple(prepared.sets.notes))
+def _in_tokens(data: Any, begun: Begun) -> Survey:
+    """Return the look at records that are encoded for a model as training does it."""
+    prepared, config = encoded(begun, data, LoRA()), begun.config
+    held = begun.valid.items if begun.valid is not None else ()
+    look = _of_records(begun.train.items, begun.train.source, held, tuple(prepared.sets.notes))
     return dataclasses.replace(
         look,
         lengths=Lengths.of(prepared.encoded.lengths, "tokens") if config.data.task != "image" else look.lengths,
