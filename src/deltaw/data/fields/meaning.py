@@ -36,9 +36,9 @@ Why = tuple[str, str]
 
 def is_empty(value: object) -> bool:
     """Return whether a field says nothing: null, no text, an empty list or object."""
-    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value) or (
-        isinstance(value, str) and not value.strip()
-    )  # fmt: skip
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def of_pairs(row: Named) -> str | None:

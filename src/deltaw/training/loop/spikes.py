@@ -43,8 +43,9 @@ class Usual:
         if len(self.losses) < _FIRST:
             return False
         usual = self.loss
-        spread = _NORMAL * median(abs(one - usual) for one in self.losses)
-        return loss > max(usual + _SPREADS * spread, _TIMES * usual, _LEAST)
+        if loss <= max(_TIMES * usual, _LEAST):  # as nearly always: the spread need not be known
+            return False
+        return loss > usual + _SPREADS * _NORMAL * median(abs(one - usual) for one in self.losses)
 
     def add(self, loss: float) -> None:
         """Take up the loss of a step."""
