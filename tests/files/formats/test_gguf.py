@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 import deltaw
 from deltaw.errors import ConfigError, FileError
-from deltaw.files.convert import _names, convert, halves
+from deltaw.files.convert import convert, halves
+from deltaw.files.convert.gguf import names_of as _names
 from deltaw.files.formats.gguf import read
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 

@@ -1,0 +1,111 @@
+"""llama.cpp's GGUF files ↔ PEFT's folder, by the names of a base's layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deltaw.errors import ConfigError, FileError
+from deltaw.files.convert.base import base_config, without_weights
+from deltaw.files.convert.places import ORIGIN, check_is_adapter
+from deltaw.files.formats import gguf, peft
+from deltaw.files.formats.gguf import GGUFLoRA
+from deltaw.files.formats.peft import LoRAFile, config_for
+from deltaw.layers.kinds import kind_of
+from deltaw.layers.names import found_as
+
+# model_type of transformers → llama.cpp's architecture, and whether it stores the rows of q and k in another order. Those that
+# are not here store some weight in a way that has not been checked against llama.cpp's own conversion
+ARCHITECTURES = {
+    "llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
+}  # fmt: skip
+
+
+def to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
+    """Write a PEFT folder as a GGUF file."""
+    check_is_adapter(dst, lambda: gguf.read(dst))
+    file = peft.read(src)
+    if others := file.beyond():
+        raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)
+    arch, names, reorder = names_of(base or file.config.base_model_name_or_path)
+    layers = {layer: found_as(layer, names, {}) for layer in file.factors}
+    unknown = [layer for layer, name in layers.items() if name is None]
+    if unknown:
+        raise FileError(f"llama.cpp has no tensor for these layers of {src}:", unknown)
+    tensors = {layer: names[name] for layer, name in layers.items() if name is not None}
+    factors = {tensors[n]: (A, reorder(tensors[n], B, False)) for n, (A, B) in file.factors.items()}
+    scales = {tensors[n]: scale for n, scale in file.scales.items()}
+    gguf.write(dst, GGUFLoRA(arch, factors, scales, peft.ends_of(file.metadata, src)))
+    return dst
+
+
+def from_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
+    """Write a GGUF file as a PEFT folder."""
+    file = gguf.read(src)
+    arch, names, reorder = names_of(base)
+    if arch != file.arch:
+        raise FileError(f"{src} is an adapter of the architecture {file.arch!r}, the base is of {arch!r}.")
+    layers = {tensor: layer for layer, tensor in names.items()}
+    unknown = [name for name in file.factors if name not in layers]
+    if unknown:
+        raise FileError(f"The base has no layer for these tensors of {src}:", unknown)
+    factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
+    scales = {layers[n]: scale for n, scale in file.scales.items()}
+    ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
+    metadata = {ORIGIN: "gguf"} | ({peft.ENDS: json.dumps(list(file.ends))} if file.ends else {})
+    return peft.write(
+        dst, LoRAFile(factors, scales, config_for(ranks, scales, target_modules=sorted(factors)), metadata)
+    )
+
+
+Reorder = Callable[[str, Tensor, bool], Tensor]
+"""llama.cpp's name of a tensor, its B, and whether it goes from llama.cpp's order of rows to transformers' → B in that order."""
+
+
+def names_of(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], Reorder]:
+    """Return llama.cpp's architecture of a base, layer name → its tensor's name there, and what orders the rows of a B.
+
+    Raises:
+        ConfigError: without a base.
+        FileError: for a base of another architecture than those that are known.
+    """
+    if not base or isinstance(base, nn.Module):
+        raise ConfigError(
+            "Give the base (command line: --base), a model folder or hub id: its config says how layers are named."
+        )
+    package = gguf.package()
+    config = base_config(base)
+    if config.model_type not in ARCHITECTURES:
+        raise FileError(
+            f"{base} is a {config.model_type!r}; GGUF adapters are converted for {', '.join(ARCHITECTURES)}, whose weights "
+            "llama.cpp is known to store in this order."
+        )
+    arch, permuted = ARCHITECTURES[config.model_type]
+    number = {name: value for value, name in package.MODEL_ARCH_NAMES.items()}[arch]
+    table = package.get_tensor_name_map(number, config.num_hidden_layers)
+    tensors = {
+        name: table.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        for name, module in without_weights(base, causal=True).named_modules()
+        if kind_of(module) is not None
+    }
+    heads = {"attn_q.": config.num_attention_heads, "attn_k.": config.num_key_value_heads}
+
+    def reorder(name: str, B: Tensor, back: bool) -> Tensor:
+        count = next((count for part, count in heads.items() if part in name), None) if permuted else None
+        return B if count is None else halves(B, count, back)
+
+    return arch, {name: tensor for name, tensor in tensors.items() if tensor is not None}, reorder
+
+
+def halves(B: Tensor, heads: int, back: bool) -> Tensor:
+    """Return B [d, r] with the rows of rotary pairs in llama.cpp's order, or `back` in transformers'.
+
+    Rotary positions turn pairs of rows. transformers has the first of all pairs of a head before the second ones, llama.cpp has
+    each pair together.
+    """
+    pairs = B.shape[0] // heads // 2
+    shape = (heads, pairs, 2, -1) if back else (heads, 2, pairs, -1)
+    return B.reshape(shape).transpose(1, 2).reshape(B.shape)

@@ -1,0 +1,157 @@
+"""Adapters of mlx-lm, kohya and LyCORIS, litgpt, torchtune and ONNX Runtime ↔ PEFT's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaw.errors import ConfigError, FileError
+from deltaw.files.convert.base import base_config, layers_of
+from deltaw.files.convert.gguf import halves
+from deltaw.files.convert.places import ORIGIN, check_is_adapter
+from deltaw.files.formats import peft
+from deltaw.files.formats.others import Foreign, kohya, litgpt, mlx_lm, onnx_adapter, torchtune
+from deltaw.files.formats.others.foreign import check_layers, refuse
+from deltaw.files.formats.peft import LoRAFile, config_for
+from deltaw.files.formats.peft.card import base_name
+from deltaw.files.formats.peft.metadata import transposed_layers
+
+log = logging.getLogger("deltaw")
+
+Base = str | Path | nn.Module | None
+
+
+def read(
+    src: Path, form: str, *, alpha: float | None, parts: Sequence[str], base: Base, trust_remote_code: bool
+) -> Foreign:
+    """Read an adapter of another program, and compare it with the base where that is there.
+
+    Args:
+        src: the file, or the folder.
+        form: the program, as FORMATS of adapters.py has it.
+        alpha: α, where the file has none.
+        parts: which of query, key and value have updates (litgpt); which of several models is meant (kohya).
+        base: the base. kohya's and torchtune's files cannot be read without.
+        trust_remote_code: run Python code that comes with the base.
+
+    Raises:
+        ConfigError: without a base where one is needed.
+        FileError: with everything wrong in the file, and every layer that does not fit the base.
+    """
+    layers = None if base is None else layers_of(base, trust_remote_code)
+    if form == "kohya":
+        if layers is None:
+            raise ConfigError(
+                f"{src} has names of layers with underscores for dots: give the base that it belongs to (command line: --base; "
+                "in Python also as a model), which has the names."
+            )
+        return kohya.read(src, layers, model=parts[0] if parts else None)
+    if form == "torchtune":
+        adapter = torchtune.read(src, alpha=alpha, reorder=_reorder(src, base, trust_remote_code))
+    elif form == "litgpt":
+        adapter = litgpt.read(src, alpha=alpha, parts=_letters(parts), heads=_heads(base, trust_remote_code))
+    else:
+        adapter = mlx_lm.read(src) if form == "mlx-lm" else onnx_adapter.read(src)
+    if layers is not None:
+        refuse(src, check_layers(layers.shapes, adapter))
+    return adapter
+
+
+def as_folder(adapter: Foreign, dst: Path, base: Base) -> Path:
+    """Write another program's adapter as a PEFT folder."""
+    ranks = {layer: A.shape[0] for layer, (A, _) in adapter.factors.items()}
+    named = str(base) if isinstance(base, str | Path) else adapter.base
+    metadata = {ORIGIN: adapter.origin} | ({peft.ENDS: json.dumps(list(adapter.ends))} if adapter.ends else {})
+    config = config_for(
+        ranks, adapter.scales, target_modules=sorted(adapter.factors), dropout=adapter.dropout, base=base_name(named),
+        task=adapter.task, use_dora=bool(adapter.magnitudes),
+    )  # fmt: skip
+    file = LoRAFile(
+        adapter.factors, adapter.scales, config, metadata, embeddings=frozenset(adapter.embeddings), kernels=adapter.kernels,
+        magnitudes=adapter.magnitudes,
+    )  # fmt: skip
+    return peft.write(dst, file)
+
+
+def write(src: Path, dst: Path, form: str) -> Path:
+    """Write a PEFT folder for mlx-lm or ONNX Runtime. Raises FileError with all that it has no form for there."""
+    file = peft.read(src)
+    if form == "onnx_adapter":
+        check_is_adapter(dst, lambda: onnx_adapter.read(dst))
+    problems = [f"{name}: a parameter that was trained whole" for name in file.whole]
+    problems += [f"{layer}: rows of some tokens" for layer in file.rows]
+    problems += [f"{layer}: a bias that its base has none of" for layer in file.biases]
+    problems += [f"{layer}: a convolution" for layer in file.kernels]
+    problems += [f"{layer}: a stack of matrices" for layer in file.factors if file.is_stack(layer)]
+    transposed = transposed_layers(file.metadata) or ()
+    problems += [f"{layer}: GPT-2's Conv1D, whose names and weights are others there" for layer in transposed]
+    if form == "onnx_adapter":
+        problems += [f"{layer}: DoRA's magnitude" for layer in file.magnitudes]
+        problems += [f"{layer}: an embedding" for layer in sorted(file.embeddings)]
+    else:
+        problems += [f"{layer}: an embedding, under DoRA" for layer in sorted(file.embeddings) if file.magnitudes]
+    if problems:
+        raise FileError(f"{form} has no form for what is in {src} (deltaw merge writes a whole model):", problems)
+    adapter = Foreign(
+        "deltaw", file.factors, file.scales, embeddings=set(file.embeddings), magnitudes=file.magnitudes,
+        dropout=file.config.lora_dropout, base=file.config.base_model_name_or_path, ends=peft.ends_of(file.metadata, src),
+    )  # fmt: skip
+    if adapter.ends:
+        log.warning(
+            "%s was taught to end with tokens of its own (%s): tell the program that runs it.", src, adapter.ends
+        )
+    return mlx_lm.write(dst, adapter) if form == "mlx-lm" else onnx_adapter.write(dst, adapter)
+
+
+def _letters(parts: Sequence[str]) -> list[str]:
+    """Return parts as letters, also where they are a digit each."""
+    if len(parts) == 1 and set(parts[0]) <= {"0", "1"}:
+        return [letter for letter, digit in zip("qkv", parts[0], strict=False) if digit == "1"]
+    return list(parts)
+
+
+def _counts(base: str | Path | nn.Module, trust_remote_code: bool) -> tuple[str, int, int, int]:
+    """Return a base's model_type, its numbers of heads of queries and of keys, and the rows of each."""
+    config: Any = base.config if isinstance(base, nn.Module) else base_config(base, trust_remote_code)
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return str(config.model_type), heads, int(getattr(config, "num_key_value_heads", None) or heads), int(size)
+
+
+def _heads(base: Base, trust_remote_code: bool) -> litgpt.Heads | None:
+    """Return the rows of query, key and value of a base."""
+    if base is None:
+        return None
+    _, heads, groups, size = _counts(base, trust_remote_code)
+    return litgpt.Heads(heads * size, groups * size, groups * size)
+
+
+def _reorder(src: Path, base: Base, trust_remote_code: bool) -> torchtune.Reorder:
+    """Return what puts torchtune's rows into transformers' order.
+
+    Raises ConfigError without a base, FileError for models whose order is not known.
+    """
+    if base is None:
+        raise ConfigError(
+            f"{src} has the rows of queries and keys in torchtune's order: give the base (command line: --base), whose config "
+            "has the numbers of heads."
+        )
+    kind, heads, groups, _ = _counts(base, trust_remote_code)
+    if kind not in torchtune.ORDERS:
+        raise FileError(
+            f"{base if not isinstance(base, nn.Module) else 'The base'} is a {kind!r}; torchtune's files are converted for "
+            f"{', '.join(torchtune.ORDERS)}. For others convert the adapter_model file that torchtune writes beside, "
+            "which is PEFT's."
+        )
+
+    def reorder(layer: str, B: Tensor) -> Tensor:
+        count = {"q_proj": heads, "k_proj": groups}.get(layer.rpartition(".")[2])
+        # torchtune's order of rotary pairs is llama.cpp's
+        return halves(B, count, back=True) if count and torchtune.ORDERS[kind] else B
+
+    return reorder
