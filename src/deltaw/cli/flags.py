@@ -289,19 +289,23 @@ class Export:
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert an adapter of loralib or llama.cpp into a folder for deltaw and PEFT, or such a folder into a file for them."""
+    """Convert an adapter of another program into a folder for deltaw and PEFT, or such a folder for another program."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """loralib's checkpoint (.pt, .bin or .ckpt), llama.cpp's GGUF file, or an adapter folder."""
+    """A folder of PEFT, Unsloth, mlx-lm, litgpt or torchtune, or a file: kohya's or LyCORIS's .safetensors, llama.cpp's .gguf,
+    ONNX Runtime's .onnx_adapter, litgpt's .lora, torchtune's or loralib's .pt, loralib's .bin or .ckpt."""
     out: Annotated[str, arg(aliases=["-o"])]
-    """Folder to write, or a file: .gguf for llama.cpp, .bin or .pt for loralib."""
+    """Folder to write, or a file: .gguf for llama.cpp, .onnx_adapter for ONNX Runtime, .bin or .pt for loralib."""
+    to: Literal["peft", "mlx-lm", "gguf", "onnx_adapter", "loralib"] | None = None
+    """Format to write. Default: by the ending of --out; a folder is PEFT's."""
     base: str | None = None
-    """The base: model folder or hub id. Its config tells how GGUF names tensors, and which of loralib's layers are embeddings or
-    convolutions."""
+    """The base: model folder or hub id. Its config tells how GGUF, kohya and torchtune name or order what they hold, and which of
+    loralib's layers are embeddings or convolutions. With other formats, layers and shapes are compared with it."""
     alpha: float | None = None
-    """α of the adapter's training, which loralib's files do not contain."""
+    """α of the adapter's training, which loralib's files do not contain, nor torchtune's and litgpt's without their settings."""
     parts: str | None = None
-    """Parts of loralib's merged layers with updates, among query, key and value: q,v or, with a digit a part, 101."""
+    """Parts of merged layers with updates (loralib, litgpt), among query, key and value: q,v or, with a digit a part, 101. Or
+    which of the models in kohya's file: lora_unet, lora_te1."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
     machine. Without this flag a model that needs such code is refused."""

@@ -1,4 +1,4 @@
-"""`convert`: an adapter of one format in another, told apart by their names and contents."""
+"""`convert` itself: an adapter of one format in another, told apart by their names and contents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = {
     "peft": "a folder for deltaw and PEFT", "mlx-lm": "a folder for mlx-lm", "gguf": "a file for llama.cpp (.gguf)",
     "onnx_adapter": "a file for ONNX Runtime (.onnx_adapter)", "loralib": "a checkpoint for loralib (.bin, .pt)",
 }  # fmt: skip
-"""What `convert` writes: the format's name → what that is."""
+"""Formats that `convert` writes: name → the kind of file."""
 
 
 def convert(
@@ -72,7 +72,8 @@ def convert(
     src, dst = Path(src), Path(dst)
     check_apart(dst, {"the adapter": src, "the base": base})
     src, form = _source(src)
-    target = target_of(dst, to)
+    # The folder that is made of another program's file may have any name
+    target = "peft" if to in (None, "peft") and form != "peft" and dst.suffix in _LORALIB else target_of(dst, to)
     if form == "peft":
         return _from_peft(src, dst, target, alpha=alpha, base=base)
     if target != "peft":

@@ -1,4 +1,4 @@
-"""Where a converted adapter goes: what may be replaced there, and what the result says of its origin."""
+"""The place and the origin of a converted adapter: what may be replaced there, and the key for where it came from."""
 
 from __future__ import annotations
 

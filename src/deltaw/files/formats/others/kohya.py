@@ -50,7 +50,7 @@ _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b
 
 @dataclass(frozen=True)
 class _Update:
-    """What one layer's parts come to."""
+    """One layer's update, as its parts come to it."""
 
     pair: Pair
     rank: int
@@ -94,8 +94,7 @@ def read(path: Path, layers: Layers, *, model: str | None = None) -> Foreign:
         match = _KEY.fullmatch(key)
         if match is not None and match["model"] == model:
             by_layer.setdefault(match["layer"], {})[match["part"]] = tensor
-    names, stabilised = _names(layers), _rank_stabilised(metadata)
-    adapter, methods = Foreign("kohya"), dict[str, list[str]]()
+    names, adapter, methods = _names(layers), Foreign("kohya"), dict[str, list[str]]()
     for flat, parts in by_layer.items():
         name = _name(flat, names, problems)
         shape = layers.shapes.get(name or "")
@@ -108,11 +107,16 @@ def read(path: Path, layers: Layers, *, model: str | None = None) -> Foreign:
             continue
         methods.setdefault(update.method, []).append(name)
         alpha = float(parts.get("alpha", torch.zeros(()))) or float(update.rank)
-        divisor = update.rank**0.5 if stabilised else update.rank
-        adapter.factors[name], adapter.scales[name] = update.pair, alpha / divisor if update.rank else 1.0
+        adapter.factors[name], adapter.scales[name] = update.pair, alpha / update.rank if update.rank else 1.0
         if len(shape) > 2:
             adapter.kernels[name] = tuple(shape[1:])
     refuse(path, problems)
+    if _rank_stabilised(metadata):
+        log.warning(
+            "%s was trained with rs_lora. LyCORIS 4.1 puts that into the file's α, which is used; files of earlier versions may "
+            "lack it, and are then weaker here, as in other readers.",
+            path,
+        )
     _say(path, models, model, methods, adapter)
     return adapter
 
@@ -166,7 +170,7 @@ def _name(flat: str, names: Mapping[str, list[str]], problems: list[str]) -> str
 
 
 def _rank_stabilised(metadata: Mapping[str, str]) -> bool:
-    """Return whether the file's training used α/√r, which its tensors do not tell. Only the settings in its header do."""
+    """Return whether the header says that the training used α/√r."""
     try:
         settings = json.loads(metadata.get("ss_network_args", "{}"))
     except ValueError:

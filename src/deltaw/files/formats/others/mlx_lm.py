@@ -2,8 +2,8 @@
 
 It has `<layer>.lora_a` [k, r] and `.lora_b` [r, d], and one `scale` for all, which multiplies the product as it is: there is no
 α/r in it. `.m` [d] is DoRA's magnitude. mlx-lm makes its layers of `keys` in the last `num_layers` blocks (0 and below: in all).
-Then it loads the file's tensors by their names. Tensors with no place there are passed over without a word, so the settings
-that are written name every layer. (Source: mlx-lm, tuner/utils.py, lora.py and dora.py.)
+It wants one rank for all of them, so smaller ones are filled up with zeros, which are left out again when they are read. Older
+versions pass over tensors with no place in the model without a word. (Source: mlx-lm, tuner/utils.py, lora.py and dora.py.)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from deltaw.errors import FileError
@@ -89,7 +90,7 @@ def _sort(tensors: dict[str, Tensor], scale: float, dora: bool, adapter: Foreign
         if of_layer["lora_a"].ndim == 3:
             problems.append(f"{layer} is a stack of experts' matrices, of another form here")
             continue
-        A, B = of_layer["lora_a"].T, of_layer["lora_b"].T
+        A, B = _without_zeros(of_layer["lora_a"].T, of_layer["lora_b"].T)
         embeds = layer.rpartition(".")[2] in ("embed_tokens", "wte")
         if why := pair_problem(A, B):
             problems.append(f"{layer}: {why} after they are transposed")
@@ -103,6 +104,21 @@ def _sort(tensors: dict[str, Tensor], scale: float, dora: bool, adapter: Foreign
                 adapter.embeddings.add(layer)
             if dora:
                 adapter.magnitudes[layer] = of_layer["m"]
+
+
+def _without_zeros(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A [r, k] and B [d, r] without the last rows and columns that are zero in both, as fill up a rank."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        return A, B
+    used = (A.ne(0).any(1) | B.ne(0).any(0)).nonzero()
+    r = int(used.max()) + 1 if used.numel() else 1
+    return A[:r], B[:, :r]
+
+
+def _filled_up(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of rank r with the same product."""
+    more = r - A.shape[0]
+    return torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], more)], 1)
 
 
 def _outside(count: object, adapter: Foreign) -> list[str]:
@@ -121,9 +137,10 @@ def write(folder: Path, adapter: Foreign) -> Path:
     things in it.
     """
     check_replaceable(folder, "an adapter of mlx-lm", lambda there: sorted({p.name for p in there.iterdir()} - {CONFIG, WEIGHTS}) if is_folder(there) else None)  # noqa: E501  # fmt: skip
-    scale = commonest(list(adapter.scales.values()), 1.0)
-    tensors = dict[str, Tensor]()
-    for layer, (A, B) in adapter.factors.items():
+    scale, tensors = commonest(list(adapter.scales.values()), 1.0), dict[str, Tensor]()
+    rank = max((A.shape[0] for A, _ in adapter.factors.values()), default=1)
+    for layer, pair in adapter.factors.items():
+        A, B = _filled_up(*pair, rank)
         tensors[f"{layer}.lora_a"] = A.T.contiguous()
         tensors[f"{layer}.lora_b"] = scaled(B, adapter.scales[layer] / scale).T.contiguous()
     tensors |= {f"{layer}.m": m for layer, m in adapter.magnitudes.items()}
@@ -133,7 +150,7 @@ def write(folder: Path, adapter: Foreign) -> Path:
         "model": adapter.base,
         "num_layers": -1,
         "lora_parameters": {
-            "rank": commonest([A.shape[0] for A, _ in adapter.factors.values()], 1),
+            "rank": rank,
             "scale": scale,
             "dropout": adapter.dropout,
             "keys": sorted(keys),

@@ -2,8 +2,8 @@
 
 It has `layers.N.<layer>.lora_a.weight` [r, k] and `.lora_b.weight` [d, r], and `.magnitude` [d] with DoRA. α is in
 adapter_config.json, where the recipe wrote one beside it. Models of Meta's and Google's have the rows of q and k in another order
-than transformers: each rotary pair together. (Source: torchtune, models/convert_weights.py. The adapter_model files that torchtune also writes are
-PEFT's.)
+than transformers: each rotary pair together. (Source: torchtune, models/convert_weights.py.) The adapter_model files that it
+also writes are PEFT's.
 """
 
 from __future__ import annotations
