@@ -384,6 +384,29 @@ def without_effect_in_peft(name: str, layers: Mapping[str, nn.Module]) -> bool:
     return outer in layers and only_read(layers[outer], last)
 
 
+# PEFT's lists (0.21, tuners_utils.py): types of models, and layers that it refuses to adapt in them with LoRA
+_MAMBAS, _REFUSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}, {"out_proj", "conv1d"}
+
+
+def refused_by_peft(model: nn.Module, layers: Mapping[str, nn.Module], file: LoRAFile) -> dict[str, list[str]]:
+    """Return why PEFT (0.21) does not load this adapter → the layers that are to blame; empty where it does.
+
+    Args:
+        model: the base.
+        layers: all of its modules by name.
+        file: the adapter, by the model's names.
+    """
+    kind = getattr(getattr(owner_of(model), "config", None), "model_type", None)
+    reasons: dict[str, list[str]] = {}
+    for name in in_order(file.factors):
+        layer = layers.get(name)
+        if kind in _MAMBAS and name.rpartition(".")[2] in _REFUSED:
+            reasons.setdefault(f"it adapts no out_proj or conv1d of a {kind!r} model", []).append(name)
+        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.groups > 1:
+            reasons.setdefault("its A and B of a convolution in groups have other shapes", []).append(name)
+    return reasons
+
+
 def unlike_in_peft(layer: nn.Module) -> str | None:
     """Say which settings of a convolution PEFT (0.21) leaves out of its update's own; None where it has all that matter."""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -19,7 +19,7 @@ from deltaw.files.formats.atomic import check_apart
 from deltaw.files.formats.method_file import MethodFile
 from deltaw.files.formats.model_folder import copy_files, differs, files_in, has_vocabulary
 from deltaw.files.formats.peft import LoRAFile
-from deltaw.files.formats.peft.metadata import TRAINING
+from deltaw.files.formats.peft.metadata import REFUSED, TRAINING
 from deltaw.files.formats.peft.targets import saved_module
 from deltaw.files.formats.strict_json import parse_object
 from deltaw.files.identity import base_hash
@@ -29,6 +29,7 @@ from deltaw.files.renames import (
     as_meant,
     plainly_named,
     plainly_named_method,
+    refused_by_peft,
     renamed,
     renamed_method,
     stacked,
@@ -123,11 +124,24 @@ def save(
     ]
     if dead:
         raise FileError("Not saved: A is all zero, so nothing could be learned, in", dead)
+    if refused := _say_what_peft_refuses(model, file):
+        kept[REFUSED] = json.dumps(refused)
     file.metadata.update(kept)
     _say_what_peft_computes_otherwise(file, dict(tree.base_modules(model)))
     written = peft.write(Path(path), file, beside)
     _say_what_is_large(written, file)
     return written
+
+
+def _say_what_peft_refuses(model: nn.Module, file: LoRAFile) -> dict[str, list[str]]:
+    """Log why PEFT does not load an adapter, once a reason; return reason → layers."""
+    refused = refused_by_peft(model, dict(tree.base_modules(model)), file)
+    for why, names in refused.items():
+        log.warning(
+            "PEFT (0.21) will refuse this adapter: %s (%d: %s). deltaw loads and merges it. For PEFT, train other targets.",
+            why, len(names), shown(names),
+        )  # fmt: skip
+    return refused
 
 
 def _say_what_peft_computes_otherwise(file: LoRAFile, layers: Mapping[str, nn.Module]) -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from deltaw.errors import visible
 from deltaw.files.formats.atomic import write_text
 from deltaw.files.formats.peft.config import WEIGHTS, PeftConfig, read_config
-from deltaw.files.formats.peft.metadata import TRAINING
+from deltaw.files.formats.peft.metadata import REFUSED, TRAINING
 from deltaw.files.formats.strict_json import parse_object
 
 NAME = "README.md"
@@ -87,6 +87,8 @@ class Card:
     """The base's id on the hub. Default: the one that the settings name."""
     scores: Mapping[str, str] = field(default_factory=dict)
     """Name → value, as it is shown."""
+    refused: Mapping[str, Any] = field(default_factory=dict)
+    """Why PEFT does not load the adapter → the layers to blame."""
 
     def text(self) -> str:
         """Return the file's text."""
@@ -95,7 +97,7 @@ class Card:
 
     @property
     def _of_peft(self) -> bool:
-        return self.config.peft_type is not None
+        return self.config.peft_type is not None and not self.refused
 
     @property
     def _method(self) -> str:
@@ -165,6 +167,11 @@ class Card:
         command = "generate" if self._task != "SEQ_CLS" else "eval"
         words = "" if command == "generate" else " DATA"
         here = f"```sh\ndeltaw {command} {shlex.quote(base)}{words} --adapter ADAPTER\n```"
+        if self.refused:
+            reasons = "; ".join(
+                f"{_one_line(why)} ({', '.join(map(_one_line, _listed(names)))})" for why, names in self.refused.items()
+            )
+            return f"ADAPTER is this folder. PEFT 0.21 does not load it: {reasons}. deltaw does:\n\n{here}"
         if not self._of_peft:
             return f"ADAPTER is this folder. PEFT has no such method; deltaw reads it:\n\n{here}"
         auto, labels = _AUTO.get(self._task or ""), self.training.get("labels")
@@ -185,11 +192,21 @@ class Card:
 
 def card_of(config: PeftConfig, metadata: Mapping[str, str]) -> Card:
     """Return the card of an adapter with these settings, and this metadata of its tensors."""
+    return Card(config, _object(metadata, TRAINING), refused=_object(metadata, REFUSED))
+
+
+def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Return what the metadata has under a key; nothing where that is damaged."""
     try:
-        training = parse_object(metadata.get(TRAINING, "{}"))
+        return parse_object(metadata.get(key, "{}"))
     except ValueError:
-        training = {}
-    return Card(config, training)
+        return {}
+
+
+def _listed(names: object) -> list[str]:
+    """Return some names, the first four of them."""
+    some = [str(name) for name in names] if isinstance(names, list) else []
+    return some if len(some) <= 4 else [*some[:4], f"and {len(some) - 4} more"]
 
 
 def is_ours(path: Path) -> bool:

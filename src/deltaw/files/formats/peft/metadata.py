@@ -32,6 +32,8 @@ ENDS = "deltaw_ends"
 TRAINING = "deltaw_training"
 # JSON, layer → its scale, where no α in the settings gives that to the last bit
 SCALES = "deltaw_scales"
+# JSON, why PEFT does not load the adapter → the layers to blame
+REFUSED = "deltaw_refused_by_peft"
 # Checksum of the tensors and of all other texts under keys of ours
 CHECKSUM = "deltaw_sha256"
 _PREFIX = "deltaw_"
