@@ -48,13 +48,17 @@ def _of_adapter(command: Export, out: Path) -> Exported:
     """Merge an adapter into its base beside the output, export that, and remove it."""
     from deltaw.files.formats.atomic import check_apart
     from deltaw.files.formats.peft.config import read_config
+    from deltaw.files.formats.peft.metadata import base_in
     from deltaw.files.merge import merge_files
     from deltaw.files.publish.gguf_model import export_gguf
+    from deltaw.files.store import read
     from deltaw.model.pretrained import is_hub_id, snapshot
 
-    base = command.base or read_config(Path(command.source)).base_model_name_or_path
+    named = read_config(Path(command.source)).base_model_name_or_path
+    base = command.base or base_in(read(Path(command.source)).metadata, named)
     if not base:
-        raise ConfigError(f"{command.source} does not name its base: give it with --base.")
+        known = f"names its base as {named}, which is not here" if named else "does not name its base"
+        raise ConfigError(f"{command.source} {known}: give it with --base.")
     folder = snapshot(base) if is_hub_id(base) else Path(base).expanduser()
     check_apart(out, {"the adapter": command.source, "the base": folder})
     out.parent.mkdir(parents=True, exist_ok=True)

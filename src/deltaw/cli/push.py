@@ -21,7 +21,7 @@ def run(command: Push) -> None:
     show.out.print(table)
     if packed.left:
         show.out.print(f"Left here, since it is none of an adapter's: {', '.join(packed.left)}", soft_wrap=True)
-    if packed.base is None or "/" not in packed.base:
+    if packed.base is None or "/" not in packed.base or packed.base.startswith("./"):
         show.err.print(
             f"The base is named {packed.base or 'nowhere'}: --base ORG/MODEL gives its id on the hub, which others need to "
             "open the adapter.",

@@ -23,9 +23,9 @@ from deltaw.files.formats.method_file import (
     is_beside,
     problems_with,
 )
-from deltaw.files.formats.peft.card import base_name
+from deltaw.files.formats.peft.card import base_name, public_name
 from deltaw.files.formats.peft.config import METHOD, WRITTEN_AS, PeftConfig
-from deltaw.files.formats.peft.metadata import BASE, FORMAT, FORMAT_KEY, VERSION_KEY
+from deltaw.files.formats.peft.metadata import BASE, BASE_PLACE, FORMAT, FORMAT_KEY, VERSION_KEY
 from deltaw.files.identity import base_fingerprint
 from deltaw.layers.kinds import Conv1DKind, kind_of
 from deltaw.layers.tree import base_modules, dotted, owner_of
@@ -60,6 +60,7 @@ def as_method_file(model: nn.Module, name: str) -> MethodFile:
         VERSION_KEY: __version__,
         REPLACED: json.dumps(sorted(replaced)),
         DIFFERENCES: json.dumps(sorted(differences)),
+        **place_of_base(model),
     }
     if (fingerprint := base_fingerprint(model, without=replaced)) is not None:
         metadata[BASE] = str(fingerprint)
@@ -70,9 +71,20 @@ def as_method_file(model: nn.Module, name: str) -> MethodFile:
 
 
 def name_of_base(model: nn.Module) -> str | None:
-    """Return the name or path that the base was opened by, where it has one; of the hub's cache, the hub's id."""
+    """Return the base's id on the hub, or its folder's own name, where it was opened by one."""
+    return public_name(_opened_by(model))
+
+
+def place_of_base(model: nn.Module) -> dict[str, str]:
+    """Return what the metadata says of where the base lies: its whole path, where it is a folder here."""
+    name = _opened_by(model)
+    local = name is not None and base_name(name) == name and Path(name).is_dir()
+    return {BASE_PLACE: str(Path(name).absolute())} if name and local else {}
+
+
+def _opened_by(model: nn.Module) -> str | None:
     name = getattr(getattr(owner_of(model), "config", None), "_name_or_path", None)
-    return base_name(str(name)) if name else None
+    return str(name) if name else None
 
 
 def _replaced(updates: Mapping[str, Update]) -> set[str]:
@@ -154,8 +166,8 @@ def _as_prompt(
     settings = PeftConfig.of({
         "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "peft_version": WRITTEN_AS, "base_model_name_or_path": base,
         "num_virtual_tokens": length,
-        "token_dim": d, "num_transformer_submodules": 1, "num_attention_heads": getattr(config, "num_attention_heads", None),
-        "num_layers": getattr(config, "num_hidden_layers", None), "prompt_tuning_init": "RANDOM", "inference_mode": True,
+        "token_dim": d, "num_transformer_submodules": 1, "num_attention_heads": getattr(config, "num_attention_heads", None) or 1,
+        "num_layers": getattr(config, "num_hidden_layers", None) or 1, "prompt_tuning_init": "RANDOM", "inference_mode": True,
     })  # fmt: skip
     return dataclasses.replace(file, config=settings, tensors={PROMPT: update.rows})
 

@@ -17,7 +17,7 @@ from deltaw.files.formats.peft.keys import in_file
 from deltaw.files.formats.peft.metadata import BASE, FORMAT, FORMAT_KEY, SLICES, TRANSPOSED, VERSION_KEY, W0
 from deltaw.files.formats.peft.ranks import config_for
 from deltaw.files.identity import base_fingerprint, weights_fingerprint
-from deltaw.files.other_methods import name_of_base
+from deltaw.files.other_methods import name_of_base, place_of_base
 from deltaw.layers.kinds import Conv1DKind, ConvKind, EmbeddingKind, matrices_of, weights_of
 from deltaw.layers.ops.merging import times
 from deltaw.layers.tree import base_modules, dotted, owner_of
@@ -137,6 +137,7 @@ def _metadata(
     return {
         FORMAT_KEY: FORMAT,
         VERSION_KEY: __version__,
+        **place_of_base(model),
         **{key: str(value) for key, value in fingerprints.items() if value is not None},
         **({TRANSPOSED: json.dumps(transposed)} if transposed else {}),
         **({SLICES: json.dumps(slices)} if slices else {}),

@@ -14,6 +14,7 @@ from deltaw.files.convert.places import ORIGIN, check_is_adapter
 from deltaw.files.formats import gguf, peft
 from deltaw.files.formats.gguf import GGUFLoRA
 from deltaw.files.formats.peft import LoRAFile, config_for
+from deltaw.files.formats.peft.metadata import base_in
 from deltaw.layers.kinds import kind_of
 from deltaw.layers.names import found_as
 
@@ -30,7 +31,7 @@ def to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     file = peft.read(src)
     if others := file.beyond():
         raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)
-    arch, names, reorder = names_of(base or file.config.base_model_name_or_path)
+    arch, names, reorder = names_of(base or base_in(file.metadata, file.config.base_model_name_or_path))
     layers = {layer: found_as(layer, names, {}) for layer in file.factors}
     unknown = [layer for layer, name in layers.items() if name is None]
     if unknown:

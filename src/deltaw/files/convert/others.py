@@ -18,8 +18,8 @@ from deltaw.files.formats import peft
 from deltaw.files.formats.others import Foreign, kohya, litgpt, mlx_lm, onnx_adapter, torchtune
 from deltaw.files.formats.others.foreign import check_layers, refuse
 from deltaw.files.formats.peft import LoRAFile, config_for
-from deltaw.files.formats.peft.card import base_name
-from deltaw.files.formats.peft.metadata import transposed_layers
+from deltaw.files.formats.peft.card import public_name
+from deltaw.files.formats.peft.metadata import BASE_PLACE, transposed_layers
 
 log = logging.getLogger("deltaw")
 
@@ -66,9 +66,10 @@ def as_folder(adapter: Foreign, dst: Path, base: Base) -> Path:
     """Write another program's adapter as a PEFT folder."""
     ranks = {layer: A.shape[0] for layer, (A, _) in adapter.factors.items()}
     named = str(base) if isinstance(base, str | Path) else adapter.base
-    metadata = {ORIGIN: adapter.origin} | ({peft.ENDS: json.dumps(list(adapter.ends))} if adapter.ends else {})
+    place = {BASE_PLACE: str(Path(named).absolute())} if named and Path(named).is_dir() else {}
+    metadata = {ORIGIN: adapter.origin} | place | ({peft.ENDS: json.dumps(list(adapter.ends))} if adapter.ends else {})
     config = config_for(
-        ranks, adapter.scales, target_modules=sorted(adapter.factors), dropout=adapter.dropout, base=base_name(named),
+        ranks, adapter.scales, target_modules=sorted(adapter.factors), dropout=adapter.dropout, base=public_name(named),
         task=adapter.task, use_dora=bool(adapter.magnitudes),
     )  # fmt: skip
     file = LoRAFile(

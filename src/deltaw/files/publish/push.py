@@ -20,7 +20,7 @@ from deltaw.files import store
 from deltaw.files.formats import model_folder, peft
 from deltaw.files.formats.peft import card
 from deltaw.files.formats.peft.config import CONFIG, WEIGHTS, PeftConfig, read_config
-from deltaw.files.formats.peft.metadata import TRAINING, sealed
+from deltaw.files.formats.peft.metadata import BASE_PLACE, TRAINING, sealed
 from deltaw.files.formats.strict_json import parse_object, read_object
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def package(adapter: str | Path, *, base: str | None = None) -> Package:
         )
     if isinstance(file, peft.LoRAFile) and not file.changes_anything:
         log.warning("The adapter in %s changes nothing: B is zero in all of its layers.", folder)
-    named = base or _public(config.base_model_name_or_path)
+    named = base or card.public_name(config.base_model_name_or_path)
     files: dict[str, Path | bytes] = {CONFIG: folder / CONFIG, WEIGHTS: _weights(folder)}
     if named != config.base_model_name_or_path:
         settings = {**read_object(folder / CONFIG), "base_model_name_or_path": named}
@@ -133,29 +133,27 @@ def client() -> HfApi:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
-def _public(name: str | None) -> str | None:
-    """Return a base's name without a path of this machine."""
-    name = card.base_name(name)
-    if name is None or card.hub_id(name) is not None:
-        return name
-    return PureWindowsPath(PurePath(name).name).name or None
-
-
 def _weights(folder: Path) -> Path | bytes:
     """Return the file of the tensors, or its content where the settings of its training have paths of this machine."""
     with safe_open(folder / WEIGHTS, "pt") as file:  # type: ignore[no-untyped-call]
         metadata: dict[str, str] = file.metadata() or {}
         training = parse_object(metadata.get(TRAINING, "{}"))
-        public = {key: _without_path(value) for key, value in training.items()}
-        if public == training:
+        public = _without_path(training)
+        if public == training and BASE_PLACE not in metadata:
             return folder / WEIGHTS
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    metadata[TRAINING] = json.dumps(public, sort_keys=True, ensure_ascii=False)
+    metadata.pop(BASE_PLACE, None)
+    if training:
+        metadata[TRAINING] = json.dumps(public, sort_keys=True, ensure_ascii=False)
     return save(tensors, sealed(tensors, metadata))
 
 
 def _without_path(value: object) -> object:
-    """Return the last part of a path from the root; any other setting as it is."""
+    """Return the last part of a path from the root, also inside lists and groups; any other setting as it is."""
+    if isinstance(value, list):
+        return [_without_path(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: _without_path(inner) for key, inner in value.items()}
     if isinstance(value, str) and (PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
         return PureWindowsPath(PurePath(value).name).name
     return value

@@ -12,8 +12,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 import deltaw
-from deltaw.files.formats.peft.card import Card, add_scores, base_name, card_of, short_name
+from deltaw.files.formats.peft.card import Card, add_scores, base_name, card_of, hub_id, short_name
 from deltaw.files.formats.peft.config import PeftConfig
+from deltaw.files.formats.peft.metadata import base_in
 from tests.cli.conftest import RECORDS, place  # noqa: F401
 from tests.conftest import fill, tiny_llama
 from tests.files.conftest import tiny_bert
@@ -100,7 +101,9 @@ def classifier(folder: Path) -> Any:
     return LlamaForSequenceClassification.from_pretrained(folder)
 
 
-def test_autopeft_opens_a_classifier_and_scores_alike(tmp_path: Path) -> None:
+def test_autopeft_opens_a_classifier_and_scores_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the base's folder is: a local base is named by its folder alone."""
+    monkeypatch.chdir(tmp_path)
     model = deltaw.attach(
         classifier(tmp_path / "base"), deltaw.LoRA(rank=2, alpha=3, targets="attention", whole="score")
     )
@@ -126,6 +129,22 @@ def test_a_classifier_whose_heads_inside_is_adapted_has_no_task_that_peft_would_
     assert as_file(bare, "default").config.task_type is None, "PEFT refuses a classifier's file without its head"
     other = deltaw.attach(tiny_bert(), deltaw.LoRA(rank=2, targets=["query"], whole="classifier"))
     assert as_file(other, "default").config.task_type == "SEQ_CLS"
+
+
+def test_a_local_base_is_named_without_its_path_and_as_no_id_of_the_hub(tmp_path: Path) -> None:
+    """A folder called gpt2 is not the hub's gpt2. Commands find it by the path in the file's header."""
+    base = tmp_path / "gpt2"
+    tiny_llama().save_pretrained(base)
+    adapter = saved(tmp_path / "a", base)
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "./gpt2"
+    assert (
+        str(tmp_path).encode()
+        not in (adapter / "adapter_config.json").read_bytes() + (adapter / "README.md").read_bytes()
+    )
+    metadata = deltaw.files.store.read(adapter).metadata
+    assert base_in(metadata, "./gpt2") == str(base) and hub_id("./gpt2") is None
+    moved = base.rename(tmp_path / "elsewhere")
+    assert base_in(metadata, "./gpt2") is None and base_in({}, "org/model") == "org/model" and moved.is_dir()
 
 
 def test_a_base_from_the_hubs_cache_is_named_by_its_id(tmp_path: Path) -> None:

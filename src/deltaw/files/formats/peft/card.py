@@ -54,6 +54,21 @@ def base_name(name: str | None) -> str | None:
     return cached[1].replace("--", "/") if cached else name
 
 
+def public_name(name: str | None) -> str | None:
+    """Return a base's name without a path: the hub's id, or the folder's own name.
+
+    A folder's begins with ./, so that no reader takes it for the id of another model on the hub.
+
+    >>> public_name("org/model"), public_name("/home/me/models/gpt2")
+    ('org/model', './gpt2')
+    """
+    name = base_name(name)
+    if not name or hub_id(name) is not None:
+        return name or None
+    last = PureWindowsPath(PurePath(name).name).name
+    return f"./{last}" if last not in ("", ".", "..") else None
+
+
 def hub_id(name: str | None) -> str | None:
     """Return a base's name where it is an id on the hub, and no folder here; else None.
 

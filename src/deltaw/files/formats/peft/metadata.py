@@ -32,6 +32,8 @@ ENDS = "deltaw_ends"
 TRAINING = "deltaw_training"
 # JSON, layer → its scale, where no α in the settings gives that to the last bit
 SCALES = "deltaw_scales"
+# Path of the base on the machine that wrote the adapter, where it has no id on the hub; `push` leaves it out
+BASE_PLACE = "deltaw_base_place"
 # JSON, why PEFT does not load the adapter → the layers to blame
 REFUSED = "deltaw_refused_by_peft"
 # Checksum of the tensors and of all other texts under keys of ours
@@ -154,6 +156,17 @@ def transposed_layers(metadata: Metadata) -> set[str] | None:
         return set(parse_texts(metadata.get(TRANSPOSED, "[]")))
     except ValueError as error:
         raise FileError(f"The list of transposed layers in the metadata of {WEIGHTS} is damaged: {error}") from error
+
+
+def base_in(metadata: Metadata, named: str | None) -> str | None:
+    """Return where an adapter's base is to be read: the folder where it lay, or the name in the settings.
+
+    None where that is a folder's own name alone, and the folder is not there.
+    """
+    place = metadata.get(BASE_PLACE)
+    if place is not None and Path(place).is_dir():
+        return place
+    return None if named is None or (named.startswith("./") and not Path(named).is_dir()) else named
 
 
 def slices_of(metadata: Metadata) -> dict[str, dict[str, Runs]]:
