@@ -11,6 +11,7 @@ from deltaw.errors import ConfigError
 from deltaw.files import units
 from deltaw.layers.names import in_order
 
+_FILES = (".gguf", ".onnx_adapter")
 _PROGRAMS = {"gguf": "llama.cpp", "onnx_adapter": "ONNX Runtime", "loralib": "loralib"}
 
 
@@ -20,9 +21,11 @@ def run(command: Convert) -> None:
     from deltaw.files.convert import convert, target_of
 
     out = Path(command.out)
-    target = target_of(out, command.to)
-    if target == "loralib" and Path(command.source).is_file():  # from a file, a folder of any name
-        target = command.to or "peft"
+    to = None if command.to == "auto" else command.to
+    # What is made of another program's file is a folder, whatever its name
+    target = (
+        "peft" if to is None and Path(command.source).is_file() and out.suffix not in _FILES else target_of(out, to)
+    )
     if target not in _PROGRAMS:
         new_folder(command.out, command.overwrite)
     elif out.is_dir() or (out.exists() and not command.overwrite):

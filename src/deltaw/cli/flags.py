@@ -296,8 +296,8 @@ class Convert:
     ONNX Runtime's .onnx_adapter, litgpt's .lora, torchtune's or loralib's .pt, loralib's .bin or .ckpt."""
     out: Annotated[str, arg(aliases=["-o"])]
     """Folder to write, or a file: .gguf for llama.cpp, .onnx_adapter for ONNX Runtime, .bin or .pt for loralib."""
-    to: Literal["peft", "mlx-lm", "gguf", "onnx_adapter", "loralib"] | None = None
-    """Format to write. Default: by the ending of --out; a folder is PEFT's."""
+    to: Literal["auto", "peft", "mlx-lm", "gguf", "onnx_adapter", "loralib"] = "auto"
+    """Format to write. auto: by the ending of --out; a folder is PEFT's."""
     base: str | None = None
     """The base: model folder or hub id. Its config tells how GGUF, kohya and torchtune name or order what they hold, and which of
     loralib's layers are embeddings or convolutions. With other formats, layers and shapes are compared with it."""

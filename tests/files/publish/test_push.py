@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import deltaw
+from deltaw.files.publish.push import package
 from tests.cli.conftest import Run, place, run  # noqa: F401
+from tests.conftest import tiny_llama
 from tests.files.publish.conftest import Hub
 
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -45,6 +47,26 @@ def test_a_pushed_adapter_is_whole_and_names_no_path_of_this_machine(
     before = deltaw.files.store.read(adapter)
     after = deltaw.files.store.read(there)
     assert all((a == b).all() for n in before.factors for a, b in zip(before.factors[n], after.factors[n], strict=True))
+
+
+def test_no_path_of_this_machine_goes_out_wherever_it_is(tmp_path: Path) -> None:
+    """Also inside groups and lists of a training's settings, and from a file that an older version wrote."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = deltaw.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), deltaw.LoRA(rank=2))
+    training = {"data": {"train": str(tmp_path / "a.jsonl")}, "more": [str(tmp_path / "b.jsonl"), 3], "lr": 0.1}
+    folder = deltaw.save(model, tmp_path / "a", training=training)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    packed = package(folder)
+    contents = [part if isinstance(part, bytes) else part.read_bytes() for part in packed.files.values()]
+    assert not any(str(tmp_path).encode() in content for content in contents) and packed.base == "./base"
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, content in zip(packed.files, contents, strict=True):
+        (there / name).write_bytes(content)
+    assert deltaw.files.store.training_of(there) == {"data": {"train": "a.jsonl"}, "more": ["b.jsonl", 3], "lr": 0.1}
 
 
 def test_a_dry_run_says_what_would_go_and_asks_nobody(hub: Hub, adapter: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811  # fmt: skip

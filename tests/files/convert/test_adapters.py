@@ -1,0 +1,94 @@
+"""Formats told apart by names and contents, and what becomes of a folder that is PEFT's already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import deltaw
+from deltaw.errors import ConfigError, FileError
+from deltaw.files.convert import target_of
+from deltaw.files.formats import peft
+from tests.conftest import fill, tiny_llama
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def unsloth(folder: Path) -> Path:
+    """A folder as Unsloth leaves it: PEFT's files, settings of its own, a base in four bits, other files."""
+    folder.mkdir()
+    settings = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama", "unsloth_fixed": True,
+        }, "base_model_name_or_path": "unsloth/tiny-bnb-4bit", "bias": "none", "lora_alpha": 6, "lora_dropout": 0, "peft_type": "LORA",
+        "r": 2, "rank_pattern": {}, "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)", "task_type": "CAUSAL_LM",
+        "use_dora": False, "use_rslora": False,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 2)}, folder / "adapter_model.safetensors")  # fmt: skip
+    (folder / "README.md").write_text("unsloth")
+    return folder
+
+
+def test_unsloths_folder_becomes_one_of_ours_and_mlx_lms(tmp_path: Path) -> None:
+    folder = deltaw.convert(unsloth(tmp_path / "u"), tmp_path / "out")
+    file = peft.read(folder)
+    assert (
+        list(file.factors) == ["model.layers.0.self_attn.q_proj"]
+        and file.scales["model.layers.0.self_attn.q_proj"] == 3
+    )
+    assert file.config.base_model_name_or_path == "unsloth/tiny-bnb-4bit"
+    deltaw.load(tiny_llama(), folder, check_base=False)
+    mlx = deltaw.convert(tmp_path / "u", tmp_path / "mlx", to="mlx-lm")
+    tensors = load_file(mlx / "adapters.safetensors")
+    assert set(tensors) == {f"model.layers.0.self_attn.q_proj.lora_{part}" for part in "ab"}
+
+
+def test_one_of_both_sides_is_pefts(tmp_path: Path) -> None:
+    deltaw.convert(unsloth(tmp_path / "u"), tmp_path / "mlx", to="mlx-lm")
+    with pytest.raises(ConfigError, match="convert twice"):
+        deltaw.convert(tmp_path / "mlx", tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "target"),
+    [("out", None, "peft"), ("a.gguf", None, "gguf"), ("a.pt", None, "loralib"), ("a.onnx_adapter", None, "onnx_adapter"), ("out", "mlx-lm", "mlx-lm")],
+)  # fmt: skip
+def test_the_ending_says_the_format(name: str, to: str | None, target: str) -> None:
+    assert target_of(Path(name), to) == target
+
+
+@pytest.mark.parametrize(("name", "to"), [("a.gguf", "mlx-lm"), ("out", "gguf"), ("out", "nothing")])
+def test_a_name_and_a_format_that_do_not_go_together_are_refused(name: str, to: str) -> None:
+    with pytest.raises(ConfigError):
+        target_of(Path(name), to)
+
+
+def test_what_is_no_adapter_says_what_is_read(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="to='mlx-lm'"):
+        deltaw.convert(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(FileError, match=r"kohya's in \.safetensors"):
+        deltaw.convert(tmp_path / "a.txt", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileError, match="not an adapter folder"):
+        deltaw.convert(tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_local_base_is_found_again_for_gguf(tmp_path: Path) -> None:
+    """adapter_config.json has its folder's own name; where it lies is in the header."""
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    deltaw.save(fill(deltaw.attach(model, deltaw.LoRA(rank=2))), tmp_path / "a")
+    assert deltaw.convert(tmp_path / "a", tmp_path / "a.gguf").is_file()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="--base"):
+        deltaw.convert(tmp_path / "a", tmp_path / "b.gguf")
