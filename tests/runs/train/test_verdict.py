@@ -31,11 +31,24 @@ def test_texts_that_were_not_learned_are_told_with_the_usual_rate(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("settings", "advice"), [({"steps": 1}, "--epochs"), ({"steps": 120, "lr": 0.8}, "lower rate")]
+    ("settings", "advice"),
+    [
+        ({"steps": 10}, "10 steps only: try --epochs"),
+        ({"steps": 110, "lr": 0.05}, "Try a lower rate, --lr 0.002: it was 0.05."),
+        ({"steps": 110}, "Look at the records (deltaw data DATA --model MODEL)"),
+    ],
 )
 def test_the_advice_fits_the_run(tmp_path: Path, settings: dict[str, Any], advice: str) -> None:
-    told = " ".join(warnings_of(tmp_path / "run", RECORDS, **settings))
-    assert advice in told, told
+    # Classes by chance: nobody can learn them
+    chance, tokenizer = random.Random(0), tiny_tokenizer(CHATML)
+    byte_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": f"{i * 7919 % 1000:03}", "label": chance.choice("ab")} for i in range(80)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(out=str(tmp_path / "run"), samples=0, **settings)
+    result = deltaw.train(str(tmp_path / "model"), str(tmp_path / "data.jsonl"), config, method=LoRA(rank=4))
+    (told,) = result.warnings
+    assert "giving each class its share of the training records has 0.7804" in told and advice in told, told
 
 
 def test_texts_that_were_learned_have_no_such_warning(tmp_path: Path) -> None:
