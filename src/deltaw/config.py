@@ -136,6 +136,7 @@ class TrainConfig(Trusting):
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Records, and the way that they become tokens. The command line and YAML have its settings beside the others."""
     out: str = LATEST
     """Run folder: adapter, config.yaml, log.jsonl, report.html. With runs/latest it is a new one each time, runs/DATE-NUMBER,
     which runs/latest is then a link to."""

@@ -17,7 +17,7 @@ import click
 from deltaw.cli.flags import CHOICES, COMMANDS, COMMON, EXAMPLES, SECTIONS, Opening, Positional, Short
 from deltaw.config import CompareConfig, DataConfig, GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig
 from deltaw.errors import visible
-from deltaw.methods.documented import field_texts, sentences
+from deltaw.methods.documented import field_texts, in_order, sentences
 from deltaw.methods.plan import Method
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Flag:
 def flags_of(cls: type[DataclassInstance], default: object = None) -> Iterator[Flag]:
     """Yield every flag and argument of a command; those of the settings in it stand in their place."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
+    for field in in_order(cls):
         hint, *marks = (
             typing.get_args(hints[field.name]) if hasattr(hints[field.name], "__metadata__") else (hints[field.name],)
         )

@@ -25,6 +25,7 @@ from deltaw.data.encode import (
     as_taught,
     encode,
     encode_prompt,
+    encode_prompts,
     prompt_ends,
     template_of,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "encode",
     "encode_chat",
     "encode_prompt",
+    "encode_prompts",
     "held_out_split",
     "plan",
     "prompt_ends",

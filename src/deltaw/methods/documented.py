@@ -13,8 +13,12 @@ import itertools
 import re
 import sys
 import textwrap
+from typing import TYPE_CHECKING
 
-_SECTION = re.compile(r"^(Args|Raises|Returns|Yields|Example):$", re.MULTILINE)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_SECTION = re.compile(r"^(Args|Raises|Returns|Yields|Example):$|^>>> ", re.MULTILINE)
 _WIDTH = 110
 
 
@@ -59,13 +63,18 @@ def sentences(text: str) -> list[str]:
     return re.split(r"(?<=\.) (?=[A-ZΔα(]|auto: )", text) if text else []
 
 
+def in_order(cls: type[DataclassInstance]) -> list[dataclasses.Field[object]]:
+    """Return the fields as a call takes them: those that are only named come last."""
+    return sorted(dataclasses.fields(cls), key=lambda field: field.kw_only)
+
+
 def document(cls: type) -> None:
     """Add a dataclass's fields to its docstring, each with its type, default and text. `help(cls)` shows no others."""
     if not dataclasses.is_dataclass(cls) or "Attributes:\n" in (cls.__doc__ or ""):
         return
     lines = ["Attributes:"]
     texts = field_texts(cls)
-    for field in dataclasses.fields(cls):
+    for field in in_order(cls):
         default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
         lines.append(f"    {field.name}: {field.type}{default}")
         indent = " " * 8

@@ -48,6 +48,7 @@ class Prefix(Beside):
 
     @property
     def positions(self) -> int:
+        """The number of positions that the prefix takes from each row."""
         return self.length
 
     def plan(self, model: nn.Module) -> Plan:
