@@ -60,12 +60,19 @@ def sentences(text: str) -> list[str]:
     >>> sentences("A sum (Hu et al. 2021). At least 1. Default: the rank.")
     ['A sum (Hu et al. 2021).', 'At least 1.', 'Default: the rank.']
     """
-    return re.split(r"(?<=\.) (?=[A-ZΔα(]|auto: )", text) if text else []
+    return re.split(r"(?:(?<=\.)|(?<=\.\))) (?=[A-ZΔα(]|auto: )", text) if text else []
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = " " * 8
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def in_order(cls: type[DataclassInstance]) -> list[dataclasses.Field[object]]:
     """Return the fields as a call takes them: those that are only named come last."""
-    return sorted(dataclasses.fields(cls), key=lambda field: field.kw_only)
+    return sorted(dataclasses.fields(cls), key=lambda field: field.kw_only is True)
 
 
 def document(cls: type) -> None:
@@ -77,8 +84,7 @@ def document(cls: type) -> None:
     for field in in_order(cls):
         default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
         lines.append(f"    {field.name}: {field.type}{default}")
-        indent = " " * 8
-        lines += textwrap.wrap(texts.get(field.name, ""), _WIDTH, initial_indent=indent, subsequent_indent=indent)
+        lines += _wrapped(texts.get(field.name, ""))
     text = inspect.cleandoc(cls.__doc__ or "")
     section = _SECTION.search(text)
     head, tail = (text[: section.start()], text[section.start() :]) if section else (text, "")
