@@ -159,7 +159,7 @@ def test_only_the_command_line_prints(path: Path) -> None:
             assert node.func.id != "print", f"{module_of(path)}:{node.lineno} prints"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            assert not {n.split(".")[0] for n in names} & {"rich", "tyro"}
+            assert not {n.split(".")[0] for n in names} & {"rich", "click"}
 
 
 NO_VERB_OR_NOUN = {"of", "those", "what", "where", "by", "that", "whether", "how", "which"}

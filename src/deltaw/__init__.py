@@ -167,6 +167,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"deltaw.{_HOME[name]}"), name)
+    if isinstance(value, type):
+        from deltaw.methods.documented import document
+
+        document(value)
     globals()[name] = value
     return value
 

@@ -136,6 +136,11 @@ def answer(text: str) -> None:
     print(visible(text) if sys.stdout.isatty() else text)
 
 
+def piece(text: str) -> None:
+    """Print a part of what a model writes, at once: as `answer` does, without a newline."""
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def facts(rows: dict[str, str]) -> None:
     """Print a value beside each label. The terminal breaks long lines, so that a path is copied whole."""
     width = max(map(len, rows))

@@ -142,6 +142,26 @@ def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, config: Da
     return ids
 
 
+def encode_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[list[int]]:
+    """Return the token ids of `encode_prompt` for each record. Raises one DataError with every record that has none."""
+    for form in dict.fromkeys(record.form for record in records):
+        template_of(form, tokenizer, config)
+    prompts: list[list[int]] = []
+    problems: list[str] = []
+    for record in records:
+        try:
+            prompts.append(encode_prompt(record, tokenizer, config))
+        except DataError as error:
+            problems += [p if p.startswith(record.place) else f"{record.place}: {p}" for p in error.problems]
+    if problems:
+        raise DataError(
+            f"{len(records) - len(prompts)} of {len(records)} prompts cannot be given to the model:", problems
+        )
+    return prompts
+
+
 def prompt_ends(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
     """Return the tokens that end an answer to these records' prompts: the chat template's, where they are chats."""
     chats = any(template_of(form, tokenizer, config) == "chat" for form in {record.form for record in records})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.data import Encoded, Example, Record, Records, as_said, as_taught, encode, encode_prompt, prompt_ends
+from deltaw.data import Encoded, Example, Record, Records, as_said, as_taught, encode, encode_prompts, prompt_ends
 from deltaw.data.images import pixels
 from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
@@ -127,10 +127,19 @@ class Written(Task):
         return ()
 
     def answer(
-        self, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+        self,
+        loaded: Pretrained,
+        records: Sequence[Record],
+        data: DataConfig,
+        generation: GenerateConfig,
+        told: Told,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
+        """Return what the model writes for each record; `on_text` is told the only one as it comes."""
         prompts, ends = self.prompts(loaded, records, data), self.ends(loaded, records, data)
-        return [*generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told)]
+        return [
+            *generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told, on_text=on_text)
+        ]
 
     def wanted(self, record: Record, data: DataConfig) -> str | None:
         return record.completion
@@ -158,7 +167,7 @@ class Causal(Written):
         return CompletionLoss(loaded.model, pad_id(loaded.tokenizer))
 
     def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
-        return [encode_prompt(record, loaded.tokenizer, data) for record in records]
+        return encode_prompts(records, loaded.tokenizer, data)
 
     def learnt(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[str | None]:
         return as_taught(records, loaded.tokenizer, data)

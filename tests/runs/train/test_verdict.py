@@ -33,8 +33,8 @@ def test_texts_that_were_not_learned_are_told_with_the_usual_rate(tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({"steps": 10}, "10 steps only: try --epochs"),
-        ({"steps": 110, "lr": 0.05}, "Try a lower rate, --lr 0.002: it was 0.05."),
+        ({"steps": 1}, "1 steps only: try --epochs"),
+        ({"steps": 110, "lr": 0.05}, "Try the usual rate, --lr 0.0015: it was 0.05."),
         ({"steps": 110}, "Look at the records (deltaw data DATA --model MODEL)"),
     ],
 )

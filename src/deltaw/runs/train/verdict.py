@@ -60,9 +60,10 @@ def _advice(job: Job, is_worse: bool, state: LoopState) -> str:
         return f"Try --lr {usual:g}, the usual rate: it was {lr:g}."
     if state.step < _FEW_STEPS:
         return f"The run had {state.step} steps only: try --epochs {max(2, round((config.epochs or 1) * 3)):g}."
-    if is_worse or lr > 2 * usual:
-        return f"Try a lower rate, --lr {min(usual, lr / 3):.1g}: it was {lr:g}."
-    return "Look at the records (deltaw data DATA --model MODEL), then try a larger model or more of them."
+    if lr > 2 * usual:
+        return f"Try the usual rate, --lr {usual:g}: it was {lr:g}."
+    lower = f", or a lower rate, --lr {lr / 3:.1g}" if is_worse else ""
+    return f"Look at the records (deltaw data DATA --model MODEL), then try more of them{lower}, or a larger model."
 
 
 def _by_heart(task: Task, best: Evaluated, final: Evaluated, state: LoopState) -> list[str]:
