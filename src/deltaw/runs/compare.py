@@ -21,6 +21,7 @@ from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
+from deltaw.progress import Runs, named, shown, tell
 from deltaw.runs import splits, study, worker
 from deltaw.runs.apart import Processes
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
@@ -98,6 +99,7 @@ def compare(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     options: CompareConfig = CompareConfig(),  # noqa: B008  (frozen)
     *,
+    progress: bool = True,
     on_event: Callable[[CompareEvent], None] = lambda event: None,
 ) -> Comparison:
     """Train and score each method of `options` with the same budget, and write the report into `config.out`.
@@ -110,6 +112,7 @@ def compare(
         data: a file, folder or hub data set, with records as `train` takes them.
         config: the settings of every run. Each method has a learning rate of its own, which is not `config.lr`.
         options: the methods and what else is compared.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with what happens, as `deltaw.runs.events` has it.
 
     Returns:
@@ -131,10 +134,15 @@ def compare(
             "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
         )
     every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
-    with _begun(model, data, config, options) as begun, Processes() as processes:
+    with (
+        shown(progress, "compare", on_event) as hear,
+        _begun(model, data, config, options) as begun,
+        Processes() as processes,
+    ):
         if begun.notes:
-            on_event(RecordsRead(begun.notes))
-        return _finished(_Work(begun, options, on_event, processes), every)
+            hear(RecordsRead(begun.notes))
+        tell(Runs(sum(len(rates(contestant.lr, options.lrs)) + options.seeds - 1 for contestant in every)))
+        return _finished(_Work(begun, options, hear, processes), every)
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,9 @@ def _outcome(work: _Work, contestant: Contestant, lr: float, seed: int) -> Outco
     if outcome is None:
         on_event(CandidateStarted(contestant.name, lr, seed))
         _write(folder / worker.CANDIDATE, task)
-        work.processes.do("candidate", folder, worker.SCORE)
+        run = f"{contestant.name}, lr {lr:g}, seed {seed}"
+        with named(lambda _: run):
+            work.processes.do("candidate", folder, worker.SCORE)
         outcome = _kept(folder, task)
     assert outcome is not None
     on_event(CandidateFinished(contestant.name, lr, seed, outcome, fresh))

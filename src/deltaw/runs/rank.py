@@ -31,6 +31,7 @@ from deltaw.files.renames import renamed
 from deltaw.layers import tree
 from deltaw.model import attach
 from deltaw.model.switch import using
+from deltaw.progress import Runs, named, say, shown, tell
 from deltaw.runs.candidates import numbers
 from deltaw.runs.directions import alike, amplifications
 from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, of_losses, shortened
@@ -99,6 +100,7 @@ def choose_rank(
     run: str | Path,
     config: RankConfig = RankConfig(),  # noqa: B008  (frozen)
     *,
+    progress: bool = True,
     on_event: Callable[[RankEvent], None] = lambda event: None,
 ) -> RankChoice:
     """Cut the adapter of a finished run to smaller ranks, and recommend the smallest that is enough.
@@ -109,6 +111,7 @@ def choose_rank(
     Args:
         run: a run's folder, or an adapter's.
         config: which ranks, which records, and whether to confirm the choice by training again.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with what happens, as `deltaw.runs.events` has it.
 
     Returns:
@@ -127,6 +130,13 @@ def choose_rank(
     >>> choice.rank, [tested.rank for tested in choice.choice.tested], choice.report.name
     (1, [1, 4], 'rank.html')
     """
+    with shown(progress, "rank", on_event) as hear:
+        return _chosen(run, config, hear)
+
+
+def _chosen(run: str | Path, config: RankConfig, on_event: Callable[[RankEvent], None]) -> RankChoice:
+    """Cut and score the run's adapter, write what came out, and confirm it where that is asked for."""
+    say("reading the run")
     adapted = finished(run)
     ranks = _ranks(config.ranks, adapted)
     others = [finished(path.strip()) for path in config.against.split(",") if path.strip()]
@@ -283,6 +293,7 @@ def _cut_and_scored(
 ) -> tuple[Choice, RankResults]:
     """Open the run's model, score the adapter at each rank, and choose one."""
     opened = _opened(run, config)
+    tell(Runs(len(ranks) + (not opened.held.loaded.untrained)))
     base = _base_scores(opened, on_event)
     cuts = {rank: _cut(opened, f"r = {rank}", opened.cut(opened.uniform(rank)), on_event) for rank in ranks}
     whole = cuts[ranks[-1]].scores.losses
@@ -314,7 +325,8 @@ def _base_scores(opened: _Opened, on_event: Callable[[RankEvent], None]) -> _Sco
     """Score the model without the adapter; None where its head is untrained."""
     if opened.held.loaded.untrained:
         return None
-    scores = _scores(opened)
+    with named(lambda _: "base"):
+        scores = _scores(opened)
     on_event(Scored("base", scores.losses.value))
     return scores
 
@@ -323,7 +335,7 @@ def _cut(opened: _Opened, name: str, file: LoRAFile, on_event: Callable[[RankEve
     """Score the model with this file's adapter."""
     placed = store.place(opened.model, file, opened.run.adapter, name="cut", check_base=False)
     try:
-        with using(opened.model, placed):
+        with using(opened.model, placed), named(lambda _: name):
             cut = _Cut(file, _scores(opened))
     finally:
         attach.detach(opened.model, placed)

@@ -24,6 +24,7 @@ from deltaw.files.formats.atomic import write_text
 from deltaw.methods.lora import LoRA
 from deltaw.model import attach
 from deltaw.model.switch import use
+from deltaw.progress import Runs, named, shown, tell
 from deltaw.runs import splits, study
 from deltaw.runs.candidates import Candidate, candidates, learning_rates, width_of
 from deltaw.runs.directions import alike, in_common
@@ -102,6 +103,7 @@ def sweep(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     options: SweepConfig = SweepConfig(),  # noqa: B008  (frozen)
     *,
+    progress: bool = True,
     on_event: Callable[[SweepEvent], None] = lambda event: None,
 ) -> Sweep:
     """Train and score every rank of `options` over one base in memory, and write the report into `config.out`.
@@ -114,6 +116,7 @@ def sweep(
         data: a file, folder or hub data set, with records as `train` takes them.
         config: the settings of every run.
         options: the ranks and what else is tried.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with what happens, as `deltaw.runs.events` has it.
 
     Returns:
@@ -134,7 +137,10 @@ def sweep(
     >>> result.choices["q"].rank in (1, 2)
     True
     """
-    with _begun(model, data, dataclasses.replace(config, samples=0), options, on_event) as begun:
+    with (
+        shown(progress, "sweep", on_event) as hear,
+        _begun(model, data, dataclasses.replace(config, samples=0), options, hear) as begun,
+    ):
         return _finished(begun)
 
 
@@ -209,6 +215,11 @@ class Task:
     lr: float
     seed: int
 
+    @property
+    def named(self) -> str:
+        """For people to read."""
+        return f"{self.candidate.name}, lr {self.lr:g}, seed {self.seed}"
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -243,6 +254,7 @@ def _measured(begun: _Begun, every: Sequence[Candidate]) -> list[Measurement]:
     """Train each candidate at all learning rates, then with the other seeds at its best one."""
     options, config = begun.options, begun.study.config
     rates, seeds = learning_rates(options, config.lr), range(config.seed + 1, config.seed + options.seeds)
+    tell(Runs(len(every) * (len(rates) + len(seeds))))
     first = _outcomes(
         begun, [Task(c, lr, config.seed) for c in every for lr in rates], _RUNGS if options.halving else ()
     )
@@ -304,8 +316,11 @@ def _trained(begun: _Begun, tasks: Sequence[Task], rungs: Sequence[float]) -> di
             begun.on_event(CandidateStepped(task.candidate.name, task.lr, task.seed, event))
 
     outcomes = {}
+    names = {str(i): task.named for i, task in enumerate(tasks)}
     try:
-        for i, result in enumerate(run_abreast(ready, width, rungs=rungs, on_event=hear)):
+        with named(lambda run: names.get(run, run)):
+            results = run_abreast(ready, width, rungs=rungs, on_event=hear)
+        for i, result in enumerate(results):
             use(base.loaded.model, str(i))
             outcomes[tasks[i]] = outcome = _outcome(begun.study, base, result)
             _keep(begun, tasks[i], outcome)

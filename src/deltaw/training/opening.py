@@ -21,6 +21,7 @@ from deltaw.files.formats.peft import LoRAFile
 from deltaw.model.inputs import image_shape, most_positions, tokens_beyond, within
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, resize_vocabulary
 from deltaw.model.summary import updates
+from deltaw.progress import say
 from deltaw.training.tasks import Image, Seq2Seq, task_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def opened(
     trust_remote_code: bool = False,
 ) -> Pretrained:
     """Return `load_pretrained` for the task of these settings. Raises as that does."""
+    say("loading the model")
     task = cast(Task, task_of(data).name)
     return load_pretrained(
         source,

@@ -17,6 +17,7 @@ from deltaw.model import summary as sizes
 from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary
+from deltaw.progress import say
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
 from deltaw.runs.results import JsonObject
@@ -114,6 +115,7 @@ def finished(
 
     home: where the run is in the end; where it was trained, if there is none.
     """
+    say("writing the report")
     _say_scores(job, state)
     summary, merge = sizes.summary(job.model), preview(job.model)
     outcome = _figures(job, journal.events, state, summary, merge)
