@@ -10,11 +10,13 @@ def run(command: Compare) -> None:
     """Run the command."""
     show.quiet_libraries()
     from deltaw.cli import live
-    from deltaw.runs.compare import compare
-    from deltaw.runs.reports import compare as report
 
     with live.view("compare", out=show.out) as view:
+        from deltaw.runs.compare import compare
+
         result = compare(command.model, command.data, command.run, command.compare, on_event=view.hear)
+    from deltaw.runs.reports import compare as report
+
     outcome = result.outcome
     for warning in outcome.warnings:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)

@@ -14,12 +14,12 @@ from deltaw.cli.now import Now
 from deltaw.files import units
 from deltaw.progress import Notice, Stopping, watched
 from deltaw.runs.events import CandidateEvent, CandidateFinished, Confirming, LeftOut, RecordsRead, Scored, WidthChosen
-from deltaw.runs.results import compare, sweep
-from deltaw.runs.results.study import Failed
 from deltaw.training.events import Evaluated, Resumed, Spiked, Started, Stepped, Warned
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
+    from deltaw.runs.results import compare, sweep
 
 TRAINING = "training"
 """The subject of a call that is one run: each of its logged steps is a line."""
@@ -115,11 +115,14 @@ def named(event: CandidateEvent) -> str:
 
 def _outcome(outcome: sweep.Outcome | compare.Outcome) -> str:
     """Return what a candidate came to."""
+    from deltaw.runs.results.study import Failed
+    from deltaw.runs.results.sweep import Behind, RunScore
+
     if isinstance(outcome, Failed):
         return f"failed: {outcome.error.splitlines()[0]}"
-    if isinstance(outcome, sweep.Behind):
+    if isinstance(outcome, Behind):
         return f"held-out loss {outcome.valid_loss:.4f} at step {outcome.step}, in the worse half: ended"
-    if isinstance(outcome, sweep.RunScore):
+    if isinstance(outcome, RunScore):
         return f"held-out loss {outcome.valid_loss:.4f} in {units.duration(outcome.seconds)}"
     figures = outcome.figures
     loss = "" if figures.valid_loss is None else f"held-out loss {figures.valid_loss:.4f}  "

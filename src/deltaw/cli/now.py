@@ -52,7 +52,7 @@ class Now:
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
-        self.phase: Phase | None = None
+        self.phase: Phase | None = Phase("loading")
         self.stopping = ""
         self.ended = ""
         """What became of the call, once it is over."""
@@ -129,11 +129,11 @@ class Now:
     @property
     def head(self) -> str:
         """What goes on, in a few words."""
-        if self.stopping and not self.ended:
-            return self.stopping
+        phase = self.phase
         if self.ended:
             return self.ended
-        phase = self.phase
+        if self.stopping and (phase is None or not phase.text.startswith("saving")):
+            return self.stopping
         return self.subject if phase is None or self.is_study else _words(phase)
 
     @property

@@ -18,11 +18,13 @@ def run(command: Rank) -> None:
     """Run the command."""
     show.quiet_libraries()
     from deltaw.cli import live
-    from deltaw.runs.rank import choose_rank
-    from deltaw.runs.reports.rank import remarks, sentence
 
     with live.view("rank", quiet=command.json) as view:
+        from deltaw.runs.rank import choose_rank
+
         choice = choose_rank(command.run, command.rank, on_event=view.hear)
+    from deltaw.runs.reports.rank import remarks, sentence
+
     outcome = choice.outcome
     if command.json:
         print(show.as_json(outcome.to_json()))

@@ -10,11 +10,13 @@ def run(command: Sweep) -> None:
     """Run the command."""
     show.quiet_libraries()
     from deltaw.cli import live
-    from deltaw.runs.reports.sweep import COLUMNS, cells, metrics_of, note_on_intervals, ordered, sentences
-    from deltaw.runs.sweep import sweep
 
     with live.view("sweep", out=show.out, quiet=command.json) as view:
+        from deltaw.runs.sweep import sweep
+
         result = sweep(command.model, command.data, command.run, command.sweep, on_event=view.hear)
+    from deltaw.runs.reports.sweep import COLUMNS, cells, metrics_of, note_on_intervals, ordered, sentences
+
     outcome = result.outcome
     if command.json:
         print(show.as_json(outcome.to_json()))

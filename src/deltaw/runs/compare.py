@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError
+from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
 from deltaw.progress import Runs, named, shown, tell
 from deltaw.runs import splits, study, worker
 from deltaw.runs.apart import Processes
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, RecordsRead, TimingStarted
 from deltaw.runs.folder import read_json
@@ -67,8 +69,8 @@ _TIMED = _Timed([[1, 128], [32, 128]], [1, 32], 600.0)
 _QUICK_TIMED = _Timed([[1, 128], [32, 16]], [1], 20.0)
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Card):
     """The result of `compare`.
 
     >>> import deltaw
@@ -86,6 +88,19 @@ class Comparison:
     """The page about it."""
     outcome: ComparisonResults
     """A row for each method, the methods beside the best, and how long inference takes with each."""
+
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return what was compared on what, the best methods, the time and the place, in a few lines."""
+        outcome, settings = self.outcome, self.outcome.settings
+        rows = {row.name: f"{outcome.metric} {run.scores[outcome.metric].mean:.4f}" for row, run in outcome.trained[:3]}
+        failed = sum(isinstance(row.best, Failed) for row in outcome.rows)
+        seconds = sum(run.figures.seconds for _, run in outcome.trained)
+        tried = f"{len(outcome.rows)} methods" + (f", {failed} of them without a result" if failed else "")
+        rows["tried"] = f"{tried}; the best run of each took {units.duration(seconds)} in all"
+        return f"Methods on {settings.model}, trained on {settings.data}, scored on {outcome.sets['test']}", {
+            **rows,
+            "report": str(self.report),
+        }
 
     @property
     def results(self) -> JsonObject:

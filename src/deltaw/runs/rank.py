@@ -22,7 +22,7 @@ from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
 from deltaw.errors import ConfigError, DataError, DeltaWError
-from deltaw.files import store
+from deltaw.files import store, units
 from deltaw.files.compress import Spectrum, allocated, spectra_of, triples_of, truncated
 from deltaw.files.formats import peft
 from deltaw.files.formats.atomic import check_apart, write_text
@@ -35,6 +35,7 @@ from deltaw.progress import Runs, named, say, shown, tell
 from deltaw.runs.candidates import numbers
 from deltaw.runs.directions import alike, amplifications
 from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, of_losses, shortened
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import evaluate
 from deltaw.runs.events import Confirming, RankEvent, Scored, SweepEvent
 from deltaw.runs.folder import Finished, finished, parameters_of, read_json
@@ -69,8 +70,8 @@ _RESULTS, _REPORT, _CONFIRMED = "rank.json", "rank.html", "confirmed"
 _DIGITS = 6
 
 
-@dataclass(frozen=True)
-class RankChoice:
+@dataclass(frozen=True, repr=False)
+class RankChoice(Card):
     """The result of `choose_rank`.
 
     >>> import deltaw
@@ -89,6 +90,18 @@ class RankChoice:
     """The page about it."""
     outcome: RankResults
     """Each rank's loss and cost, the spectrum of each layer, and whether training again confirmed the choice."""
+
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return the rank that is enough, its scores, and the place, in a few lines."""
+        outcome, row = self.outcome, self.outcome.recommended
+        rows = {
+            "held-out loss": f"{row.tested.loss} on {outcome.records.what}",
+            f"r = {outcome.largest.rank}": str(outcome.largest.tested.loss),
+            "tried": ", ".join(f"r = {row.rank}" for row in outcome.ranks),
+            "adapter": f"{row.parameters:,} parameters, {units.size(row.bytes)}",
+            "report": str(self.report),
+        }
+        return f"r = {self.rank} is enough for {outcome.run}", rows
 
     @property
     def results(self) -> JsonObject:

@@ -20,6 +20,7 @@ import numpy as np
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.errors import DeltaWError, TrainError
+from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.lora import LoRA
 from deltaw.model import attach
@@ -29,6 +30,7 @@ from deltaw.runs import splits, study
 from deltaw.runs.candidates import Candidate, candidates, learning_rates, width_of
 from deltaw.runs.directions import alike, in_common
 from deltaw.runs.evaluation.bootstrap import Choice, Compared, Measured, chosen, compared, of_losses
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import Evaluation, RecordLosses, evaluate
 from deltaw.runs.events import (
     CandidateFinished,
@@ -67,8 +69,8 @@ from deltaw.training.tasks import task_of
 _RUNGS = (0.25, 0.5)
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Card):
     """The result of `sweep`.
 
     >>> import deltaw
@@ -90,6 +92,20 @@ class Sweep:
     def choices(self) -> dict[str, Choice]:
         """Targets → the smallest rank that is enough. One rank alone is no choice, and is not here."""
         return self.outcome.choices
+
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return what was tried on what, the ranks that are enough, the time and the place, in a few lines."""
+        outcome, settings = self.outcome, self.outcome.settings
+        rows = {targets: f"r = {choice.rank} is enough" for targets, choice in [*self.choices.items()][:3]}
+        best = min(outcome.trained, key=lambda trained: trained[1].valid_loss, default=None)
+        if best is not None:
+            rows["best held-out loss"] = f"{best[1].valid_loss:.4f} of {best[0].name}, lr {best[1].lr:g}"
+        failed = f", {len(outcome.failed)} of them without a result" if outcome.failed else ""
+        seconds = sum(run.seconds for _, run in outcome.trained)
+        rows["tried"] = (
+            f"{len(outcome.rows)} candidates{failed}; the best of each took {units.duration(seconds)} in all"
+        )
+        return f"Sweep over {settings.model}, trained on {settings.data}", rows | {"report": str(self.report)}
 
     @property
     def results(self) -> JsonObject:

@@ -18,12 +18,14 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.data.prompts import item_numbers
 from deltaw.errors import AdapterError, DataError, FileError
+from deltaw.files import units
 from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import within
 from deltaw.model.pretrained import Pretrained
 from deltaw.model.switch import at_fault
 from deltaw.progress import say, shown
 from deltaw.runs.evaluation.bootstrap import ItemScore
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.metrics import (
     CLASS_METRICS,
     METRICS,
@@ -51,8 +53,8 @@ class RecordLosses(NamedTuple):
     """The number of its item, which records with the same prompt share."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Card):
     """Scores of one model in its present state (base, adapter or merged) on one set of records."""
 
     records: int
@@ -65,6 +67,13 @@ class Evaluation:
     losses: RecordLosses | None
     """None if the loss of texts was not asked for."""
     seconds: float
+
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return the records, the scores and the time, in a few lines."""
+        scores = {metric: str(score) for metric, score in self.scores.items()}
+        return f"Scores on {self.records:,} records of {self.items:,} items", scores | {
+            "time": units.duration(self.seconds)
+        }
 
 
 @dataclass(frozen=True)
