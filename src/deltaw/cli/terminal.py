@@ -65,28 +65,34 @@ def layout(now: Now, width: int, spinner: RenderableType = "") -> Iterator[Rende
     """Yield the lines of a view, at most `width` characters wide: its words, a bar and where it is, then figures."""
     head, bar, place = now.head, now.bar, now.place()
     rest = now.texts()
-    room = width - (3 if isinstance(spinner, Text) and not spinner.plain else 5) - min(cell_len(head), width // 2)
+    beside = 3 + 2 * _GAP  # the spinner, and gaps
+    words = min(cell_len(head), max(width // 2, width - beside - _LEAST_BAR - _length(place[:1])))
+    room = width - beside - words
     if _length([*place, *rest]) + 3 * _LEAST_BAR <= room:
         place, rest = [*place, *rest], []
     while len(place) > 1 and _length(place) + _LEAST_BAR > room:
         rest.insert(0, place.pop())
-    yield _row(head, bar, place, width, spinner)
+    yield _row(Text(head, style="bold"), words, bar, place, width, spinner)
     for row in _folded(rest, width - _GAP):
         yield Text(" " * _GAP + (" " * _GAP).join(row), no_wrap=True, overflow="ellipsis")
 
 
-def _row(head: str, bar: Bar | None, place: list[str], width: int, spinner: RenderableType) -> Table:
+def _row(head: Text, words: int, bar: Bar | None, place: list[str], width: int, spinner: RenderableType) -> Table:
+    """Return the first line, of which `words` characters are for the head."""
     row = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
     row.width = width
-    cells: list[RenderableType] = [spinner, Text(head, style="bold")]
+    cells: list[RenderableType] = [spinner, head]
     row.add_column(no_wrap=True)
-    row.add_column(no_wrap=True, overflow="ellipsis", max_width=max(width // 2, 1))
+    row.add_column(no_wrap=True, overflow="ellipsis", width=words)
     if bar is not None:
         row.add_column(ratio=1, min_width=1)
         cells.append(ProgressBar(total=bar.total, completed=bar.done))
     for text in place:
         row.add_column(no_wrap=True, overflow="ellipsis")
         cells.append(Text(text))
+    if bar is None:  # what is there stays at the left
+        row.add_column(ratio=1)
+        cells.append(Text(""))
     row.add_row(*cells)
     return row
 
