@@ -1,4 +1,4 @@
-"""What a view shows of a long call: its phase, its bar and its figures, from notices and events. Knows no terminal."""
+"""State of a long call as a view shows it: its phase, its bar and its figures, from notices and events. Knows no terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WINDOW = 20
 
 
 class Bar(NamedTuple):
-    """How much of something is done."""
+    """The part of something that is done."""
 
     done: float
     total: float
@@ -44,7 +44,7 @@ class Smoothed:
 
 
 class Now:
-    """What a view shows of one call.
+    """State of one call as a view shows it.
 
     Args:
         subject: the call in a word, for example "training".
@@ -55,7 +55,7 @@ class Now:
         self.phase: Phase | None = Phase("loading")
         self.stopping = ""
         self.ended = ""
-        """What became of the call, once it is over."""
+        """The end of the call in a word, once it is over."""
         self.counted = "tokens"
         self.ticks: dict[str, Tick] = {}
         """The last step of each run that is being trained."""
@@ -128,7 +128,7 @@ class Now:
 
     @property
     def head(self) -> str:
-        """What goes on, in a few words."""
+        """The present in a few words."""
         phase = self.phase
         if self.ended:
             return self.ended
@@ -138,7 +138,7 @@ class Now:
 
     @property
     def bar(self) -> Bar | None:
-        """How far the call is; None where that is not known."""
+        """The call's progress; None where that is not known."""
         if self.runs is not None:
             runs = max(self.runs, self.finished)
             return Bar(min(self.finished + self._partial(), runs), runs, f"{self.finished}/{runs}")

@@ -65,7 +65,7 @@ def layout(now: Now, width: int, spinner: RenderableType = "") -> Iterator[Rende
     """Yield the lines of a view, at most `width` characters wide: its words, a bar and where it is, then figures."""
     head, bar, place = now.head, now.bar, now.place()
     rest = now.texts()
-    beside = 3 + 2 * _GAP  # the spinner, and gaps
+    beside = 1 + 2 * _GAP  # the spinner, and gaps
     words = min(cell_len(head), max(width // 2, width - beside - _LEAST_BAR - _length(place[:1])))
     room = width - beside - words
     if _length([*place, *rest]) + 3 * _LEAST_BAR <= room:

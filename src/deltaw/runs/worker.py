@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CANDIDATE, SCORE = "candidate.json", "score.json"
 NOW = "now.json"
-"""What a candidate is doing, while it is trained."""
+"""The file of a candidate's last notice, while it is trained."""
 _NOW_EVERY = 0.2
 """Seconds between two writes of that."""
 TIMING, LATENCY = "timing.json", "latency.json"
