@@ -114,6 +114,7 @@ def test_studies_are_silent_without_progress_too(tmp_path: Path, capfd: pytest.C
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f'{{"prompt": "{n}?", "completion": " {n}"}}\n' for n in range(24)))
     options = deltaw.SweepConfig(ranks="2,1", targets="q", test_most=4)
+    capfd.readouterr()
     deltaw.sweep(str(tmp_path / "model"), str(data), settings, options, progress=False)
     deltaw.choose_rank(tmp_path / "sweep" / "runs" / next((tmp_path / "sweep" / "runs").iterdir()).name, progress=False)
     assert capfd.readouterr() == ("", "")

@@ -21,7 +21,7 @@ class Phase:
 
     text: str
     """For example "loading the model"."""
-    done: int | None = None
+    count: int | None = None
     """Parts that are done, where they are counted."""
     total: int | None = None
     run: str = ""
@@ -110,9 +110,9 @@ def tell(notice: Notice) -> None:
         watcher(notice)
 
 
-def say(text: str, done: int | None = None, total: int | None = None) -> None:
+def say(text: str, count: int | None = None, total: int | None = None) -> None:
     """Tell what goes on from now on."""
-    tell(Phase(text, done, total))
+    tell(Phase(text, count, total))
 
 
 @contextlib.contextmanager

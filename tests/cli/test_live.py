@@ -95,7 +95,7 @@ def test_the_figures_of_a_training() -> None:
 
 def test_a_study_moves_with_the_steps_of_its_runs() -> None:
     now = study()
-    assert now.bar is not None and now.bar.done == pytest.approx(1 + 19 / 1200) and now.bar.text == "1/12"
+    assert now.bar is not None and now.bar.part == pytest.approx(1 + 19 / 1200) and now.bar.text == "1/12"
     now.notice(tick(20, run="other"))
     assert now.run()[0] == "r = 64, attention, lr 0.001, seed 3 and 1 more" and "mean loss" in now.figures()
     for name in ("r = 64, attention", "third"):

@@ -80,7 +80,7 @@ class Notebook(Lines):
     def html(self) -> str:
         """Return the view as HTML. Nothing of a record or a name counts as markup."""
         bar = self.now.bar
-        drawn = f'<progress value="{bar.done:.3f}" max="{bar.total:g}" style="width:16em"></progress> ' if bar else ""
+        drawn = f'<progress value="{bar.part:.3f}" max="{bar.total:g}" style="width:16em"></progress> ' if bar else ""
         figures = " · ".join(_safe(text) for text in self.texts())
         kept = "".join(f"<div{_STYLES.get(line.style or '', '')}>{_safe(line.text)}</div>" for line in self._kept)
         return f"<div><b>{_safe(self.now.head)}</b> {drawn}{figures}</div>{kept}"

@@ -20,7 +20,7 @@ _WINDOW = 20
 class Bar(NamedTuple):
     """The part of something that is done."""
 
-    done: float
+    part: float
     total: float
     text: str
     """The same for people to read, for example "12/40 steps"."""
@@ -63,7 +63,7 @@ class Now:
         self.finished = 0
         """Runs that have come to their end."""
         self.fresh = 0
-        """Those of them that took time, as they were not done before."""
+        """The number of them that took time, as they were not done before."""
         self.runs: int | None = None
         """All runs; None where there is one alone."""
         self._losses: dict[str, Smoothed] = {}
@@ -144,8 +144,8 @@ class Now:
             return Bar(min(self.finished + self._partial(), runs), runs, f"{self.finished}/{runs}")
         if tick := self.tick:
             return Bar(tick.step, tick.total_steps, f"{tick.step}/{tick.total_steps}")
-        if self.phase is not None and self.phase.total is not None and self.phase.done is not None:
-            return Bar(self.phase.done, self.phase.total, f"{self.phase.done}/{self.phase.total}")
+        if self.phase is not None and self.phase.total is not None and self.phase.count is not None:
+            return Bar(self.phase.count, self.phase.total, f"{self.phase.count}/{self.phase.total}")
         return None
 
     @property
@@ -229,5 +229,5 @@ class Now:
 
 def _words(phase: Phase) -> str:
     """Return what goes on, with how much of it is done where that is counted."""
-    count = f" {phase.done}" if phase.done is not None else ""
+    count = f" {phase.count}" if phase.count is not None else ""
     return phase.text + (f"{count}/{phase.total}" if count and phase.total is not None else count)

@@ -86,7 +86,7 @@ def _row(head: Text, words: int, bar: Bar | None, place: list[str], width: int, 
     row.add_column(no_wrap=True, overflow="ellipsis", width=words)
     if bar is not None:
         row.add_column(ratio=1, min_width=1)
-        cells.append(ProgressBar(total=bar.total, completed=bar.done))
+        cells.append(ProgressBar(total=bar.total, completed=bar.part))
     for text in place:
         row.add_column(no_wrap=True, overflow="ellipsis")
         cells.append(Text(text))
