@@ -25,6 +25,7 @@ from deltaw.methods.registry import at_width, usual_lr
 from deltaw.model import summary
 from deltaw.model.inputs import hidden_size_of, settle_padding, vocabulary_size
 from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
+from deltaw.progress import say
 from deltaw.training.opening import opened, prepared
 from deltaw.training.tasks import recognised, task_of
 
@@ -100,6 +101,7 @@ def encoded(begun: Begun, data: Source, method: Method) -> Prepared:
     """Return what was begun with its records encoded. Raises DataError with all that cannot be."""
     loaded, config = begun.loaded, _settled(begun, method)
     task = task_of(config.data)
+    say("encoding the records")
     train = task.encode(begun.train, loaded, config.data)
     valid = task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None
     check_ids(loaded, [*train.examples, *(valid.examples if valid is not None else ())])
@@ -214,6 +216,7 @@ class Begun(NamedTuple):
 
 def begin(model: Model, data: Source, config: TrainConfig, positions: int, tokenizer: Tokenizer | None = None) -> Begun:
     """Open the model and read the records to train on and to hold out. `positions`: those that the method takes."""
+    say("reading the records")
     records = read(data, config.data, split=config.data.split)
     valid = held_out_records(data, config)
     config = replace(config, data=recognised(config.data, records, _config_of(model, config.trust_remote_code)))
