@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from deltaw.config import GenerateConfig
 from deltaw.data import Record
 from deltaw.model.switch import using
+from deltaw.progress import say
 from deltaw.runs.reports.train import Sampled
 from deltaw.runs.train.job import Job
 from deltaw.training.tasks import task_of
@@ -33,7 +34,11 @@ def answers(job: Job, records: Sequence[Record], adapter: str | None) -> list[st
         return [None] * len(records)
     task = task_of(data)
     with using(job.model, adapter):
-        answers = task.answer(loaded, records, data, _SAMPLE, lambda count: None)
+        who, total = "the base" if adapter is None else "the adapter", len(records)
+        say(f"letting {who} answer samples", 0, total)
+        answers = task.answer(
+            loaded, records, data, _SAMPLE, lambda count: say(f"letting {who} answer samples", count, total)
+        )
     return [task.said(answer, data) for answer in answers]
 
 
