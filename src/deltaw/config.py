@@ -73,10 +73,11 @@ class DataConfig:
     """Names of the classes, in the order of the head's outputs. Default: the classes in the training records, sorted, or the
     model's where it has a head for them."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat for chat and instruction records, if the
-    tokenizer has a template."""
-    separator: str = ""
-    """Text between prompt and completion when the template is plain, for example a newline."""
+    """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat if the tokenizer has a template, which its
+    model was then made for; plain for texts, and where a separator is set."""
+    separator: str | None = None
+    """Text between prompt and completion when the template is plain. Default: a newline, unless prompts end or completions begin
+    with white space, or an instruction's frame ends the prompt."""
     system: str | None = None
     """System message for every conversation that has none (chat template only)."""
     turns: Literal["all", "last"] = "all"
@@ -132,14 +133,15 @@ class TrainConfig:
     runs/latest is then a link to."""
     overwrite: bool = False
     """Replace a run folder that is already there."""
-    lr: float = 5e-4
-    """Peak learning rate. LoRA needs about ten times that of full fine-tuning."""
+    lr: float | None = None
+    """Peak learning rate. Default: the method's usual one, LoRA 1.5e-3, and lower for a model wider than 576: LoRA 3.2e-4 at a
+    width of 4,096."""
     schedule: Schedule = "linear"
     """Learning rate after warm-up: cosine or linear to zero, or constant."""
     warmup: float = 0.05
     """Warm-up: a share of the run if below 1, else a number of steps."""
-    epochs: float = 1.0
-    """Passes over the training records."""
+    epochs: float | None = None
+    """Passes over the training records. Default: by the task and their number, more for few records; 1 for very many."""
     steps: int | None = None
     """Number of optimizer steps; overrides --epochs."""
     minutes: float | None = None
@@ -173,8 +175,9 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     valid: str | None = None
     """Held-out data: a file, or a split of DATA. Default: the valid, validation, dev or test split, else a part of DATA."""
-    valid_share: float = 0.02
-    """Share of the training records to hold out if there is no held-out data; 0 for none."""
+    valid_share: float | None = None
+    """Share of the training records to hold out if there is no held-out data; 0 for none. Default: 0.02, but 32 records at
+    least, or a tenth of fewer than 320."""
     valid_most: int = 256
     """Most held-out records in each evaluation."""
     eval_every: int | None = None
@@ -205,6 +208,13 @@ class TrainConfig:
             log_every=(1, None), samples=(0, None), skip_bad_steps=(0, None), save_every=(1, None),
             seed=(-LARGEST_SEED, LARGEST_SEED),
         )  # fmt: skip
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate. Raises ConfigError where it is left to the method: preparing a run settles it."""
+        if self.lr is None:
+            raise ConfigError("lr is left to the method, and there is none here: set lr.")
+        return self.lr
 
 
 @dataclass(frozen=True)

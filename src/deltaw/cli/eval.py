@@ -33,6 +33,7 @@ def run(command: Eval) -> None:
     from deltaw.data.records import notes_of
     from deltaw.files.formats.atomic import check_apart, check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
+    from deltaw.training.opening import prepared
     from deltaw.training.tasks import recognised
 
     if command.out is not None:
@@ -57,6 +58,7 @@ def run(command: Eval) -> None:
                 f"{command.model} has no head for {data.task}, and a random one would be scored. Give an adapter with --adapter."
             )
         command = dataclasses.replace(command, base=False)
+    data = prepared(data, records, loaded)
     warn_of_no_end(loaded, records.items, data)
     evaluations = _evaluate(loaded, records, data, command, metrics)
     values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}

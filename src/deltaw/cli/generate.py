@@ -61,7 +61,7 @@ def _as_made(data: DataConfig, loaded: Pretrained, records: Sequence[Record]) ->
 
     An adapter's training says it. A model that was taught to answer in a template says little, or nothing, to a bare prompt.
     """
-    bare = data.task == "causal" and data.template == "auto" and not data.separator
+    bare = data.task == "causal" and data.template == "auto" and data.separator is None
     if not (bare and getattr(loaded.tokenizer, "chat_template", None) and {r.form for r in records} == {"prompt"}):
         return data
     what = "The prompt is" if len(records) == 1 else "The prompts are"

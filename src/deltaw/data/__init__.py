@@ -27,6 +27,7 @@ from deltaw.data.encode import (
     encode_prompt,
     prompt_ends,
     template_of,
+    usual_separator,
 )
 from deltaw.data.forms import Record
 from deltaw.data.records import Records, read, references
@@ -56,4 +57,5 @@ __all__ = [
     "splits",
     "template_of",
     "turn_ends",
+    "usual_separator",
 ]

@@ -153,7 +153,8 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     has = bool(getattr(tokenizer, "chat_template", None))
     template = config.template
     if template == "auto":
-        template = "chat" if form == "chat" or (form == "instruction" and has) else "plain"
+        wrapped = form == "instruction" or (form == "prompt" and config.separator is None)
+        template = "chat" if form == "chat" or (wrapped and has) else "plain"
     problems = []
     if template == "chat":
         if form == "text":
@@ -174,12 +175,18 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     return template
 
 
-def plain_prompt(record: Record, separator: str) -> str:
+def plain_prompt(record: Record, separator: str | None) -> str:
     """Return the prompt's text without a chat template."""
     if record.form != "instruction":
-        return record.prompt + separator
+        return record.prompt + (separator or "")
     form = INSTRUCTION_INPUT if record.input else INSTRUCTION
-    return form.format(prompt=record.prompt, input=record.input) + separator
+    return form.format(prompt=record.prompt, input=record.input) + (separator or "")
+
+
+def usual_separator(records: Sequence[Record]) -> str:
+    """Return what stands between prompts and completions by default: a newline, unless white space is there already."""
+    spaced = any(r.prompt[-1:].isspace() or (r.completion or "")[:1].isspace() for r in records)
+    return "\n" if records and records[0].form == "prompt" and not spaced else ""
 
 
 def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

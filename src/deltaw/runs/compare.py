@@ -21,6 +21,8 @@ from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
+from deltaw.model.inputs import hidden_size_of
+from deltaw.model.pretrained import read_config
 from deltaw.runs import splits, study, worker
 from deltaw.runs.apart import Processes
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
@@ -126,11 +128,12 @@ def compare(
     Traceback (most recent call last):
     deltaw.errors.ConfigError: Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3.
     """
-    if config.lr != TrainConfig().lr:
+    if config.lr is not None:
         raise ConfigError(
             "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
         )
-    every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
+    width = hidden_size_of(read_config(model, trust_remote_code=config.trust_remote_code))
+    every = contestants(options.methods or (QUICK if options.quick else DEFAULT), width)
     with _begun(model, data, config, options) as begun, Processes() as processes:
         if begun.notes:
             on_event(RecordsRead(begun.notes))

@@ -22,7 +22,10 @@ from deltaw.data import read
 from deltaw.errors import DeltaWError, TrainError
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.lora import LoRA
+from deltaw.methods.registry import usual_lr
 from deltaw.model import attach
+from deltaw.model.inputs import hidden_size_of
+from deltaw.model.pretrained import read_config
 from deltaw.model.switch import use
 from deltaw.runs import splits, study
 from deltaw.runs.candidates import Candidate, candidates, learning_rates, width_of
@@ -181,6 +184,11 @@ class _Base:
             self._prepared = prepare(self._model, study.records("train"), config, LoRA())
         return self._prepared
 
+    @property
+    def hidden_size(self) -> int | None:
+        """The model's hidden size, as its config says."""
+        return hidden_size_of(read_config(self._model, trust_remote_code=self._study.config.trust_remote_code))
+
     def width(self, asked: int | None, tasks: Sequence[Task], on_event: Callable[[SweepEvent], None]) -> int:
         """Return how many candidates share a pass. It is chosen once, for the first tasks, and then told."""
         if self._width is None:
@@ -242,7 +250,8 @@ def _begun(
 def _measured(begun: _Begun, every: Sequence[Candidate]) -> list[Measurement]:
     """Train each candidate at all learning rates, then with the other seeds at its best one."""
     options, config = begun.options, begun.study.config
-    rates, seeds = learning_rates(options, config.lr), range(config.seed + 1, config.seed + options.seeds)
+    usual = config.lr or usual_lr(every[0].method, begun.base.hidden_size)
+    rates, seeds = learning_rates(options, usual), range(config.seed + 1, config.seed + options.seeds)
     first = _outcomes(
         begun, [Task(c, lr, config.seed) for c in every for lr in rates], _RUNGS if options.halving else ()
     )

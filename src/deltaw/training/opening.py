@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaw.config import DataConfig, DType, Task
-from deltaw.data import template_of
+from deltaw.data import Records, template_of, usual_separator
 from deltaw.errors import DataError, FileError, shown
 from deltaw.files import store
 from deltaw.files.formats.method_file import MethodFile
@@ -154,10 +154,13 @@ def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if isinstance(task_of(data), Seq2Seq) else {})
 
 
-def prepared(data: DataConfig, form: str, loaded: Pretrained, taken: int = 0) -> DataConfig:
-    """Return `data` with `auto` resolved for records of this form, within the model's positions without `taken` ones."""
+def prepared(data: DataConfig, records: Records, loaded: Pretrained, taken: int = 0) -> DataConfig:
+    """Return `data` with `auto` resolved for these records, within the model's positions without `taken` ones."""
     if data.task == "causal":
-        data = dataclasses.replace(data, template=template_of(form, loaded.tokenizer, data))  # type: ignore[arg-type]
+        template = template_of(records.form, loaded.tokenizer, data)
+        data = dataclasses.replace(data, template=template)  # type: ignore[arg-type]
+        if template == "plain" and data.separator is None:
+            data = dataclasses.replace(data, separator=usual_separator(records.items))
     else:
         _check_prompt_settings(data)
     return within(data, loaded.model, taken)

@@ -27,6 +27,7 @@ from deltaw.runs.resume.place import (
     put_in_place,
 )
 from deltaw.runs.train.job import Job, peak, resumed_at
+from deltaw.runs.train.verdict import verdict
 from deltaw.training.events import Event, Warned
 from deltaw.training.loop import LoopState
 from deltaw.training.optim import ADAM_STATE
@@ -114,6 +115,8 @@ def finished(
 
     home: where the run is in the end; where it was trained, if there is none.
     """
+    for text in verdict(job, journal.events, state):
+        journal.hear(Warned(state.step, text))
     _say_scores(job, state)
     summary, merge = sizes.summary(job.model), preview(job.model)
     outcome = _figures(job, journal.events, state, summary, merge)

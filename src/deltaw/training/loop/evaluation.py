@@ -68,7 +68,9 @@ def evaluate(loop: Loop) -> None:
         return
     state.valid_loss = loss
     if not math.isfinite(loss) and loop.best is None:
-        raise not_finite(f"The loss on held-out records is {loss} after step {state.step}", plan.config.lr, state.step)
+        raise not_finite(
+            f"The loss on held-out records is {loss} after step {state.step}", plan.config.peak_lr, state.step
+        )
     ended = plan.clock()
     loop.last_evaluation, state.seconds = ended - began, ended - loop.began
     state.eval_seconds += loop.last_evaluation
@@ -85,7 +87,7 @@ def evaluate(loop: Loop) -> None:
         warn(
             loop,
             f"‖ΔW‖/‖W0‖ is still below {_NOTHING_LEARNED:g} after {state.step} steps: nothing is learned. "
-            f"Is lr = {plan.config.lr:g} ten times too small?",
+            f"Is lr = {plan.config.peak_lr:g} ten times too small?",
         )
 
 

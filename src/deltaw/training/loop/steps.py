@@ -184,7 +184,7 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     They are of `loss`, the mean over the `supervised` predictions of the examples `rows`.
     """
     config, state = loop.plan.config, loop.state
-    lr = config.lr * lr_factor(config, state.step, loop.plan.total_steps, state.seconds)
+    lr = config.peak_lr * lr_factor(config, state.step, loop.plan.total_steps, state.seconds)
     optim.set_lr(loop.optimizer, lr)
     if state.step == 0:
         check_reached(loop)
