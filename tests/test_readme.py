@@ -17,6 +17,8 @@ import deltaw
 from deltaw import errors
 from deltaw.cli.flags import COMMANDS, check_flags, train_with
 from deltaw.cli.main import parse
+from deltaw.methods.registry import METHODS, PRESETS, at_width
+from deltaw.training.tasks import Causal, Classification
 from tests.conftest import ROOT
 from tests.data.conftest import write_chat_model
 
@@ -165,6 +167,21 @@ def test_the_page_of_commands_has_each_one() -> None:
 def test_the_page_of_the_api_has_each_public_name() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: deltaw\.(\w+)$", page, re.MULTILINE)) == sorted({*deltaw.__all__} - {"__version__"})
+
+
+def test_the_page_of_settings_has_the_rates_and_passes_of_the_code() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rates = dict(re.findall(r"^\| `(\w+)` \| ([\d.e-]+) \|", page, re.MULTILINE))
+    assert {name: float(rate) for name, rate in rates.items()} == {name: PRESETS[name][1].lr for name in METHODS}
+    wide = re.search(r"LoRA ([\d.e-]+) at 2,048 and ([\d.e-]+) at 4,096", page)
+    assert wide and [float(rate) for rate in wide.groups()] == [
+        at_width(PRESETS["lora"][1].lr, w) for w in (2048, 4096)
+    ]
+    passes = re.findall(r"^\| ([\d,]+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(passes) > 4
+    for records, classes, texts in passes:
+        count = int(records.replace(",", ""))
+        assert (int(classes), int(texts)) == (Classification.passes.over(count), Causal.passes.over(count))
 
 
 # --- links ------------------------------------------------------------------------------------------------------
