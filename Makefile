@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test fast lint clean bootstrap
+.PHONY: help quickstart test fast lint docs clean bootstrap
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -28,8 +28,12 @@ lint: bootstrap  ## ruff and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+docs: bootstrap  ## the pages of docs/ as a site that opens without a network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q
+	@echo "docs: site/index.html"
+
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) .cache runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks examples scripts -name __pycache__ -prune -exec rm -rf {} +
 
 bootstrap:
