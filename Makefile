@@ -30,7 +30,7 @@ lint: bootstrap  ## ruff and mypy
 
 docs: bootstrap  ## the pages of docs/ as a site that opens without a network: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q
-	@echo "docs: site/index.html"
+	@echo "docs: site/index.html (with search: $(PYTHON) -m http.server -d site)"
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) .cache runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
