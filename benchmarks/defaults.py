@@ -49,16 +49,17 @@ class Study:
     reading: dict[str, Any] = field(default_factory=dict)
 
 
+_RATES = (1.5e-3, 5e-4, 4.5e-3)
 STUDIES = {
-    "sst2": Study("train.jsonl", "test.jsonl", "accuracy", (3e-4, 1e-3, 3e-3), (1, 3, 10), most=1000),
-    "rte": Study("train.jsonl", "dev.jsonl", "accuracy", (3e-4, 1e-3, 3e-3), (1, 3, 6)),
-    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", (3e-4, 1e-3, 3e-3), (1, 3, 6)),
-    "cola": Study("train.jsonl", "dev.jsonl", "matthews", (3e-4, 1e-3, 3e-3), (1, 3)),
-    "e2e": Study("train.jsonl", "test.jsonl", "loss", (5e-4, 1.5e-3, 4.5e-3), (1, 3), most=1000, test_most=300),
-    "instruct": Study("all.jsonl", "", "loss", (5e-4, 1.5e-3, 4.5e-3), (1, 3)),
+    "sst2": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 5), most=1000),
+    "rte": Study("train.jsonl", "dev.jsonl", "accuracy", _RATES, (1, 3)),
+    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 3)),
+    "cola": Study("train.jsonl", "dev.jsonl", "matthews", _RATES, (1, 3)),
+    "e2e": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=1000, test_most=200),
+    "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3)),
     "tools": Study(
-        "train.jsonl", "test.jsonl", "loss", (5e-4, 1.5e-3, 4.5e-3), (1, 2), most=400, test_most=100,
-        reading={"max_length": 512, "too_long": "drop"},
+        "train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=300, test_most=100,
+        reading={"max_length": 400, "too_long": "drop"},
     ),
 }  # fmt: skip
 
@@ -81,16 +82,18 @@ def scored(study: Study, result: deltaw.RunResult, config: deltaw.DataConfig, te
     records = read(test, config)
     records = records.only(range(min(len(records), study.test_most)))
     metrics = list(dict.fromkeys(["loss", study.metric]))
-    found = evaluate(result.model, result.tokenizer, records, config, deltaw.GenerateConfig(), metrics=metrics)
-    return {name: round(score.value, 5) for name, score in found.scores.items()}
+    scores = evaluate(result.model, result.tokenizer, records, config, deltaw.GenerateConfig(), metrics=metrics)
+    return {name: round(score.value, 5) for name, score in scores.scores.items()}
 
 
-def trained(study: Study, model: str, train: Path, test: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """One run's row: what it was trained with, and how it scores. `base` is the loss without the adapter."""
+def trained(
+    study: Study, model: str, train: Path, test: Path, settings: dict[str, Any], base: float | None
+) -> dict[str, Any]:
+    """One run's row: what it was trained with, and how it scores. base: the loss without an adapter, where it is known."""
     reading = deltaw.DataConfig(max_records=study.most, **study.reading)
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(data=reading, out=f"{folder}/run", samples=0, **settings)
-        result = deltaw.train(model, train, config)
+        result = deltaw.train(model, train, config, progress=False)
         used = from_mapping(deltaw.DataConfig, {k: result.settings[k] for k in keys(deltaw.DataConfig)})
         row = {name: result.settings[name] for name in ("lr", "epochs", "batch")}
         row |= {
@@ -98,10 +101,10 @@ def trained(study: Study, model: str, train: Path, test: Path, settings: dict[st
             "seconds": round(result.state.seconds, 1),
             "test": scored(study, result, used, test),
         }
-        if study.metric == "loss":
+        if study.metric == "loss" and base is None:
             deltaw.detach(result.model)
-            row["base"] = scored(study, result, used, test)["loss"]
-    return row
+            base = scored(study, result, used, test)["loss"]
+    return row | ({} if base is None else {"base": base})
 
 
 def share_of_best(study: Study, grid: list[dict[str, Any]], default: dict[str, Any]) -> dict[str, Any]:
@@ -144,11 +147,13 @@ def main() -> None:
         for lr, epochs in itertools.product(study.lrs, study.epochs) if args.only != "default" else ():
             if not any(row["lr"] == lr and row["epochs"] == epochs for row in task["grid"]):
                 settings = {"lr": lr, "epochs": float(epochs), "valid_share": 0.0}
-                task["grid"].append(trained(study, args.model, train, test, settings))
+                base = next((row["base"] for row in task["grid"] if "base" in row), None)
+                task["grid"].append(trained(study, args.model, train, test, settings, base))
                 print(args.name, task["grid"][-1], flush=True)
                 keep()
         if args.only != "grid":
-            task["default"] = trained(study, args.model, train, test, {})
+            base = next((row["base"] for row in task["grid"] if "base" in row), None)
+            task["default"] = trained(study, args.model, train, test, {}, base)
             keep()
             print(args.name, "default", task["default"], task.get("share_of_best"), flush=True)
 
