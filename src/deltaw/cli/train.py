@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deltaw.cli import show
 from deltaw.cli.flags import Train
 from deltaw.files import units
-from deltaw.training.events import Evaluated, Event, Resumed, Started, Stepped
+from deltaw.training.events import Answered, Evaluated, Event, Resumed, Started, Stepped
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -59,6 +59,8 @@ class _Lines:
             )
         elif isinstance(event, Evaluated):
             show.out.print(f"step {event.step}  held-out loss {event.valid_loss:.4f}")
+        elif isinstance(event, Answered):
+            pass  # they are in the report
         elif isinstance(event, Resumed):
             show.out.print(f"Resumed after step {event.step}.", style="bold")
             for note in event.notes:

@@ -135,9 +135,9 @@ def placeless(name: str) -> str:
     >>> placeless("/data/models/llama"), placeless("org/model")
     ('…/llama', 'org/model')
     """
-    if not os.path.isabs(name):
-        return name
     path = Path(name)
+    if not path.is_absolute():
+        return name
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.name}"
 
 

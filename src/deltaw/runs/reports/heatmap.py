@@ -46,8 +46,8 @@ def render_map(shown: HeatMap) -> str:
 
 def describe(shown: HeatMap) -> str:
     """Return the map in words, for readers who do not see it."""
-    last = shown.values[-1][-1]
-    return f"{shown.title}: {_number(shown.values[0][0])} at (1, 1), {_number(last)} at ({len(shown.values)}, {len(shown.values[0])})."
+    first, last = _number(shown.values[0][0]), _number(shown.values[-1][-1])
+    return f"{shown.title}: {first} at (1, 1), {last} at ({len(shown.values)}, {len(shown.values[0])})."
 
 
 def strongest(values: Sequence[Sequence[float]]) -> float:

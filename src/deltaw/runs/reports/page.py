@@ -39,6 +39,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
+    shaded: bool = False
+    """Counts have a color by their share of their row."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,11 @@ def _table(table: Table) -> str:
     numeric = [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells if i < len(row)) for i in range(width)]
     kind = ["num" if n else None for n in numeric]
     head = "".join(tag("th", text(c), scope="col", cls=k) for c, k in zip(table.columns, kind, strict=False))
-    rows = "".join(tag("tr", "".join(_td(c, k) for c, k in zip(r, kind, strict=False))) for r in cells)
+    shades = [_shades(row) if table.shaded else [""] * width for row in table.rows]
+    rows = "".join(
+        tag("tr", "".join(_td(c, k, shade) for c, k, shade in zip(row, kind, of_row, strict=False)))
+        for row, of_row in zip(cells, shades, strict=True)
+    )
     inner = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows))
     box = tag("div", inner, cls="scroll", tabindex=0, role="region", aria_label=table.title)
     count = len(cells)
@@ -177,10 +183,21 @@ def _words(command: str) -> str:
     return "".join(text(w) if not w or w.isspace() else tag("span", text(w)) for w in re.split(r"(\s+)", command))
 
 
-def _td(cell: str, kind: str | None) -> str:
+def _td(cell: str, kind: str | None, shade: str = "") -> str:
     """A cell; only words that are too long for a column may break anywhere."""
     long = any(len(w) > _LONG_WORD for w in cell.split())
-    return tag("td", text(cell), cls=kind or ("long" if long else "brief" if len(cell) <= _BRIEF else None))
+    width = kind or ("long" if long else "brief" if len(cell) <= _BRIEF else "")
+    return tag("td", text(cell), cls=f"{width} {shade}".strip() or None)
+
+
+_SHADES = 8
+
+
+def _shades(row: Sequence[object]) -> list[str]:
+    """The class of each cell: its count's share of the row's in eighths, none for 0 and for words."""
+    counts = [cell if isinstance(cell, int) else 0 for cell in row]
+    total = max(1, sum(counts))
+    return [f"shade{math.ceil(_SHADES * count / total)}" if count else "" for count in counts]
 
 
 def _cell(value: object) -> str:

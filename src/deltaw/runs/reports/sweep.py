@@ -201,7 +201,7 @@ def _curves(results: SweepResults) -> list[Chart]:
                 x_ticks=ranks,
                 y_most=greatest(metric),
                 note=_CURVE,
-            )  # fmt: skip
+            )
         )
     held = [Series(row.name, best.valid, "line") for row, best in rows]
     return [*charts, Chart("Held-out loss in training", "step", "nats", held)]
