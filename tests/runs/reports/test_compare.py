@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from deltaw.runs.evaluation.bootstrap import Compared, Score
 from deltaw.runs.memory.machine import describe
-from deltaw.runs.reports.compare import cells, comparison_report, headline, latency_columns
+from deltaw.runs.reports.compare import cells, comparison_report, headline, latency_columns, verdicts
 from deltaw.runs.reports.page import render
 from deltaw.runs.results.compare import BestRun, ComparisonResults, LatencyRow, MethodRow, RunFigures, TriedRate
 from deltaw.runs.results.scores import SeedScores
@@ -78,7 +79,7 @@ def test_the_page_has_every_part() -> None:
         "not shown",
         "another seed would change is not in",
     ):
-        assert part in page
+        assert part in re.sub("<[^>]*>", "", page)
     for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
         assert part in page
     assert "held-out accuracy" not in page
@@ -103,3 +104,25 @@ def test_few_rounds_of_timing_are_said() -> None:
         "forward, batch 1",
         "forward, batch 1",
     ]
+
+
+def test_the_page_says_how_many_records_there_were_and_what_is_shown() -> None:
+    results = compared(FOUR)
+    results = dataclasses.replace(results, sets=results.sets | {"test": "30 records of 28 prompts"})
+    report = comparison_report(results)
+    assert next(fact for fact in report.facts if fact[0] == "Test records")[1:][0] == "30"
+    assert "at most" not in " ".join(f"{a} {b} {c}" for a, b, c in report.facts)
+    (text,) = verdicts(results)
+    assert "shown to be worse than the best, full: ia3 (+1.000 [+0.980, +1.020])" in text
+    assert "no difference from the best, full is shown for lora (+0.020 [+0.000, +0.040]), prefix" in text
+    assert text.replace("'", "") in render(report)
+
+
+def test_methods_are_told_beside_full_fine_tuning_where_that_is_not_the_best() -> None:
+    results = compared([("lora", 10_000, 1.0), ("full", 1_000_000, 1.02), ("ia3", 500, 2.0)])
+    full, lora, ia3 = results.compared[1], results.compared[0], results.compared[2]
+    better = dataclasses.replace(lora, difference=Score(-0.5, -0.6, -0.4), worse=False, better=True)
+    results = dataclasses.replace(results, beside_full=[full, better, ia3])
+    assert "shown to be better than full fine-tuning (full): lora (−0.500 [−0.600, −0.400])" in verdicts(results)[1]
+    assert "Methods beside full fine-tuning" in render(comparison_report(results))
+    assert ComparisonResults.from_json(results.to_json()).beside_full == results.beside_full

@@ -41,6 +41,8 @@ class Table:
     note: str = ""
     shaded: bool = False
     """Counts have a color by their share of their row."""
+    named: bool = False
+    """The first column names its row, though the names may be numbers."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _table(table: Table) -> str:
     cells = [[_cell(c) for c in row] for row in table.rows]
     width = max([len(table.columns), *map(len, cells)])
     numeric = [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells if i < len(row)) for i in range(width)]
-    kind = ["num" if n else None for n in numeric]
+    kind = ["num" if n and not (table.named and i == 0) else None for i, n in enumerate(numeric)]
     head = "".join(tag("th", text(c), scope="col", cls=k) for c, k in zip(table.columns, kind, strict=False))
     shades = [_shades(row) if table.shaded else [""] * width for row in table.rows]
     rows = "".join(
@@ -187,7 +189,13 @@ def _td(cell: str, kind: str | None, shade: str = "") -> str:
     """A cell; only words that are too long for a column may break anywhere."""
     long = any(len(w) > _LONG_WORD for w in cell.split())
     width = kind or ("long" if long else "brief" if len(cell) <= _BRIEF else "")
-    return tag("td", text(cell), cls=f"{width} {shade}".strip() or None)
+    return tag("td", _breakable(cell) if kind else text(cell), cls=f"{width} {shade}".strip() or None)
+
+
+def _breakable(cell: str) -> str:
+    """A number whose interval may go to a line of its own."""
+    value, opened, ends = cell.partition(" [")
+    return tag("span", text(value)) + " " + tag("span", text(f"[{ends}")) if opened and value else text(cell)
 
 
 _SHADES = 8

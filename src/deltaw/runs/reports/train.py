@@ -196,7 +196,7 @@ def _classes(scored: HeldOutScores | None) -> list[Table]:
         note = (
             "Rows are the records' classes, columns what the model takes them for; the color is the share of the row."
         )
-        tables.append(Table("Confusion matrix", ["class", *confusion.labels], counts, note, shaded=True))
+        tables.append(Table("Confusion matrix", ["class", *confusion.labels], counts, note, shaded=True, named=True))
     else:
         mistakes = [list(mistake) for mistake in confusion.mistakes[:_LEGIBLE]]
         tables.append(Table("Most frequent mistakes", ["class", "taken for", "records"], mistakes))
