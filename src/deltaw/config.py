@@ -193,8 +193,7 @@ class TrainConfig:
     samples: int = 4
     """Held-out records to generate before and after training, for the report; 0 for none."""
     samples_during: int = 0
-    """How many of the samples are answered at each evaluation too, in 32 tokens at most. Each evaluation then takes longer: by
-    about two seconds for three samples of a model with 135 million parameters on two cores."""
+    """Samples to answer at each evaluation too, for the report. Each costs up to 32 generated tokens an evaluation."""
 
     def __post_init__(self) -> None:
         # A batch of another type is what check complains of, so it limits nothing
