@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from deltaw.runs.results import JsonObject
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Confusion:
         return sorted(wrong, key=lambda mistake: -mistake[2])
 
     @classmethod
-    def from_json(cls, values: JsonObject) -> Confusion:
+    def from_json(cls, values: Mapping[str, Any]) -> Confusion:
         return cls(values["labels"], values["counts"])
 
     def to_json(self) -> dict[str, object]:

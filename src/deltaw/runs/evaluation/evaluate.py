@@ -66,7 +66,7 @@ class Evaluation:
     """None if the loss of texts was not asked for."""
     seconds: float
     confusion: Confusion | None = None
-    """How often each class is taken for which; None for tasks without classes."""
+    """The confusion matrix; None for tasks without classes."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _role(role: str) -> str:
 
 
 def _during(answers: Sequence[tuple[int, str]]) -> list[str]:
-    """What was said during training, folded."""
+    """The answers during training, folded."""
     if not answers:
         return []
     said = "".join(_block(f"Step {step}", _body(words), "step") for step, words in answers)

@@ -21,7 +21,7 @@ class HeldOutScores:
     scores: dict[str, Score]
     """Metric → its value, with the 95% interval over items."""
     confusion: Confusion | None
-    """How often each class is taken for which; None for tasks without classes."""
+    """The confusion matrix; None for tasks without classes."""
 
     def to_json(self) -> dict[str, object]:
         """Return the plain values; an end of an interval that a single item does not allow is null."""
