@@ -35,7 +35,8 @@ def render_examples(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
     first, rest = samples[:_SHOWN], samples[_SHOWN:]
-    inner = tag("h2", "Before and after", id="examples") + _legend(samples)
+    heading = "Before and after" if _answered(samples) else "Records as they are taught"
+    inner = tag("h2", heading, id="examples") + _legend(samples)
     inner += "".join(_sample(s, i) for i, s in enumerate(first, 1))
     if rest:
         more = "".join(_sample(s, i) for i, s in enumerate(rest, _SHOWN + 1))
@@ -62,7 +63,14 @@ def marked(words: str, other: str, kind: str) -> str:
     )
 
 
+def _answered(samples: Sequence[Sample]) -> bool:
+    """True if a model answered any of them."""
+    return any(sample.before is not None or sample.after is not None for sample in samples)
+
+
 def _legend(samples: Sequence[Sample]) -> str:
+    if not _answered(samples):
+        return ""
     referenced = any(s.reference is not None for s in samples)
     words = "Marked: differences from the reference." if referenced else "Marked: parts that only one of the two has."
     return tag("p", words, cls="note")
@@ -81,7 +89,7 @@ def _sample(sample: Sample, number: int) -> str:
     parts += _during(sample.during)
     # A reference that the adapter reproduced is on the page already
     if sample.reference is not None and sample.reference != sample.after:
-        parts.append(_block("Reference", _body(sample.reference), "reference"))
+        parts.append(_block("Reference" if columns else "Taught", _body(sample.reference), "reference"))
     return tag("article", "".join(parts), cls="sample" if sample.reference is not None else "sample unreferenced")
 
 
