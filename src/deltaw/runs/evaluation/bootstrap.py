@@ -304,8 +304,11 @@ class Compared:
     """Its score less the other one's; the intervals of all pairs hold together."""
     worse: bool
     """True if the whole interval of the difference is on the worse side of 0."""
-    better: bool = False
-    """True if the whole interval is on the better side, which it is for none beside the best."""
+
+    @property
+    def better(self) -> bool:
+        """True if the whole interval is on the better side of 0, which it is for none beside the best."""
+        return not self.worse and (self.difference.low > 0 or self.difference.high < 0)
 
 
 def compared(
@@ -324,7 +327,6 @@ def compared(
     rows = [Compared(first, measured[first].interval(), Score(0.0, 0.0, 0.0), False)]
     for name in others:
         difference = differences[first, name]
-        above, below = difference.low > 0, difference.high < 0
-        worse, better = (below, above) if more_is_better else (above, below)
-        rows.append(Compared(name, measured[name].interval(), difference, worse, better))
+        worse = difference.high < 0 if more_is_better else difference.low > 0
+        rows.append(Compared(name, measured[name].interval(), difference, worse))
     return rows

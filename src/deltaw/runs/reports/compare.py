@@ -287,6 +287,8 @@ def _facts(settings: StudySettings, trained: Sequence[Trained], sets: Mapping[st
         count, _, of = sets["test"].partition(" ")
         note = f"{of.partition(' ')[2]}; trained on {sets['train']}; learning rates by {sets['valid']}"
         facts.append(("Test records", count, note))
+    else:  # a file of an older version, which does not say
+        facts.append(("Test records", f"≤ {settings.test_most:,}", "their number is not in the results"))
     if trained:
         sizes = {row.name: best.figures.parameters for row, best in trained}
         smallest, largest = (pick(sizes, key=lambda name: sizes[name]) for pick in (min, max))

@@ -24,6 +24,8 @@ __all__ = ["Chart", "HeatMap", "Report", "Sample", "Series", "Table", "render", 
 
 _FOLD_ROWS = 24
 _LONG_WORD, _BRIEF = 30, 24
+# Columns beyond which a table is set closer
+_MANY = 9
 _NUMBER = re.compile(
     r"[−+-]?\d[\d,.]*(e[−+-]?\d+)?\s?(%|×|[kMGT]?B?|m?s|min)?(\s*[\[(±–].*)?"  # 0.94 [0.90, 0.97], 4.9 MB, 2e-4, 96%
     r"|\[[\s\d.,−+-]*\]|[—–-]?|nan|[−+-]?inf",
@@ -169,7 +171,7 @@ def _table(table: Table) -> str:
         tag("tr", "".join(_td(c, k, shade) for c, k, shade in zip(row, kind, of_row, strict=False)))
         for row, of_row in zip(cells, shades, strict=True)
     )
-    inner = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows))
+    inner = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows), cls="many" if width > _MANY else None)
     box = tag("div", inner, cls="scroll", tabindex=0, role="region", aria_label=table.title)
     count = len(cells)
     if not cells:

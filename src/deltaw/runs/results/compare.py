@@ -297,6 +297,7 @@ class ComparisonResults:
         )
 
     def to_json(self) -> dict[str, object]:
+        beside_full = {"beside_full": [dataclasses.asdict(m) for m in self.beside_full]} if self.beside_full else {}
         return {
             "settings": self.settings.to_json(),
             "environment": self.environment,
@@ -306,5 +307,5 @@ class ComparisonResults:
             "rows": [row.to_json() for row in self.rows],
             "compared": [dataclasses.asdict(method) for method in self.compared],
             "latency": [row.to_json() for row in self.latency],
-            "beside_full": [dataclasses.asdict(method) for method in self.beside_full],
+            **beside_full,
         }

@@ -131,5 +131,4 @@ def choice_from(values: JsonObject) -> Choice:
 
 def compared_from(values: JsonObject) -> Compared:
     """Return one candidate beside the best."""
-    scores = score_from(values["score"]), score_from(values["difference"])
-    return Compared(values["name"], *scores, values["worse"], values.get("better", False))
+    return Compared(values["name"], score_from(values["score"]), score_from(values["difference"]), values["worse"])
