@@ -38,7 +38,6 @@ import deltaw
 import machine
 from deltaw.cli import show
 from deltaw.cli.opening import as_trained
-from deltaw.cli.train import progress
 from deltaw.config import from_mapping
 from deltaw.data import read
 from deltaw.model.pretrained import Pretrained, load_pretrained
@@ -173,8 +172,7 @@ def train(chosen: argparse.Namespace, **more: Any) -> Path:
     method_keys = {f.name for f in dataclasses.fields(deltaw.LoRA)}
     method = from_mapping(deltaw.LoRA, {k: v for k, v in settings.items() if k in method_keys})
     config = from_mapping(deltaw.TrainConfig, {k: v for k, v in settings.items() if k not in method_keys})
-    with progress() as view:
-        return deltaw.train(chosen.model, chosen.data, config, method=method, on_event=view.hear).folder
+    return deltaw.train(chosen.model, chosen.data, config, method=method).folder
 
 
 def race_scores(chosen: argparse.Namespace, adapter: Path, data: deltaw.DataConfig) -> dict[str, Any]:

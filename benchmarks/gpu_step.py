@@ -82,7 +82,7 @@ def deltaw_row(case: Case, clock: Clock) -> None:
     model = random_llama(case.shape, seed=SEED)
     deltaw.attach(model, deltaw.LoRA(rank=case.rank, alpha=16))
     steps = (case.warm + case.turns) * case.each
-    config = deltaw.TrainConfig(batch=case.batch, steps=steps, log_every=1, seed=SEED)
+    config = deltaw.TrainConfig(lr=5e-4, batch=case.batch, steps=steps, log_every=1, seed=SEED)
     supervised = case.batch * (case.length - case.length // 2)
 
     clock.start()

@@ -42,7 +42,10 @@ BEST = (
 
 SETUPS = {
     "e2e": Setup(
-        "SmolLM2-135M-Instruct", "E2E", deltaw.TrainConfig(steps=250, batch=8, eval_every=250, dtype="float32"),
+        "SmolLM2-135M-Instruct", "E2E", 
+        deltaw.TrainConfig(
+            data=deltaw.DataConfig(template="plain", separator=""), steps=250, batch=8, eval_every=250, dtype="float32"
+        ),
         chosen(BEST, test_most=400, metrics="loss,bleu"),
     ),
     "cola": glue("CoLA", chosen(lrs=3, seeds=3, test_most=1043, metrics="loss,accuracy,matthews"), steps=800),

@@ -79,7 +79,7 @@ def row(job: Job, clock: race.Clock) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(
             out=folder, batch=job.batch, steps=job.steps, valid_share=0.0, samples=0, log_every=1, lr=contestant.lr,
-            dtype="bfloat16", overwrite=True, data=deltaw.DataConfig(max_records=4000),
+            dtype="bfloat16", overwrite=True, data=deltaw.DataConfig(max_records=4000, template="plain", separator=""),
         )  # fmt: skip
         deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=clock.follow())
 

@@ -35,7 +35,10 @@ OUT = Path(".cache/swept")
 RANKS = {
     "e2e": Setup(
         "SmolLM2-135M-Instruct", "E2E",
-        deltaw.TrainConfig(steps=100, batch=8, lr=3e-3, eval_every=100, valid_most=64, dtype="float32"),
+        deltaw.TrainConfig(
+            data=deltaw.DataConfig(template="plain", separator=""), steps=100, batch=8, lr=3e-3, eval_every=100, valid_most=64,
+            dtype="float32",
+        ),
         deltaw.SweepConfig(test_most=300, metrics="loss"),
     ),
     "requests": Setup(

@@ -49,10 +49,10 @@ def main() -> None:
     chosen = parser.parse_args()
     tokenizer = load_pretrained(chosen.model).tokenizer
     train, held_out = (
-        encode(sample(Path(chosen.data) / name, count), tokenizer, DataConfig()).examples
+        encode(sample(Path(chosen.data) / name, count), tokenizer, DataConfig(template="plain")).examples
         for name, count in (("train.jsonl", 8 * chosen.steps), ("valid.jsonl", chosen.held_out))
     )
-    config = deltaw.TrainConfig(steps=chosen.steps, log_every=1, seed=SEED)
+    config = deltaw.TrainConfig(lr=5e-4, steps=chosen.steps, log_every=1, seed=SEED)
     rows: dict[str, Callable[[str], tuple[list[float], Any]]] = {
         "deltaw, float32": lambda folder: deltaw_row(chosen.model, "float32", train, config, folder),
         "deltaw, auto": lambda folder: deltaw_row(chosen.model, "auto", train, config, folder),

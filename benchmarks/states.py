@@ -30,7 +30,13 @@ def main() -> None:
     parser.add_argument("--model", default=".cache/smollm2")
     parser.add_argument("--steps", type=int, default=30)
     chosen = parser.parse_args()
-    config = deltaw.TrainConfig(steps=chosen.steps, batch=8, valid_share=0.0, data=deltaw.DataConfig(max_records=2000))
+    config = deltaw.TrainConfig(
+        lr=5e-4,
+        steps=chosen.steps,
+        batch=8,
+        valid_share=0.0,
+        data=deltaw.DataConfig(max_records=2000, template="plain", separator=""),
+    )
     method = deltaw.LoRA(rank=8)
     prepared = prepare(chosen.model, str(Path(chosen.data) / "train.jsonl"), config, method)
     attach.attach(prepared.loaded.model, method)

@@ -182,7 +182,9 @@ def deltaw_row(job: Job, clock: Clock, **settings: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = deltaw.TrainConfig(
             out=folder, batch=job.case.batch, steps=job.steps, valid_share=0.0, samples=0, log_every=1,
-            seed=SEED, dtype=job.case.dtype, overwrite=True, **settings,
+            lr=5e-4, seed=SEED, dtype=job.case.dtype, overwrite=True,
+            data=deltaw.DataConfig(template="plain", separator=""),  # the tokens that the peers train on
+            **settings,
         )  # fmt: skip
         method = deltaw.LoRA(rank=job.case.rank, alpha=16, targets=job.case.targets)
         deltaw.train(job.model, str(Path(job.data) / "train.jsonl"), config, method=method, on_event=clock.follow())
@@ -301,7 +303,7 @@ def opened(job: Job, dtype: str = "float32") -> tuple[Any, Any, list[Any]]:
 
     loaded = load_pretrained(job.model, dtype=dtype, to_train=True)  # type: ignore[arg-type]
     records = read(str(Path(job.data) / "train.jsonl"), DataConfig())
-    return loaded.model, loaded.tokenizer, encode(records, loaded.tokenizer, DataConfig()).examples
+    return loaded.model, loaded.tokenizer, encode(records, loaded.tokenizer, DataConfig(template="plain")).examples
 
 
 def planned(job: Job, tokenizer: Any, examples: list[Any]) -> Any:

@@ -111,7 +111,7 @@ def test_a_type_is_named_in_words() -> None:
 def test_numbers_as_yaml_reads_them() -> None:
     # YAML 1.1 reads 5e-4 (no point) as a string
     assert from_mapping(TrainConfig, {"lr": "5e-4", "epochs": 3}) == TrainConfig(lr=5e-4, epochs=3)
-    for wrong in ({"batch": 2.5}, {"batch": True}, {"batch": "8"}, {"overwrite": 1}, {"lr": None}):
+    for wrong in ({"batch": 2.5}, {"batch": True}, {"batch": "8"}, {"overwrite": 1}, {"batch": None}):
         with pytest.raises(ConfigError):
             from_mapping(TrainConfig, wrong)
 

@@ -26,7 +26,6 @@ import torch
 
 import deltaw
 from deltaw.cli import show
-from deltaw.cli.train import progress
 from deltaw.data import encode_prompt, read
 from deltaw.errors import DeltaWError, FileError
 from deltaw.files import units
@@ -96,8 +95,7 @@ def quickstart(source: str | None, out: Path, size: Size) -> None:
         data=DATA, out=str(out / "run"), overwrite=True, lr=1.6e-3, batch=8, epochs=1, samples=4,
         eval_every=max(1, -(-size.train // 8 // 4)), log_every=5,
     )  # fmt: skip
-    with progress() as view:
-        result = deltaw.train(source, out / "data", config, method=METHOD, on_event=view.hear)
+    result = deltaw.train(source, out / "data", config, method=METHOD)
     # From here on like any later use: the adapter's files go on the base that was loaded first
     deltaw.load(model, result.adapter)
     figures = dataclasses.replace(result.outcome, base_bytes=deltaw.summary(model).base_bytes)

@@ -163,10 +163,24 @@ __all__ = [
 ]
 
 
+_DRAWN = {"choose_rank", "compare", "merge_files", "sweep", "train"}
+"""Functions that show what they do. The command line's views draw it: no other part prints."""
+
+
+def _view(subject: str) -> Any:
+    return importlib.import_module("deltaw.cli.live").view(subject)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+    if name in _DRAWN:
+        importlib.import_module("deltaw.progress").draw_with(_view)
     value = getattr(importlib.import_module(f"deltaw.{_HOME[name]}"), name)
+    if isinstance(value, type):
+        from deltaw.methods.documented import document
+
+        document(value)
     globals()[name] = value
     return value
 

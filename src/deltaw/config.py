@@ -46,6 +46,15 @@ LARGEST_SEED = 2**63 - 1
 """As an upper limit: any number below one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trusting:
+    """Settings of what opens a model that may bring code."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a tokenizer beside an adapter: it can do whatever you can do on this
+    machine. Without it a model that needs such code is refused. A settings file or a run's folder cannot allow it."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Records, and the way that they become tokens.
@@ -65,37 +74,38 @@ class DataConfig:
 
     form: Form = "auto"
     """Form of the records: prompt (prompt/completion), chat (messages), instruction (instruction/input/output), text, labelled
-    (text, text_pair and label) or image (image and label). auto: by the fields of the records."""
+    (text, text_pair and label) or image (image and label). auto: by their fields."""
     task: Task = "auto"
-    """Task to learn: the next token (causal), a class or a number for a text or a pair of texts (classification, regression),
-    a completion by a model with an encoder (seq2seq), or a class for an image. auto: by the records and the model."""
+    """Task to learn: the next token (causal), a class or a number for texts, a completion by an encoder's decoder (seq2seq), or a
+    class for an image. auto: by the records and the model."""
     labels: list[str] | None = None
-    """Names of the classes, in the order of the head's outputs. Default: the classes in the training records, sorted, or the
-    model's where it has a head for them."""
+    """Names of the classes, in the order of the head's outputs. Default: those of the training records, sorted, or of the model's
+    head."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """chat wraps prompts in the tokenizer's chat template, plain does not. auto: chat for chat and instruction records, if the
-    tokenizer has a template."""
-    separator: str = ""
-    """Text between prompt and completion when the template is plain, for example a newline."""
+    """Wrap prompts in the tokenizer's chat template (chat), or do not (plain). auto: chat if the tokenizer has a template, which
+    its model was then made for; plain for texts, and where a separator is set."""
+    separator: str | None = None
+    """Text between prompt and completion when the template is plain. Default: a newline, or nothing where prompts end or
+    completions begin with white space, or an instruction's frame ends the prompt."""
     system: str | None = None
     """System message for every conversation that has none (chat template only)."""
     turns: Literal["all", "last"] = "all"
-    """Answers of a conversation that are taught: all of them, or the last alone. Each is learnt in the context that the chat
+    """Answers of a conversation that are taught: all of them, or the last alone. An answer is learnt in the context that the chat
     template renders for it. Where the template changes earlier turns, each answer becomes a record of its own."""
     max_length: int = 1024
-    """Longest record in tokens, prompt and completion together."""
+    """Longest record in tokens, prompt and completion together. At least 2."""
     too_long: TooLong = "truncate"
-    """A longer record: truncate it (a prompt at its left; a text, and a completion of an encoder's decoder, at the end), drop it,
-    or stop with an error. The numbers are reported."""
+    """Treatment of a longer record: truncate it, drop it, or stop with an error. A prompt is cut at its left; a text, and a
+    completion of an encoder's decoder, at the end. The numbers are reported."""
     columns: str = ""
-    """Fields of the records by what they are taken as: prompt=question,completion=choices.0.text. ignore=score leaves a field out
-    that would be refused."""
+    """Fields of the records by what they are taken as: prompt=question,completion=reply.text. The name of a field inside
+    others has dots: choices.0.text. ignore=score leaves a field out that would be refused."""
     encoding: str = "utf-8"
     """Encoding of JSON, CSV and text files, for example cp1252."""
     split: str | None = None
     """Split of a hub data set or a folder to train on. Default: train."""
     max_records: int | None = None
-    """Train on a random sample of at most this many records. Default: all."""
+    """Train on a random sample of at most this many records. At least 1. Default: all."""
 
     def __post_init__(self) -> None:
         wrong = [] if not isinstance(self.encoding, str) or _is_encoding(self.encoding) else [self.encoding]
@@ -108,7 +118,7 @@ LATEST = "runs/latest"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Trusting):
     """The settings of one training run.
 
     Raises:
@@ -127,69 +137,72 @@ class TrainConfig:
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Records, and the way that they become tokens. The command line and YAML have its settings beside the others."""
     out: str = LATEST
-    """Run folder: adapter, config.yaml, log.jsonl, report.html. With runs/latest, a new one each time, runs/DATE-NUMBER, which
-    runs/latest is then a link to."""
+    """Run folder: adapter, config.yaml, log.jsonl, report.html. With runs/latest it is a new one each time, runs/DATE-NUMBER,
+    which runs/latest is then a link to."""
     overwrite: bool = False
     """Replace a run folder that is already there."""
-    lr: float = 5e-4
-    """Peak learning rate. LoRA needs about ten times that of full fine-tuning."""
+    lr: float | None = None
+    """Peak learning rate, above 0. Default: the method's usual one, LoRA 1.5e-3, and lower for a model wider than 576: LoRA
+    3.2e-4 at a width of 4,096."""
     schedule: Schedule = "linear"
     """Learning rate after warm-up: cosine or linear to zero, or constant."""
     warmup: float = 0.05
-    """Warm-up: a share of the run if below 1, else a number of steps."""
-    epochs: float = 1.0
-    """Passes over the training records."""
+    """Warm-up from 0 to the peak: a share of the run if below 1, else a number of steps."""
+    epochs: float | None = None
+    """Passes over the training records, above 0; parts of one too. Default: by the task and their number, more for
+    few."""
     steps: int | None = None
-    """Number of optimizer steps; overrides --epochs."""
+    """Number of optimizer steps, at least 1; overrides --epochs."""
     minutes: float | None = None
-    """Stop training after this many minutes. The schedule follows the clock, so the learning rate still ends at zero. Held-out
-    records are scored less often if that takes long."""
+    """Stop training after this many minutes, above 0. The schedule follows the clock, so the learning rate still ends at
+    zero. Held-out records are scored less often if that takes long."""
     batch: int = 8
-    """Records per optimizer step."""
+    """Records per optimizer step, at least 1."""
     batch_tokens: int | None = None
     """Tokens per optimizer step at most, padding included; replaces --batch."""
     micro_batch: int | None = None
-    """Records per forward pass; gradients accumulate over the batch. Default: the whole batch at once."""
+    """Records per forward pass, at most --batch; gradients accumulate over the batch. Default: the whole batch."""
     clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Largest Euclidean norm of all gradients together; 0 turns clipping off."""
     optimizer: Optimizer = "AdamW"
-    """An optimizer of torch.optim, with its defaults."""
+    """Optimizer of torch.optim, with its defaults."""
     weight_decay: float = 0.0
-    """Weight decay of A, B and other trained matrices; AdamW's is decoupled. Biases, norms and other vectors have none."""
+    """Weight decay of A, B and other trained matrices, 0 or more. AdamW's is decoupled. Biases, norms and other vectors have
+    none."""
     lr_ratio: float = 1.0
-    """Learning rate of B over that of A, which is --lr. LoRA+ takes 2 to 16. A head or a magnitude has --lr."""
+    """Learning rate of B over that of A, which is --lr; above 0. LoRA+ (Hayou et al. 2024, arXiv 2402.12354) takes 2 to 16. A
+    head or a magnitude has --lr."""
     seed: int = 0
     """Seed of A, of dropout and of the order of records."""
     dtype: DType = "auto"
-    """Precision of the base weights. auto: bfloat16 where the device computes faster in it, else float32 on a CPU and the
-    checkpoint's elsewhere. A and B are float32 always. A model object keeps its own."""
+    """Precision of the base weights. auto: bfloat16 where the device is faster in it, else float32 on a CPU and the checkpoint's
+    elsewhere. A and B are float32 always. A model object keeps its own."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps …"""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
+    """Device to train on: cpu, cuda, cuda:1, mps. auto: a GPU if there is one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     valid: str | None = None
-    """Held-out data: a file, or a split of DATA. Default: the valid, validation, dev or test split, else a part of DATA."""
-    valid_share: float = 0.02
-    """Share of the training records to hold out if there is no held-out data; 0 for none."""
+    """Held-out data: a file, or a split of DATA. Default: DATA's valid, validation, dev or test split, else a part of it."""
+    valid_share: float | None = None
+    """Share of the training records to hold out if there is no held-out data, at most 0.5; 0 for none. Default: 0.02, but 32
+    records at least, or a tenth of fewer than 320."""
     valid_most: int = 256
     """Most held-out records in each evaluation."""
     eval_every: int | None = None
     """Steps between evaluations. Default: ten evaluations in a run."""
     patience: int | None = None
-    """Stop early after this many evaluations without a better held-out loss, and keep the best adapter. Default: never."""
+    """Stop early after this many evaluations without a better held-out loss, and keep the best adapter. At least 1. Default:
+    never."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     start: str | None = None
     """Adapter folder whose values training begins with: of the same method, rank and targets, on the same base."""
     skip_bad_steps: int = 0
-    """Steps whose loss or gradient is not finite that may be passed over; one more ends the run."""
+    """Steps that may be passed over because their loss or gradient is not finite; one more ends the run."""
     save_every: int | None = None
-    """Steps from one saved state to the next, from which --resume goes on. Default: by time, 1% of it at most and every 5 minutes
-    at least."""
+    """Steps from one saved state to the next, from which --resume goes on. Default: by time."""
     samples: int = 4
     """Held-out records to generate before and after training, for the report; 0 for none."""
     samples_during: int = 0
@@ -208,6 +221,13 @@ class TrainConfig:
             seed=(-LARGEST_SEED, LARGEST_SEED),
         )  # fmt: skip
 
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate. Raises ConfigError where it is left to the method: preparing a run settles it."""
+        if self.lr is None:
+            raise ConfigError("lr is left to the method, and there is none here: set lr.")
+        return self.lr
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -224,18 +244,19 @@ class GenerateConfig:
     """
 
     max_new_tokens: int = 256
-    """Longest completion in tokens."""
+    """Longest completion in tokens, at least 1."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above 0 samples. The base's generation_config gives only the tokens that begin and
-    end a text, and none of its penalties or forbidden words."""
+    """Temperature: 0 takes the likeliest token each time, above 0 samples. The base's generation_config gives only the tokens
+    that begin and end a text, and none of its penalties or forbidden words."""
     top_p: float = 1.0
-    """Nucleus sampling: draw from the smallest set of tokens with this much probability."""
+    """Nucleus sampling: draw from the smallest set of tokens with this much probability, above 0 and at most 1. (Holtzman et al.
+    2020, arXiv 1904.09751, §3.1.)"""
     beams: int = 1
-    """Beam search with this many beams."""
+    """Beam search with this many beams, at least 1; 1 is none."""
     length_penalty: float = 1.0
-    """Beam search: above 1 favours longer completions."""
+    """Power of the length that a beam's score is divided by: above 1 favours longer completions."""
     batch: int = 16
-    """Prompts decoded at once."""
+    """Prompts decoded at once, at least 1."""
     seed: int = 0
     """Seed of sampling."""
 
@@ -260,19 +281,18 @@ class CompareConfig:
     """
 
     methods: str = ""
-    """Methods, with commas; their settings in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of
-    them. Their names:"""
+    """Methods, with commas and their settings in brackets: lora(rank=64), bottleneck(size=16;kind=lin;lr=1e-3). Default: nine of
+    them."""
     lrs: int = 1
     """Learning rates to try for each method, a factor of three apart around its usual one. The best one counts: by held-out
-    loss, or by the last of the metrics for classes and numbers."""
+    loss, or by the last of the metrics for classes and numbers. At least 1."""
     seeds: int = 1
-    """Number of seeds per method, at its best learning rate."""
+    """Number of seeds per method, at its best learning rate. At least 1."""
     metrics: str = ""
-    """Scores on the test records, with commas; the last one ranks. Default: the loss, and the usual ones for classes and
+    """Scores on the test records, with commas; the last one ranks. Default: the loss, and the usual ones of classes or
     numbers."""
     test: str | None = None
-    """Records to score at the end: a file, or a split of DATA. Default: the test split, else the valid or dev split, else a part
-    of DATA."""
+    """Records to score at the end: a file, or a split of DATA. Default: DATA's test, valid or dev split, else a part of it."""
     test_most: int = 500
     """Most test records to score."""
     latency: bool = True
@@ -300,39 +320,37 @@ class SweepConfig:
     """
 
     ranks: str = "8,1,2,4,16,64"
-    """Ranks to try, with commas. α is the first one, unless --alpha says otherwise."""
+    """Ranks to try, with commas; α is the first one, unless --alpha says otherwise."""
     lrs: str = ""
     """Learning rates to try for each rank, with commas; the best on held-out records counts. Default: --lr alone."""
     targets: str = ""
-    """Layers to adapt, as in training; a semicolon between several choices to compare: qv;attention;all-linear. Default:
-    all-linear."""
+    """Layers to adapt, with a semicolon between choices to compare: qv;attention;all-linear. Default: all-linear."""
     budget: str | None = None
-    """Instead of ranks: this many trainable parameters for each choice of targets, for example 0.5M or 300k, as nearly as whole
-    ranks allow. --targets is then by default q;v;q,v;q,k,v,o;mlp;all-linear."""
+    """Trainable parameters for each choice of targets, instead of ranks: 0.5M or 300k, as nearly as whole ranks allow.
+    --targets is then by default q;v;q,v;q,k,v,o;mlp;all-linear."""
     seeds: int = 1
-    """Number of seeds per rank, at its best learning rate."""
+    """Number of seeds per rank, at its best learning rate. At least 1."""
     method: Literal["lora", "dora"] = "lora"
     """Method to train."""
     alpha: float | None = None
     """α of every rank. Default: the first of --ranks."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
-    """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
+    """Factor of BA: the paper's α/r (§4.1), or rank-stabilised α/√r. (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.)"""
     init: Literal["gaussian", "kaiming", "pissa"] = "gaussian"
     """Start of A, as in training."""
     dropout: float = 0.0
-    """Probability of zeroing an entry of the branch's input in training."""
+    """Probability of zeroing an entry of the branch's input in training. From 0 to below 1."""
     abreast: int | None = None
-    """Candidates that share one pass over the base. Default: on a GPU as many as its memory holds; on a CPU one, as arithmetic
-    limits it."""
+    """Candidates that share one pass over the base. Default: on a GPU as many as its memory holds, on a CPU one."""
     halving: bool = False
     """End the worse half of the candidates, by held-out loss, after a quarter of the steps and again after a half."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the largest rank's; 0.005 nats are always allowed, unless it is 0."""
+    """Share by which a recommended rank's loss may exceed the largest rank's, 0 or more. Differences of 0.005 nats are always
+    allowed, unless it is 0."""
     metrics: str = ""
-    """Scores on the test records, with commas. Default: the loss, and the usual ones for classes and numbers."""
+    """Scores on the test records, with commas. Default: the loss, and the usual ones of classes or numbers."""
     test: str | None = None
-    """Records to score at the end: a file, or a split of DATA. Default: the test split, else the valid or dev split, else a part
-    of DATA."""
+    """Records to score at the end: a file, or a split of DATA. Default: DATA's test, valid or dev split, else a part of it."""
     test_most: int = 500
     """Most test records to score."""
 
@@ -344,7 +362,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class RankConfig:
+class RankConfig(Trusting):
     """Ranks to cut a finished run's adapter to, and their scoring.
 
     Raises:
@@ -359,7 +377,8 @@ class RankConfig:
     ranks: str = ""
     """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its rank."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the whole adapter's; 0.005 nats are always allowed, unless it is 0."""
+    """Share by which a recommended rank's loss may exceed the whole adapter's, 0 or more. Differences of 0.005 nats are
+    always allowed, unless it is 0."""
     records: str | None = None
     """Held-out records to score: a file, or a split of the run's data. Default: the records that the run held out."""
     most: int = 256
@@ -372,15 +391,11 @@ class RankConfig:
     """Train at the recommended rank and at the adapter's, with the run's settings, and compare both on records that chose
     nothing."""
     seeds: int = 1
-    """With --confirm: number of seeds per rank."""
+    """Number of seeds per rank, with --confirm."""
     model: str | None = None
-    """Base model. Default: the run's."""
+    """Base model: hub id, model folder or GGUF file. Default: the run's."""
     data: str | None = None
     """Training data; --records may be a split of it. Default: the run's."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Never taken from the run. Without
-    this flag a model that needs such code is refused."""
     out: str | None = None
     """Folder for rank.json and rank.html. Default: the run's."""
 
@@ -389,7 +404,7 @@ class RankConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Trusting):
     """Training to plan. Shapes alone decide: no weights are read, and nothing is trained.
 
     Raises:
@@ -404,23 +419,20 @@ class PlanConfig:
     """
 
     methods: str = ""
-    """Methods, with commas; their settings in brackets: lora(rank=64). Default: nine of them. Their names:"""
+    """Methods, with commas and their settings in brackets: lora(rank=64). Default: nine of them."""
     task: Task = "auto"
-    """Task to learn: causal, classification, regression, seq2seq or image. auto: by the model's head."""
+    """Task to learn. auto: by the model's head."""
     labels: int = 2
     """Number of classes in a classification."""
     batch: int = 8
     """Records per forward pass."""
     length: int | None = None
-    """Tokens of the longest record, prompt and completion together. Default: 512, or as many as the model has positions for."""
+    """Tokens of the longest record, prompt and completion together. At least 2. Default: 512, or the model's positions."""
     dtype: DType = "auto"
-    """Precision of the base weights. auto: bfloat16, or float32 on a CPU that is no faster in bfloat16. Trained values are
+    """Precision of the base weights. auto: bfloat16, or float32 on a CPU that is no faster in it. Trained values are
     float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on. auto: the GPU if there is one here. A GPU's kernels keep other tensors for the backward pass."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
+    """Device to train on. auto: a GPU if there is one here. A GPU's kernels keep other tensors for the backward pass."""
     optimizer: Optimizer = "AdamW"
     """An optimizer of torch.optim, as in training."""
     gradient_checkpointing: bool = False
@@ -525,34 +537,35 @@ def from_mapping(
 ) -> T:
     """Return a `cls` from flat `values`.
 
-    where: their source, for messages. meaning: says what an unknown key may mean, as the end of a sentence; "" where it cannot.
+    where: their source, for messages; "" for none. meaning: says what an unknown key may mean, as the
+    end of a sentence; "" where it cannot.
 
     Raises one ConfigError with every unknown key (and its nearest), missing key, wrong type and value out of range.
     """
-    known = keys(cls)
-    problems = [f"{where}: unknown key {k!r}{meaning(k) or nearest(k, known)}" for k in values if k not in known]
-    config = _built(cls, values, where, problems)
+    known, prefix = keys(cls), f"{where}: " if where else ""
+    problems = [f"{prefix}unknown key {k!r}{meaning(k) or nearest(k, known)}" for k in values if k not in known]
+    config = _built(cls, values, prefix, problems)
     if problems or config is None:
         raise ConfigError("The configuration cannot be used:", problems)
     return config
 
 
-def _built(cls: type[T], values: Mapping[str, object], where: str, problems: list[str]) -> T | None:
+def _built(cls: type[T], values: Mapping[str, object], prefix: str, problems: list[str]) -> T | None:
     """A `cls` from its part of the values; None, with the problems added, where they do not make one."""
     arguments: dict[str, object] = {}
     for field in dataclasses.fields(cls):
         name, hint = field.name, _hints(cls)[field.name]
         inner = _dataclass(hint)
         if inner is not None:
-            nested = _built(inner, values, where, problems)
+            nested = _built(inner, values, prefix, problems)
             arguments |= {} if nested is None else {name: nested}
         elif name in values:
             try:
                 arguments[name] = _plain(values[name], hint)
             except ValueError:
-                problems.append(f"{where}: {_misfit(name, values[name], hint)}")
+                problems.append(f"{prefix}{_misfit(name, values[name], hint)}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(f"{where}: {name} is missing")
+            problems.append(f"{prefix}{name} is missing")
     try:
         return cls(**arguments)
     except ConfigError as error:

@@ -48,10 +48,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def of(*words: object, stdin: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as ended:  # tyro's, after its own message
-            code = int(ended.code or 0)
+        code = main([str(word) for word in words])
         printed = capsys.readouterr()
         return Done(code, printed.out, printed.err)
 

@@ -1,6 +1,7 @@
 """Records as people have them: each file trains on the right tokens, or one message says what to do."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,8 @@ def taught(path, **config):
     """Return (what stands before, what is taught) of each record, decoded, and the notes on the data."""
     config, tokenizer = DataConfig(**config), tiny_tokenizer(CHATML)
     records = read(path, config)
+    if records.form == "prompt":
+        config = replace(config, template="plain")
     encoded = encode(records, tokenizer, config)
     pairs = []
     for example in encoded.examples:

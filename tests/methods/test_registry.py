@@ -26,7 +26,17 @@ from deltaw.layers.unwrap import own_forward
 from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import METHODS, PRESETS, Method, Plan, Preset, register
-from deltaw.methods.registry import DEFAULT, QUICK, contestants, described, method_class, name_of, rates
+from deltaw.methods.registry import (
+    DEFAULT,
+    QUICK,
+    at_width,
+    contestants,
+    described,
+    method_class,
+    name_of,
+    rates,
+    usual_lr,
+)
 from deltaw.methods.shared import Beside
 from deltaw.methods.updates.base import Update
 from tests.conftest import bits, byte_llama, tiny_llama
@@ -225,3 +235,13 @@ def test_rates_are_a_factor_of_three_apart_around_the_usual_one() -> None:
     assert rates(1e-3, 1) == [1e-3]
     assert rates(1e-3, 3) == pytest.approx([1e-3 / 3, 1e-3, 3e-3])
     assert rates(1e-3, 4) == pytest.approx([1e-3 / 3, 1e-3, 3e-3, 9e-3])
+
+
+def test_the_usual_rate_follows_the_settings_and_the_width() -> None:
+    assert usual_lr(LoRA(), None) == usual_lr(LoRA(), 384) == usual_lr(LoRA(rank=64), 576) == 1.5e-3
+    assert usual_lr(LoRA(targets="q,v"), 576) == usual_lr(LoRA(targets="qv"), 576) == 3e-3
+    assert usual_lr(LoRA(), 4096) == 3.2e-4  # what 7B models are usually trained with
+    assert usual_lr(Bottleneck(kind="lin", size=64), 768) == at_width(2e-3, 768) < 2e-3
+    (lora,) = contestants("lora", 4096)
+    (asked,) = contestants("lora(lr=0.01)", 4096)
+    assert (lora.lr, asked.lr) == (3.2e-4, 0.01)

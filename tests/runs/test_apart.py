@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deltaw import progress
 from deltaw.errors import Interrupted, TrainError
 from deltaw.runs import apart, worker
 from deltaw.runs.apart import Processes
@@ -131,3 +132,17 @@ def test_nothing_outlives_a_parent_that_is_killed(place: Path, tmp_path: Path) -
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(family, timeout=60)[1]
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_part_tells_what_it_is_doing(
+    forks: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "_can_fork", lambda: forks)
+    notices: list[progress.Notice] = []
+    folder = task(place, tmp_path / "a", steps=300, log_every=1000)
+    with Processes() as processes, progress.watched(notices.append), progress.named(lambda _: "lora"):
+        processes.do("candidate", folder, worker.SCORE)
+    ticks = [notice for notice in notices if isinstance(notice, progress.Tick)]
+    assert ticks and [tick.step for tick in ticks] == sorted({tick.step for tick in ticks})
+    assert {notice.run for notice in notices} == {"lora"} and not (folder / worker.NOW).exists()

@@ -10,7 +10,7 @@ import pytest
 
 import deltaw
 from deltaw.cli import main
-from deltaw.config import RankConfig, SweepConfig, TrainConfig
+from deltaw.config import DataConfig, RankConfig, SweepConfig, TrainConfig
 from deltaw.data.prompts import item_of
 from deltaw.errors import DataError
 from deltaw.files.store import training_of
@@ -181,3 +181,53 @@ def test_a_held_out_loss_is_the_best_one_where_that_is_kept(model: str, tmp_path
         losses = [loss for _, loss in row["valid"]]
         assert min(losses) < losses[-1]
         assert row["valid_loss"] == row["tried"][0]["valid_loss"] == (min(losses) if patience else losses[-1])
+
+
+@pytest.mark.parametrize(("records", "held"), [(19, 0), (60, 6), (300, 30), (1000, 32), (4000, 80)])
+def test_a_tenth_of_few_records_is_held_out_and_32_at_least_of_more(
+    model: str, tmp_path: Path, records: int, held: int
+) -> None:
+    data = write(tmp_path / "data.jsonl", rows(records, records))
+    prepared = prepare(model, data, quick(tmp_path), LoRA())
+    assert (len(prepared.valid_records) if prepared.valid_records else 0) == held
+    again = trained_on({"data": data, "valid_share": prepared.config.valid_share})
+    assert again is not None and len(again) == records - held  # config.yaml holds out as many
+
+
+def test_what_is_left_open_is_settled_by_method_model_and_records(model: str, tmp_path: Path) -> None:
+    few, many = (write(tmp_path / f"{n}.jsonl", rows(n, n)) for n in (40, 1500))
+    settled = prepare(model, few, quick(tmp_path), LoRA()).config
+    assert (settled.lr, settled.epochs) == (1.5e-3, 10)
+    assert prepare(model, many, quick(tmp_path), LoRA()).config.epochs == 3
+    assert prepare(model, few, quick(tmp_path), LoRA(targets="q,v")).config.lr == 3e-3
+    plus = prepare(model, few, quick(tmp_path, lr_ratio=16.0), LoRA()).config
+    assert plus.lr == pytest.approx(1.5e-3 / 4, rel=0.05)  # the mean of A's and B's rates is the usual one
+    asked = prepare(model, few, quick(tmp_path, lr=0.25, epochs=0.5), LoRA()).config
+    assert (asked.lr, asked.epochs) == (0.25, 0.5)
+
+
+SPACED = [{"prompt": f"{i} plus 3? ", "completion": f"It is {i + 3}."} for i in range(30)]
+BARE = [{"prompt": f"{i} plus 3?", "completion": f"It is {i + 3}."} for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("data", "records", "template", "separator", "begins"),
+    [
+        ({}, BARE, "chat", None, "<|im_start|>user\n0 plus 3?<|im_end|>\n<|im_start|>assistant\n"),
+        ({"template": "plain"}, BARE, "plain", "\n", "0 plus 3?\n"),
+        ({"template": "plain"}, SPACED, "plain", "", "0 plus 3? "),
+        ({"separator": ""}, BARE, "plain", "", "0 plus 3?"),
+        ({"separator": " # "}, BARE, "plain", " # ", "0 plus 3? # "),
+    ],
+)
+def test_a_prompt_is_put_as_the_model_was_made_for_and_the_first_record_shows_it(
+    model: str, tmp_path: Path, data: dict[str, Any], records: Any, template: str, separator: str | None, begins: str
+) -> None:
+    file = write(tmp_path / "data.jsonl", records)
+    prepared = prepare(model, file, quick(tmp_path, data=DataConfig(**data), valid_share=0.0), LoRA())
+    assert (prepared.config.data.template, prepared.config.data.separator) == (template, separator)
+    example = prepared.encoded.examples[0]
+    assert prepared.loaded.tokenizer.decode(example.input_ids[: example.supervised.index(True)]) == begins
+    (note,) = [note for note in prepared.sets.notes if "The first record" in note]
+    assert f"{begins.replace(chr(10), '⏎')[-80:]} → taught: It is 3.<|im_end|>" in note
+    assert ("chat template (--template plain" in note) == (template == "chat")

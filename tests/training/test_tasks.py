@@ -44,7 +44,7 @@ from deltaw import LoRA, TrainConfig
 from deltaw.cli.main import main
 from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import read
-from deltaw.data.items import encode_labelled
+from deltaw.data.items import Item, encode_labelled
 from deltaw.errors import ConfigError, DataError, FileError
 from deltaw.model.pretrained import load_pretrained
 from deltaw.runs.evaluation.evaluate import evaluate
@@ -583,3 +583,26 @@ def test_a_pooler_of_another_width_is_one_message_at_opening(tmp_path: Path) -> 
             FileError, match="d cannot score a text: its config has pooler_hidden_size 48 and hidden_size 32"
         ):
             load_pretrained(str(tmp_path / "d"), task="classification", labels=["a", "b"], dtype=dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("task", "records", "passes"),
+    [
+        ("classification", 50, 20), ("classification", 300, 17), ("classification", 1000, 5), ("classification", 8551, 3),
+        ("classification", 67_000, 1), ("causal", 20, 10), ("causal", 300, 3), ("causal", 1000, 3), ("causal", 42_061, 1),
+    ],
+)  # fmt: skip
+def test_few_records_are_passed_over_more_often(task: str, records: int, passes: float) -> None:
+    assert TASKS[task].usual_epochs(records) == passes
+
+
+def test_the_trivial_answer_gives_each_class_its_share_and_quantities_their_mean() -> None:
+    def items(targets: list[float]) -> list[Item]:
+        return [Item({}, target, "") for target in targets]
+
+    shares = TASKS["classification"].trivial_loss(items([0] * 59 + [1] * 39), items([0, 1]))
+    assert shares == pytest.approx(-(np.log(0.6) + np.log(0.4)) / 2)
+    new = TASKS["classification"].trivial_loss(items([0] * 8), items([1]))
+    assert new == pytest.approx(-np.log(0.1))  # a class that no training record has
+    assert TASKS["regression"].trivial_loss(items([1.0, 3.0]), items([2.0, 5.0])) == pytest.approx(4.5)
+    assert TASKS["causal"].trivial_loss(items([]), items([])) is None

@@ -13,11 +13,10 @@ from deltaw.cli import show
 from deltaw.cli.flags import Chat
 from deltaw.cli.opening import NO_END, as_trained, open_model
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.errors import ConfigError, DataError, visible
+from deltaw.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+    from torch import nn
 
     from deltaw.model.pretrained import Pretrained
 
@@ -178,7 +177,7 @@ def _generated(loaded: Pretrained, messages: list[dict[str, str]], generation: G
     from deltaw.data import Message, prompt_ids, turn_ends
     from deltaw.layers.ops.seeding import mixed
     from deltaw.model.ends import in_use
-    from deltaw.model.generate import Generates, drawing, settings, too_long, until_end, watched
+    from deltaw.model.generate import Generates, drawing, settings, streamer, too_long, until_end, watched
 
     ids = prompt_ids([Message(m["role"], m["content"]) for m in messages], loaded.tokenizer)
     problem = too_long([ids], generation, loaded.model)
@@ -198,26 +197,8 @@ def _generated(loaded: Pretrained, messages: list[dict[str, str]], generation: G
             attention_mask=mask,
             generation_config=config,
             logits_processor=watch,
-            streamer=_streamer(loaded.tokenizer, config) if generation.beams == 1 else None,
+            streamer=streamer(loaded.tokenizer, config, show.piece) if generation.beams == 1 else None,
         )
     reply = loaded.tokenizer.decode(until_end(out[0, len(ids) :].tolist(), config), skip_special_tokens=True)
-    if generation.beams > 1:
-        show.out.print(reply, soft_wrap=True)
+    show.out.print(reply if generation.beams > 1 else "", soft_wrap=True)
     return reply
-
-
-def _streamer(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> TextStreamer:
-    """A streamer that shows a reply up to its end token."""
-    from transformers import TextStreamer
-
-    from deltaw.model.generate import until_end
-
-    class Reply(TextStreamer):
-        def put(self, value: Tensor) -> None:
-            if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), config):
-                super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(visible(text), stream_end)
-
-    return Reply(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from deltaw.cli import show
 from deltaw.cli.flags import Compare
-from deltaw.files import units
-
-if TYPE_CHECKING:
-    from rich.status import Status
-
-    from deltaw.runs.events import CandidateFinished, CompareEvent
 
 
 def run(command: Compare) -> None:
     """Run the command."""
     show.quiet_libraries()
-    from deltaw.runs.compare import compare
+    from deltaw.cli import live
+
+    with live.view("compare", out=show.out) as view:
+        from deltaw.runs.compare import compare
+
+        result = compare(command.model, command.data, command.run, command.compare, on_event=view.hear)
     from deltaw.runs.reports import compare as report
 
-    with show.err.status("getting ready …") as status:
-        result = compare(
-            command.model, command.data, command.run, command.compare, on_event=lambda event: _hear(event, status)
-        )
     outcome = result.outcome
     for warning in outcome.warnings:
         show.prose(f"warning: {warning}", style="yellow", console=show.err)
@@ -42,30 +35,3 @@ def run(command: Compare) -> None:
         show.prose(verdict)
     show.prose(report.note_on_intervals(outcome), style="dim")
     show.facts({"report": str(result.report), "results": str(result.folder / "results.json")})
-
-
-def _hear(event: CompareEvent, status: Status) -> None:
-    from deltaw.runs.events import CandidateStarted, RecordsRead, TimingStarted
-
-    if isinstance(event, RecordsRead):
-        show.notes(event.notes)
-    elif isinstance(event, TimingStarted):
-        status.update("timing inference with each method …")
-    elif isinstance(event, CandidateStarted):
-        status.update(f"{event.name}: lr {event.lr:g}, seed {event.seed} …")
-    else:
-        show.out.print(f"{event.name:<12} lr {event.lr:g}  seed {event.seed}  {_outcome(event)}", soft_wrap=True)
-
-
-def _outcome(event: CandidateFinished) -> str:
-    from deltaw.runs.results.compare import CandidateScore
-    from deltaw.runs.results.study import Failed
-
-    outcome = event.outcome
-    if isinstance(outcome, Failed):
-        return f"failed: {outcome.error.splitlines()[0]}"
-    assert isinstance(outcome, CandidateScore)
-    figures = outcome.figures
-    loss = "" if figures.valid_loss is None else f"held-out loss {figures.valid_loss:.4f}  "
-    again = "" if event.fresh else "  (done before)"
-    return f"{loss}{figures.steps} steps in {units.duration(figures.seconds)}{again}"

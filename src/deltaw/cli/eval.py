@@ -15,7 +15,6 @@ from deltaw.errors import ConfigError
 from deltaw.files import units
 
 if TYPE_CHECKING:
-    from rich.status import Status
     from rich.table import Table
 
     from deltaw.config import DataConfig
@@ -28,11 +27,13 @@ if TYPE_CHECKING:
 def run(command: Eval) -> None:
     """Run the command."""
     show.quiet_libraries()
+    from deltaw.cli import live
     from deltaw.data import read
     from deltaw.data.hold_out import first
     from deltaw.data.records import notes_of
     from deltaw.files.formats.atomic import check_apart, check_place, write_text
     from deltaw.model.pretrained import HEADED, read_config
+    from deltaw.training.opening import prepared
     from deltaw.training.tasks import recognised
 
     if command.out is not None:
@@ -50,13 +51,15 @@ def run(command: Eval) -> None:
     if command.most is not None:
         records = records.only(first(records.items, command.most))
     _warn_of_overlap(records, command.opening.adapter)
-    loaded = open_model(command.model, command.opening, data)
+    with live.view("loading"):
+        loaded = open_model(command.model, command.opening, data)
     if data.task in HEADED and loaded.untrained:
         if command.opening.adapter is None:
             raise ConfigError(
                 f"{command.model} has no head for {data.task}, and a random one would be scored. Give an adapter with --adapter."
             )
         command = dataclasses.replace(command, base=False)
+    data = prepared(data, records, loaded)
     warn_of_no_end(loaded, records.items, data)
     evaluations = _evaluate(loaded, records, data, command, metrics)
     values = {name: _to_json(evaluation) for name, evaluation in evaluations.items()}
@@ -110,6 +113,7 @@ def _evaluate(
     loaded: Pretrained, records: Records, data: DataConfig, command: Eval, metrics: list[str]
 ) -> dict[str, Evaluation]:
     """The evaluation of the base, of the adapter, or of both, by name."""
+    from deltaw.cli import live
     from deltaw.model.summary import adapters
     from deltaw.model.switch import using
     from deltaw.runs.evaluation.evaluate import evaluate
@@ -117,18 +121,14 @@ def _evaluate(
     names = ["base"] * command.base + ["adapter"] * (command.opening.adapter is not None)
     evaluations = {}
     for name in names:
-        with show.err.status(f"scoring the {name} …") as status:
-
-            def progress(count: int, name: str = name, status: Status = status) -> None:
-                status.update(f"scoring the {name}: {count} done")
-
+        with live.view(f"scoring the {name}"):
             opened = loaded.of_base() if name == "base" else loaded
             arguments = (opened.model, opened.tokenizer, records, data, command.generation)
             if command.opening.adapter is None:
-                evaluations[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
+                evaluations[name] = evaluate(*arguments, metrics=metrics)
             else:
                 with using(loaded.model, adapters(loaded.model)[0] if name == "adapter" else None):
-                    evaluations[name] = evaluate(*arguments, metrics=metrics, on_done=progress)
+                    evaluations[name] = evaluate(*arguments, metrics=metrics)
     return evaluations
 
 

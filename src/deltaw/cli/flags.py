@@ -1,16 +1,15 @@
-"""The commands as frozen dataclasses: arguments, flags and YAML keys, from the settings in config.py. Imports no torch."""
+"""The commands as frozen dataclasses: arguments and flags, from the settings in config.py. Imports no torch.
+
+The first sentence under a field is its flag's help; words.py reads the command line, usage.py lays out the help.
+"""
 
 from __future__ import annotations
 
 import functools
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from tyro.conf import Positional, arg
-
-from deltaw.cli.synonyms import answer
 from deltaw.config import (
     CompareConfig,
     DataConfig,
@@ -20,23 +19,36 @@ from deltaw.config import (
     RankConfig,
     SweepConfig,
     TrainConfig,
-    keys,
+    Trusting,
 )
-from deltaw.errors import ConfigError, nearest
 from deltaw.methods.lora import LoRA
 from deltaw.methods.registry import METHODS, method_class
 from deltaw.methods.registry import PRESETS as METHOD_PRESETS
 from deltaw.runs.memory.presets import PRESETS as MODEL_PRESETS
 
-Model = Annotated[Positional[str], arg(metavar="MODEL")]
-Data = Annotated[Positional[str], arg(metavar="DATA")]
+
+class Positional(NamedTuple):
+    """Mark of an argument without a flag."""
+
+    metavar: str
+
+
+class Short(NamedTuple):
+    """Mark of a flag that has a short form too."""
+
+    flag: str
+
+
+Model = Annotated[str, Positional("MODEL")]
+Data = Annotated[str, Positional("DATA")]
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     MethodName = str
 else:
     MethodName = Literal[tuple(METHODS)]
-Adapter = Annotated[Positional[str], arg(metavar="ADAPTER")]
+Adapter = Annotated[str, Positional("ADAPTER")]
+Out = Annotated[str, Short("-o")]
 
 
 @dataclass(frozen=True)
@@ -48,15 +60,14 @@ class Train:
     data: Data
     """JSONL, JSON, CSV, TSV, parquet, text or Markdown file, a folder with splits or of documents, or a hub data set."""
     config: str | None = None
-    """YAML file of any of these settings, MODEL and DATA included. Flags override it. Each run writes one as config.yaml."""
+    """YAML file of any of these settings, MODEL and DATA included, which flags override. Each run writes one as config.yaml."""
     resume: str | None = None
-    """Run folder whose run goes on from its last saved state, with the settings that it was begun with; MODEL and DATA are not
-    needed. A finished run is trained further with other --epochs, --steps or --minutes."""
+    """Run folder whose run goes on from its last saved state and with its settings, without MODEL and DATA. A finished run is
+    trained further with other --epochs, --steps or --minutes."""
     resume_with: str = ""
-    """With --resume: settings, with commas, that may be others than those that the run was begun with, of epochs, steps, minutes,
-    patience, out."""
+    """Settings that --resume may change, with commas: epochs, steps, minutes, patience, out."""
     method: MethodName = "lora"
-    """Method to train. Each has its settings: `deltaw train --method prefix --help` shows those of prefix."""
+    """Method to train, with settings of its own that `--method prefix --help` shows."""
     settings: LoRA = field(default_factory=LoRA)
     run: TrainConfig = field(default_factory=TrainConfig)
 
@@ -110,7 +121,7 @@ class Rank:
     """Find the rank that a finished run needed. Cuts its adapter to each smaller rank, scores these on held-out records, and
     recommends the smallest that is enough, with 95% intervals."""
 
-    run: Annotated[Positional[str], arg(metavar="RUN")]
+    run: Annotated[str, Positional("RUN")]
     """Run folder or adapter folder."""
     rank: RankConfig = field(default_factory=RankConfig)
     json: bool = False
@@ -118,20 +129,17 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Opening:
+class Opening(Trusting):
     """Opening of MODEL."""
 
     adapter: str | None = None
-    """Adapter folder. Prompts are then wrapped as in its training, unless --template says otherwise."""
+    """Adapter folder, as whose training prompts are wrapped unless --template says otherwise."""
     any_base: bool = False
     """Load the adapter although it was trained on other base weights."""
     dtype: DType = "auto"
-    """Precision of the weights."""
+    """Precision of the weights. auto: the checkpoint's, or float32 on a CPU that is no faster in bfloat16."""
     device: str = "auto"
-    """auto, cpu, cuda, mps …"""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
+    """Device to run on: cpu, cuda, cuda:1, mps. auto: a GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +148,18 @@ class Generate:
 
     model: Model
     """Hub id, model folder or GGUF file."""
-    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None
-    """The prompt. Without PROMPT and --file, each line of standard input is one."""
+    prompt: Annotated[str | None, Positional("PROMPT")] = None
+    """The prompt; - takes all of standard input as one, and without it each line there is a prompt or a JSON record."""
     file: str | None = None
-    """File of prompts: records in any form that train reads, or a .txt file with a prompt a line."""
+    """File of prompts: records or messages in any form that train reads, or a .txt file with a prompt a line."""
+    prompt_file: str | None = None
+    """Text file that is one prompt, of as many lines as it has."""
     out: str | None = None
     """JSONL file for {prompt, completion} records, instead of the screen."""
     json: bool = False
     """Print {prompt, completion} records for one prompt too, a line each."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Show the answer to one prompt as it comes. auto: in a terminal."""
     opening: Opening = field(default_factory=Opening)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerateConfig = field(default_factory=GenerateConfig)
@@ -177,10 +189,11 @@ class Eval:
     base: bool = True
     """Score the base too."""
     metrics: str | None = None
-    """Scores, with commas. Texts: loss, perplexity, exact_match, bleu, rouge_l. Classes: loss, accuracy, f1, matthews. Numbers:
-    loss, pearson, spearman. Default: all; for text records, which have no prompt, loss and perplexity."""
+    """Scores, with commas: loss, perplexity, exact_match, bleu, rouge_l; for classes loss, accuracy, f1, matthews; for
+    numbers loss, pearson, spearman. Text records, which have no prompt, have loss and perplexity alone. Default: all that the
+    records allow."""
     most: int | None = None
-    """Score only about the first so many records. All records of a prompt stay together."""
+    """Score only about the first so many records, those of one prompt together."""
     out: str | None = None
     """JSON file for scores and predictions."""
     json: bool = False
@@ -190,7 +203,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Trusting):
     """Merge ADAPTER into MODEL and write an ordinary model folder that needs no deltaw. A safetensors checkpoint is merged on
     disk, one tensor at a time, whatever its size."""
 
@@ -198,23 +211,20 @@ class Merge:
     """The adapter's base: hub id, model folder or GGUF file."""
     adapter: Adapter
     """Adapter folder."""
-    out: Annotated[str, arg(aliases=["-o"])]
+    out: Out
     """Folder to write."""
     overwrite: bool = False
     """Replace a folder that is already there."""
     any_base: bool = False
     """Merge although the adapter was trained on other base weights."""
     reversible: bool = False
-    """Also write a correction file, a few percent of the model's size. With it, unmerge restores the base's bytes."""
+    """Also write a correction file, a few percent of the model's size, with which unmerge restores the base's bytes."""
     untie: bool = False
     """Give embedding and head a weight each where they share one and the adapter changes it for only one of them."""
     check: Literal["auto", "on", "off"] = "auto"
     """Load the merged model and compare its logits with the unmerged model's. auto: for models of up to 2 GB."""
     dtype: DType = "auto"
-    """Precision of the merged weights. auto: the checkpoint's. Any other is merged in memory."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
+    """Precision of the merged weights. auto: the checkpoint's. Another one is merged in memory."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
 
@@ -224,11 +234,11 @@ class Unmerge:
     """Take ADAPTER out of the model folder MERGED. After a merge with --reversible this restores the base's bytes, checked by
     their hash. Otherwise ΔW is subtracted, which is close."""
 
-    merged: Annotated[Positional[str], arg(metavar="MERGED")]
+    merged: Annotated[str, Positional("MERGED")]
     """Folder that merge wrote."""
     adapter: Adapter
     """Adapter folder."""
-    out: Annotated[str, arg(aliases=["-o"])]
+    out: Out
     """Folder to write."""
     overwrite: bool = False
     """Replace a folder that is already there."""
@@ -239,9 +249,9 @@ class Verify:
     """Check that ADAPTER was trained on MODEL; or, with --base and --adapter, that MODEL is exactly this base with this adapter
     merged into it. Reads safetensors without opening a model. Exit code 0 means yes."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    model: Annotated[str, Positional("MODEL")]
     """Model folder."""
-    of: Annotated[Positional[str | None], arg(metavar="ADAPTER")] = None
+    of: Annotated[str | None, Positional("ADAPTER")] = None
     """Adapter folder."""
     base: str | None = None
     """Model folder that MODEL was merged from."""
@@ -256,68 +266,62 @@ class Push:
 
     adapter: Adapter
     """Adapter folder."""
-    repo: Annotated[Positional[str], arg(metavar="REPO")]
-    """Repository on the hub, OWNER/NAME. It is made where there is none."""
+    repo: Annotated[str, Positional("REPO")]
+    """Repository on the hub, OWNER/NAME, which is made where there is none."""
     base: str | None = None
     """The base's id on the hub, in place of the path that it was opened from."""
     private: bool = False
-    """Make the repository private. A public one that is there already is refused."""
+    """Make the repository private; a public one that is there already is refused."""
     dry_run: bool = False
     """Show which files would go, with their sizes, and push nothing."""
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Trusting):
     """Write a whole model as a GGUF file for llama.cpp and Ollama, with a Modelfile. It is a merged folder, or an adapter, which
     is merged into its base first. Llama, Mistral, Qwen2 and Qwen3 with a byte-level BPE tokenizer."""
 
-    source: Annotated[Positional[str], arg(metavar="MERGED_OR_ADAPTER")]
+    source: Annotated[str, Positional("MERGED_OR_ADAPTER")]
     """Model folder, or adapter folder."""
-    out: Annotated[str, arg(aliases=["-o"])]
+    out: Out
     """Folder to write: model.gguf and Modelfile."""
     to: Literal["gguf"] = "gguf"
     """Format to write."""
     type: Literal["q8_0", "f16", "f32"] = "q8_0"
-    """Type of the matrices. Vectors are float32."""
+    """Type of the matrices; vectors are float32."""
     base: str | None = None
-    """For an adapter: its base, a model folder or hub id. Default: the one that it names."""
+    """Base of an adapter: a model folder or hub id. Default: the one that it names."""
     overwrite: bool = False
     """Replace a folder that is already there."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model's tokenizer. It can do whatever you can do on this machine."""
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Trusting):
     """Convert an adapter of loralib or llama.cpp into a folder for deltaw and PEFT, or such a folder into a file for them."""
 
-    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    source: Annotated[str, Positional("SOURCE")]
     """loralib's checkpoint (.pt, .bin or .ckpt), llama.cpp's GGUF file, or an adapter folder."""
-    out: Annotated[str, arg(aliases=["-o"])]
+    out: Out
     """Folder to write, or a file: .gguf for llama.cpp, .bin or .pt for loralib."""
     base: str | None = None
-    """The base: model folder or hub id. Its config tells how GGUF names tensors, and which of loralib's layers are embeddings or
-    convolutions."""
+    """The base, whose config tells the layers' names and kinds: model folder or hub id."""
     alpha: float | None = None
     """α of the adapter's training, which loralib's files do not contain."""
     parts: str | None = None
     """Parts of loralib's merged layers with updates, among query, key and value: q,v or, with a digit a part, 101."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
     overwrite: bool = False
     """Replace what is already there."""
 
 
 @dataclass(frozen=True)
-class Extract:
+class Extract(Trusting):
     """Extract an adapter from a fully fine-tuned model: the nearest one of a given rank, with its error in each layer."""
 
-    base: Annotated[Positional[str], arg(metavar="BASE")]
+    base: Annotated[str, Positional("BASE")]
     """Model folder or hub id."""
-    tuned: Annotated[Positional[str], arg(metavar="TUNED")]
+    tuned: Annotated[str, Positional("TUNED")]
     """The same model, fine-tuned."""
-    out: Annotated[str, arg(aliases=["-o"])]
+    out: Out
     """Folder to write."""
     rank: int | None = None
     """Rank of every layer."""
@@ -325,9 +329,6 @@ class Extract:
     """Instead of --rank: the share of ‖W − W0‖² that each layer keeps, for example 0.9."""
     targets: str = "all-linear"
     """Layers to adapt, as in training."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
     all_layers: bool = False
     """Show a line for every layer, instead of one for each kind."""
     overwrite: bool = False
@@ -339,9 +340,9 @@ class Compress:
     """Cut an adapter to the largest directions of each layer's ΔW, and show the error. The result is an ordinary adapter.
     `deltaw rank` shows what a cut costs on held-out records."""
 
-    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
+    adapter: Annotated[str, Positional("ADAPTER")]
     """Adapter folder."""
-    out: Annotated[str, arg(aliases=["-o"])]
+    out: Out
     """Folder to write."""
     rank: int | None = None
     """Largest rank that any layer keeps."""
@@ -358,7 +359,7 @@ class Compress:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Survey(Trusting):
     """Look at DATA before anything is trained on it: form, counts, lengths, copies, overlaps and odd records; with --model its
     tokens, and which of them are taught."""
 
@@ -373,9 +374,6 @@ class Survey:
     json: bool = False
     """Print the results as JSON."""
     records: DataConfig = field(default_factory=DataConfig)
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model, or with a tokenizer beside an adapter. It can do whatever you can do on this
-    machine. Without this flag a model that needs such code is refused."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +394,8 @@ class Plan:
     and the largest batch."""
 
     model: Model
-    """Model folder, GGUF file or hub id: its config is read, and no weights. Or, without a network, one of:"""
+    """Model folder, GGUF file or hub id, of which the config alone is read; or, without a network, one of the names that
+    follow."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     json: bool = False
     """Print the numbers as JSON, in bytes."""
@@ -415,36 +414,45 @@ CHOICES: dict[tuple[type, str], Iterable[str]] = {
 """Class and field → names that the field's help ends in."""
 
 
-def check_flags(command: str, cls: type[DataclassInstance], words: Sequence[str]) -> None:
-    """Raise one ConfigError with every flag in `words` that the command, whose settings are a `cls`, does not have.
+SECTIONS = {
+    "Train": "data train plan compare sweep rank",
+    "Use": "generate chat eval",
+    "Adapters and models": "inspect merge unmerge verify extract compress convert export push",
+}
+"""Title in `deltaw --help` → commands."""
 
-    tyro would instead complain of an argument that is missing because of such a flag.
-    """
-    hints = typing.get_type_hints(cls, include_extras=True)
-    positional = {name: metavar for name, hint in hints.items() if (metavar := _metavar(hint))}
-    known = {"help"} | {name.replace("_", "-") for name in keys(cls) if name not in positional}
-    problems = []
-    for word in words[: words.index("--") if "--" in words else None]:
-        name = word.removeprefix("--").split("=")[0].replace("_", "-")
-        if not word.startswith("--") or name in known or name.removeprefix("no-") in known:
-            continue
-        if name in positional:
-            problems.append(f"--{name} is no flag: {positional[name]} stands by itself")
-        else:
-            others = [m for m in METHODS if command == "train" and name.replace("-", "_") in keys(train_with(m))]
-            where = f" (a setting of --method {' or '.join(others)})" if others else ""
-            settings = {k.replace("-", "_") for k in known} | set(positional.values())
-            meant = where or answer(name, settings, lambda setting: "--" + setting.replace("_", "-"))
-            near = "" if meant else nearest("--" + name, ("--" + k for k in known))
-            problems.append(f"unknown flag --{name}{meant}{near}")
-    if problems:
-        usage = " ".join(("deltaw", command, *positional.values()))
-        raise ConfigError(
-            "These flags cannot be used:", problems, f"Usage: {usage} [flags]; see deltaw {command} --help."
-        )
+EXAMPLES = {
+    "data": "deltaw data examples.jsonl --model Qwen/Qwen3-0.6B",
+    "train": "deltaw train Qwen/Qwen3-0.6B examples.jsonl --rank 16 --out runs/mine",
+    "plan": "deltaw plan roberta-large --methods lora,full --memory 16GB",
+    "compare": "deltaw compare google-bert/bert-base-uncased reviews.jsonl --quick",
+    "sweep": "deltaw sweep Qwen/Qwen3-0.6B examples.jsonl --ranks 8,1,2,4 --minutes 10",
+    "rank": "deltaw rank runs/mine --confirm",
+    "generate": 'deltaw generate Qwen/Qwen3-0.6B "Hello!" --adapter runs/mine/adapter',
+    "chat": "deltaw chat Qwen/Qwen3-0.6B --adapter runs/mine/adapter",
+    "eval": "deltaw eval Qwen/Qwen3-0.6B test.jsonl --adapter runs/mine/adapter",
+    "merge": "deltaw merge Qwen/Qwen3-0.6B runs/mine/adapter -o merged --reversible",
+    "unmerge": "deltaw unmerge merged runs/mine/adapter -o base",
+    "verify": "deltaw verify merged --base base --adapter runs/mine/adapter",
+    "convert": "deltaw convert runs/mine/adapter -o mine.gguf --base Qwen/Qwen3-0.6B",
+    "export": "deltaw export runs/mine/adapter -o served --type q8_0",
+    "push": "deltaw push runs/mine/adapter me/my-adapter --dry-run",
+    "extract": "deltaw extract base tuned -o extracted --rank 16",
+    "compress": "deltaw compress runs/mine/adapter -o small --energy 0.99",
+    "inspect": "deltaw inspect runs/mine/adapter",
+}
+"""Command → an example that its help shows."""
 
-
-def _metavar(hint: object) -> str | None:
-    """The word in capitals for an argument without a flag."""
-    metadata: tuple[object, ...] = getattr(hint, "__metadata__", ())
-    return next((metavar for entry in metadata if (metavar := getattr(entry, "metavar", None))), None)
+COMMON = {
+    "data": "model out json",
+    "train": "method rank alpha targets lr epochs steps batch max_length out config resume resume_with",
+    "plan": "methods batch length memory json",
+    "compare": "methods quick lr epochs steps minutes batch max_length out",
+    "sweep": "ranks lrs targets method seeds lr epochs steps minutes batch max_length out json",
+    "rank": "ranks margin records confirm seeds out json",
+    "generate": "adapter file prompt_file max_new_tokens temperature batch out stream json",
+    "chat": "adapter system max_new_tokens temperature",
+    "eval": "adapter metrics most max_new_tokens batch out json",
+    "merge": "out reversible overwrite dtype",
+}
+"""Command → the flags that its help begins with. Other commands have few."""

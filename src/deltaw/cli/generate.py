@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,31 +19,41 @@ if TYPE_CHECKING:
     from deltaw.config import DataConfig
     from deltaw.data import Record
     from deltaw.model.pretrained import Pretrained
+    from deltaw.training.tasks import Task
 
 
 def run(command: Generate) -> None:
     """Run the command."""
     show.quiet_libraries()
-    if command.prompt is not None and command.file is not None:
-        raise ConfigError("Give either a prompt or --file, not both.")
+    _check(command)
     from deltaw.files.formats.atomic import check_apart, check_place, write_text
 
     if command.out is not None:
         check_apart(
             command.out,
-            {"the model": command.model, "the adapter": command.opening.adapter, "the prompts": command.file},
+            {
+                "the model": command.model,
+                "the adapter": command.opening.adapter,
+                "the prompts": command.file or command.prompt_file,
+            },
         )
         check_place(Path(command.out))
     records = _records(command)
     from deltaw.model.inputs import within
-    from deltaw.training.tasks import task_of
+    from deltaw.training.tasks import Written, task_of
 
     adapter, trust = command.opening.adapter, command.opening.trust_remote_code
     data = as_trained(command.data, adapter, command.model, trust_remote_code=trust)
     loaded = open_model(command.model, command.opening, data)
     task, data = task_of(data), within(_as_made(data, loaded, records), loaded.model)
     warn_of_no_end(loaded, records, data)
-    answers = task.answer(loaded, records, data, command.generation, lambda count: None)
+    streams = _streams(command, task, len(records))
+    if streams:
+        assert isinstance(task, Written)
+        answers = task.answer(loaded, records, data, command.generation, lambda count: None, show.piece)
+        print()
+    else:
+        answers = task.answer(loaded, records, data, command.generation, lambda count: None)
     completions = [task.said(answer, data) for answer in answers]
     if silent := sum(completion is not None and not completion.strip() for completion in completions):
         show.prose(_why_silent(silent, len(completions), data), style="yellow", console=show.err)
@@ -50,10 +61,39 @@ def run(command: Generate) -> None:
     if command.out is not None:
         write_text(Path(command.out), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     elif len(pairs) == 1 and not command.json:
-        show.answer(pairs[0]["completion"])
+        if not streams:
+            show.answer(pairs[0]["completion"])
     else:
         for pair in pairs:
             print(show.as_json(pair, indent=None))
+
+
+def _check(command: Generate) -> None:
+    """Raise ConfigError for flags that exclude each other."""
+    sources = {"PROMPT": command.prompt, "--file": command.file, "--prompt-file": command.prompt_file}
+    named = [name for name, value in sources.items() if value is not None]
+    if len(named) > 1:
+        raise ConfigError(f"Give the prompts in one place, not in {' and '.join(named)}.")
+    beside = {"--json": command.json, "--out": command.out is not None, "--beams": command.generation.beams > 1}
+    excluded = [flag for flag, is_used in beside.items() if is_used]
+    if command.stream == "on" and excluded:
+        raise ConfigError(
+            f"--stream on shows one answer as it comes, which {' and '.join(excluded)} cannot be. Leave one out."
+        )
+
+
+def _streams(command: Generate, task: Task, count: int) -> bool:
+    """Return whether the answer is shown as it comes. Raises ConfigError where that is asked for and cannot be."""
+    from deltaw.training.tasks import Written
+
+    if command.stream == "on":
+        if count > 1:
+            raise ConfigError(f"--stream on shows one answer as it comes, and there are {count} prompts. Leave it out.")
+        if not isinstance(task, Written):
+            raise ConfigError(f"--stream on shows a text as it comes, and the task is {task.name}. Leave it out.")
+        return True
+    whole = count > 1 or command.json or command.out is not None or command.generation.beams > 1
+    return command.stream == "auto" and not whole and isinstance(task, Written) and sys.stdout.isatty()
 
 
 def _as_made(data: DataConfig, loaded: Pretrained, records: Sequence[Record]) -> DataConfig:
@@ -61,7 +101,7 @@ def _as_made(data: DataConfig, loaded: Pretrained, records: Sequence[Record]) ->
 
     An adapter's training says it. A model that was taught to answer in a template says little, or nothing, to a bare prompt.
     """
-    bare = data.task == "causal" and data.template == "auto" and not data.separator
+    bare = data.task == "causal" and data.template == "auto" and data.separator is None
     if not (bare and getattr(loaded.tokenizer, "chat_template", None) and {r.form for r in records} == {"prompt"}):
         return data
     what = "The prompt is" if len(records) == 1 else "The prompts are"
@@ -83,29 +123,52 @@ def _why_silent(silent: int, count: int, data: DataConfig) -> str:
 
 
 def _records(command: Generate) -> list[Record]:
-    """The prompts as records: a file of records keeps its form; plain text has a prompt a line."""
+    """Return the prompts as records: records and messages keep their form, plain text is a prompt a line, or one prompt."""
     from deltaw.data import read
     from deltaw.data.records import notes_of
+    from deltaw.data.sources import Read, Row
 
-    plain = dataclasses.replace(
-        command.data, columns="", encoding="utf-8"
-    )  # for prompts that are in no file of records
-    if command.prompt is not None:
-        return list(read([{"prompt": command.prompt}], plain, completions=False))
+    plain = dataclasses.replace(command.data, columns="", encoding="utf-8")  # of prompts that are in no file of records
     if command.file is not None and Path(command.file).suffix != ".txt":
         records = read(command.file, command.data, completions=False)
         show.notes(notes_of([records]))
         return list(records)
-    if command.file is None and sys.stdin.isatty():
-        raise ConfigError("There is no prompt: give one, or --file, or pipe prompts into standard input.")
+    name, text = _text(command)
+    if command.prompt is not None or command.prompt_file is not None:
+        rows: list[Row] = [(name, {"prompt": text})]
+    elif _are_json(text) and command.file is None:
+        from deltaw.data.sources.json_text import json_lines
+
+        records = read(dataclasses.replace(json_lines(text.encode(), name), name=name), command.data, completions=False)
+        show.notes(notes_of([records]))
+        return list(records)
+    else:  # Not splitlines, which also cuts at U+2028 and its like inside a prompt
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"{name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
+    if not rows or not text.strip():
+        raise DataError(f"There is no prompt in {name}.")
+    return list(read(Read(rows, [], name=name), plain, completions=False))
+
+
+def _are_json(text: str) -> bool:
+    """Return whether lines are JSON objects, and not prompts: the first one begins as an object with a field does."""
+    return re.match(r'\s*\{\s*"', text) is not None
+
+
+def _text(command: Generate) -> tuple[str, str]:
+    """Return the name of what the prompts are in, and its text. A prompt from a file has no newline at its end."""
+    if command.prompt not in (None, "-"):
+        return "the prompt", str(command.prompt)
+    path = command.prompt_file or command.file
+    if path in (None, "-"):
+        if sys.stdin.isatty() and command.prompt is None and path is None:
+            raise ConfigError("There is no prompt: give one, or a file of them, or pipe prompts into standard input.")
+        name, encoding = "standard input", "utf-8"
+    else:
+        name, encoding = str(path), command.data.encoding
     try:
-        text = Path(command.file).read_text(encoding=command.data.encoding) if command.file else sys.stdin.read()
+        text = sys.stdin.read() if name == "standard input" else Path(name).read_text(encoding=encoding)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{command.file or 'Standard input'} cannot be read as {command.data.encoding.upper()} text: {error}"
-        ) from error
-    # Not splitlines, which also cuts at U+2028 and its like inside a prompt
-    lines = [{"prompt": line} for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise DataError("There is no prompt in the input.")
-    return list(read(lines, plain, completions=False))
+        raise DataError(f"{name} cannot be read as {encoding.upper()} text: {error}") from error
+    is_one = command.prompt is not None or command.prompt_file is not None
+    return name, text.removesuffix("\n") if is_one else text

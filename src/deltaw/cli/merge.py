@@ -34,8 +34,11 @@ class _Merged:
 def run(command: Merge) -> None:
     """Run the command."""
     show.quiet_libraries()
+    from deltaw.cli import live
+
     out = new_folder(command.out, command.overwrite)
-    merged = _merge(command, out)
+    with live.view("merge"):
+        merged = _merge(command, out)
     show.out.print(_table(merged.report, command.all_layers))
     lines = [f"\nMerged model: {out}  {units.size(merged.bytes)}"]
     if merged.correction:

@@ -9,21 +9,22 @@ from deltaw.cli.flags import Rank
 from deltaw.files import units
 
 if TYPE_CHECKING:
-    from rich.status import Status
     from rich.table import Table
 
-    from deltaw.runs.events import RankEvent
     from deltaw.runs.results.rank import RankResults
 
 
 def run(command: Rank) -> None:
     """Run the command."""
     show.quiet_libraries()
-    from deltaw.runs.rank import choose_rank
+    from deltaw.cli import live
+
+    with live.view("rank", quiet=command.json) as view:
+        from deltaw.runs.rank import choose_rank
+
+        choice = choose_rank(command.run, command.rank, on_event=view.hear)
     from deltaw.runs.reports.rank import remarks, sentence
 
-    with show.err.status("reading the run …") as status:
-        choice = choose_rank(command.run, command.rank, on_event=lambda event: _hear(event, status))
     outcome = choice.outcome
     if command.json:
         print(show.as_json(outcome.to_json()))
@@ -50,14 +51,3 @@ def _table(outcome: RankResults) -> Table:
             style="bold" if row.rank == outcome.rank else None,
         )  # fmt: skip
     return table
-
-
-def _hear(event: RankEvent, status: Status) -> None:
-    from deltaw.runs.events import CandidateStepped, Scored
-
-    if isinstance(event, Scored):
-        status.update(f"{event.name}: loss {event.loss:.4f} …")
-    elif isinstance(event.event, CandidateStepped):
-        progress = event.event.progress
-        left = units.duration(progress.seconds_left)
-        status.update(f"training {event.event.name}: step {progress.step} of {progress.total_steps}, {left} left …")

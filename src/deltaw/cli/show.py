@@ -136,6 +136,11 @@ def answer(text: str) -> None:
     print(visible(text) if sys.stdout.isatty() else text)
 
 
+def piece(text: str) -> None:
+    """Print a part of what a model writes, at once: as `answer` does, without a newline."""
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def facts(rows: dict[str, str]) -> None:
     """Print a value beside each label. The terminal breaks long lines, so that a path is copied whole."""
     width = max(map(len, rows))
@@ -155,9 +160,9 @@ def notes(texts: Iterable[str]) -> None:
         prose(text, style="dim", console=err)
 
 
-def is_terminal() -> bool:
-    """Return whether a person reads the output as it comes."""
-    return sys.stdout.isatty() and out.is_terminal
+def is_terminal(console: Console) -> bool:
+    """Return whether a person reads a console as it comes, in a terminal that can replace lines: TERM=dumb cannot."""
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 class _PlainTable(Table):

@@ -25,8 +25,10 @@ from deltaw.data.encode import (
     as_taught,
     encode,
     encode_prompt,
+    encode_prompts,
     prompt_ends,
     template_of,
+    usual_separator,
 )
 from deltaw.data.forms import Record
 from deltaw.data.records import Records, read, references
@@ -47,6 +49,7 @@ __all__ = [
     "encode",
     "encode_chat",
     "encode_prompt",
+    "encode_prompts",
     "held_out_split",
     "plan",
     "prompt_ends",
@@ -56,4 +59,5 @@ __all__ = [
     "splits",
     "template_of",
     "turn_ends",
+    "usual_separator",
 ]

@@ -142,6 +142,26 @@ def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase, config: Da
     return ids
 
 
+def encode_prompts(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[list[int]]:
+    """Return the token ids of `encode_prompt` for each record. Raises one DataError with every record that has none."""
+    for form in dict.fromkeys(record.form for record in records):
+        template_of(form, tokenizer, config)
+    prompts: list[list[int]] = []
+    problems: list[str] = []
+    for record in records:
+        try:
+            prompts.append(encode_prompt(record, tokenizer, config))
+        except DataError as error:
+            problems += [p if p.startswith(record.place) else f"{record.place}: {p}" for p in error.problems]
+    if problems:
+        raise DataError(
+            f"{len(records) - len(prompts)} of {len(records)} prompts cannot be given to the model:", problems
+        )
+    return prompts
+
+
 def prompt_ends(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
     """Return the tokens that end an answer to these records' prompts: the chat template's, where they are chats."""
     chats = any(template_of(form, tokenizer, config) == "chat" for form in {record.form for record in records})
@@ -153,7 +173,8 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     has = bool(getattr(tokenizer, "chat_template", None))
     template = config.template
     if template == "auto":
-        template = "chat" if form == "chat" or (form == "instruction" and has) else "plain"
+        wrapped = form == "instruction" or (form == "prompt" and config.separator is None)
+        template = "chat" if form == "chat" or (wrapped and has) else "plain"
     problems = []
     if template == "chat":
         if form == "text":
@@ -174,12 +195,18 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     return template
 
 
-def plain_prompt(record: Record, separator: str) -> str:
+def plain_prompt(record: Record, separator: str | None) -> str:
     """Return the prompt's text without a chat template."""
     if record.form != "instruction":
-        return record.prompt + separator
+        return record.prompt + (separator or "")
     form = INSTRUCTION_INPUT if record.input else INSTRUCTION
-    return form.format(prompt=record.prompt, input=record.input) + separator
+    return form.format(prompt=record.prompt, input=record.input) + (separator or "")
+
+
+def usual_separator(records: Sequence[Record]) -> str:
+    """Return what stands between prompts and completions by default: a newline, unless white space is there already."""
+    spaced = any(r.prompt[-1:].isspace() or (r.completion or "")[:1].isspace() for r in records)
+    return "\n" if records and records[0].form == "prompt" and not spaced else ""
 
 
 def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

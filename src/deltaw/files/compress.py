@@ -41,12 +41,6 @@ _CONFIGURED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
 class Spectrum:
     """The singular values of one layer's ΔW = scale·BA. (With DoRA, of what the magnitude then rescales.)
 
-    Args:
-        values: the singular values, falling, as many as the file's rank. Of a stack of matrices, the roots of the sums of their
-            squares.
-        shape: (d, k).
-        count: matrices of this shape, more than one in a stack (a mixture's experts), whose updates all have one rank.
-
     >>> from deltaw import Spectrum
     >>> s = Spectrum(values=(4.0, 3.0, 0.0), shape=(64, 32))
     >>> s.norm, s.energy(1), s.rank_for(0.9), round(s.effective_rank, 2)
@@ -54,8 +48,11 @@ class Spectrum:
     """
 
     values: tuple[float, ...]
+    """Singular values, falling, as many as the file's rank. Of a stack of matrices, the roots of the sums of their squares."""
     shape: tuple[int, int]
+    """(d, k): the layer's outputs and inputs."""
     count: int = 1
+    """Matrices of this shape, more than one in a stack (a mixture's experts), whose updates all have one rank."""
 
     @property
     def cost(self) -> int:
@@ -147,14 +144,6 @@ def triples_of(file: LoRAFile, folder: Path) -> dict[str, Triples]:
 class Compressed:
     """The result of `compress`.
 
-    Args:
-        path: the folder of the adapter that was written.
-        ranks: layer name → rank.
-        errors: layer name → ‖ΔW − ΔW'‖ / ‖ΔW‖, Frobenius norms.
-        error: the same of all layers together.
-        bytes_before: bytes of the adapter's files before.
-        bytes: bytes of the files that were written.
-
     >>> from pathlib import Path
     >>> from deltaw import Compressed
     >>> done = Compressed(Path("small"), {"q": 2}, {"q": 0.1}, error=0.1, bytes_before=4000, bytes=2200)
@@ -163,11 +152,17 @@ class Compressed:
     """
 
     path: Path
+    """Folder of the adapter that was written."""
     ranks: dict[str, int]
+    """Layer name → rank."""
     errors: dict[str, float]
+    """Layer name → ‖ΔW − ΔW'‖ / ‖ΔW‖, Frobenius norms: from 0, nothing lost, to 1."""
     error: float
+    """The same of all layers together."""
     bytes_before: int
+    """Bytes of the adapter's files before."""
     bytes: int
+    """Bytes of the files that were written."""
 
 
 def compress(

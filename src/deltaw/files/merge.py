@@ -33,6 +33,7 @@ from deltaw.layers.ops.residual import integers_of
 from deltaw.layers.ties import untied_config
 from deltaw.model import inputs
 from deltaw.model.merging.report import check_merged
+from deltaw.progress import say, shown
 
 # Weights in other formats than the one that is merged: stale beside it
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors"}
@@ -62,6 +63,7 @@ def merge_files(
     untie: bool = False,
     look: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
+    progress: bool = True,
 ) -> MergedFiles:
     """Write a checkpoint with an adapter's ΔW in it, in the dtypes that it is stored in.
 
@@ -78,6 +80,7 @@ def merge_files(
         untie: give a head that shares the embedding's tensor one of its own, and say so in the config.
         look: called with the finished folder before it takes `out`'s place.
         trust_remote_code: run Python code that comes with the tokenizers.
+        progress: show what goes on: a line that moves in a terminal and a notebook, nothing elsewhere.
 
     Returns:
         What the merge did to each layer, and the sizes of what was written.
@@ -109,7 +112,7 @@ def merge_files(
         hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base_model_name_or_path
         peft.check_base(file.metadata, adapter, peft.W0, hash_of, trained_on)
     brings_tokenizer = _brings_tokenizer(base, adapter, check_base, trust_remote_code)
-    with replacing_folder(out) as folder:
+    with shown(progress, "merge"), replacing_folder(out) as folder:
         with _correction(folder, file, reversible) as kept:
             stats = _write_merged(shards, places, file, folder, kept)
             check_merged(stats, allow_unchanged=False)
@@ -137,6 +140,7 @@ def _write_merged(
     stats: dict[str, MergeStats] = {}
 
     def change(layer: str, tensor: Tensor) -> None:
+        say("merging", len(stats), len(places))
         place = places[layer]
         W0 = place.W0(tensor)
         if kept is None or place.untied is not None:

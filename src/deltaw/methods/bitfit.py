@@ -31,7 +31,7 @@ class BitFit(Beside):
     """
 
     add: bool = False
-    """Give the dense layers that have no bias one, zero at the start. Such an adapter cannot be merged: the base has no place
+    """Give dense layers that have no bias one, zero at the start. Such an adapter cannot be merged: the base has no place
     for it."""
 
     def plan(self, model: nn.Module) -> Plan:

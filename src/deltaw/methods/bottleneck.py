@@ -52,14 +52,15 @@ class Bottleneck(Beside):
     """
 
     size: int = 64
-    """Width m of the bottleneck."""
+    """Width m of the bottleneck, at least 1."""
     kind: Literal["houlsby", "pfeiffer", "lin"] = "houlsby"
-    """Their place: houlsby behind attention and feed-forward, pfeiffer behind the feed-forward, lin behind the block, on a
+    """Place of the adapters: behind attention and feed-forward (houlsby), the feed-forward (pfeiffer) or the block (lin).
+    Sources: Houlsby et al. 2019 (§2.1); Pfeiffer et al. 2021 (arXiv 2005.00247); Lin et al. 2020 (arXiv 2004.03829), on a
     norm of its own."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    """Between the two layers."""
+    """Function between the two layers."""
     drop: int = 0
-    """AdapterDrop: no adapters in the lowest so many blocks."""
+    """Number of the lowest blocks that have no adapters. (AdapterDrop: Rücklé et al. 2021, arXiv 2010.11918.)"""
 
     def __post_init__(self) -> None:
         check(self, size=(1, None), drop=(0, None))

@@ -33,11 +33,11 @@ class Full(Method):
     trains_everything: ClassVar[bool] = True
 
     kept: Literal["weights", "difference"] = "weights"
-    """Content of the file: the trained weights, which need no base to be read, or ΔW = W − W0 of each, which belongs to this base
-    alone (with the entries beside it that W0 + ΔW would not give back bit for bit)."""
+    """Content of the file: the trained weights, or their difference from the base's. Weights need no base to be read. ΔW = W − W0
+    belongs to this base alone; beside it stand the entries that W0 + ΔW would not give back bit for bit."""
     whole: str | Sequence[str] = ""
-    """Modules that are kept as weights even so, by names or globs: a head that the checkpoint does not have, which is random each
-    time that the model is opened. `train` adds that one."""
+    """Modules that are kept as weights even so, by names or globs with commas. `train` adds a head that the checkpoint lacks,
+    which is random each time that the model is opened."""
 
     def plan(self, model: nn.Module) -> Plan:
         """Return a value for each parameter, fp32 (float64 on a float64 base); tied ones stay tied.

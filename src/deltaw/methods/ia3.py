@@ -38,9 +38,10 @@ class IA3(Beside):
     """
 
     targets: str | Sequence[str] = "k,v"
-    """Layers whose outputs are scaled: roles, names or globs, several with commas; slices of a fused layer."""
+    """Layers whose outputs are scaled: roles, names, globs or slices of a fused layer, with commas. The paper's l_k and l_v
+    (§3.3)."""
     inputs: str | Sequence[str] = "down"
-    """Layers whose inputs are scaled: the last one of a feed-forward. Empty for none."""
+    """Layers whose inputs are scaled, with commas: the last one of a feed-forward. Empty for none. The paper's l_ff (§3.3)."""
 
     def __post_init__(self) -> None:
         check(self)

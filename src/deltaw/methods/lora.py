@@ -48,20 +48,21 @@ class LoRA(Beside):
     """
 
     rank: int = 8
-    """r of every targeted layer, where targets gives none of its own."""
+    """r of every targeted layer, at least 1, where targets gives none of its own. (In the paper's §7.2, 1 to 8 suffice for
+    GPT-3.)"""
     alpha: float | None = None
-    """α; the branch is scaled by α/r. Default: the rank of each layer, a scale of 1."""
+    """α, above 0: the branch is scaled by α/r (§4.1). Default: each layer's rank."""
     targets: str | Sequence[str] | Mapping[str, int] = "all-linear"
-    """Layers: all-linear, qv, attention, mlp; roles q k v o up gate down; names or globs; several with commas; slices of a
-    fused layer, c_attn[q,v]; attention=8,mlp=4 sets ranks."""
+    """Layers to adapt, with commas: all-linear, qv, attention, mlp, roles (q k v o up gate down), names or globs. Slices of a
+    fused layer are c_attn[q,v]; attention=8,mlp=4 sets ranks. In Python also a list, or a mapping of these to ranks."""
     dropout: float = 0.0
-    """Probability of zeroing an entry of the branch's input in training."""
+    """Probability of zeroing an entry of the branch's input in training. From 0 to below 1."""
     init: Literal["gaussian", "kaiming", "pissa"] = "gaussian"
-    """Start of A: gaussian (the paper's) or kaiming (uniform; loralib's and PEFT's), B zero. pissa: A and B start at the r
-    largest singular triples of W0 (Meng et al. 2024, arXiv 2404.02948), taken off again so that ΔW is zero; the file has twice
-    the rank."""
+    """Start of A: gaussian (the paper's §4.1), kaiming (uniform; loralib's and PEFT's) or pissa; B is zero. With pissa A and
+    B start at the r largest singular triples of W0 (Meng et al. 2024, arXiv 2404.02948), taken off again so that ΔW is zero;
+    the file has twice the rank."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
-    """The paper's α/r, or rank-stabilised α/√r (rsLoRA)."""
+    """Factor of BA: the paper's α/r (§4.1), or rank-stabilised α/√r. (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.)"""
 
     def __post_init__(self) -> None:
         check(self, rank=(1, None), alpha=(ABOVE_ZERO, _LARGEST), dropout=(0.0, BELOW_ONE))

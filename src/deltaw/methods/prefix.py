@@ -38,15 +38,17 @@ class Prefix(Beside):
     """
 
     length: int = 16
-    """Positions that the prefix takes."""
+    """Positions that the prefix takes, at least 1. (The paper's l_p, §5.1.)"""
     where: Literal["embedding", "layers"] = "layers"
-    """embedding trains the prefix's embeddings; layers the activations at its positions before each block as well."""
+    """Values that are trained: the prefix's embeddings alone (embedding), or the activations before each block as well
+    (layers)."""
 
     def __post_init__(self) -> None:
         check(self, length=(1, None))
 
     @property
     def positions(self) -> int:
+        """The number of positions that the prefix takes from each row."""
         return self.length
 
     def plan(self, model: nn.Module) -> Plan:

@@ -39,6 +39,39 @@ def name_of(method: Method) -> str | None:
     return next((name for name, cls in METHODS.items() if type(method) is cls), None)
 
 
+# The usual rates were measured at widths of 384 and 576 (results/defaults.json, results/rates_e2e.json). Wider models take lower
+# ones: the exponent is the one that Schulman et al. 2025 ("LoRA Without Regret", Thinking Machines Lab) fitted to Llama models
+_MEASURED_WIDTH, _EXPONENT = 576, 0.78
+
+
+def at_width(lr: float, width: int | None) -> float:
+    """Return a usual learning rate for a model of this hidden size, to two significant digits. None: of an unknown one."""
+    factor = min(1.0, (_MEASURED_WIDTH / width) ** _EXPONENT) if width else 1.0
+    return float(f"{lr * factor:.2g}")
+
+
+def usual_lr(method: Method, width: int | None) -> float:
+    """Return the usual peak learning rate of a method's settings on a model of this hidden size.
+
+    It is the rate of the preset with the most of these settings. Raises ConfigError for a method that is not registered.
+    """
+    kind = name_of(method)
+    fitting = [
+        preset
+        for of_kind, preset in PRESETS.values()
+        if of_kind == kind and all(_has(method, name, value) for name, value in preset.settings.items())
+    ]
+    if not fitting:
+        raise ConfigError(f"{type(method).__name__} has no usual learning rate: set lr.")
+    return at_width(max(fitting, key=lambda preset: len(preset.settings)).lr, width)
+
+
+def _has(method: Method, name: str, value: object) -> bool:
+    """Return whether a setting of the method is this value; q,v and qv are one."""
+    actual = getattr(method, name)
+    return bool(actual == value or (value == "qv" and actual in ("q,v", "v,q", ["q", "v"], ["v", "q"])))
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A method with its settings in a comparison."""
@@ -52,8 +85,10 @@ class Contestant:
     """Its usual peak learning rate."""
 
 
-def contestants(text: str) -> list[Contestant]:
+def contestants(text: str, width: int | None = None) -> list[Contestant]:
     """Return what a text like "full,lora(rank=64),bottleneck(size=16;kind=lin;lr=1e-3)" asks to compare, in its order.
+
+    width: the model's hidden size, which the usual learning rates follow.
 
     An entry is the name of a method or preset. In brackets stand settings in place of its own, with commas or semicolons.
     Raises ConfigError with everything wrong.
@@ -62,7 +97,7 @@ def contestants(text: str) -> list[Contestant]:
     problems: list[str] = []
     for entry in _entries(text):
         try:
-            contestant = _contestant(entry)
+            contestant = _contestant(entry, width)
         except DeltaWError as error:
             problems += error.problems
             continue
@@ -88,7 +123,7 @@ def _entries(text: str) -> list[str]:
     return [entry.strip() for entry in entries if entry.strip()]
 
 
-def _contestant(entry: str) -> Contestant:
+def _contestant(entry: str, width: int | None) -> Contestant:
     """Return what one entry means. Raises ConfigError with everything wrong with it."""
     name, bracket, rest = entry.partition("(")
     name = name.strip()
@@ -98,7 +133,7 @@ def _contestant(entry: str) -> Contestant:
         raise ConfigError(f"there is no method {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     kind, preset = PRESETS[name]
     asked = _settings(entry, rest.removesuffix(")"))
-    lr = _rate(entry, asked.pop("lr", preset.lr))
+    lr = _rate(entry, asked.pop("lr", at_width(preset.lr, width)))
     known = {f.name for f in fields(METHODS[kind])}
     if unknown := [f"{entry}: unknown setting {k!r}{nearest(k, known)}" for k in asked if k not in known]:
         raise ConfigError("", unknown)

@@ -20,13 +20,13 @@ class Beside(Method, ABC):
     """Settings of what is trained beside a method's updates."""
 
     whole: str | Sequence[str] = ""
-    """Modules to train whole beside the update, by names or globs, several with commas: lm_head, embed_tokens, score. A weight
+    """Modules to train whole beside the update, by names or globs with commas: lm_head, embed_tokens, score. A weight
     that the model ties stays tied."""
     norms: bool = False
     """Train the weights and biases of all normalisation layers too."""
     tokens: str | Sequence[int] = ""
-    """Tokens (their ids, several with commas) whose rows of the embedding are trained, and of a head that is tied to it; the
-    file then holds these rows alone."""
+    """Tokens, by ids with commas, whose rows of the embedding (and of a head tied to it) are trained. The file then holds these
+    rows alone."""
 
     def trained_whole(self, model: nn.Module) -> set[str]:
         """Return the names of the modules that `whole` means, and of all modules inside them."""

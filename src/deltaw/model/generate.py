@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from deltaw.config import GenerateConfig
-from deltaw.errors import AdapterError, DataError, shown
+from deltaw.errors import AdapterError, ConfigError, DataError, shown
 from deltaw.layers.ops.seeding import devices_of, seeded
 from deltaw.layers.tree import evaluating
 from deltaw.model.ends import Ends, in_use, listed, own_ends, routed, taught
@@ -21,7 +21,7 @@ from deltaw.model.pretrained import pad_id
 from deltaw.model.switch import at_fault, route
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @runtime_checkable
@@ -53,17 +53,19 @@ def generate(
     *,
     ends: Sequence[int] = (),
     on_done: Callable[[int], None] = lambda count: None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Return the completion of each prompt (token ids), in order, without the end token.
 
     Prompts of like length share a batch. Shorter ones are padded on the left, for an encoder on the right. A completion ends at
     the first token of `stops`, to which `ends` are added. Within a `route` block there is a prompt for each name, and each
     stops where its own adapter was taught to. Random numbers are drawn from `config.seed`; the caller's generators stay as they
-    were. `on_done` is told how many prompts are finished.
+    were. `on_done` is told how many prompts are finished. `on_text` is told the completion of the only prompt as it comes, piece
+    by piece.
 
-    Raises, before anything is generated, DataError if the model has no positions for a prompt and its completion, and
-    AdapterError if a route names another number of rows. Raises AdapterError for an adapter whose logits mean nothing, and
-    FileError for such a base.
+    Raises, before anything is generated, ConfigError for `on_text` with several prompts or beams, DataError if the model has no
+    positions for a prompt and its completion, and AdapterError if a route names another number of rows. Raises AdapterError for
+    an adapter whose logits mean nothing, and FileError for such a base.
     """
     problem = too_long(prompts, config, model)
     if problem:
@@ -73,6 +75,8 @@ def generate(
         raise AdapterError(
             f"The route names {len(names)} rows, and there are {len(prompts)} prompts: give one for each."
         )
+    if on_text is not None and (len(prompts) != 1 or config.beams > 1):
+        raise ConfigError("Only one completion, without beams, can be shown as it comes.")
     completions = [""] * len(prompts)
     finished = 0
     with evaluating(model), drawing(model, config, config.seed):
@@ -82,7 +86,8 @@ def generate(
             for start in range(0, len(order), config.batch):
                 chosen = order[start : start + config.batch]
                 with contextlib.nullcontext() if names is None else route(model, [names[i] for i in chosen]):
-                    new_tokens = _batch(model, [prompts[i] for i in chosen], asked)
+                    pieces = None if on_text is None else streamer(tokenizer, asked, on_text)
+                    new_tokens = _batch(model, [prompts[i] for i in chosen], asked, pieces)
                 for i, ids in zip(chosen, new_tokens, strict=True):
                     completions[i] = str(tokenizer.decode(until_end(ids, asked), skip_special_tokens=True))
                 finished += len(chosen)
@@ -136,7 +141,32 @@ def too_long(prompts: Sequence[Sequence[int]], config: GenerateConfig, model: nn
     )
 
 
-def _batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], asked: GenerationConfig) -> list[list[int]]:
+def streamer(
+    tokenizer: PreTrainedTokenizerBase, asked: GenerationConfig, on_text: Callable[[str], None]
+) -> TextStreamer:
+    """Return what a call of the model's `generate` takes as streamer: `on_text` is told a completion's text up to its end token.
+
+    A piece ends where a word does, or where the characters of a script without spaces are whole.
+    """
+
+    class Pieces(TextStreamer):
+        def put(self, value: Tensor) -> None:
+            if self.next_tokens_are_prompt or until_end(value.flatten().tolist(), asked):
+                super().put(value)  # type: ignore[no-untyped-call]
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    asked: GenerationConfig,
+    pieces: TextStreamer | None = None,
+) -> list[list[int]]:
     """Return the new tokens of each row, with what ends them and padding after that."""
     pad = asked.pad_token_id
     width = max(len(p) for p in prompts)
@@ -151,7 +181,9 @@ def _batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], asked: Gene
     if not isinstance(model, Generates):
         raise AdapterError(f"A {type(model).__name__} cannot generate.")
     with watched(model, ids, mask) as watch:
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=watch)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=watch, streamer=pieces
+        )
     rows: list[list[int]] = out[
         :, 1 if has_encoder else width :
     ].tolist()  # a decoder behind an encoder has a first token

@@ -170,6 +170,14 @@ def check_ends(model: PreTrainedModel, rows: Sequence[Sequence[int]], places: Se
         )
 
 
+def hidden_size_of(config: PreTrainedConfig | None) -> int | None:
+    """Return the hidden size that a model's config says, of its text part where it has several; None where it says none."""
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) and width > 0 else None
+
+
 def text_config(model: nn.Module) -> object:
     """Return the transformers config of a model's language part; another config as it is, None of a model without one."""
     config: object = getattr(model, "config", None)

@@ -174,9 +174,11 @@ class Summary:
     base_parameters: int
     """Numbers that the base holds; a quantised weight counts as those that it stands for."""
     base_bytes: int
+    """Bytes of these numbers as they are stored."""
     active: str | None
     """The adapter in use, as `adapters` tells it."""
     adapters: dict[str, AdapterSummary]
+    """Name → the adapter's layers, parameters and bytes."""
 
 
 def summary(model: nn.Module) -> Summary:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from deltaw import progress
 from deltaw.errors import Interrupted, TrainError
 from deltaw.runs import worker
 from deltaw.runs.resume.signals import asked_to_stop, end_with_the_parent
@@ -66,7 +67,9 @@ class Processes:
         with asked_to_stop() as stopping:
             process = self._begun(part, folder, said)
             passed_on = False
+            now = _Now(folder / worker.NOW)
             while (code := process.ended(_LOOK_EVERY)) is None:
+                now.pass_on()
                 if stopping() and not passed_on:
                     process.send(stopping.signum)
                     passed_on = True
@@ -83,6 +86,25 @@ class Processes:
                 words = [sys.executable, "-m", __name__]
                 self._server = _started(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
         return _Forked(self._server, part, folder, said)
+
+
+class _Now:
+    """The file in which a part tells what it is doing."""
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._path = path
+        self._last = b""
+
+    def pass_on(self) -> None:
+        """Tell whoever watches this call of a notice that is new."""
+        if not progress.is_watched():
+            return
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = self._path.read_bytes()
+            if content != self._last:
+                self._last = content
+                progress.tell(progress.from_json(json.loads(content)))
 
 
 def _can_fork() -> bool:

@@ -19,11 +19,16 @@ from typing import NamedTuple
 
 from deltaw.config import CompareConfig, TrainConfig, to_mapping
 from deltaw.errors import ConfigError
+from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.registry import DEFAULT, METHODS, QUICK, Contestant, contestants, described, rates
+from deltaw.model.inputs import hidden_size_of
+from deltaw.model.pretrained import read_config
+from deltaw.progress import Runs, named, shown, tell
 from deltaw.runs import splits, study, worker
 from deltaw.runs.apart import Processes
 from deltaw.runs.evaluation.bootstrap import Compared, Measured, compared
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.metrics import MORE_IS_BETTER
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent, RecordsRead, TimingStarted
 from deltaw.runs.folder import read_json
@@ -66,8 +71,8 @@ _TIMED = _Timed([[1, 128], [32, 128]], [1, 32], 600.0)
 _QUICK_TIMED = _Timed([[1, 128], [32, 16]], [1], 20.0)
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Card):
     """The result of `compare`.
 
     >>> import deltaw
@@ -86,6 +91,19 @@ class Comparison:
     outcome: ComparisonResults
     """A row for each method, the methods beside the best, and how long inference takes with each."""
 
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return what was compared on what, the best methods, the time and the place, in a few lines."""
+        outcome, settings = self.outcome, self.outcome.settings
+        rows = {row.name: f"{outcome.metric} {run.scores[outcome.metric].mean:.4f}" for row, run in outcome.trained[:3]}
+        failed = sum(isinstance(row.best, Failed) for row in outcome.rows)
+        seconds = sum(run.figures.seconds for _, run in outcome.trained)
+        tried = f"{len(outcome.rows)} methods" + (f", {failed} of them without a result" if failed else "")
+        rows["tried"] = f"{tried}; the best run of each took {units.duration(seconds)} in all"
+        return f"Methods on {settings.model}, trained on {settings.data}, scored on {outcome.sets['test']}", {
+            **rows,
+            "report": str(self.report),
+        }
+
     @property
     def results(self) -> JsonObject:
         """The plain values of results.json."""
@@ -98,6 +116,7 @@ def compare(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     options: CompareConfig = CompareConfig(),  # noqa: B008  (frozen)
     *,
+    progress: bool = True,
     on_event: Callable[[CompareEvent], None] = lambda event: None,
 ) -> Comparison:
     """Train and score each method of `options` with the same budget, and write the report into `config.out`.
@@ -110,6 +129,7 @@ def compare(
         data: a file, folder or hub data set, with records as `train` takes them.
         config: the settings of every run. Each method has a learning rate of its own, which is not `config.lr`.
         options: the methods and what else is compared.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with what happens, as `deltaw.runs.events` has it.
 
     Returns:
@@ -126,15 +146,21 @@ def compare(
     Traceback (most recent call last):
     deltaw.errors.ConfigError: Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3.
     """
-    if config.lr != TrainConfig().lr:
+    if config.lr is not None:
         raise ConfigError(
             "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."
         )
-    every = contestants(options.methods or (QUICK if options.quick else DEFAULT))
-    with _begun(model, data, config, options) as begun, Processes() as processes:
+    width = hidden_size_of(read_config(model, trust_remote_code=config.trust_remote_code))
+    every = contestants(options.methods or (QUICK if options.quick else DEFAULT), width)
+    with (
+        shown(progress, "compare", on_event) as hear,
+        _begun(model, data, config, options) as begun,
+        Processes() as processes,
+    ):
         if begun.notes:
-            on_event(RecordsRead(begun.notes))
-        return _finished(_Work(begun, options, on_event, processes), every)
+            hear(RecordsRead(begun.notes))
+        tell(Runs(sum(len(rates(contestant.lr, options.lrs)) + options.seeds - 1 for contestant in every)))
+        return _finished(_Work(begun, options, hear, processes), every)
 
 
 @dataclass(frozen=True)
@@ -240,7 +266,9 @@ def _outcome(work: _Work, contestant: Contestant, lr: float, seed: int) -> Outco
     if outcome is None:
         on_event(CandidateStarted(contestant.name, lr, seed))
         _write(folder / worker.CANDIDATE, task)
-        work.processes.do("candidate", folder, worker.SCORE)
+        run = f"{contestant.name}, lr {lr:g}, seed {seed}"
+        with named(lambda _: run):
+            work.processes.do("candidate", folder, worker.SCORE)
         outcome = _kept(folder, task)
     assert outcome is not None
     on_event(CandidateFinished(contestant.name, lr, seed, outcome, fresh))

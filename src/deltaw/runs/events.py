@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from deltaw.runs.results import compare, sweep
-from deltaw.training.events import Stepped
+if TYPE_CHECKING:
+    from deltaw.runs.results import compare, sweep
+    from deltaw.training.events import Stepped
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from deltaw.files.formats.older_readers import add_older_settings
 from deltaw.model.merging import merge
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.pretrained import Pretrained, save_pretrained
+from deltaw.progress import say
 from deltaw.training import opening
 
 # Rounding of a merged weight moves logits by about the dtype's precision; far beyond it something is wrong
@@ -98,7 +99,9 @@ def merge_to_folder(
     data = opening.of_adapter(adapter)
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     before = _logits(loaded, data) if is_checked(check, size) else None
+    say("merging")
     report = merge.merge(loaded.model, untie=untie)
+    say("saving the merged model")
     with replacing_folder(out) as folder:
         merge.settle(loaded.model)
         save_pretrained(loaded.model, loaded.tokenizer, folder)
@@ -149,6 +152,7 @@ def _compared(
     trust_remote_code: bool,
 ) -> Compared:
     """Load the folder's model in this dtype and compare its logits with the expected ones."""
+    say("checking the merged model")
     again = opening.opened(str(folder), data, dtype=_NAMES[dtype], device="cpu", trust_remote_code=trust_remote_code)
     logits = again.model(**inputs).logits.float()
     drift = float((logits - expected).abs().max())

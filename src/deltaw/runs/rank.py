@@ -22,7 +22,7 @@ from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
 from deltaw.data.sources import is_path
 from deltaw.errors import ConfigError, DataError, DeltaWError
-from deltaw.files import store
+from deltaw.files import store, units
 from deltaw.files.compress import Spectrum, allocated, spectra_of, triples_of, truncated
 from deltaw.files.formats import peft
 from deltaw.files.formats.atomic import check_apart, write_text
@@ -31,9 +31,11 @@ from deltaw.files.renames import renamed
 from deltaw.layers import tree
 from deltaw.model import attach
 from deltaw.model.switch import using
+from deltaw.progress import Runs, named, say, shown, tell
 from deltaw.runs.candidates import numbers
 from deltaw.runs.directions import alike, amplifications
 from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, of_losses, shortened
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import evaluate
 from deltaw.runs.events import Confirming, RankEvent, Scored, SweepEvent
 from deltaw.runs.folder import Finished, finished, parameters_of, read_json
@@ -68,8 +70,8 @@ _RESULTS, _REPORT, _CONFIRMED = "rank.json", "rank.html", "confirmed"
 _DIGITS = 6
 
 
-@dataclass(frozen=True)
-class RankChoice:
+@dataclass(frozen=True, repr=False)
+class RankChoice(Card):
     """The result of `choose_rank`.
 
     >>> import deltaw
@@ -89,6 +91,18 @@ class RankChoice:
     outcome: RankResults
     """Each rank's loss and cost, the spectrum of each layer, and whether training again confirmed the choice."""
 
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return the rank that is enough, its scores, and the place, in a few lines."""
+        outcome, row = self.outcome, self.outcome.recommended
+        rows = {
+            "held-out loss": f"{row.tested.loss} on {outcome.records.what}",
+            f"r = {outcome.largest.rank}": str(outcome.largest.tested.loss),
+            "tried": ", ".join(f"r = {row.rank}" for row in outcome.ranks),
+            "adapter": f"{row.parameters:,} parameters, {units.size(row.bytes)}",
+            "report": str(self.report),
+        }
+        return f"r = {self.rank} is enough for {outcome.run}", rows
+
     @property
     def results(self) -> JsonObject:
         """The plain values of rank.json."""
@@ -99,6 +113,7 @@ def choose_rank(
     run: str | Path,
     config: RankConfig = RankConfig(),  # noqa: B008  (frozen)
     *,
+    progress: bool = True,
     on_event: Callable[[RankEvent], None] = lambda event: None,
 ) -> RankChoice:
     """Cut the adapter of a finished run to smaller ranks, and recommend the smallest that is enough.
@@ -109,6 +124,7 @@ def choose_rank(
     Args:
         run: a run's folder, or an adapter's.
         config: which ranks, which records, and whether to confirm the choice by training again.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with what happens, as `deltaw.runs.events` has it.
 
     Returns:
@@ -127,6 +143,13 @@ def choose_rank(
     >>> choice.rank, [tested.rank for tested in choice.choice.tested], choice.report.name
     (1, [1, 4], 'rank.html')
     """
+    with shown(progress, "rank", on_event) as hear:
+        return _chosen(run, config, hear)
+
+
+def _chosen(run: str | Path, config: RankConfig, on_event: Callable[[RankEvent], None]) -> RankChoice:
+    """Cut and score the run's adapter, write what came out, and confirm it where that is asked for."""
+    say("reading the run")
     adapted = finished(run)
     ranks = _ranks(config.ranks, adapted)
     others = [finished(path.strip()) for path in config.against.split(",") if path.strip()]
@@ -283,6 +306,7 @@ def _cut_and_scored(
 ) -> tuple[Choice, RankResults]:
     """Open the run's model, score the adapter at each rank, and choose one."""
     opened = _opened(run, config)
+    tell(Runs(len(ranks) + (not opened.held.loaded.untrained)))
     base = _base_scores(opened, on_event)
     cuts = {rank: _cut(opened, f"r = {rank}", opened.cut(opened.uniform(rank)), on_event) for rank in ranks}
     whole = cuts[ranks[-1]].scores.losses
@@ -314,7 +338,8 @@ def _base_scores(opened: _Opened, on_event: Callable[[RankEvent], None]) -> _Sco
     """Score the model without the adapter; None where its head is untrained."""
     if opened.held.loaded.untrained:
         return None
-    scores = _scores(opened)
+    with named(lambda _: "base"):
+        scores = _scores(opened)
     on_event(Scored("base", scores.losses.value))
     return scores
 
@@ -323,7 +348,7 @@ def _cut(opened: _Opened, name: str, file: LoRAFile, on_event: Callable[[RankEve
     """Score the model with this file's adapter."""
     placed = store.place(opened.model, file, opened.run.adapter, name="cut", check_base=False)
     try:
-        with using(opened.model, placed):
+        with using(opened.model, placed), named(lambda _: name):
             cut = _Cut(file, _scores(opened))
     finally:
         attach.detach(opened.model, placed)

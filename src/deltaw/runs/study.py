@@ -50,6 +50,8 @@ class Scoring:
     """train, valid, test → what is in it, for example "300 records of 47 prompts"."""
     warnings: tuple[str, ...]
     """Sets that have prompts in common."""
+    epochs: float = 1.0
+    """Passes over the training records, where the settings name none."""
 
     def order(self, valid_loss: float | None, valid_scores: Mapping[str, float]) -> tuple[float, float]:
         """Return what to sort runs by, the best first: their score on held-out records, then their loss there."""
@@ -133,6 +135,9 @@ def opened(
             if not resumed:
                 bring_back(folder)
             raise
+        # All candidates pass over the records as often, and the results say how often
+        config = replace(config, epochs=scoring.epochs if config.epochs is None else config.epochs)
+        settings = replace(settings, run={**settings.run, "epochs": config.epochs})
         yield Study(folder, config, settings, scoring, splits.notes(folder / "data"))
 
 
@@ -148,7 +153,8 @@ def scoring_of(sets: Path, config: TrainConfig, model: str, metrics: str) -> Sco
     chosen = metrics_for(metrics, data, records[0].form)
     described_sets = {name: described(part.items) for name, part in zip(splits.NAMES, records, strict=True)}
     chosen_by = chosen[-1] if task_of(data).answers != "text" else "loss"
-    return Scoring(data, tuple(chosen), chosen_by, described_sets, _overlaps(*records))
+    epochs = task_of(data).usual_epochs(len(records[0]))
+    return Scoring(data, tuple(chosen), chosen_by, described_sets, _overlaps(*records), epochs)
 
 
 def _overlaps(train: Records, valid: Records, test: Records) -> tuple[str, ...]:

@@ -20,14 +20,20 @@ import numpy as np
 from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import read
 from deltaw.errors import DeltaWError, TrainError
+from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.lora import LoRA
+from deltaw.methods.registry import usual_lr
 from deltaw.model import attach
+from deltaw.model.inputs import hidden_size_of
+from deltaw.model.pretrained import read_config
 from deltaw.model.switch import use
+from deltaw.progress import Runs, named, shown, tell
 from deltaw.runs import splits, study
 from deltaw.runs.candidates import Candidate, candidates, learning_rates, width_of
 from deltaw.runs.directions import alike, in_common
 from deltaw.runs.evaluation.bootstrap import Choice, Compared, Measured, chosen, compared, of_losses
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import Evaluation, RecordLosses, evaluate
 from deltaw.runs.events import (
     CandidateFinished,
@@ -66,8 +72,8 @@ from deltaw.training.tasks import task_of
 _RUNGS = (0.25, 0.5)
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Card):
     """The result of `sweep`.
 
     >>> import deltaw
@@ -90,6 +96,20 @@ class Sweep:
         """Targets → the smallest rank that is enough. One rank alone is no choice, and is not here."""
         return self.outcome.choices
 
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return what was tried on what, the ranks that are enough, the time and the place, in a few lines."""
+        outcome, settings = self.outcome, self.outcome.settings
+        rows = {targets: f"r = {choice.rank} is enough" for targets, choice in [*self.choices.items()][:3]}
+        best = min(outcome.trained, key=lambda trained: trained[1].valid_loss, default=None)
+        if best is not None:
+            rows["best held-out loss"] = f"{best[1].valid_loss:.4f} of {best[0].name}, lr {best[1].lr:g}"
+        failed = f", {len(outcome.failed)} of them without a result" if outcome.failed else ""
+        seconds = sum(run.seconds for _, run in outcome.trained)
+        rows["tried"] = (
+            f"{len(outcome.rows)} candidates{failed}; the best of each took {units.duration(seconds)} in all"
+        )
+        return f"Sweep over {settings.model}, trained on {settings.data}", rows | {"report": str(self.report)}
+
     @property
     def results(self) -> JsonObject:
         """The plain values of results.json."""
@@ -102,6 +122,7 @@ def sweep(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     options: SweepConfig = SweepConfig(),  # noqa: B008  (frozen)
     *,
+    progress: bool = True,
     on_event: Callable[[SweepEvent], None] = lambda event: None,
 ) -> Sweep:
     """Train and score every rank of `options` over one base in memory, and write the report into `config.out`.
@@ -114,6 +135,7 @@ def sweep(
         data: a file, folder or hub data set, with records as `train` takes them.
         config: the settings of every run.
         options: the ranks and what else is tried.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with what happens, as `deltaw.runs.events` has it.
 
     Returns:
@@ -134,7 +156,10 @@ def sweep(
     >>> result.choices["q"].rank in (1, 2)
     True
     """
-    with _begun(model, data, dataclasses.replace(config, samples=0), options, on_event) as begun:
+    with (
+        shown(progress, "sweep", on_event) as hear,
+        _begun(model, data, dataclasses.replace(config, samples=0), options, hear) as begun,
+    ):
         return _finished(begun)
 
 
@@ -181,6 +206,11 @@ class _Base:
             self._prepared = prepare(self._model, study.records("train"), config, LoRA())
         return self._prepared
 
+    @property
+    def hidden_size(self) -> int | None:
+        """The model's hidden size, as its config says."""
+        return hidden_size_of(read_config(self._model, trust_remote_code=self._study.config.trust_remote_code))
+
     def width(self, asked: int | None, tasks: Sequence[Task], on_event: Callable[[SweepEvent], None]) -> int:
         """Return how many candidates share a pass. It is chosen once, for the first tasks, and then told."""
         if self._width is None:
@@ -208,6 +238,11 @@ class Task:
     candidate: Candidate
     lr: float
     seed: int
+
+    @property
+    def named(self) -> str:
+        """For people to read."""
+        return f"{self.candidate.name}, lr {self.lr:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -242,7 +277,9 @@ def _begun(
 def _measured(begun: _Begun, every: Sequence[Candidate]) -> list[Measurement]:
     """Train each candidate at all learning rates, then with the other seeds at its best one."""
     options, config = begun.options, begun.study.config
-    rates, seeds = learning_rates(options, config.lr), range(config.seed + 1, config.seed + options.seeds)
+    usual = config.lr or usual_lr(every[0].method, begun.base.hidden_size)
+    rates, seeds = learning_rates(options, usual), range(config.seed + 1, config.seed + options.seeds)
+    tell(Runs(len(every) * (len(rates) + len(seeds))))
     first = _outcomes(
         begun, [Task(c, lr, config.seed) for c in every for lr in rates], _RUNGS if options.halving else ()
     )
@@ -304,8 +341,11 @@ def _trained(begun: _Begun, tasks: Sequence[Task], rungs: Sequence[float]) -> di
             begun.on_event(CandidateStepped(task.candidate.name, task.lr, task.seed, event))
 
     outcomes = {}
+    names = {str(i): task.named for i, task in enumerate(tasks)}
     try:
-        for i, result in enumerate(run_abreast(ready, width, rungs=rungs, on_event=hear)):
+        with named(lambda run: names.get(run, run)):
+            results = run_abreast(ready, width, rungs=rungs, on_event=hear)
+        for i, result in enumerate(results):
             use(base.loaded.model, str(i))
             outcomes[tasks[i]] = outcome = _outcome(begun.study, base, result)
             _keep(begun, tasks[i], outcome)

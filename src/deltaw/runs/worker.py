@@ -8,13 +8,16 @@ A candidate has its own process because the peak of memory is a process's: it wo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deltaw import progress
 from deltaw.errors import ConfigError, DeltaWError, FileError, FolderInUse, Interrupted, TargetError
 from deltaw.runs.results.compare import CandidateScore, CandidateTask, LatencyRow, Outcome, RunFigures, TimingTask
 from deltaw.runs.results.scores import MetricScore
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from deltaw.training.events import Event
 
 CANDIDATE, SCORE = "candidate.json", "score.json"
+NOW = "now.json"
+"""The file of a candidate's last notice, while it is trained."""
+_NOW_EVERY = 0.2
+"""Seconds between two writes of that."""
 TIMING, LATENCY = "timing.json", "latency.json"
 _ROUNDS = 9
 
@@ -44,7 +51,8 @@ def _candidate(folder: Path) -> int:
     code = 0
     outcome: Outcome | None = None
     try:
-        outcome = scored(CandidateTask.from_json(task), folder / "run")
+        with progress.watched(_Now(folder / NOW).take):
+            outcome = scored(CandidateTask.from_json(task), folder / "run")
     except DeltaWError as error:
         code = error.exit_code
         if isinstance(error, Interrupted | FolderInUse):  # neither is a result
@@ -56,7 +64,27 @@ def _candidate(folder: Path) -> int:
 
         _write(folder / SCORE, {"task": task, **outcome.to_json()})
         RunFolder(folder / "run").forget_states()
+    (folder / NOW).unlink(missing_ok=True)
     return code
+
+
+class _Now:
+    """A file that holds the last notice, for the process that shows it. Ticks are written now and then, other notices at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written = 0.0
+
+    def take(self, notice: progress.Notice) -> None:
+        """Take up a notice."""
+        now = time.monotonic()
+        if isinstance(notice, progress.Tick | progress.Phase) and now - self._written < _NOW_EVERY:
+            return
+        self._written = now
+        beside = self._path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # a view is not worth a candidate
+            beside.write_text(json.dumps(progress.to_json(notice)), encoding="utf-8")
+            beside.replace(self._path)
 
 
 def _write(path: Path, values: dict[str, object]) -> None:

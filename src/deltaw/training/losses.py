@@ -50,6 +50,9 @@ class Loss(Protocol):
     def each(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of each prediction, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
 
+    def judged(self, batch: Any) -> tuple[Tensor, int, Tensor | None]:
+        """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
+
 
 class CompletionLoss:
     """The summed −log p of a batch's supervised tokens, for one causal model.
@@ -71,6 +74,10 @@ class CompletionLoss:
         """Return (sum over supervised tokens of −log p as an fp32 scalar, their number). Rows are right-padded."""
         losses, _ = self.each(batch)
         return losses.sum(), losses.numel()
+
+    def judged(self, batch: Batch) -> tuple[Tensor, int, None]:
+        """Return what the call does: no token of a text is right or wrong."""
+        return *self(batch), None
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return a batch, padded on the right within the model's positions."""
@@ -185,6 +192,10 @@ class ItemLoss:
         losses, _ = self.each(batch)
         return losses.sum(), losses.numel()
 
+    def judged(self, batch: ItemBatch) -> tuple[Tensor, int, Tensor | None]:
+        """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
+        return *self(batch), None
+
     def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
         """Return the loss of each prediction, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
         raise NotImplementedError
@@ -213,6 +224,13 @@ class RecordLoss(ItemLoss):
 
 class ClassLoss(RecordLoss):
     """−log p(class | x) for each record."""
+
+    def judged(self, batch: ItemBatch) -> tuple[Tensor, int, Tensor]:
+        """Return (sum of the losses, their number, how many records' likeliest class is theirs)."""
+        logits = self.logits(batch)
+        target = to_device(logits.device, batch.target)
+        losses = self.of(logits, target)
+        return losses.sum(), losses.numel(), (logits.argmax(-1) == target).sum()
 
     def of(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target, reduction="none")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaw.config import DataConfig, DType, Task
-from deltaw.data import template_of
+from deltaw.data import Records, template_of, usual_separator
 from deltaw.errors import DataError, FileError, shown
 from deltaw.files import store
 from deltaw.files.formats.method_file import MethodFile
@@ -21,6 +23,7 @@ from deltaw.files.formats.peft import LoRAFile
 from deltaw.model.inputs import image_shape, most_positions, tokens_beyond, within
 from deltaw.model.pretrained import Pretrained, check_vocabulary, load_pretrained, resize_vocabulary
 from deltaw.model.summary import updates
+from deltaw.progress import say
 from deltaw.training.tasks import Image, Seq2Seq, task_of
 
 if TYPE_CHECKING:
@@ -71,16 +74,44 @@ def opened(
     trust_remote_code: bool = False,
 ) -> Pretrained:
     """Return `load_pretrained` for the task of these settings. Raises as that does."""
+    say("loading the model")
     task = cast(Task, task_of(data).name)
-    return load_pretrained(
-        source,
-        task=task,
-        labels=data.labels,
-        dtype=dtype,
-        device=device,
-        to_train=to_train,
-        trust_remote_code=trust_remote_code,
-    )
+    with _quietly():
+        return load_pretrained(
+            source,
+            task=task,
+            labels=data.labels,
+            dtype=dtype,
+            device=device,
+            to_train=to_train,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' bars and notices back, while open: they would run through a view, or print where none is wanted.
+
+    Of weights that are missing we tell ourselves.
+    """
+    from transformers.utils import logging as notices
+
+    verbosity, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    # torchao warns of kernels that it cannot load, and torch of torchao's classes
+    others = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in others]
+    notices.set_verbosity(max(verbosity, notices.ERROR))
+    notices.disable_progress_bar()
+    for logger in others:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notices.set_verbosity(verbosity)
+        if bars:
+            notices.enable_progress_bar()
+        for logger, level in zip(others, levels, strict=True):
+            logger.setLevel(level)
 
 
 def equip(loaded: Pretrained, adapter: str | Path, *, check_base: bool = True, resize: bool = False) -> Pretrained:
@@ -154,10 +185,13 @@ def probe(loaded: Pretrained, data: DataConfig) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :16]} if isinstance(task_of(data), Seq2Seq) else {})
 
 
-def prepared(data: DataConfig, form: str, loaded: Pretrained, taken: int = 0) -> DataConfig:
-    """Return `data` with `auto` resolved for records of this form, within the model's positions without `taken` ones."""
+def prepared(data: DataConfig, records: Records, loaded: Pretrained, taken: int = 0) -> DataConfig:
+    """Return `data` with `auto` resolved for these records, within the model's positions without `taken` ones."""
     if data.task == "causal":
-        data = dataclasses.replace(data, template=template_of(form, loaded.tokenizer, data))  # type: ignore[arg-type]
+        template = template_of(records.form, loaded.tokenizer, data)
+        data = dataclasses.replace(data, template=template)  # type: ignore[arg-type]
+        if template == "plain" and data.separator is None:
+            data = dataclasses.replace(data, separator=usual_separator(records.items))
     else:
         _check_prompt_settings(data)
     return within(data, loaded.model, taken)

@@ -51,12 +51,12 @@ def make(flat: Flat, config: TrainConfig) -> torch.optim.Optimizer:
     apart = flat.vectors()
     excluded = {id(p) for p in apart}
     groups: list[_Group] = [
-        {"params": [p for p in tensors(letter) if id(p) not in excluded], "lr": config.lr * ratio, "ratio": ratio}
+        {"params": [p for p in tensors(letter) if id(p) not in excluded], "lr": config.peak_lr * ratio, "ratio": ratio}
         for letter, ratio in (("A", 1.0), ("B", config.lr_ratio))
     ]
     if apart:
-        groups.append({"params": apart, "lr": config.lr, "ratio": 1.0, "weight_decay": 0.0})
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+        groups.append({"params": apart, "lr": config.peak_lr, "ratio": 1.0, "weight_decay": 0.0})
+    settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
     devices = {p.device.type for group in groups for p in group["params"]}
     if config.optimizer in _FUSED and devices <= {"cpu", "cuda"}:
         settings["fused"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -18,12 +18,14 @@ from deltaw.data.items import Item
 from deltaw.data.prompts import described, overlap
 from deltaw.data.records import notes_of
 from deltaw.data.sources import Source, is_path, local
-from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, shown
+from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, shown, visible
 from deltaw.layers.ops.seeding import seeded
 from deltaw.methods.plan import Method
+from deltaw.methods.registry import at_width, usual_lr
 from deltaw.model import summary
-from deltaw.model.inputs import settle_padding, vocabulary_size
+from deltaw.model.inputs import hidden_size_of, settle_padding, vocabulary_size
 from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
+from deltaw.progress import say
 from deltaw.training.opening import opened, prepared
 from deltaw.training.tasks import recognised, task_of
 
@@ -36,6 +38,10 @@ Tokenizer: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor"
 log = logging.getLogger("deltaw")
 # Fewer records are all trained on
 _FEW = 20
+# Held out by default: this share, but so many records at least, or a tenth of few
+_SHARE, _LEAST, _OF_FEW = 0.02, 32, 0.1
+# Characters of the first record's prompt and answer that are shown
+_SHOWN = 80
 _INSTEAD = "Give held-out records with --valid, or hold out none with --valid-share 0."
 
 
@@ -93,8 +99,9 @@ def prepare(
 
 def encoded(begun: Begun, data: Source, method: Method) -> Prepared:
     """Return what was begun with its records encoded. Raises DataError with all that cannot be."""
-    loaded, config = begun.loaded, begun.config
+    loaded, config = begun.loaded, _settled(begun, method)
     task = task_of(config.data)
+    say("encoding the records")
     train = task.encode(begun.train, loaded, config.data)
     valid = task.encode(begun.valid, loaded, config.data) if begun.valid is not None else None
     check_ids(loaded, [*train.examples, *(valid.examples if valid is not None else ())])
@@ -106,8 +113,39 @@ def encoded(begun: Begun, data: Source, method: Method) -> Prepared:
         train,
         valid,
         begun.valid,
-        _sets(begun),
+        replace(_sets(begun), notes=(*begun.notes, *_first_record(begun, train))),
     )
+
+
+def _first_record(begun: Begun, train: Encoded) -> Iterator[str]:
+    """Yield a sentence on how prompts are put, with the first record: the end of its prompt, and the start of what is taught."""
+    example, data = train.examples[0], begun.config.data
+    if not isinstance(example, Example) or begun.train.form == "text" or not any(example.supervised):
+        return
+    tokenizer, at = cast("PreTrainedTokenizerBase", begun.loaded.tokenizer), example.supervised.index(True)
+    parts = (example.input_ids[:at], example.input_ids[at:])
+    before, taught = (visible(str(tokenizer.decode(ids)).replace("\n", "⏎")) for ids in parts)
+    before = "…" * (len(before) > _SHOWN) + before[-_SHOWN:]
+    taught = taught[:_SHOWN] + "…" * (len(taught) > _SHOWN)
+    if data.template == "chat":
+        how = "Prompts are put into the model's chat template"
+        how += "" if begun.train.form == "chat" else " (--template plain leaves it out)"
+    else:
+        how = "Prompts are taken without a chat template"
+    yield f"{how}. The first record: {before} → taught: {taught}"
+
+
+def _settled(begun: Begun, method: Method) -> TrainConfig:
+    """Return the settings with the learning rate and the passes that the method, the model and the records call for."""
+    config, width = begun.config, hidden_size_of(getattr(begun.loaded.model, "config", None))
+    lr = config.lr
+    if lr is None:
+        # LoRA+ keeps the mean of both rates
+        lr = at_width(usual_lr(method, width) / config.lr_ratio**0.5, None)
+    epochs = config.epochs
+    if epochs is None:
+        epochs = task_of(config.data).usual_epochs(len(begun.train))
+    return replace(config, lr=lr, epochs=epochs)
 
 
 def check_ids(loaded: Pretrained, examples: Sequence[Example | Item]) -> None:
@@ -178,12 +216,15 @@ class Begun(NamedTuple):
 
 def begin(model: Model, data: Source, config: TrainConfig, positions: int, tokenizer: Tokenizer | None = None) -> Begun:
     """Open the model and read the records to train on and to hold out. `positions`: those that the method takes."""
+    say("reading the records")
     records = read(data, config.data, split=config.data.split)
     valid = held_out_records(data, config)
     config = replace(config, data=recognised(config.data, records, _config_of(model, config.trust_remote_code)))
     with seeded(config.seed):  # a head that the checkpoint does not have is drawn
         loaded = _loaded(model, tokenizer, config)
-    config = _resolved(config, records.form, loaded, positions)
+    config = _resolved(config, records, loaded, positions)
+    if valid is None and config.valid_share is None:
+        config = replace(config, valid_share=_usual_share(len(records)))
     return Begun(loaded, config, *_split(records, valid, config), notes_of([records, valid]))
 
 
@@ -240,14 +281,14 @@ def _loaded(model: Model, tokenizer: Tokenizer | None, config: TrainConfig) -> P
     return Pretrained(pretrained, tokenizer, name, head_of(pretrained) if task in HEADED else (), handed_over=True)
 
 
-def _resolved(config: TrainConfig, form: str, loaded: Pretrained, taken: int) -> TrainConfig:
+def _resolved(config: TrainConfig, records: Records, loaded: Pretrained, taken: int) -> TrainConfig:
     """Return the settings with `auto` resolved.
 
     So config.yaml reproduces the run on another machine, and a later prompt to the adapter is wrapped as the records were.
     """
     if config.batch_tokens is not None and config.data.task == "image":
         raise ConfigError("batch_tokens counts tokens, and images have none: set batch.")
-    data = prepared(config.data, form, loaded, taken)
+    data = prepared(config.data, records, loaded, taken)
     dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
     return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 
@@ -262,14 +303,20 @@ def held_out_records(source: Source, config: TrainConfig) -> Records | None:
     return read(source, config.data, split=split) if split else None
 
 
+def _usual_share(records: int) -> float:
+    """Return the share of so many records to hold out by default."""
+    return max(round(records * _SHARE), min(_LEAST, round(records * _OF_FEW))) / records if records >= _FEW else 0.0
+
+
 def _split(records: Records, valid: Records | None, config: TrainConfig) -> tuple[Records, Records | None]:
     """Hold out a part by the seed where none was; take at most max_records to train on and valid_most to evaluate on.
 
     Whole prompts are held out, so that none is on both sides; separate held-out records are taken as they are.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    if valid is None and config.valid_share > 0 and len(records) >= _FEW:
-        count = max(1, min(round(len(records) * config.valid_share), config.valid_most))
+    share = _usual_share(len(records)) if config.valid_share is None else config.valid_share
+    if valid is None and share > 0 and len(records) >= _FEW:
+        count = max(1, min(round(len(records) * share), config.valid_most))
         held = hold_out(
             records.items, count, most=config.valid_most, seed=config.seed, source=records.source, instead=_INSTEAD
         )

@@ -6,16 +6,18 @@ Each task says how records become examples, what its loss is, and what a model a
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaw.config import DataConfig, GenerateConfig
-from deltaw.data import Encoded, Record, Records, as_said, as_taught, encode, encode_prompt, prompt_ends
+from deltaw.data import Encoded, Example, Record, Records, as_said, as_taught, encode, encode_prompts, prompt_ends
 from deltaw.data.images import pixels
 from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
 from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
@@ -36,6 +38,23 @@ Told = Callable[[int], None]
 """Told how many records are done."""
 
 
+class Passes(NamedTuple):
+    """Passes over training records by their number, as results/defaults.json measured them. Each limit is a number of records.
+
+    Few records are passed over more often, until the model has seen `enough`; many less often, until it has seen `plenty`.
+    """
+
+    usual: float
+    enough: int
+    most: float
+    plenty: int
+
+    def over(self, records: int) -> float:
+        """Return the passes over so many records: whole ones, between 1 and `most`."""
+        passes = min(max(self.usual, self.enough / records), self.most) if records else 1.0
+        return float(round(max(1.0, min(passes, max(self.plenty, self.enough) / max(records, 1)))))
+
+
 class Task(ABC):
     """A task's answers to what a run, an evaluation or a comparison asks."""
 
@@ -49,6 +68,14 @@ class Task(ABC):
     counted: ClassVar[str] = "tokens"
     """The things that its speed counts."""
     answers: ClassVar[Literal["text", "class", "number"]]
+    passes: ClassVar[Passes]
+    """Passes over the records by default."""
+    trivial: ClassVar[str] = ""
+    """The answer of `trivial_loss` in words."""
+
+    def usual_epochs(self, records: int) -> float:
+        """Return the passes over so many training records by default."""
+        return self.passes.over(records)
 
     @abstractmethod
     def encode(self, records: Records, loaded: Pretrained, data: DataConfig) -> Encoded:
@@ -68,6 +95,10 @@ class Task(ABC):
     def wanted(self, record: Record, data: DataConfig) -> str | None:
         """Return the answer that the record has, of a class its name; None where it has none."""
 
+    def trivial_loss(self, train: Sequence[Example | Item], valid: Sequence[Example | Item]) -> float | None:
+        """Return the held-out loss of the best answer that looks at no record; None where only the base tells it."""
+        return None
+
     def learnt(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[str | None]:
         """Return the answers that the records have, as a model that learnt them gives them."""
         return [self.wanted(record, data) for record in records]
@@ -85,6 +116,7 @@ class Written(Task):
     """A task whose answers are texts that the model generates."""
 
     answers = "text"
+    passes = Passes(usual=3, enough=1000, most=10, plenty=30_000)
 
     @abstractmethod
     def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
@@ -95,10 +127,19 @@ class Written(Task):
         return ()
 
     def answer(
-        self, loaded: Pretrained, records: Sequence[Record], data: DataConfig, generation: GenerateConfig, told: Told
+        self,
+        loaded: Pretrained,
+        records: Sequence[Record],
+        data: DataConfig,
+        generation: GenerateConfig,
+        told: Told,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
+        """Return what the model writes for each record; `on_text` is told the only one as it comes."""
         prompts, ends = self.prompts(loaded, records, data), self.ends(loaded, records, data)
-        return [*generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told)]
+        return [
+            *generate(loaded.model, loaded.tokenizer, prompts, generation, ends=ends, on_done=told, on_text=on_text)
+        ]
 
     def wanted(self, record: Record, data: DataConfig) -> str | None:
         return record.completion
@@ -126,7 +167,7 @@ class Causal(Written):
         return CompletionLoss(loaded.model, pad_id(loaded.tokenizer))
 
     def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
-        return [encode_prompt(record, loaded.tokenizer, data) for record in records]
+        return encode_prompts(records, loaded.tokenizer, data)
 
     def learnt(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[str | None]:
         return as_taught(records, loaded.tokenizer, data)
@@ -155,6 +196,7 @@ class Scored(Task):
     """A task whose answers are read from the logits of a head, one row for each record."""
 
     unit = "nats per record"
+    passes = Passes(usual=3, enough=5000, most=20, plenty=60_000)
     loss_class: ClassVar[type[RecordLoss]] = ClassLoss
 
     @abstractmethod
@@ -221,6 +263,14 @@ class _OfClasses(Scored):
     """A scored task whose answers are classes: the likeliest one."""
 
     answers = "class"
+    trivial = "giving each class its share of the training records"
+
+    def trivial_loss(self, train: Sequence[Example | Item], valid: Sequence[Example | Item]) -> float:
+        known, held = _targets(train), _targets(valid)
+        counts = Counter(known)
+        # One more of each class, so that one that no training record has is possible
+        classes = len(counts | Counter(held))
+        return sum(-math.log((counts[c] + 1) / (len(known) + classes)) for c in held) / max(1, len(held))
 
     def answers_of(self, logits: Tensor) -> Sequence[int]:
         return [int(i) for i in logits.argmax(-1)]
@@ -243,12 +293,23 @@ class Regression(_OfTexts):
     least_margin = 0.0
     answers = "number"
     loss_class: ClassVar[type[RecordLoss]] = SquaredLoss
+    trivial = "the mean of the training records"
+
+    def trivial_loss(self, train: Sequence[Example | Item], valid: Sequence[Example | Item]) -> float:
+        known, held = _targets(train), _targets(valid)
+        mean = sum(known) / max(1, len(known))
+        return sum((value - mean) ** 2 for value in held) / max(1, len(held))
 
     def answers_of(self, logits: Tensor) -> Sequence[float]:
         return [float(v) for v in logits[:, 0]]
 
     def said(self, answer: Answer, data: DataConfig) -> str:
         return f"{answer:.4g}"
+
+
+def _targets(examples: Sequence[Example | Item]) -> list[float]:
+    """Return the classes or quantities of examples."""
+    return [e.target for e in examples if isinstance(e, Item) and isinstance(e.target, int | float)]
 
 
 class Image(_OfClasses):

@@ -61,6 +61,19 @@ def left_out(template: Template, conversation: Conversation, turns: Sequence[tup
     return lost + _context_left_out(template, conversation, {number for number, _ in turns})
 
 
+def left_out_of_prompt(template: Template, conversation: Conversation, prompt: str) -> list[LeftOut]:
+    """Return each part of a conversation, rendered as a prompt, that the model would not see."""
+    names = [name_of(schema) for schema in conversation.tools]
+    lost = []
+    if names and _tools_left_out(template, conversation, prompt):
+        lost = [LeftOut("tools", f"the chat template does not render the tools ({shown(names)})")]
+    try:
+        whole = template.render(conversation)
+    except DataError:  # of a template that renders no conversation without an answer
+        return lost
+    return lost + _texts_left_out(template, conversation, whole) + _context_left_out(template, conversation, set())
+
+
 def _tools_left_out(template: Template, context: Conversation, before: str) -> list[LeftOut]:
     names = [name_of(schema) for schema in context.tools]
     lost = [name for name in names if name not in before]

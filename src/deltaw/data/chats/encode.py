@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from deltaw.data.chats.checks import LeftOut, advice_on, left_out
+from deltaw.data.chats.checks import LeftOut, advice_on, left_out, left_out_of_prompt
 from deltaw.data.chats.endings import Ending, Ids, Turn, tokens_of
 from deltaw.data.chats.messages import Conversation, Message
 from deltaw.data.chats.template import Template
@@ -187,12 +187,16 @@ def _marks_of(template: Template) -> _Marks:
 def prompt_ids(conversation: Conversation | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Return token ids to generate the next assistant message from: the conversation and the generation prompt.
 
-    Raises DataError where the tokenizer has no chat template, or the template refuses the conversation.
+    Raises DataError where the tokenizer has no chat template, or the template refuses the conversation or leaves a part of it
+    out.
     """
     template = Template(tokenizer)
     if not isinstance(conversation, Conversation):
         conversation = Conversation(tuple(conversation))
-    text = template.render(_marks_of(template).without(conversation), prompt=True)
+    conversation = _marks_of(template).without(conversation)
+    text = template.render(conversation, prompt=True)
+    if lost := left_out_of_prompt(template, conversation, text):
+        raise DataError("; ".join([part.line for part in lost]) + f". {advice_on(lost)}")
     return tokenized([text], tokenizer)[text]
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import datasets
 
 Source: TypeAlias = (
-    "str | Path | Sequence[Fields] | Mapping[str, Sequence[Fields]] | datasets.Dataset | datasets.DatasetDict"
+    "str | Path | Read | Sequence[Fields] | Mapping[str, Sequence[Fields]] | datasets.Dataset | datasets.DatasetDict"
 )
-"""A path or hub id, a list of records, or splits of such lists by name."""
+"""A path or hub id, rows that are read already, a list of records, or splits of such lists by name."""
 
 HELD_OUT = ("valid", "validation", "val", "dev", "eval", "test")
 _SHARD = re.compile(r"-\d+(-of-\d+)?$")  # train-00000-of-00002.parquet, the hub's own naming
@@ -31,6 +31,9 @@ def rows(source: Source, split: str | None, default_split: str | None, how: Read
     Raises DataError where there is nothing to read at all.
     """
     how = how or Reading()
+    if isinstance(source, Read):
+        _refuse_split(split, source.name)
+        return source
     if isinstance(source, Mapping):  # a DatasetDict, or a plain dict of lists
         name = _pick(list(source), split or default_split, "the data set")
         return replace(_memory(source[name], name), name=name)
@@ -75,7 +78,7 @@ def splits(source: Source) -> dict[str, list[Path] | None]:
     """Return split name → its files, None where they are not local. A single file or list is one `train`."""
     if isinstance(source, Mapping):
         return dict.fromkeys(source)
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, Path)):  # rows, or a list
         return {"train": None}
     path = local(source)
     if path is None:

@@ -18,11 +18,14 @@ from deltaw.data.encode import Example
 from deltaw.data.items import Item
 from deltaw.data.prompts import item_numbers
 from deltaw.errors import AdapterError, DataError, FileError
+from deltaw.files import units
 from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import within
 from deltaw.model.pretrained import Pretrained
 from deltaw.model.switch import at_fault
+from deltaw.progress import say, shown
 from deltaw.runs.evaluation.bootstrap import ItemScore
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.classes import Confusion
 from deltaw.runs.evaluation.metrics import (
     CLASS_METRICS,
@@ -51,8 +54,8 @@ class RecordLosses(NamedTuple):
     """The number of its item, which records with the same prompt share."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Card):
     """Scores of one model in its present state (base, adapter or merged) on one set of records."""
 
     records: int
@@ -67,6 +70,13 @@ class Evaluation:
     seconds: float
     confusion: Confusion | None = None
     """The confusion matrix; None for tasks without classes."""
+
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return the records, the scores and the time, in a few lines."""
+        scores = {metric: str(score) for metric, score in self.scores.items()}
+        return f"Scores on {self.records:,} records of {self.items:,} items", scores | {
+            "time": units.duration(self.seconds)
+        }
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ def evaluate(
     generation: GenerateConfig,
     *,
     metrics: Sequence[str] | None = None,
+    progress: bool = True,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Score the model, with the adapter that is active, on records of `data.task`.
@@ -110,6 +121,7 @@ def evaluate(
 
     Args:
         metrics: Names of scores. Default: all of the task.
+        progress: Show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_done: Called with the number of records answered so far.
 
     Raises:
@@ -124,9 +136,15 @@ def evaluate(
     # A module with the interface of transformers' models, torch.compile's for example
     loaded = Pretrained(cast(PreTrainedModel, model), tokenizer, "")
     began = time.monotonic()
-    arguments = (loaded, records, data, generation, metrics, on_done)
+
+    def told(count: int) -> None:
+        say("answering", count, len(records))
+        on_done(count)
+
+    arguments = (loaded, records, data, generation, metrics, told)
     try:
-        judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
+        with shown(progress, "scoring"):
+            judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
     except (AdapterError, FileError) as error:  # outputs that are not finite, by the adapter or by the base
         raise DataError(f"There is no score: {error}") from error
     scored, items, predictions, scores, losses, confusion = judged
@@ -210,6 +228,7 @@ def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, it
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss.model):
         for start in range(0, len(order), batch):
+            say("scoring", start, len(order))
             rows = torch.tensor(order[start : start + batch])
             inputs = loss.collate([examples[i] for i in rows])
             losses, of_row = loss.each(inputs)

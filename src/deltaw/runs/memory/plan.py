@@ -82,13 +82,17 @@ class Planned:
     """
 
     model: str
+    """Name, folder or id of the model, as it was asked for."""
     task: str
+    """Task that is learned, such as causal."""
     dtype: str
     """Dtype of the base."""
     device: str
+    """Device that is planned for."""
     length: int | None
     """Tokens of each row; None for images."""
     base_parameters: int
+    """Numbers that the base holds."""
     base_bytes: int
     """A checkpoint of the whole model in its dtype."""
     rows: tuple[PlannedMethod, ...]

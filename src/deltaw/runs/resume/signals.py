@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from deltaw import progress
 from deltaw.errors import Interrupted
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)
@@ -46,6 +47,7 @@ def asked_to_stop() -> Iterator[Stopping]:
         if stopping.signum:
             raise KeyboardInterrupt
         stopping.signum = signum
+        progress.tell(progress.Stopping())
 
     previous = {signum: signal.signal(signum, ask) for signum in _ASKING}
     try:

@@ -71,10 +71,13 @@ class Survey:
     """
 
     source: str
+    """File, folder or data set, for messages."""
     form: str
+    """Form of the records, such as prompt or chat."""
     fields: str
     """The fields that this form has."""
     records: int
+    """Number of records."""
     what: str
     """Records and items in words."""
     held_out: str | None
@@ -100,6 +103,7 @@ class Survey:
     template: str = ""
     """chat or plain, as the records are put to this model; empty without one."""
     rendered: tuple[Rendered, ...] = ()
+    """First records in the model's tokens, with those that are taught."""
 
     def to_json(self) -> dict[str, object]:
         """Return plain values."""

@@ -19,6 +19,7 @@ from deltaw.methods.registry import name_of
 from deltaw.model import attach
 from deltaw.model.ends import teach
 from deltaw.model.summary import parameters, updates
+from deltaw.progress import say
 from deltaw.runs.resume.identity import differing, identity
 from deltaw.runs.resume.place import RunFolder
 from deltaw.training.keeper import Kept
@@ -127,6 +128,7 @@ def values_are_finite(job: Job) -> bool:
 
 def save(job: Job, step: int) -> None:
     """Save the adapter as it is after `step` steps."""
+    say("saving the adapter")
     loaded = job.prepared.loaded
     tokenizer = loaded.tokenizer if loaded.handed_over else None
     store.save(

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
 from deltaw.files.formats.peft import card
 from deltaw.model import summary as sizes
 from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary
+from deltaw.progress import say
+from deltaw.runs.evaluation.card import Card
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
@@ -28,7 +31,8 @@ from deltaw.runs.resume.place import (
     put_in_place,
 )
 from deltaw.runs.train.job import Job, peak, resumed_at
-from deltaw.training.events import Event, Warned
+from deltaw.runs.train.verdict import verdict
+from deltaw.training.events import Evaluated, Event, Warned
 from deltaw.training.loop import LoopState
 from deltaw.training.optim import ADAM_STATE
 from deltaw.training.tasks import task_of
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class RunResult:
+@dataclass(frozen=True, repr=False)
+class RunResult(Card):
     """The result of a training run.
 
     >>> import deltaw
@@ -103,6 +107,24 @@ class RunResult:
         """The lines of log.jsonl as plain values."""
         return [event.to_json() for event in self.events]
 
+    def card(self) -> tuple[str, dict[str, str]]:
+        """Return what was trained on what, its scores, its time and its place, in a few lines."""
+        settings, state, outcome = self.settings, self.state, self.outcome
+        rows = {
+            "trained": f"{outcome.trainable_parameters:,} parameters, {outcome.trainable_share:.2%} of the base's",
+            "time": f"{state.step} steps in {units.duration(state.seconds)}"
+            + (", stopped early" if state.stopped else ""),
+        }
+        if state.first_loss is not None and state.last_loss is not None:
+            rows["training loss"] = f"{state.first_loss:.4f} → {state.last_loss:.4f}"
+        held_out = [event.valid_loss for event in self.events if isinstance(event, Evaluated)]
+        if held_out:
+            best = f"best {state.best_loss:.4f} at step {state.best_step}"
+            rows["held-out loss"] = f"{held_out[0]:.4f} → {held_out[-1]:.4f} ({best}, {self.sets['valid']})"
+        rows |= {"adapter": f"{self.adapter}  {units.size(outcome.adapter_bytes)}", "report": str(self.report)}
+        rows |= {"warnings": str(len(self.warnings))} if self.warnings else {}
+        return f"{settings['method']} on {settings['model']}, trained on {settings['data']}", rows
+
     def figures(self) -> JsonObject:
         """Return the plain values of result.json."""
         return self.outcome.to_json()
@@ -116,6 +138,9 @@ def finished(
 
     home: where the run is in the end; where it was trained, if there is none. held_out: its scores, where they were taken.
     """
+    for text in verdict(job, journal.events, state):
+        journal.hear(Warned(state.step, text))
+    say("writing the report")
     _say_scores(job, state)
     summary, merge = sizes.summary(job.model), preview(job.model)
     outcome = replace(_figures(job, journal.events, state, summary, merge), held_out=held_out)

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from deltaw.config import LATEST, TrainConfig, to_yaml
+from deltaw.data.sources import Source
 from deltaw.errors import ConfigError, DeltaWError, FileError, Interrupted, NotFinite, TrainError
 from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
 from deltaw.model import summary as sizes
 from deltaw.model.switch import use
+from deltaw.progress import say, shown
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.resume.asked import Asked
 from deltaw.runs.resume.identity import LENGTHS, check_same
@@ -45,7 +47,7 @@ from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
 from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
-from deltaw.training.prepare import Prepared, prepare
+from deltaw.training.prepare import Model, Prepared, Tokenizer, prepare
 from deltaw.training.tasks import task_of
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
     resume: str | Path | None = None,
     resume_with: Sequence[str] = (),
+    progress: bool = True,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> RunResult:
     """Train an update of a model and write the run folder `config.out`.
@@ -80,6 +83,7 @@ def train(
         resume: a run folder whose run goes on from its last state, or whose finished run is trained further, for other epochs,
             steps or minutes. What is not given is as the run was begun.
         resume_with: settings of which the resumed run has others: epochs, steps, minutes, patience, out.
+        progress: show what goes on: a line that moves in a terminal and a notebook, plain lines on standard error elsewhere.
         on_event: called with every logged step, evaluation and warning, as `deltaw.training.events` has them.
 
     Returns:
@@ -105,12 +109,20 @@ def train(
     >>> deltaw.train(config=longer, resume="run").state.step
     5
     """
-    if resume is not None:
-        asked = Asked(Path(resume), model, data, config, method, tokenizer, tuple(resume_with))
-        return _resumed(asked, on_event)
-    if model is None or data is None:
-        raise ConfigError("train needs a model and data, or a run to resume.")
-    config = config or TrainConfig()
+    with shown(progress, "training", on_event) as hear:
+        if resume is not None:
+            asked = Asked(Path(resume), model, data, config, method, tokenizer, tuple(resume_with))
+            return _resumed(asked, hear)
+        if model is None or data is None:
+            raise ConfigError("train needs a model and data, or a run to resume.")
+        return _begun(model, data, config or TrainConfig(), method or LoRA(), tokenizer, hear)
+
+
+def _begun(
+    model: Model, data: Source, config: TrainConfig, method: Method, tokenizer: Tokenizer | None,
+    on_event: Callable[[Event], None],
+) -> RunResult:  # fmt: skip
+    """Train a new run."""
     is_latest, config = config.out == LATEST, replace(config, out=dated(config.out))
     home = RunFolder(Path(config.out))
     check_apart(
@@ -119,7 +131,7 @@ def train(
     )
     with at_work(home) as notes:
         check_free(home, overwrite=config.overwrite)
-        prepared = prepare(model, data, config, method or LoRA(), tokenizer=tokenizer)
+        prepared = prepare(model, data, config, method, tokenizer=tokenizer)
         job = attached(prepared, "default", begin(home))
         note = name_latest(home) if is_latest else ""
         return _run(replace(job, notes=(*notes, *filter(None, [note]))), home, on_event)
@@ -282,6 +294,7 @@ def _opening_events(job: Job) -> Iterator[Event]:
     """Yield what will be trained, and what is worth a warning beforehand."""
     prepared, task = job.prepared, task_of(job.prepared.config.data)
     summary = sizes.summary(job.model)
+    say("measuring memory")
     adapter, memory = summary.adapters[job.adapter], expected(prepared)
     yield Started(
         0, layers=adapter.layers, parameters=adapter.parameters, share=adapter.share, left_out=adapter.left_out,

@@ -9,6 +9,7 @@ from deltaw.config import GenerateConfig
 from deltaw.data import Record
 from deltaw.errors import DataError
 from deltaw.model.switch import using
+from deltaw.progress import say
 from deltaw.runs.evaluation.evaluate import evaluate, metrics_of
 from deltaw.runs.evaluation.metrics import installed
 from deltaw.runs.reports.train import Sampled
@@ -44,7 +45,11 @@ def answers(
         return [None] * len(records)
     task = task_of(data)
     with using(job.model, adapter):
-        answers = task.answer(loaded, records, data, generation, lambda count: None)
+        who, total = "the base" if adapter is None else "the adapter", len(records)
+        say(f"letting {who} answer samples", 0, total)
+        answers = task.answer(
+            loaded, records, data, generation, lambda count: say(f"letting {who} answer samples", count, total)
+        )
     return [task.said(answer, data) for answer in answers]
 
 
@@ -89,9 +94,12 @@ def scores(job: Job) -> HeldOutScores | None:
     if records is None:
         return None
     names = ["loss"] if task_of(data).answers == "text" else [m for m in metrics_of(data) if installed(m)]
+    say("scoring the held-out records")
     try:
         with using(job.model, job.adapter):
-            outcome = evaluate(job.model, loaded.tokenizer, records, data, GenerateConfig(), metrics=names)
+            outcome = evaluate(
+                job.model, loaded.tokenizer, records, data, GenerateConfig(), metrics=names, progress=False
+            )
     except DataError as error:
         log.warning("The held-out records have no score: %s", error)
         return None

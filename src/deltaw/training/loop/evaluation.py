@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from deltaw.layers.tree import evaluating, owner_of
 from deltaw.model.summary import updates
+from deltaw.progress import HeldOut, Phase, say, tell
 from deltaw.training.events import Evaluated
 from deltaw.training.loop.checks import not_finite, warn
 from deltaw.training.loop.plan import LoopPlan
@@ -62,13 +63,16 @@ def evaluate(loop: Loop) -> None:
     """
     plan, state, began = loop.plan, loop.state, loop.plan.clock()
     together = max(plan.config.batch, _EVALUATED_TOGETHER)
-    loss = held_out_loss(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop)
-    loop.due = loss is None
-    if loss is None:
+    judged = judge(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop)
+    loop.due = judged is None
+    if judged is None:
         return
+    loss, accuracy = judged
     state.valid_loss = loss
     if not math.isfinite(loss) and loop.best is None:
-        raise not_finite(f"The loss on held-out records is {loss} after step {state.step}", plan.config.lr, state.step)
+        raise not_finite(
+            f"The loss on held-out records is {loss} after step {state.step}", plan.config.peak_lr, state.step
+        )
     ended = plan.clock()
     loop.last_evaluation, state.seconds = ended - began, ended - loop.began
     state.eval_seconds += loop.last_evaluation
@@ -80,31 +84,50 @@ def evaluate(loop: Loop) -> None:
         state.without_gain += 1
         if plan.config.patience and state.without_gain >= plan.config.patience:
             state.stopped = "early"
+    tell(HeldOut(state.step, loss, accuracy, run=plan.adapter))
     plan.on_event(Evaluated(state.step, loss, state.best_loss))
+    tell(Phase("training", run=plan.adapter))
     if state.step >= _AFTER_STEPS and relative_norm(plan.model, plan.adapter) < _NOTHING_LEARNED:
         warn(
             loop,
             f"‖ΔW‖/‖W0‖ is still below {_NOTHING_LEARNED:g} after {state.step} steps: nothing is learned. "
-            f"Is lr = {plan.config.lr:g} ten times too small?",
+            f"Is lr = {plan.config.peak_lr:g} ten times too small?",
         )
 
 
-@torch.no_grad()
-def held_out_loss(
-    loss: Loss, examples: Sequence[Any], *, batch: int, should_stop: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Return the mean loss of a prediction over `examples`; of a causal model −log p per supervised token.
+class Judged(NamedTuple):
+    """Scores of held-out records."""
 
-    None where `should_stop`, which is asked before each batch, said so.
-    """
+    loss: float
+    """The mean of a prediction; of a causal model −log p per supervised token."""
+    accuracy: float | None
+    """Share of the records whose class is right; None for tasks without classes."""
+
+
+def held_out_loss(loss: Loss, examples: Sequence[Any], *, batch: int) -> float:
+    """Return the mean loss of a prediction over `examples`; of a causal model −log p per supervised token."""
+    judged = judge(loss, examples, batch=batch)
+    assert judged is not None
+    return judged.loss
+
+
+@torch.no_grad()
+def judge(
+    loss: Loss, examples: Sequence[Any], *, batch: int, should_stop: Callable[[], bool] = lambda: False
+) -> Judged | None:
+    """Return what `examples` score; None where `should_stop`, which is asked before each batch, said so."""
     ordered = sorted(examples, key=lambda e: e.length)
-    pairs = []
+    totals, count, right = [], 0, []
     with evaluating(loss.model):
         for i in range(0, len(ordered), batch):
             if should_stop():
                 return None
-            pairs.append(loss(loss.collate(ordered[i : i + batch])))
-    return float(sum(total for total, _ in pairs)) / sum(count for _, count in pairs)
+            say("scoring the held-out records", i, len(ordered))
+            total, number, correct = loss.judged(loss.collate(ordered[i : i + batch]))
+            totals.append(total)
+            count += number
+            right += [] if correct is None else [correct]
+    return Judged(float(sum(totals)) / count, float(sum(right)) / count if right else None)
 
 
 def restore_best(loop: Loop) -> None:

@@ -9,9 +9,12 @@ from dataclasses import replace
 import psutil
 import torch
 
+from deltaw.progress import Tick
 from deltaw.training.events import Stepped
 from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.state import Loop, LoopState, Taken
+
+_THIS_PROCESS = psutil.Process()
 
 
 def tell(loop: Loop) -> None:
@@ -51,11 +54,37 @@ def log_line(plan: LoopPlan, state: LoopState, before: LoopState, taken: Taken) 
     )
 
 
+def tick(loop: Loop, lr: float) -> Tick:
+    """Return the notice of the last step. Nothing here waits for a GPU: the loss is the last one that is known."""
+    plan, state = loop.plan, loop.state
+    memory, on_gpu = memory_now()
+    return Tick(
+        state.step,
+        plan.total_steps,
+        epoch=state.records / len(plan.examples),
+        loss=loop.usual.losses[-1] if loop.usual.losses else None,
+        lr=lr,
+        tokens=state.tokens,
+        step_seconds=state.step_seconds,
+        seconds_left=seconds_left(plan, state),
+        memory=memory,
+        on_gpu=on_gpu,
+        run=plan.adapter,
+    )
+
+
 def seconds_left(plan: LoopPlan, state: LoopState) -> float:
     """Return the seconds to the end, by the steps to come or by the clock, whichever ends first."""
     left = state.step_seconds / state.step * (plan.total_steps - state.step)
     minutes = plan.config.minutes
     return min(left, max(0.0, minutes * 60 - state.seconds)) if minutes else left
+
+
+def memory_now() -> tuple[int, bool]:
+    """Return the bytes that this process holds now, and whether they are a GPU's: where one is in use, they are."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.memory_allocated()):
+        return allocated, True
+    return int(_THIS_PROCESS.memory_info().rss), False
 
 
 def peak_memory() -> int:

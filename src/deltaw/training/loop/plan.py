@@ -49,7 +49,7 @@ class LoopPlan:
     @cached_property
     def total_steps(self) -> int:
         """Steps of the whole run, unless something stops it before."""
-        return self.config.steps or self.order.steps(self.config.epochs)
+        return self.config.steps or self.order.steps(self.config.epochs or 1.0)
 
     def drawn(self, step: int) -> list[Any]:
         """Return the examples of a step, counted from 0."""

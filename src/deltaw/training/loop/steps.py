@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deltaw import progress
 from deltaw.errors import TrainError, first_line
 from deltaw.layers.ops.seeding import mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
@@ -112,6 +113,7 @@ def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iter
             restore(loop, start)
         if plan.valid and (start is None or loop.due):
             evaluate(loop)
+        progress.tell(progress.Phase("taking the first step", run=plan.adapter))
         try:
             yield loop
             look_back(loop)
@@ -184,7 +186,7 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     They are of `loss`, the mean over the `supervised` predictions of the examples `rows`.
     """
     config, state = loop.plan.config, loop.state
-    lr = config.lr * lr_factor(config, state.step, loop.plan.total_steps, state.seconds)
+    lr = config.peak_lr * lr_factor(config, state.step, loop.plan.total_steps, state.seconds)
     optim.set_lr(loop.optimizer, lr)
     if state.step == 0:
         check_reached(loop)
@@ -230,6 +232,8 @@ def after_step(loop: Loop, taken: Taken, seconds: float) -> None:
     loop.taken = taken
     state.seconds = plan.clock() - loop.began
     state.step_seconds += seconds
+    if progress.is_watched():
+        progress.tell(log.tick(loop, taken.lr))
     if state.step % plan.config.log_every == 0 or state.step in (1, plan.total_steps):
         log.tell(loop)
     if plan.config.minutes and state.seconds >= plan.config.minutes * 60:

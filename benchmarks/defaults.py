@@ -1,0 +1,157 @@
+"""Show how near the default flags come to the best of a small grid of learning rates and epochs, by task.
+
+    python benchmarks/defaults.py sst2 --model MINILM --data SST2     # also rte, mrpc, cola
+    python benchmarks/defaults.py e2e --model SMOLLM2 --data E2E      # also instruct, tools
+    python benchmarks/defaults.py sst2 --model MINILM --data SST2 --only default   # the row of the defaults anew
+
+MODEL and DATA are folders. Every run is `deltaw train MODEL DATA` with a learning rate and epochs of the grid, or without both:
+the defaults. Its adapter is then scored on test records that chose nothing. LoRA, rank 8, all linear layers, seed 0.
+
+The share of the best: of classes, the score of the defaults by the grid's best. Of texts, the drop of the loss from the base's
+to the defaults' by the drop to the grid's best. A grid without a drop has no share.
+
+Writes results/defaults.json. Each run is kept there at once, and is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deltaw
+import machine
+from deltaw.config import from_mapping, keys
+from deltaw.data import read
+from deltaw.runs.evaluation.evaluate import evaluate
+from deltaw.runs.memory.machine import describe
+
+RESULT = machine.RESULTS / "defaults.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    train: str
+    test: str
+    metric: str
+    """The score that counts; `loss` counts downwards."""
+    lrs: tuple[float, ...]
+    epochs: tuple[float, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    most: int | None = None
+    """Training records taken; None for all."""
+    test_most: int = 10_000
+    reading: dict[str, Any] = field(default_factory=dict)
+
+
+STUDIES = {
+    "sst2": Study("train.jsonl", "test.jsonl", "accuracy", (3e-4, 1e-3, 3e-3), (1, 3, 10), most=1000),
+    "rte": Study("train.jsonl", "dev.jsonl", "accuracy", (3e-4, 1e-3, 3e-3), (1, 3, 6)),
+    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", (3e-4, 1e-3, 3e-3), (1, 3, 6)),
+    "cola": Study("train.jsonl", "dev.jsonl", "matthews", (3e-4, 1e-3, 3e-3), (1, 3)),
+    "e2e": Study("train.jsonl", "test.jsonl", "loss", (5e-4, 1.5e-3, 4.5e-3), (1, 3), most=1000, test_most=300),
+    "instruct": Study("all.jsonl", "", "loss", (5e-4, 1.5e-3, 4.5e-3), (1, 3)),
+    "tools": Study(
+        "train.jsonl", "test.jsonl", "loss", (5e-4, 1.5e-3, 4.5e-3), (1, 2), most=400, test_most=100,
+        reading={"max_length": 512, "too_long": "drop"},
+    ),
+}  # fmt: skip
+
+
+def records_of(study: Study, data: Path, folder: Path) -> tuple[Path, Path]:
+    """Files to train on and to test on; where the data has no test part, every tenth record."""
+    rows = (data / study.train).read_text(encoding="utf-8").splitlines()
+    if study.test:
+        test = (data / study.test).read_text(encoding="utf-8").splitlines()
+    else:
+        test, rows = rows[::10], [row for i, row in enumerate(rows) if i % 10]
+    train_file, test_file = folder / "train_records.jsonl", folder / "test_records.jsonl"
+    train_file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    test_file.write_text("\n".join(test) + "\n", encoding="utf-8")
+    return train_file, test_file
+
+
+def scored(study: Study, result: deltaw.RunResult, config: deltaw.DataConfig, test: Path) -> dict[str, float]:
+    """Loss and metric on the test records, of the model as it is now."""
+    records = read(test, config)
+    records = records.only(range(min(len(records), study.test_most)))
+    metrics = list(dict.fromkeys(["loss", study.metric]))
+    found = evaluate(result.model, result.tokenizer, records, config, deltaw.GenerateConfig(), metrics=metrics)
+    return {name: round(score.value, 5) for name, score in found.scores.items()}
+
+
+def trained(study: Study, model: str, train: Path, test: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run's row: what it was trained with, and how it scores. `base` is the loss without the adapter."""
+    reading = deltaw.DataConfig(max_records=study.most, **study.reading)
+    with tempfile.TemporaryDirectory() as folder:
+        config = deltaw.TrainConfig(data=reading, out=f"{folder}/run", samples=0, **settings)
+        result = deltaw.train(model, train, config)
+        used = from_mapping(deltaw.DataConfig, {k: result.settings[k] for k in keys(deltaw.DataConfig)})
+        row = {name: result.settings[name] for name in ("lr", "epochs", "batch")}
+        row |= {
+            "steps": result.state.step,
+            "seconds": round(result.state.seconds, 1),
+            "test": scored(study, result, used, test),
+        }
+        if study.metric == "loss":
+            deltaw.detach(result.model)
+            row["base"] = scored(study, result, used, test)["loss"]
+    return row
+
+
+def share_of_best(study: Study, grid: list[dict[str, Any]], default: dict[str, Any]) -> dict[str, Any]:
+    """The defaults beside the best of the grid, by the test score. (The best is chosen by it too, which favours the grid.)"""
+    if study.metric == "loss":
+        best = min(grid, key=lambda row: row["test"]["loss"])
+        gain, best_gain = (row["base"] - row["test"]["loss"] for row in (default, best))
+    else:
+        best = max(grid, key=lambda row: row["test"][study.metric])
+        gain, best_gain = (row["test"][study.metric] for row in (default, best))
+    share = round(gain / best_gain, 4) if best_gain > 0 else None
+    return {"best_lr": best["lr"], "best_epochs": best["epochs"], "share_of_best": share}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--only", choices=("all", "grid", "default"), default="all")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    study = STUDIES[args.name]
+    results = (
+        json.loads(args.out.read_text(encoding="utf-8"))
+        if args.out.exists()
+        else {"benchmark": "defaults", "tasks": {}}
+    )
+    task = results["tasks"].setdefault(args.name, {"grid": []})
+    task |= {"model": Path(args.model).name, "metric": study.metric, "records": study.most, "machine": describe()}
+    task["date"] = time.strftime("%Y-%m-%d")
+
+    def keep() -> None:
+        if task["grid"] and task.get("default"):
+            task.update(share_of_best(study, task["grid"], task["default"]))
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as folder:
+        train, test = records_of(study, args.data, Path(folder))
+        for lr, epochs in itertools.product(study.lrs, study.epochs) if args.only != "default" else ():
+            if not any(row["lr"] == lr and row["epochs"] == epochs for row in task["grid"]):
+                settings = {"lr": lr, "epochs": float(epochs), "valid_share": 0.0}
+                task["grid"].append(trained(study, args.model, train, test, settings))
+                print(args.name, task["grid"][-1], flush=True)
+                keep()
+        if args.only != "grid":
+            task["default"] = trained(study, args.model, train, test, {})
+            keep()
+            print(args.name, "default", task["default"], task.get("share_of_best"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
