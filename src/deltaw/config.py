@@ -345,8 +345,8 @@ class SweepConfig:
     halving: bool = False
     """End the worse half of the candidates, by held-out loss, after a quarter of the steps and again after a half."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the largest rank's, 0 or more. Differences of 0.005 nats are always
-    allowed, unless it is 0."""
+    """Share by which a recommended rank's loss may exceed the largest rank's, 0 or more; of classes the share of the
+    records that it may answer wrong beside it. Differences of 0.005 nats are always allowed, unless it is 0."""
     metrics: str = ""
     """Scores on the test records, with commas. Default: the loss, and the usual ones of classes or numbers."""
     test: str | None = None
@@ -377,8 +377,8 @@ class RankConfig(Trusting):
     ranks: str = ""
     """Ranks to cut the adapter to, with commas. Default: 1, 2, 4, 8 … up to its rank."""
     margin: float = 0.01
-    """Share by which a recommended rank's loss may exceed the whole adapter's, 0 or more. Differences of 0.005 nats are
-    always allowed, unless it is 0."""
+    """Share by which a recommended rank's loss may exceed the whole adapter's, 0 or more; of classes the share of the
+    records that it may answer wrong beside it. Differences of 0.005 nats are always allowed, unless it is 0."""
     records: str | None = None
     """Held-out records to score: a file, or a split of the run's data. Default: the records that the run held out."""
     most: int = 256

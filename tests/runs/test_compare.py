@@ -12,7 +12,7 @@ import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
 from deltaw.cli import main
-from deltaw.config import CompareConfig, TrainConfig
+from deltaw.config import CompareConfig, DataConfig, TrainConfig
 from deltaw.errors import ConfigError, DataError
 from deltaw.runs.compare import compare
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CompareEvent
@@ -97,7 +97,8 @@ def test_a_comparison_of_before_is_resumed(place: Path, tmp_path: Path, monkeypa
     (tmp_path / "model").symlink_to(place / "model")
     (tmp_path / "data.jsonl").symlink_to(place / "data.jsonl")
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(out="compare", steps=3, batch=4, valid_most=4, dtype="float32", device="cpu")
+    then = {"data": DataConfig(separator=""), "epochs": 1.0, "valid_share": 0.02}  # the defaults of then
+    config = TrainConfig(out="compare", steps=3, batch=4, valid_most=4, dtype="float32", device="cpu", **then)  # type: ignore[arg-type]
     options = CompareConfig(
         methods="lora(rank=2),bitfit,lora(targets=nothing)", lrs=2, seeds=2, test_most=4, latency=False
     )

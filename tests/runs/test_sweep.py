@@ -14,7 +14,7 @@ import torch
 
 import deltaw
 from deltaw.cli import main
-from deltaw.config import SweepConfig, TrainConfig
+from deltaw.config import DataConfig, SweepConfig, TrainConfig
 from deltaw.errors import Interrupted
 from deltaw.files.formats.peft import tensors_of
 from deltaw.runs.events import CandidateFinished, CandidateStarted, CandidateStepped, SweepEvent, WidthChosen
@@ -58,7 +58,7 @@ def test_a_rank_more_is_trained_alone(place: Path, tmp_path: Path, capsys: pytes
     words = [*command(place, tmp_path / "s", steps=1), "--targets", "q", "--ranks"]
     assert main([*words, "2"]) == 0 and main([*words, "2,1"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(done before)") == 1 and printed.count("r = 1, q, lr 0.0005, seed 0") == 1
+    assert printed.count("(done before)") == 1 and printed.count("r = 1, q, lr 0.0015, seed 0") == 1
     assert "Which rank is enough: q" in (tmp_path / "s" / "report.html").read_text()
     assert main([*words, "2", "--clip", "2"]) == 2
     assert "a sweep with other settings (clip)" in capsys.readouterr().err
@@ -70,7 +70,8 @@ def test_a_sweep_of_before_is_resumed(place: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "model").symlink_to(place / "model")
     (tmp_path / "data.jsonl").symlink_to(place / "data.jsonl")
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(out="sweep2", steps=4, lr=1e-2, batch=4, valid_most=4, dtype="float32", device="cpu")
+    then = {"data": DataConfig(separator=""), "epochs": 1.0, "valid_share": 0.02}  # the defaults of then
+    config = TrainConfig(out="sweep2", steps=4, lr=1e-2, batch=4, valid_most=4, dtype="float32", device="cpu", **then)  # type: ignore[arg-type]
     events: list[SweepEvent] = []
     options = SweepConfig(budget="1k", targets="q;v,q;o", test_most=4)
     result = sweep("model", "data.jsonl", config, options, on_event=events.append)
@@ -91,7 +92,7 @@ def test_events_name_their_candidate(place: Path, tmp_path: Path) -> None:
     assert isinstance(width, WidthChosen) and width.width == 1 and isinstance(started, CandidateStarted)
     assert isinstance(stepped, CandidateStepped) and stepped.progress.step == stepped.progress.total_steps == 1
     assert isinstance(finished, CandidateFinished) and finished.fresh and isinstance(finished.outcome, RunScore)
-    assert {(event.name, event.lr, event.seed) for event in (started, stepped, finished)} == {("r = 1, q", 5e-4, 0)}
+    assert {(event.name, event.lr, event.seed) for event in (started, stepped, finished)} == {("r = 1, q", 1.5e-3, 0)}
 
 
 def test_which_weights_at_equal_parameters(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

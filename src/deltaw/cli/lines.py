@@ -105,7 +105,7 @@ def _of_study(event: object) -> Iterator[Line]:
     elif isinstance(event, CandidateFinished):
         yield Line(f"{named(event):<40} {_outcome(event.outcome)}{'' if event.fresh else '  (done before)'}")
     elif isinstance(event, Scored):
-        yield Line(f"{event.name}: loss {event.loss:.4f}")
+        yield Line(f"{event.name}: {event.by} {event.loss:.4f}")
 
 
 def named(event: CandidateEvent) -> str:

@@ -41,7 +41,7 @@ def _table(outcome: RankResults) -> Table:
     from deltaw.runs.reports.compare import score
 
     largest, metrics = outcome.largest.rank, outcome.metrics
-    table = show.table("r", "parameters", "adapter", "loss", f"less r = {largest}'s", "enough", *metrics)
+    table = show.table("r", "parameters", "adapter", outcome.by, f"less r = {largest}'s", "enough", *metrics)
     for row in outcome.ranks:
         d = row.tested.difference
         difference = "–" if row.rank == largest else f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"

@@ -97,7 +97,9 @@ class Scored:
     name: str
     """"base", or for example "r = 4"."""
     loss: float
-    """Mean over the predictions."""
+    """Mean over the predictions; of classes their error rate."""
+    by: str = "loss"
+    """The figure's name."""
 
 
 @dataclass(frozen=True)

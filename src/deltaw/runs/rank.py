@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from deltaw.config import GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig, to_mapping
+from deltaw.config import DataConfig, GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig, to_mapping
 from deltaw.data import Record
 from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
@@ -34,7 +34,7 @@ from deltaw.model.switch import using
 from deltaw.progress import Runs, named, say, shown, tell
 from deltaw.runs.candidates import numbers
 from deltaw.runs.directions import alike, amplifications
-from deltaw.runs.evaluation.bootstrap import Choice, Measured, chosen, of_losses, shortened
+from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Choice, Measured, chosen, errors_of, of_losses, shortened
 from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import evaluate
 from deltaw.runs.events import Confirming, RankEvent, Scored, SweepEvent
@@ -212,6 +212,11 @@ class _Opened:
     metrics: Sequence[str]
     """Besides the loss."""
 
+    @property
+    def by(self) -> str:
+        """The figure that decides: of classes the error rate, which is what such a model is for; else the loss."""
+        return ERROR_RATE if task_of(self.held.config.data).answers == "class" else "loss"
+
     def uniform(self, rank: int) -> dict[str, int]:
         """Return one rank for all layers, as far as each layer has it."""
         return {layer: min(rank, len(spectrum.values)) for layer, spectrum in self.spectra.items()}
@@ -241,8 +246,14 @@ def _opened(run: Finished, config: RankConfig) -> _Opened:
         model=model,
         records=records,
         length=max(2, *(example.length for example in encoded.examples)),
-        metrics=[m for m in metrics_for(config.metrics, data, held.records.form) if m != "loss"],
+        metrics=_metrics(config, data, held.records.form),
     )
+
+
+def _metrics(config: RankConfig, data: DataConfig, form: str) -> list[str]:
+    """Return the metrics besides the loss; of classes the accuracy too, which decides."""
+    metrics = [m for m in metrics_for(config.metrics, data, form) if m != "loss"]
+    return metrics if task_of(data).answers != "class" or "accuracy" in metrics else [*metrics, "accuracy"]
 
 
 def _settings_of(run: Finished, options: RankConfig) -> TrainConfig:
@@ -289,8 +300,9 @@ class _Scores:
     """The scores of a model on the records."""
 
     losses: Measured
+    """Of classes their error rate, which decides about these."""
     metrics: dict[str, SeedScores]
-    """Besides the loss."""
+    """Besides it."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +323,7 @@ def _cut_and_scored(
     cuts = {rank: _cut(opened, f"r = {rank}", opened.cut(opened.uniform(rank)), on_event) for rank in ranks}
     whole = cuts[ranks[-1]].scores.losses
     losses = {rank: cut.scores.losses for rank, cut in cuts.items()}
-    choice = chosen(losses, config.margin, task_of(opened.held.config.data).least_margin)
+    choice = chosen(losses, config.margin, task_of(opened.held.config.data).least_margin, by=opened.by)
     results = RankResults(
         run=str(run.path),
         settings=dict(run.settings),
@@ -324,6 +336,7 @@ def _cut_and_scored(
         else ScoresOfBase(base.losses.value, base.metrics, base.losses.less(whole).interval()),
         rank=choice.rank,
         margin=choice.margin,
+        by=choice.by,
         ranks=_rows(opened, cuts, choice),
         allocated=_allocations(opened, cuts, choice.rank, on_event),
         layers=[_layer(opened.run.file.shown(name), spectrum) for name, spectrum in opened.spectra.items()],
@@ -340,7 +353,7 @@ def _base_scores(opened: _Opened, on_event: Callable[[RankEvent], None]) -> _Sco
         return None
     with named(lambda _: "base"):
         scores = _scores(opened)
-    on_event(Scored("base", scores.losses.value))
+    on_event(Scored("base", scores.losses.value, opened.by))
     return scores
 
 
@@ -352,7 +365,7 @@ def _cut(opened: _Opened, name: str, file: LoRAFile, on_event: Callable[[RankEve
             cut = _Cut(file, _scores(opened))
     finally:
         attach.detach(opened.model, placed)
-    on_event(Scored(name, cut.scores.losses.value))
+    on_event(Scored(name, cut.scores.losses.value, opened.by))
     return cut
 
 
@@ -365,8 +378,14 @@ def _scores(opened: _Opened) -> _Scores:
     assert evaluation.losses is not None
     sums, counts, items = (np.array(part) for part in evaluation.losses)
     metrics = {name: evaluation.scores[name] for name in opened.metrics}
+    if opened.by == ERROR_RATE:
+        accuracy = evaluation.scores["accuracy"]
+        losses = errors_of(Measured(np.array([accuracy.value]), accuracy.parts[None], (0,)))
+        metrics = {"loss": evaluation.scores["loss"]} | metrics
+    else:
+        losses = of_losses(sums, counts, items)
     return _Scores(
-        of_losses(sums, counts, items),
+        losses,
         {name: SeedScores([score.value], score.value, score.low, score.high) for name, score in metrics.items()},
     )
 

@@ -32,7 +32,16 @@ from deltaw.progress import Runs, named, shown, tell
 from deltaw.runs import splits, study
 from deltaw.runs.candidates import Candidate, candidates, learning_rates, width_of
 from deltaw.runs.directions import alike, in_common
-from deltaw.runs.evaluation.bootstrap import Choice, Compared, Measured, chosen, compared, of_losses
+from deltaw.runs.evaluation.bootstrap import (
+    ERROR_RATE,
+    Choice,
+    Compared,
+    Measured,
+    chosen,
+    compared,
+    errors_of,
+    of_losses,
+)
 from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import Evaluation, RecordLosses, evaluate
 from deltaw.runs.events import (
@@ -252,6 +261,8 @@ class Measurement:
     row: SweepRow
     losses: Measured | None
     """None where it failed."""
+    errors: Measured | None = None
+    """Of classes the error rate on the test records, where their accuracy was measured."""
     first: Task | None = None
     """The first seed's run with the best learning rate."""
 
@@ -442,9 +453,12 @@ def _measurement(
     """Return a candidate's row. runs: those with the best learning rate, one a seed, the first seed's first."""
     rates = [TriedRate.of(lr, outcome) for lr, outcome in tried.items()]
     best: BestRun | Failed = _why_failed(list(tried.values()))
-    losses = task = None
+    losses = errors = task = None
     if runs:
         losses = losses_of([run.losses for run in runs.values()], [task.seed for task in runs])
+        if "accuracy" in study.scoring.metrics:
+            accuracies = [run.scores["accuracy"] for run in runs.values()]
+            errors = errors_of(measured_by(accuracies, [task.seed for task in runs]))
         task, first = next(iter(runs.items()))
         best = BestRun(
             lr=task.lr, parameters=first.parameters, share=first.share, bytes=first.bytes,
@@ -453,7 +467,7 @@ def _measurement(
             scores=_over_seeds(runs, losses),
         )  # fmt: skip
     row = SweepRow(candidate.name, candidate.targets, candidate.rank, candidate.alpha, rates, best)
-    return Measurement(row, losses, task)
+    return Measurement(row, losses, errors, task)
 
 
 def _why_failed(outcomes: Sequence[Outcome]) -> Failed:
@@ -479,12 +493,16 @@ def losses_of(losses: Sequence[RecordLosses], seeds: Sequence[int]) -> Measured:
 
 
 def choices_of(measurements: Sequence[Measurement], margin: float, least: float) -> dict[str, Choice]:
-    """Return the rank that is enough, by targets of which several ranks were trained."""
+    """Return the rank that is enough, by targets of which several ranks were trained: by the error rate of classes, else by the
+    loss."""
+    trained = [m for m in measurements if m.losses is not None]
+    by = ERROR_RATE if trained and all(m.errors is not None for m in trained) else "loss"
     by_targets: dict[str, dict[int, Measured]] = {}
-    for measurement in measurements:
-        if measurement.losses is not None:
-            by_targets.setdefault(measurement.row.targets, {})[measurement.row.rank] = measurement.losses
-    return {targets: chosen(losses, margin, least) for targets, losses in by_targets.items() if len(losses) > 1}
+    for measurement in trained:
+        figures = measurement.errors if by == ERROR_RATE else measurement.losses
+        if figures is not None:
+            by_targets.setdefault(measurement.row.targets, {})[measurement.row.rank] = figures
+    return {targets: chosen(of, margin, least, by=by) for targets, of in by_targets.items() if len(of) > 1}
 
 
 def compared_of(measurements: Sequence[Measurement]) -> list[Compared]:

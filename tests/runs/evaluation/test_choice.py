@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.runs.evaluation.bootstrap import Measured, chosen, of_losses
+from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Measured, chosen, errors_of, figure, of_losses
 
 RANKS = (1, 2, 4, 8, 16)
 
@@ -139,3 +139,31 @@ def test_a_loss_near_zero_gives_up_a_little() -> None:
     assert chosen(near, 1e-6, least=0.005).rank == 1 and chosen(near, 1e-6, least=0.005).margin == 0.005
     assert chosen(near, 1e-6, least=0.002).rank == 4
     assert chosen(near, 0.0, least=0.005).rank == 16
+
+
+def rates(**wrong: int) -> dict[int, Measured]:
+    """Error rates on 200 records, of which rank r answers the first wrong[r] wrong."""
+    items = np.arange(200)
+    return {
+        int(rank[1:]): errors_of(of_losses((items >= count).astype(float)[None], np.ones(200), items))
+        for rank, count in wrong.items()
+    }
+
+
+def test_classes_are_chosen_by_the_records_that_are_answered_wrong() -> None:
+    # A solved task: every rank is right, whatever the losses say
+    solved = chosen(rates(r1=0, r8=0, r64=0), 0.01, by=ERROR_RATE)
+    assert (solved.rank, solved.margin, solved.by) == (1, 0.01, ERROR_RATE)
+    # 20 of 200 more are wrong at r = 1: that is worse than a margin of one in a hundred
+    found = chosen(rates(r1=30, r8=10, r64=10), 0.01, by=ERROR_RATE)
+    assert found.rank == 8 and found.tested[0].difference.value == pytest.approx(0.1)
+    assert all(0 <= test.loss.low <= test.loss.high <= 1 for test in found.tested)
+    assert chosen(rates(r1=30, r8=10, r64=10), 0.2, by=ERROR_RATE).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(0.4126, 3, "0.413"), (0.00041, 3, "0.00041"), (0.0, 3, "0.000"), (-0.00002, 4, "-0.000020"), (1.5, 4, "1.5000")],
+)
+def test_small_figures_keep_two_significant_digits(value: float, digits: int, text: str) -> None:
+    assert figure(value, digits) == text

@@ -38,6 +38,13 @@ _AT_ONCE = 1_000_000
 _ERROR = 0.05  # chance that an interval errs, at either side
 
 
+def figure(value: float, digits: int = 3) -> str:
+    """Return a figure to three decimals, and of a small one two significant digits: 0.412, 0.00041."""
+    if value == 0 or not math.isfinite(value) or abs(value) >= 10.0 ** (1 - digits):
+        return f"{value:.{digits}f}"
+    return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
+
+
 @dataclass(frozen=True)
 class Score:
     """A figure and its 95% interval over items; nan where a single item allows none."""
@@ -47,7 +54,7 @@ class Score:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]"
 
     def plain(self) -> dict[str, float]:
         """Return the three figures by name."""
@@ -253,12 +260,22 @@ def quantile(above: float, dof: int) -> float:
     return (low + high) / 2
 
 
+ERROR_RATE = "error rate"
+"""The figure that decides about classes: the share of records with a wrong answer, which is the mean 0-1 loss."""
+
+
+def errors_of(accuracy: Measured) -> Measured:
+    """Return the error rate, from the accuracy on the same items."""
+    return Measured(1.0 - accuracy.values, 1.0 - accuracy.parts, accuracy.seeds)
+
+
 @dataclass(frozen=True)
 class Tested:
     """One rank against the largest."""
 
     rank: int
     loss: Score
+    """Of classes their error rate."""
     difference: Score
     """Its loss less the largest rank's, paired by item and by seed."""
     enough: bool
@@ -274,23 +291,28 @@ class Choice:
     """The most that a loss may be worse, in the loss's unit."""
     tested: list[Tested]
     """All ranks, from the smallest."""
+    by: str = "loss"
+    """The figure that decides: the loss, or ERROR_RATE."""
 
 
-def chosen(losses: Mapping[int, Measured], margin: float, least: float = 0.0) -> Choice:
+def chosen(losses: Mapping[int, Measured], margin: float, least: float = 0.0, *, by: str = "loss") -> Choice:
     """Choose by the losses of each rank on the same items.
 
     `margin` is a share of the largest rank's loss, for example 0.01. Where that is less than `least`, in the loss's unit, it is
-    that: of a loss near 0 any share is so little that no smaller rank would do.
+    that: of a loss near 0 any share is so little that no smaller rank would do. Of an error rate it is a share of the records.
     """
     ranks = sorted(losses)
     largest = losses[max(ranks)]
-    most = max(margin * largest.value, least if margin else 0.0)
+    most = margin if by == ERROR_RATE else max(margin * largest.value, least if margin else 0.0)
     tested = []
     for rank in ranks:
         difference = losses[rank].less(largest).interval()
-        tested.append(Tested(rank, losses[rank].interval(), difference, difference.high <= most))
+        loss = losses[rank].interval()
+        if by == ERROR_RATE:
+            loss = Score(loss.value, max(0.0, loss.low), min(1.0, loss.high))
+        tested.append(Tested(rank, loss, difference, difference.high <= most))
     enough = [test.rank for test in itertools.takewhile(lambda test: test.enough, reversed(tested))]
-    return Choice(min(enough, default=max(ranks)), most, tested)
+    return Choice(min(enough, default=max(ranks)), most, tested, by)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from deltaw.files import units
 from deltaw.runs.evaluation.bootstrap import Compared
+from deltaw.runs.evaluation.bootstrap import figure as rounded
 from deltaw.runs.evaluation.metrics import greatest
 from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.page import Chart, Report, Series, Table
@@ -114,8 +115,9 @@ def score(scores: SeedScores) -> str:
 
 
 def interval(figure: HasInterval) -> str:
-    """Return a value with its 95% interval, to four decimals."""
-    return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
+    """Return a value with its 95% interval, to four decimals; small ones to two significant digits."""
+    value, low, high = (rounded(v, 4) for v in (figure.value, figure.low, figure.high))
+    return f"{value} [{low}, {high}]"
 
 
 def latency_columns(results: ComparisonResults) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from deltaw.files import units
 from deltaw.layers.names import brief, by_family
-from deltaw.runs.evaluation.bootstrap import Choice
+from deltaw.runs.evaluation.bootstrap import Choice, figure
 from deltaw.runs.evaluation.metrics import greatest
 from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.compare import BY_ITEM, ONE_SEED, interval, score, settings_rows
@@ -20,7 +20,7 @@ from deltaw.runs.reports.sweep import why_no_smaller
 from deltaw.runs.results.rank import Allocated, LayerSpectrum, NotConfirmed, RankResults, RankRow
 from deltaw.runs.results.scores import HasInterval
 
-FIRST = ("r", "parameters", "adapter", "with optimizer", "loss")
+FIRST = ("r", "parameters", "adapter", "with optimizer")
 LAST = ("‖ΔW‖² kept", "training", "FLOPs/token")
 # Table 7 of the paper: GPT-3's 48th layer, W_q
 _PAPER = (
@@ -32,9 +32,9 @@ _PAPER = (
 def sentence(results: RankResults) -> str:
     """Return the recommendation, its evidence and its cost."""
     row, largest = results.recommended, results.largest
-    text = f"r = {row.rank}: {units.size(row.bytes)}, loss {row.tested.loss}"
+    text = f"r = {row.rank}: {units.size(row.bytes)}, {results.by} {row.tested.loss}"
     if row.rank != largest.rank:
-        text += f" against {largest.tested.loss.value:.3f} at r = {largest.rank}"
+        text += f" against {figure(largest.tested.loss.value)} at r = {largest.rank}"
     return f"{text}, on {results.records.what}, held out."
 
 
@@ -46,24 +46,24 @@ def remarks(results: RankResults) -> list[str]:
             "No smaller rank is shown to be enough: train at a larger one to see whether it would be better, or score more "
             "records (--records, --most), which makes intervals narrower."
         )
-    choice = Choice(results.rank, results.margin, [row.tested for row in results.ranks])
+    choice = Choice(results.rank, results.margin, [row.tested for row in results.ranks], results.by)
     texts += [f"{reason}." for reason in why_no_smaller(choice)]
     base = results.base
     if base is not None and not base.less_adapter.low > 0:
         texts.append(
-            f"The adapter is not shown to be better than the base, whose loss is {base.loss:.3f}: "
+            f"The adapter is not shown to be better than the base, whose {results.by} is {figure(base.loss)}: "
             "what rank it needs says little."
         )
     if results.records.stopped_by:
         texts.append("The run was stopped by these records (--patience), so their losses are a little too good.")
     texts += [results.records.overlap] if results.records.overlap else []
-    texts += [_better(row) for row in results.allocated if row.better]
+    texts += [_better(row, results.by) for row in results.allocated if row.better]
     return texts + confirmation(results)
 
 
-def _better(row: Allocated) -> str:
+def _better(row: Allocated, by: str) -> str:
     return (
-        f"With the parameters of r = {row.rank}, ranks by layer do better than one rank everywhere: loss "
+        f"With the parameters of r = {row.rank}, ranks by layer do better than one rank everywhere: {by} "
         f"{row.loss.value:.4f}, a difference of {interval(row.difference)}. "
         f"`deltaw compress --bytes {row.bytes}` makes that."
     )
@@ -79,14 +79,15 @@ def confirmation(results: RankResults) -> list[str]:
     verdict = "It held" if outcome.held else "It did not hold"
     seeds = "one run" if outcome.seeds == 1 else f"{outcome.seeds} runs"
     return [
-        f"{verdict} when trained again ({seeds} each): at r = {outcome.rank} loss {interval(outcome.loss)}, at "
+        f"{verdict} when trained again ({seeds} each): at r = {outcome.rank} {results.by} {interval(outcome.loss)}, at "
         f"r = {outcome.full} {outcome.full_loss.value:.4f}; the difference is {interval(outcome.difference)}, the margin "
         f"{outcome.margin:.4f}."
     ]
 
 
 def cells(row: RankRow, largest: int, metrics: Sequence[str]) -> list[str]:
-    """Return one rank as text, under FIRST, the difference from the largest rank, whether it is enough, the metrics, and LAST."""
+    """Return one rank as text: FIRST, the figure that decides, its difference from the largest rank's, whether it is enough, the
+    metrics, and LAST."""
     memory = units.size(row.cost.memory) if row.cost is not None else "–"
     flops = row.cost.flops_per_token if row.cost is not None else None
     difference = "–" if row.rank == largest else interval(row.tested.difference)
@@ -129,7 +130,7 @@ def _ranks(results: RankResults) -> Table:
         f"{largest} and end at the first that fails; so {count} comparisons err together no more often than one (5%). "
         "Training is the peak of memory of a run at that rank."
     )
-    columns = [*FIRST, f"less that of r = {largest}", "enough", *metrics, *LAST]
+    columns = [*FIRST, results.by, f"less that of r = {largest}", "enough", *metrics, *LAST]
     rows = [cells(row, largest, metrics) for row in results.ranks]
     return Table("What each rank costs, and what it loses", columns, rows, note)
 
@@ -147,7 +148,7 @@ def _allocated(results: RankResults) -> list[Table]:
         f"of ‖ΔW‖². Better: the 95% interval of the difference is below 0; {len(rows)} comparisons, nothing taken off for their "
         "number."
     )
-    columns = ["parameters of r", "parameters", "ranks", "loss", "less that of one rank everywhere", "better"]
+    columns = ["parameters of r", "parameters", "ranks", results.by, "less that of one rank everywhere", "better"]
     return [Table("Ranks by layer", columns, rows, note)]
 
 
@@ -191,7 +192,7 @@ def _settings(results: RankResults) -> list[list[object]]:
 def _curves(results: RankResults) -> list[Chart]:
     rows = results.ranks
     ranks = [row.rank for row in rows]
-    charts = [_differences(results), _against("loss", [row.tested.loss for row in rows], ranks, note=_CURVE)]
+    charts = [_differences(results), _against(results.by, [row.tested.loss for row in rows], ranks, note=_CURVE)]
     charts += [_against(m, [row.scores[m] for row in rows], ranks) for m in results.metrics]
     return [*charts, _spectrum_chart(results.layers), _depth_chart(results.layers)]
 
@@ -209,8 +210,8 @@ def _differences(results: RankResults) -> Chart:
         Series("margin", [(rank, results.margin) for rank in ranks]),
     ]
     note = "Bars are 95% intervals, by item in pairs. A rank is enough if its bar and those of all larger ones end below it."
-    title = f"What cutting loses: held-out loss at r, less that at r = {largest}"
-    return Chart(title, "r", "loss", series, log_x=True, x_ticks=ranks, note=note)
+    title = f"What cutting loses: held-out {results.by} at r, less that at r = {largest}"
+    return Chart(title, "r", results.by, series, log_x=True, x_ticks=ranks, note=note)
 
 
 def _against(what: str, scores: Sequence[HasInterval], ranks: Sequence[int], note: str = "") -> Chart:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from deltaw.files import units
-from deltaw.runs.evaluation.bootstrap import Choice, Compared, Tested
+from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Choice, Compared, Tested, figure
 from deltaw.runs.evaluation.metrics import greatest
 from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.compare import BY_ITEM, interval, score, seeds_note, settings_rows
@@ -51,9 +51,9 @@ def _sentence(results: SweepResults, targets: str, choice: Choice) -> str:
     sizes = {row.rank: best.bytes for row, best in results.trained if row.targets == targets}
     tested = {test.rank: test for test in choice.tested}
     recommended, largest = tested[choice.rank], choice.tested[-1]
-    text = f"r = {choice.rank}: {units.size(sizes[choice.rank])}, loss {recommended.loss}"
+    text = f"r = {choice.rank}: {units.size(sizes[choice.rank])}, {choice.by} {recommended.loss}"
     if choice.rank != largest.rank:
-        text += f" against {largest.loss.value:.3f} at r = {largest.rank}"
+        text += f" against {figure(largest.loss.value)} at r = {largest.rank}"
     else:
         text += "; a larger one was not tried"
     text += "".join(f"; {reason}" for reason in why_no_smaller(choice))
@@ -70,29 +70,30 @@ def why_no_smaller(choice: Choice) -> list[str]:
     if not smaller:
         return []
     ended = max(smaller, key=lambda test: test.rank)
-    difference = f"its loss less the largest rank's is {interval(ended.difference)}"
+    difference = f"its {choice.by} less the largest rank's is {interval(ended.difference)}"
     if ended.difference.low > 0:
         reasons = [f"r = {ended.rank} is worse: {difference}"]
     else:
         reasons = [
             f"r = {ended.rank} is not shown to be enough, nor to be worse: {difference}, the margin {choice.margin:.4f}; more "
             "records would tell",
-            *_with_more_margin(smaller, choice.tested[-1].loss.value),
+            *_with_more_margin(smaller, 1.0 if choice.by == ERROR_RATE else choice.tested[-1].loss.value, choice.by),
         ]  # fmt: skip
     passing = min((test.rank for test in smaller if test.enough), default=None)
     return reasons + ([f"r = {passing} would be enough by itself"] if passing is not None else [])
 
 
-def _with_more_margin(smaller: Sequence[Tested], loss: float) -> list[str]:
-    """Return the smallest of these ranks that is not worse, nor any above it, and the margin that it takes."""
+def _with_more_margin(smaller: Sequence[Tested], whole: float, by: str) -> list[str]:
+    """Return the smallest of these ranks that is not worse, nor any above it, and the margin for it, a share of `whole`."""
     rank, most = 0, 0.0
     for test in sorted(smaller, key=lambda test: -test.rank):
         if test.difference.low > 0:
             break
         rank, most = test.rank, max(most, test.difference.high)
-    if loss <= 0:
+    if whole <= 0:
         return []
-    return [f"r = {rank} would be enough with a margin of {math.ceil(1000 * most / loss) / 10:g}% of the loss"]
+    of = "records" if by == ERROR_RATE else "loss"
+    return [f"r = {rank} would be enough with a margin of {math.ceil(1000 * most / whole) / 10:g}% of the {of}"]
 
 
 def _best_targets(results: SweepResults) -> str:
@@ -162,7 +163,10 @@ def _choice_table(targets: str, choice: Choice) -> Table:
         "(5%). Differences are taken item by item and seed by seed, and of several seeds have their variance in the interval."
     )
     return Table(
-        f"Which rank is enough: {targets}", ["r", "test loss", f"less that of r = {largest}", "enough"], rows, note
+        f"Which rank is enough: {targets}",
+        ["r", f"test {choice.by}", f"less that of r = {largest}", "enough"],
+        rows,
+        note,
     )
 
 

@@ -206,6 +206,8 @@ class RankResults:
     """The recommended one."""
     margin: float
     """The most that a loss may be worse, in the loss's own unit."""
+    by: str
+    """The figure that decides: the loss, or for classes their error rate, which then stands in the loss's place."""
     ranks: list[RankRow]
     """Rising, the adapter's own last."""
     allocated: list[Allocated]
@@ -242,6 +244,7 @@ class RankResults:
             amplified=[Amplification.from_json(layer) for layer in values["amplified"]],
             alike=[Alike.from_json(pair) for pair in values["alike"]],
             confirmed=_confirmation_from(values["confirmed"]),
+            by=values.get("by", "loss"),
             **plain,
         )
 
@@ -256,6 +259,7 @@ class RankResults:
             "base": None if self.base is None else self.base.to_json(),
             "rank": self.rank,
             "margin": self.margin,
+            "by": self.by,
             "ranks": [row.to_json() for row in self.ranks],
             "allocated": [row.to_json() for row in self.allocated],
             "layers": [dataclasses.asdict(layer) for layer in self.layers],

@@ -126,7 +126,9 @@ def tested_from(values: JsonObject) -> Tested:
 
 def choice_from(values: JsonObject) -> Choice:
     """Return the choice of a rank."""
-    return Choice(values["rank"], values["margin"], [tested_from(tested) for tested in values["tested"]])
+    return Choice(
+        values["rank"], values["margin"], [tested_from(tested) for tested in values["tested"]], values.get("by", "loss")
+    )
 
 
 def compared_from(values: JsonObject) -> Compared:
