@@ -205,6 +205,8 @@ class TrainConfig(Trusting):
     """Steps from one saved state to the next, from which --resume goes on. Default: by time."""
     samples: int = 4
     """Held-out records to generate before and after training, for the report; 0 for none."""
+    samples_during: int = 0
+    """Samples to answer at each evaluation too, for the report. Each costs up to 32 generated tokens an evaluation."""
 
     def __post_init__(self) -> None:
         # A batch of another type is what check complains of, so it limits nothing
@@ -215,7 +217,7 @@ class TrainConfig(Trusting):
             micro_batch=(1, self.batch if bounded else None), clip=(0.0, None),
             weight_decay=(0.0, None), lr_ratio=(ABOVE_ZERO, None),
             valid_share=(0.0, 0.5), valid_most=(1, None), eval_every=(1, None), patience=(1, None),
-            log_every=(1, None), samples=(0, None), skip_bad_steps=(0, None), save_every=(1, None),
+            log_every=(1, None), samples=(0, None), samples_during=(0, None), skip_bad_steps=(0, None), save_every=(1, None),
             seed=(-LARGEST_SEED, LARGEST_SEED),
         )  # fmt: skip
 

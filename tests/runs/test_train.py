@@ -17,6 +17,7 @@ import deltaw
 from deltaw import DataConfig, LoRA, TrainConfig
 from deltaw.errors import AdapterError, BaseMismatch, ConfigError, DataError, Interrupted, TargetError, TrainError
 from deltaw.methods.dora import DoRA
+from deltaw.training.events import Answered
 from deltaw.training.loop import relative_norm
 from tests.conftest import byte_llama, covering, fill
 from tests.data.conftest import CHATML, tiny_tokenizer
@@ -601,3 +602,28 @@ def test_a_latest_run_of_before_is_left_alone(small: Any, tmp_path: Path, monkey
     deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer, on_event=events.append)
     assert any("stays as it is" in event.text for event in events if event.kind == "warning")
     assert (tmp_path / "runs" / "latest" / "config.yaml").read_text() == "rank: 3\n"
+
+
+def test_answers_during_training_are_logged_and_change_no_bit(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    settings = {"samples": 2, "eval_every": 3, "steps": 6, "valid_share": 0.2}
+    results = []
+    for count in (0, 2):
+        config = quick(tmp_path / str(count), samples_during=count, **settings)
+        results.append(deltaw.train(model, RECORDS, config, method=METHOD, tokenizer=tokenizer))
+        deltaw.detach(model)
+    plain, answered = results
+    events = [event for event in answered.events if isinstance(event, Answered)]
+    assert [event.step for event in events] == [0, 3, 6] and all(len(event.answers) == 2 for event in events)
+    assert not any(isinstance(event, Answered) for event in plain.events)
+    assert "3 answers during training" in answered.report.read_text(encoding="utf-8")
+    assert plain.state.valid_loss == answered.state.valid_loss and plain.state.last_loss == answered.state.last_loss
+
+
+def test_the_held_out_loss_of_a_result_is_that_of_the_last_evaluation(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(model, RECORDS, quick(tmp_path, valid_share=0.2), method=METHOD, tokenizer=tokenizer)
+    scored = json.loads((result.folder / "result.json").read_text())["held_out"]
+    loss = scored["scores"]["loss"]
+    assert abs(loss["value"] - result.state.valid_loss) < 1e-4 and loss["low"] < loss["value"] < loss["high"]
+    assert f"[{loss['low']:.3f}, {loss['high']:.3f}]" in result.report.read_text(encoding="utf-8")

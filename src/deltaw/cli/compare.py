@@ -31,5 +31,7 @@ def run(command: Compare) -> None:
             timed.add_row(*cells)
         show.out.print(timed)
     show.prose(f"\n{report.headline(outcome)}")
+    for verdict in report.verdicts(outcome):
+        show.prose(verdict)
     show.prose(report.note_on_intervals(outcome), style="dim")
     show.facts({"report": str(result.report), "results": str(result.folder / "results.json")})

@@ -68,6 +68,7 @@ def run(command: Eval) -> None:
         print(show.as_json(scores))
     else:
         show.out.print(_table(evaluations, metrics, command))
+        _print_classes(evaluations)
     if command.out is not None:
         write_text(Path(command.out), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
@@ -78,9 +79,10 @@ def _to_json(evaluation: Evaluation) -> dict[str, object]:
         metric: {name: value if math.isfinite(value) else None for name, value in score.plain().items()}
         for metric, score in evaluation.scores.items()
     }
+    confusion = {} if evaluation.confusion is None else {"confusion": evaluation.confusion.to_json()}
     return {
         "records": evaluation.records, "items": evaluation.items, "predictions": evaluation.predictions,
-        "seconds": evaluation.seconds, "scores": scores,
+        "seconds": evaluation.seconds, "scores": scores, **confusion,
     }  # fmt: skip
 
 
@@ -140,6 +142,33 @@ def _table(evaluations: dict[str, Evaluation], metrics: list[str], command: Eval
         table.add_row(metric.replace("_", " "), *map(str, scores), *(_difference(*scores) for _ in both))
     table.add_row("time", *(units.duration(e.seconds) for e in evaluations.values()), *("" for _ in both))
     return table
+
+
+# Classes up to which the confusion matrix fits a terminal
+_FIT = 10
+_MISTAKES = 10
+
+
+def _print_classes(evaluations: dict[str, Evaluation]) -> None:
+    """Print each class's scores and the confusion matrix; of many classes the most frequent mistakes."""
+    for name, evaluation in evaluations.items():
+        confusion = evaluation.confusion
+        if confusion is None:
+            continue
+        classes = show.table("class", "precision", "recall", "F1", "records", title=f"\n{name}: each class")
+        for one in confusion.classes:
+            shares = (f"{share:.3f}" for share in (one.precision, one.recall, one.f1))
+            classes.add_row(one.name, *shares, f"{one.records:,}")
+        show.out.print(classes)
+        if len(confusion.labels) <= _FIT:
+            matrix = show.table("class ↓  taken for →", *confusion.labels, title=f"\n{name}: confusion matrix")
+            for label, row in zip(confusion.labels, confusion.counts, strict=True):
+                matrix.add_row(label, *(f"{count:,}" for count in row))
+        else:
+            matrix = show.table("class", "taken for", "records", title=f"\n{name}: most frequent mistakes")
+            for wanted, said, count in confusion.mistakes[:_MISTAKES]:
+                matrix.add_row(wanted, said, f"{count:,}")
+        show.out.print(matrix)
 
 
 def _difference(base: ItemScore, adapter: ItemScore) -> str:

@@ -187,6 +187,7 @@ def _finished(work: _Work, every: Sequence[Contestant]) -> Comparison:
         rows=[measurement.row for measurement in measurements],
         compared=_compared(measurements, begun.scoring.metrics[-1]),
         latency=_latencies(work, entries),
+        beside_full=_beside_full(measurements, begun.scoring.metrics[-1]),
     )
     begun.keep(results.to_json(), comparison_report(results))
     return Comparison(begun.folder, begun.report, results)
@@ -340,14 +341,28 @@ def _measurement(chosen_by: str, entry: _Entry) -> _Measurement:
 
 def _compared(measurements: Sequence[_Measurement], metric: str) -> list[Compared]:
     """Return the methods beside the best by this metric; of equals the smaller is the better."""
+    by_name = _by_name(measurements, metric)
+    return compared(by_name, more_is_better=metric in MORE_IS_BETTER) if len(by_name) > 1 else []
+
+
+def _beside_full(measurements: Sequence[_Measurement], metric: str) -> list[Compared]:
+    """Return the methods beside full fine-tuning by this metric; none where that has no score."""
+    by_name = _by_name(measurements, metric)
+    full = next((m.row.name for m in measurements if METHODS[m.row.method].trains_everything), None)
+    if full not in by_name or len(by_name) < 2:
+        return []
+    return compared(by_name, more_is_better=metric in MORE_IS_BETTER, beside=full)
+
+
+def _by_name(measurements: Sequence[_Measurement], metric: str) -> dict[str, Measured]:
+    """Return the scores of the methods that have one, by name, the smallest method first."""
 
     def parameters(measurement: _Measurement) -> int:
         best = measurement.row.best
         return best.figures.parameters if isinstance(best, BestRun) else 0
 
     scored = sorted((m for m in measurements if m.scores), key=parameters)
-    by_name = {m.row.name: m.scores[metric] for m in scored if math.isfinite(m.scores[metric].value)}
-    return compared(by_name, more_is_better=metric in MORE_IS_BETTER) if len(by_name) > 1 else []
+    return {m.row.name: m.scores[metric] for m in scored if math.isfinite(m.scores[metric].value)}
 
 
 def _latencies(work: _Work, entries: Sequence[_Entry]) -> list[LatencyRow]:

@@ -94,6 +94,16 @@ class Evaluated(Happened):
 
 
 @dataclass(frozen=True)
+class Answered(Happened):
+    """Held-out prompts were answered by the adapter as it is at this step (`samples_during`)."""
+
+    kind: ClassVar[str] = "answers"
+
+    answers: Sequence[str]
+    """One for each of the first samples, in their order."""
+
+
+@dataclass(frozen=True)
 class Spiked(Happened):
     """A step's loss was far above those of the steps before. `step` is that step."""
 
@@ -134,9 +144,9 @@ class Resumed(Happened):
     """Sentences on what is worth knowing: a state that was damaged, a lock of a dead process, other versions."""
 
 
-Event = Started | Stepped | Evaluated | Spiked | Warned | Resumed
+Event = Started | Stepped | Evaluated | Answered | Spiked | Warned | Resumed
 
-_IN_LOG: dict[str, type[Event]] = {cls.kind: cls for cls in (Started, Stepped, Evaluated, Spiked, Warned)}
+_IN_LOG: dict[str, type[Event]] = {cls.kind: cls for cls in (Started, Stepped, Evaluated, Answered, Spiked, Warned)}
 
 
 def event_from(values: Mapping[str, Any]) -> Event:

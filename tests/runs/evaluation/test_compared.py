@@ -73,3 +73,15 @@ def test_records_of_one_prompt_are_one_item() -> None:
     by_records = compared({"a": of_losses(first, counts), "b": of_losses(second, counts)})
     by_items = compared({"a": of_losses(first, counts, items), "b": of_losses(second, counts, items)})
     assert by_records[1].worse and not by_items[1].worse
+
+
+def test_a_candidate_may_be_better_than_the_one_that_all_are_compared_with() -> None:
+    measured = made({"far": 0.05, "best": 0.0, "near": 0.001})
+    first, *others = compared(measured, beside="near")
+    assert first.name == "near" and [other.name for other in others] == ["best", "far"]
+    best, far = others
+    assert far.worse and not far.better and not best.worse and not best.better
+    by_far = {row.name: row for row in compared(measured, beside="far")}
+    assert by_far["best"].better and by_far["best"].difference.high < 0
+    worst = {row.name: row for row in compared(measured)}["far"].difference
+    assert abs(by_far["best"].difference.low + worst.high) < 1e-12  # the same pair, seen from the other side

@@ -40,3 +40,24 @@ def test_the_machine_is_described_in_a_line() -> None:
     environment = machine.describe()
     line = machine.in_words(environment)
     assert environment["versions"]["torch"] in line and environment["memory_gib"] > 0
+
+
+def test_the_foot_says_date_versions_machine_and_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["/opt/x/deltaw/__main__.py", "train", str(tmp_path / "model"), "a b.jsonl", "--steps", "3"]
+    )
+    environment = machine.describe()
+    foot = machine.foot(environment)
+    for part in (environment["date"][:10], environment["processor"], "Python 3.", "GiB of memory", "transformers "):
+        assert part in foot
+    assert foot.endswith("deltaw train …/model 'a b.jsonl' --steps 3") and str(tmp_path) not in foot
+
+
+def test_other_programs_have_no_command() -> None:
+    assert machine.command(["/usr/bin/pytest", "-q"]) is None and machine.command([""]) is None
+    assert machine.command(["/usr/local/bin/deltaw", "eval", "m", "--adapter=/x/y"]) == "deltaw eval m --adapter=…/y"
+
+
+def test_a_path_in_the_working_folder_is_told_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert machine.placeless(str(tmp_path / "runs" / "a")) == "runs/a" and machine.placeless("runs/a") == "runs/a"

@@ -89,3 +89,21 @@ def test_labels_of_no_ticks() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "x", 10**400, 1e308])
 def test_what_cannot_be_drawn_is_a_gap(bad: object) -> None:
     assert finite(bad) is None
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9))
+def test_an_axis_of_shares_ends_at_what_can_be(values: list[float]) -> None:
+    axis = linear_axis(values, count=4, most=1.0)
+    assert axis.low >= 0 and axis.high <= 1 + 1e-9
+    assert all(0 <= t <= 1 + 1e-9 for t in axis.ticks) and all(-1e-9 <= axis.place(v) <= 1 + 1e-9 for v in values)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=9))
+def test_an_axis_of_counts_has_whole_numbers_from_zero_on(values: list[int]) -> None:
+    axis = linear_axis([float(v) for v in values], zero=True, whole=True)
+    assert axis.low == 0 and all(t == int(t) for t in axis.ticks)
+
+
+def test_equal_values_at_a_bound_are_drawn_within_it() -> None:
+    assert (linear_axis([1.0, 1.0], most=1.0).high, linear_axis([0.0], most=1.0).low) == (1.0, 0.0)
+    assert linear_axis([1.0, 1.0]).high > 1 and linear_axis([-1.0, 2.0]).low < 0

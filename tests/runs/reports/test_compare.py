@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from deltaw.runs.evaluation.bootstrap import Compared, Score
 from deltaw.runs.memory.machine import describe
-from deltaw.runs.reports.compare import cells, comparison_report, headline, latency_columns
+from deltaw.runs.reports.compare import cells, comparison_report, headline, latency_columns, verdicts
 from deltaw.runs.reports.page import render
 from deltaw.runs.results.compare import BestRun, ComparisonResults, LatencyRow, MethodRow, RunFigures, TriedRate
 from deltaw.runs.results.scores import SeedScores
@@ -37,7 +38,7 @@ def compared(methods: list[tuple[str, int, float]]) -> ComparisonResults:
         warnings=[],
         rows=[row(*method) for method in methods],
         compared=[
-            Compared(n, Score(loss, 0.0, 9.0), Score(loss - least, loss - least - 0.02, loss - least + 0.02), loss - least > 0.5)
+            Compared(n, Score(loss, 0.0, 9.0), Score(loss - least, loss - least - 0.05, loss - least + 0.05), loss - least > 0.5)
             for n, _, loss in methods
         ],
         latency=[LatencyRow("forward", 1, 128, 0.1, ratios, 9)],
@@ -74,11 +75,11 @@ def test_the_page_has_every_part() -> None:
     page = render(comparison_report(results))
     for part in (
         "for all 6 pairs together",
-        "0.0200 [0.0000, 0.0400]",
+        "0.0200 [-0.0300, 0.0700]",
         "not shown",
         "another seed would change is not in",
     ):
-        assert part in page
+        assert part in re.sub("<[^>]*>", "", page)
     for part in ("Quality against parameters", "Inference over the base", "+20.7%", "ia3"):
         assert part in page
     assert "held-out accuracy" not in page
@@ -103,3 +104,25 @@ def test_few_rounds_of_timing_are_said() -> None:
         "forward, batch 1",
         "forward, batch 1",
     ]
+
+
+def test_the_page_says_how_many_records_there_were_and_what_is_shown() -> None:
+    results = compared(FOUR)
+    results = dataclasses.replace(results, sets=results.sets | {"test": "30 records of 28 prompts"})
+    report = comparison_report(results)
+    assert next(fact for fact in report.facts if fact[0] == "Test records")[1:][0] == "30"
+    assert "at most" not in " ".join(f"{a} {b} {c}" for a, b, c in report.facts)
+    (text,) = verdicts(results)
+    assert "shown to be worse than the best, full: ia3 (+1.000 [+0.950, +1.050])" in text
+    assert "no difference from the best, full is shown for lora (+0.020 [−0.030, +0.070]), prefix" in text
+    assert text.replace("'", "") in render(report)
+
+
+def test_methods_are_told_beside_full_fine_tuning_where_that_is_not_the_best() -> None:
+    results = compared([("lora", 10_000, 1.0), ("full", 1_000_000, 1.02), ("ia3", 500, 2.0)])
+    full, lora, ia3 = results.compared[1], results.compared[0], results.compared[2]
+    better = dataclasses.replace(lora, difference=Score(-0.5, -0.6, -0.4), worse=False)
+    results = dataclasses.replace(results, beside_full=[full, better, ia3])
+    assert "shown to be better than full fine-tuning (full): lora (−0.500 [−0.600, −0.400])" in verdicts(results)[1]
+    assert "Methods beside full fine-tuning" in render(comparison_report(results))
+    assert ComparisonResults.from_json(results.to_json()).beside_full == results.beside_full

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from deltaw.errors import ConfigError, visible
 from deltaw.runs.reports.charts import _box, describe, placed
 from deltaw.runs.reports.examples import marked
-from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table, render, write
+from deltaw.runs.reports.page import Chart, HeatMap, Report, Sample, Series, Table, render, write
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 _EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;"
@@ -291,3 +291,16 @@ def test_repetitive_completions_are_compared_quickly() -> None:
 def test_a_command_is_copied_as_it_was_written() -> None:
     command = "deltaw  merge M 'a b' \\\n  -o OUT --flag=<x>"
     assert command in Page(render(Report("t", "h", commands=[command]))).text
+
+
+def test_records_without_answers_are_shown_as_what_is_taught() -> None:
+    page = render(Report("t", "h", examples=[Sample("p", "answer")]))
+    assert "Records as they are taught" in page and ">Taught<" in page and "Before and after" not in page
+    assert "Marked:" not in page
+
+
+def test_a_page_with_a_map_keeps_its_script_running() -> None:
+    """A plot without data for tooltips stopped the script, and the copy buttons with it."""
+    page = render(Report("t", "h", maps=[HeatMap("m", "x", "y", [[0.01]])], commands=["deltaw x"]))
+    assert any("data-chart" not in attrs for attrs in Page(page).of("plot"))
+    assert '.querySelectorAll(".plot[data-chart]")' in page

@@ -295,26 +295,38 @@ def chosen(losses: Mapping[int, Measured], margin: float, least: float = 0.0) ->
 
 @dataclass(frozen=True)
 class Compared:
-    """One candidate beside the best."""
+    """One candidate beside the best, or beside another one that it is compared with."""
 
     name: str
     score: Score
     """With the 95% interval of this candidate alone."""
     difference: Score
-    """Its score less the best one's; the intervals of all pairs hold together."""
+    """Its score less the other one's; the intervals of all pairs hold together."""
     worse: bool
     """True if the whole interval of the difference is on the worse side of 0."""
 
+    @property
+    def better(self) -> bool:
+        """True if the whole interval is on the better side of 0, which it is for none beside the best."""
+        return not self.worse and (self.difference.low > 0 or self.difference.high < 0)
 
-def compared(measured: Mapping[str, Measured], *, more_is_better: bool = False) -> list[Compared]:
-    """Return the candidates from best to worst; of equal ones the first in `measured`. A metric is a loss by default."""
+
+def compared(
+    measured: Mapping[str, Measured], *, more_is_better: bool = False, beside: str | None = None
+) -> list[Compared]:
+    """Return the candidates from best to worst; of equal ones the first in `measured`. A metric is a loss by default.
+
+    beside: the candidate that all are compared with, which then comes first. Default: the best one.
+    """
     sign = -1.0 if more_is_better else 1.0
-    best, *others = sorted(measured, key=lambda name: sign * measured[name].value)
-    pairs = list(combinations([best, *others], 2))
+    ranked = sorted(measured, key=lambda name: sign * measured[name].value)
+    first = ranked[0] if beside is None else beside
+    others = [name for name in ranked if name != first]
+    pairs = list(combinations([first, *others], 2))
     differences = dict(zip(pairs, together([measured[b].less(measured[a]) for a, b in pairs]), strict=True))
-    rows = [Compared(best, measured[best].interval(), Score(0.0, 0.0, 0.0), False)]
+    rows = [Compared(first, measured[first].interval(), Score(0.0, 0.0, 0.0), False)]
     for name in others:
-        difference = differences[best, name]
+        difference = differences[first, name]
         worse = difference.high < 0 if more_is_better else difference.low > 0
         rows.append(Compared(name, measured[name].interval(), difference, worse))
     return rows

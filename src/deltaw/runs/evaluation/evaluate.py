@@ -26,6 +26,7 @@ from deltaw.model.switch import at_fault
 from deltaw.progress import say, shown
 from deltaw.runs.evaluation.bootstrap import ItemScore
 from deltaw.runs.evaluation.card import Card
+from deltaw.runs.evaluation.classes import Confusion
 from deltaw.runs.evaluation.metrics import (
     CLASS_METRICS,
     METRICS,
@@ -67,6 +68,8 @@ class Evaluation(Card):
     losses: RecordLosses | None
     """None if the loss of texts was not asked for."""
     seconds: float
+    confusion: Confusion | None = None
+    """The confusion matrix; None for tasks without classes."""
 
     def card(self) -> tuple[str, dict[str, str]]:
         """Return the records, the scores and the time, in a few lines."""
@@ -144,15 +147,23 @@ def evaluate(
             judged = _of_labels(task, *arguments) if isinstance(task, Scored) else _of_texts(task, *arguments)
     except (AdapterError, FileError) as error:  # outputs that are not finite, by the adapter or by the base
         raise DataError(f"There is no score: {error}") from error
-    scored, items, predictions, scores, losses = judged
+    scored, items, predictions, scores, losses, confusion = judged
     if losses is not None and _OF_LOSSES & set(metrics):
         scores["loss"] = ratio(*losses)
         scores["perplexity"] = perplexity(scores["loss"])
-    return Evaluation(scored, items, {m: scores[m] for m in metrics}, predictions, losses, time.monotonic() - began)
+    asked = {m: scores[m] for m in metrics}
+    return Evaluation(scored, items, asked, predictions, losses, time.monotonic() - began, confusion)
 
 
-_Judged = tuple[int, int, list[str], dict[str, ItemScore], RecordLosses | None]
-"""Records, items, predictions, scores and losses, as in `Evaluation`."""
+class _Judged(NamedTuple):
+    """The parts of an `Evaluation` that its task decides."""
+
+    records: int
+    items: int
+    predictions: list[str]
+    scores: dict[str, ItemScore]
+    losses: RecordLosses | None
+    confusion: Confusion | None = None
 
 
 def _of_texts(
@@ -170,7 +181,7 @@ def _of_texts(
         asked = Questions.of(_as_learnt(task, loaded, records, data))
         said = [str(a) for a in task.answer(loaded, asked.records, data, generation, on_done)]
         scores = {m: TEXT_METRICS[m](said, asked.references, asked.items) for m in answered}
-    return len(records), len(set(item_numbers(records.items))), said, scores, losses
+    return _Judged(len(records), len(set(item_numbers(records.items))), said, scores, losses)
 
 
 def _as_learnt(task: Task, loaded: Pretrained, records: Records, data: DataConfig) -> Records:
@@ -188,16 +199,18 @@ def _of_labels(
     encoded = task.encode(records, loaded, data)
     examples, items = encoded.examples, item_numbers(records.only(encoded.records).items)
     logits, wanted = task.logits(loaded, examples, generation.batch, on_done), [e.target for e in examples]
-    said, labels = task.answers_of(logits), len(data.labels or [])
+    said, labels, confusion = task.answers_of(logits), data.labels or [], None
     if task.answers == "number":
         scores = {m: NUMBER_METRICS[m](said, wanted, items) for m in metrics if m in NUMBER_METRICS}
     else:
-        scores = {
-            m: CLASS_METRICS[m]([int(a) for a in said], wanted, labels, items) for m in metrics if m in CLASS_METRICS
-        }
+        numbers = [int(a) for a in said]
+        scores = {m: CLASS_METRICS[m](numbers, wanted, len(labels), items) for m in metrics if m in CLASS_METRICS}
+        confusion = Confusion.of(numbers, [int(w) for w in wanted], labels)
     losses = task.loss(loaded).of(logits, torch.tensor(wanted)).tolist()
     told = [task.said(a, data) for a in said]
-    return len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items)
+    return _Judged(
+        len(examples), len(set(items)), told, scores, RecordLosses(losses, [1.0] * len(losses), items), confusion
+    )
 
 
 def _losses(loss: Loss, inputs: Any) -> Tensor:

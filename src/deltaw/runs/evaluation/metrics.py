@@ -284,6 +284,13 @@ MORE_IS_BETTER = {*TEXT_METRICS, *CLASS_METRICS, *NUMBER_METRICS}
 RANGES = {"bleu": (0.0, 100.0), "matthews": (-1.0, 1.0), **dict.fromkeys(NUMBER_METRICS, (-1.0, 1.0))}
 RANGES |= dict.fromkeys(("loss", "perplexity"), (0.0, float("inf")))
 """Metric → its least and greatest value, where these are not 0 and 1."""
+
+
+def greatest(metric: str) -> float:
+    """Return the greatest value that a metric can have."""
+    return RANGES.get(metric, (0.0, 1.0))[1]
+
+
 _PACKAGES = {
     "bleu": "sacrebleu", "rouge_l": "rouge_score", "f1": "sklearn", "matthews": "sklearn", "pearson": "scipy", 
     "spearman": "scipy",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import psutil
 import torch
@@ -60,6 +64,10 @@ class Environment(TypedDict):
     python: str
     versions: dict[str, str]
     """deltaw's, and those of the packages that are installed."""
+    date: NotRequired[str]
+    """The time of description, to the minute, in UTC."""
+    command: NotRequired[str | None]
+    """The command that this process runs, without the machine's folders; None in Python."""
 
 
 def describe() -> Environment:
@@ -73,6 +81,8 @@ def describe() -> Environment:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {"deltaw": __version__, **versions},
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": command(sys.argv),
     }
 
 
@@ -82,6 +92,53 @@ def in_words(environment: Environment) -> str:
     versions = environment["versions"]
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
     return f"deltaw {versions['deltaw']}, {libraries}; {environment['gpu'] or cores}"
+
+
+def foot(environment: Environment) -> str:
+    """Return the lines at the foot of a report: date and versions, the machine, and the command."""
+    versions, gpu = environment["versions"], environment["gpu"]
+    libraries = [f"{name} {versions[name]}" for name in ("deltaw", "torch", "transformers") if name in versions]
+    machine = [
+        environment["processor"],
+        f"{environment['threads']} of {environment['cores']} cores",
+        f"{environment['memory_gib']:g} GiB of memory",
+        gpu or "no GPU",
+    ]
+    first = [*filter(None, [environment.get("date")]), *libraries, f"Python {environment['python']}"]
+    return "\n".join([" · ".join(first), " · ".join(machine), *filter(None, [environment.get("command")])])
+
+
+def command(arguments: Sequence[str]) -> str | None:
+    """Return the `deltaw` command of a process's arguments, as it may be shown; None where they are no such command.
+
+    >>> command(["/usr/bin/deltaw", "train", "/data/models/llama", "my data.jsonl", "--out=/tmp/run"])
+    "deltaw train …/llama 'my data.jsonl' --out=…/run"
+    """
+    program = Path(arguments[0])
+    if program.stem != "deltaw" and (program.parent.name, program.name) != ("deltaw", "__main__.py"):
+        return None
+    return " ".join(
+        ["deltaw", *(shlex.quote(word) if word == shown else shown for word, shown in _shown(arguments[1:]))]
+    )
+
+
+def _shown(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each word, and the same with `placeless` paths."""
+    for word in words:
+        flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        yield word, f"{flag}{equals}{placeless(value)}"
+
+
+def placeless(name: str) -> str:
+    """Return a path without the folders that only this machine has: from the working folder on, else its last name.
+
+    >>> placeless("/data/models/llama"), placeless("org/model")
+    ('…/llama', 'org/model')
+    """
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.name}"
 
 
 def _version(name: str) -> str | None:

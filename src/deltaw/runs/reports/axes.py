@@ -42,20 +42,30 @@ class Axis:
         return [short(t, 0.0) for t in self.ticks] if self.log else tick_labels(self.ticks)
 
 
-def linear_axis(values: Sequence[float], *, count: int = 5, zero: bool = False, snug: bool = False) -> Axis:
-    """Return an axis with about `count` round ticks. It ends on ticks, or with `snug` on the data; `zero` puts 0 in it."""
+def linear_axis(
+    values: Sequence[float], *, count: int = 5, zero: bool = False, snug: bool = False, whole: bool = False,
+    most: float = math.inf,
+) -> Axis:  # fmt: skip
+    """Return an axis with about `count` round ticks. It ends on ticks, or with `snug` on the data; `zero` puts 0 in it.
+
+    It goes below 0 only where a value does, and beyond `most`, the largest value that can be, never. whole: ticks are whole
+    numbers.
+    """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    floor, ceiling = (0.0 if low >= 0 else -math.inf), max(most, high)
     if zero or (not snug and 0 <= low < 0.4 * high):
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = max(abs(low) * 0.1, 0.5 if low == 0 else 0.0)
-        low, high = low - margin, high + margin
-    step = _step((high - low) / count)
+        low, high = max(low - margin, floor), min(high + margin, ceiling)
+    step = max(_step((high - low) / count), 1.0 if whole else 0.0)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(i * step for i in range(first, last + 1))
     if snug:
         slack = 1e-9 * (high - low)
         return Axis(low, high, tuple(t for t in ticks if low - slack <= t <= high + slack))
+    if ticks[-1] > ceiling * (1 + 1e-9):
+        return Axis(ticks[0], ceiling, ticks[:-1])
     return Axis(ticks[0], ticks[-1], ticks)
 
 

@@ -56,6 +56,8 @@ class Chart:
     log_x: bool = False
     x_ticks: Sequence[float] = ()
     """The numbers on a logarithmic axis. Default: round ones."""
+    y_most: float = math.inf
+    """The largest value that can be, for example 1 of a share: the axis ends there at the latest."""
     note: str = ""
 
 
@@ -145,11 +147,13 @@ def _axes(chart: Chart, curves: Sequence[_Curve], wide: bool) -> tuple[Axis, Axi
     if bars:
         half = _slot(curves) / 2
         xs = [min(xs) - half, max(xs) + half]
-    y = log_axis(ys) if chart.log_y else linear_axis(ys, zero=bars, count=4)
+    counts = bars and all(map(float.is_integer, ys))
+    y = log_axis(ys) if chart.log_y else linear_axis(ys, zero=bars, count=4, whole=counts, most=chart.y_most)
     if chart.log_x and not bars:
         low, high = min(xs) / 1.2, max(xs) * 1.2  # so that no point is on the edge
         return Axis(low, high, tuple(chart.x_ticks), log=True) if chart.x_ticks else log_axis([low, high]), y
-    return linear_axis(xs, snug=True, count=8 if wide else 4), y
+    whole = all(x.is_integer() for c in curves for x, _ in c.drawn)
+    return linear_axis(xs, snug=True, count=8 if wide else 4, whole=whole), y
 
 
 def _slot(curves: Sequence[_Curve]) -> float:

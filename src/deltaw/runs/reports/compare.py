@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from deltaw.files import units
-from deltaw.runs.memory.machine import in_words
+from deltaw.runs.evaluation.bootstrap import Compared
+from deltaw.runs.evaluation.metrics import greatest
+from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.page import Chart, Report, Series, Table
 from deltaw.runs.results.compare import BestRun, ComparisonResults, LatencyRow, MethodRow, Trained
 from deltaw.runs.results.scores import HasInterval, SeedScores
@@ -22,6 +24,41 @@ _FEW = 3
 COLUMNS = ("method", "lr", "parameters", "share", "adapter", "with optimizer", "memory", "step", "held-out loss")
 
 
+def in_words(rows: Sequence[Compared], metric: str, reference: str) -> str:
+    """Return which differences from the first row are shown by paired intervals, and which are not."""
+    shown = {
+        f"worse than {reference}": [row for row in rows[1:] if row.worse],
+        f"better than {reference}": [row for row in rows[1:] if row.better],
+    }
+    parts = [f"shown to be {how}: {_differences(alike)}" for how, alike in shown.items() if alike]
+    open_ones = [row for row in rows[1:] if not row.worse and not row.better]
+    if open_ones:
+        parts.append(f"no difference from {reference} is shown for {_differences(open_ones)}")
+    text = "; ".join(parts)
+    return f"By {metric}, in pairs on the same test items, {text}." if text else ""
+
+
+def _differences(rows: Sequence[Compared]) -> str:
+    return ", ".join(f"{row.name} ({_signed(row.difference)})" for row in rows)
+
+
+def _signed(difference: HasInterval) -> str:
+    ends = (difference.value, difference.low, difference.high)
+    value, low, high = (f"{end:+.3f}".replace("-", "−") for end in ends)
+    return f"{value} [{low}, {high}]"
+
+
+def verdicts(results: ComparisonResults) -> list[str]:
+    """Return in words which methods are shown to differ from the best one, and from full fine-tuning."""
+    texts = []
+    if len(results.compared) > 1:
+        texts.append(in_words(results.compared, results.metric, f"the best, {results.compared[0].name}"))
+    full = results.beside_full
+    if len(full) > 1 and full[0].name != results.compared[0].name:
+        texts.append(in_words(full, results.metric, f"full fine-tuning ({full[0].name})"))
+    return texts
+
+
 def beside_columns(results: ComparisonResults) -> list[str]:
     """Return the columns of `beside`; none where nothing was compared."""
     return [f"{results.metric}, less the best's", "worse"] if results.compared else []
@@ -35,6 +72,23 @@ def beside(row: MethodRow, results: ComparisonResults) -> list[str]:
     if row.name not in others:
         return ["–", "–"]
     return [interval(others[row.name].difference), "yes" if others[row.name].worse else "not shown"]
+
+
+def _beside_full(results: ComparisonResults) -> list[Table]:
+    """Return the table of the methods beside full fine-tuning, where that is not the best one anyway."""
+    full = results.beside_full
+    if len(full) < 2 or full[0].name == results.compared[0].name:
+        return []
+    rows = [
+        [
+            row.name,
+            interval(row.difference),
+            "worse" if row.worse else "better" if row.better else "no difference shown",
+        ]
+        for row in full[1:]
+    ]
+    columns = ["method", f"{results.metric}, less that of {full[0].name}", "shown to be"]
+    return [Table("Methods beside full fine-tuning", columns, rows, note=verdicts(results)[-1])]
 
 
 def cells(row: MethodRow, metrics: Sequence[str]) -> list[str]:
@@ -124,7 +178,7 @@ def comparison_report(results: ComparisonResults) -> Report:
     """Return the page about a comparison."""
     settings, rows, by = results.settings, results.ranked, results.chosen_by
     return Report(
-        title=f"Methods compared: {settings.model} on {settings.data}",
+        title=f"Methods compared: {placeless(settings.model)} on {placeless(settings.data)}",
         headline=headline(results),
         facts=_facts(settings, results.trained, results.sets),
         curves=_curves(results),
@@ -134,6 +188,7 @@ def comparison_report(results: ComparisonResults) -> Report:
                 note=_NOTE + note_on_intervals(results),
             ),
             *_beside_tables(results),
+            *_beside_full(results),
             *_latency_tables(results),
             Table(
                 "Learning rates", ["method", "lr", "held-out loss", *(["held-out " + by] if by != "loss" else [])],
@@ -143,10 +198,10 @@ def comparison_report(results: ComparisonResults) -> Report:
                 "Settings of each method", ["name", "method", "settings"],
                 [[row.name, row.method, _settings(row)] for row in rows],
             ),
-            Table("Settings of every run", ["setting", "value"], [[k, str(v)] for k, v in settings.run.items()]),
+            Table("Settings of every run", ["setting", "value"], settings_rows(settings.run)),
         ],
         warnings=[*results.warnings, *_warnings(rows)],
-        footer=in_words(results.environment),
+        footer=foot(results.environment),
     )  # fmt: skip
 
 
@@ -183,7 +238,7 @@ def _beside_tables(results: ComparisonResults) -> list[Table]:
     if not columns:
         return []
     rows = [[row.name, score(best.scores[metric]), *beside(row, results)] for row, best in results.trained]
-    note = _BESIDE.format(count * (count - 1) // 2)
+    note = f"{verdicts(results)[0]} {_BESIDE.format(count * (count - 1) // 2)}"
     return [Table("Methods beside the best", ["method", metric, *columns], rows, note=note)]
 
 
@@ -200,6 +255,11 @@ def _rates(row: MethodRow, by: str) -> list[list[object]]:
         loss = "failed" if rate.error else rate.valid_loss
         tried.append([row.name, f"{rate.lr:g}", loss, *([rate.valid_score] if by != "loss" else [])])
     return tried
+
+
+def settings_rows(settings: Mapping[str, object]) -> list[list[object]]:
+    """Return settings as rows of a table."""
+    return [[name, "" if value is None else placeless(str(value))] for name, value in settings.items()]
 
 
 def _settings(row: MethodRow) -> str:
@@ -222,10 +282,13 @@ def _facts(settings: StudySettings, trained: Sequence[Trained], sets: Mapping[st
     )
     facts = [
         ("Budget", budget, f"each, batches of {run['batch']}"),
-        ("Test records", f"{settings.test_most:,}", "at most"),
     ]
     if sets:
-        facts[-1] = ("Test set", sets["test"], f"trained on {sets['train']}; learning rates by {sets['valid']}")
+        count, _, of = sets["test"].partition(" ")
+        note = f"{of.partition(' ')[2]}; trained on {sets['train']}; learning rates by {sets['valid']}"
+        facts.append(("Test records", count, note))
+    else:  # a file of an older version, which does not say
+        facts.append(("Test records", f"≤ {settings.test_most:,}", "their number is not in the results"))
     if trained:
         sizes = {row.name: best.figures.parameters for row, best in trained}
         smallest, largest = (pick(sizes, key=lambda name: sizes[name]) for pick in (min, max))
@@ -245,7 +308,7 @@ def _curves(results: ComparisonResults) -> list[Chart]:
                 Series(row.name, [(best.figures.parameters, s) for s in best.scores[metric].seeds], "points")
                 for row, best in trained
             ],
-            log_x=True, note="As in the paper's Figure 2; a point for each seed.",
+            log_x=True, y_most=greatest(metric), note="As in the paper's Figure 2; a point for each seed.",
         ),
         Chart(
             "Held-out loss in training", "step", "nats", [Series(row.name, best.valid, "line") for row, best in trained]

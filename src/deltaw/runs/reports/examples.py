@@ -24,6 +24,10 @@ class Sample:
     reference: str | None = None
     before: str | None = None
     after: str | None = None
+    turns: Sequence[tuple[str, str]] = ()
+    """Role and text of each turn of a conversation; where there are any, they stand in the prompt's place."""
+    during: Sequence[tuple[int, str]] = ()
+    """Steps, and what the adapter said at each."""
 
 
 def render_examples(samples: Sequence[Sample]) -> str:
@@ -31,7 +35,8 @@ def render_examples(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
     first, rest = samples[:_SHOWN], samples[_SHOWN:]
-    inner = tag("h2", "Before and after", id="examples") + _legend(samples)
+    heading = "Before and after" if _answered(samples) else "Records as they are taught"
+    inner = tag("h2", heading, id="examples") + _legend(samples)
     inner += "".join(_sample(s, i) for i, s in enumerate(first, 1))
     if rest:
         more = "".join(_sample(s, i) for i, s in enumerate(rest, _SHOWN + 1))
@@ -58,7 +63,14 @@ def marked(words: str, other: str, kind: str) -> str:
     )
 
 
+def _answered(samples: Sequence[Sample]) -> bool:
+    """True if a model answered any of them."""
+    return any(sample.before is not None or sample.after is not None for sample in samples)
+
+
 def _legend(samples: Sequence[Sample]) -> str:
+    if not _answered(samples):
+        return ""
     referenced = any(s.reference is not None for s in samples)
     words = "Marked: differences from the reference." if referenced else "Marked: parts that only one of the two has."
     return tag("p", words, cls="note")
@@ -67,13 +79,32 @@ def _legend(samples: Sequence[Sample]) -> str:
 def _sample(sample: Sample, number: int) -> str:
     columns = _column("Base", sample.before, sample.reference, sample.after, "before")
     columns += _column("With ΔW", sample.after, sample.reference, sample.before, "after")
-    parts = [_block(f"Prompt {number}", _body(sample.prompt), "prompt")]
+    if sample.turns:
+        turns = "".join(_block(role, _body(words), f"turn {_role(role)}") for role, words in sample.turns)
+        parts = [tag("div", tag("h3", f"Conversation {number}") + turns, cls="block prompt turns")]
+    else:
+        parts = [_block(f"Prompt {number}", _body(sample.prompt), "prompt")]
     if columns:
         parts.append(tag("div", columns, cls="sides"))
+    parts += _during(sample.during)
     # A reference that the adapter reproduced is on the page already
     if sample.reference is not None and sample.reference != sample.after:
-        parts.append(_block("Reference", _body(sample.reference), "reference"))
+        parts.append(_block("Reference" if columns else "Taught", _body(sample.reference), "reference"))
     return tag("article", "".join(parts), cls="sample" if sample.reference is not None else "sample unreferenced")
+
+
+def _role(role: str) -> str:
+    """The class of a turn, which no text of a record can name."""
+    return role if role in ("system", "user", "assistant", "tool") else "other"
+
+
+def _during(answers: Sequence[tuple[int, str]]) -> list[str]:
+    """The answers during training, folded."""
+    if not answers:
+        return []
+    said = "".join(_block(f"Step {step}", _body(words), "step") for step, words in answers)
+    counted = f"{len(answers)} answer{'s' * (len(answers) > 1)} during training"
+    return [tag("details", tag("summary", counted) + said, cls="during")]
 
 
 def _column(label: str, words: str | None, reference: str | None, other: str | None, kind: str) -> str:

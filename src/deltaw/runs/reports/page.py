@@ -24,6 +24,8 @@ __all__ = ["Chart", "HeatMap", "Report", "Sample", "Series", "Table", "render", 
 
 _FOLD_ROWS = 24
 _LONG_WORD, _BRIEF = 30, 24
+# Columns beyond which a table is set closer
+_MANY = 9
 _NUMBER = re.compile(
     r"[−+-]?\d[\d,.]*(e[−+-]?\d+)?\s?(%|×|[kMGT]?B?|m?s|min)?(\s*[\[(±–].*)?"  # 0.94 [0.90, 0.97], 4.9 MB, 2e-4, 96%
     r"|\[[\s\d.,−+-]*\]|[—–-]?|nan|[−+-]?inf",
@@ -39,6 +41,10 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
+    shaded: bool = False
+    """Counts have a color by their share of their row."""
+    named: bool = False
+    """The first column names its row, though the names may be numbers."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,14 @@ def _table(table: Table) -> str:
     cells = [[_cell(c) for c in row] for row in table.rows]
     width = max([len(table.columns), *map(len, cells)])
     numeric = [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells if i < len(row)) for i in range(width)]
-    kind = ["num" if n else None for n in numeric]
+    kind = ["num" if n and not (table.named and i == 0) else None for i, n in enumerate(numeric)]
     head = "".join(tag("th", text(c), scope="col", cls=k) for c, k in zip(table.columns, kind, strict=False))
-    rows = "".join(tag("tr", "".join(_td(c, k) for c, k in zip(r, kind, strict=False))) for r in cells)
-    inner = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows))
+    shades = [_shades(row) if table.shaded else [""] * width for row in table.rows]
+    rows = "".join(
+        tag("tr", "".join(_td(c, k, shade) for c, k, shade in zip(row, kind, of_row, strict=False)))
+        for row, of_row in zip(cells, shades, strict=True)
+    )
+    inner = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows), cls="many" if width > _MANY else None)
     box = tag("div", inner, cls="scroll", tabindex=0, role="region", aria_label=table.title)
     count = len(cells)
     if not cells:
@@ -177,10 +187,27 @@ def _words(command: str) -> str:
     return "".join(text(w) if not w or w.isspace() else tag("span", text(w)) for w in re.split(r"(\s+)", command))
 
 
-def _td(cell: str, kind: str | None) -> str:
+def _td(cell: str, kind: str | None, shade: str = "") -> str:
     """A cell; only words that are too long for a column may break anywhere."""
     long = any(len(w) > _LONG_WORD for w in cell.split())
-    return tag("td", text(cell), cls=kind or ("long" if long else "brief" if len(cell) <= _BRIEF else None))
+    width = kind or ("long" if long else "brief" if len(cell) <= _BRIEF else "")
+    return tag("td", _breakable(cell) if kind else text(cell), cls=f"{width} {shade}".strip() or None)
+
+
+def _breakable(cell: str) -> str:
+    """A number whose interval may go to a line of its own."""
+    value, opened, ends = cell.partition(" [")
+    return tag("span", text(value)) + " " + tag("span", text(f"[{ends}")) if opened and value else text(cell)
+
+
+_SHADES = 8
+
+
+def _shades(row: Sequence[object]) -> list[str]:
+    """The class of each cell: its count's share of the row's in eighths, none for 0 and for words."""
+    counts = [cell if isinstance(cell, int) else 0 for cell in row]
+    total = max(1, sum(counts))
+    return [f"shade{math.ceil(_SHADES * count / total)}" if count else "" for count in counts]
 
 
 def _cell(value: object) -> str:

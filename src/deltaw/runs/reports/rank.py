@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from deltaw.files import units
 from deltaw.layers.names import brief, by_family
 from deltaw.runs.evaluation.bootstrap import Choice
-from deltaw.runs.memory.machine import in_words
-from deltaw.runs.reports.compare import BY_ITEM, ONE_SEED, interval, score
+from deltaw.runs.evaluation.metrics import greatest
+from deltaw.runs.memory.machine import foot, placeless
+from deltaw.runs.reports.compare import BY_ITEM, ONE_SEED, interval, score, settings_rows
 from deltaw.runs.reports.directions import alike_maps, alike_tables
 from deltaw.runs.reports.page import Chart, Report, Series, Table
 from deltaw.runs.reports.sweep import why_no_smaller
@@ -102,14 +103,14 @@ def rank_report(results: RankResults) -> Report:
     tables += [Table("Rules of thumb", ["rule", "here", "source"], hints(results), note=_HINTS)]
     tables += [_layers(results.layers), Table("Settings", ["setting", "value"], _settings(results))]
     return Report(
-        title=f"Which rank? {results.run}",
+        title=f"Which rank? {placeless(results.run)}",
         headline=sentence(results),
         curves=_curves(results),
         maps=alike_maps(results.alike),
         tables=tables,
         warnings=remarks(results),
         commands=_commands(results),
-        footer=in_words(results.environment),
+        footer=foot(results.environment),
     )
 
 
@@ -181,7 +182,7 @@ def _layers(layers: Sequence[LayerSpectrum]) -> Table:
 
 
 def _settings(results: RankResults) -> list[list[object]]:
-    return [[key, str(value)] for part in (results.options, results.settings) for key, value in part.items()]
+    return settings_rows(results.options) + settings_rows(results.settings)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -216,7 +217,8 @@ def _against(what: str, scores: Sequence[HasInterval], ranks: Sequence[int], not
     points = [(rank, s.value) for rank, s in zip(ranks, scores, strict=True)]
     spans = [(rank, s.low, s.high) for rank, s in zip(ranks, scores, strict=True)]
     series = [Series(what, points, spans=spans)]
-    return Chart(f"{what} against rank", "r", what, series, log_x=True, x_ticks=ranks, note=note)
+    title, most = f"{what} against rank", greatest(what)
+    return Chart(title, "r", what, series, log_x=True, x_ticks=ranks, y_most=most, note=note)
 
 
 def _spectrum_chart(layers: Sequence[LayerSpectrum]) -> Chart:

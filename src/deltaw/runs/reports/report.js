@@ -17,7 +17,7 @@
     return best;
   };
 
-  for (const plot of document.querySelectorAll(".plot")) {
+  for (const plot of document.querySelectorAll(".plot[data-chart]")) {
     const data = JSON.parse(plot.dataset.chart);
     const scale = data.log ? Math.log10 : (v) => v;
     const rule = make("div", "rule"), tip = make("div", "tip");

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from deltaw.files import units
 from deltaw.runs.evaluation.bootstrap import Choice, Compared, Tested
-from deltaw.runs.memory.machine import in_words
-from deltaw.runs.reports.compare import BY_ITEM, interval, score, seeds_note
+from deltaw.runs.evaluation.metrics import greatest
+from deltaw.runs.memory.machine import foot, placeless
+from deltaw.runs.reports.compare import BY_ITEM, interval, score, seeds_note, settings_rows
 from deltaw.runs.reports.directions import alike_maps, alike_tables
 from deltaw.runs.reports.page import Chart, Report, Series, Table
 from deltaw.runs.results.study import Failed
@@ -124,10 +125,10 @@ def sweep_report(results: SweepResults) -> Report:
     tables += [
         *alike_tables(results.alike),
         _rates(rows),
-        Table("Settings", ["setting", "value"], [[k, str(v)] for k, v in (results.options | settings.run).items()]),
+        Table("Settings", ["setting", "value"], settings_rows(results.options | settings.run)),
     ]
     return Report(
-        title=f"Ranks tried: {settings.model} on {settings.data}",
+        title=f"Ranks tried: {placeless(settings.model)} on {placeless(settings.data)}",
         headline=" ".join(sentences(results)),
         curves=_curves(results),
         maps=alike_maps(results.alike),
@@ -137,7 +138,7 @@ def sweep_report(results: SweepResults) -> Report:
             *(f"{targets} was left out: {why}." for targets, why in results.left_out.items()),
             *(f"{row.name} failed: {row.best.error}" for row in rows if isinstance(row.best, Failed)),
         ],
-        footer=in_words(results.environment),
+        footer=foot(results.environment),
     )
 
 
@@ -191,7 +192,16 @@ def _curves(results: SweepResults) -> list[Chart]:
             spans = [(rank, s.low, s.high) for rank, s in points]
             series.append(Series(targets, [(rank, s.value) for rank, s in points], "line", spans=spans))
         charts.append(
-            Chart(f"{metric} against rank", "r", f"test {metric}", series, log_x=True, x_ticks=ranks, note=_CURVE)
+            Chart(
+                f"{metric} against rank",
+                "r",
+                f"test {metric}",
+                series,
+                log_x=True,
+                x_ticks=ranks,
+                y_most=greatest(metric),
+                note=_CURVE,
+            )
         )
     held = [Series(row.name, best.valid, "line") for row, best in rows]
     return [*charts, Chart("Held-out loss in training", "step", "nats", held)]

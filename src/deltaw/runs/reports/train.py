@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from deltaw import __version__
 from deltaw.errors import shown
 from deltaw.files import units
+from deltaw.runs.evaluation.bootstrap import Score
+from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
-from deltaw.runs.results.train import RunFigures
-from deltaw.training.events import Evaluated, Event, Spiked, Stepped
+from deltaw.runs.results.train import HeldOutScores, RunFigures
+from deltaw.training.events import Answered, Evaluated, Event, Spiked, Stepped
 
 # A loss's unit → its formula
 _LOSSES = {
@@ -33,6 +35,8 @@ class Sampled:
     """The base's completion; None where its head is untrained."""
     after: str | None
     """The adapter's completion."""
+    turns: Sequence[tuple[str, str]] = ()
+    """Role and text of each turn before the answer, of a conversation with more than one; the last one's text is `prompt`."""
 
 
 def run_report(
@@ -53,15 +57,17 @@ def run_report(
     """
     adapter = f"{settings['out']}/adapter"
     return Report(
-        title=title or f"{settings['model']} on {settings['data']}",
+        title=title or f"{placeless(str(settings['model']))} on {placeless(str(settings['data']))}",
         headline=headline or _headline(figures, events),
         facts=_facts(figures),
         curves=[*_curves(events, figures), *charts],
-        examples=[Sample(s.prompt, s.reference, s.before, s.after) for s in samples],
-        tables=[*tables, *_spikes(events), _merge(figures), _counts(figures), _settings(settings)],
+        examples=_examples(samples, events),
+        tables=[
+            *tables, *_classes(figures.held_out), *_spikes(events), _merge(figures), _counts(figures), _settings(settings)
+        ],
         warnings=list(figures.warnings),
         commands=list(commands) if commands is not None else next_commands(str(settings["model"]), adapter, settings),
-        footer=f"deltaw {__version__}",
+        footer=foot(figures.environment) if figures.environment else f"deltaw {__version__}",
     )  # fmt: skip
 
 
@@ -77,14 +83,28 @@ def next_commands(model: str, adapter: str, settings: Mapping[str, object]) -> l
 
 
 def _headline(figures: RunFigures, events: Sequence[Event]) -> str:
-    loop = figures.loop
-    held_out = [event.valid_loss for event in events if isinstance(event, Evaluated)]
-    what = (
-        f"Held-out loss {held_out[0]:.3f} → {held_out[-1]:.3f}"
-        if held_out
-        else f"Training loss {loop.first_loss:.3f} → {loop.last_loss:.3f}"
-    )
+    loop, scored = figures.loop, figures.held_out
+    losses = [event.valid_loss for event in events if isinstance(event, Evaluated)]
+    what = f"Training loss {loop.first_loss:.3f} → {loop.last_loss:.3f}"
+    if losses:
+        last = _score(scored.scores["loss"]) if scored and "loss" in scored.scores else f"{losses[-1]:.3f}"
+        what = f"Held-out loss {losses[0]:.3f} → {last}"
+    metric = _leading(scored)
+    if scored and metric:
+        what = f"Held-out {metric} {_score(scored.scores[metric])}, loss {losses[0]:.3f} → {losses[-1]:.3f}"
     return f"{what} with {units.size(figures.adapter_bytes)} of update in {units.duration(loop.seconds)}."
+
+
+def _leading(scored: HeldOutScores | None) -> str | None:
+    """Return the metric that people read first, beside the loss: of classes and numbers alone."""
+    names = scored.scores if scored else ()
+    return next((metric for metric in ("accuracy", "pearson", "spearman") if metric in names), None)
+
+
+def _score(score: Score) -> str:
+    """Return a score with its 95% interval, where there is one."""
+    ends = f" [{score.low:.3f}, {score.high:.3f}]" if math.isfinite(score.low) else ""
+    return f"{score.value:.3f}{ends}"
 
 
 def _facts(figures: RunFigures) -> list[tuple[str, str, str]]:
@@ -137,6 +157,55 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return smooth
 
 
+def _examples(samples: Sequence[Sampled], events: Sequence[Event]) -> list[Sample]:
+    """Return the samples, with what the adapter said to them during training."""
+    answered = [event for event in events if isinstance(event, Answered)]
+    return [
+        Sample(
+            one.prompt, one.reference, one.before, one.after, one.turns,
+            [(event.step, event.answers[number]) for event in answered if number < len(event.answers)],
+        )
+        for number, one in enumerate(samples)
+    ]  # fmt: skip
+
+
+# Classes up to which a matrix is legible
+_LEGIBLE = 20
+
+
+def _classes(scored: HeldOutScores | None) -> list[Table]:
+    """Return the scores on the held-out records with their intervals, and of classes those of each with the confusion matrix."""
+    if scored is None:
+        return []
+    rows = [[metric, f"{s.value:.4f}", f"[{s.low:.4f}, {s.high:.4f}]"] for metric, s in scored.scores.items()]
+    note = f"Of the adapter that was kept, on {scored.records:,} records. {_INTERVALS}"
+    tables = [Table("Held-out scores", ["metric", "score", "95% interval"], rows, note)]
+    confusion = scored.confusion
+    if confusion is None:
+        return tables
+    classes: list[list[object]] = [
+        [one.name, f"{one.precision:.3f}", f"{one.recall:.3f}", f"{one.f1:.3f}", one.records, one.predicted]
+        for one in confusion.classes
+    ]
+    columns = ["class", "precision", "recall", "F1", "records", "predicted"]
+    tables.append(
+        Table("Each class", columns, classes, "On the held-out records. A share of no records is shown as 0.")
+    )
+    if len(confusion.labels) <= _LEGIBLE:
+        counts = [[name, *row] for name, row in zip(confusion.labels, confusion.counts, strict=True)]
+        note = (
+            "Rows are the records' classes, columns what the model takes them for; the color is the share of the row."
+        )
+        tables.append(Table("Confusion matrix", ["class", *confusion.labels], counts, note, shaded=True, named=True))
+    else:
+        mistakes = [list(mistake) for mistake in confusion.mistakes[:_LEGIBLE]]
+        tables.append(Table("Most frequent mistakes", ["class", "taken for", "records"], mistakes))
+    return tables
+
+
+_INTERVALS = "Intervals are 95%, by bootstrap over items: records with the same prompt are one."
+
+
 MERGE_COLUMNS = ("layers", "count", "‖ΔW‖ / ‖W0‖", "ΔW kept", "entries changed", "largest change")
 
 
@@ -183,5 +252,5 @@ def _counts(figures: RunFigures) -> Table:
 
 
 def _settings(settings: Mapping[str, object]) -> Table:
-    rows = [[name, "" if value is None else str(value)] for name, value in settings.items()]
+    rows = [[name, "" if value is None else placeless(str(value))] for name, value in settings.items()]
     return Table("Settings", ["setting", "value"], rows, note="config.yaml reproduces the run.")

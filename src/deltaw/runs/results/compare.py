@@ -250,6 +250,8 @@ class ComparisonResults:
     compared: list[Compared]
     """The methods beside the best one."""
     latency: list[LatencyRow]
+    beside_full: list[Compared] = dataclasses.field(default_factory=list)
+    """The methods beside full fine-tuning, which comes first; none where that was not compared."""
 
     @property
     def metrics(self) -> list[str]:
@@ -291,9 +293,11 @@ class ComparisonResults:
             rows=[MethodRow.from_json(row) for row in values["rows"]],
             compared=[compared_from(method) for method in values.get("compared", [])],
             latency=[LatencyRow.from_json(row) for row in values["latency"]],
+            beside_full=[compared_from(method) for method in values.get("beside_full", [])],
         )
 
     def to_json(self) -> dict[str, object]:
+        beside_full = {"beside_full": [dataclasses.asdict(m) for m in self.beside_full]} if self.beside_full else {}
         return {
             "settings": self.settings.to_json(),
             "environment": self.environment,
@@ -303,4 +307,5 @@ class ComparisonResults:
             "rows": [row.to_json() for row in self.rows],
             "compared": [dataclasses.asdict(method) for method in self.compared],
             "latency": [row.to_json() for row in self.latency],
+            **beside_full,
         }

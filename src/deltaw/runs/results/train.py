@@ -7,7 +7,30 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from deltaw.runs.evaluation.bootstrap import Score
+from deltaw.runs.evaluation.classes import Confusion
+from deltaw.runs.memory.machine import Environment
 from deltaw.training.loop import LoopState
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """The scores of the trained adapter on the held-out records."""
+
+    records: int
+    scores: dict[str, Score]
+    """Metric → its value, with the 95% interval over items."""
+    confusion: Confusion | None
+    """The confusion matrix; None for tasks without classes."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the plain values; an end of an interval that a single item does not allow is null."""
+        scores = {
+            metric: {name: value if math.isfinite(value) else None for name, value in score.plain().items()}
+            for metric, score in self.scores.items()
+        }
+        confusion = None if self.confusion is None else self.confusion.to_json()
+        return {"records": self.records, "scores": scores, "confusion": confusion}
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,10 @@ class RunFigures:
     warnings: list[str]
     resumed: list[int] = dataclasses.field(default_factory=list)
     """The steps after which the run was resumed; none of a run without a break."""
+    held_out: HeldOutScores | None = None
+    """Scores of the adapter that was kept; None where nothing is held out, or there was no time."""
+    environment: Environment | None = None
+    """The machine and versions, as runs/memory/machine.py describes them."""
 
     def to_json(self) -> dict[str, object]:
         """Return the values of result.json; a loss that there is not (∞) is null."""
@@ -52,7 +79,8 @@ class RunFigures:
                 values["merge"] = {"dtype": self.merge_dtype, "rows": self.merge_rows}
             elif field.name != "merge_dtype":
                 values[field.name] = getattr(self, field.name)
-        return values | {"loop": finite(dataclasses.asdict(self.loop))}
+        held_out = None if self.held_out is None else self.held_out.to_json()
+        return values | {"loop": finite(dataclasses.asdict(self.loop)), "held_out": held_out}
 
 
 def finite(values: Mapping[str, object]) -> dict[str, object]:

@@ -28,7 +28,8 @@ LENGTHS = ("epochs", "steps", "minutes", "patience")
 """Settings of which others make a finished run longer."""
 # Names of things whose content is compared, and settings that decide no bit of the result
 _NOT_COMPARED = (
-    "model", "data", "valid", "out", "overwrite", "log_every", "samples", "save_every", "trust_remote_code", "start",
+    "model", "data", "valid", "out", "overwrite", "log_every", "samples", "samples_during", "save_every", "trust_remote_code",
+    "start",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltaw import __version__
+from deltaw.runs.memory.machine import describe, foot, placeless
 from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
 from deltaw.runs.survey.look import Survey
 
@@ -27,10 +27,10 @@ def survey_report(look: Survey) -> Report:
     classes = [[name, f"{count:,}"] for name, count in look.labels.items()]
     counts = list(zip(middles, lengths.counts, strict=True))
     return Report(
-        title=look.source,
+        title=placeless(look.source),
         headline=f"{look.what}; held out: {look.held_out or 'nothing so far'}.",
         facts=facts,
-        curves=[Chart(f"Length in {lengths.unit}", lengths.unit, "records", [Series("records", counts, "line")])],
+        curves=[Chart(f"Length in {lengths.unit}", lengths.unit, "records", [Series("records", counts, "bars")])],
         examples=[
             Sample(
                 "".join(text for text, taught in one.parts if not taught),
@@ -42,5 +42,5 @@ def survey_report(look: Survey) -> Report:
         ],
         tables=[Table("Classes", ["class", "records"], classes)] if classes else [],
         warnings=[*filter(None, [look.overlap, look.note]), *look.notes, *look.odd],
-        footer=f"deltaw {__version__}",
+        footer=foot(describe()),
     )

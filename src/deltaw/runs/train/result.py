@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,11 @@ from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary
 from deltaw.progress import say
 from deltaw.runs.evaluation.card import Card
+from deltaw.runs.memory import machine
 from deltaw.runs.reports.page import write as write_report
 from deltaw.runs.reports.train import Sampled, run_report
 from deltaw.runs.results import JsonObject
-from deltaw.runs.results.train import RunFigures
+from deltaw.runs.results.train import HeldOutScores, RunFigures
 from deltaw.runs.resume.journal import Journal
 from deltaw.runs.resume.place import (
     RunFolder,
@@ -130,18 +131,19 @@ class RunResult(Card):
 
 
 def finished(
-    job: Job, journal: Journal, state: LoopState, samples: list[Sampled], home: RunFolder | None = None
-) -> RunResult:
+    job: Job, journal: Journal, state: LoopState, samples: list[Sampled], home: RunFolder | None = None,
+    held_out: HeldOutScores | None = None,
+) -> RunResult:  # fmt: skip
     """Write result.json and the report of a run whose adapter is saved and active, and put it in its place.
 
-    home: where the run is in the end; where it was trained, if there is none.
+    home: where the run is in the end; where it was trained, if there is none. held_out: its scores, where they were taken.
     """
     for text in verdict(job, journal.events, state):
         journal.hear(Warned(state.step, text))
     say("writing the report")
     _say_scores(job, state)
     summary, merge = sizes.summary(job.model), preview(job.model)
-    outcome = _figures(job, journal.events, state, summary, merge)
+    outcome = replace(_figures(job, journal.events, state, summary, merge), held_out=held_out)
     write_report(run_report(job.settings, outcome, journal.events, samples), job.folder.report)
     write_text(job.folder.result, json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n")
     folder = job.folder if home is None or home.path == job.folder.path else put_in_place(home)
@@ -187,4 +189,5 @@ def _figures(job: Job, events: Sequence[Event], state: LoopState, summary: Summa
         data=dataclasses.asdict(job.prepared.encoded.counts),
         sets={name: value for name, value in dataclasses.asdict(job.prepared.sets).items() if name != "notes"},
         warnings=[event.text for event in events if isinstance(event, Warned)],
+        environment=machine.describe(),
     )

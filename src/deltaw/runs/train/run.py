@@ -42,7 +42,7 @@ from deltaw.runs.resume.signals import Stopping, asked_to_stop
 from deltaw.runs.train.job import Job, attached, begin_with, peak, resumed_at, save, values_are_finite
 from deltaw.runs.train.rescue import with_what_was_good
 from deltaw.runs.train.result import RunResult, finished
-from deltaw.runs.train.samples import answers, records_to_answer, sampled
+from deltaw.runs.train.samples import answering, answers, records_to_answer, sampled, scores
 from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
@@ -189,11 +189,12 @@ def _run(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunRes
     with asked_to_stop() as stopping, _recorded(job, on_event) as journal:
         chosen = records_to_answer(job)
         before = answers(job, chosen, None)
-        state = _train(job, journal, stopping)
+        state = _train(job, journal, stopping, answering(job, chosen, journal.hear))
         if stopping():
             chosen, before = [], []  # there is no time for samples
         samples = sampled(job, chosen, before, answers(job, chosen, job.adapter))
-        return finished(job, journal, state, samples, home)
+        held_out = None if stopping() else scores(job)
+        return finished(job, journal, state, samples, home, held_out)
 
 
 def run_abreast(
@@ -341,10 +342,13 @@ def _about(job: Job, journal: Journal) -> dict[str, Any]:
     return {**job.identity, "together": list(job.together), **of_log}
 
 
-def _train(job: Job, journal: Journal, stopping: Stopping) -> LoopState:
-    """Run the loop and save the adapter, however the loop ends. Raises Interrupted where it was asked to stop, and TrainError."""
+def _train(job: Job, journal: Journal, stopping: Stopping, hear: Callable[[Event], None]) -> LoopState:
+    """Run the loop and save the adapter, however the loop ends. Raises Interrupted where it was asked to stop, and TrainError.
+
+    hear: told of what happens in the loop.
+    """
     adapter = job.folder.adapter
-    plan, state = _plan(job, journal.hear, stopping), LoopState()
+    plan, state = _plan(job, hear, stopping), LoopState()
     start = job.kept.saved if job.kept else None
     try:
         with _keeper([job], [journal]) as keep:
