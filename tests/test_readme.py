@@ -157,7 +157,7 @@ def test_every_command_is_one(document: Path) -> None:
         assert words[0] in {*COMMANDS, "COMMAND", "--help", "--version"}, words
         if words[0] in COMMANDS and "NAME" not in words:
             method = words[words.index("--method") + 1] if "--method" in words else "lora"
-known = {f.word for f in flags_of(train_with(method) if words[0] == "train" else COMMANDS[words[0]])}
+            known = {f.word for f in flags_of(train_with(method) if words[0] == "train" else COMMANDS[words[0]])}
             assert not {w for w in words if w.startswith("--")} - known - {"--help"}, words
 
 
