@@ -50,7 +50,7 @@ def test_every_step_is_told_whatever_the_log_has(tmp_path: Path) -> None:
         "scoring the held-out records",
     ]
     assert [text for text in phases if text in order] == order
-    assert phases[-2:] == ["saving the adapter", "writing the report"] and "taking the first step" in phases
+    assert phases[-3:] == ["saving the adapter", "scoring", "writing the report"] and "taking the first step" in phases
 
 
 def test_held_out_classes_have_an_accuracy_and_texts_have_none(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 import deltaw
 from deltaw import errors
-from deltaw.cli.flags import COMMANDS, check_flags, train_with
-from deltaw.cli.main import parse
+from deltaw.cli.flags import COMMANDS, train_with
+from deltaw.cli.usage import flags_of
+from deltaw.cli.words import parse
 from deltaw.methods.registry import METHODS, PRESETS, at_width
 from deltaw.training.tasks import Causal, Classification
 from tests.conftest import ROOT
@@ -150,13 +151,14 @@ def test_every_command_is_one(document: Path) -> None:
     """A command that is written out parses; one in the text has a name and flags that there are."""
     text = document.read_text(encoding="utf-8")
     for words in written_out(text):
-        if not {"--resume", "--config", "--tyro-print-completion"} & {*words}:
+        if not {"--resume", "--config", "--show-completion"} & {*words}:
             parse(words)
     for words in in_the_text(text):
         assert words[0] in {*COMMANDS, "COMMAND", "--help", "--version"}, words
         if words[0] in COMMANDS and "NAME" not in words:
             method = words[words.index("--method") + 1] if "--method" in words else "lora"
-            check_flags(words[0], train_with(method) if words[0] == "train" else COMMANDS[words[0]], words[1:])
+            known = {f.word for f in flags_of(train_with(method) if words[0] == "train" else COMMANDS[words[0]])}
+            assert not {w for w in words if w.startswith("--")} - known - {"--help"}, words
 
 
 def test_the_page_of_commands_has_each_one() -> None:

@@ -307,7 +307,8 @@ def test_a_plain_run_teaches_the_eos_that_generation_config_lacks(trained: Any, 
     end, eos = (result.tokenizer.convert_tokens_to_ids(token) for token in (END, EOS))
     path = tmp_path / "base" / model_folder.GENERATION_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
-    config = deltaw.TrainConfig(out=str(tmp_path / "run"), steps=2, samples=0)
+    plain = deltaw.DataConfig(template="plain")
+    config = deltaw.TrainConfig(data=plain, out=str(tmp_path / "run"), steps=2, samples=0)
     pairs = [{"prompt": "a", "completion": "all"}] * 4
     deltaw.train(str(tmp_path / "base"), pairs, config, method=deltaw.LoRA(rank=4, alpha=6))
     deltaw.merge_files(tmp_path / "base", tmp_path / "run/adapter", tmp_path / "m")

@@ -56,10 +56,10 @@ def test_a_run_learns_and_writes_its_folder(small: Any, tmp_path: Path) -> None:
     before = weights(model)
     result = deltaw.train(model, RECORDS, quick(tmp_path, samples=2), method=METHOD, tokenizer=tokenizer)
     names = {"adapter", "config.yaml", "log.jsonl", "result.json", "report.html", "state.safetensors"}
-    assert {p.name for p in result.folder.iterdir()} == names and len(result.samples) == 1  # of the one held-out record
+    assert {p.name for p in result.folder.iterdir()} == names and len(result.samples) == 2  # of three held-out records
     lines = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
     evals = [line["valid_loss"] for line in lines if line["event"] == "eval"]
-    assert evals[-1] < evals[0] - 0.1 and result.state.step == 18 and result.state.records == 87
+    assert evals[-1] < evals[0] - 0.1 and result.state.step == 18 and result.state.records == 81
     assert all(torch.equal(weights(model)[n], v) for n, v in before.items())
     figures = json.loads((result.folder / "result.json").read_text())
     assert figures["loop"]["last_loss"] == result.state.last_loss and figures["relative_norm"] > 0

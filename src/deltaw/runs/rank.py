@@ -300,7 +300,7 @@ class _Scores:
     """The scores of a model on the records."""
 
     losses: Measured
-    """Of classes their error rate, which decides about these."""
+    """Error rates of classes, which decide about these."""
     metrics: dict[str, SeedScores]
     """Besides it."""
 

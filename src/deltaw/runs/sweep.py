@@ -262,7 +262,7 @@ class Measurement:
     losses: Measured | None
     """None where it failed."""
     errors: Measured | None = None
-    """Of classes the error rate on the test records, where their accuracy was measured."""
+    """Error rate of classes on the test records, where their accuracy was measured."""
     first: Task | None = None
     """The first seed's run with the best learning rate."""
 

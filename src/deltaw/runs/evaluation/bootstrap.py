@@ -275,7 +275,7 @@ class Tested:
 
     rank: int
     loss: Score
-    """Of classes their error rate."""
+    """Error rate, where that decides."""
     difference: Score
     """Its loss less the largest rank's, paired by item and by seed."""
     enough: bool

@@ -315,7 +315,7 @@ def _checkpointed(subject: _Subject, method: Method, rows: int) -> Taken | None:
 
 def _taken(subject: _Subject, model: PreTrainedModel, method: Method, config: TrainConfig) -> Taken:
     """A step of these settings, with nothing held out, over as many equal records as its batch."""
-    config = dataclasses.replace(config, steps=1, valid_share=0.0, lr=1e-3)  # any rate takes as much
+    config = dataclasses.replace(config, steps=1, valid_share=0.0)
     loaded, examples = Pretrained(model, None, subject.name), [_example(subject)] * config.batch
     tokens = _tokens(subject, config.batch)
     return taken(model, method, examples, config, subject.device, lambda: TASKS[subject.task].loss(loaded), tokens)

@@ -259,7 +259,7 @@ class RankResults:
             "base": None if self.base is None else self.base.to_json(),
             "rank": self.rank,
             "margin": self.margin,
-            "by": self.by,
+            **({} if self.by == "loss" else {"by": self.by}),
             "ranks": [row.to_json() for row in self.ranks],
             "allocated": [row.to_json() for row in self.allocated],
             "layers": [dataclasses.asdict(layer) for layer in self.layers],

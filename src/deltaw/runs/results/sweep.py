@@ -229,4 +229,5 @@ class SweepResults:
 
 def choices_to_json(choices: Mapping[str, Choice]) -> dict[str, object]:
     """Return the chosen ranks by targets, as results.json holds them."""
-    return {targets: dataclasses.asdict(choice) for targets, choice in choices.items()}
+    plain = {targets: dataclasses.asdict(choice) for targets, choice in choices.items()}
+    return {t: {k: v for k, v in choice.items() if (k, v) != ("by", "loss")} for t, choice in plain.items()}

@@ -132,7 +132,7 @@ def survey(
     >>> import deltaw
     >>> look = deltaw.survey("train.jsonl", "model")
     >>> look.template, look.tokens.supervised > 0, len(look.rendered)
-    ('plain', True, 3)
+    ('chat', True, 3)
     """
     config = config or TrainConfig()
     if model is not None:
