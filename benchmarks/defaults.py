@@ -42,24 +42,26 @@ class Study:
     """The score that counts; `loss` counts downwards."""
     lrs: tuple[float, ...]
     epochs: tuple[float, ...]
-    config: dict[str, Any] = field(default_factory=dict)
     most: int | None = None
     """Training records taken; None for all."""
     test_most: int = 10_000
     reading: dict[str, Any] = field(default_factory=dict)
+    model: str = "all-MiniLM-L6-v2"
+    """Its name, for readers."""
 
 
+_LANGUAGE = "SmolLM2-135M-Instruct"
 _RATES = (1.5e-3, 5e-4, 4.5e-3)
 STUDIES = {
     "sst2": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 5), most=1000),
     "rte": Study("train.jsonl", "dev.jsonl", "accuracy", _RATES, (1, 3)),
     "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 3)),
     "cola": Study("train.jsonl", "dev.jsonl", "matthews", _RATES, (1, 3)),
-    "e2e": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=1000, test_most=200),
-    "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3)),
+    "e2e": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=1000, test_most=200, model=_LANGUAGE),
+    "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3), model=_LANGUAGE),
     "tools": Study(
         "train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=300, test_most=100,
-        reading={"max_length": 400, "too_long": "drop"},
+        reading={"max_length": 400, "too_long": "drop"}, model=_LANGUAGE,
     ),
 }  # fmt: skip
 
@@ -134,7 +136,7 @@ def main() -> None:
         else {"benchmark": "defaults", "tasks": {}}
     )
     task = results["tasks"].setdefault(args.name, {"grid": []})
-    task |= {"model": Path(args.model).name, "metric": study.metric, "records": study.most, "machine": describe()}
+    task |= {"model": study.model, "metric": study.metric, "records": study.most, "machine": describe()}
     task["date"] = time.strftime("%Y-%m-%d")
 
     def keep() -> None:
