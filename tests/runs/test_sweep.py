@@ -39,7 +39,8 @@ def test_a_sweep_from_end_to_end(place: Path, tmp_path: Path, capsys: pytest.Cap
     words = command(place, out, steps=5)
     words += ["--lrs", "1e-3,5e-3", "--seeds", "2", "--ranks"]
     assert main([*words, "4,2"]) == 0
-    assert "against" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "against" in printed or "a larger one was not tried" in printed
     results = json.loads((out / "results.json").read_text())
     assert [(r["rank"], r["alpha"], len(r["tried"]), len(r["scores"]["loss"]["seeds"])) for r in results["rows"]] == [
         (4, 4.0, 2, 2), (2, 4.0, 2, 2)
@@ -192,7 +193,7 @@ def test_a_classifiers_head_is_each_seeds_own(tmp_path: Path) -> None:
     assert {"loss", "accuracy"} <= set(done.results["rows"][0]["scores"])
     heads = []
     for seed in (0, 1):
-        tensors, _ = tensors_of(tmp_path / f"s/runs/all-linear-r2-0.0005-{seed}/adapter")
+        tensors, _ = tensors_of(tmp_path / f"s/runs/all-linear-r2-0.0015-{seed}/adapter")
         heads.append(next(t for n, t in tensors.items() if "classifier" in n and n.endswith("weight")))
     assert not torch.equal(*heads)
 

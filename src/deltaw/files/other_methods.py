@@ -76,10 +76,13 @@ def name_of_base(model: nn.Module) -> str | None:
 
 
 def place_of_base(model: nn.Module) -> dict[str, str]:
-    """Return what the metadata says of where the base lies: its whole path, where it is a folder here."""
+    """Return what the metadata says of where the base lies: its path as it was opened by, where it is a folder here.
+
+    It is not made absolute: an adapter's bytes do not depend on the place where it is saved.
+    """
     name = _opened_by(model)
     local = name is not None and base_name(name) == name and Path(name).is_dir()
-    return {BASE_PLACE: str(Path(name).absolute())} if name and local else {}
+    return {BASE_PLACE: name} if name and local else {}
 
 
 def _opened_by(model: nn.Module) -> str | None:

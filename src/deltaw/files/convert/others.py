@@ -66,7 +66,7 @@ def as_folder(adapter: Foreign, dst: Path, base: Base) -> Path:
     """Write another program's adapter as a PEFT folder."""
     ranks = {layer: A.shape[0] for layer, (A, _) in adapter.factors.items()}
     named = str(base) if isinstance(base, str | Path) else adapter.base
-    place = {BASE_PLACE: str(Path(named).absolute())} if named and Path(named).is_dir() else {}
+    place = {BASE_PLACE: named} if named and Path(named).is_dir() else {}
     metadata = {ORIGIN: adapter.origin} | place | ({peft.ENDS: json.dumps(list(adapter.ends))} if adapter.ends else {})
     config = config_for(
         ranks, adapter.scales, target_modules=sorted(adapter.factors), dropout=adapter.dropout, base=public_name(named),
