@@ -204,3 +204,10 @@ def test_a_real_kernel_shows_one_output_that_is_replaced(place: Path, tmp_path: 
     view, result = outputs
     assert "5/5" in view["data"]["text/html"] and "<b>done</b>" in view["data"]["text/html"]
     assert "held-out loss" in result["data"]["text/html"] and "held-out loss" in result["data"]["text/plain"]
+
+
+def test_what_is_counted_is_told_once() -> None:
+    now = Now("merging")
+    now.notice(Phase("merging", 125, 210))
+    line = " ".join([now.head, *now.place(), *now.texts()])
+    assert line.count("125/210") == 1 and now.bar is not None and now.bar.text == "125/210"

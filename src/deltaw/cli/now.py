@@ -182,7 +182,7 @@ class Now:
     def place(self) -> list[str]:
         """Return where the call is: what a line has beside its bar."""
         tick, bar, left = self.tick, self.bar, None if self.ended else self.seconds_left()
-        texts = [bar.text] if bar else []
+        texts = [bar.text] if bar and not self.head.endswith(bar.text) else []
         if tick is not None and not self.is_study:
             texts.append(f"epoch {tick.epoch:.2f}")
         if left is not None:
