@@ -101,8 +101,10 @@ def _as_made(data: DataConfig, loaded: Pretrained, records: Sequence[Record]) ->
 
     An adapter's training says it. A model that was taught to answer in a template says little, or nothing, to a bare prompt.
     """
-    bare = data.task == "causal" and data.template == "auto" and data.separator is None
-    if not (bare and getattr(loaded.tokenizer, "chat_template", None) and {r.form for r in records} == {"prompt"}):
+    from deltaw.data import template_of
+
+    is_open = data.task == "causal" and data.template == "auto" and {r.form for r in records} == {"prompt"}
+    if not is_open or template_of("prompt", loaded.tokenizer, data) != "chat":
         return data
     what = "The prompt is" if len(records) == 1 else "The prompts are"
     show.prose(
@@ -160,14 +162,12 @@ def _text(command: Generate) -> tuple[str, str]:
     if command.prompt not in (None, "-"):
         return "the prompt", str(command.prompt)
     path = command.prompt_file or command.file
-    if path in (None, "-"):
-        if sys.stdin.isatty() and command.prompt is None and path is None:
-            raise ConfigError("There is no prompt: give one, or a file of them, or pipe prompts into standard input.")
-        name, encoding = "standard input", "utf-8"
-    else:
-        name, encoding = str(path), command.data.encoding
+    if path is None and command.prompt is None and sys.stdin.isatty():
+        raise ConfigError("There is no prompt: give one, or a file of them, or pipe prompts into standard input.")
+    piped = path in (None, "-")
+    name, encoding = ("standard input", "utf-8") if piped else (str(path), command.data.encoding)
     try:
-        text = sys.stdin.read() if name == "standard input" else Path(name).read_text(encoding=encoding)
+        text = sys.stdin.read() if piped else Path(name).read_text(encoding=encoding)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name} cannot be read as {encoding.upper()} text: {error}") from error
     is_one = command.prompt is not None or command.prompt_file is not None

@@ -39,7 +39,7 @@ def name_of(method: Method) -> str | None:
     return next((name for name, cls in METHODS.items() if type(method) is cls), None)
 
 
-# The usual rates were measured at widths of 384 and 576 (results/defaults.json, results/rates_e2e.json). Wider models take lower
+# The usual rates were measured at widths of 384 and 576 (results/compare_*.json, results/rates_e2e.json). Wider models take lower
 # ones: the exponent is the one that Schulman et al. 2025 ("LoRA Without Regret", Thinking Machines Lab) fitted to Llama models
 _MEASURED_WIDTH, _EXPONENT = 576, 0.78
 

@@ -39,7 +39,7 @@ Told = Callable[[int], None]
 
 
 class Passes(NamedTuple):
-    """Passes over training records by their number, as results/defaults.json measured them. Each limit is a number of records.
+    """Passes over training records by their number. The limits are numbers of records; benchmarks/defaults.py is to measure them.
 
     Few records are passed over more often, until the model has seen `enough`; many less often, until it has seen `plenty`.
     """

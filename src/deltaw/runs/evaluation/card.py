@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from deltaw.errors import visible
@@ -11,12 +12,12 @@ _MOST = 110
 """Characters of a value; the middle of a longer one is left out."""
 
 
-class Card:
+class Card(ABC):
     """Base of results that show themselves in a few lines."""
 
+    @abstractmethod
     def card(self) -> tuple[str, dict[str, str]]:
         """Return the title, and label → value of what is worth knowing first."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         title, rows = self.card()
