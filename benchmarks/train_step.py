@@ -192,14 +192,14 @@ def deltaw_row(job: Job, clock: Clock, **settings: Any) -> None:
 
 def floor_row(job: Job, clock: Clock) -> None:
     """Forward and activation gradients through the frozen base on deltaw's own batches."""
-    from deltaw.training.attention import short_row_attention
+    from deltaw.training.attention import training_attention
     from deltaw.training.losses import CompletionLoss
     from rows import floor
 
     model, tokenizer, examples = opened(job, dtype=job.case.dtype)
     model = floor(model).train()
     loss = CompletionLoss(model)
-    with short_row_attention(model, max(len(e.input_ids) for e in examples)):
+    with training_attention(model, max(len(e.input_ids) for e in examples)):
         clock.start()
         for rows, batch in planned(job, tokenizer, examples):
             total, count = loss(batch)

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, MistralConfig, MistralForCausalLM
 
 from deltaw.training import attention
-from deltaw.training.attention import short_row_attention
+from deltaw.training.attention import training_attention
 from tests.conftest import tiny_gpt2, tiny_llama
 
 
@@ -37,7 +37,7 @@ def encoder() -> Any:
 def test_only_short_rows_in_bfloat16_use_plain_products(dtype: torch.dtype, longest: int, inside: str) -> None:
     model = tiny_llama().to(dtype)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(KeyboardInterrupt), short_row_attention(model, longest):
+    with pytest.raises(KeyboardInterrupt), training_attention(model, longest):
         assert model.config._attn_implementation == inside
         raise KeyboardInterrupt
     assert model.config._attn_implementation == "sdpa"
@@ -51,7 +51,7 @@ def test_both_ways_give_the_same_logits_with_padding(ids: torch.Tensor) -> None:
     mask[0, -4:] = 0
     with torch.no_grad():
         plain = model(ids, attention_mask=mask).logits[mask.bool()]
-        with short_row_attention(model, ids.shape[1]):
+        with training_attention(model, ids.shape[1]):
             switched = model(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(switched, plain, atol=0.02, rtol=0.02)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deltaw.data.encode import Example
+from deltaw.data.trees import Tree
 from deltaw.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Batch:
     """int64 [n, t], 1 for tokens, 0 for padding"""
     supervised: torch.Tensor
     """bool [n, t]; True where the loss is taken on predicting this token from those before it"""
+    tree: Tree | None = None
+    """The same tokens with each shared one once, where that saves enough."""
 
     @property
     def targets(self) -> int:

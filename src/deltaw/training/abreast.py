@@ -156,6 +156,7 @@ def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple
     divisor = torch.tensor(counts, dtype=torch.float32)
     means = torch.zeros_like(loops[0].losses).repeat(len(loops))
     for shared in itertools.zip_longest(*parts, fillvalue=()):
+        # What two adapters make of the same tokens is not the same, so these rows are no tree
         names = [loop.plan.adapter for loop, part in zip(loops, shared, strict=True) for _ in part]
         owners = torch.tensor([i for i, part in enumerate(shared) for _ in part])
         with route(loops[0].plan.model, names):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
+from deltaw.data.trees import Tree, tree_of
+from deltaw.errors import first_line
 from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import most_positions, text_config
 from deltaw.training import head as heads
+from deltaw.training.attention import NoTree, mask_of, takes_trees, without_trees
 from deltaw.training.head import AfterHead, Head
 
 log = logging.getLogger("deltaw")
@@ -29,6 +33,8 @@ log = logging.getLogger("deltaw")
 # Names in transformers' configs of a factor of the logits (some models divide by it) and of their soft cap
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "output_multiplier_scale")
 CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logit_softcap", "softcap")
+# The relative difference of a token's states that is rounding, of float32 and of half precision
+_ROUNDING, _COARSE = 1e-4, 5e-2
 # The tokens of a row that the ways to its logits are tried on
 _TRIED = 16
 
@@ -69,6 +75,8 @@ class CompletionLoss:
         self.body, self.head = _split(model)
         self.after = AfterHead()
         self.path = ""
+        self.trees: bool | None = None
+        """Whether the model computes of a tree what it computes of rows; None until it was tried."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
         """Return (sum over supervised tokens of −log p as an fp32 scalar, their number). Rows are right-padded."""
@@ -80,24 +88,64 @@ class CompletionLoss:
         return *self(batch), None
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return a batch, padded on the right within the model's positions."""
-        return collate(examples, self.pad_id, self.most)
+        """Return a batch, padded on the right within the model's positions; with its tree, where the model takes trees now."""
+        batch = collate(examples, self.pad_id, self.most)
+        if self.trees is False or not takes_trees(self.model):
+            return batch
+        return replace(batch, tree=tree_of(examples, self.pad_id, batch.input_ids.numel()))
 
     def each(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return −log p of each supervised token, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
-        rows, positions, targets = _supervised(batch)
-        device = next(self.model.parameters()).device
-        inputs = {
-            "input_ids": to_device(device, batch.input_ids),
-            "attention_mask": to_device(device, batch.attention_mask),
-        }
         if not self.path:
-            self._choose(inputs)
+            self._choose(self._inputs(batch))
+        if batch.tree is not None and self.trees is None:
+            self._try_trees(batch)
+        tree = batch.tree if self.trees else None
+        rows, positions, targets = _supervised(batch, tree)
+        inputs = self._inputs(batch) if tree is None else self._inputs_of(tree)
+        device = inputs["input_ids"].device
         count = len(positions)
         if self.path == "head":
             padding = (0, -count % heads.MULTIPLE)  # with position 0 and target 0; their losses are dropped
             positions, targets = F.pad(positions, padding), F.pad(targets, padding)
         return self._losses(inputs, to_device(device, positions), to_device(device, targets))[:count], rows
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {
+            "input_ids": to_device(device, batch.input_ids),
+            "attention_mask": to_device(device, batch.attention_mask),
+        }
+
+    def _inputs_of(self, tree: Tree) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {
+            "input_ids": to_device(device, tree.input_ids),
+            "position_ids": to_device(device, tree.position_ids),
+            "attention_mask": mask_of(tree, device),
+        }
+
+    @torch.no_grad()
+    def _try_trees(self, batch: Batch) -> None:
+        """Find whether the model computes of a tree what it computes of the rows: not all do."""
+        assert batch.tree is not None
+        _, plain, _ = _supervised(batch, None)
+        _, shared, _ = _supervised(batch, batch.tree)
+        with evaluating(self.model):
+            with without_trees(self.model):
+                wanted = self._states(self._inputs(batch), plain)
+            try:
+                reason = _differs(wanted, self._states(self._inputs_of(batch.tree), shared))
+            except (NoTree, RuntimeError, TypeError, ValueError, IndexError) as error:
+                reason = first_line(error)
+        self.trees = not reason
+        if reason:
+            log.warning("What records have in common is computed for each of them: of a tree, %s.", reason)
+
+    def _states(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+        """Return the hidden states, or where the loss takes these the logits, at positions."""
+        rows = self.model(**inputs, use_cache=False).logits if self.path == "logits" else self._hidden(inputs)
+        return _at(to_device(rows.device, positions), rows)
 
     def _losses(self, inputs: dict[str, Tensor], positions: Tensor, targets: Tensor) -> Tensor:
         if self.path == "logits":
@@ -151,13 +199,22 @@ def _at(positions: Tensor, rows: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1]).index_select(0, positions)
 
 
-def _supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _differs(wanted: Tensor, given: Tensor) -> str:
+    """Return how states [n, k] differ from those wanted; nothing where they do so by rounding alone."""
+    is_precise = wanted.dtype in (torch.float32, torch.float64)
+    wanted, given = wanted.double(), given.double()
+    off = ((given - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
+    return "" if off <= (_ROUNDING if is_precise else _COARSE) else f"the model's states differ by {off:.2g}"
+
+
+def _supervised(batch: Batch, tree: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows and flat positions whose next token is supervised, and these tokens, int64 [n] each.
 
     They are computed on the CPU: a mask would make a GPU wait.
     """
     rows, columns = batch.supervised.nonzero(as_tuple=True)
-    return rows, rows * batch.input_ids.shape[1] + columns - 1, batch.input_ids[rows, columns]
+    places = rows * batch.input_ids.shape[1] + columns - 1 if tree is None else tree.places[rows, columns - 1]
+    return rows, places, batch.input_ids[rows, columns]
 
 
 def to_device(device: torch.device, tensor: Tensor) -> Tensor:

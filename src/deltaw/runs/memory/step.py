@@ -26,7 +26,7 @@ from deltaw.model.attach import attach, detach
 from deltaw.model.inputs import text_config
 from deltaw.runs.memory.live import Live, StandIns
 from deltaw.training import head as heads
-from deltaw.training.attention import short_row_attention
+from deltaw.training.attention import training_attention
 from deltaw.training.head import AfterHead
 from deltaw.training.loop import LoopPlan, LoopState, opened
 from deltaw.training.losses import CAPS, CompletionLoss, Loss
@@ -135,7 +135,7 @@ def _of_blocks(
     loss_of: Callable[[], Loss], blocks: int | None,
 ) -> Step:  # fmt: skip
     longest = max(e.length for e in examples)
-    with _only(model, blocks), short_row_attention(model, longest, device), torch.random.fork_rng(devices=[]):
+    with _only(model, blocks), training_attention(model, longest, device), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             attach(model, method)
         try:

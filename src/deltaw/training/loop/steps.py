@@ -16,7 +16,7 @@ from deltaw.layers.ops.seeding import mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
 from deltaw.model.summary import updates
 from deltaw.training import optim
-from deltaw.training.attention import short_row_attention
+from deltaw.training.attention import training_attention
 from deltaw.training.flat import Flat
 from deltaw.training.loop import log
 from deltaw.training.loop.checks import (
@@ -102,7 +102,7 @@ def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iter
     Raises TrainError when a loss is not finite, and FileError where `start` is the state of another adapter.
     """
     longest = max(e.length for e in (*plan.examples, *plan.valid))
-    with short_row_attention(plan.model, longest), _flat(plan) as flat:
+    with training_attention(plan.model, longest), _flat(plan) as flat:
         loop = Loop(plan, state, flat)
         to_train(plan.model)
         if plan.config.gradient_checkpointing:
