@@ -41,6 +41,11 @@ def _of_model(command: Export) -> Exported:
     """Export a model folder."""
     from deltaw.files.publish.gguf_model import export_gguf
 
+    source = Path(command.source)
+    if source.is_dir() and not (source / "config.json").is_file():
+        adapters = sorted(path.parent for path in source.glob("*/adapter_config.json"))
+        hint = f" Adapters are in {', '.join(map(str, adapters))}: give one of these." if adapters else ""
+        raise FileError(f"{source} is neither a model folder, which has a config.json, nor an adapter's.{hint}")
     if command.base is not None:
         raise ConfigError(f"--base is for adapters, and {command.source} is a model.")
     return export_gguf(command.source, command.out, kind=command.type, trust_remote_code=command.trust_remote_code)

@@ -194,3 +194,10 @@ def test_what_cannot_be_exported_is_said_before_and_by_the_bases_name(case: str,
     }  # fmt: skip
     assert done.returncode in (2, 5) and said[case] in done.stderr.replace("\n", " "), done.stderr
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_runs_folder_is_told_where_its_adapter_is(tmp_path: Path, run: Run) -> None:  # noqa: F811
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    done = run("export", tmp_path / "run", "-o", tmp_path / "out")
+    assert done.returncode == 5 and f"Adapters are in {tmp_path / 'run' / 'adapter'}" in done.stderr.replace("\n", " ")
