@@ -45,7 +45,7 @@ _TABLE = (
     Meaning("loraplus_lr_ratio loraplus_ratio lora_plus_ratio lora_plus", "lr_ratio"),
     Meaning(
         "output_dir output save_dir save_path logging_dir run_name checkpoint_dir default_root_dir out_dir output_path "
-        "output_file outfile lora_out result_dir model_dir project_name suffix wandb_name wandb_run_id",
+        "output_file outfile lora_out result_dir model_dir project_name suffix wandb_name wandb_run_id html report",
         "out",
     ),
     Meaning("overwrite_output_dir overwrite_output force exist_ok", "overwrite"),
