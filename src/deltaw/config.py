@@ -544,7 +544,7 @@ def from_mapping(
     """
     known, prefix = keys(cls), f"{where}: " if where else ""
     problems = [
-        f"{prefix}unknown key {k!r}{meaning(k) or nearest(k, known, cutoff=0.65)}" for k in values if k not in known
+        f"{prefix}unknown key {k!r}{meaning(k) or nearest(k, known, cutoff=0.7)}" for k in values if k not in known
     ]
     config = _built(cls, values, prefix, problems)
     if problems or config is None:

@@ -320,7 +320,8 @@ _TABLE = (
         "labels",
         "the names, in the order of the head's outputs",
     ),
-    Meaning("problem_type task_type lora_task_type stage rl model_type", "task"),
+    Meaning("problem_type task_type lora_task_type model_type", "task"),
+    Meaning("stage rl", None, "train is supervised fine-tuning; preferences and rewards are not trained"),
     Meaning(
         "tokenizer tokenizer_type tokenizer_config tokenizer_name use_fast_tokenizer pad_token eos_token pad_token_id "
         "padding_side split_special_tokens do_lower_case",

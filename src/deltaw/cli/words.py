@@ -251,5 +251,5 @@ def _meant(flag: str, known: Collection[str], positional: Mapping[str, str], com
     setting = key if meaning is None or meaning.setting is None else meaning.setting
     if elsewhere := [name for name, cls in COMMANDS.items() if setting in keys(cls)]:
         return f": --{setting.replace('_', '-')} is a flag of deltaw {', '.join(elsewhere)}"
-    near = nearest(flag.lower(), known, cutoff=0.65)
+    near = nearest(flag.lower(), known, cutoff=0.7)
     return near.replace("'", "'--", 1) if near.count("'") == 2 else near.replace(" '", " '--")
