@@ -144,7 +144,7 @@ def _from_peft(
         _check_fits(src, base, trust_remote_code)
     if target == "loralib":
         return to_loralib(src, dst, alpha)
-    return peft.write(dst, peft.read(src)) if target == "peft" else others.write(src, dst, target)
+    return peft.write(dst, peft.read(src)) if target == "peft" else others.write(src, dst, target, base)
 
 
 def _source(src: Path) -> tuple[Path, str]:

@@ -17,7 +17,7 @@ from deltaw.files.formats import peft
 from deltaw.files.formats.others import Foreign, kohya, litgpt, mlx_lm, onnx_adapter, torchtune
 from deltaw.files.formats.others.foreign import check_layers, refuse
 from deltaw.files.formats.peft import LoRAFile
-from deltaw.files.formats.peft.metadata import transposed_layers
+from deltaw.files.formats.peft.metadata import base_in, transposed_layers
 
 log = logging.getLogger("deltaw")
 
@@ -61,10 +61,12 @@ def read(
         adapter = mlx_lm.read(src) if form == "mlx-lm" else onnx_adapter.read(src)
     if layers is not None:
         refuse(src, check_layers(layers, adapter))
+    if form == "mlx-lm":
+        refuse(src, _of_tied(src, adapter, base or adapter.base))
     return adapter
 
 
-def write(src: Path, dst: Path, form: str) -> Path:
+def write(src: Path, dst: Path, form: str, base: Base = None) -> Path:
     """Write a PEFT folder for mlx-lm or ONNX Runtime. Raises FileError with all that it has no form for there."""
     file = peft.read(src)
     if form == "onnx_adapter":
@@ -80,6 +82,8 @@ def write(src: Path, dst: Path, form: str) -> Path:
         problems += [f"{layer}: an embedding" for layer in sorted(file.embeddings)]
     else:
         problems += [f"{layer}: an embedding, under DoRA" for layer in sorted(file.embeddings) if file.magnitudes]
+        named = Foreign("deltaw", file.factors, embeddings=set(file.embeddings))
+        problems += _of_tied(src, named, base or base_in(file.metadata, file.config.base_model_name_or_path))
     if problems:
         raise FileError(f"{form} has no form for what is in {src} (deltaw merge writes a whole model):", problems)
     if file.copies:
@@ -95,6 +99,33 @@ def write(src: Path, dst: Path, form: str) -> Path:
             "%s was taught to end with tokens of its own (%s): tell the program that runs it.", src, adapter.ends
         )
     return mlx_lm.write(dst, adapter) if form == "mlx-lm" else onnx_adapter.write(dst, adapter)
+
+
+def _of_tied(src: Path, adapter: Foreign, base: Base) -> list[str]:
+    """List the layers that mlx-lm and PEFT compute otherwise in a model whose head is tied to its embedding.
+
+    mlx-lm's embedding is the head too there, with its update; PEFT's update is of the one layer alone. Where the base is not
+    here that is logged.
+    """
+    heads = [layer for layer in adapter.factors if layer.rpartition(".")[2] == "lm_head"]
+    layers = [*heads, *sorted(adapter.embeddings)]
+    if not layers:
+        return []
+    if not isinstance(base, nn.Module) and not (base and Path(base).is_dir()):
+        log.warning(
+            "%s has updates of %s. In a model whose head is tied to its embedding mlx-lm computes these otherwise than PEFT: "
+            "give the base to have that checked (command line: --base).", src, ", ".join(layers),
+        )  # fmt: skip
+        return []
+    config: Any = base.config if isinstance(base, nn.Module) else base_config(base)
+    if not getattr(config, "tie_word_embeddings", False):
+        return []
+    problems = [f"{layer}: the base ties it to the embedding, and mlx-lm has no such layer then" for layer in heads]
+    problems += [
+        f"{layer}: the base ties its head to it, which the update changes too in mlx-lm, and not in PEFT"
+        for layer in sorted(adapter.embeddings)
+    ]
+    return problems
 
 
 def _transposed(file: LoRAFile) -> list[str]:
