@@ -121,6 +121,20 @@ def test_parquet_rows_are_read_by_number(tmp_path):
     assert "train.parquet[1]" in message and "found null" in message
 
 
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_tables_objects_have_only_the_fields_that_their_record_had(tmp_path, as_dataset):
+    """All objects of a column share their fields there: another record's argument would be taught as null."""
+    pq, datasets = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("datasets")
+    calls = [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {"unit": ["C", None]}}]
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    data = datasets.Dataset.from_list(rows)
+    if not as_dataset:
+        pq.write_table(data.data.table, tmp_path / "train.parquet")
+    records = read(data if as_dataset else tmp_path, DataConfig())
+    arguments = [record.messages[-1].tool_calls[0].arguments for record in records]
+    assert arguments == ['{"city": "Rome"}', '{"unit": ["C", null]}']
+
+
 def test_a_folder_has_the_splits_of_its_files(tmp_path):
     for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dev.jsonl", "test.jsonl"):
         write(tmp_path, name, json.dumps(GOOD | {"prompt": name}))

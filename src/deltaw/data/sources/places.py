@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from deltaw.data.sources.files import SUFFIXES, TEXTS, Reading, read_file
-from deltaw.data.sources.row import Fields, Read, Row, keep
+from deltaw.data.sources.row import Fields, Read, Row, bare, keep
 from deltaw.errors import DataError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -169,7 +169,10 @@ def _memory(source: Iterable[object], name: str) -> Read:
     problems: list[str] = []
     if isinstance(source, (bytes, bytearray)) or not hasattr(source, "__getitem__"):
         raise DataError(f"{type(source).__name__} is no data source. Give a path, hub id, list of dicts or Dataset.")
+    of_table = hasattr(source, "features")  # a data set of the library datasets, which keeps Arrow tables
     for i, value in enumerate(source):
+        if of_table and isinstance(value, dict):
+            value = {field: bare(part) for field, part in value.items()}
         keep(f"{name}[{i}]", value, rows, problems)
     return Read(rows, problems)
 

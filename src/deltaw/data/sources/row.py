@@ -35,6 +35,16 @@ def keep(place: str, value: object, rows: list[Row], problems: list[str]) -> Non
         problems.append(f"{place}: a record must be an object with named fields, found {show(value)}")
 
 
+def bare(value: object) -> object:
+    """Return a value of a table without the nulls of its objects.
+
+    All objects of a column have the same fields there, and null where a record had none.
+    """
+    if isinstance(value, dict):
+        return {name: bare(part) for name, part in value.items() if part is not None}
+    return [bare(part) for part in value] if isinstance(value, list) else value
+
+
 def line_of(text: str | bytes, at: int) -> int:
     """Return the 1-based line of an offset."""
     lines = text.count("\n", 0, at) if isinstance(text, str) else text.count(b"\n", 0, at)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaw.data.sources.row import Read, Row, line_of, not_utf8
+from deltaw.data.sources.row import Fields, Read, Row, bare, line_of, not_utf8
 from deltaw.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -136,9 +136,13 @@ def parquet(path: Path) -> Read:
     if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
         return Read([], [f"{path.name}: column {name!r} is there more than once; rename one" for name in twice])
     try:
-        return Read([(f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist())], [])
+        return Read([(f"{path.name}[{i}]", _of_table(row)) for i, row in enumerate(table.to_pylist())], [])
     except (pyarrow.ArrowException, ValueError, OverflowError):  # bytes that are no UTF-8, a date that Python has not
         return _by_rows(table, path.name)
+
+
+def _of_table(row: Fields) -> Fields:
+    return {name: bare(value) for name, value in row.items()}
 
 
 def _by_rows(table: pyarrow.Table, name: str) -> Read:
@@ -149,7 +153,7 @@ def _by_rows(table: pyarrow.Table, name: str) -> Read:
     problems: list[str] = []
     for i in range(len(table)):
         try:
-            rows.append((f"{name}[{i}]", table.slice(i, 1).to_pylist()[0]))
+            rows.append((f"{name}[{i}]", _of_table(table.slice(i, 1).to_pylist()[0])))
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             problems.append(f"{name}[{i}]: a value cannot be read: {first_line(error)}")
     return Read(rows, problems)
