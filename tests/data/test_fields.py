@@ -246,7 +246,7 @@ def test_a_folder_of_documents_has_a_record_for_each(tmp_path):
         (tmp_path / name).write_text(text)
     pairs, notes = taught(tmp_path)
     assert pairs == [("a", f"b\n\ncd{END}"), ("#", f" ab\n\ncd{END}")]
-    assert notes == (f"{tmp_path}: each of its 2 text files is a record",)
+    assert notes == (f"{tmp_path}: 2 text files, each a record",)
     (tmp_path / "train.jsonl").write_text(lines(GOOD))
     assert taught(tmp_path)[0] == PLAIN  # a README beside records is none
     (tmp_path / "train.jsonl").unlink()
