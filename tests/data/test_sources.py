@@ -133,7 +133,9 @@ def test_a_tables_objects_have_only_the_fields_that_their_record_had(tmp_path, a
     """All objects of a column share their fields there: another record's argument would be taught as null."""
     pq, datasets = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("datasets")
     calls = [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {"unit": ["C", None]}}]
-    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]} for call in calls
+    ]
     data = datasets.Dataset.from_list(rows)
     if not as_dataset:
         pq.write_table(data.data.table, tmp_path / "train.parquet")

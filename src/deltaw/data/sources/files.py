@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.data.sources.json_text import json_array, json_lines
+from deltaw.data.sources.json_text import json_text
 from deltaw.data.sources.row import Fields, Read, line_of
 from deltaw.data.sources.tables import parquet, table
 from deltaw.data.sources.texts import document, markdown, paragraphs
@@ -91,9 +91,7 @@ def _parsed(path: Path, how: Reading, whole: bool) -> Read:
         return table(raw, path.name)
     if suffix in TEXTS:
         return (document if whole else markdown if suffix == ".md" else paragraphs)(raw, path.name)
-    if suffix == ".json" and raw.lstrip()[:1] == b"[":
-        return json_array(raw, path.name)
-    return json_lines(raw, path.name)
+    return json_text(raw, path.name)
 
 
 def _check_bytes(raw: bytes, path: Path, encoding: str) -> None:
@@ -105,7 +103,11 @@ def _check_bytes(raw: bytes, path: Path, encoding: str) -> None:
         raise DataError(f"{path}: by its first bytes it is a {ending} file, and no {path.suffix}: {what}.")
     first = b"" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else raw[:_LOOKED_AT]  # readers say what these marks mean
     for end, start in (("le", 1), ("be", 0)):
-        if _is_utf8(encoding) and len(first) > 1 and first[start::2].count(0) > len(first) / 4 > first[1 - start :: 2].count(0):
+        if (
+            _is_utf8(encoding)
+            and len(first) > 1
+            and first[start::2].count(0) > len(first) / 4 > first[1 - start :: 2].count(0)
+        ):
             raise DataError(f"{path}: it looks like UTF-16. Save it as UTF-8, or read it with --encoding utf-16-{end}.")
 
 

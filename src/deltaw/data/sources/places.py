@@ -197,7 +197,7 @@ def _check_unread(folder: Path, files: Sequence[Path]) -> None:
     """Raise DataError for files that hold a split in a format that is not read: training would go on without it."""
     if {"dataset_info.json", "dataset_dict.json"} & {file.name for file in files}:
         raise DataError(
-            f"{folder}: a data set that datasets.save_to_disk wrote. Write its splits with to_json or to_parquet, or in Python give "
+            f"{folder}: a data set that datasets.save_to_disk wrote. Write its splits with to_parquet, or in Python give "
             "what datasets.load_from_disk returns."
         )
     unread = [f for f in files if f.suffix.lower() not in SUFFIXES and f.name.lower().partition(".")[0] in _SPLITS]

@@ -32,7 +32,14 @@ def keep(place: str, value: object, rows: list[Row], problems: list[str]) -> Non
     if isinstance(value, dict):
         rows.append((place, value))
     else:
-        problems.append(f"{place}: a record must be an object with named fields, found {show(value)}")
+        turns = (
+            isinstance(value, list)
+            and value
+            and isinstance(value[0], dict)
+            and ("role" in value[0] or "from" in value[0])
+        )
+        hint = '. Messages stand in a field: {"messages": […]}' if turns else ""
+        problems.append(f"{place}: a record must be an object with named fields, found {show(value)}{hint}")
 
 
 def bare(value: object) -> object:
@@ -59,7 +66,11 @@ def show(value: object) -> str:
         text = value if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # an integer of too many digits, lists within lists
         return type(value).__name__
-    short = repr(text[:40] + "…" if len(text) > 40 else text) if isinstance(value, str) else text[:40]
+    short = (
+        repr(text[:40] + "…" if len(text) > 40 else text)
+        if isinstance(value, str)
+        else text[:40] + "…" * (len(text) > 40)
+    )
     return f"{type(value).__name__} {short}"
 
 

@@ -29,6 +29,8 @@ def table(raw: bytes, name: str) -> Read:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return Read([], [f"{name}:{line_of(raw, error.start)}: {not_utf8(error)}"])
+    if text.lstrip()[:2] in ('{"', "[{"):
+        return Read([], [f"{name}:1: not CSV: it begins as JSON does. Name the file {name.rpartition('.')[0]}.jsonl."])
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     try:
         mark, first = _separator(text)
