@@ -85,6 +85,9 @@ TRAINS = {
         b'\xef\xbb\xbfPrompt;Completion;\r\n"a;\nb";"c ""d""";\r\n;;\r\n', {}, [("a;\nb", f'c "d"{END}')],
     ),
     "excel-sep.csv": ("sep=;\r\nprompt;completion\r\nab;cd\r\n", {}, PLAIN),
+    "macintosh.csv": ('prompt,completion\r"a\rb",cd\r', {}, [("a\nb", f"cd{END}")]),
+    "pandas.csv": (",prompt,completion\n0,ab,cd\n1,ab,cd\n", {}, PLAIN * 2),
+    "spaces.csv": ('prompt, completion\nab, "c, d"\n', {}, [("ab", f"c, d{END}")]),
     "western.csv": ("prompt,completion\né,ü\n".encode("cp1252"), {"encoding": "cp1252"}, [("é", f"ü{END}")]),
     "spread.json": (json.dumps({"prompt": "ab", "completion": "cd"}, indent=2), {}, PLAIN),
     "jq.jsonl": ("\n".join([json.dumps({"prompt": "ab", "completion": "cd"}, indent=1)] * 2), {}, PLAIN * 2),
@@ -159,6 +162,7 @@ REFUSED = {
     "western.txt": ("é".encode("cp1252"), {}, ["western.txt:1", "--encoding cp1252"]),
     "wrong.csv": (b"prompt,completion\na,\x81\n", {"encoding": "cp1252"}, ["wrong.csv:2", "not cp1252", "--encoding"]),
     "unnamed.csv": ("prompt;completion;\na;b;c\n", {}, ["unnamed.csv:2", "no column's name"]),
+    "unnamed-first.csv": (",prompt,completion\nx,a,b\n", {}, ["none of its 1 records", "unnamed-first.csv:2", "no column's name"]),
     "ragged.csv": ("prompt;completion\na;b\na;b;c\n", {}, ["ragged.csv:3", "3 cells under 2", "semicolons"]),
 }  # fmt: skip
 

@@ -265,9 +265,7 @@ def _hints(row: Named, asked: Asked, *, alone: bool) -> Iterator[str]:
 def _inside(field: str, value: Mapping[str, object], asked: Asked) -> Iterator[str]:
     """Yield the columns that take the fields of an object in a record."""
     inside = {plain(str(name)): (str(name), part) for name, part in value.items()}
-    fit = readings(
-        {name: part for name, (_, part) in inside.items()}, replace(asked, form="auto", columns=frozenset())
-    )
+    fit = readings({name: part for name, (_, part) in inside.items()}, replace(asked, form="auto", columns=frozenset()))
     if len(fit) == 1:
         columns = ",".join(
             f"{'messages' if fit[0].form == 'chat' else name}={field}.{inside[taken][0]}"
