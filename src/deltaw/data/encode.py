@@ -92,7 +92,10 @@ def encode(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataCon
     if template == "chat":
         rows = _chats(records.items, tokenizer, config)
         wholes, of_record = [_example(row) for row in rows], [row.number for row in rows]
-        ends, note = taught([e for row in rows for e in row.endings]), _note(records.items, rows, tokenizer)
+        ends, note = (
+            taught([e for row in rows for e in row.endings]),
+            _note(records.items, rows, tokenizer, config.system),
+        )
     else:
         wholes, ends = _plains(records.items, tokenizer, config), (int(tokenizer.eos_token_id),)
         of_record = list(range(len(wholes)))
@@ -275,10 +278,18 @@ def _example(row: chat.InTokens) -> Example:
     return Example(row.ids[:end], row.supervised[:end], row.place)
 
 
-def _note(items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart."""
+def _note(
+    items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: PreTrainedTokenizerBase, system: str | None
+) -> str | None:
+    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart, greetings."""
     endings = [ending for row in rows for ending in row.endings]
     told = [problem(endings, lambda token: str(tokenizer.convert_ids_to_tokens(token)))]
+    first = sum(record.conversation[0].is_taught for record in items) if system is None else 0
+    if first:
+        told.append(
+            f"{first:,} of {len(items):,} conversations begin with the assistant. Nothing stands before that message to answer, "
+            "so it is context and not taught."
+        )
     parts = [row.number for row in rows if row.is_part]
     if parts:
         told.append(

@@ -98,7 +98,10 @@ def _lists(fields: Fields) -> list[str]:
 def _turns(fields: Fields, name: str, lines: list[str], unused: list[str]) -> tuple[Message, ...]:
     turns = fields.get(name)
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # as a table has it
+        count = len(lines)
         turns = parsed(turns, name, lines)
+        if len(lines) > count:
+            return ()
     if not isinstance(turns, (list, tuple)) or not turns:
         lines.append(f"field {name!r} must be a list of messages that is not empty, found {show(turns)}")
         return ()
