@@ -163,6 +163,7 @@ REFUSED = {
     "wrong.csv": (b"prompt,completion\na,\x81\n", {"encoding": "cp1252"}, ["wrong.csv:2", "not cp1252", "--encoding"]),
     "unnamed.csv": ("prompt;completion;\na;b;c\n", {}, ["unnamed.csv:2", "no column's name"]),
     "unnamed-first.csv": (",prompt,completion\nx,a,b\n", {}, ["none of its 1 records", "unnamed-first.csv:2", "no column's name"]),
+    "named-turns.jsonl": (lines({"conv": [USER, {"role": "poet", "content": "x"}]}), {"columns": "messages=conv"}, ["conv[1]: unknown role 'poet'"]),
     "ragged.csv": ("prompt;completion\na;b\na;b;c\n", {}, ["ragged.csv:3", "3 cells under 2", "semicolons"]),
 }  # fmt: skip
 
@@ -234,6 +235,8 @@ def test_columns_are_checked_in_one_message():
     )
     assert "completion has two columns, 'choices.0.txt' and 'question,instruction'" in message
     assert "'question' is no NAME=COLUMN" in failure(rows, ConfigError, columns="question")
+    assert "wrong way round: prompt=question" in failure(rows, ConfigError, columns="question=prompt")
+    assert "no record has 'Z'; they have question, choices" in failure(rows, ConfigError, columns="prompt=Z")
     with pytest.raises(ConfigError, match=r"'utf-88'.*did you mean 'utf-8'"):
         DataConfig(encoding="utf-88")
 
