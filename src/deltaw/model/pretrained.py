@@ -221,7 +221,10 @@ def _new_modules(model: PreTrainedModel, info: LoadingInfo) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in owners)
 
 
-_OTHER_KIND = "Is it another kind of model, or is a file of it missing? An encoder learns classes or numbers: its records have text and label."
+_OTHER_KIND = (
+    "Is it another kind of model, or is a file of it missing? An encoder learns classes or numbers: its records have text and "
+    "label."
+)
 
 
 def _judge(model: PreTrainedModel, info: LoadingInfo, new: Iterable[str], source: str) -> None:

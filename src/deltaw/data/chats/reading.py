@@ -69,7 +69,7 @@ def read_conversation(
         names = ["prompt", "completion"]
         messages = _prompt_and_completion(fields, lines, unused, completions, called)
     else:
-        return [missing(fields, "messages", TURNS)]
+        return ["field 'messages' is null"] if "messages" in fields else [missing(fields, "messages", TURNS)]
     messages = _with_system(messages, fields, lines)
     schemas = [schema for name in _TOOLS for schema in schemas_of(fields.get(name), name, lines)]
     lines += [

@@ -11,12 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
 from deltaw.data.sources import show
+from deltaw.data.sources.places import HELD_OUT
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
 """Names of what is no text."""
 TOOLS = ("tools", "functions")
 """Names of tools on offer."""
 _STEPS = "labels"
+_VERDICTS = ("kto_tag", "is_correct", "is_chosen", "is_preferred", "desirable")
+"""Names of a verdict on an answer, beside label."""
+_WORSE = ("rejected", "rejected_response", "rejected_answer", "rejected_messages", "rejected_output")
+_IGNORE = "--columns ignore="
 WEIGHTS = ("weight", "weights", "score", "reward")
 """Numbers that tell records apart: refused where they are not all the same."""
 _YES_OR_NO = {"true", "false", "0", "1", "-1", "0.0", "1.0", "-1.0", "yes", "no", "good", "bad"}
@@ -41,6 +46,11 @@ _THOUGHT = (
     "holds the thoughts before an answer, which messages have a place for: give the question and the answer as messages, and "
     "the thoughts as reasoning_content beside the answer's content"
 )
+_SPLITS = {"train", "training", *HELD_OUT}
+_OF_SPLITS = (
+    "says which records are held out, and all would be trained on. Write each split as a file of its own (train.jsonl, "
+    "valid.jsonl, test.jsonl) into a folder"
+)
 Why = tuple[str, str]
 """A field, and what is wrong with it."""
 
@@ -55,7 +65,7 @@ def is_empty(value: object) -> bool:
 def of_pairs(row: Named) -> str | None:
     """Return what to do with a record that is a preference pair; None for others."""
     pair = _pair_of({name.strip().lower(): name for name in row})
-    if pair is None or any(is_empty(row[name]) or not isinstance(row[name], (str, list)) for name in pair):
+    if pair is None or any(is_empty(row[name]) or isinstance(row[name], numbers.Real) for name in pair):
         return None
     chosen, rejected = pair
     name, answer = row.names.get(chosen, chosen), row[chosen]
@@ -68,6 +78,8 @@ def of_pairs(row: Named) -> str | None:
         within = ".messages" if isinstance(row[question], Mapping) else ""  # OpenAI's
         columns = f"prompt={row.names[question]}{within},completion={name}"
     both = f"{name} and {row.names.get(rejected, rejected)}"
+    if isinstance(answer, Mapping):
+        return f"{both} {_PAIRS}. To train on the chosen answers alone, put each at the end of its conversation"
     return f"{both} {_PAIRS}. To train on the chosen answers alone, set --columns {columns}"
 
 
@@ -112,6 +124,14 @@ def _reason(name: str, row: Named, reading: Reading, used: set[str], asked: Aske
     if word in _THOUGHTS and form in ("prompt", "instruction") and asked.completions and not chosen:
         return _THOUGHT
     if asked.completions and form != "text":
+        if word in _WORSE and not chosen:
+            return (
+                f"is the worse answer of a preference pair, not trained on yet. To train on the other: {_IGNORE}{name}"
+            )
+        if word in _VERDICTS and _is_verdict(row[name]):
+            return _KTO
+        if word == "label" and _is_verdict(row[name]) and form == "chat":
+            return _KTO
         if word == "label" and _is_verdict(row[name]):
             pair = ",".join(
                 f"{t}={row.names.get(f, f)}" for t, (_, f) in zip(("text", "text_pair"), reading.takes, strict=False)
@@ -164,7 +184,16 @@ def weighed(rows: Sequence[Named], places: Sequence[str], form: str) -> dict[Why
         there = [(place, row[name]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get(name))]
         if len({str(value) for _, value in there}) > 1 and all(_is_weight(value) for _, value in there):
             refusals[(name, _WEIGHED.format(name=name))] = [place for place, _ in there]
-    return refusals
+    return refusals | _split_apart(rows, places)
+
+
+def _split_apart(rows: Sequence[Named], places: Sequence[str]) -> dict[Why, list[str]]:
+    """Return a column that says which records are held out, where it says so of some: all would be trained on."""
+    there = [(place, row["split"]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get("split"))]
+    values = {str(value).lower() for _, value in there}
+    if len(values) < 2 or not values <= _SPLITS:
+        return {}
+    return {("split", _OF_SPLITS): [place for place, _ in there]}
 
 
 def _is_weight(value: object) -> bool:

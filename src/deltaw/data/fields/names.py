@@ -266,7 +266,7 @@ def _inside(field: str, value: Mapping[str, object], asked: Asked) -> Iterator[s
     """Yield the columns that take the fields of an object in a record."""
     inside = {plain(str(name)): (str(name), part) for name, part in value.items()}
     fit = readings({name: part for name, (_, part) in inside.items()}, replace(asked, form="auto", columns=frozenset()))
-    if len(fit) == 1:
+    if len(fit) == 1 and fit[0].form != "text":
         columns = ",".join(
             f"{'messages' if fit[0].form == 'chat' else name}={field}.{inside[taken][0]}"
             for name, taken in fit[0].takes
