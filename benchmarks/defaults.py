@@ -55,12 +55,12 @@ _RATES = (1.5e-3, 5e-4, 4.5e-3)
 STUDIES = {
     "sst2": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 5), most=1000),
     "rte": Study("train.jsonl", "dev.jsonl", "accuracy", _RATES, (1, 3)),
-    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 3)),
-    "cola": Study("train.jsonl", "dev.jsonl", "matthews", _RATES, (1, 3)),
+    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 3), most=2000),
+    "cola": Study("train.jsonl", "dev.jsonl", "matthews", _RATES, (1, 3), most=2000),
     "e2e": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=1000, test_most=200, model=_LANGUAGE),
-    "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3), model=_LANGUAGE),
+    "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3), most=300, model=_LANGUAGE),
     "tools": Study(
-        "train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=300, test_most=100,
+        "train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=200, test_most=100,
         reading={"max_length": 400, "too_long": "drop"}, model=_LANGUAGE,
     ),
 }  # fmt: skip

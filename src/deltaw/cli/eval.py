@@ -139,7 +139,7 @@ def _table(evaluations: dict[str, Evaluation], metrics: list[str], command: Eval
     table = show.table("", *evaluations, *both, title=f"{command.data}: {what} (95% intervals by bootstrap over items)")
     for metric in metrics:
         scores = [e.scores[metric] for e in evaluations.values()]
-        table.add_row(metric.replace("_", " "), *map(str, scores), *(_difference(*scores) for _ in both))
+        table.add_row(metric.replace("_", " "), *map(str, scores), *(_difference(metric, *scores) for _ in both))
     table.add_row("time", *(units.duration(e.seconds) for e in evaluations.values()), *("" for _ in both))
     return table
 
@@ -171,9 +171,10 @@ def _print_classes(evaluations: dict[str, Evaluation]) -> None:
         show.out.print(matrix)
 
 
-def _difference(base: ItemScore, adapter: ItemScore) -> str:
+def _difference(metric: str, base: ItemScore, adapter: ItemScore) -> str:
     """The adapter's score less the base's, in pairs on the same items."""
     from deltaw.runs.evaluation.bootstrap import paired
+    from deltaw.runs.evaluation.metrics import limits
 
-    difference = paired(adapter, base)
+    difference = paired(adapter, base, limits(metric))
     return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"

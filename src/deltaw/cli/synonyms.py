@@ -38,7 +38,9 @@ _TABLE = (
     Meaning("use_dora dora peft_use_dora", "method", "dora"),
     Meaning("finetuning_type fine_tune_type peft_type adapter_type training_type", "method"),
     Meaning("loraplus_lr_ratio loraplus_ratio lora_plus_ratio", "lr_ratio"),
-    Meaning("output_dir output save_dir save_path logging_dir run_name checkpoint_dir default_root_dir", "out"),
+    Meaning(
+        "output_dir output save_dir save_path logging_dir run_name checkpoint_dir default_root_dir html report", "out"
+    ),
     Meaning("overwrite_output_dir overwrite_output force", "overwrite"),
     Meaning("batch_size train_batch_size global_batch_size total_batch_size effective_batch_size", "batch", _BATCH),
     Meaning("per_device_train_batch_size per_gpu_train_batch_size device_train_microbatch_size", "micro_batch", _BATCH),

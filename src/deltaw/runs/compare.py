@@ -332,8 +332,10 @@ def _measurement(chosen_by: str, entry: _Entry) -> _Measurement:
         measured: dict[str, Measured] = {}
     else:
         first, seeds = runs[0], [run.seed for run in runs]
-        measured = {name: measured_by([run.score.scores[name] for run in runs], seeds) for name in first.score.scores}
-        scores = {name: over_seeds(first.score.scores[name], of_runs, name) for name, of_runs in measured.items()}
+        measured = {
+            name: measured_by([run.score.scores[name] for run in runs], seeds, name) for name in first.score.scores
+        }
+        scores = {name: over_seeds(first.score.scores[name], of_runs) for name, of_runs in measured.items()}
         best = BestRun(first.lr, first.score.figures, scores, first.score.valid)
     settings = dict(described(contestant.method))
     return _Measurement(MethodRow(contestant.name, contestant.kind, settings, tried, best), measured)

@@ -37,6 +37,7 @@ from deltaw.runs.directions import alike, amplifications
 from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Choice, Measured, chosen, errors_of, of_losses, shortened
 from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import evaluate
+from deltaw.runs.evaluation.metrics import limits
 from deltaw.runs.events import Confirming, RankEvent, Scored, SweepEvent
 from deltaw.runs.folder import Finished, finished, parameters_of, read_json
 from deltaw.runs.memory import machine
@@ -380,7 +381,7 @@ def _scores(opened: _Opened) -> _Scores:
     metrics = {name: evaluation.scores[name] for name in opened.metrics}
     if opened.by == ERROR_RATE:
         accuracy = evaluation.scores["accuracy"]
-        losses = errors_of(Measured(np.array([accuracy.value]), accuracy.parts[None], (0,)))
+        losses = errors_of(Measured(np.array([accuracy.value]), accuracy.parts[None], (0,), limits("accuracy")))
         metrics = {"loss": evaluation.scores["loss"]} | metrics
     else:
         losses = of_losses(sums, counts, items)

@@ -458,7 +458,7 @@ def _measurement(
         losses = losses_of([run.losses for run in runs.values()], [task.seed for task in runs])
         if "accuracy" in study.scoring.metrics:
             accuracies = [run.scores["accuracy"] for run in runs.values()]
-            errors = errors_of(measured_by(accuracies, [task.seed for task in runs]))
+            errors = errors_of(measured_by(accuracies, [task.seed for task in runs], "accuracy"))
         task, first = next(iter(runs.items()))
         best = BestRun(
             lr=task.lr, parameters=first.parameters, share=first.share, bytes=first.bytes,
@@ -481,8 +481,10 @@ def _over_seeds(runs: Mapping[Task, RunScore], losses: Measured) -> dict[str, Se
     first, seeds = next(iter(runs.values())), [task.seed for task in runs]
     scores = {}
     for metric, score in first.scores.items():
-        of_runs = losses if metric == "loss" else measured_by([run.scores[metric] for run in runs.values()], seeds)
-        scores[metric] = over_seeds(score, of_runs, metric)
+        of_runs = (
+            losses if metric == "loss" else measured_by([run.scores[metric] for run in runs.values()], seeds, metric)
+        )
+        scores[metric] = over_seeds(score, of_runs)
     return scores
 
 

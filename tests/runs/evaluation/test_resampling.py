@@ -13,16 +13,19 @@ from scipy import stats
 from deltaw.runs.evaluation import bootstrap
 from deltaw.runs.evaluation.bootstrap import (
     RESAMPLES,
+    ItemScore,
     Measured,
     Score,
     by_item,
     chosen,
     compared,
+    errors_of,
     of_losses,
     percentiles,
     resampled_weights,
     together,
 )
+from deltaw.runs.evaluation.metrics import accuracy
 
 T = stats.t
 
@@ -119,10 +122,10 @@ def test_one_item_allows_no_interval() -> None:
 
 def test_seeds_alone_have_students_t() -> None:
     """Three runs without any difference between items: t of two degrees of freedom, not the 3.0 of resampled seeds."""
-    runs = of_losses(np.array([[1.0], [2.0], [3.0]]) * np.ones(4), np.ones(4))
+    runs = of_losses(np.array([[11.0], [12.0], [13.0]]) * np.ones(4), np.ones(4))
     found = runs.interval()
     assert found.high - found.value == pytest.approx(4.302653 / math.sqrt(3)) and found.low == pytest.approx(
-        4 - found.high
+        24 - found.high
     )
 
 
@@ -150,6 +153,21 @@ def test_pairs_at_once_hold_the_seeds_error_to_each_pairs_share() -> None:
 
 def parts_of(parts: list[np.ndarray]) -> list[Measured]:
     return [measured(each) for each in parts]
+
+
+def of_one(score: ItemScore) -> Measured:
+    return Measured(np.array([score.value]), score.parts[None], (0,), (0.0, 1.0))
+
+
+def test_no_interval_goes_beyond_what_can_be() -> None:
+    """Seven texts, of which one is wrong at the smaller rank."""
+    wrong, right = (errors_of(of_one(accuracy([first, 0, 0, 0, 0, 0, 0], [0] * 7, 2))) for first in (1, 0))
+    difference = wrong.less(right).interval()
+    assert -1 <= difference.low < 0 < difference.value < difference.high <= 1
+    (at_once,) = together([right.less(wrong)])
+    assert -1 <= at_once.low <= at_once.value == -difference.value
+    assert 0 == wrong.interval().low < wrong.interval().high <= 1
+    assert of_losses(np.array([[0.0, 0.0, 3.0]]), np.ones(3)).interval().low == 0.0
 
 
 def test_differences_pair_runs_by_their_seeds() -> None:

@@ -7,7 +7,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.runs.evaluation.bootstrap import Choice, Score, Tested, chosen
+from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Choice, Score, Tested, chosen
 from deltaw.runs.reports.sweep import why_no_smaller
 from tests.runs.evaluation.test_choice import made
 
@@ -24,6 +24,15 @@ def test_what_ended_the_tests_is_said() -> None:
     assert first.startswith("r = 16 is not shown to be enough, nor to be worse: ") and "the margin 0.0100" in first
     assert second == "r = 8 would be enough with a margin of 1.5% of the loss"
     assert third == "r = 8 would be enough by itself"
+
+
+def test_a_margin_of_all_records_is_not_offered() -> None:
+    """It would allow any rank."""
+    worse, largest = (
+        Tested(rank, Score(0.2, 0.0, 1.0), Score(0.1, -0.2, high), rank == 8) for rank, high in ((1, 1.0), (8, 0.0))
+    )
+    (reason,) = why_no_smaller(Choice(8, 0.01, [worse, largest], by=ERROR_RATE))
+    assert reason.startswith("r = 1 is not shown to be enough, nor to be worse: ")
 
 
 @given(st.lists(st.floats(-0.05, 0.1), min_size=3, max_size=3))

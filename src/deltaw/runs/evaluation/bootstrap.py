@@ -79,6 +79,8 @@ class Measured:
     """[runs, items]: jackknife pseudo-values."""
     seeds: tuple[int, ...]
     """[runs]"""
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """The least and the largest value that there can be. No interval goes beyond them."""
 
     @property
     def value(self) -> float:
@@ -99,7 +101,10 @@ class Measured:
         if not both or self.items != other.items:
             raise ValueError(f"These runs have no pairs: seeds {self.seeds} and {other.seeds}.")
         left, right = ([measured.seeds.index(seed) for seed in both] for measured in (self, other))
-        return Measured(self.values[left] - other.values[right], self.parts[left] - other.parts[right], tuple(both))
+        limits = self.limits[0] - other.limits[1], self.limits[1] - other.limits[0]
+        return Measured(
+            self.values[left] - other.values[right], self.parts[left] - other.parts[right], tuple(both), limits
+        )
 
     def interval(self) -> Score:
         """Return the mean over runs with its 95% interval, which with one run leaves out the variation between seeds."""
@@ -110,13 +115,17 @@ class Measured:
         up, down = (
             max(plain, _finite(np.quantile(sign * t, 1 - _ERROR / 2, method="higher"), plain)) for sign in (-1, 1)
         )
-        low, high = (self.value + sign * _half(self, c, _ERROR / 2) for sign, c in ((-1, down), (1, up)))
-        return Score(self.value, low, high)
+        return self.within(*(self.value + sign * _half(self, c, _ERROR / 2) for sign, c in ((-1, down), (1, up))))
+
+    def within(self, low: float, high: float) -> Score:
+        """Return the mean over runs with this interval, cut at the limits."""
+        least, most = self.limits
+        return Score(self.value, min(max(low, least), self.value), max(min(high, most), self.value))
 
 
-def paired(score: ItemScore, other: ItemScore) -> Score:
-    """Return a score less another one of the same items, each of one run."""
-    first, second = (Measured(np.array([s.value]), s.parts[None], (0,)) for s in (score, other))
+def paired(score: ItemScore, other: ItemScore, limits: tuple[float, float]) -> Score:
+    """Return a score less another one of the same items, each of one run. limits: as `Measured` has them, of one score."""
+    first, second = (Measured(np.array([s.value]), s.parts[None], (0,), limits) for s in (score, other))
     return first.less(second).interval()
 
 
@@ -133,7 +142,7 @@ def together(differences: Sequence[Measured]) -> list[Score]:
     largest = np.abs(_t_values(np.stack([d.parts.mean(0) for d in differences]))).max(0)
     at_once = _finite(np.quantile(largest, 1 - _ERROR, method="higher"), quantile(_ERROR / 2 / count, items - 1))
     halves = [_half(d, at_once, tail(at_once, items - 1)) for d in differences]
-    return [Score(d.value, d.value - half, d.value + half) for d, half in zip(differences, halves, strict=True)]
+    return [d.within(d.value - half, d.value + half) for d, half in zip(differences, halves, strict=True)]
 
 
 def _half(measured: Measured, by_items: float, error: float) -> float:
@@ -232,7 +241,7 @@ def of_losses(sums: Array, counts: Array, items: Array | None = None, seeds: Seq
     number = counts.shape[0]
     others = (sums.sum(1, keepdims=True) - sums) / (counts.sum() - counts) if number > 1 else sums / counts
     parts = number * values[:, None] - (number - 1) * others
-    return Measured(values, parts, tuple(range(len(sums)) if seeds is None else seeds))
+    return Measured(values, parts, tuple(range(len(sums)) if seeds is None else seeds), (0.0, math.inf))
 
 
 def tail(t: float, dof: int) -> float:
@@ -266,7 +275,7 @@ ERROR_RATE = "error rate"
 
 def errors_of(accuracy: Measured) -> Measured:
     """Return the error rate, from the accuracy on the same items."""
-    return Measured(1.0 - accuracy.values, 1.0 - accuracy.parts, accuracy.seeds)
+    return Measured(1.0 - accuracy.values, 1.0 - accuracy.parts, accuracy.seeds, (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -307,10 +316,7 @@ def chosen(losses: Mapping[int, Measured], margin: float, least: float = 0.0, *,
     tested = []
     for rank in ranks:
         difference = losses[rank].less(largest).interval()
-        loss = losses[rank].interval()
-        if by == ERROR_RATE:
-            loss = Score(loss.value, max(0.0, loss.low), min(1.0, loss.high))
-        tested.append(Tested(rank, loss, difference, difference.high <= most))
+        tested.append(Tested(rank, losses[rank].interval(), difference, difference.high <= most))
     enough = [test.rank for test in itertools.takewhile(lambda test: test.enough, reversed(tested))]
     return Choice(min(enough, default=max(ranks)), most, tested, by)
 

@@ -281,14 +281,13 @@ NUMBER_METRICS: dict[str, Callable[[Sequence[float], Sequence[float], Items], It
 }
 MORE_IS_BETTER = {*TEXT_METRICS, *CLASS_METRICS, *NUMBER_METRICS}
 """Metrics whose larger values are better."""
-RANGES = {"bleu": (0.0, 100.0), "matthews": (-1.0, 1.0), **dict.fromkeys(NUMBER_METRICS, (-1.0, 1.0))}
-RANGES |= dict.fromkeys(("loss", "perplexity"), (0.0, float("inf")))
-"""Metric → its least and greatest value, where these are not 0 and 1."""
+_RANGES = {"bleu": (0.0, 100.0), "matthews": (-1.0, 1.0), **dict.fromkeys(NUMBER_METRICS, (-1.0, 1.0))}
+_RANGES |= dict.fromkeys(("loss", "perplexity"), (0.0, float("inf")))
 
 
-def greatest(metric: str) -> float:
-    """Return the greatest value that a metric can have."""
-    return RANGES.get(metric, (0.0, 1.0))[1]
+def limits(metric: str) -> tuple[float, float]:
+    """Return the least and the greatest value that a metric can have."""
+    return _RANGES.get(metric, (0.0, 1.0))
 
 
 _PACKAGES = {

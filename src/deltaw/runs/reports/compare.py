@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from deltaw.files import units
 from deltaw.runs.evaluation.bootstrap import Compared
 from deltaw.runs.evaluation.bootstrap import figure as rounded
-from deltaw.runs.evaluation.metrics import greatest
+from deltaw.runs.evaluation.metrics import limits
 from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.page import Chart, Report, Series, Table
 from deltaw.runs.results.compare import BestRun, ComparisonResults, LatencyRow, MethodRow, Trained
@@ -310,7 +310,7 @@ def _curves(results: ComparisonResults) -> list[Chart]:
                 Series(row.name, [(best.figures.parameters, s) for s in best.scores[metric].seeds], "points")
                 for row, best in trained
             ],
-            log_x=True, y_most=greatest(metric), note="As in the paper's Figure 2; a point for each seed.",
+            log_x=True, y_most=limits(metric)[1], note="As in the paper's Figure 2; a point for each seed.",
         ),
         Chart(
             "Held-out loss in training", "step", "nats", [Series(row.name, best.valid, "line") for row, best in trained]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from deltaw.files import units
 from deltaw.layers.names import brief, by_family
 from deltaw.runs.evaluation.bootstrap import Choice, figure
-from deltaw.runs.evaluation.metrics import greatest
+from deltaw.runs.evaluation.metrics import limits
 from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.compare import BY_ITEM, ONE_SEED, interval, score, settings_rows
 from deltaw.runs.reports.directions import alike_maps, alike_tables
@@ -100,7 +100,13 @@ def cells(row: RankRow, largest: int, metrics: Sequence[str]) -> list[str]:
 
 def rank_report(results: RankResults) -> Report:
     """Return the page about a run's rank."""
-    tables = [_ranks(results), *_allocated(results), *alike_tables(results.alike), *_amplified(results)]
+    tables = [
+        _ranks(results),
+        *_other_scores(results),
+        *_allocated(results),
+        *alike_tables(results.alike),
+        *_amplified(results),
+    ]
     tables += [Table("Rules of thumb", ["rule", "here", "source"], hints(results), note=_HINTS)]
     tables += [_layers(results.layers), Table("Settings", ["setting", "value"], _settings(results))]
     return Report(
@@ -121,7 +127,7 @@ _HINTS = (
 
 
 def _ranks(results: RankResults) -> Table:
-    metrics, largest = results.metrics, results.largest.rank
+    largest = results.largest.rank
     count = len(results.ranks) - 1
     note = (
         f"The adapter that was trained at r = {largest}, cut to its first r directions in each layer, as `deltaw compress` "
@@ -130,9 +136,16 @@ def _ranks(results: RankResults) -> Table:
         f"{largest} and end at the first that fails; so {count} comparisons err together no more often than one (5%). "
         "Training is the peak of memory of a run at that rank."
     )
-    columns = [*FIRST, results.by, f"less that of r = {largest}", "enough", *metrics, *LAST]
-    rows = [cells(row, largest, metrics) for row in results.ranks]
+    columns = [*FIRST, results.by, f"less that of r = {largest}", "enough", *LAST]
+    rows = [cells(row, largest, ()) for row in results.ranks]
     return Table("What each rank costs, and what it loses", columns, rows, note)
+
+
+def _other_scores(results: RankResults) -> list[Table]:
+    if not results.metrics:
+        return []
+    rows = [[str(row.rank), *(score(row.scores[metric]) for metric in results.metrics)] for row in results.ranks]
+    return [Table("Other scores of each rank", ["r", *results.metrics], rows, "They chose nothing.")]
 
 
 def _allocated(results: RankResults) -> list[Table]:
@@ -218,7 +231,7 @@ def _against(what: str, scores: Sequence[HasInterval], ranks: Sequence[int], not
     points = [(rank, s.value) for rank, s in zip(ranks, scores, strict=True)]
     spans = [(rank, s.low, s.high) for rank, s in zip(ranks, scores, strict=True)]
     series = [Series(what, points, spans=spans)]
-    title, most = f"{what} against rank", greatest(what)
+    title, most = f"{what} against rank", limits(what)[1]
     return Chart(title, "r", what, series, log_x=True, x_ticks=ranks, y_most=most, note=note)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from deltaw.files import units
 from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Choice, Compared, Tested, figure
-from deltaw.runs.evaluation.metrics import greatest
+from deltaw.runs.evaluation.metrics import limits
 from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.compare import BY_ITEM, interval, score, seeds_note, settings_rows
 from deltaw.runs.reports.directions import alike_maps, alike_tables
@@ -90,7 +90,7 @@ def _with_more_margin(smaller: Sequence[Tested], whole: float, by: str) -> list[
         if test.difference.low > 0:
             break
         rank, most = test.rank, max(most, test.difference.high)
-    if whole <= 0:
+    if most >= whole:  # such a margin allows anything
         return []
     of = "records" if by == ERROR_RATE else "loss"
     return [f"r = {rank} would be enough with a margin of {math.ceil(1000 * most / whole) / 10:g}% of the {of}"]
@@ -203,7 +203,7 @@ def _curves(results: SweepResults) -> list[Chart]:
                 series,
                 log_x=True,
                 x_ticks=ranks,
-                y_most=greatest(metric),
+                y_most=limits(metric)[1],
                 note=_CURVE,
             )
         )

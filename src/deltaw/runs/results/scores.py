@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from deltaw.runs.evaluation.bootstrap import Choice, Compared, ItemScore, Measured, Score, Tested, shortened
-from deltaw.runs.evaluation.metrics import RANGES
+from deltaw.runs.evaluation.metrics import limits
 from deltaw.runs.results import JsonObject
 
 
@@ -79,21 +79,21 @@ class SeedScores:
         return dataclasses.asdict(self)
 
 
-def measured_by(scores: Sequence[MetricScore], seeds: Sequence[int]) -> Measured:
+def measured_by(scores: Sequence[MetricScore], seeds: Sequence[int], metric: str) -> Measured:
     """Return a metric of one candidate, from its runs' scores with their parts."""
     values, parts = (np.array([getattr(score, part) for score in scores], float) for part in ("value", "parts"))
-    return Measured(values, parts, tuple(seeds))
+    return Measured(values, parts, tuple(seeds), limits(metric))
 
 
-def over_seeds(first: MetricScore, measured: Measured, metric: str) -> SeedScores:
-    """Return the metric of a candidate, its interval kept within the metric's range.
+def over_seeds(first: MetricScore, measured: Measured) -> SeedScores:
+    """Return the metric of a candidate.
 
     first: the score of its first run, whose interval is the candidate's where there is no other run.
     """
     if len(measured.seeds) == 1:
         return SeedScores([first.value], first.value, first.low, first.high)
-    mean, (least, most) = measured.interval(), RANGES.get(metric, (0.0, 1.0))
-    return SeedScores(measured.values.tolist(), mean.value, max(mean.low, least), min(mean.high, most))
+    mean = measured.interval()
+    return SeedScores(measured.values.tolist(), mean.value, mean.low, mean.high)
 
 
 def scores_to_json(scores: Mapping[str, MetricScore] | Mapping[str, SeedScores]) -> dict[str, object]:
