@@ -22,7 +22,7 @@ from deltaw.data.chats.messages import Message
 from deltaw.data.chats.template import Template
 from deltaw.data.forms import Record
 from deltaw.data.records import Records
-from deltaw.errors import DataError
+from deltaw.errors import DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,6 +196,18 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     if problems:
         raise DataError(f"The template {template!r} does not fit {form} records here:", problems)
     return template
+
+
+def check_unwrapped(records: Records, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError for prompts that are in the chat template already: they would be put into it twice."""
+    end = chat.prompt_end(tokenizer) if records.form == "prompt" else ""
+    twice = [record.place for record in records if end and record.prompt.rstrip().endswith(end)]
+    if twice:
+        raise DataError(
+            f"{records.source}: {len(twice):,} of {len(records):,} prompts ({shown(twice)}) end as the chat template does "
+            f"({end!r}), and would be put into it a second time. Set template: plain to take them as they are, or template: chat "
+            "if that is meant."
+        )
 
 
 def plain_prompt(record: Record, separator: str | None) -> str:

@@ -152,6 +152,15 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> Ids:
     return [token for ending in endings for token in ending.tokens]
 
 
+def prompt_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template puts after a user's text for the model to answer; empty where it takes no such prompt."""
+    try:
+        text = Template(tokenizer).render(_TRIAL.upto(1), prompt=True)
+    except DataError:
+        return ""
+    return text.rpartition(_TRIAL.messages[0].content)[2].strip()
+
+
 @dataclass(frozen=True, slots=True)
 class _Marks:
     """Marks that the template puts around messages. A message that has them already gets no second ones."""

@@ -9,6 +9,7 @@ import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from deltaw.data.chats.fields import parsed
 from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
 from deltaw.data.sources import show
 from deltaw.data.sources.places import HELD_OUT
@@ -227,6 +228,11 @@ def turns_before(row: Named, lines: list[str]) -> tuple[list[tuple[str, str]], l
 
 def _history(value: object, name: str, lines: list[str]) -> list[tuple[str, str]]:
     """Return earlier turns: [[question, answer], …], or messages."""
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as a table has it
+        count = len(lines)
+        value = parsed(value, name, lines)
+        if len(lines) > count:
+            return []
     if not isinstance(value, (list, tuple)):
         lines.append(f"field {name!r} must be a list of [question, answer] pairs, found {show(value)}")
         return []
