@@ -40,6 +40,11 @@ def test_rounding_errors_of_a_loss_of_zero_are_none() -> None:
     assert passed([0.0] * 12 + [0.5] + [0.0] * 8) == [12]
 
 
+def test_chance_of_a_run_that_knows_its_records_is_none() -> None:
+    usual = Usual([1e-4] * 32)
+    assert not usual.is_passed(3e-4, first=1.37) and usual.is_passed(0.1, first=1.37) and usual.is_passed(3e-4)
+
+
 def test_a_jump_is_one_and_a_new_level_is_soon_usual() -> None:
     rng = np.random.default_rng(0)
     losses = list(1 + 0.1 * rng.standard_normal(400))

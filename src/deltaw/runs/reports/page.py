@@ -117,7 +117,7 @@ def _header(report: Report) -> str:
 def _warnings(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
-    title = "1 warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
+    title = "To note" if len(warnings) == 1 else f"{len(warnings)} things to note"
     return _section(title, tag("ul", "".join(tag("li", text(w)) for w in warnings)), "warnings")
 
 

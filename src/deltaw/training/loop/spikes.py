@@ -25,6 +25,7 @@ _NORMAL = 1.4826
 _TIMES = 1.5
 # The least loss that can be one: below it are rounding errors and chance, of an adapter that knows its records by heart
 _LEAST = 1e-4
+_OF_FIRST = 0.01  # the same as a share of the run's first loss
 
 
 @dataclass
@@ -38,12 +39,14 @@ class Usual:
         """The median."""
         return median(self.losses)
 
-    def is_passed(self, loss: float) -> bool:
-        """Return whether a loss is far above what is usual."""
+    def is_passed(self, loss: float, first: float | None = None) -> bool:
+        """Return whether a loss is far above what is usual. first: the first loss of the run, where it is known."""
         if len(self.losses) < _FIRST:
             return False
         usual = self.loss
-        if loss <= max(_TIMES * usual, _LEAST):  # as nearly always: the spread need not be known
+        if loss <= max(
+            _TIMES * usual, _LEAST, _OF_FIRST * (first or 0.0)
+        ):  # as nearly always: the spread need not be known
             return False
         return loss > usual + _SPREADS * _NORMAL * median(abs(one - usual) for one in self.losses)
 
@@ -57,7 +60,7 @@ def mark(loop: Loop, step: Watched) -> None:
     loss, norm = step.here.tolist()
     if not math.isfinite(loss):
         return
-    if loop.usual.is_passed(loss):
+    if loop.usual.is_passed(loss, loop.state.first_loss):
         norm_or_none = norm if math.isfinite(norm) else None
         loop.plan.on_event(Spiked(step.step + 1, loss, loop.usual.loss, norm_or_none, list(step.places)))
     loop.usual.add(loss)
