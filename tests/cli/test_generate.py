@@ -158,3 +158,9 @@ def test_smollm2_streams_what_it_says_at_once(run: Run) -> None:
     streamed, whole = run(*words, "--stream", "on"), run(*words)
     assert streamed.returncode == 0, streamed.stderr
     assert streamed.stdout == whole.stdout and len(whole.stdout.split()) > 3
+
+
+def test_the_most_records_bound_a_file_of_prompts(place: Path, run: Run) -> None:
+    """--max-records was taken and did nothing."""
+    done = run("generate", place / "model", "--file", place / "data.jsonl", "--max-records", 2, "--max-new-tokens", 2)
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == [r["prompt"] for r in RECORDS[:2]]

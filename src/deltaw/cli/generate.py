@@ -38,7 +38,7 @@ def run(command: Generate) -> None:
             },
         )
         check_place(Path(command.out))
-    records = _records(command)
+    records = _records(command)[: command.data.max_records]
     from deltaw.model.inputs import within
     from deltaw.training.tasks import Written, task_of
 

@@ -175,3 +175,29 @@ def test_an_adapter_is_merged_and_exported_by_the_command(tmp_path: Path, run: R
         run("export", tmp_path / "nothing", "-o", tmp_path / "out2").returncode != 0
         and not (tmp_path / "out2").exists()
     )
+
+
+@pytest.mark.parametrize("case", ["architecture", "whole module", "a file's name", "no model"])
+def test_what_cannot_be_exported_is_said_before_and_by_the_bases_name(case: str, tmp_path: Path, run: Run) -> None:  # noqa: F811
+    """It was merged first, and the message named the merge's folder, which is gone; of a whole module nothing helped."""
+    folder = written(tmp_path / "model")
+    if case == "architecture":
+        tiny_gpt2().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    whole = "norm" if case == "whole module" else ""
+    deltaw.save(fill(deltaw.attach(model, deltaw.LoRA(rank=2, whole=whole))), tmp_path / "a")
+    out = tmp_path / ("out.gguf" if case == "a file's name" else "out")
+    done = run("export", tmp_path / ("nothing" if case == "no model" else "a"), "-o", out)
+    said = {
+        "architecture": f"{folder} is a 'gpt2'", "whole module": f"deltaw merge {folder} {tmp_path / 'a'} -o MERGED",
+        "a file's name": "it is a folder", "no model": f"There is no model at {tmp_path / 'nothing'}",
+    }  # fmt: skip
+    assert done.returncode in (2, 5) and said[case] in done.stderr.replace("\n", " "), done.stderr
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_runs_folder_is_told_where_its_adapter_is(tmp_path: Path, run: Run) -> None:  # noqa: F811
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    done = run("export", tmp_path / "run", "-o", tmp_path / "out")
+    assert done.returncode == 5 and f"Adapters are in {tmp_path / 'run' / 'adapter'}" in done.stderr.replace("\n", " ")

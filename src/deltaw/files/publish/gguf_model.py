@@ -126,15 +126,22 @@ class _Plan:
         return "f16" if name in self.kept else self.kind
 
 
-def _planned(model: Path, kind: GGUFType) -> _Plan:
-    """Return what goes into the file. Raises FileError with everything that llama.cpp has no form for."""
-    package, config = package_of.package(), base_config(model)
+def exportable(model: Path) -> PretrainedConfig:
+    """Return the config of a model that can be written. Raises FileError with all that speaks against it."""
+    config = base_config(model)
     if config.model_type not in ARCHITECTURES:
         raise FileError(
             f"{model} is a {config.model_type!r}; GGUF files are written for {', '.join(ARCHITECTURES)}. llama.cpp's own "
             "convert_hf_to_gguf.py takes a merged folder of any other."
         )
-    problems = _problems(config)
+    if problems := _problems(config):
+        raise FileError(f"{model} cannot be written as GGUF:", problems)
+    return config
+
+
+def _planned(model: Path, kind: GGUFType) -> _Plan:
+    """Return what goes into the file. Raises FileError with everything that llama.cpp has no form for."""
+    package, config, problems = package_of.package(), exportable(model), list[str]()
     arch = ARCHITECTURES[config.model_type][0]
     number = {name: value for value, name in package.MODEL_ARCH_NAMES.items()}[arch]
     table = package.get_tensor_name_map(number, config.num_hidden_layers)
