@@ -543,7 +543,9 @@ def from_mapping(
     Raises one ConfigError with every unknown key (and its nearest), missing key, wrong type and value out of range.
     """
     known, prefix = keys(cls), f"{where}: " if where else ""
-    problems = [f"{prefix}unknown key {k!r}{meaning(k) or nearest(k, known)}" for k in values if k not in known]
+    problems = [
+        f"{prefix}unknown key {k!r}{meaning(k) or nearest(k, known, cutoff=0.7)}" for k in values if k not in known
+    ]
     config = _built(cls, values, prefix, problems)
     if problems or config is None:
         raise ConfigError("The configuration cannot be used:", problems)

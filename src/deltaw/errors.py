@@ -117,9 +117,12 @@ class Interrupted(TrainError):
         self.exit_code = exit_code
 
 
-def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:
-    """Return ` (did you mean 'a' or 'b'?)` with the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.5) -> str:
+    """Return ` (did you mean 'a' or 'b'?)` with the closest of `known`, or an empty string.
+
+    cutoff: from 0 (any) to 1 (the same), how alike they must be.
+    """
+    close = difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Run
 
 
@@ -43,3 +45,10 @@ def test_a_chat_is_steered_saved_and_asked_again(place: Path, tmp_path: Path, ru
     assert [m["role"] for m in second] == ["user", "assistant"] and second[0]["content"] == "hi"
     answers = done.stdout.split("model ›")[1:4]
     assert len({answer.split("you ›")[0] for answer in answers}) > 1  # asked again, it says other things
+
+
+@pytest.mark.parametrize("end", ["/exit", "/bye", "/q", "/quit"])
+def test_commands_have_other_programs_names_too(end: str, place: Path, run: Run) -> None:
+    done = run("chat", place / "model", stdin=f"/clear\n/temp warm\n/regen\n/?\n{end}\nhi\n")
+    assert done.returncode == 0 and "There is no /" not in done.stdout and "model ›" not in done.stdout
+    assert "warm is no temperature" in done.stdout and "There is no answer yet" in done.stdout

@@ -38,3 +38,10 @@ def test_the_scores_as_json(place: Path, run: Run) -> None:
     scores = json.loads(run(*words, "--json").stdout)
     assert scores.keys() == {"base", "adapter"} and "predictions" not in scores["base"]
     assert scores["adapter"]["scores"]["loss"]["low"] <= scores["adapter"]["scores"]["loss"]["value"]
+
+
+@pytest.mark.parametrize("flags", [["--max-records", 3], ["--most", 3], ["--most", 3, "--max-records", 5]], ids=str)
+def test_the_most_records_bound_what_is_scored(flags: list[object], place: Path, run: Run) -> None:
+    """--max-records was taken and did nothing."""
+    done = run("eval", place / "model", place / "data.jsonl", "--metrics", "loss", "--json", *flags)
+    assert json.loads(done.stdout)["base"]["records"] == 3

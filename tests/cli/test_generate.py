@@ -39,12 +39,15 @@ def test_a_bare_prompt_is_put_as_the_model_was_made_for(place: Path, run: Run) -
     assert with_adapter.stdout == run(*words, *adapter, "--template", "plain").stdout
 
 
-def test_a_model_that_says_nothing_is_told(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("answer", "what"), [("", "nothing: it ended at once"), (" \n", "nothing but white space")])
+def test_a_model_that_says_nothing_is_told(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, answer: str, what: str
+) -> None:
     from deltaw.training.tasks import Causal
 
-    monkeypatch.setattr(Causal, "answer", lambda *given: [" "])
+    monkeypatch.setattr(Causal, "answer", lambda *given: [answer])
     said = run("generate", place / "model", "red and blue?")
-    assert said.returncode == 0 and "The model said nothing: it ended at once. Try --template plain" in said.stderr
+    assert said.returncode == 0 and f"The model said {what}. Try --template plain" in said.stderr
 
 
 def test_one_prompt_as_json(place: Path, run: Run) -> None:
@@ -155,3 +158,9 @@ def test_smollm2_streams_what_it_says_at_once(run: Run) -> None:
     streamed, whole = run(*words, "--stream", "on"), run(*words)
     assert streamed.returncode == 0, streamed.stderr
     assert streamed.stdout == whole.stdout and len(whole.stdout.split()) > 3
+
+
+def test_the_most_records_bound_a_file_of_prompts(place: Path, run: Run) -> None:
+    """--max-records was taken and did nothing."""
+    done = run("generate", place / "model", "--file", place / "data.jsonl", "--max-records", 2, "--max-new-tokens", 2)
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == [r["prompt"] for r in RECORDS[:2]]

@@ -69,6 +69,34 @@ def test_classes_are_counted(tmp_path: Path, run: Run) -> None:
     assert "good 6, bad 3" in run("data", tmp_path / "d.jsonl").stdout
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "shows"),
+    [
+        ([1, "1.0", True, 0], {"1": 3, "0": 1}, "1 3, 0 1"),
+        (["pos", " pos ", "Pos"], {"pos": 2, "Pos": 1}, "Classes that differ in capitals alone: pos and Pos."),
+        ([0.5, "1", 2], {}, "numbers from 0.5 to 2"),
+        ([f"c{i}" for i in range(14)], {f"c{i}": 1 for i in range(14)}, "c11 1 and 2 more"),
+    ],
+)
+def test_labels_are_told_as_they_are_trained(
+    tmp_path: Path, run: Run, labels: list[object], classes: dict[str, int], shows: str
+) -> None:
+    path = written(tmp_path, [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    assert deltaw.survey(path).labels == classes
+    assert shows in run("data", path).stdout
+
+
+def test_a_decimal_comma_is_refused_as_in_training(tmp_path: Path) -> None:
+    with pytest.raises(deltaw.DeltaWError, match="has a comma"):
+        deltaw.survey(written(tmp_path, [{"text": "a", "label": "3,5"}, {"text": "b", "label": "1,2"}]))
+
+
+def test_answers_that_stand_for_none_are_told(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"prompt": "a", "completion": "NaN"}, {"prompt": "b", "completion": "none"}]
+    (line,) = deltaw.survey(written(tmp_path, records)).odd
+    assert line.startswith("1 of 2 records have an answer that programs write for none") and "d.jsonl:1" in line
+
+
 def test_bad_records_are_refused_as_in_training(tmp_path: Path, run: Run) -> None:
     written(tmp_path, [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}])
     done = run("data", tmp_path / "d.jsonl", "--out", tmp_path / "page.html")

@@ -19,8 +19,9 @@ EVERY |= {key for method in METHODS for key in keys(train_with(method))}
 
 def test_each_name_is_one_that_we_do_not_have_and_means_a_setting_that_we_have() -> None:
     names = [name for meaning in _TABLE for name in meaning.names.split()]
-    assert len(names) == len(set(names)) > 200
-    assert not EVERY & set(names)
+    assert len(names) == len(set(names)) > 400
+    assert EVERY & set(names) == {"adapter", "test"}  # of other commands; train has neither
+    assert not {*keys(train_with("lora"))} & set(names)
     assert {m.setting for m in _TABLE if m.setting} <= EVERY | {"MODEL", "DATA"}
     assert all(m.setting or m.note for m in _TABLE)
 
@@ -52,7 +53,8 @@ def test_a_command_names_them_all_at_once(capsys: pytest.CaptureFixture[str]) ->
 def test_another_command_answers_with_its_settings_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "m", "a", "-o", "x", "--learning-rate", "1", "--torch-dtype", "float16"]) == 2
     said = capsys.readouterr().err
-    assert "--torch-dtype: it is --dtype here" in said and "--lr" not in said
+    assert "--torch-dtype: it is --dtype here" in said and "it is --lr" not in said
+    assert "--lr is a flag of deltaw train, compare, sweep" in said
 
 
 @pytest.mark.parametrize(("key", "meant"), [("learning_rate", "lr"), ("lora_alpha", "alpha"), ("base_model", "model")])
@@ -60,3 +62,26 @@ def test_a_yaml_file_is_answered_too(key: str, meant: str, tmp_path: Path, capsy
     (tmp_path / "c.yaml").write_text(f"data: x\n{key}: 1\n")
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
     assert f"unknown key '{key}': it is {meant} here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("train m d -lr 1", "unknown flag -lr: it is --lr here"), ("train m d -r 8", "unknown flag -r: it is --rank here"),
+     ("train m d -o x", "unknown flag -o: it is --out here"), ("train m d --LR 1", "unknown flag --LR: it is --lr here"),
+     ("train m d --train.epochs 1", "it is --epochs here"), ("train m d --train.max_seq_length 1", "it is --max-length here"),
+     ("train m d --temperature 1", "--temperature is a flag of deltaw generate, chat, eval"),
+     ("train m d --n-predict 1", "--max-new-tokens is a flag of deltaw generate, chat, eval"),
+     ("train m d --adapter qlora", "it is --method here"), ("eval m d --learning-rate 1", "--lr is a flag of deltaw train, compare, sweep"),
+     ("finetune m d", "it is train here"), ("fuse m a", "it is merge here")],
+)  # fmt: skip
+def test_other_ways_to_write_a_flag_or_a_command(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One dash, capitals, litgpt's groups, flags of other commands, commands of other tools."""
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["train m d --clip -1 --workers 2", "train m d --system -x --zzz 1"])
+def test_what_is_like_nothing_gets_no_guess_and_values_may_begin_with_a_dash(words: str, capsys: Any) -> None:
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("unknown flag") == 1 and "did you mean" not in said

@@ -1,10 +1,10 @@
 import pytest
 
 from deltaw.config import DataConfig
-from deltaw.data import encode, encode_prompt, read
+from deltaw.data import check_unwrapped, encode, encode_prompt, read
 from deltaw.errors import DataError
 
-from .conftest import CHATML, tiny_tokenizer
+from .conftest import CHATML, LLAMA2, tiny_tokenizer
 
 PAIR = {"prompt": "ab", "completion": "cd"}
 
@@ -159,3 +159,14 @@ def test_an_empty_prompt_leaves_the_bos_to_the_completion(completion: str) -> No
         == "<s>" + completion.removeprefix("<s>").removesuffix("<|im_end|>") + "<|im_end|>"
     )
     assert encode_prompt(records.items[0], tokenizer, config) == [tokenizer.bos_token_id] and not example.supervised[0]
+
+
+def test_prompts_that_are_in_the_template_already_are_not_put_into_it_twice():
+    wrapped = {"prompt": "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n", "completion": "cd<|im_end|>"}
+    records = read([{"prompt": "ab", "completion": "cd"}, wrapped], DataConfig())
+    with pytest.raises(
+        DataError, match=r"1 of 2 prompts \(records\[1\]\) end as the chat template does.*template: plain"
+    ):
+        check_unwrapped(records, tiny_tokenizer(CHATML))
+    check_unwrapped(records, tiny_tokenizer(LLAMA2))
+    check_unwrapped(read([{"prompt": "assistant", "completion": "b"}], DataConfig()), tiny_tokenizer(CHATML))

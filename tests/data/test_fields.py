@@ -57,6 +57,7 @@ TRAINS = {
     "instruction-response.jsonl": (lines({"instruction": "ab", "context": "", "response": "cd"}), {}, CHAT),
     "alpaca.jsonl": (lines({"instruction": "a", "input": "b", "output": "cd"}), {}, [(CHAT[0][0].replace("ab", "a\n\nb"), CHAT[0][1])]),
     "alpaca-system.jsonl": (lines({"instruction": "ab", "output": "cd", "system": "S"}), {}, SYSTEM),
+    "alpaca-history.csv": ('instruction,output,history\nef,gh,"[[""ab"", ""cd""]]"\n', {}, [(CHAT[0][0], f"cd{END}gh{END}")]),
     "orca.jsonl": (lines({"System Prompt": "S", "question": "ab", "response": "cd"}), {}, SYSTEM),
     "trl.jsonl": (lines({"prompt": [USER], "completion": [ANSWER]}), {}, CHAT),
     "trl-half.jsonl": (lines({"prompt": [USER], "completion": "cd"}), {}, CHAT),
@@ -85,7 +86,19 @@ TRAINS = {
         b'\xef\xbb\xbfPrompt;Completion;\r\n"a;\nb";"c ""d""";\r\n;;\r\n', {}, [("a;\nb", f'c "d"{END}')],
     ),
     "excel-sep.csv": ("sep=;\r\nprompt;completion\r\nab;cd\r\n", {}, PLAIN),
+    "macintosh.csv": ('prompt,completion\r"a\rb",cd\r', {}, [("a\nb", f"cd{END}")]),
+    "pandas.csv": (",prompt,completion\n0,ab,cd\n1,ab,cd\n", {}, PLAIN * 2),
+    "spaces.csv": ('prompt, completion\nab, "c, d"\n', {}, [("ab", f"c, d{END}")]),
     "western.csv": ("prompt,completion\né,ü\n".encode("cp1252"), {"encoding": "cp1252"}, [("é", f"ü{END}")]),
+    "spread.json": (json.dumps({"prompt": "ab", "completion": "cd"}, indent=2), {}, PLAIN),
+    "jq.jsonl": ("\n".join([json.dumps({"prompt": "ab", "completion": "cd"}, indent=1)] * 2), {}, PLAIN * 2),
+    "array.jsonl": ("[\n" + json.dumps({"prompt": "ab", "completion": "cd"}) + "\n]\n", {}, PLAIN),
+    "openai-pairs.jsonl": (
+        lines({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [USER]}),
+        {"columns": "prompt=input.messages,completion=preferred_output"}, CHAT,
+    ),
+    "scores-of-pairs.jsonl": (lines({"prompt": "ab", "completion": "cd", "score_chosen": 1, "score_rejected": 0}), {}, PLAIN),
+    "kept-thoughts.jsonl": (lines({"prompt": "ab", "completion": "cd", "reasoning": "x"}), {"columns": "ignore=reasoning"}, PLAIN),
     "wide.jsonl": (lines({"prompt": "é", "completion": "ü"}).encode("utf-16"), {"encoding": "utf-16"}, [("é", f"ü{END}")]),
     "paragraphs.txt": ("\nab\ncd\r\n\r\nef\n", {}, [("a", f"b\ncd{END}"), ("e", f"f{END}")]),
     "sections.md": (
@@ -113,6 +126,32 @@ REFUSED = {
     "pairs.jsonl": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), {}, ["preference pair", "not trained on yet", "--columns prompt=prompt,completion=chosen"]),
     "pairs-chat.jsonl": (lines({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}), {}, ["--columns messages=chosen"]),
     "late-pair.jsonl": (lines(*[GOOD] * 30, GOOD | {"chosen": "b", "rejected": "c"}), {}, ["1 of 31", "late-pair.jsonl:31"]),
+    "pairs-openai.jsonl": (lines({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}), {}, ["preference pair", "prompt=input.messages,completion=preferred_output"]),
+    "pairs-names.jsonl": (lines({"question": "a", "chosen_response": "b", "rejected_response": "c"}), {}, ["preference pair", "completion=chosen_response"]),
+    "pairs-factory.jsonl": (lines({"conversations": [USER, ANSWER, USER], "chosen": ANSWER, "rejected": ANSWER}), {}, ["preference pair", "at the end of its conversation"]),
+    "worse.jsonl": (lines({"messages": [USER, ANSWER], "rejected_response": "x"}), {}, ["'rejected_response'", "worse answer", "ignore=rejected_response"]),
+    "kto-factory.jsonl": (lines({"messages": [USER, ANSWER], "kto_tag": False}), {}, ["'kto_tag'", "KTO"]),
+    "splits.csv": ("prompt,completion,split\na,b,train\nc,d,test\n", {}, ["'split' (2 records", "a file of its own"]),
+    "null-turns.jsonl": (lines({"messages": [USER, ANSWER]}, {"messages": None}), {}, ["null-turns.jsonl:2: field 'messages' is null"]),
+    "squad.jsonl": (lines({"question": "a", "answers": {"text": ["b"]}}), {}, ["no known form", "--columns prompt=FIELD"]),
+    "empty.txt": ("", {}, ["no records in it"]),
+    "blank.md": ("\n \n", {}, ["no records in it"]),
+    "thoughts.jsonl": (lines(GOOD | {"reasoning_content": "x"}), {}, ["'reasoning_content' (1 record", "beside the answer's content"]),
+    "labels.csv": ("text,labels\na,b\n", {}, ["'labels'", "--columns label=labels"]),
+    "within.jsonl": (lines({"id": 1, "body": {"messages": [USER, ANSWER]}}), {}, ["the object 'body'", "--columns messages=body.messages"]),
+    "row.jsonl": (lines({"row": {"Question": "a", "answer": "b"}}), {}, ["--columns prompt=row.Question,completion=row.answer"]),
+    "chat.jsonl": (lines({"chat": [USER, ANSWER]}), {}, ["--columns messages=chat"]),
+    "strings.jsonl": (lines({"dialog": ["a", "b"]}), {}, ["'dialog' must be a list of messages", "['a', 'b']"]),
+    "single.jsonl": (lines(USER, ANSWER), {}, ["single messages", '{"messages":']),
+    "bare-turns.jsonl": (lines([USER, ANSWER], [USER, ANSWER]), {}, ["bare-turns.jsonl:2", '{"messages": […]}']),
+    "splits.json": (json.dumps({"train": [GOOD], "valid": [GOOD]}), {}, ["'train' holds a list of objects", "jq '.valid'"]),
+    "commas.jsonl": ((lines(GOOD)[:-1] + ",\n") * 2, {}, ["commas.jsonl:2", "Remove the comma after the record"]),
+    "last-comma.json": ("[" + lines(GOOD) + ",]", {}, ["Remove the comma before the ]"]),
+    "python.jsonl": (str(GOOD), {}, ["python.jsonl:1", "json.dumps"]),
+    "one-line.jsonl": (lines(GOOD)[:-1] * 2, {}, ["on a line of its own"]),
+    "csv.jsonl": ("prompt,completion\na,b\n", {}, ["name it .csv"]),
+    "json.csv": (lines(GOOD), {}, ["json.csv:1", "Name the file json.jsonl"]),
+    "spread-late.json": (json.dumps(GOOD, indent=1) + "\n" + json.dumps(GOOD, indent=1)[:-3], {}, ["1 of 2", "spread-late.json:7", "not JSON"]),
     "images.jsonl": (lines(GOOD, GOOD | {"images": ["a.png"]}), {}, ["'images' (1 record: images.jsonl:2)", "texts alone"]),
     "captions.jsonl": (lines({"text": "ab", "image": "a.png"}), {}, ["'image'", "texts alone"]),
     "chat-images.jsonl": (lines({"messages": [USER, ANSWER], "images": ["a.png"]}), {}, ["'images'"]),
@@ -124,7 +163,7 @@ REFUSED = {
     "context.jsonl": (lines({"question": "a", "context": "b", "answer": "c"}), {}, ["'context'", "--columns instruction=question,input=context,output=answer"]),
     "tools.jsonl": (lines(GOOD | {"tools": [{"name": "f"}]}), {}, ["'tools'", "messages"]),
     "capitals.jsonl": (lines({"Prompt": "a", "prompt": "b", "completion": "c"}), {}, ["'Prompt' and 'prompt'"]),
-    "history.jsonl": (lines({"instruction": "a", "output": "b", "history": "[]"}), {}, ["history.jsonl:1", "'history'", "pairs"]),
+    "history.jsonl": (lines({"instruction": "a", "output": "b", "history": "none"}), {}, ["history.jsonl:1", "'history'", "pairs"]),
     "no-answer.jsonl": (lines(GOOD, {"prompt": "a", "completion": []}), {}, ["no-answer.jsonl:2", "without an answer"]),
     "empty-answer.jsonl": (lines({"Question": "a", "Answer": ["b", " "]}), {}, ["empty-answer.jsonl:1, answer 2", "'Answer[1]' is empty"]),
     "missing.jsonl": (lines({"question": "a", "answer": "b"}, {"question": "a"}), {}, ["missing.jsonl:2", "'answer' is missing"]),
@@ -132,6 +171,8 @@ REFUSED = {
     "western.txt": ("é".encode("cp1252"), {}, ["western.txt:1", "--encoding cp1252"]),
     "wrong.csv": (b"prompt,completion\na,\x81\n", {"encoding": "cp1252"}, ["wrong.csv:2", "not cp1252", "--encoding"]),
     "unnamed.csv": ("prompt;completion;\na;b;c\n", {}, ["unnamed.csv:2", "no column's name"]),
+    "unnamed-first.csv": (",prompt,completion\nx,a,b\n", {}, ["none of its 1 records", "unnamed-first.csv:2", "no column's name"]),
+    "named-turns.jsonl": (lines({"conv": [USER, {"role": "poet", "content": "x"}]}), {"columns": "messages=conv"}, ["conv[1]: unknown role 'poet'"]),
     "ragged.csv": ("prompt;completion\na;b\na;b;c\n", {}, ["ragged.csv:3", "3 cells under 2", "semicolons"]),
 }  # fmt: skip
 
@@ -203,6 +244,8 @@ def test_columns_are_checked_in_one_message():
     )
     assert "completion has two columns, 'choices.0.txt' and 'question,instruction'" in message
     assert "'question' is no NAME=COLUMN" in failure(rows, ConfigError, columns="question")
+    assert "wrong way round: prompt=question" in failure(rows, ConfigError, columns="question=prompt")
+    assert "no record has 'Z'; they have question, choices" in failure(rows, ConfigError, columns="prompt=Z")
     with pytest.raises(ConfigError, match=r"'utf-88'.*did you mean 'utf-8'"):
         DataConfig(encoding="utf-88")
 
@@ -246,7 +289,7 @@ def test_a_folder_of_documents_has_a_record_for_each(tmp_path):
         (tmp_path / name).write_text(text)
     pairs, notes = taught(tmp_path)
     assert pairs == [("a", f"b\n\ncd{END}"), ("#", f" ab\n\ncd{END}")]
-    assert notes == (f"{tmp_path}: each of its 2 text files is a record",)
+    assert notes == (f"{tmp_path}: 2 text files, each a record",)
     (tmp_path / "train.jsonl").write_text(lines(GOOD))
     assert taught(tmp_path)[0] == PLAIN  # a README beside records is none
     (tmp_path / "train.jsonl").unlink()

@@ -98,7 +98,14 @@ def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
         ("a.csv", b"prompt,prompt\na,b\n", ["a.csv:1", "more than once"]),
         ("a.csv", b"prompt,completion\na,b\nc,\xfe\n", ["a.csv:3", "0xfe"]),
         ("a.parquet", b"PAR1 no", ["a.parquet", "parquet"]),
-        ("a.docx", b"hello", ["'.docx'", ".jsonl"]),
+        ("a.doc7", b"hello", ["'.doc7'", ".jsonl"]),
+        ("a.docx", b"hello", [".docx files", "as .txt"]),
+        ("a.jsonl.gz", b"\x1f\x8b", [".gz files", "unpack it first"]),
+        ("a.jsonl", b"\x1f\x8b\x08", ["by its first bytes it is a .gz file", "unpack"]),
+        ("a.csv", b"PK\x03\x04\x80", ["a .zip file", "Excel", "CSV (UTF-8)"]),
+        ("a.json", b"PAR1\x15", ["name it a.parquet"]),
+        ("a.csv", "prompt,completion\r\na,b\r\n".encode("utf-16-le"), ["--encoding utf-16-le"]),
+        ("a.jsonl", LINE.decode().encode("utf-16-be"), ["--encoding utf-16-be"]),
     ],
 )
 def test_damaged_files_are_refused_with_the_reason(tmp_path, name, content, words):
@@ -121,6 +128,22 @@ def test_parquet_rows_are_read_by_number(tmp_path):
     assert "train.parquet[1]" in message and "found null" in message
 
 
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_tables_objects_have_only_the_fields_that_their_record_had(tmp_path, as_dataset):
+    """All objects of a column share their fields there: another record's argument would be taught as null."""
+    pq, datasets = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("datasets")
+    calls = [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {"unit": ["C", None]}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]} for call in calls
+    ]
+    data = datasets.Dataset.from_list(rows)
+    if not as_dataset:
+        pq.write_table(data.data.table, tmp_path / "train.parquet")
+    records = read(data if as_dataset else tmp_path, DataConfig())
+    arguments = [record.messages[-1].tool_calls[0].arguments for record in records]
+    assert arguments == ['{"city": "Rome"}', '{"unit": ["C", null]}']
+
+
 def test_a_folder_has_the_splits_of_its_files(tmp_path):
     for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dev.jsonl", "test.jsonl"):
         write(tmp_path, name, json.dumps(GOOD | {"prompt": name}))
@@ -132,6 +155,30 @@ def test_a_folder_has_the_splits_of_its_files(tmp_path):
     assert "'test'" in message and "dev, test, train" in message
     write(tmp_path, "dev.csv", "prompt,completion\na,b\n")
     assert "dev.csv" in failure(tmp_path)
+
+
+def test_what_a_folder_has_beside_its_splits_is_not_passed_over_in_silence(tmp_path):
+    """A packed train split left the held-out one alone, which was then trained on."""
+    write(tmp_path, "Valid.jsonl", LINE)
+    write(tmp_path, "._Valid.jsonl", b"\x00\x05\x16\x07")
+    records = read(tmp_path, DataConfig())
+    assert records.notes == (f"{tmp_path}: its only split, valid, is read",) and held_out_split(tmp_path) is None
+    write(tmp_path, "test.ndjson", LINE)
+    assert held_out_split(tmp_path, "valid") == "test" and held_out_split(tmp_path) == "valid"
+    assert "--split" in failure(tmp_path, split="train")
+    write(tmp_path, "train.jsonl.gz", b"\x1f\x8b")
+    assert "train.jsonl.gz: .gz files are not read: unpack it first" in failure(tmp_path)
+    write(tmp_path, "dataset_info.json", b"{}")
+    assert "save_to_disk" in failure(tmp_path)
+
+
+def test_a_folder_of_documents_says_which_files_are_no_records(tmp_path):
+    for name, text in {"a.txt": b"A\n\nB", "b.md": b" \n", "c.pdf": b"%PDF", ".d.txt": b"D"}.items():
+        write(tmp_path, name, text)
+    records = read(tmp_path, DataConfig())
+    assert [r.completion for r in records] == ["A\n\nB"]
+    words = ["1 text files, each a record", "empty, so no records: b.md", "not read: c.pdf"]
+    assert records.notes == tuple(f"{tmp_path}: {part}" for part in words)
 
 
 def test_all_counts_as_train_and_has_no_held_out_part(tmp_path):

@@ -31,6 +31,11 @@ _COMMANDS = {
     "/help": "show this",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
 }
+# What other programs call them
+_ALIASES = {
+    "/exit": "/quit", "/bye": "/quit", "/q": "/quit", "/clear": "/new", "/reset": "/new", "/regen": "/retry",
+    "/regenerate": "/retry", "/?": "/help", "/temp": "/temperature",
+}  # fmt: skip
 
 
 @dataclass
@@ -69,7 +74,7 @@ def run(command: Chat) -> None:
         except EOFError:
             show.out.print()
             return
-        if text == "/quit":
+        if _ALIASES.get(text, text) == "/quit":
             return
         if text.startswith("/"):
             _obey(talk, text)
@@ -81,7 +86,7 @@ def run(command: Chat) -> None:
 def _obey(talk: _Talk, text: str) -> None:
     """Do what a line with a slash asks for."""
     word, _, rest = text.partition(" ")
-    rest = rest.strip()
+    word, rest = _ALIASES.get(word, word), rest.strip()
     if word == "/new":
         talk.messages = []
     elif word in ("/base", "/adapter"):

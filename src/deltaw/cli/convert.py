@@ -52,7 +52,7 @@ def _say(command: Convert, out: Path, target: str) -> None:
         show.out.print(f"Adapter for {_PROGRAMS[target]}: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)
         if target == "loralib":
             alpha = alpha_for_loralib(read(Path(command.source))) if command.alpha is None else command.alpha
-            show.out.print(f"The file does not contain α: create its layers with lora_alpha={alpha:g}.")
+            show.out.print(f"The file does not contain α: create its layers with lora_alpha={alpha:.12g}.")
         if target == "onnx_adapter":
             show.out.print(
                 "Its names are Olive's: <layer>.lora_A.weight. The ONNX model must have inputs of these names."

@@ -48,8 +48,9 @@ def run(command: Eval) -> None:
     show.notes(notes_of([records]))
     data = recognised(data, records, read_config(command.model, trust_remote_code=command.opening.trust_remote_code))
     metrics = _metrics(command, data, records.form)
-    if command.most is not None:
-        records = records.only(first(records.items, command.most))
+    limits = [number for number in (command.most, command.records.max_records) if number is not None]
+    if limits:
+        records = records.only(first(records.items, min(limits)))
     _warn_of_overlap(records, command.opening.adapter)
     with live.view("loading"):
         loaded = open_model(command.model, command.opening, data)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from deltaw.cli import show
 from deltaw.cli.flags import Export
 from deltaw.cli.merge import new_folder
-from deltaw.errors import ConfigError
+from deltaw.errors import ConfigError, FileError, first_line
 from deltaw.files import units
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def run(command: Export) -> None:
     """Run the command."""
     show.quiet_libraries()
+    if Path(command.out).suffix == ".gguf":
+        raise ConfigError(f"--out is {command.out}: it is a folder, in which model.gguf and a Modelfile are written.")
     out = new_folder(command.out, command.overwrite)
     exported = (
         _of_adapter(command, out) if (Path(command.source) / "adapter_config.json").is_file() else _of_model(command)
@@ -39,6 +41,11 @@ def _of_model(command: Export) -> Exported:
     """Export a model folder."""
     from deltaw.files.publish.gguf_model import export_gguf
 
+    source = Path(command.source)
+    if source.is_dir() and not (source / "config.json").is_file():
+        adapters = sorted(path.parent for path in source.glob("*/adapter_config.json"))
+        hint = f" Adapters are in {', '.join(map(str, adapters))}: give one of these." if adapters else ""
+        raise FileError(f"{source} is neither a model folder, which has a config.json, nor an adapter's.{hint}")
     if command.base is not None:
         raise ConfigError(f"--base is for adapters, and {command.source} is a model.")
     return export_gguf(command.source, command.out, kind=command.type, trust_remote_code=command.trust_remote_code)
@@ -47,10 +54,11 @@ def _of_model(command: Export) -> Exported:
 def _of_adapter(command: Export, out: Path) -> Exported:
     """Merge an adapter into its base beside the output, export that, and remove it."""
     from deltaw.files.formats.atomic import check_apart
+    from deltaw.files.formats.locate import NotByFiles
     from deltaw.files.formats.peft.config import read_config
     from deltaw.files.formats.peft.metadata import base_in
     from deltaw.files.merge import merge_files
-    from deltaw.files.publish.gguf_model import export_gguf
+    from deltaw.files.publish.gguf_model import export_gguf, exportable
     from deltaw.files.store import read
     from deltaw.model.pretrained import is_hub_id, snapshot
 
@@ -61,8 +69,16 @@ def _of_adapter(command: Export, out: Path) -> Exported:
         raise ConfigError(f"{command.source} {known}: give it with --base.")
     folder = snapshot(base) if is_hub_id(base) else Path(base).expanduser()
     check_apart(out, {"the adapter": command.source, "the base": folder})
+    exportable(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         merged = Path(place) / "merged"
-        merge_files(folder, command.source, merged, trust_remote_code=command.trust_remote_code)
+        try:
+            merge_files(folder, command.source, merged, trust_remote_code=command.trust_remote_code)
+        except NotByFiles as error:
+            raise FileError(
+                first_line(error),
+                error.problems,
+                f"Merge it first: deltaw merge {base} {command.source} -o MERGED. Then export MERGED.",
+            ) from error
         return export_gguf(merged, out, kind=command.type, trust_remote_code=command.trust_remote_code)

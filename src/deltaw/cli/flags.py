@@ -287,8 +287,8 @@ class Export(Trusting):
     """Folder to write: model.gguf and Modelfile."""
     to: Literal["gguf"] = "gguf"
     """Format to write."""
-    type: Literal["q8_0", "f16", "f32"] = "q8_0"
-    """Type of the matrices; vectors are float32."""
+    type: Literal["q8_0", "q4_0", "f16", "f32"] = "q8_0"
+    """Type of the matrices; vectors are float32, and of q4_0 the embedding and the head are q8_0."""
     base: str | None = None
     """Base of an adapter: a model folder or hub id. Default: the one that it names."""
     overwrite: bool = False

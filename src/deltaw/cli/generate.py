@@ -38,7 +38,7 @@ def run(command: Generate) -> None:
             },
         )
         check_place(Path(command.out))
-    records = _records(command)
+    records = _records(command)[: command.data.max_records]
     from deltaw.model.inputs import within
     from deltaw.training.tasks import Written, task_of
 
@@ -55,7 +55,7 @@ def run(command: Generate) -> None:
     else:
         answers = task.answer(loaded, records, data, command.generation, lambda count: None)
     completions = [task.said(answer, data) for answer in answers]
-    if silent := sum(completion is not None and not completion.strip() for completion in completions):
+    if silent := [completion for completion in completions if completion is not None and not completion.strip()]:
         show.prose(_why_silent(silent, len(completions), data), style="yellow", console=show.err)
     pairs = [{"prompt": r.question, "completion": c} for r, c in zip(records, completions, strict=True)]
     if command.out is not None:
@@ -113,15 +113,12 @@ def _as_made(data: DataConfig, loaded: Pretrained, records: Sequence[Record]) ->
     return dataclasses.replace(data, template="chat")
 
 
-def _why_silent(silent: int, count: int, data: DataConfig) -> str:
-    """Return what to say of empty completions."""
-    what = (
-        "The model said nothing: it ended"
-        if count == 1
-        else f"The model said nothing to {silent} of {count} prompts: it ended"
-    )
+def _why_silent(silent: Sequence[str], count: int, data: DataConfig) -> str:
+    """Return what to say of empty completions, or such of white space."""
+    where = "" if count == 1 else f" to {len(silent)} of {count} prompts"
+    what = f"nothing but white space{where}" if any(silent) else f"nothing{where}: it ended at once"
     other = "plain" if data.template == "chat" else "chat"
-    return f"{what} at once. Try --template {other}, another wording, or --temperature."
+    return f"The model said {what}. Try --template {other}, another wording, or --temperature."
 
 
 def _records(command: Generate) -> list[Record]:

@@ -12,6 +12,7 @@ def run(command: Push) -> None:
     show.quiet_libraries()
     from deltaw.files.publish import push
 
+    push.check_repo(command.repo)
     packed = push.package(command.adapter, base=command.base)
     sizes = packed.sizes()
     table = show.table("file", "size", title=f"{'Would go' if command.dry_run else 'Goes'} to {command.repo}")

@@ -10,7 +10,7 @@ from rich.text import Text
 from deltaw.cli import show
 from deltaw.cli.flags import Survey as Command
 from deltaw.config import TrainConfig
-from deltaw.errors import visible
+from deltaw.errors import shown, visible
 
 if TYPE_CHECKING:
     from deltaw.runs.survey import Lengths, Rendered, Survey
@@ -57,7 +57,9 @@ def _tell(look: Survey) -> None:
     if look.several:
         facts["answers"] = f"{look.several:,} prompts have several"
     if look.labels:
-        facts["classes"] = ", ".join(f"{name} {count:,}" for name, count in list(look.labels.items())[:12])
+        facts["classes"] = shown([f"{name} {count:,}" for name, count in look.labels.items()], 12)
+    if look.quantities:
+        facts["labels"] = "numbers from {:g} to {:g}".format(*look.quantities)
     show.facts(facts)
     for warning in (*filter(None, [look.overlap, look.note]), *look.notes, *look.odd):
         show.prose(warning, style="yellow")

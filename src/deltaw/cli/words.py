@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from deltaw.cli import synonyms
 from deltaw.cli.flags import COMMANDS, Train, train_with
-from deltaw.cli.synonyms import answer
 from deltaw.cli.usage import SETTINGS, Contents, Flag, Page, arguments, flags_of
 from deltaw.config import from_mapping, keys, read_yaml, to_mapping
 from deltaw.errors import ConfigError, nearest
@@ -36,9 +37,9 @@ def parse(words: Sequence[str]) -> object:
     name = words[0]
     if not name.startswith("-"):
         if name not in commands:
-            raise ConfigError(
-                f"There is no command {name!r}{nearest(name, commands)}. Commands: {', '.join(commands)}."
-            )
+            meant = synonyms.COMMANDS.get(name.replace("-", "_"))
+            near = f": it is {meant} here" if meant else nearest(name, commands)
+            raise ConfigError(f"There is no command {name!r}{near}. Commands: {', '.join(commands)}.")
         flags = list(flags_of(commands[name]))
         _check_flags(name, flags, words[1:])
         words = [name, *_spread(words[1:], {flag.word for flag in flags if flag.is_list})]
@@ -194,27 +195,61 @@ def _check_file(cls: type[Train], values: Mapping[str, object], path: str) -> No
     """Raise one ConfigError with everything that is wrong with a file's settings."""
     known = {*keys(cls), "MODEL", "DATA"}
     named = {"model": "", "data": ""}
-    from_mapping(cls, {**named, **values}, where=path, meaning=lambda key: answer(key, known, str.lower))
+    from_mapping(cls, {**named, **values}, where=path, meaning=lambda key: synonyms.answer(key, known, str.lower))
 
 
 def _check_flags(name: str, flags: Sequence[Flag], words: Sequence[str]) -> None:
     """Raise one ConfigError with every flag in `words` that the command does not have."""
     positional = {flag.name: flag.positional for flag in flags if flag.positional}
     known = {"help"} | {flag.word[2:] for flag in flags if not flag.positional}
-    problems = []
+    short = {flag.short: flag for flag in flags if flag.short}
+    takes_value = {flag.word for flag in flags if bool not in flag.kinds} | {
+        s for s, f in short.items() if bool not in f.kinds
+    }
+    problems, before = [], ""
     for word in words[: words.index("--") if "--" in words else None]:
-        flag = word.removeprefix("--").split("=")[0]
-        if not word.startswith("--") or flag in known or flag.removeprefix("no-") in known:
-            continue
-        if flag in positional:
-            problems.append(f"--{flag} is no flag: {positional[flag]} stands by itself")
-            continue
-        others = [m for m in METHODS if name == "train" and flag.replace("-", "_") in keys(train_with(m))]
-        where = f" (a setting of --method {' or '.join(others)})" if others else ""
-        settings = {k.replace("-", "_") for k in known} | set(positional.values())
-        meant = where or answer(flag, settings, lambda setting: "--" + setting.replace("_", "-"))
-        near = "" if meant else nearest("--" + flag, ("--" + k for k in known))
-        problems.append(f"unknown flag --{flag}{meant}{near}")
+        is_value, before = before in takes_value, word
+        text = word.removeprefix("--").split("=")[0]
+        if not word.startswith("--"):
+            if not is_value and _SHORT.fullmatch(word) and word not in short and word != "-h":
+                problems.append(f"unknown flag {word}{_one_dash(word[1:], known, name)}")
+        elif text in positional:
+            problems.append(f"--{text} is no flag: {positional[text]} stands by itself")
+        elif text not in known and text.removeprefix("no-") not in known:
+            problems.append(f"unknown flag --{text}{_meant(text, known, positional, name)}")
     if problems:
         words_of_usage = f"Usage: deltaw {name} {arguments(flags)} [flags]; see deltaw {name} --help."
         raise ConfigError("These flags cannot be used:", problems, words_of_usage)
+
+
+# A flag with one dash, and no number
+_SHORT = re.compile(r"-[A-Za-z][\w-]*")
+_ONE_LETTER = {
+    "o": "out", "m": "model", "d": "data", "r": "rank", "b": "batch", "e": "epochs", "c": "config", "p": "prompt", "s": "seed",
+    "n": "max-new-tokens",
+}  # fmt: skip
+
+
+def _one_dash(flag: str, known: Collection[str], command: str) -> str:
+    """Return what a flag with one dash is here, as the end of a sentence."""
+    flag = _ONE_LETTER.get(flag, flag)
+    return f": it is --{flag} here" if flag in known else _meant(flag, known, {}, command)
+
+
+def _meant(flag: str, known: Collection[str], positional: Mapping[str, str], command: str) -> str:
+    """Return what a flag that `command` does not have is here, as the end of a sentence."""
+    # litgpt has settings in groups: --train.epochs
+    if (plain := flag.lower().rpartition(".")[2]) in known:
+        return f": it is --{plain} here"
+    key = flag.replace("-", "_")
+    if command == "train" and (others := [m for m in METHODS if key in keys(train_with(m))]):
+        return f" (a setting of --method {' or '.join(others)})"
+    settings = {k.replace("-", "_") for k in known} | set(positional.values())
+    if said := synonyms.answer(flag, settings, lambda setting: "--" + setting.replace("_", "-")):
+        return said
+    meaning = synonyms.meaning_of(flag)
+    setting = key if meaning is None or meaning.setting is None else meaning.setting
+    if elsewhere := [name for name, cls in COMMANDS.items() if setting in keys(cls)]:
+        return f": --{setting.replace('_', '-')} is a flag of deltaw {', '.join(elsewhere)}"
+    near = nearest(flag.lower(), known, cutoff=0.7)
+    return near.replace("'", "'--", 1) if near.count("'") == 2 else near.replace(" '", " '--")

@@ -22,7 +22,7 @@ from deltaw.data.chats.messages import Message
 from deltaw.data.chats.template import Template
 from deltaw.data.forms import Record
 from deltaw.data.records import Records
-from deltaw.errors import DataError
+from deltaw.errors import DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,10 @@ def encode(records: Records, tokenizer: PreTrainedTokenizerBase, config: DataCon
     if template == "chat":
         rows = _chats(records.items, tokenizer, config)
         wholes, of_record = [_example(row) for row in rows], [row.number for row in rows]
-        ends, note = taught([e for row in rows for e in row.endings]), _note(records.items, rows, tokenizer)
+        ends, note = (
+            taught([e for row in rows for e in row.endings]),
+            _note(records.items, rows, tokenizer, config.system),
+        )
     else:
         wholes, ends = _plains(records.items, tokenizer, config), (int(tokenizer.eos_token_id),)
         of_record = list(range(len(wholes)))
@@ -195,6 +198,18 @@ def template_of(form: str, tokenizer: PreTrainedTokenizerBase, config: DataConfi
     return template
 
 
+def check_unwrapped(records: Records, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError for prompts that are in the chat template already: they would be put into it twice."""
+    end = chat.prompt_end(tokenizer) if records.form == "prompt" else ""
+    twice = [record.place for record in records if end and record.prompt.rstrip().endswith(end)]
+    if twice:
+        raise DataError(
+            f"{records.source}: {len(twice):,} of {len(records):,} prompts ({shown(twice)}) end as the chat template does "
+            f"({end!r}), and would be put into it a second time. Set template: plain to take them as they are, or template: chat "
+            "if that is meant."
+        )
+
+
 def plain_prompt(record: Record, separator: str | None) -> str:
     """Return the prompt's text without a chat template."""
     if record.form != "instruction":
@@ -275,10 +290,18 @@ def _example(row: chat.InTokens) -> Example:
     return Example(row.ids[:end], row.supervised[:end], row.place)
 
 
-def _note(items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart."""
+def _note(
+    items: Sequence[Record], rows: Sequence[chat.InTokens], tokenizer: PreTrainedTokenizerBase, system: str | None
+) -> str | None:
+    """Return what to tell the user about these conversations, a line each: no end that is taught, turns apart, greetings."""
     endings = [ending for row in rows for ending in row.endings]
     told = [problem(endings, lambda token: str(tokenizer.convert_ids_to_tokens(token)))]
+    first = sum(record.conversation[0].is_taught for record in items) if system is None else 0
+    if first:
+        told.append(
+            f"{first:,} of {len(items):,} conversations begin with the assistant. Nothing stands before that message to answer, "
+            "so it is context and not taught."
+        )
     parts = [row.number for row in rows if row.is_part]
     if parts:
         told.append(

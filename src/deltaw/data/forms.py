@@ -22,7 +22,7 @@ from typing import cast
 
 from deltaw.data.chats.messages import Conversation, Message, last_assistant
 from deltaw.data.chats.reading import Reading, read_conversation
-from deltaw.data.fields.names import VOCABULARY, called, fields_of
+from deltaw.data.fields.names import VOCABULARY, Named, called, fields_of
 from deltaw.data.sources import Fields, show
 from deltaw.errors import nearest
 
@@ -162,7 +162,8 @@ def _is_finite(value: numbers.Real) -> bool:
 
 
 def _chat(place: str, fields: Fields, completions: bool) -> Record | list[str]:
-    reading = read_conversation(fields, completions=completions)
+    names = fields.names if isinstance(fields, Named) else {}
+    reading = read_conversation(fields, completions=completions, called=names)
     if not isinstance(reading, Reading):
         return reading
     conversation, messages = reading.conversation, reading.conversation.messages

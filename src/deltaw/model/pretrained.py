@@ -221,6 +221,12 @@ def _new_modules(model: PreTrainedModel, info: LoadingInfo) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in owners)
 
 
+_OTHER_KIND = (
+    "Is it another kind of model, or is a file of it missing? An encoder learns classes or numbers: its records have text and "
+    "label."
+)
+
+
 def _judge(model: PreTrainedModel, info: LoadingInfo, new: Iterable[str], source: str) -> None:
     """Raise FileError for weights that would be random, except those of `new` modules.
 
@@ -235,7 +241,7 @@ def _judge(model: PreTrainedModel, info: LoadingInfo, new: Iterable[str], source
     ]
     problems = [*in_order(lost), *in_order(other), *info["error_msgs"]]
     if problems:
-        hints = ["Is it another kind of model (an encoder?), or is a file of it missing?"] * bool(lost)
+        hints = [_OTHER_KIND] * bool(lost)
         hints += ["Was a size in its config.json changed?"] * bool(other)
         count = "1 weight" if len(problems) == 1 else f"{len(problems)} weights"
         raise FileError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaw.config import DataConfig, DType, Task
-from deltaw.data import Records, template_of, usual_separator
+from deltaw.data import Records, check_unwrapped, template_of, usual_separator
 from deltaw.errors import DataError, FileError, shown
 from deltaw.files import store
 from deltaw.files.formats.method_file import MethodFile
@@ -189,6 +189,8 @@ def prepared(data: DataConfig, records: Records, loaded: Pretrained, taken: int 
     """Return `data` with `auto` resolved for these records, within the model's positions without `taken` ones."""
     if data.task == "causal":
         template = template_of(records.form, loaded.tokenizer, data)
+        if data.template == "auto" and template == "chat":
+            check_unwrapped(records, loaded.tokenizer)
         data = dataclasses.replace(data, template=template)  # type: ignore[arg-type]
         if template == "plain" and data.separator is None:
             data = dataclasses.replace(data, separator=usual_separator(records.items))

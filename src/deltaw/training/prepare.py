@@ -171,7 +171,7 @@ def held_out(model: str, data: str, config: TrainConfig, most: int) -> HeldOut:
 
     Raises as `prepare` does, and DataError where the run holds out none.
     """
-    if config.valid is not None or held_out_split(data):
+    if config.valid is not None or held_out_split(data, config.data.split):
         config = replace(config, valid_most=most)
     begun = begin(model, data, config, 0, None)
     if begun.valid is None:
@@ -299,7 +299,7 @@ def held_out_records(source: Source, config: TrainConfig) -> Records | None:
         if is_path(config.valid):
             return read(config.valid, config.data)
         return read(source, config.data, split=config.valid)
-    split = held_out_split(source) if isinstance(source, (str, Path)) else None
+    split = held_out_split(source, config.data.split) if isinstance(source, (str, Path)) else None
     return read(source, config.data, split=split) if split else None
 
 

@@ -21,6 +21,10 @@ from ..conftest import CHATML, LLAMA2, MARKED, tiny_tokenizer
 from .templates import DEEPSEEK, LLAMA3, MISTRAL, QWEN2, QWEN3
 
 LONG = {"max_length": 100_000}
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    f"{{% endfor %}}{CHATML}"
+)
 TOOL = {
     "type": "function",
     "function": {"name": "weather", "description": "Weather", "parameters": {"type": "object", "properties": {}}},
@@ -199,6 +203,25 @@ def test_exactly_this_is_taught(record: dict[str, Any], template: str, texts: li
     assert taught(record, template) == texts
 
 
+def test_names_in_a_message_may_have_capitals() -> None:
+    turns = [{"Role": "prompter", "Content": "Warm?"}, {"Role": "Assistant", "CONTENT": "Mild"}]
+    assert taught({"messages": turns}, CHATML) == [["Mild" + END]]
+
+
+def test_a_greeting_is_context_and_said() -> None:
+    """Nothing stands before it that a model could answer; with a system message something does."""
+    records, tokenizer = (
+        read([{"messages": [MORE | {"role": "assistant"}, USER, ANSWER]}], DataConfig()),
+        tiny_tokenizer(CHATML),
+    )
+    encoded = encode(records, tokenizer, DataConfig())
+    (example,) = encoded.examples
+    spans = [i for i, is_taught in zip(example.input_ids, example.supervised, strict=True) if is_taught]
+    assert tokenizer.decode(spans) == ANSWER["content"] + END
+    assert "1 of 1 conversations begin with the assistant" in (encoded.note or "")
+    assert "begin with" not in (encode(records, tokenizer, DataConfig(system="S")).note or "")
+
+
 @pytest.mark.parametrize("field", ["messages", "conversations", "conversation", "items", "dialog", "dialogue"])
 @pytest.mark.parametrize(
     "human, model", [("human", "gpt"), ("user", "assistant"), ("User", "bot"), ("human", "chatgpt"), ("user", "model")]
@@ -263,6 +286,18 @@ def test_sharegpt_is_read_in_its_spellings(field: str, human: str, model: str) -
         pytest.param({"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": []}}, QWEN2, ["'tools' is no variable"],
                      id="reserved variable"),
         pytest.param({"prompt": [USER], "completion": [MORE]}, QWEN2, ["'completion' has no assistant message"], id="TRL, no answer"),
+        pytest.param({"messages": [ANSWER]}, QWEN2, ["begins with its only assistant message", "before it"], id="a greeting alone"),
+        pytest.param({"messages": [ANSWER, USER, ANSWER]}, ALTERNATING, ["put a user message first"], id="a greeting refused"),
+        pytest.param({"messages": [USER, USER, ANSWER]}, ALTERNATING, ["messages 1 and 2 have one role: join them"], id="two users"),
+        pytest.param({"messages": [USER, {**ANSWER, "loss_weight": 0}]}, QWEN2, ["loss_weight is int 0", "weight: 0 or 1"],
+                     id="another word for weight"),
+        pytest.param({"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}]}]}, QWEN2,
+                     ["content[0] is of type 'thinking'", "reasoning_content"], id="thoughts in a part"),
+        pytest.param({"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]}, QWEN2,
+                     ["'tool_use'", "as tool_calls"], id="a call in a part"),
+        pytest.param({"messages": str([USER, ANSWER])}, QWEN2, ["text that is no JSON", "json.dumps"], id="Python's writing"),
+        pytest.param({"messages": [USER, {"role": "assistant", "content": "\n\n x"}]}, CHATML,
+                     ["Remove the white space at the start of the answer"], id="white space at the start"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused_by_name(record: dict[str, Any], template: str, words: list[str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import peft as real_peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ import deltaw
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.convert import target_of
 from deltaw.files.formats import peft
-from tests.conftest import fill, tiny_llama
+from tests.conftest import fill, tiny_gpt2, tiny_llama
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -92,3 +94,45 @@ def test_a_local_base_is_found_again_for_gguf(tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="--base"):
         deltaw.convert(tmp_path / "a", tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"alpha": 5}, "alpha is 5"), ({"parts": ["q"]}, "parts is q")], ids=str
+)
+@pytest.mark.parametrize("to", ["peft", "mlx-lm"])
+def test_settings_that_would_decide_nothing_are_refused(settings: Any, said: str, to: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        deltaw.convert(unsloth(tmp_path / "u"), tmp_path / "out", to=to, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out.bin"])
+def test_a_base_of_another_size_is_refused_whatever_is_written(name: str, tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "gpt2")
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    folder = unsloth(tmp_path / "u")
+    deltaw.convert(folder, tmp_path / f"fits_{name}", base=tmp_path / "llama")
+    with pytest.raises(FileError, match=r"self_attn\.q_proj is none of the base's layers"):
+        deltaw.convert(folder, tmp_path / name, base=tmp_path / "gpt2")
+    save_file({f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": torch.ones(30, 2)}, folder / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(FileError, match=r"\[32, 32\] in the base, the adapter is of one that is \[30, 32\]"):
+        deltaw.convert(folder, tmp_path / name, base=tmp_path / "llama")
+    assert not (tmp_path / name).exists()
+
+
+def test_pefts_own_gpt2_is_no_adapter_for_mlx_lm_either(tmp_path: Path) -> None:
+    """PEFT's file says with one setting what ours says by layer; mlx-lm passed over its layers without a word."""
+    model = real_peft.get_peft_model(
+        tiny_gpt2(), real_peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(FileError, match=r"h\.0\.attn\.c_attn: GPT-2's Conv1D"):
+        deltaw.convert(tmp_path / "a", tmp_path / "out", to="mlx-lm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_of_the_base_that_peft_keeps_are_named_when_they_are_left_out(tmp_path: Path, caplog: Any) -> None:
+    config = real_peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    real_peft.get_peft_model(tiny_llama(tied=False), config).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    deltaw.convert(tmp_path / "a", tmp_path / "out", to="mlx-lm")
+    assert "Left out, as the base's own values, which PEFT keeps beside an update: lm_head.weight" in caplog.text

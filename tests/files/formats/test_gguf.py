@@ -11,7 +11,9 @@ import deltaw
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.convert import convert, halves
 from deltaw.files.convert.gguf import names_of as _names
-from deltaw.files.formats.gguf import read
+from deltaw.files.formats import peft as peft_folder
+from deltaw.files.formats.gguf import GGUFLoRA, read, write
+from deltaw.files.formats.peft import LoRAFile, config_for
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 
 gguf = pytest.importorskip("gguf")
@@ -111,7 +113,7 @@ def test_rows_of_q_and_k_are_in_llama_cpps_order(smollm2_gguf: Path, smollm2: Pa
     """The real GGUF file was made by llama.cpp: its weights are transformers' own, in that order."""
     from gguf.quants import dequantize
 
-    _, names, reorder = _names(smollm2)
+    _, names, _, reorder = _names(smollm2)
     tensors = {t.name: t for t in gguf.GGUFReader(smollm2_gguf).tensors}
     assert set(names.values()) <= set(tensors) | {"output.weight"}
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
@@ -190,3 +192,30 @@ def test_without_an_alpha_the_scale_is_one_as_in_llama_cpp(alpha: Any, scale: fl
 def test_an_alpha_that_is_no_number_is_refused_by_its_name(alpha: Any, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"adapter\.lora\.alpha is"):
         read(adapter_file(tmp_path / "a.gguf", alpha))
+
+
+@pytest.mark.parametrize("rows", [30, 64])
+@pytest.mark.parametrize("back", [True, False])
+def test_layers_of_other_sizes_than_the_bases_are_refused(rows: int, back: bool, tmp_path: Path) -> None:
+    """Rows that make no pairs of a head were a traceback, others were written."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    A, B, layer = torch.ones(2, rows), torch.ones(rows, 2), "model.layers.0.self_attn.q_proj"
+    if back:
+        write(tmp_path / "a.gguf", GGUFLoRA("llama", {"blk.0.attn_q.weight": (A, B)}, {"blk.0.attn_q.weight": 1.0}))
+    else:
+        file = LoRAFile({layer: (A, B)}, {layer: 1.0}, config_for({layer: 2}, {layer: 1.0}, target_modules=[layer]))
+        peft_folder.write(tmp_path / "a", file)
+    src, dst = (tmp_path / "a.gguf", tmp_path / "out") if back else (tmp_path / "a", tmp_path / "out.gguf")
+    with pytest.raises(
+        FileError, match=rf"q_proj is \[32, 32\] in the base, the adapter is of one that is \[{rows}, {rows}\]"
+    ):
+        convert(src, dst, base=tmp_path / "base")
+    assert not dst.exists()
+
+
+def test_a_negative_alpha_subtracts(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    convert(adapter_file(tmp_path / "a.gguf", -10.0), tmp_path / "adapter", base=tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    deltaw.load(model, tmp_path / "adapter")
+    assert torch.equal(deltaw.delta(model, "model.layers.1.mlp.down_proj"), torch.full((32, 56), -10.0))

@@ -15,7 +15,7 @@ import deltaw
 from deltaw.cli import main
 from deltaw.errors import FileError
 from deltaw.files.convert import convert
-from deltaw.files.formats.peft import read
+from deltaw.files.formats.peft import LoRAFile, config_for, read, write
 from tests.conftest import tiny_gpt2
 
 R, ALPHA = 4, 10.0
@@ -297,3 +297,17 @@ def test_what_loralib_has_no_form_for_is_named(tmp_path: Path) -> None:
         with pytest.raises(FileError, match=r"(?s)no form for what is in.*(DoRA's magnitude|rows of some tokens)"):
             convert(tmp_path / str(i), tmp_path / "x.bin")
         assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_factor_in_b_costs_no_precision(tmp_path: Path) -> None:
+    """Files in 16 bits with an α of one layer's own: B times its factor was rounded to 16 bits."""
+    names = [f"l{i}" for i in range(3)]
+    factors = {n: (torch.randn(3, 8).half(), torch.randn(8, 3).half()) for n in names}
+    scales = {"l0": 7 / 3, "l1": 7 / 3, "l2": 5 / 3}
+    file = LoRAFile(factors, scales, config_for(dict.fromkeys(names, 3), scales, target_modules=names))
+    write(tmp_path / "a", file)
+    back = read(convert(convert(tmp_path / "a", tmp_path / "a.bin"), tmp_path / "back", alpha=7))
+    for name, (A, B) in factors.items():
+        A1, B1 = back.factors[name]
+        theirs = back.scales[name] * B1.double() @ A1.double()
+        torch.testing.assert_close(theirs, scales[name] * B.double() @ A.double(), atol=1e-6, rtol=1e-6)

@@ -60,10 +60,11 @@ def rounded(folder: Path, stored: str) -> Path:
     """The same model, its matrices as the type holds them."""
     from gguf.quants import dequantize, quantize
 
-    kind = gguf.GGMLQuantizationType[stored.upper()]
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            finer = stored == "q4_0" and ("embed_tokens" in name or "lm_head" in name)
+            kind = gguf.GGMLQuantizationType["Q8_0" if finer else stored.upper()]
             if parameter.ndim > 1:
                 parameter.copy_(torch.from_numpy(dequantize(quantize(parameter.numpy(), kind), kind)))
     model.save_pretrained(folder.parent / "rounded")
@@ -77,7 +78,7 @@ def logits(folder: Path, **where: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("stored", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("stored", ["f32", "f16", "q8_0", "q4_0"])
 def test_transformers_reads_the_same_model(kind: str, stored: Any, tmp_path: Path) -> None:
     theta = {"rope_type": "default", "rope_theta": 7e4}
     model = written(tmp_path / "m", kind, tie_word_embeddings=kind == "llama", rope_parameters=theta)
@@ -87,7 +88,8 @@ def test_transformers_reads_the_same_model(kind: str, stored: Any, tmp_path: Pat
     exact = logits(model)
     torch.testing.assert_close(there, logits(rounded(model, stored)), atol=1e-5, rtol=1e-5)
     assert torch.equal(there, exact) == (stored == "f32")
-    assert {t.tensor_type.name for t in gguf.GGUFReader(done.file).tensors if len(t.shape) > 1} == {stored.upper()}
+    types = {t.tensor_type.name for t in gguf.GGUFReader(done.file).tensors if len(t.shape) > 1}
+    assert types == {stored.upper(), *(["Q8_0"] if stored == "q4_0" else [])}
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
@@ -175,3 +177,29 @@ def test_an_adapter_is_merged_and_exported_by_the_command(tmp_path: Path, run: R
         run("export", tmp_path / "nothing", "-o", tmp_path / "out2").returncode != 0
         and not (tmp_path / "out2").exists()
     )
+
+
+@pytest.mark.parametrize("case", ["architecture", "whole module", "a file's name", "no model"])
+def test_what_cannot_be_exported_is_said_before_and_by_the_bases_name(case: str, tmp_path: Path, run: Run) -> None:  # noqa: F811
+    """It was merged first, and the message named the merge's folder, which is gone; of a whole module nothing helped."""
+    folder = written(tmp_path / "model")
+    if case == "architecture":
+        tiny_gpt2().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    whole = "norm" if case == "whole module" else ""
+    deltaw.save(fill(deltaw.attach(model, deltaw.LoRA(rank=2, whole=whole))), tmp_path / "a")
+    out = tmp_path / ("out.gguf" if case == "a file's name" else "out")
+    done = run("export", tmp_path / ("nothing" if case == "no model" else "a"), "-o", out)
+    said = {
+        "architecture": f"{folder} is a 'gpt2'", "whole module": f"deltaw merge {folder} {tmp_path / 'a'} -o MERGED",
+        "a file's name": "it is a folder", "no model": f"There is no model at {tmp_path / 'nothing'}",
+    }  # fmt: skip
+    assert done.returncode in (2, 5) and said[case] in done.stderr.replace("\n", " "), done.stderr
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_runs_folder_is_told_where_its_adapter_is(tmp_path: Path, run: Run) -> None:  # noqa: F811
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    done = run("export", tmp_path / "run", "-o", tmp_path / "out")
+    assert done.returncode == 5 and f"Adapters are in {tmp_path / 'run' / 'adapter'}" in done.stderr.replace("\n", " ")

@@ -136,3 +136,9 @@ def test_each_way_to_fail_is_one_message(
     done = run(*words)
     assert done.returncode in (2, 5) and expected in done.stderr
     assert "Traceback" not in done.stderr and "hf_" not in done.stderr and not hub.commits
+
+
+@pytest.mark.parametrize("name", ["bad repo!!", "me/small/er", "me/x.git", "-me/x"])
+def test_a_dry_run_refuses_a_name_that_the_hub_has_no_form_for(name: str, adapter: Path, run: Run) -> None:  # noqa: F811
+    done = run("push", "--dry-run", "--", adapter, name)
+    assert done.returncode == 2 and "it is OWNER/NAME" in done.stderr and not done.stdout

@@ -152,6 +152,15 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> Ids:
     return [token for ending in endings for token in ending.tokens]
 
 
+def prompt_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template puts after a user's text for the model to answer; empty where it takes no such prompt."""
+    try:
+        text = Template(tokenizer).render(_TRIAL.upto(1), prompt=True)
+    except DataError:
+        return ""
+    return text.rpartition(_TRIAL.messages[0].content)[2].strip()
+
+
 @dataclass(frozen=True, slots=True)
 class _Marks:
     """Marks that the template puts around messages. A message that has them already gets no second ones."""
@@ -222,6 +231,12 @@ def _render_turns(
     taught = [i for i, message in enumerate(conversation.messages) if message.is_taught]
     if not taught:
         raise DataError("there is no assistant message, so nothing to learn.")
+    taught = [i for i in taught if i > 0]  # a first message answers nothing: there it is context
+    if not taught:
+        raise DataError(
+            "it begins with its only assistant message, so there is nothing that a model answers. Put a user or system message "
+            "before it."
+        )
     taught = taught[-1:] if turns == "last" else taught
     conversation = conversation.upto(taught[-1] + 1)
     rendered = [(i, _turn(conversation.upto(i + 1), template)) for i in taught]
@@ -254,6 +269,9 @@ def _turn(conversation: Conversation, template: Template) -> Turn:
     if len(after) <= len(before):
         raise DataError(f"{name}: the template renders no text for it.")
     return Turn(before, after, None if message.tool_calls or message.reasoning else message.content)
+
+
+_BOUNDARY = " A token must end there: often white space at the start or end of the content is to be removed."
 
 
 def _begun(part: str, whole: str, eos: str) -> str:
@@ -364,10 +382,13 @@ class _Reader:
             return len(part)
         at = next((i for i, (a, b) in enumerate(zip(part, tokens, strict=False)) if a != b), len(tokens))
         inside = self.tokenizer.convert_ids_to_tokens(tokens[at : at + 1])
+        after = whole[len(text) : len(text) + 20]
+        space = (
+            " Remove the white space at the start of the answer." if after[:1].isspace() and text[-1:].isspace() else ""
+        )
         raise DataError(
             f"a token crosses the edge between prompt and answer: before the edge stands {text[-20:]!r}, after it "
-            f"{whole[len(text) : len(text) + 20]!r}, and token {at + 1} {inside} covers both. The template or the content "
-            "must have a token boundary there (often: no white space at the start or end of the content)."
+            f"{after!r}, and token {at + 1} {inside} covers both.{space or _BOUNDARY}"
         )
 
     def _without_tail(self, tokens: Ids, start: int, end: int, special: frozenset[int]) -> int:

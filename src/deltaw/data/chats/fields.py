@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from deltaw.data.sources import show
@@ -32,7 +33,8 @@ def parsed(text: str, where: str, lines: list[str]) -> object:
     try:
         return strict_json.parse(text)
     except ValueError as error:
-        lines.append(f"{where} is text that is no JSON ({first_line(error)}): {show(text)}")
+        python = ". Python writes so; write it with json.dumps" if re.match(r"[\[{\s]*'", text) else ""
+        lines.append(f"{where} is text that is no JSON ({first_line(error)}): {show(text)}{python}")
         return None
 
 

@@ -52,21 +52,24 @@ def in_lists(fields: Fields, *, completions: bool) -> bool:
     return all(_is_turns(fields.get(name)) for name in wanted)
 
 
-def read_conversation(fields: Fields, *, completions: bool) -> Reading | list[str]:
+def read_conversation(
+    fields: Fields, *, completions: bool, called: Mapping[str, str] | None = None
+) -> Reading | list[str]:
     """Return the conversation of a record, or a line for each thing that is wrong with it.
 
-    completions: False takes a conversation that waits for its answer.
+    completions: False takes a conversation that waits for its answer. called: what the record calls its fields.
     """
+    called = called or {}
     lines: list[str] = []
     unused: list[str] = []
     if names := _lists(fields):
-        messages = _turns(fields, names[0], lines, unused)
+        messages = _turns(fields, names[0], lines, unused, called)
         lines += [f"it has two conversations, in {' and '.join(map(repr, names))}; leave one"] * (len(names) > 1)
     elif "prompt" in fields and "messages" not in fields:
         names = ["prompt", "completion"]
-        messages = _prompt_and_completion(fields, lines, unused, completions)
+        messages = _prompt_and_completion(fields, lines, unused, completions, called)
     else:
-        return [missing(fields, "messages", TURNS)]
+        return ["field 'messages' is null"] if "messages" in fields else [missing(fields, "messages", TURNS)]
     messages = _with_system(messages, fields, lines)
     schemas = [schema for name in _TOOLS for schema in schemas_of(fields.get(name), name, lines)]
     lines += [
@@ -95,10 +98,15 @@ def _lists(fields: Fields) -> list[str]:
     return [name for name in there if name in TURNS[:2] or _is_turns(fields[name])]
 
 
-def _turns(fields: Fields, name: str, lines: list[str], unused: list[str]) -> tuple[Message, ...]:
-    turns = fields.get(name)
+def _turns(
+    fields: Fields, name: str, lines: list[str], unused: list[str], called: Mapping[str, str]
+) -> tuple[Message, ...]:
+    turns, name = fields.get(name), called.get(name, name)
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # as a table has it
+        count = len(lines)
         turns = parsed(turns, name, lines)
+        if len(lines) > count:
+            return ()
     if not isinstance(turns, (list, tuple)) or not turns:
         lines.append(f"field {name!r} must be a list of messages that is not empty, found {show(turns)}")
         return ()
@@ -106,14 +114,14 @@ def _turns(fields: Fields, name: str, lines: list[str], unused: list[str]) -> tu
 
 
 def _prompt_and_completion(
-    fields: Fields, lines: list[str], unused: list[str], completions: bool
+    fields: Fields, lines: list[str], unused: list[str], completions: bool, called: Mapping[str, str]
 ) -> tuple[Message, ...]:
     """Return the messages of a prompt, whose answers are context, and of a completion."""
-    prompt = _turns(fields, "prompt", lines, unused)
+    prompt = _turns(fields, "prompt", lines, unused, called)
     context = tuple(Message(m.role, m.content, m.tool_calls, m.reasoning, m.name, m.call_id, False) for m in prompt)
     if not completions:
         return context
-    completion = _turns(fields, "completion", lines, unused)
+    completion = _turns(fields, "completion", lines, unused, called)
     if completion and not any(m.role == "assistant" for m in completion):
         lines.append("field 'completion' has no assistant message to learn from")
     return (*context, *completion)

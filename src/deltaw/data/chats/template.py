@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class Template:
     def _refusal(self, conversation: Conversation, prompt: bool, error: Exception) -> str:
         messages = conversation.messages
         roles = ", ".join(m.role for m in messages) or "none"
-        text = f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}"
+        text = f"the chat template fails on the roles {roles}: {type(error).__name__}: {error}{_in_a_row(messages)}"
         if len(messages) > 1 and messages[0].role in ("system", "developer"):
             try:
                 self._text(
@@ -130,6 +131,15 @@ class Template:
 
     def _source(self, conversation: Conversation) -> str:
         return self.tokenizer.get_chat_template(tools=_tools(conversation))
+
+
+def _in_a_row(messages: Sequence[Message]) -> str:
+    """Return what to do where roles do not alternate, which many templates refuse: empty where they do."""
+    begins = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), 0)
+    if messages and messages[begins].role == "assistant":
+        return " (it begins with the assistant: put a user message first)"
+    twice = next((i for i in range(begins, len(messages) - 1) if messages[i].role == messages[i + 1].role), None)
+    return "" if twice is None else f" (messages {twice + 1} and {twice + 2} have one role: join them)"
 
 
 def _as_dicts(conversation: Conversation, shape: Shape) -> list[dict[str, object]]:

@@ -13,6 +13,7 @@ from deltaw.errors import nearest
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "ai": "assistant",
+    "prompter": "user",
     "function": "tool", "function_response": "tool", "tool_response": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")
@@ -26,7 +27,30 @@ _MASKED = ("masked", "mask")
 """Flags that say that it is not."""
 _LOST = ("train_detail", "training_detail", "image", "images", "video", "videos", "audio", "audios", "refusal")
 """Fields with a meaning that training cannot follow."""
-_KNOWN = {*_THOUGHTS, *_TAUGHT, *_MASKED, *_LOST, "tool_calls", "function_call", "name", "tool_call_id", "weight"}
+_UNCLEAR = ("loss_weight", "loss_scale", "loss_mask", "trainable", "learnable")
+"""Other tools' words for how much a turn counts, whose meanings differ."""
+_KNOWN = {
+    *_UNCLEAR,
+    *_THOUGHTS,
+    *_TAUGHT,
+    *_MASKED,
+    *_LOST,
+    "tool_calls",
+    "function_call",
+    "name",
+    "tool_call_id",
+    "weight",
+}
+
+
+_REMOVE = "remove the part or the record"
+_INSTEAD = {
+    "thinking": "give the thoughts as reasoning_content beside content",
+    "reasoning": "give the thoughts as reasoning_content beside content",
+    "tool_use": "give the call as tool_calls beside content",
+    "tool_result": "give the result as a message of its own, with the role tool",
+}
+"""Type of a part → what to do with it instead."""
 
 
 def turn_of(turn: object, where: str, lines: list[str], unused: list[str]) -> list[Message]:
@@ -37,6 +61,10 @@ def turn_of(turn: object, where: str, lines: list[str], unused: list[str]) -> li
     if not isinstance(turn, Mapping):
         lines.append(f"{where} must be an object with role and content, found {show(turn)}")
         return []
+    if not any(key in turn for key in ROLE_KEYS):
+        turn = {
+            str(key).lower() if str(key).lower() in (*ROLE_KEYS, *_CONTENT_KEYS) else key: turn[key] for key in turn
+        }
     role_key = next((key for key in ROLE_KEYS if key in turn), "from" if "value" in turn else "role")
     content_key = next((k for k in _CONTENT_KEYS if k in turn), "value" if role_key == "from" else "content")
     word = str(turn.get(role_key)).lower() if isinstance(turn.get(role_key), str) else ""
@@ -57,6 +85,11 @@ def turn_of(turn: object, where: str, lines: list[str], unused: list[str]) -> li
         wrong.append(str(text_problem(content, content_key)))
     taught = _is_taught(turn, role, wrong)
     wrong += [f"field {key!r} is not taught from and would be lost; remove it" for key in _LOST if turn.get(key)]
+    wrong += [
+        f"{key} is {show(turn[key])}, and whether the turn is taught is said by weight: 0 or 1, or train: true or false"
+        for key in _UNCLEAR
+        if turn.get(key) is not None
+    ]
     used = _KNOWN | {role_key, content_key}
     unused += [f"messages' {key}" for key, value in turn.items() if key not in used and value is not None]
     if turn.get("name") and role != "tool":
@@ -115,7 +148,7 @@ def _part(part: object, where: str, wrong: list[str]) -> str:
     if kind in ("text", "input_text", "output_text") and isinstance(text, str):
         return text
     if isinstance(kind, str) and kind != "text":
-        wrong.append(f"{where} is of type {kind!r}, and texts alone are taught; remove the part or the record")
+        wrong.append(f"{where} is of type {kind!r}, and texts alone are taught; {_INSTEAD.get(kind, _REMOVE)}")
     else:
         wrong.append(f"{where} must be a text, or an object with type and text, found {show(part)}")
     return ""

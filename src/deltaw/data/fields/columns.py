@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deltaw.data.sources import Fields, Row
-from deltaw.errors import ConfigError, nearest
+from deltaw.errors import ConfigError, nearest, shown
 
 TARGETS = (
     "prompt", "completion", "instruction", "input", "output", "text", "text_pair", "label", "image", "messages", "system",
@@ -46,6 +46,8 @@ def columns_of(text: str, rows: Sequence[Row], source: str, *, answers: bool = T
             problems.append(f"{piece.strip()!r} is no NAME=COLUMN")
         elif name == IGNORE:
             ignored.add(path)
+        elif name not in TARGETS and path in TARGETS:
+            problems.append(f"{piece.strip()!r} is the wrong way round: {path}={name}")
         elif name not in TARGETS:
             problems.append(f"there is no {name!r} to take {path!r} as{nearest(name, (*TARGETS, IGNORE))}")
         elif name in taken:
@@ -53,7 +55,8 @@ def columns_of(text: str, rows: Sequence[Row], source: str, *, answers: bool = T
         else:
             taken[name] = path
             if (answers or name not in _ANSWERS) and not any(has(fields, path) for _, fields in rows):
-                problems.append(f"{source}: no record has {path!r}{nearest(path, _paths(rows))}")
+                near = nearest(path, _paths(rows)) or f"; they have {shown(_fields(rows), 10)}"
+                problems.append(f"{source}: no record has {path!r}{near}")
     if problems:
         advice = f"Write it as prompt=question,completion=answer. Names: {', '.join(TARGETS)}, and {IGNORE} to leave a field out."
         raise ConfigError(f"columns is {text!r}, which cannot be used:", problems, advice)
@@ -110,6 +113,11 @@ def _at(value: object, path: str) -> object:
         else:
             return _NOTHING
     return value
+
+
+def _fields(rows: Sequence[Row]) -> list[str]:
+    """Return the fields of the first records."""
+    return list(dict.fromkeys(str(name) for _, fields in rows[:20] for name in fields))
 
 
 def _paths(rows: Sequence[Row]) -> list[str]:

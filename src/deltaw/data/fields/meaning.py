@@ -6,16 +6,23 @@ A system message and earlier turns, which stand before a question, are used.
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from deltaw.data.chats.fields import parsed
 from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
 from deltaw.data.sources import show
+from deltaw.data.sources.places import HELD_OUT
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
 """Names of what is no text."""
 TOOLS = ("tools", "functions")
 """Names of tools on offer."""
 _STEPS = "labels"
+_VERDICTS = ("kto_tag", "is_correct", "is_chosen", "is_preferred", "desirable")
+"""Names of a verdict on an answer, beside label."""
+_WORSE = ("rejected", "rejected_response", "rejected_answer", "rejected_messages", "rejected_output")
+_IGNORE = "--columns ignore="
 WEIGHTS = ("weight", "weights", "score", "reward")
 """Numbers that tell records apart: refused where they are not all the same."""
 _YES_OR_NO = {"true", "false", "0", "1", "-1", "0.0", "1.0", "-1.0", "yes", "no", "good", "bad"}
@@ -24,11 +31,26 @@ _KTO = (
     "says whether the answer is good (KTO), which is not trained on yet: bad answers would be taught as good ones. Keep the "
     "records with good answers, and leave the field out of them"
 )
+_BETTER_WORSE = (
+    ("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
+    ("response_j", "response_k"),
+)  # fmt: skip
+"""Names of the better and the worse answer, also with something before or behind them (chosen_response)."""
 _PAIRS = "are a preference pair, which is not trained on yet"
 _LOST = "is no part of {form} records, and what it says would be lost"
 _WEIGHED = (
     "differs from record to record, and records are not weighed yet. Keep the records that count, and leave the field out; or, "
     "where it is what is to be learned, take it with --columns label={name}"
+)
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = (
+    "holds the thoughts before an answer, which messages have a place for: give the question and the answer as messages, and "
+    "the thoughts as reasoning_content beside the answer's content"
+)
+_SPLITS = {"train", "training", *HELD_OUT}
+_OF_SPLITS = (
+    "says which records are held out, and all would be trained on. Write each split as a file of its own (train.jsonl, "
+    "valid.jsonl, test.jsonl) into a folder"
 )
 Why = tuple[str, str]
 """A field, and what is wrong with it."""
@@ -43,9 +65,10 @@ def is_empty(value: object) -> bool:
 
 def of_pairs(row: Named) -> str | None:
     """Return what to do with a record that is a preference pair; None for others."""
-    chosen, rejected = (next((f for f in row if f.strip().lower() == name), None) for name in ("chosen", "rejected"))
-    if chosen is None or rejected is None or is_empty(row[chosen]) or is_empty(row[rejected]):
+    pair = _pair_of({name.strip().lower(): name for name in row})
+    if pair is None or any(is_empty(row[name]) or isinstance(row[name], numbers.Real) for name in pair):
         return None
+    chosen, rejected = pair
     name, answer = row.names.get(chosen, chosen), row[chosen]
     asks = (
         isinstance(answer, list) and answer and isinstance(answer[0], Mapping) and answer[0].get("role") != "assistant"
@@ -53,9 +76,22 @@ def of_pairs(row: Named) -> str | None:
     question = next((f for f in QUESTIONS if not is_empty(row.get(f))), None)
     columns = f"messages={name}" if asks else f"text={name}"
     if question is not None and not asks:
-        columns = f"prompt={row.names[question]},completion={name}"
+        within = ".messages" if isinstance(row[question], Mapping) else ""  # OpenAI's
+        columns = f"prompt={row.names[question]}{within},completion={name}"
     both = f"{name} and {row.names.get(rejected, rejected)}"
+    if isinstance(answer, Mapping):
+        return f"{both} {_PAIRS}. To train on the chosen answers alone, put each at the end of its conversation"
     return f"{both} {_PAIRS}. To train on the chosen answers alone, set --columns {columns}"
+
+
+def _pair_of(words: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the fields with the better and the worse answer, of a record's fields by their names in small letters."""
+    for better, worse in _BETTER_WORSE:
+        for word, name in words.items():
+            other = words.get(word.replace(better, worse))
+            if other is not None and re.fullmatch(f"(.*_)?{better}(_.*)?", word):
+                return name, other
+    return None
 
 
 def refused(rest: Iterable[str], row: Named, reading: Reading, used: set[str], asked: Asked) -> Iterator[Why]:
@@ -84,7 +120,19 @@ def _reason(name: str, row: Named, reading: Reading, used: set[str], asked: Aske
     if word in TOOLS and form in ("prompt", "instruction"):
         return "are tools on offer, which stand beside messages: give the question and the answer as messages"
     chosen = asked.form != "auto" or asked.columns
+    if word == _STEPS and form == "text" and asked.labels and not chosen and not isinstance(row[name], (list, tuple)):
+        return f"stands beside a text, and label is the name of what is to be learned: set --columns label={row.names[name]}"
+    if word in _THOUGHTS and form in ("prompt", "instruction") and asked.completions and not chosen:
+        return _THOUGHT
     if asked.completions and form != "text":
+        if word in _WORSE and not chosen:
+            return (
+                f"is the worse answer of a preference pair, not trained on yet. To train on the other: {_IGNORE}{name}"
+            )
+        if word in _VERDICTS and _is_verdict(row[name]):
+            return _KTO
+        if word == "label" and _is_verdict(row[name]) and form == "chat":
+            return _KTO
         if word == "label" and _is_verdict(row[name]):
             pair = ",".join(
                 f"{t}={row.names.get(f, f)}" for t, (_, f) in zip(("text", "text_pair"), reading.takes, strict=False)
@@ -137,7 +185,16 @@ def weighed(rows: Sequence[Named], places: Sequence[str], form: str) -> dict[Why
         there = [(place, row[name]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get(name))]
         if len({str(value) for _, value in there}) > 1 and all(_is_weight(value) for _, value in there):
             refusals[(name, _WEIGHED.format(name=name))] = [place for place, _ in there]
-    return refusals
+    return refusals | _split_apart(rows, places)
+
+
+def _split_apart(rows: Sequence[Named], places: Sequence[str]) -> dict[Why, list[str]]:
+    """Return a column that says which records are held out, where it says so of some: all would be trained on."""
+    there = [(place, row["split"]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get("split"))]
+    values = {str(value).lower() for _, value in there}
+    if len(values) < 2 or not values <= _SPLITS:
+        return {}
+    return {("split", _OF_SPLITS): [place for place, _ in there]}
 
 
 def _is_weight(value: object) -> bool:
@@ -171,6 +228,11 @@ def turns_before(row: Named, lines: list[str]) -> tuple[list[tuple[str, str]], l
 
 def _history(value: object, name: str, lines: list[str]) -> list[tuple[str, str]]:
     """Return earlier turns: [[question, answer], …], or messages."""
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as a table has it
+        count = len(lines)
+        value = parsed(value, name, lines)
+        if len(lines) > count:
+            return []
     if not isinstance(value, (list, tuple)):
         lines.append(f"field {name!r} must be a list of [question, answer] pairs, found {show(value)}")
         return []

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from deltaw.data.chats.reading import TURNS
 from deltaw.data.chats.turns import ROLE_KEYS
+from deltaw.data.sources import show
 from deltaw.errors import DataError, nearest
 
 FIELDS: dict[str, str] = {
@@ -208,7 +209,7 @@ def recognise(rows: Sequence[Named], places: Sequence[str], source: str, asked: 
             f"{source}: its records have several forms, {' and '.join(map(str, best))}. Give each as a file of its own."
         )
     if not best:
-        raise DataError(f"{source}: {_none(there)}")
+        raise DataError(f"{source}: {_none(there, rows, asked)}")
     place = next(place for place, row in zip(places, rows, strict=True) if len(readings(row, asked)) > 1)
     raise DataError(f"{source}: {_several(there, place, best)}")
 
@@ -226,15 +227,51 @@ def _several(there: Sequence[str], place: str, best: Sequence[Reading]) -> str:
     return f"{fit}: {differing(best)}. Forms and their fields:\n{_forms()}"
 
 
-def _none(there: Sequence[str]) -> str:
+def _none(there: Sequence[str], rows: Sequence[Named], asked: Asked) -> str:
+    """Return what is wrong with records whose fields make no form: what their values say, else the forms that there are."""
+    names = ", ".join(there) or "(none)"
+    head = f"no known form has the fields {names}."
+    hints = list(dict.fromkeys(hint for row in rows[:20] for hint in _hints(row, asked, alone=len(rows) == 1)))
+    if hints:
+        return "\n  - ".join([head, *hints])
     known = sorted(VOCABULARY)
     near = "".join(f"\n  - {f!r}{nearest(f, known)}" for f in there if plain(f) not in VOCABULARY and nearest(f, known))
-    names = ", ".join(there) or "(none)"
     tail = f"\nNear misses:{near}" if near else ""
     return (
-        f"no known form has the fields {names}. Rename them to those of one form, or name them with columns (--columns "
-        f"prompt=FIELD,completion=FIELD):\n{_forms()}{tail}"
+        f"{head} Rename them to those of one form, or name them with columns (--columns prompt=FIELD,completion=FIELD; for "
+        f"classes text=FIELD,label=FIELD):\n{_forms()}{tail}"
     )
+
+
+def _hints(row: Named, asked: Asked, *, alone: bool) -> Iterator[str]:
+    """Yield what to do with a record of no form, by its values. `alone`: it is the only one of its file."""
+    if set(row) <= {"role", "content", "from", "value", "name"} and not {"role", "from"}.isdisjoint(row):
+        yield 'its records are single messages. A record holds a whole conversation: {"messages": [{"role": …, "content": …}, …]}'
+    for name, value in row.items():
+        field = row.names.get(name, name)
+        if are_turns(value):
+            yield f"the field {field!r} holds messages: --columns messages={field}"
+        elif isinstance(value, Mapping):
+            yield from _inside(field, value, asked)
+        elif name in TALKS and name != "items":
+            yield f"the field {field!r} must be a list of messages, each with role and content, found {show(value)}"
+        elif alone and isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            yield (
+                f"the field {field!r} holds a list of objects. If these are the records, write that list as the file: "
+                f"jq '.{field}' FILE > records.json"
+            )
+
+
+def _inside(field: str, value: Mapping[str, object], asked: Asked) -> Iterator[str]:
+    """Yield the columns that take the fields of an object in a record."""
+    inside = {plain(str(name)): (str(name), part) for name, part in value.items()}
+    fit = readings({name: part for name, (_, part) in inside.items()}, replace(asked, form="auto", columns=frozenset()))
+    if len(fit) == 1 and fit[0].form != "text":
+        columns = ",".join(
+            f"{'messages' if fit[0].form == 'chat' else name}={field}.{inside[taken][0]}"
+            for name, taken in fit[0].takes
+        )
+        yield f"the object {field!r} has the fields of a record: --columns {columns}"
 
 
 def _forms() -> str:

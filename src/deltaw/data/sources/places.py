@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from deltaw.data.sources.files import SUFFIXES, TEXTS, Reading, read_file
-from deltaw.data.sources.row import Fields, Read, Row, keep
-from deltaw.errors import DataError, first_line, nearest
+from deltaw.data.sources.files import SUFFIXES, TEXTS, Reading, advice, read_file
+from deltaw.data.sources.row import Fields, Read, Row, bare, keep
+from deltaw.errors import DataError, first_line, nearest, shown
 
 if TYPE_CHECKING:
     import datasets
@@ -21,6 +21,7 @@ Source: TypeAlias = (
 """A path or hub id, rows that are read already, a list of records, or splits of such lists by name."""
 
 HELD_OUT = ("valid", "validation", "val", "dev", "eval", "test")
+_SPLITS = ("train", "all", *HELD_OUT)
 _SHARD = re.compile(r"-\d+(-of-\d+)?$")  # train-00000-of-00002.parquet, the hub's own naming
 
 
@@ -48,7 +49,9 @@ def rows(source: Source, split: str | None, default_split: str | None, how: Read
         return replace(read_file(path, how), name=str(path))
     files = _folder(path)
     name = _pick(list(files), split or default_split, str(path))
-    return _together(path, name, files[name], how)
+    read = _together(path, name, files[name], how)
+    alone = (f"{path}: its only split, {name}, is read",) * (name in HELD_OUT and not (split or default_split))
+    return replace(read, notes=(*read.notes, *alone))
 
 
 def _together(folder: Path, split: str, files: Sequence[Path], how: Reading) -> Read:
@@ -56,13 +59,22 @@ def _together(folder: Path, split: str, files: Sequence[Path], how: Reading) -> 
     whole = _are_documents(files)
     parts = [read_file(file, how, whole=whole) for file in files]
     notes = [note for part in parts for note in part.notes]
-    notes += [f"{folder}: each of its {len(files):,} text files is a record"] if whole else []
+    notes += _of_documents(folder, files, parts) if whole else []
     return Read(
         [row for part in parts for row in part.rows],
         [line for part in parts for line in part.problems],
         tuple(notes),
         str(files[0]) if len(parts) == 1 else f"{folder} ({split})",
     )
+
+
+def _of_documents(folder: Path, files: Sequence[Path], parts: Sequence[Read]) -> list[str]:
+    """Return sentences on a folder of documents: how many are records, and the files that are none."""
+    empty = [file.name for file, part in zip(files, parts, strict=True) if not part.rows and not part.problems]
+    others = [file.name for file in _files(files[0].parent) if file.suffix.lower() not in TEXTS]
+    notes = [f"{folder}: {len(files) - len(empty):,} text files, each a record"]
+    notes += [f"{folder}: empty, so no records: {shown(empty)}"] * bool(empty)
+    return notes + [f"{folder}: not read: {shown(others)}"] * bool(others)
 
 
 def is_path(name: str) -> bool:
@@ -86,10 +98,13 @@ def splits(source: Source) -> dict[str, list[Path] | None]:
     return {"train": [path]} if path.is_file() else {name: list(files) for name, files in _folder(path).items()}
 
 
-def held_out_split(source: Source) -> str | None:
-    """Return the split to evaluate on: the first there is of valid, validation, val, dev, eval and test; None without one."""
+def held_out_split(source: Source, split: str | None = None) -> str | None:
+    """Return the split to evaluate on: the first there is of valid, validation, val, dev, eval and test; None without one.
+
+    The `split` that is trained on is none, nor is one that stands alone, which is then trained on.
+    """
     there = splits(source)
-    return next((name for name in HELD_OUT if name in there), None)
+    return next((name for name in HELD_OUT if name in there and name != split and len(there) > 1), None)
 
 
 def local(source: str | Path) -> Path | None:
@@ -100,9 +115,7 @@ def local(source: str | Path) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         if path.is_file() and path.suffix.lower() not in SUFFIXES:
-            raise DataError(
-                f"{path}: cannot tell the format from the ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}."
-            )
+            raise DataError(f"{path}: {advice(path)}")
         return path
     text = str(source)
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in SUFFIXES
@@ -120,11 +133,15 @@ def _refuse_split(split: str | None, name: str) -> None:
 
 
 def _pick(names: list[str], wanted: str | None, source: str) -> str:
-    if wanted is None and "train" not in names and len(names) == 1:
+    if wanted is None and len(names) == 1:
         return names[0]
     wanted = wanted or "train"
     if wanted not in names:
-        raise DataError(f"{source} has no split {wanted!r}{nearest(wanted, names)}. Its splits: {', '.join(names)}.")
+        near = nearest(wanted, names)
+        raise DataError(
+            f"{source} has no split {wanted!r}{near}. Its splits: {', '.join(names)}. Choose one with --split, or name the data "
+            "train."
+        )
     return wanted
 
 
@@ -133,10 +150,11 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
 
     Text files count where there are no others: a README beside data is none. If they are named for no split, they are documents.
     """
-    there = [sorted(p for p in place.glob("*") if p.is_file()) for place in (folder, folder / "data")]
+    there = [_files(place) for place in (folder, folder / "data")]
     records = [[p for p in files if p.suffix.lower() in SUFFIXES and p.suffix.lower() not in TEXTS] for files in there]
     texts = [[p for p in files if p.suffix.lower() in TEXTS] for files in there]
     files = next(filter(None, [*records, *texts]), [])
+    _check_unread(folder, [file for files in there for file in files])
     if not files:
         raise DataError(
             f"{folder}: no data files; expected train.jsonl, valid.jsonl or the like ({', '.join(SUFFIXES)})."
@@ -145,11 +163,11 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
         return {"train": files}
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_SHARD.sub("", file.stem), []).append(file)
+        by_split.setdefault(_split_of(file), []).append(file)
     unclear = [
         f"split {name!r}: {', '.join(p.name for p in group)}"
         for name, group in by_split.items()
-        if len({p.suffix for p in group}) > 1 or (len(group) > 1 and any(p.stem == name for p in group))
+        if len({p.suffix for p in group}) > 1 or (len(group) > 1 and any(not _SHARD.search(p.stem) for p in group))
     ]
     if unclear:
         raise DataError(f"{folder}: several files claim one split. Keep one of each, or name a file:", unclear)
@@ -160,8 +178,31 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
 
 def _are_documents(files: Sequence[Path]) -> bool:
     """Return whether these are text files that are each a document of its own: none is named for a split."""
-    splits_named = {"train", "all", *HELD_OUT} & {_SHARD.sub("", file.stem) for file in files}
+    splits_named = {*_SPLITS} & {_split_of(file) for file in files}
     return not splits_named and all(file.suffix.lower() in TEXTS for file in files)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder in their order, without hidden ones."""
+    return sorted(p for p in folder.glob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _split_of(file: Path) -> str:
+    """Return the name of the split that a file holds. The names that mean something are read in any capitals."""
+    name = _SHARD.sub("", file.stem)
+    return name.lower() if name.lower() in _SPLITS else name
+
+
+def _check_unread(folder: Path, files: Sequence[Path]) -> None:
+    """Raise DataError for files that hold a split in a format that is not read: training would go on without it."""
+    if {"dataset_info.json", "dataset_dict.json"} & {file.name for file in files}:
+        raise DataError(
+            f"{folder}: a data set that datasets.save_to_disk wrote. Write its splits with to_parquet, or in Python give "
+            "what datasets.load_from_disk returns."
+        )
+    unread = [f for f in files if f.suffix.lower() not in SUFFIXES and f.name.lower().partition(".")[0] in _SPLITS]
+    if unread:
+        raise DataError(f"{folder}: files of its splits cannot be read:", [f"{f.name}: {advice(f)}" for f in unread])
 
 
 def _memory(source: Iterable[object], name: str) -> Read:
@@ -169,7 +210,10 @@ def _memory(source: Iterable[object], name: str) -> Read:
     problems: list[str] = []
     if isinstance(source, (bytes, bytearray)) or not hasattr(source, "__getitem__"):
         raise DataError(f"{type(source).__name__} is no data source. Give a path, hub id, list of dicts or Dataset.")
+    of_table = hasattr(source, "features")  # a data set of the library datasets, which keeps Arrow tables
     for i, value in enumerate(source):
+        if of_table and isinstance(value, dict):
+            value = {field: bare(part) for field, part in value.items()}
         keep(f"{name}[{i}]", value, rows, problems)
     return Read(rows, problems)
 

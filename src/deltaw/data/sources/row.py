@@ -32,7 +32,24 @@ def keep(place: str, value: object, rows: list[Row], problems: list[str]) -> Non
     if isinstance(value, dict):
         rows.append((place, value))
     else:
-        problems.append(f"{place}: a record must be an object with named fields, found {show(value)}")
+        turns = (
+            isinstance(value, list)
+            and value
+            and isinstance(value[0], dict)
+            and ("role" in value[0] or "from" in value[0])
+        )
+        hint = '. Messages stand in a field: {"messages": […]}' if turns else ""
+        problems.append(f"{place}: a record must be an object with named fields, found {show(value)}{hint}")
+
+
+def bare(value: object) -> object:
+    """Return a value of a table without the nulls of its objects.
+
+    All objects of a column have the same fields there, and null where a record had none.
+    """
+    if isinstance(value, dict):
+        return {name: bare(part) for name, part in value.items() if part is not None}
+    return [bare(part) for part in value] if isinstance(value, list) else value
 
 
 def line_of(text: str | bytes, at: int) -> int:
@@ -49,7 +66,11 @@ def show(value: object) -> str:
         text = value if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # an integer of too many digits, lists within lists
         return type(value).__name__
-    short = repr(text[:40] + "…" if len(text) > 40 else text) if isinstance(value, str) else text[:40]
+    short = (
+        repr(text[:40] + "…" if len(text) > 40 else text)
+        if isinstance(value, str)
+        else text[:40] + "…" * (len(text) > 40)
+    )
     return f"{type(value).__name__} {short}"
 
 

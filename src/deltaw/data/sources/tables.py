@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaw.data.sources.row import Read, Row, line_of, not_utf8
+from deltaw.data.sources.row import Fields, Read, Row, bare, line_of, not_utf8
 from deltaw.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MARKS = (",", ";", "\t", "|")
 _NAMES = {";": "semicolons", "\t": "tabs", "|": "bars"}
+_NUMBERS = "(first column, without a name)"
 _TRIED = 20  # rows by which a separator is chosen
 
 
@@ -29,18 +30,27 @@ def table(raw: bytes, name: str) -> Read:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return Read([], [f"{name}:{line_of(raw, error.start)}: {not_utf8(error)}"])
+    if "\n" not in text:  # Excel's for the Macintosh
+        text = text.replace("\r", "\n")
+    if text.lstrip()[:2] in ('{"', "[{"):
+        return Read([], [f"{name}:1: not CSV: it begins as JSON does. Name the file {name.rpartition('.')[0]}.jsonl."])
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     try:
         mark, first = _separator(text)
-        read = _rows(text, mark, first, name)
+        spaced = _is_spaced(text, mark, first)
+        read = _rows(text, mark, first, name, spaced)
     finally:
         csv.field_size_limit(limit)
     usual = mark == "," or (mark == "\t" and name.lower().endswith(".tsv"))
-    return (
-        read
-        if usual
-        else Read(read.rows, read.problems, (f"{name}: its columns are divided by {_NAMES.get(mark, repr(mark))}",))
-    )
+    notes = [f"{name}: its columns are divided by {_NAMES.get(mark, repr(mark))}"] * (not usual)
+    notes += [f"{name}: the spaces that follow what divides its columns are left out"] * spaced
+    return Read(read.rows, read.problems, tuple(notes))
+
+
+def _is_spaced(text: str, mark: str, first: int) -> bool:
+    """Return whether a space follows each mark in the header, so that it is no part of the cells."""
+    header = "".join(text.split("\n", first)[first - 1 : first])
+    return mark != "\t" and header.count(mark) > 0 and header.count(mark) == header.count(f"{mark} ")
 
 
 def _separator(text: str) -> tuple[str, int]:
@@ -67,15 +77,15 @@ def _agreement(text: str, mark: str) -> float:
     return sum(len(cells) == len(rows[0]) for cells in rows) / len(rows)
 
 
-def _rows(text: str, mark: str, first: int, name: str) -> Read:
+def _rows(text: str, mark: str, first: int, name: str, spaced: bool) -> Read:
     rows: list[Row] = []
     problems: list[str] = []
     header: list[str] = []
     try:
-        for start, cells in _cells(text, mark, first):
+        for start, cells in _cells(text, mark, first, spaced):
             place = f"{name}:{start}"
             if not header:
-                header = cells
+                header = cells if cells[0].strip() else [_NUMBERS, *cells[1:]]
                 twice = [c for c in dict.fromkeys(cells) if c.strip() and cells.count(c) > 1]
                 if twice:
                     return Read([], [f"{place}: column {c!r} is there more than once; rename one" for c in twice])
@@ -85,14 +95,22 @@ def _rows(text: str, mark: str, first: int, name: str) -> Read:
                     f"Put cells that contain {_NAMES.get(mark, 'commas')} or line breaks in double quotes."
                 )
             else:
-                rows.append((place, {c: cell for c, cell in zip(header, cells, strict=True) if c.strip()}))
-                if any(cell.strip() for c, cell in zip(header, cells, strict=True) if not c.strip()):
+                if _is_unnamed(header, cells):
                     problems.append(f"{place}: a cell stands under no column's name; name the column in the header")
+                else:
+                    rows.append((place, {c: cell for c, cell in zip(header, cells, strict=True) if c.strip()}))
     except _NotCSV as error:
         problems.append(
             f"{name}:{error.line}: not CSV: {error}. Is a double quote missing in the row that starts here?"
         )
     return Read(rows, problems)
+
+
+def _is_unnamed(header: Sequence[str], cells: Sequence[str]) -> bool:
+    """Return whether a cell has a text under no name. Numbers of rows, in the first column, are no loss (pandas writes them)."""
+    if header[0] == _NUMBERS and cells[0].strip() and not cells[0].strip().isdecimal():
+        return True
+    return any(cell.strip() for name, cell in zip(header, cells, strict=True) if not name.strip())
 
 
 class _NotCSV(Exception):
@@ -103,10 +121,11 @@ class _NotCSV(Exception):
         self.line = line
 
 
-def _cells(text: str, mark: str, first: int) -> Iterator[tuple[int, list[str]]]:
+def _cells(text: str, mark: str, first: int, spaced: bool) -> Iterator[tuple[int, list[str]]]:
     """Yield each row's first line and its cells. Blank lines are none, nor are rows of separators alone at the end (Excel's)."""
     lines = text.split("\n")
-    reader = csv.reader(io.StringIO("\n".join(lines[first - 1 :]), newline="\n"), delimiter=mark, strict=True)
+    rest = io.StringIO("\n".join(lines[first - 1 :]), newline="\n")
+    reader = csv.reader(rest, delimiter=mark, strict=True, skipinitialspace=spaced)
     start = first
     empty: list[tuple[int, list[str]]] = []
     while True:
@@ -136,9 +155,13 @@ def parquet(path: Path) -> Read:
     if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
         return Read([], [f"{path.name}: column {name!r} is there more than once; rename one" for name in twice])
     try:
-        return Read([(f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist())], [])
+        return Read([(f"{path.name}[{i}]", _of_table(row)) for i, row in enumerate(table.to_pylist())], [])
     except (pyarrow.ArrowException, ValueError, OverflowError):  # bytes that are no UTF-8, a date that Python has not
         return _by_rows(table, path.name)
+
+
+def _of_table(row: Fields) -> Fields:
+    return {name: bare(value) for name, value in row.items()}
 
 
 def _by_rows(table: pyarrow.Table, name: str) -> Read:
@@ -149,7 +172,7 @@ def _by_rows(table: pyarrow.Table, name: str) -> Read:
     problems: list[str] = []
     for i in range(len(table)):
         try:
-            rows.append((f"{name}[{i}]", table.slice(i, 1).to_pylist()[0]))
+            rows.append((f"{name}[{i}]", _of_table(table.slice(i, 1).to_pylist()[0])))
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             problems.append(f"{name}[{i}]: a value cannot be read: {first_line(error)}")
     return Read(rows, problems)

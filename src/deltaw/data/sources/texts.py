@@ -40,6 +40,8 @@ def _records(raw: bytes, name: str, *, whole: bool = False, headings: bool = Fal
             [i for i, line in enumerate(lines) if line.strip() and not (i and lines[i - 1].strip())],
             "paragraphs",
         )
+    if not starts:
+        return Read([], [])
     rows: list[Row] = []
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         filled = [i for i in range(start, end) if lines[i].strip()]

@@ -12,12 +12,16 @@ from deltaw.files.convert import others
 from deltaw.files.convert.base import layers_of
 from deltaw.files.convert.gguf import from_gguf, to_gguf
 from deltaw.files.convert.loralib import from_loralib, to_loralib
+from deltaw.files.convert.places import as_folder
 from deltaw.files.formats import loralib, peft
 from deltaw.files.formats.atomic import check_apart
-from deltaw.files.formats.others import kohya, litgpt, mlx_lm, onnx_adapter, torchtune
-from deltaw.files.formats.others.foreign import read_any
+from deltaw.files.formats.others import Foreign, kohya, litgpt, mlx_lm, onnx_adapter, torchtune
+from deltaw.files.formats.others.foreign import check_layers, read_any, refuse
 from deltaw.files.formats.peft.config import CONFIG
+from deltaw.layers.names import found_as
 
+# Formats whose files have no α, or not always; and those that do not say of which parts or model they are
+_WITHOUT_ALPHA, _WITH_PARTS = ("loralib", "torchtune", "litgpt"), ("loralib", "litgpt", "kohya")
 _LORALIB = (".pt", ".bin", ".ckpt", ".pth")
 
 FORMATS = {
@@ -74,17 +78,18 @@ def convert(
     src, form = _source(src)
     # The folder that is made of another program's file may have any name
     target = "peft" if to in (None, "peft") and form != "peft" and dst.suffix in _LORALIB else target_of(dst, to)
-    if form == "peft":
-        return _from_peft(src, dst, target, alpha=alpha, base=base)
-    if target != "peft":
+    if form != "peft" and target != "peft":
         raise ConfigError(f"{src} is {form}'s; it becomes a folder first, and that becomes {target}'s: convert twice.")
+    _check_used(src, form, target, alpha, parts)
+    if form == "peft":
+        return _from_peft(src, dst, target, alpha=alpha, base=base, trust_remote_code=trust_remote_code)
     if form == "gguf":
         return from_gguf(src, dst, base)
     if form == "loralib":
         layers = None if base is None else layers_of(base, trust_remote_code)
         return from_loralib(loralib.read(src, alpha=alpha, parts=parts, layers=layers), dst)
     adapter = others.read(src, form, alpha=alpha, parts=parts, base=base, trust_remote_code=trust_remote_code)
-    return others.as_folder(adapter, dst, base)
+    return as_folder(adapter, dst, base)
 
 
 def target_of(dst: Path, to: str | None) -> str:
@@ -101,13 +106,45 @@ def target_of(dst: Path, to: str | None) -> str:
     return to
 
 
-def _from_peft(src: Path, dst: Path, target: str, *, alpha: float | None, base: str | Path | nn.Module | None) -> Path:
+def _check_used(src: Path, form: str, target: str, alpha: float | None, parts: Sequence[str]) -> None:
+    """Raise ConfigError for an α or parts that would decide nothing."""
+    problems = []
+    if alpha is not None and form not in _WITHOUT_ALPHA and target != "loralib":
+        problems.append(f"alpha is {alpha:g}: {src} is {form}'s and has its scales itself")
+    if parts and form not in _WITH_PARTS:
+        problems.append(f"parts is {', '.join(parts)}: {src} is {form}'s and names its layers itself")
+    if problems:
+        raise ConfigError("These settings have no use here; leave them out:", problems)
+
+
+def _check_fits(src: Path, base: str | Path | nn.Module, trust_remote_code: bool) -> None:
+    """Raise FileError with every layer of a PEFT folder that the base lacks, or has in another shape."""
+    file, layers = peft.read(src), layers_of(base, trust_remote_code)
+    names = {n: found_as(n, layers.shapes, {}) or n for n in file.factors if not file.is_stack(n)}
+    adapter = Foreign(
+        "peft", {name: file.factors[n] for n, name in names.items()}, embeddings={*layers.embeddings} & {*names.values()},
+        kernels={names[n]: kernel for n, kernel in file.kernels.items()},
+    )  # fmt: skip
+    refuse(src, check_layers(layers, adapter))
+
+
+def _from_peft(
+    src: Path,
+    dst: Path,
+    target: str,
+    *,
+    alpha: float | None,
+    base: str | Path | nn.Module | None,
+    trust_remote_code: bool,
+) -> Path:
     """Write a PEFT folder in another format, or again as a folder of deltaw's."""
     if target == "gguf":
         return to_gguf(src, dst, base)
+    if base is not None:
+        _check_fits(src, base, trust_remote_code)
     if target == "loralib":
         return to_loralib(src, dst, alpha)
-    return peft.write(dst, peft.read(src)) if target == "peft" else others.write(src, dst, target)
+    return peft.write(dst, peft.read(src)) if target == "peft" else others.write(src, dst, target, base)
 
 
 def _source(src: Path) -> tuple[Path, str]:
@@ -158,6 +195,9 @@ def _in_folder(folder: Path) -> tuple[Path, str]:
         return file, "litgpt"
     if not any((folder / name).is_file() for name in (peft.WEIGHTS, peft.PICKLED)):
         files = [*folder.glob("adapter*.pt"), *folder.glob("*" + litgpt.SUFFIX)]
-        if len(files) == 1:
+        if len(files) > 1:
+            names = ", ".join(sorted(path.name for path in files))
+            raise FileError(f"{folder} holds several adapters: {names}. Give one of these files.")
+        if files:
             return _source(files[0])
     return folder, "peft"

@@ -19,6 +19,10 @@ def base_config(base: str | Path, trust_remote_code: bool = False) -> Pretrained
     """Return the config of a model folder or hub id. Raises FileError."""
     from transformers import AutoConfig
 
+    path = Path(base).expanduser()
+    # The hub is not asked for what looks like a path
+    if not path.exists() and (str(base).startswith((".", "/", "~")) or str(base).count("/") > 1):
+        raise FileError(f"There is no model at {base}.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

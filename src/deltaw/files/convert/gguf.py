@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from deltaw.errors import ConfigError, FileError
-from deltaw.files.convert.base import base_config, without_weights
-from deltaw.files.convert.places import ORIGIN, check_is_adapter
+from deltaw.files.convert.base import base_config, layers_of, without_weights
+from deltaw.files.convert.places import as_folder, check_is_adapter
 from deltaw.files.formats import gguf, peft
 from deltaw.files.formats.gguf import GGUFLoRA
-from deltaw.files.formats.peft import LoRAFile, config_for
+from deltaw.files.formats.loralib import Layers
+from deltaw.files.formats.others import Foreign
+from deltaw.files.formats.others.foreign import check_layers, refuse
 from deltaw.files.formats.peft.metadata import base_in
 from deltaw.layers.kinds import kind_of
 from deltaw.layers.names import found_as
@@ -31,12 +32,13 @@ def to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     file = peft.read(src)
     if others := file.beyond():
         raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)
-    arch, names, reorder = names_of(base or base_in(file.metadata, file.config.base_model_name_or_path))
+    arch, names, shapes, reorder = names_of(base or base_in(file.metadata, file.config.base_model_name_or_path))
     layers = {layer: found_as(layer, names, {}) for layer in file.factors}
     unknown = [layer for layer, name in layers.items() if name is None]
     if unknown:
         raise FileError(f"llama.cpp has no tensor for these layers of {src}:", unknown)
     tensors = {layer: names[name] for layer, name in layers.items() if name is not None}
+    refuse(src, check_layers(shapes, Foreign("deltaw", {layers[n] or n: pair for n, pair in file.factors.items()})))
     factors = {tensors[n]: (A, reorder(tensors[n], B, False)) for n, (A, B) in file.factors.items()}
     scales = {tensors[n]: scale for n, scale in file.scales.items()}
     gguf.write(dst, GGUFLoRA(arch, factors, scales, peft.ends_of(file.metadata, src)))
@@ -46,28 +48,26 @@ def to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
 def from_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     """Write a GGUF file as a PEFT folder."""
     file = gguf.read(src)
-    arch, names, reorder = names_of(base)
+    arch, names, shapes, reorder = names_of(base)
     if arch != file.arch:
         raise FileError(f"{src} is an adapter of the architecture {file.arch!r}, the base is of {arch!r}.")
     layers = {tensor: layer for layer, tensor in names.items()}
     unknown = [name for name in file.factors if name not in layers]
     if unknown:
         raise FileError(f"The base has no layer for these tensors of {src}:", unknown)
-    factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
-    scales = {layers[n]: scale for n, scale in file.scales.items()}
-    ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
-    metadata = {ORIGIN: "gguf"} | ({peft.ENDS: json.dumps(list(file.ends))} if file.ends else {})
-    return peft.write(
-        dst, LoRAFile(factors, scales, config_for(ranks, scales, target_modules=sorted(factors)), metadata)
-    )
+    adapter = Foreign("gguf", {layers[n]: pair for n, pair in file.factors.items()}, ends=file.ends)
+    refuse(src, check_layers(shapes, adapter))
+    adapter.factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
+    adapter.scales = {layers[n]: scale for n, scale in file.scales.items()}
+    return as_folder(adapter, dst, None)
 
 
 Reorder = Callable[[str, Tensor, bool], Tensor]
 """llama.cpp's name of a tensor, its B, and whether it goes from llama.cpp's order of rows to transformers' → B in that order."""
 
 
-def names_of(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], Reorder]:
-    """Return llama.cpp's architecture of a base, layer name → its tensor's name there, and what orders the rows of a B.
+def names_of(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], Layers, Reorder]:
+    """Return llama.cpp's architecture of a base, layer name → its tensor's name there, the layers, and what orders a B's rows.
 
     Raises:
         ConfigError: without a base.
@@ -87,10 +87,12 @@ def names_of(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], 
     arch, permuted = ARCHITECTURES[config.model_type]
     number = {name: value for value, name in package.MODEL_ARCH_NAMES.items()}[arch]
     table = package.get_tensor_name_map(number, config.num_hidden_layers)
+    model = without_weights(base, causal=True)
     tensors = {
         name: table.get_name(f"{name}.weight", try_suffixes=(".weight",))
-        for name, module in without_weights(base, causal=True).named_modules()
-        if kind_of(module) is not None
+        for name, module in model.named_modules()
+        # A head that is tied to the embedding has no tensor of its own there
+        if kind_of(module) is not None and not (config.tie_word_embeddings and name == "lm_head")
     }
     heads = {"attn_q.": config.num_attention_heads, "attn_k.": config.num_key_value_heads}
 
@@ -98,7 +100,8 @@ def names_of(base: str | Path | nn.Module | None) -> tuple[str, dict[str, str], 
         count = next((count for part, count in heads.items() if part in name), None) if permuted else None
         return B if count is None else halves(B, count, back)
 
-    return arch, {name: tensor for name, tensor in tensors.items() if tensor is not None}, reorder
+    named = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return arch, named, layers_of(model, False), reorder
 
 
 def halves(B: Tensor, heads: int, back: bool) -> Tensor:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError
+from deltaw.errors import FileError, shown
 from deltaw.files.convert.places import ORIGIN, check_is_adapter
 from deltaw.files.formats import loralib, peft
 from deltaw.files.formats.atomic import replacing
+from deltaw.files.formats.others.foreign import scaled
 from deltaw.files.formats.peft import LoRAFile, config_for
 from deltaw.files.formats.peft.metadata import SLICES, slices_of
 from deltaw.files.formats.peft.ranks import commonest
 from deltaw.layers.kinds import Runs
 from deltaw.methods.updates.lowrank import sliced_rows
+
+log = logging.getLogger("deltaw")
 
 # Names of heads that PEFT trains of a classifier of texts
 _HEADS = ("classifier", "score")
@@ -67,9 +71,13 @@ def to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
     problems += [f"{layer}: rows of some tokens" for layer in file.rows]
     problems += [f"{layer}: a bias that its base has none of" for layer in file.biases]
     problems += [f"{layer}: a convolution, of another form there" for layer in file.kernels]
-    problems += [f"{layer}: a stack of matrices" for layer in file.factors if file.is_stack(layer)]
+    problems += [f"{file.shown(layer)}: a stack of matrices" for layer in file.factors if file.is_stack(layer)]
     if problems:
         raise FileError(f"loralib has no form for what is in {src}:", problems)
+    if file.copies:
+        log.warning(
+            "Left out, as the base's own values, which PEFT keeps beside an update: %s.", shown(sorted(file.copies))
+        )
     slices, chosen = slices_of(file.metadata), alpha_for_loralib(file) if alpha is None else alpha
     state: dict[str, Tensor] = dict(file.whole)
     for layer, (A, B) in file.factors.items():
@@ -77,7 +85,7 @@ def to_loralib(src: Path, dst: Path, alpha: float | None) -> Path:
         rows = B if merged is None else merged
         factor = file.scales[layer] * rows.shape[1] / chosen
         state[f"{layer}.lora_A"] = A
-        state[f"{layer}.lora_B"] = rows if abs(factor - 1.0) < 1e-9 else rows * factor
+        state[f"{layer}.lora_B"] = scaled(rows, 1.0 if abs(factor - 1.0) < 1e-9 else factor)
     with replacing(dst) as temporary:
         torch.save({key: t.detach().contiguous().clone() for key, t in state.items()}, temporary)
     return dst

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, FileError
+from deltaw.errors import ConfigError, FileError, shown
 from deltaw.files.convert.base import base_config, layers_of
 from deltaw.files.convert.gguf import halves
-from deltaw.files.convert.places import ORIGIN, check_is_adapter
+from deltaw.files.convert.places import check_is_adapter
 from deltaw.files.formats import peft
 from deltaw.files.formats.others import Foreign, kohya, litgpt, mlx_lm, onnx_adapter, torchtune
 from deltaw.files.formats.others.foreign import check_layers, refuse
-from deltaw.files.formats.peft import LoRAFile, config_for
-from deltaw.files.formats.peft.card import public_name
-from deltaw.files.formats.peft.metadata import BASE_PLACE, transposed_layers
+from deltaw.files.formats.peft import LoRAFile
+from deltaw.files.formats.peft.metadata import base_in, transposed_layers
 
 log = logging.getLogger("deltaw")
 
@@ -50,6 +48,10 @@ def read(
                 f"{src} has names of layers with underscores for dots: give the base that it belongs to (command line: --base; "
                 "in Python also as a model), which has the names."
             )
+        if len(parts) > 1:
+            raise ConfigError(
+                f"parts is {', '.join(parts)}: of a file with several models an adapter is of one. Convert once for each."
+            )
         return kohya.read(src, layers, model=parts[0] if parts else None)
     if form == "torchtune":
         adapter = torchtune.read(src, alpha=alpha, reorder=_reorder(src, base, trust_remote_code))
@@ -58,28 +60,13 @@ def read(
     else:
         adapter = mlx_lm.read(src) if form == "mlx-lm" else onnx_adapter.read(src)
     if layers is not None:
-        refuse(src, check_layers(layers.shapes, adapter))
+        refuse(src, check_layers(layers, adapter))
+    if form == "mlx-lm":
+        refuse(src, _of_tied(src, adapter, base or adapter.base))
     return adapter
 
 
-def as_folder(adapter: Foreign, dst: Path, base: Base) -> Path:
-    """Write another program's adapter as a PEFT folder."""
-    ranks = {layer: A.shape[0] for layer, (A, _) in adapter.factors.items()}
-    named = str(base) if isinstance(base, str | Path) else adapter.base
-    place = {BASE_PLACE: named} if named and Path(named).is_dir() else {}
-    metadata = {ORIGIN: adapter.origin} | place | ({peft.ENDS: json.dumps(list(adapter.ends))} if adapter.ends else {})
-    config = config_for(
-        ranks, adapter.scales, target_modules=sorted(adapter.factors), dropout=adapter.dropout, base=public_name(named),
-        task=adapter.task, use_dora=bool(adapter.magnitudes),
-    )  # fmt: skip
-    file = LoRAFile(
-        adapter.factors, adapter.scales, config, metadata, embeddings=frozenset(adapter.embeddings), kernels=adapter.kernels,
-        magnitudes=adapter.magnitudes,
-    )  # fmt: skip
-    return peft.write(dst, file)
-
-
-def write(src: Path, dst: Path, form: str) -> Path:
+def write(src: Path, dst: Path, form: str, base: Base = None) -> Path:
     """Write a PEFT folder for mlx-lm or ONNX Runtime. Raises FileError with all that it has no form for there."""
     file = peft.read(src)
     if form == "onnx_adapter":
@@ -88,16 +75,21 @@ def write(src: Path, dst: Path, form: str) -> Path:
     problems += [f"{layer}: rows of some tokens" for layer in file.rows]
     problems += [f"{layer}: a bias that its base has none of" for layer in file.biases]
     problems += [f"{layer}: a convolution" for layer in file.kernels]
-    problems += [f"{layer}: a stack of matrices" for layer in file.factors if file.is_stack(layer)]
-    transposed = transposed_layers(file.metadata) or ()
-    problems += [f"{layer}: GPT-2's Conv1D, whose names and weights are others there" for layer in transposed]
+    problems += [f"{file.shown(layer)}: a stack of matrices" for layer in file.factors if file.is_stack(layer)]
+    problems += [f"{layer}: GPT-2's Conv1D, whose names and weights are others there" for layer in _transposed(file)]
     if form == "onnx_adapter":
         problems += [f"{layer}: DoRA's magnitude" for layer in file.magnitudes]
         problems += [f"{layer}: an embedding" for layer in sorted(file.embeddings)]
     else:
         problems += [f"{layer}: an embedding, under DoRA" for layer in sorted(file.embeddings) if file.magnitudes]
+        named = Foreign("deltaw", file.factors, embeddings=set(file.embeddings))
+        problems += _of_tied(src, named, base or base_in(file.metadata, file.config.base_model_name_or_path))
     if problems:
         raise FileError(f"{form} has no form for what is in {src} (deltaw merge writes a whole model):", problems)
+    if file.copies:
+        log.warning(
+            "Left out, as the base's own values, which PEFT keeps beside an update: %s.", shown(sorted(file.copies))
+        )
     adapter = Foreign(
         "deltaw", file.factors, file.scales, embeddings=set(file.embeddings), magnitudes=file.magnitudes,
         dropout=file.config.lora_dropout, base=file.config.base_model_name_or_path, ends=peft.ends_of(file.metadata, src),
@@ -107,6 +99,42 @@ def write(src: Path, dst: Path, form: str) -> Path:
             "%s was taught to end with tokens of its own (%s): tell the program that runs it.", src, adapter.ends
         )
     return mlx_lm.write(dst, adapter) if form == "mlx-lm" else onnx_adapter.write(dst, adapter)
+
+
+def _of_tied(src: Path, adapter: Foreign, base: Base) -> list[str]:
+    """List the layers that mlx-lm and PEFT compute otherwise in a model whose head is tied to its embedding.
+
+    mlx-lm's embedding is the head too there, with its update; PEFT's update is of the one layer alone. Where the base is not
+    here that is logged.
+    """
+    heads = [layer for layer in adapter.factors if layer.rpartition(".")[2] == "lm_head"]
+    layers = [*heads, *sorted(adapter.embeddings)]
+    if not layers:
+        return []
+    if not isinstance(base, nn.Module) and not (base and Path(base).is_dir()):
+        log.warning(
+            "%s has updates of %s. In a model whose head is tied to its embedding mlx-lm computes these otherwise than PEFT: "
+            "give the base to have that checked (command line: --base).", src, ", ".join(layers),
+        )  # fmt: skip
+        return []
+    config: Any = base.config if isinstance(base, nn.Module) else base_config(base)
+    if not getattr(config, "tie_word_embeddings", False):
+        return []
+    problems = [f"{layer}: the base ties it to the embedding, and mlx-lm has no such layer then" for layer in heads]
+    problems += [
+        f"{layer}: the base ties its head to it, which the update changes too in mlx-lm, and not in PEFT"
+        for layer in sorted(adapter.embeddings)
+    ]
+    return problems
+
+
+def _transposed(file: LoRAFile) -> list[str]:
+    """Return the layers that are stored [k, d]. A foreign file says that with one setting for all dense layers."""
+    layers = transposed_layers(file.metadata)
+    if layers is not None:
+        return sorted(layers)
+    dense = [n for n in file.factors if n not in file.embeddings and n not in file.kernels]
+    return dense if file.config.settings.get("fan_in_fan_out") else []
 
 
 def _letters(parts: Sequence[str]) -> list[str]:
@@ -152,7 +180,7 @@ def _reorder(src: Path, base: Base, trust_remote_code: bool) -> torchtune.Reorde
 
     def reorder(layer: str, B: Tensor) -> Tensor:
         count = {"q_proj": heads, "k_proj": groups}.get(layer.rpartition(".")[2])
-        # torchtune's order of rotary pairs is llama.cpp's
-        return halves(B, count, back=True) if count and torchtune.ORDERS[kind] else B
+        # torchtune's order of rotary pairs is llama.cpp's. Rows that make no pairs are told with the base's shapes
+        return halves(B, count, back=True) if count and torchtune.ORDERS[kind] and B.shape[0] % (2 * count) == 0 else B
 
     return reorder

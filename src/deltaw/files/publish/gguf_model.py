@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deltaw")
 
-GGUFType = Literal["q8_0", "f16", "f32"]
+GGUFType = Literal["q8_0", "q4_0", "f16", "f32"]
 NAME, MODELFILE = "model.gguf", "Modelfile"
-# Entries that one scale is shared by in Q8_0
+# Entries that one scale is shared by in Q8_0 and Q4_0
 _BLOCK = 32
+# Their rounding shows in every token: llama.cpp's own 4-bit files keep them in more bits, too
+_FINER = ("token_embd.weight", "output.weight")
 _LARGEST_HALF = 65504.0
 
 
@@ -49,7 +51,7 @@ class Exported:
     """llama.cpp's name of the architecture."""
     tensors: int
     kept: list[str]
-    """Matrices in float16 since their rows have no whole blocks of Q8_0."""
+    """Matrices in float16 since their rows have no whole blocks of Q8_0 or Q4_0."""
 
 
 def export_gguf(
@@ -60,7 +62,7 @@ def export_gguf(
     Args:
         model: a model folder in safetensors, with a byte-level BPE tokenizer.
         out: the folder to write; one that deltaw wrote is replaced.
-        kind: how matrices are stored. Vectors are float32.
+        kind: how matrices are stored. Vectors are float32; of q4_0 the embedding and the head are q8_0.
         trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
@@ -123,18 +125,27 @@ class _Plan:
         """Return how a tensor is stored."""
         if len(shape) < 2:
             return "f32"
-        return "f16" if name in self.kept else self.kind
+        if name in self.kept:
+            return "f16"
+        return "q8_0" if self.kind == "q4_0" and name in _FINER else self.kind
 
 
-def _planned(model: Path, kind: GGUFType) -> _Plan:
-    """Return what goes into the file. Raises FileError with everything that llama.cpp has no form for."""
-    package, config = package_of.package(), base_config(model)
+def exportable(model: Path) -> PretrainedConfig:
+    """Return the config of a model that can be written. Raises FileError with all that speaks against it."""
+    config = base_config(model)
     if config.model_type not in ARCHITECTURES:
         raise FileError(
             f"{model} is a {config.model_type!r}; GGUF files are written for {', '.join(ARCHITECTURES)}. llama.cpp's own "
             "convert_hf_to_gguf.py takes a merged folder of any other."
         )
-    problems = _problems(config)
+    if problems := _problems(config):
+        raise FileError(f"{model} cannot be written as GGUF:", problems)
+    return config
+
+
+def _planned(model: Path, kind: GGUFType) -> _Plan:
+    """Return what goes into the file. Raises FileError with everything that llama.cpp has no form for."""
+    package, config, problems = package_of.package(), exportable(model), list[str]()
     arch = ARCHITECTURES[config.model_type][0]
     number = {name: value for value, name in package.MODEL_ARCH_NAMES.items()}[arch]
     table = package.get_tensor_name_map(number, config.num_hidden_layers)
@@ -151,7 +162,7 @@ def _planned(model: Path, kind: GGUFType) -> _Plan:
     if problems:
         raise FileError(f"{model} cannot be written as GGUF:", problems)
     shapes = {name: shard.entries[source].shape for name, (shard, source) in sources.items()}
-    kept = [n for n, shape in shapes.items() if kind == "q8_0" and len(shape) > 1 and shape[-1] % _BLOCK]
+    kept = [n for n, shape in shapes.items() if kind in ("q8_0", "q4_0") and len(shape) > 1 and shape[-1] % _BLOCK]
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         log.warning("Attention within %d tokens is not in the file: llama.cpp attends to all.", config.sliding_window)
     factors = _frequency_factors(config)
@@ -243,7 +254,7 @@ def _add_settings(writer: Any, plan: _Plan) -> None:
     """Add the model's sizes."""
     config, package = plan.config, package_of.package()
     writer.add_type(package.GGUFType.MODEL)
-    kind = {"q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16", "f32": "ALL_F32"}[plan.kind]
+    kind = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "f16": "MOSTLY_F16", "f32": "ALL_F32"}[plan.kind]
     writer.add_file_type(package.LlamaFileType[kind])
     writer.add_quantization_version(package.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)

@@ -96,6 +96,17 @@ def package(adapter: str | Path, *, base: str | None = None) -> Package:
     return Package(files, sorted(p.name for p in folder.iterdir() if p.name not in known), named)
 
 
+def check_repo(repo: str) -> None:
+    """Raise ConfigError for what is no OWNER/NAME that the hub has a form for."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"{repo!r} is no name of a repository; it is OWNER/NAME. ({first_line(error)})") from error
+
+
 def push(api: HfApi, packed: Package, repo: str, *, private: bool = False) -> str:
     """Put a package into a repository on the hub, which is made where there is none. Return its address.
 

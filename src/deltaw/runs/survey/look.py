@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaw.config import TrainConfig
+from deltaw.config import DataConfig, TrainConfig
 from deltaw.data import Record, read
 from deltaw.data.encode import Counts, Example
 from deltaw.data.fields.names import FIELDS
+from deltaw.data.labels import are_quantities, class_name, quantities
 from deltaw.data.prompts import described, item_of, items_in, overlap
 from deltaw.data.records import notes_of
 from deltaw.errors import shown
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _BINS = 16
 _RENDERED = 3
+_NONE = {"nan", "NaN", "NULL", "null", "None", "<NA>", "#N/A", "N/A"}
 # Records that are named of each kind of odd ones
 _NAMED = 5
 
@@ -89,7 +91,7 @@ class Survey:
     several: int
     """Items with more than one answer."""
     labels: dict[str, int]
-    """Records of each class, the most first; empty for records without labels."""
+    """Records of each class, the most first; empty for records without labels, and for quantities."""
     notes: tuple[str, ...]
     """Sentences on how fields and files were taken, and on fields that are ignored, with their counts."""
     odd: list[str]
@@ -98,6 +100,8 @@ class Survey:
     """Lengths of the records: in tokens with a model, else in characters."""
     tokens: Counts | None = None
     """Counts of the records in tokens; None without a model."""
+    quantities: tuple[float, float] | None = None
+    """The smallest and the largest label, where labels are quantities."""
     note: str | None = None
     """A warning of answers that teach no end."""
     template: str = ""
@@ -138,16 +142,21 @@ def survey(
     if model is not None:
         return _in_tokens(data, begin(str(model), data, config, LoRA().positions))
     records, held = read(data, config.data, split=config.data.split), held_out_records(data, config)
-    look = _of_records(records.items, records.source, held.items if held is not None else (), notes_of([records, held]))
+    held_items = held.items if held is not None else ()
+    look = _of_records(records.items, records.source, held_items, notes_of([records, held]), config.data)
     return dataclasses.replace(look, lengths=Lengths.of([_characters(r) for r in records.items], "characters"))
 
 
-def _of_records(records: Sequence[Record], source: str, held: Sequence[Record], notes: tuple[str, ...]) -> Survey:
+def _of_records(
+    records: Sequence[Record], source: str, held: Sequence[Record], notes: tuple[str, ...], data: DataConfig
+) -> Survey:
     """Return what can be said without a model."""
     form = records[0].form
     kept = Counter(_content(record) for record in records)
     answers = [{_answer(records[i]) for i in members} for members in items_in(records).values()]
-    labels = Counter(str(record.label) for record in records if record.label is not None)
+    labelled = [record for record in records if record.label is not None]
+    amounts = _quantities(labelled, source, data)
+    labels = Counter(class_name(record.label) for record in labelled if not amounts)
     return Survey(
         source=source,
         form=form,
@@ -159,8 +168,9 @@ def _of_records(records: Sequence[Record], source: str, held: Sequence[Record], 
         copies=len(records) - len(kept),
         several=sum(len(of_item) > 1 for of_item in answers) if form != "text" else 0,
         labels=dict(labels.most_common()),
+        quantities=(min(amounts), max(amounts)) if amounts else None,
         notes=notes,
-        odd=_odd(records),
+        odd=[*_odd(records), *_alike(labels)],
         lengths=Lengths.of([], "characters"),
     )
 
@@ -169,7 +179,7 @@ def _in_tokens(data: Any, begun: Begun) -> Survey:
     """Return the look at records that are encoded for a model as training does it."""
     prepared, config = encoded(begun, data, LoRA()), begun.config
     held = begun.valid.items if begun.valid is not None else ()
-    look = _of_records(begun.train.items, begun.train.source, held, tuple(prepared.sets.notes))
+    look = _of_records(begun.train.items, begun.train.source, held, tuple(prepared.sets.notes), config.data)
     return dataclasses.replace(
         look,
         lengths=Lengths.of(prepared.encoded.lengths, "tokens") if config.data.task != "image" else look.lengths,
@@ -196,10 +206,31 @@ def _rendered(example: Example, tokenizer: Any) -> Rendered:
     return Rendered(example.place, parts)
 
 
+def _quantities(labelled: Sequence[Record], source: str, data: DataConfig) -> list[float]:
+    """Return the labels as numbers where they are to be learned as such, as training tells it; else none."""
+    if data.task in ("classification", "image") or data.labels is not None:
+        return []
+    if not labelled or labelled[0].form == "image":
+        return []
+    return quantities(labelled, source) if data.task == "regression" or are_quantities(labelled, source) else []
+
+
+def _alike(classes: Iterable[str]) -> list[str]:
+    """Return a sentence on classes whose names differ in capitals alone."""
+    by_name: dict[str, list[str]] = {}
+    for name in classes:
+        by_name.setdefault(name.casefold(), []).append(name)
+    alike = [" and ".join(names) for names in by_name.values() if len(names) > 1]
+    return [f"Classes that differ in capitals alone: {shown(alike)}. Are they one?"] if alike else []
+
+
 def _odd(records: Sequence[Record]) -> list[str]:
     """Return sentences on empty prompts, on answers that repeat their prompt, and on long records."""
     kinds = {
         "have no prompt": [r for r in records if r.form in ("prompt", "instruction") and not r.question.strip()],
+        "have an answer that programs write for none (nan, null …)": [
+            r for r in records if r.form != "text" and (r.completion or "").strip() in _NONE
+        ],
         "answer with the prompt itself": [
             r for r in records if r.form != "text" and r.completion and r.completion.strip() == r.question.strip()
         ],

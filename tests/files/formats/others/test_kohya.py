@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,42 @@ def test_a_safetensors_file_of_something_else_says_what_is_in_it(tmp_path: Path,
     save_file({"base_model.model.q.lora_A.weight": draw(2, 4)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(FileError, match=r"adapter_config\.json"):
         deltaw.convert(tmp_path / "adapter_model.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("alpha", "factor"), [(4.0, 2.0), (-4.0, -2.0), (0.0, 1.0), ([4.0], 2.0), (4, 2.0)], ids=str)
+def test_an_alpha_of_any_sign_and_form(
+    alpha: Any, factor: float, tmp_path: Path, base: Path, draw: Callable[..., Tensor]
+) -> None:
+    """An adapter that is to be subtracted has its sign in B here."""
+    A, B = draw(2, D), draw(D, 2)
+    tensors = {f"{FLAT}.lora_down.weight": A, f"{FLAT}.lora_up.weight": B, f"{FLAT}.alpha": torch.tensor(alpha)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    folder = deltaw.convert(tmp_path / "a.safetensors", tmp_path / "out", base=base)
+    torch.testing.assert_close(deltas(folder)[Q], factor * B.double() @ A.double())
+
+
+OTHER = "lycoris_layers_0_self_attn_q_proj"
+"""Another spelling of FLAT, without the outer model."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"alpha": torch.tensor(float("nan"))}, "its alpha is nan"), ({"alpha": torch.tensor([1.0, 2.0])}, r"its alpha is \[1.0, 2.0\]"),
+     ({"lora_up.weight": torch.full((D, 2), float("inf"))}, "B has values that are not finite"),
+     ({"lora_up.weight": torch.ones(D, 2, dtype=torch.int8)}, "must be floating point"),
+     ({"OTHER": torch.ones(())}, f"other keys in the file are of {Q} too")],
+    ids=["nan", "two", "inf", "int8", "twice"],
+)  # fmt: skip
+def test_nothing_is_dropped_or_taken_that_is_no_number(
+    changes: dict[str, Tensor], said: str, tmp_path: Path, base: Path, draw: Callable[..., Tensor]
+) -> None:
+    parts = {"lora_down.weight": draw(2, D), "lora_up.weight": draw(D, 2)} | {
+        n: t for n, t in changes.items() if n != "OTHER"
+    }
+    tensors = {f"{FLAT}.{name}": tensor for name, tensor in parts.items()}
+    if "OTHER" in changes:
+        tensors |= {f"{OTHER}.{name}": tensor.clone() for name, tensor in parts.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match=said) as caught:
+        deltaw.convert(tmp_path / "a.safetensors", tmp_path / "out", base=base)
+    assert str(tmp_path / "a.safetensors") in str(caught.value) and not (tmp_path / "out").exists()

@@ -94,3 +94,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="weights alone"):
         deltaw.convert(folder, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "rank", "said"),
+    [(["transformer.h.0.attn.attn"], 2, "another key in the file is the same part"), ([], 4, "the rank is 4, that of the tensors 2")],
+    ids=["twice", "rank"],
+)  # fmt: skip
+def test_files_that_are_not_of_one_adapter(
+    keys: list[str], rank: int, said: str, tmp_path: Path, draw: Callable[..., Tensor]
+) -> None:
+    tensors = {}
+    for layer in ("transformer.h.0.attn.qkv", *keys):
+        tensors |= {f"{layer}.lora_A": draw(4, D), f"{layer}.lora_B": draw(D + KV, 2)}
+    folder = write(tmp_path / "lit", tensors, HYPER | {"lora_r": rank})
+    with pytest.raises(FileError, match=said):
+        deltaw.convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import deltaw
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.formats import peft
-from tests.conftest import fill, tiny_gpt2
+from tests.conftest import fill, tiny_gpt2, tiny_llama
 from tests.files.formats.others.conftest import MLP, D, deltas
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -159,3 +159,29 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path, base: Path) 
     with pytest.raises(ConfigError, match=r"notes\.txt"):
         deltaw.convert(tmp_path / "a", tmp_path / "mlx", to="mlx-lm")
     assert (tmp_path / "mlx" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "model.embed_tokens"])
+@pytest.mark.parametrize("base_is", ["tied", "untied", "elsewhere"])
+@pytest.mark.parametrize("back", [False, True], ids=["to mlx-lm", "from mlx-lm"])
+def test_layers_that_a_tied_base_computes_otherwise_are_refused(
+    layer: str, base_is: str, back: bool, tmp_path: Path, draw: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """mlx-lm's tied head is its embedding, update and all (LoRAEmbedding.as_linear); in PEFT it is a layer of its own."""
+    model = tiny_llama(tied=base_is == "tied")
+    model.save_pretrained(tmp_path / "base")
+    given = None if base_is == "elsewhere" else tmp_path / "base"
+    embeds = layer == "model.embed_tokens"
+    if back:
+        A, B = (draw(96, 2), draw(2, D)) if embeds else (draw(D, 2), draw(2, 96))
+        folder, to = write(tmp_path / "src", {f"{layer}.lora_a": A, f"{layer}.lora_b": B}), None
+    else:
+        fill(deltaw.attach(model, deltaw.LoRA(rank=2, targets=layer.rpartition(".")[2])))
+        folder, to = deltaw.save(model, tmp_path / "src"), "mlx-lm"
+    if base_is == "tied":
+        with pytest.raises(FileError, match=rf"{layer}: the base ties"):
+            deltaw.convert(folder, tmp_path / "out", to=to, base=given)
+        assert not (tmp_path / "out").exists()
+        return
+    deltaw.convert(folder, tmp_path / "out", to=to, base=given)
+    assert ("give the base to have that checked" in caplog.text) == (base_is == "elsewhere")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +98,32 @@ def test_what_is_wrong_or_missing(tmp_path: Path, base: Path, draw: Callable[...
     with pytest.raises(FileError, match="'gpt2'"):
         deltaw.convert(folder, tmp_path / "out", alpha=1, base=tmp_path / "gpt2")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "said"),
+    [({"decoder.layers.0.attn.q_proj.lora_b.weight": (D, 2)}, {}, "another key in the file is the same part"),
+     ({"layers.0.attn.q_proj.lora_b.weight": (31, 2)}, {}, r"the adapter is of one that is \[31, 32\]"),
+     ({}, {"r": 8}, "the rank is 8, that of the tensors 2"), ({}, {"use_rslora": True}, "use_rslora"),
+     ({}, {"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"), ({}, {"lora_alpha": "7"}, "no number above 0")],
+    ids=["twice", "odd rows", "rank", "rslora", "pattern", "alpha"],
+)  # fmt: skip
+def test_files_that_are_not_of_one_adapter(
+    tensors: dict[str, Any], settings: Any, said: str, tmp_path: Path, base: Path, draw: Callable[..., Tensor]
+) -> None:
+    """Under such settings ΔW would be scaled as another adapter's, and of two keys one would be dropped."""
+    sizes = {"layers.0.attn.q_proj.lora_a.weight": (2, D), "layers.0.attn.q_proj.lora_b.weight": (D, 2)} | tensors
+    folder = write(tmp_path / "tune", {key: draw(*size) for key, size in sizes.items()})
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 7} | settings))
+    with pytest.raises(FileError, match=said):
+        deltaw.convert(folder, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_of_several_files_is_to_be_given(tmp_path: Path, base: Path, draw: Callable[..., Tensor]) -> None:
+    key = "layers.0.attn.v_proj.lora_"
+    folder = write(tmp_path / "tune", {f"{key}a.weight": draw(2, D), f"{key}b.weight": draw(KV, 2)})
+    (folder / "adapter_1.pt").write_bytes((folder / "adapter_0.pt").read_bytes())
+    with pytest.raises(FileError, match=r"several adapters: adapter_0\.pt, adapter_1\.pt"):
+        deltaw.convert(folder, tmp_path / "out", base=base)
+    deltaw.convert(folder / "adapter_1.pt", tmp_path / "out", base=base)

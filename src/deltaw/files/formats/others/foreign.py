@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import FileError
+from deltaw.files.formats.loralib import Layers
 from deltaw.files.formats.peft.reading import named_tensors, unpickled
 from deltaw.files.formats.safetensors import read_tensors
+from deltaw.layers.tree import is_finite
 
 Pair = tuple[Tensor, Tensor]
 
@@ -40,6 +42,16 @@ class Foreign:
     """Ids of the tokens that end what it was taught to say."""
 
 
+def put(
+    parts: dict[str, dict[str, Tensor]], layer: str, part: str, key: str, tensor: Tensor, problems: list[str]
+) -> None:
+    """Put a layer's part among the others. Where another key gave it already, say that in `problems` and keep that one."""
+    if part in parts.setdefault(layer, {}):
+        problems.append(f"{key}: another key in the file is the same part of {layer}")
+    else:
+        parts[layer][part] = tensor
+
+
 def pairs_of(parts: Mapping[str, Mapping[str, Tensor]], problems: list[str]) -> dict[str, Pair]:
     """Return layer → A [r, k], B [d, r], of parts "A" and "B" by layers. Put what is wrong into `problems`."""
     pairs = {}
@@ -60,24 +72,33 @@ def pair_problem(A: Tensor, B: Tensor) -> str | None:
         return f"A is {A.dtype} and B {B.dtype}; they must be floating point"
     if A.ndim != 2 or B.ndim != 2 or not A.numel() or not B.numel() or A.shape[0] != B.shape[1]:
         return f"A is {list(A.shape)} and B {list(B.shape)}; they must be [r, k] and [d, r]"
-    return None
+    infinite = [name for name, tensor in (("A", A), ("B", B)) if not is_finite(tensor)]
+    return f"{' and '.join(infinite)} has values that are not finite (NaN or infinity)" if infinite else None
 
 
-def check_layers(shapes: Mapping[str, tuple[int, ...]], adapter: Foreign) -> list[str]:
-    """List the layers of an adapter that a base lacks, or has in other shapes.
+def rank_problems(file: str, rank: object, adapter: Foreign) -> list[str]:
+    """Say that the tensors have another rank than their settings, which are then another adapter's."""
+    ranks = sorted({A.shape[0] for A, _ in adapter.factors.values()})
+    if not isinstance(rank, int) or not ranks or ranks == [rank]:
+        return []
+    of_tensors = " and ".join(map(str, ranks))
+    return [f"{file}: the rank is {rank}, that of the tensors {of_tensors}: these are not of one adapter"]
 
-    Args:
-        shapes: of the base's weights, layer name → [d, k].
-        adapter: whose layers are compared.
-    """
+
+def check_layers(layers: Layers, adapter: Foreign) -> list[str]:
+    """List the layers of an adapter that a base lacks, or has in other shapes or as another kind of layer."""
     problems = []
     for layer, (A, B) in adapter.factors.items():
-        shape = shapes.get(layer)
+        shape = layers.shapes.get(layer)
         adapted = (A.shape[1], B.shape[0]) if layer in adapter.embeddings else (B.shape[0], *_inputs(adapter, layer, A))
         if shape is None:
             problems.append(f"{layer} is none of the base's layers")
         elif shape != adapted:
             problems.append(f"{layer} is {list(shape)} in the base, the adapter is of one that is {list(adapted)}")
+        elif (layer in layers.embeddings) != (layer in adapter.embeddings):
+            kinds = ["a dense layer", "an embedding"]
+            of_base, of_adapter = layer in layers.embeddings, layer in adapter.embeddings
+            problems.append(f"{layer} is {kinds[of_base]} in the base, the adapter's A and B are {kinds[of_adapter]}'s")
     return problems
 
 

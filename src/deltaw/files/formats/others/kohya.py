@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from deltaw.errors import FileError, nearest, shown
 from deltaw.files.formats.loralib import Layers
-from deltaw.files.formats.others.foreign import Foreign, Pair, read_any, refuse
+from deltaw.files.formats.others.foreign import Foreign, Pair, pair_problem, read_any, refuse
 
 log = logging.getLogger("deltaw")
 
@@ -105,9 +106,18 @@ def read(path: Path, layers: Layers, *, model: str | None = None) -> Foreign:
         if (B.shape[0], A.shape[1]) != (shape[0], torch.Size(shape[1:]).numel()) or name in layers.embeddings:
             problems.append(f"{flat}: ΔW is {[B.shape[0], A.shape[1]]}, {name} is {list(shape)}")
             continue
+        scale = _scale(parts.get("alpha"), update.rank)
+        if scale is None:
+            problems.append(f"{flat}: its alpha is {parts['alpha'].tolist()}, no finite number")
+            continue
+        if why := pair_problem(A, B):
+            problems.append(f"{flat}: {why}")
+            continue
+        if name in adapter.factors:
+            problems.append(f"{flat}: other keys in the file are of {name} too")
+            continue
         methods.setdefault(update.method, []).append(name)
-        alpha = float(parts.get("alpha", torch.zeros(()))) or float(update.rank)
-        adapter.factors[name], adapter.scales[name] = update.pair, alpha / update.rank if update.rank else 1.0
+        adapter.factors[name], adapter.scales[name] = update.pair, scale
         if len(shape) > 2:
             adapter.kernels[name] = tuple(shape[1:])
     refuse(path, problems)
@@ -119,6 +129,15 @@ def read(path: Path, layers: Layers, *, model: str | None = None) -> Foreign:
         )
     _say(path, models, model, methods, adapter)
     return adapter
+
+
+def _scale(alpha: Tensor | None, rank: int) -> float | None:
+    """Return α/r; 1 where there is no α, or 0, which these programs take for r. None where α is no finite number."""
+    if alpha is None:
+        return 1.0
+    if alpha.numel() != 1 or not math.isfinite(float(alpha)):
+        return None
+    return (float(alpha) or rank) / rank if rank else 1.0
 
 
 def _chosen(path: Path, models: Mapping[str, int], model: str | None) -> str:

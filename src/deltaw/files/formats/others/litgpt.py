@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from deltaw.errors import FileError, first_line
-from deltaw.files.formats.others.foreign import Foreign, pair_problem, read_any, refuse
+from deltaw.files.formats.others.foreign import Foreign, pair_problem, put, rank_problems, read_any, refuse
 
 SUFFIX = ".lora"
 _WEIGHTS, _SETTINGS, _MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
@@ -27,6 +27,7 @@ _KEY = re.compile(
 _NAMES = {
     "attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
 }  # fmt: skip
+_MERGED = ".qkv"
 _PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 _SWITCHES = {"q": "lora_query", "k": "lora_key", "v": "lora_value"}
 
@@ -74,24 +75,23 @@ def read(path: Path, *, alpha: float | None = None, parts: Sequence[str] = (), h
         problems.append(
             f"{_MODEL}: mlp_class_name is {model['mlp_class_name']!r}; models named as Llama's are converted"
         )
-    by_layer: dict[tuple[int, str], dict[str, Tensor]] = {}
+    by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or match["layer"] == "mlp.fc":
             problems.append(f"{key} ({list(tensor.shape)}) is no update of a layer of a model named as Llama's")
         else:
-            place = int(match["number"] or -1), match["layer"] or match["head"]
-            by_layer.setdefault(place, {})[match["part"]] = tensor
-    for (number, layer), pair in by_layer.items():
-        name = "lm_head" if number < 0 else f"model.layers.{number}.{_NAMES.get(layer, 'self_attn.qkv')}"
+            put(by_layer, _name(match), match["part"], key, tensor, problems)
+    for name, pair in by_layer.items():
         if missing := [part for part in "AB" if part not in pair]:
             problems.append(f"{name} has no lora_{missing[0]}")
-        elif layer in ("attn.attn", "attn.qkv"):
-            problems += _split(number, pair, enabled, heads, alpha or 1.0, adapter)
+        elif name.endswith(_MERGED):
+            problems += _split(name.removesuffix(_MERGED), pair, enabled, heads, alpha or 1.0, adapter)
         elif why := pair_problem(pair["A"], pair["B"]):
             problems.append(f"{name}: {why}")
         else:
             adapter.factors[name], adapter.scales[name] = (pair["A"], pair["B"]), (alpha or 1.0) / len(pair["A"])
+    problems += rank_problems(_SETTINGS, settings.get("lora_r"), adapter)
     if not by_layer:
         problems.append("there is no lora_A or lora_B in it")
     refuse(path, problems)
@@ -99,11 +99,20 @@ def read(path: Path, *, alpha: float | None = None, parts: Sequence[str] = (), h
     return adapter
 
 
+def _name(match: re.Match[str]) -> str:
+    """Return transformers' name of a key's layer; of one for query, key and value a name that ends in _MERGED."""
+    if match["number"] is None:
+        return str(match["head"])
+    return f"model.layers.{int(match['number'])}.{_NAMES.get(match['layer'], 'self_attn' + _MERGED)}"
+
+
 def _split(
-    number: int, pair: Mapping[str, Tensor], enabled: Sequence[str], heads: Heads | None, alpha: float, adapter: Foreign
+    name: str, pair: Mapping[str, Tensor], enabled: Sequence[str], heads: Heads | None, alpha: float, adapter: Foreign
 ) -> list[str]:
     """Put the parts of a layer for query, key and value into `adapter`; return what is wrong."""
-    A, B, name = pair["A"], pair["B"], f"model.layers.{number}.self_attn"
+    A, B = pair["A"], pair["B"]
+    if why := pair_problem(A[: B.shape[-1]] if A.ndim == B.ndim == 2 else A, B):
+        return [f"{name}{_MERGED}: {why}"]
     if heads is None:
         return [f"{name}: the numbers of heads are not known, as {_MODEL} is not beside it: give the base (--base)"]
     if not enabled or not set(enabled) <= _PARTS.keys():

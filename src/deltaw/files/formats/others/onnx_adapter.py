@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltaw.errors import FileError, first_line
 from deltaw.files.formats.atomic import replacing
-from deltaw.files.formats.others.foreign import Foreign, pairs_of, refuse, scaled
+from deltaw.files.formats.others.foreign import Foreign, pairs_of, put, refuse, scaled
 from deltaw.layers.names import without_peft_prefix
 from deltaw.layers.tree import is_finite
 
@@ -53,7 +53,7 @@ def read(path: Path) -> Foreign:
             problems.append(f"{name} is {value.dtype} {list(value.shape)}, no A or B of a layer{quantised}")
             continue
         layer = match["layer"].replace(".attn.", ".self_attn.") if match["built"] else match["layer"]
-        parts.setdefault(layer, {})[match["part"]] = torch.from_numpy(value).T.contiguous()
+        put(parts, layer, match["part"], name, torch.from_numpy(value).T.contiguous(), problems)
     factors = pairs_of(parts, problems)
     refuse(path, problems or ([] if factors else ["there is no lora_A or lora_B in it"]))
     return Foreign("onnx_adapter", factors, dict.fromkeys(factors, 1.0))

@@ -9,14 +9,15 @@ also writes are PEFT's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from deltaw.files.formats.others.foreign import Foreign, pair_problem, read_any, refuse
+from deltaw.files.formats.others.foreign import Foreign, pair_problem, put, rank_problems, read_any, refuse
 from deltaw.files.formats.strict_json import read_object
 
+_CONFIG = "adapter_config.json"
 _KEY = re.compile(
     r"(?P<layer>(?:decoder\.)?(?:layers\.\d+\..+|output|tok_embeddings))"
     r"\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)"
@@ -52,17 +53,21 @@ def read(path: Path, *, alpha: float | None, reorder: Reorder) -> Foreign:
     """
     tensors, _ = read_any(path)
     adapter, problems = Foreign("torchtune", task="CAUSAL_LM"), list[str]()
-    alpha = alpha if alpha is not None else _alpha(path.parent / "adapter_config.json")
+    settings = _settings(path.parent / _CONFIG)
+    alpha = alpha if alpha is not None else _alpha(settings)
     if alpha is None:
-        problems.append("there is no α: adapter_config.json is not beside it. Give the alpha (command line: --alpha)")
+        reason = (
+            f"{_CONFIG} is not beside it" if settings is None else f"the lora_alpha of {_CONFIG} is no number above 0"
+        )
+        problems.append(f"there is no α: {reason}. Give the alpha (command line: --alpha)")
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        name = _name(match["layer"].removeprefix("decoder.")) if match else None
-        if match is None or name is None:
+        layer = _name(match["layer"].removeprefix("decoder.")) if match else None
+        if match is None or layer is None:
             problems.append(f"{key} ({list(tensor.shape)}) is no update of a layer of a model named as Llama's")
         else:
-            by_layer.setdefault(name, {})[match["part"].removesuffix(".weight")] = tensor
+            put(by_layer, layer, match["part"].removesuffix(".weight"), key, tensor, problems)
     for name, parts in by_layer.items():
         missing = [part for part in ("lora_a", "lora_b") if part not in parts]
         if missing:
@@ -80,6 +85,8 @@ def read(path: Path, *, alpha: float | None, reorder: Reorder) -> Foreign:
                 adapter.magnitudes[name] = reorder(name, parts["magnitude"][:, None])[:, 0]
     if adapter.magnitudes and (plain := adapter.factors.keys() - adapter.magnitudes.keys()):
         problems += [f"{name} has no magnitude, which the other layers have" for name in sorted(plain)]
+    if settings is not None:
+        problems += _others(settings) + rank_problems(_CONFIG, settings.get("r"), adapter)
     refuse(path, problems)
     return adapter
 
@@ -92,6 +99,18 @@ def _name(layer: str) -> str | None:
     return f"model.layers.{number}.{_NAMES[inside]}" if inside in _NAMES else None
 
 
-def _alpha(path: Path) -> float | None:
-    alpha = read_object(path).get("lora_alpha") if path.is_file() else None
+def _settings(path: Path) -> dict[str, object] | None:
+    return read_object(path) if path.is_file() else None
+
+
+def _others(settings: Mapping[str, object]) -> list[str]:
+    """List the settings that a recipe of torchtune's does not write, and under which the scales are others."""
+    names = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if settings.get(name)]
+    return [
+        f"{_CONFIG}: {name} is {settings[name]!r}, which torchtune has not: it is another adapter's" for name in names
+    ]
+
+
+def _alpha(settings: Mapping[str, object] | None) -> float | None:
+    alpha = None if settings is None else settings.get("lora_alpha")
     return float(alpha) if isinstance(alpha, int | float) and not isinstance(alpha, bool) and alpha > 0 else None
