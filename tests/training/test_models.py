@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltaw import LoRA, TrainConfig, attach, parameters
+from deltaw import LoRA, Prefix, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
-from deltaw.training.events import Event, Stepped
+from deltaw.training.events import Event, Stepped, Warned
 from deltaw.training.loop import LoopPlan, run_loop
-from deltaw.training.losses import CompletionLoss
+from deltaw.training.losses import CompletionLoss, attention_for
 from tests.conftest import tiny_llama
 from tests.methods.updates.test_updates import METHODS
 
@@ -120,3 +120,137 @@ def steps_agree(model: Any) -> None:
     # Adam divides by a gradient's own size: entries whose gradient is rounding error may go either way
     far = (learned(model) - learned(twin)).abs() > 1e-4
     assert far.float().mean() < 1e-3
+
+
+# --- what records begin with alike ------------------------------------------------------------------------------
+
+# Their layers mix tokens otherwise than by attention through transformers' interface, or attend to later ones
+NO_TREES = {
+    "bart", "bert", "bigbird_pegasus", "bloom", "codegen", "electra", "falcon_mamba", "gemma2", "gpt_neo", "gpt_oss", "gptj",
+    "mamba", "marian", "mpt", "phimoe", "plbart", "rembert", "roberta", "roc_bert", "rwkv", "xglm", "xlm-roberta", "xlstm",
+}  # fmt: skip
+
+
+def alike(vocabulary: int = 96) -> list[Example]:
+    """Rows with beginnings in common: several levels, two rows that are the same, one that ends within, one by itself."""
+    chance = torch.Generator().manual_seed(1)
+
+    def some(n: int) -> list[int]:
+        return torch.randint(3, vocabulary, (n,), generator=chance).tolist()
+
+    first, second = some(24), some(20)
+    long, end = [*first, *second], some(3)
+    rows = [[*first, *some(6)], [*long, *end], [*long, *some(9)], long, first[:22], [*long, *end], some(30)]
+    return [Example(row, [place >= min(12, len(row) // 2) for place in range(len(row))], "") for row in rows]
+
+
+def gradients(model: Any, trees: bool) -> tuple[CompletionLoss, float, Tensor]:
+    loss, rows = CompletionLoss(model), alike()
+    with attention_for(loss, rows, trees=trees):
+        batch = loss.collate(rows)
+        total, _ = loss(batch)
+        total.backward()
+    assert not trees or not loss.trees or batch.tree.input_ids.numel() < 0.6 * batch.input_ids.numel()
+    slopes = torch.cat([p.grad.flatten() for p in parameters(model) if p.grad is not None])
+    model.zero_grad()
+    return loss, float(total.detach()), slopes
+
+
+def scaled(model: Any) -> Any:
+    """The adapter and the base far from their starts: what is mixed up shows."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+            elif parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(k, marks=[] if k in ("llama", "gpt2", "gemma3_text") else pytest.mark.slow)
+        for k in KINDS
+        if k not in NO_TREES
+    ],
+)
+def test_a_tree_gives_the_loss_and_gradients_of_its_rows(kind: str) -> None:
+    """Windows of attention are 8 tokens where a model has one, beginnings 24 and 44."""
+    model = scaled(attach(tiny_of(kind).double(), LoRA(rank=2, alpha=4)))
+    loss, total, slopes = gradients(model, True)
+    _, wanted, wanted_slopes = gradients(model, False)
+    assert loss.trees and total == pytest.approx(wanted, rel=1e-6)
+    torch.testing.assert_close(slopes, wanted_slopes, rtol=0, atol=1e-5 * float(wanted_slopes.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(NO_TREES - {"gemma2", "xglm"}))
+def test_where_a_tree_is_not_its_rows_there_is_none(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = scaled(attach(tiny_of(kind), LoRA(rank=2, alpha=4)))
+    loss, total, slopes = gradients(model, True)
+    _, wanted, wanted_slopes = gradients(model, False)
+    assert not loss.trees and total == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(slopes, wanted_slopes, rtol=1e-3, atol=1e-4 * float(wanted_slopes.abs().max()))
+
+
+def hybrid() -> Any:
+    """LFM2 with a layer of convolutions, whose state goes from one token to the next in the row."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "lfm2", vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, layer_types=["conv", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).float()
+
+
+@pytest.mark.parametrize("method", ["a layer of convolutions", "a prefix"])
+def test_a_model_that_takes_no_tree_is_told_and_computes_rows(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama() if method == "a prefix" else hybrid()
+    attach(model, Prefix(length=2) if method == "a prefix" else LoRA(rank=2, alpha=4))
+    loss, total, slopes = gradients(model, True)
+    assert loss.trees is False and caplog.text.count("is computed for each of them") == 1
+    _, wanted, wanted_slopes = gradients(model, False)
+    assert total == pytest.approx(wanted, rel=1e-6)
+    torch.testing.assert_close(slopes, wanted_slopes)
+
+
+def test_a_window_that_longer_rows_come_to_is_tried_again() -> None:
+    """Llama 4's attention within chunks is in its mask alone: rows shorter than a chunk of 32 tokens say nothing of it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=96, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_hidden_layers=4, attention_chunk_size=32, num_local_experts=2, pad_token_id=0,
+        no_rope_layers=[1, 1, 1, 0],
+    )  # fmt: skip
+    model = scaled(attach(AutoModelForCausalLM.from_config(config).float(), LoRA(rank=2, alpha=4)))
+    loss, rows = CompletionLoss(model), alike()
+    short = [Example(row.input_ids[:30], [True] * 30, "") for row in rows if len(row.input_ids) >= 30]
+    with attention_for(loss, rows):
+        loss(loss.collate(short))
+        assert loss.trees
+        loss(loss.collate(rows))
+        assert loss.trees is False
+
+
+def test_the_loop_takes_the_same_steps_with_trees_as_without() -> None:
+    events: dict[str, list[Event]] = {"auto": [], "off": []}
+    for share in events:
+        model = attach(tiny_of("llama"), LoRA(rank=2, alpha=4))
+        config = TrainConfig(batch=4, steps=4, lr=5e-3, warmup=0, log_every=1, share=share)  # type: ignore[arg-type]
+        run_loop(LoopPlan(CompletionLoss(model), alike(), (), config, events[share].append))
+    losses = {share: [event.loss for event in told if isinstance(event, Stepped)] for share, told in events.items()}
+    assert len(losses["auto"]) == 4
+    torch.testing.assert_close(losses["auto"], losses["off"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_whose_attention_takes_no_trees_tells_it() -> None:
+    events: list[Event] = []
+    model = tiny_of("llama")
+    model.set_attn_implementation("eager")
+    config = TrainConfig(batch=7, steps=1, lr=5e-3)
+    run_loop(LoopPlan(CompletionLoss(attach(model, LoRA(rank=2, alpha=4))), alike(), (), config, events.append))
+    assert [e.text for e in events if isinstance(e, Warned)] == [
+        "What records have in common is computed for each of them: the model's attention is 'eager', not 'sdpa'."
+    ]

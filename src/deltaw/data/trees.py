@@ -36,7 +36,7 @@ class Stretch(NamedTuple):
     start: int
     stop: int
     end: int
-    """Where the stretches below it end: tokens from `start` to `end` attend to it."""
+    """End of the stretches below it: tokens from `start` to `end` attend to it."""
     depth: int
     """Tokens before it in its records, which are on its path."""
 
@@ -56,21 +56,22 @@ class Tree:
 
 
 def tree_of(examples: Sequence[Example], pad_id: int, padded_tokens: int) -> Tree | None:
-    """Return the tree of these records; None where it saves too little of the tokens that they have with their padding.
-
-    Raises nothing: records without a common beginning have no tree.
-    """
+    """Return the tree of these records; None where it saves too little of the tokens that they have with their padding."""
     rows = [example.input_ids for example in examples]
     if len(rows) < 2 or sum(map(len, rows)) > padded_tokens:
         return None
     paths = _paths(rows)
     count = max(stop for path in paths for _, stop in path)
-    if count > WORTHWHILE * padded_tokens:
+    if _padded(count) > WORTHWHILE * padded_tokens:
         return None
     return _laid_out(rows, paths, pad_id)
 
 
-def _paths(rows: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+def _padded(count: int) -> int:
+    return -(-count // MULTIPLE) * MULTIPLE
+
+
+def _paths(rows: Sequence[list[int]]) -> list[list[tuple[int, int]]]:
     """Return the stretches that each row goes through, from its first token on, as places in the tree's row."""
     order = sorted(range(len(rows)), key=lambda i: rows[i])
     alike = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
@@ -93,7 +94,7 @@ def _paths(rows: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
     return paths
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: list[int], b: list[int]) -> int:
     """Return how many tokens two rows begin with alike."""
     most = min(len(a), len(b))
     if a[:most] == b[:most]:
@@ -105,7 +106,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def _laid_out(rows: Sequence[Sequence[int]], paths: Sequence[Sequence[tuple[int, int]]], pad_id: int) -> Tree:
+def _laid_out(rows: Sequence[list[int]], paths: Sequence[Sequence[tuple[int, int]]], pad_id: int) -> Tree:
     import torch
 
     ends: dict[tuple[int, int], int] = {}
@@ -118,7 +119,7 @@ def _laid_out(rows: Sequence[Sequence[int]], paths: Sequence[Sequence[tuple[int,
             depth += stop - start
     stretches = [Stretch(start, stop, ends[start, stop], depths[start, stop]) for start, stop in sorted(ends)]
     count = stretches[-1].stop
-    width = -(-count // MULTIPLE) * MULTIPLE
+    width = _padded(count)
     if width > count:
         stretches.append(Stretch(count, width, width, 0))
     ids = torch.full((1, width), pad_id, dtype=torch.int64)

@@ -17,6 +17,7 @@ import torch
 
 from deltaw.errors import TrainError
 from deltaw.model.switch import route, using
+from deltaw.training.attention import without_trees
 from deltaw.training.loop import (
     Keep,
     Loop,
@@ -159,7 +160,7 @@ def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple
         # What two adapters make of the same tokens is not the same, so these rows are no tree
         names = [loop.plan.adapter for loop, part in zip(loops, shared, strict=True) for _ in part]
         owners = torch.tensor([i for i, part in enumerate(shared) for _ in part])
-        with route(loops[0].plan.model, names):
+        with route(loops[0].plan.model, names), without_trees(loops[0].plan.model):
             # The backward pass too: checkpointing computes layers in it again
             losses, rows = loss.each(loss.collate([row for part in shared for row in part]))
             sums = torch.zeros_like(means).index_add(0, owners[rows].to(losses.device), losses)

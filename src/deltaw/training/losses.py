@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from deltaw.data import Batch, Example, collate
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
 from deltaw.data.trees import Tree, tree_of
-from deltaw.errors import first_line
+from deltaw.errors import DeltaWError, first_line
 from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.inputs import most_positions, text_config
 from deltaw.training import head as heads
-from deltaw.training.attention import NoTree, mask_of, takes_trees, without_trees
+from deltaw.training.attention import NoTree, mask_of, takes_trees, training_attention, without_trees
 from deltaw.training.head import AfterHead, Head
 
 log = logging.getLogger("deltaw")
@@ -60,6 +61,14 @@ class Loss(Protocol):
         """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
 
 
+def attention_for(
+    loss: Loss, examples: Sequence[Any], device: str | None = None, *, trees: bool = True
+) -> AbstractContextManager[None]:
+    """Open `training_attention` for these examples; `trees` only where the loss computes them."""
+    longest = max(example.length for example in examples)
+    return training_attention(loss.model, longest, device, trees=trees and isinstance(loss, CompletionLoss))
+
+
 class CompletionLoss:
     """The summed −log p of a batch's supervised tokens, for one causal model.
 
@@ -76,7 +85,8 @@ class CompletionLoss:
         self.after = AfterHead()
         self.path = ""
         self.trees: bool | None = None
-        """Whether the model computes of a tree what it computes of rows; None until it was tried."""
+        """True if the model computes of a tree what it computes of rows; None until it was tried."""
+        self._tried = 0  # the tokens of the longest row that it was tried on
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
         """Return (sum over supervised tokens of −log p as an fp32 scalar, their number). Rows are right-padded."""
@@ -98,7 +108,7 @@ class CompletionLoss:
         """Return −log p of each supervised token, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
         if not self.path:
             self._choose(self._inputs(batch))
-        if batch.tree is not None and self.trees is None:
+        if batch.tree is not None and self._is_new(batch.tree):
             self._try_trees(batch)
         tree = batch.tree if self.trees else None
         rows, positions, targets = _supervised(batch, tree)
@@ -125,6 +135,11 @@ class CompletionLoss:
             "attention_mask": mask_of(tree, device),
         }
 
+    def _is_new(self, tree: Tree) -> bool:
+        """Return whether nothing like this was tried: no tree, or none whose rows are beyond the same windows of attention."""
+        longest = tree.places.shape[1]
+        return self.trees is None or any(self._tried <= size < longest for size in windows(self.model) if self.trees)
+
     @torch.no_grad()
     def _try_trees(self, batch: Batch) -> None:
         """Find whether the model computes of a tree what it computes of the rows: not all do."""
@@ -136,9 +151,9 @@ class CompletionLoss:
                 wanted = self._states(self._inputs(batch), plain)
             try:
                 reason = _differs(wanted, self._states(self._inputs_of(batch.tree), shared))
-            except (NoTree, RuntimeError, TypeError, ValueError, IndexError) as error:
+            except (DeltaWError, NoTree, RuntimeError, TypeError, ValueError, IndexError) as error:
                 reason = first_line(error)
-        self.trees = not reason
+        self.trees, self._tried = not reason, batch.tree.places.shape[1]
         if reason:
             log.warning("What records have in common is computed for each of them: of a tree, %s.", reason)
 
@@ -190,6 +205,12 @@ def _ways(model: nn.Module) -> Iterator[AfterHead]:
         yield AfterHead(scale, cap)
 
 
+def windows(model: nn.Module) -> list[int]:
+    """Return the sizes, in tokens, of windows and chunks that the model's config has."""
+    sizes = [v for k, v in vars(text_config(model)).items() if any(part in k for part in ("window", "chunk", "local"))]
+    return [size for size in sizes if isinstance(size, int) and size > 1]
+
+
 def _number(config: object, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) else None
@@ -199,11 +220,11 @@ def _at(positions: Tensor, rows: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1]).index_select(0, positions)
 
 
-def _differs(wanted: Tensor, given: Tensor) -> str:
+def _differs(wanted: Tensor, states: Tensor) -> str:
     """Return how states [n, k] differ from those wanted; nothing where they do so by rounding alone."""
     is_precise = wanted.dtype in (torch.float32, torch.float64)
-    wanted, given = wanted.double(), given.double()
-    off = ((given - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
+    wanted, states = wanted.double(), states.double()
+    off = ((states - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
     return "" if off <= (_ROUNDING if is_precise else _COARSE) else f"the model's states differ by {off:.2g}"
 
 

@@ -36,7 +36,7 @@ from deltaw.runs.evaluation.metrics import (
     perplexity,
     ratio,
 )
-from deltaw.training.losses import Loss
+from deltaw.training.losses import Loss, attention_for
 from deltaw.training.tasks import Scored, Task, task_of
 
 _OF_ANSWERS = {"text": METRICS, "class": ("loss", *CLASS_METRICS), "number": ("loss", *NUMBER_METRICS)}
@@ -226,7 +226,7 @@ def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, it
     name = getattr(loss.model, "name_or_path", "")
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
-    with evaluating(loss.model):
+    with evaluating(loss.model), attention_for(loss, examples):
         for start in range(0, len(order), batch):
             say("scoring", start, len(order))
             rows = torch.tensor(order[start : start + batch])

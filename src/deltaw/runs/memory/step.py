@@ -135,7 +135,11 @@ def _of_blocks(
     loss_of: Callable[[], Loss], blocks: int | None,
 ) -> Step:  # fmt: skip
     longest = max(e.length for e in examples)
-    with _only(model, blocks), training_attention(model, longest, device), torch.random.fork_rng(devices=[]):
+    with (
+        _only(model, blocks),
+        training_attention(model, longest, device, trees=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         with torch.device("meta"):
             attach(model, method)
         try:

@@ -16,7 +16,7 @@ from deltaw.training.events import Evaluated
 from deltaw.training.loop.checks import not_finite, warn
 from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.state import Loop, LoopState
-from deltaw.training.losses import Loss
+from deltaw.training.losses import Loss, attention_for
 from deltaw.training.optim import progress
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
@@ -118,7 +118,7 @@ def judge(
     """Return what `examples` score; None where `should_stop`, which is asked before each batch, said so."""
     ordered = sorted(examples, key=lambda e: e.length)
     totals, count, right = [], 0, []
-    with evaluating(loss.model):
+    with evaluating(loss.model), attention_for(loss, examples):
         for i in range(0, len(ordered), batch):
             if should_stop():
                 return None

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import progress
+from deltaw.data.trees import tree_of
 from deltaw.errors import TrainError, first_line
 from deltaw.layers.ops.seeding import mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
+from deltaw.model.inputs import text_config
 from deltaw.model.summary import updates
 from deltaw.training import optim
-from deltaw.training.attention import training_attention
+from deltaw.training.attention import takes_trees
 from deltaw.training.flat import Flat
 from deltaw.training.loop import log
 from deltaw.training.loop.checks import (
@@ -33,6 +35,7 @@ from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.saved import Saved, restore
 from deltaw.training.loop.spikes import mark
 from deltaw.training.loop.state import Loop, LoopState, Taken
+from deltaw.training.losses import CompletionLoss, attention_for
 from deltaw.training.optim import lr_factor
 from deltaw.training.together import same_input
 
@@ -101,14 +104,16 @@ def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iter
 
     Raises TrainError when a loss is not finite, and FileError where `start` is the state of another adapter.
     """
-    longest = max(e.length for e in (*plan.examples, *plan.valid))
-    with training_attention(plan.model, longest), _flat(plan) as flat:
+    trees = plan.config.share != "off"
+    with attention_for(plan.loss, [*plan.examples, *plan.valid], trees=trees), _flat(plan) as flat:
         loop = Loop(plan, state, flat)
         to_train(plan.model)
         if plan.config.gradient_checkpointing:
             _checkpoint_activations(plan.model)
         if start is None:
             warn_of_idle_settings(loop)
+            if trees:
+                _warn_of_no_trees(loop)
         else:
             restore(loop, start)
         if plan.valid and (start is None or loop.due):
@@ -120,6 +125,17 @@ def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iter
         finally:
             restore_best(loop)
             plan.model.eval()
+
+
+def _warn_of_no_trees(loop: Loop) -> None:
+    """Warn where records of the first step begin alike, and the model's attention is one that takes no trees."""
+    plan = loop.plan
+    if isinstance(plan.loss, CompletionLoss) and not takes_trees(plan.model):
+        batch = plan.parts(plan.drawn(loop.state.step))[0]
+        if tree_of(batch, 0, plan.loss.collate(batch).input_ids.numel()) is not None:
+            name = getattr(text_config(plan.model), "_attn_implementation", None)
+            why = f"the model's attention is {name!r}, not 'sdpa'"
+            warn(loop, f"What records have in common is computed for each of them: {why}.")
 
 
 def _flat(plan: LoopPlan) -> Flat:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, MistralConfig, MistralForCausalLM
 
-from deltaw.training import attention
-from deltaw.training.attention import training_attention
+from deltaw.training.attention import choice, takes_trees, training_attention, without_trees
 from tests.conftest import tiny_gpt2, tiny_llama
 
 
@@ -31,13 +30,22 @@ def encoder() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "longest", "inside"),
-    [(torch.bfloat16, 128, attention._NAME), (torch.bfloat16, 129, "sdpa"), (torch.float32, 10, "sdpa")],
+    ("dtype", "longest", "trees", "inside"),
+    [
+        (torch.bfloat16, 128, False, choice._SHORT_ROWS),
+        (torch.bfloat16, 128, True, choice._SHORT_TREES),
+        (torch.bfloat16, 129, True, choice._TREES),
+        (torch.float32, 10, True, choice._TREES),
+        (torch.bfloat16, 129, False, "sdpa"),
+        (torch.float32, 10, False, "sdpa"),
+    ],
 )
-def test_only_short_rows_in_bfloat16_use_plain_products(dtype: torch.dtype, longest: int, inside: str) -> None:
+def test_only_short_rows_in_bfloat16_use_plain_products(
+    dtype: torch.dtype, longest: int, trees: bool, inside: str
+) -> None:
     model = tiny_llama().to(dtype)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(KeyboardInterrupt), training_attention(model, longest):
+    with pytest.raises(KeyboardInterrupt), training_attention(model, longest, trees=trees):
         assert model.config._attn_implementation == inside
         raise KeyboardInterrupt
     assert model.config._attn_implementation == "sdpa"
@@ -64,16 +72,25 @@ def test_it_is_the_models_own_attention(make: Callable[[], Any], padding: int, i
     model = make().double().eval()
     mask = torch.ones_like(ids)
     mask[0, len(ids[0]) - padding :] = 0
-    found = []
-    for name in ("sdpa", attention._NAME):
+    outcomes = []
+    for name in ("sdpa", choice._SHORT_ROWS, choice._TREES, choice._SHORT_TREES):
         model.set_attn_implementation(name)
         logits = model(ids, attention_mask=mask).logits[mask.bool()]
-        found.append(
-            (
-                logits,
-                torch.autograd.grad(
-                    logits.pow(2).sum(), list(model.parameters()), materialize_grads=True, allow_unused=True
-                ),
-            )
+        slopes = torch.autograd.grad(
+            logits.pow(2).sum(), list(model.parameters()), materialize_grads=True, allow_unused=True
         )
-    torch.testing.assert_close(found[1], found[0])
+        outcomes.append((logits, slopes))
+    for outcome in outcomes[1:]:
+        torch.testing.assert_close(outcome, outcomes[0])
+
+
+def test_without_trees_it_is_the_same_attention_otherwise() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.set_attn_implementation("sdpa")
+    for longest, inside in ((128, choice._SHORT_ROWS), (129, "sdpa")):
+        with training_attention(model, longest):
+            with without_trees(model):
+                assert model.config._attn_implementation == inside and not takes_trees(model)
+            assert takes_trees(model)
+    with without_trees(model):
+        assert model.config._attn_implementation == "sdpa"

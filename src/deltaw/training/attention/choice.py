@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from deltaw.data.trees import Tree
-from deltaw.layers.ops.tree_attention import Plan, Settings, blocks_of, tree_attention
 from deltaw.model.inputs import text_config
+from deltaw.training.attention.short_rows import attention
+from deltaw.training.attention.tree import Plan, Settings, blocks_of, tree_attention
 
 # Up to here plain products are faster there than torch's fused kernel, and their [rows, rows] scores are small beside the
 # other activations. Measured: SmolLM2, 8 rows of 50–60 tokens, a step takes 1.0 s instead of 1.3 s.
@@ -81,33 +81,6 @@ def mask_of(tree: Tree, device: torch.device) -> Tensor:
     blocks = blocks_of([(stretch.start, stretch.stop, stretch.end) for stretch in tree.stretches])
     mask.tree = Plan(blocks, tree.position_ids[0].to(device))  # type: ignore[attr-defined]
     return mask
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **others: object,
-) -> tuple[Tensor, None]:
-    """Return softmax(QKᵀ·scaling + mask)V by plain products, as transformers' attention interface asks for it.
-
-    query [n, heads, t, e]; key and value [n, key heads, s, e]; mask [n, 1, t, s], added → [n, t, heads, e]. A key head serves
-    several query heads, whose rows are concatenated, so that no copy of key or value is made.
-    """
-    n, heads, t, e = query.shape
-    groups = key.shape[1]
-    scaling = e**-0.5 if scaling is None else scaling
-    rows = query.reshape(n, groups, -1, e) * scaling
-    scores = (rows @ key.transpose(2, 3)).view(n, groups, heads // groups, t, -1)
-    if attention_mask is not None:
-        scores = scores.add_(attention_mask[:, :, None, :, : scores.shape[-1]])
-    weights = F.dropout(scores.softmax(-1), dropout, module.training)
-    out = weights.view(n, groups, -1, weights.shape[-1]) @ value
-    return out.view(n, heads, t, -1).transpose(1, 2).contiguous(), None
 
 
 def _with_trees(others: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:

@@ -1,0 +1,80 @@
+"""Attention over a tree, and its gradients: attention under a mask of all pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaw.training.attention import tree as ops
+from deltaw.training.attention.tree import Plan, Settings, blocks_of, masked_attention, tree_attention
+
+# start, stop, end: a beginning, two below it of which one has two more, and padding
+STRETCHES = [(0, 7, 30), (7, 12, 24), (12, 18, 18), (18, 24, 24), (24, 30, 30), (30, 32, 32)]
+POSITIONS = torch.tensor([*range(7), *range(7, 12), *range(12, 18), *range(12, 18), *range(7, 13), 0, 1])
+PLAN = Plan(blocks_of(STRETCHES), POSITIONS)
+
+
+def inputs(dtype: torch.dtype = torch.float64, heads: int = 6, wide: int = 8) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((2, heads, 32, 8), (2, 3, 32, 8), (2, 3, 32, wide))
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def by_pairs(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None) -> Tensor:
+    """Each query against each key: those on its path, which are no later, and not too far."""
+    on_path = torch.zeros(32, 32, dtype=torch.bool)
+    for start, stop, end in STRETCHES:
+        on_path[start:end, start:stop] = True
+    far = POSITIONS[:, None] - POSITIONS
+    on_path &= (far >= 0) & (far < (window or 100))
+    times = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(times, 1).mT * scale
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    return scores.masked_fill(~on_path, -torch.inf).softmax(-1) @ value.repeat_interleave(times, 1)
+
+
+@pytest.mark.parametrize("heads", [3, 6])
+@pytest.mark.parametrize("wide", [8, 5])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (4, None), (None, 1.5), (9, 1.5)])
+def test_it_is_attention_on_each_path(heads: int, wide: int, window: int | None, cap: float | None) -> None:
+    of = inputs(heads=heads, wide=wide)
+    out, wanted = tree_attention(*of, PLAN, Settings(0.4, window, cap)), by_pairs(*of, 0.4, window, cap)
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+    slope = torch.randn_like(wanted)
+    for ours, theirs in zip(torch.autograd.grad(out, of, slope), torch.autograd.grad(wanted, of, slope), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_mask_of_all_pairs_gives_the_same(window: int | None) -> None:
+    of = inputs()
+    torch.testing.assert_close(masked_attention(*of, PLAN, Settings(0.4, window)), by_pairs(*of, 0.4, window, None))
+
+
+def test_plain_products_give_what_the_fused_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, settings = inputs(torch.float32), Settings(0.4)
+    fused = tree_attention(*of, PLAN, settings)
+    of_fused = torch.autograd.grad(fused.square().sum(), of)
+    monkeypatch.setattr(ops, "_FUSED", None)
+    plain = tree_attention(*of, PLAN, settings)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_fused, torch.autograd.grad(plain.square().sum(), of), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_sums_in_float32() -> None:
+    of = inputs(torch.bfloat16)
+    out = tree_attention(*of, PLAN, Settings(0.4))
+    assert out.dtype == torch.bfloat16
+    wanted = by_pairs(*(x.detach().double() for x in of), 0.4, None, None)
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_drops_the_same_entries_in_both_passes() -> None:
+    of = inputs()
+    settings = Settings(0.4, dropout=0.3, seed=5)
+    assert torch.autograd.gradcheck(lambda *x: tree_attention(*x, PLAN, settings), of, atol=1e-6)
+    outs = [tree_attention(*of, PLAN, Settings(0.4, dropout=0.3, seed=seed)) for seed in (5, 5, *range(6, 400))]
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    mean = torch.stack(outs[1:]).mean(0)
+    torch.testing.assert_close(mean, by_pairs(*of, 0.4, None, None), rtol=0.2, atol=0.2)
