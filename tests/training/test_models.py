@@ -226,7 +226,7 @@ def test_a_window_that_longer_rows_come_to_is_tried_again() -> None:
     )  # fmt: skip
     model = scaled(attach(AutoModelForCausalLM.from_config(config).float(), LoRA(rank=2, alpha=4)))
     loss, rows = CompletionLoss(model), alike()
-    short = [Example(row.input_ids[:30], [True] * 30, "") for row in rows if len(row.input_ids) >= 30]
+    short = [Example(row.input_ids[:30], [False, *[True] * 29], "") for row in rows if len(row.input_ids) >= 30]
     with attention_for(loss, rows):
         loss(loss.collate(short))
         assert loss.trees
