@@ -24,7 +24,9 @@ def test_rows_are_their_paths(rows: list[list[int]], least: int) -> None:
         patch.setattr(trees, "LEAST", least)
         patch.setattr(trees, "WORTHWHILE", 100.0)
         tree = of(rows)
-    assert tree is not None
+    if tree is None:
+        assert least > 1 or len({row[0] for row in rows}) == len(rows)
+        return
     ids, positions = tree.input_ids[0], tree.position_ids[0]
     paths = []
     for row, places in zip(rows, tree.places, strict=True):
@@ -58,15 +60,10 @@ def test_every_stretch_saves_enough() -> None:
         ([[1, 2, 3], [4, 5, 6]], 16),
         ([[1] * 15 + [2], [1] * 15 + [3]], 32),
         ([[1] * 100], 100),
+        ([[1] * 64, [2] * 8, [3] * 8], 192),
         ([[1] * 20 + [2] * 300, [1] * 20 + [3] * 300], 640),
     ],
-    ids=["nothing in common", "too little", "a single row", "a small share"],
+    ids=["nothing in common", "too little", "a single row", "nothing but padding", "a small share"],
 )
 def test_there_is_none_where_it_saves_little(rows: list[list[int]], padded: int) -> None:
     assert of(rows, padded) is None
-
-
-def test_padding_that_is_not_computed_counts() -> None:
-    """Rows of very different lengths share nothing, and are one row without their padding."""
-    tree = of([[1] * 64, [2] * 8, [3] * 8], 192)
-    assert tree is not None and tree.input_ids.numel() == 96 and len(tree.stretches) == 4

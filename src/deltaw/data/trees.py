@@ -62,7 +62,7 @@ def tree_of(examples: Sequence[Example], pad_id: int, padded_tokens: int) -> Tre
         return None
     paths = _paths(rows)
     count = max(stop for path in paths for _, stop in path)
-    if _padded(count) > WORTHWHILE * padded_tokens:
+    if count == sum(map(len, rows)) or _padded(count) > WORTHWHILE * padded_tokens:
         return None
     return _laid_out(rows, paths, pad_id)
 

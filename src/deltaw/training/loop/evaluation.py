@@ -63,7 +63,8 @@ def evaluate(loop: Loop) -> None:
     """
     plan, state, began = loop.plan, loop.state, loop.plan.clock()
     together = max(plan.config.batch, _EVALUATED_TOGETHER)
-    judged = judge(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop)
+    trees = plan.config.share != "off"
+    judged = judge(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop, trees=trees)
     loop.due = judged is None
     if judged is None:
         return
@@ -113,12 +114,20 @@ def held_out_loss(loss: Loss, examples: Sequence[Any], *, batch: int) -> float:
 
 @torch.no_grad()
 def judge(
-    loss: Loss, examples: Sequence[Any], *, batch: int, should_stop: Callable[[], bool] = lambda: False
+    loss: Loss,
+    examples: Sequence[Any],
+    *,
+    batch: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    trees: bool = True,
 ) -> Judged | None:
-    """Return what `examples` score; None where `should_stop`, which is asked before each batch, said so."""
+    """Return what `examples` score; None where `should_stop`, which is asked before each batch, said so.
+
+    trees: compute what records of a batch begin with alike once.
+    """
     ordered = sorted(examples, key=lambda e: e.length)
     totals, count, right = [], 0, []
-    with evaluating(loss.model), attention_for(loss, examples):
+    with evaluating(loss.model), attention_for(loss, examples, trees=trees):
         for i in range(0, len(ordered), batch):
             if should_stop():
                 return None
