@@ -58,7 +58,7 @@ class Tree:
 def tree_of(examples: Sequence[Example], pad_id: int, padded_tokens: int) -> Tree | None:
     """Return the tree of these records; None where it saves too little of the tokens that they have with their padding."""
     rows = [example.input_ids for example in examples]
-    if len(rows) < 2 or sum(map(len, rows)) > padded_tokens:
+    if len(rows) < 2:
         return None
     paths = _paths(rows)
     count = max(stop for path in paths for _, stop in path)

@@ -34,7 +34,16 @@ from deltaw.model.switch import using
 from deltaw.progress import Runs, named, say, shown, tell
 from deltaw.runs.candidates import numbers
 from deltaw.runs.directions import alike, amplifications
-from deltaw.runs.evaluation.bootstrap import ERROR_RATE, Choice, Measured, chosen, errors_of, of_losses, shortened
+from deltaw.runs.evaluation.bootstrap import (
+    ERROR_RATE,
+    Choice,
+    Measured,
+    chosen,
+    errors_of,
+    of_losses,
+    of_one_run,
+    shortened,
+)
 from deltaw.runs.evaluation.card import Card
 from deltaw.runs.evaluation.evaluate import evaluate
 from deltaw.runs.evaluation.metrics import limits
@@ -381,7 +390,7 @@ def _scores(opened: _Opened) -> _Scores:
     metrics = {name: evaluation.scores[name] for name in opened.metrics}
     if opened.by == ERROR_RATE:
         accuracy = evaluation.scores["accuracy"]
-        losses = errors_of(Measured(np.array([accuracy.value]), accuracy.parts[None], (0,), limits("accuracy")))
+        losses = errors_of(of_one_run(accuracy, limits("accuracy")))
         metrics = {"loss": evaluation.scores["loss"]} | metrics
     else:
         losses = of_losses(sums, counts, items)

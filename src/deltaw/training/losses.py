@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -61,12 +62,10 @@ class Loss(Protocol):
         """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
 
 
-def attention_for(
-    loss: Loss, examples: Sequence[Any], device: str | None = None, *, trees: bool = True
-) -> AbstractContextManager[None]:
+def attention_for(loss: Loss, examples: Sequence[Any], *, trees: bool = True) -> AbstractContextManager[None]:
     """Open `training_attention` for these examples; `trees` only where the loss computes them."""
     longest = max(example.length for example in examples)
-    return training_attention(loss.model, longest, device, trees=trees and isinstance(loss, CompletionLoss))
+    return training_attention(loss.model, longest, trees=trees and isinstance(loss, CompletionLoss))
 
 
 class CompletionLoss:
@@ -138,7 +137,11 @@ class CompletionLoss:
     def _is_new(self, tree: Tree) -> bool:
         """Return whether nothing like this was tried: no tree, or none whose rows are beyond the same windows of attention."""
         longest = tree.places.shape[1]
-        return self.trees is None or any(self._tried <= size < longest for size in windows(self.model) if self.trees)
+        if self.trees is None:
+            return True
+        return (
+            self.trees and longest > self._tried and any(self._tried <= size < longest for size in _windows(self.model))
+        )
 
     @torch.no_grad()
     def _try_trees(self, batch: Batch) -> None:
@@ -205,7 +208,7 @@ def _ways(model: nn.Module) -> Iterator[AfterHead]:
         yield AfterHead(scale, cap)
 
 
-def windows(model: nn.Module) -> list[int]:
+def _windows(model: nn.Module) -> list[int]:
     """Return the sizes, in tokens, of windows and chunks that the model's config has."""
     sizes = [v for k, v in vars(text_config(model)).items() if any(part in k for part in ("window", "chunk", "local"))]
     return [size for size in sizes if isinstance(size, int) and size > 1]
@@ -253,7 +256,7 @@ def _split(model: nn.Module) -> tuple[nn.Module, Head] | tuple[None, None]:
     return None, None
 
 
-class ItemLoss:
+class ItemLoss(ABC):
     """Base of the losses of items."""
 
     def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
@@ -274,9 +277,9 @@ class ItemLoss:
         """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
         return *self(batch), None
 
+    @abstractmethod
     def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:
         """Return the loss of each prediction, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
-        raise NotImplementedError
 
     def logits(self, batch: ItemBatch, **more: object) -> Tensor:
         """Return the model's logits of a batch, in fp32 or wider; `more` goes to the model."""
@@ -295,9 +298,9 @@ class RecordLoss(ItemLoss):
         logits = self.logits(batch)
         return self.of(logits, to_device(logits.device, batch.target)), torch.arange(len(batch.target))
 
+    @abstractmethod
     def of(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each record [n] from the model's logits [n, outputs] and its target [n]."""
-        raise NotImplementedError
 
 
 class ClassLoss(RecordLoss):

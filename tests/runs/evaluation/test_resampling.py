@@ -13,7 +13,6 @@ from scipy import stats
 from deltaw.runs.evaluation import bootstrap
 from deltaw.runs.evaluation.bootstrap import (
     RESAMPLES,
-    ItemScore,
     Measured,
     Score,
     by_item,
@@ -21,6 +20,7 @@ from deltaw.runs.evaluation.bootstrap import (
     compared,
     errors_of,
     of_losses,
+    of_one_run,
     percentiles,
     resampled_weights,
     together,
@@ -155,13 +155,11 @@ def parts_of(parts: list[np.ndarray]) -> list[Measured]:
     return [measured(each) for each in parts]
 
 
-def of_one(score: ItemScore) -> Measured:
-    return Measured(np.array([score.value]), score.parts[None], (0,), (0.0, 1.0))
-
-
 def test_no_interval_goes_beyond_what_can_be() -> None:
     """Seven texts, of which one is wrong at the smaller rank."""
-    wrong, right = (errors_of(of_one(accuracy([first, 0, 0, 0, 0, 0, 0], [0] * 7, 2))) for first in (1, 0))
+    wrong, right = (
+        errors_of(of_one_run(accuracy([first, 0, 0, 0, 0, 0, 0], [0] * 7, 2), (0.0, 1.0))) for first in (1, 0)
+    )
     difference = wrong.less(right).interval()
     assert -1 <= difference.low < 0 < difference.value < difference.high <= 1
     (at_once,) = together([right.less(wrong)])

@@ -125,8 +125,12 @@ class Measured:
 
 def paired(score: ItemScore, other: ItemScore, limits: tuple[float, float]) -> Score:
     """Return a score less another one of the same items, each of one run. limits: as `Measured` has them, of one score."""
-    first, second = (Measured(np.array([s.value]), s.parts[None], (0,), limits) for s in (score, other))
-    return first.less(second).interval()
+    return of_one_run(score, limits).less(of_one_run(other, limits)).interval()
+
+
+def of_one_run(score: ItemScore, limits: tuple[float, float]) -> Measured:
+    """Return a score of one run as a metric of one candidate."""
+    return Measured(np.array([score.value]), score.parts[None], (0,), limits)
 
 
 def together(differences: Sequence[Measured]) -> list[Score]:

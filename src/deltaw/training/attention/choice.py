@@ -42,7 +42,7 @@ def training_attention(
     parameter = next(model.parameters())
     slow = (device or parameter.device.type) == "cpu" and parameter.dtype == torch.bfloat16 and longest <= _SHORT
     choose: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
-    if not (slow or trees) or _chosen(model) != "sdpa" or choose is None:
+    if not (slow or trees) or implementation(model) != "sdpa" or choose is None:
         yield
         return
     choose({(True, False): _SHORT_ROWS, (True, True): _SHORT_TREES, (False, True): _TREES}[slow, trees])
@@ -54,13 +54,13 @@ def training_attention(
 
 def takes_trees(model: nn.Module) -> bool:
     """Return whether the model's attention may be computed over trees now."""
-    return _chosen(model) in (_TREES, _SHORT_TREES)
+    return implementation(model) in (_TREES, _SHORT_TREES)
 
 
 @contextlib.contextmanager
 def without_trees(model: Any) -> Iterator[None]:
     """Take no trees, while open."""
-    chosen = _chosen(model)
+    chosen = implementation(model)
     if not takes_trees(model):
         yield
         return
@@ -71,7 +71,8 @@ def without_trees(model: Any) -> Iterator[None]:
         model.set_attn_implementation(chosen)
 
 
-def _chosen(model: nn.Module) -> str | None:
+def implementation(model: nn.Module) -> str | None:
+    """Return the name of the attention that the model's config chooses; None of a model without one."""
     return getattr(text_config(model), "_attn_implementation", None)
 
 

@@ -15,10 +15,9 @@ from deltaw.data.trees import tree_of
 from deltaw.errors import TrainError, first_line
 from deltaw.layers.ops.seeding import mixed, seeded
 from deltaw.layers.tree import evaluating, owner_of, to_train
-from deltaw.model.inputs import text_config
 from deltaw.model.summary import updates
 from deltaw.training import optim
-from deltaw.training.attention import takes_trees
+from deltaw.training.attention import implementation, takes_trees
 from deltaw.training.flat import Flat
 from deltaw.training.loop import log
 from deltaw.training.loop.checks import (
@@ -133,8 +132,7 @@ def _warn_of_no_trees(loop: Loop) -> None:
     if isinstance(plan.loss, CompletionLoss) and not takes_trees(plan.model):
         batch = plan.parts(plan.drawn(loop.state.step))[0]
         if tree_of(batch, 0, plan.loss.collate(batch).input_ids.numel()) is not None:
-            name = getattr(text_config(plan.model), "_attn_implementation", None)
-            why = f"the model's attention is {name!r}, not 'sdpa'"
+            why = f"the model's attention is {implementation(plan.model)!r}, not 'sdpa'"
             warn(loop, f"What records have in common is computed for each of them: {why}.")
 
 
