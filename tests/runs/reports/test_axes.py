@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deltaw.runs.reports.axes import decimate, finite, linear_axis, log_axis, short, tick_labels
@@ -92,6 +92,7 @@ def test_what_cannot_be_drawn_is_a_gap(bad: object) -> None:
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9))
+@example([5e-324])
 def test_an_axis_of_shares_ends_at_what_can_be(values: list[float]) -> None:
     axis = linear_axis(values, count=4, most=1.0)
     assert axis.low >= 0 and axis.high <= 1 + 1e-9

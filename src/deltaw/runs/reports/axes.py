@@ -42,6 +42,10 @@ class Axis:
         return [short(t, 0.0) for t in self.ticks] if self.log else tick_labels(self.ticks)
 
 
+# Below it a part of a number may be none
+_NOTHING = 1e-300
+
+
 def linear_axis(
     values: Sequence[float], *, count: int = 5, zero: bool = False, snug: bool = False, whole: bool = False,
     most: float = math.inf,
@@ -51,6 +55,7 @@ def linear_axis(
     It goes below 0 only where a value does, and beyond `most`, the largest value that can be, never. whole: ticks are whole
     numbers.
     """
+    values = [0.0 if abs(v) < _NOTHING else v for v in values]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     floor, ceiling = (0.0 if low >= 0 else -math.inf), max(most, high)
     if zero or (not snug and 0 <= low < 0.4 * high):
