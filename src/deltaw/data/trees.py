@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 LEAST = 16
-"""Tokens that a shared stretch must save. Fewer cost more in small products than they save."""
+"""Tokens that a shared stretch must save: a stretch costs small products of its own. Not measured yet."""
 WORTHWHILE = 0.9
-"""The share of a batch's padded tokens that its tree may have at most. See benchmarks/trees.py."""
+"""The share of a batch's padded tokens that its tree may have at most. Not measured yet."""
 MULTIPLE = 32
 """A tree's row is padded to a multiple of this: kernels are kept for each shape."""
 
