@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from deltaw.training.attention import tree as ops
-from deltaw.training.attention.tree import Plan, Settings, blocks_of, masked_attention, tree_attention
+from deltaw.training.attention.tree import Plan, Settings, masked_attention, tree_attention
 
 # start, stop, end: a beginning, two below it of which one has two more, and padding
 STRETCHES = [(0, 7, 30), (7, 12, 24), (12, 18, 18), (18, 24, 24), (24, 30, 30), (30, 32, 32)]
 POSITIONS = torch.tensor([*range(7), *range(7, 12), *range(12, 18), *range(12, 18), *range(7, 13), 0, 1])
-PLAN = Plan(blocks_of(STRETCHES), POSITIONS)
+PLAN = Plan(STRETCHES, POSITIONS)
 
 
 def inputs(dtype: torch.dtype = torch.float64, heads: int = 6, wide: int = 8) -> list[Tensor]:
     torch.manual_seed(0)
-    shapes = ((2, heads, 32, 8), (2, 3, 32, 8), (2, 3, 32, wide))
+    shapes = ((1, heads, 32, 8), (1, 3, 32, 8), (1, 3, 32, wide))
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
@@ -44,6 +44,27 @@ def test_it_is_attention_on_each_path(heads: int, wide: int, window: int | None,
     slope = torch.randn_like(wanted)
     for ours, theirs in zip(torch.autograd.grad(out, of, slope), torch.autograd.grad(wanted, of, slope), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_stretches_of_any_lengths_are_rows_of_their_own() -> None:
+    """Stretches beyond 32 tokens meet only those of nearly their length; shorter ones any."""
+    torch.manual_seed(1)
+    lengths = [70, 40, 3, 33, 60, 1, 58, 32, 45]
+    stops = [70 + sum(lengths[1 : i + 1]) for i in range(len(lengths))]
+    stretches = [
+        (stop - n, stop, stops[-1] if i == 0 else stop) for i, (n, stop) in enumerate(zip(lengths, stops, strict=True))
+    ]
+    positions = torch.cat([torch.arange(70), *(torch.arange(70, 70 + n) for n in lengths[1:])])
+    plan = Plan(stretches, positions)
+    assert [len(rows.stretches) for rows in plan.rows] == [3, 2, 2, 2] and plan.rows[0].longest == 70
+    of = [torch.randn(1, heads, stops[-1], 8, dtype=torch.float64, requires_grad=True) for heads in (6, 3, 3)]
+    slope = torch.randn_like(of[0])
+    for settings in (Settings(0.4), Settings(0.4, window=20)):
+        ours, theirs = (f(*of, plan, settings) for f in (tree_attention, masked_attention))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        pairs = zip(torch.autograd.grad(ours, of, slope), torch.autograd.grad(theirs, of, slope), strict=True)
+        for gradient, wanted in pairs:
+            torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("window", [None, 4])

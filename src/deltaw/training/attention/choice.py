@@ -16,7 +16,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from deltaw.data.trees import Tree
 from deltaw.model.inputs import text_config
 from deltaw.training.attention.short_rows import attention
-from deltaw.training.attention.tree import Plan, Settings, blocks_of, tree_attention
+from deltaw.training.attention.tree import Plan, Settings, tree_attention
 
 # Up to here plain products are faster there than torch's fused kernel, and their [rows, rows] scores are small beside the
 # other activations. Measured: SmolLM2, 8 rows of 50–60 tokens, a step takes 1.0 s instead of 1.3 s.
@@ -79,8 +79,8 @@ def implementation(model: nn.Module) -> str | None:
 def mask_of(tree: Tree, device: torch.device) -> Tensor:
     """Return what the model takes as the mask of a tree's row, and hands to its attention as it is."""
     mask = torch.empty(1, 1, 0, 0, device=device)
-    blocks = blocks_of([(stretch.start, stretch.stop, stretch.end) for stretch in tree.stretches])
-    mask.tree = Plan(blocks, tree.position_ids[0].to(device))  # type: ignore[attr-defined]
+    stretches = [(stretch.start, stretch.stop, stretch.end) for stretch in tree.stretches]
+    mask.tree = Plan(stretches, tree.position_ids[0].to(device))  # type: ignore[attr-defined]
     return mask
 
 

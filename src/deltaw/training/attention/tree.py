@@ -1,59 +1,29 @@
 """Attention over a tree of token stretches in one row, forward and backward, each stretch computed once.
 
 A query attends to the keys of its own stretch up to itself, and to all keys of the stretches above. With the tokens depth first,
-the queries below a stretch are the slice right after it. So each stretch takes two blocks of products: its own queries, causally,
-and those below it, all against its keys. A query's blocks are put together by their softmax's maximum and mass (Milakov and
-Gimelshein 2018, arXiv 1805.02867). No key is copied for its readers, and the backward pass computes each block again from its
-row's log mass (Dao et al. 2022, arXiv 2205.14135).
+the queries below a stretch are the slice right after it. So each stretch takes two blocks of scores: its own queries, causally,
+and those below it, all against its keys. Stretches of nearly one length take their own blocks together, as the rows of a batch.
+A query's blocks are put together by their softmax's maximum and mass (Milakov and Gimelshein 2018, arXiv 1805.02867). No key is
+copied for its readers, and the backward pass computes each block again from its row's log mass (Dao et al. 2022, arXiv
+2205.14135).
+
+Within a pass, tensors are [rows, tokens, heads, …].
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Block(NamedTuple):
-    """Queries of one slice against the keys of another. A causal one has the same slice for both."""
-
-    queries: slice
-    keys: slice
-    causal: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The blocks of a tree, and what a score depends on beside its query and key."""
-
-    blocks: tuple[Block, ...]
-    positions: Tensor
-    """int64 [t]: the place of each token in its records"""
-    _masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    def hidden(self, block: Block, window: int | None) -> Tensor | None:
-        """Return which keys [queries, keys] the queries of a block do not attend to; None where they attend to all."""
-        queries, keys = self.positions[block.queries, None], self.positions[None, block.keys]
-        later = keys > queries if block.causal else None
-        if window is None:
-            return later
-        far = queries - keys >= window
-        return far if later is None else later | far
-
-    def mask(self, window: int | None) -> Tensor:
-        """Return which keys each token attends to, bool [t, t]. It is computed once."""
-        if window not in self._masks:
-            count = len(self.positions)
-            mask = torch.zeros(count, count, dtype=torch.bool, device=self.positions.device)
-            for block in self.blocks:
-                hidden = self.hidden(block, window)
-                mask[block.queries, block.keys] = True if hidden is None else ~hidden
-            self._masks[window] = mask
-        return self._masks[window]
+_SHORT = 32
+"""Stretches up to here are one batch of rows, whatever their lengths. Longer ones have `_ALIKE` of the longest one's tokens."""
+_ALIKE = 0.75
 
 
 class Settings(NamedTuple):
@@ -69,17 +39,113 @@ class Settings(NamedTuple):
     """Seed of dropout's masks."""
 
 
-def blocks_of(stretches: Sequence[tuple[int, int, int]]) -> tuple[Block, ...]:
-    """Return the blocks of stretches (start, stop, end of those below), the causal ones first."""
-    alone = [Block(slice(start, stop), slice(start, stop), True) for start, stop, _ in stretches]
-    below = [Block(slice(stop, end), slice(start, stop), False) for start, stop, end in stretches if end > stop]
-    return (*alone, *below)
+class Rows:
+    """Own blocks of stretches of nearly one length. The shorter ones are padded on the right."""
+
+    causal = True
+
+    def __init__(self, stretches: Sequence[slice], count: int, device: torch.device) -> None:
+        """Args: count: the tokens of the tree. Buffers have a row more, which takes what padding gives."""
+        self.stretches = stretches
+        self.longest = max(s.stop - s.start for s in stretches)
+        offsets = torch.arange(self.longest, device=device)
+        starts, stops = (
+            torch.tensor([getattr(s, end) for s in stretches], device=device)[:, None] for end in ("start", "stop")
+        )
+        places = starts + offsets
+        self._reads = places.where(places < stops, 0).flatten()
+        self._writes = places.where(places < stops, count).flatten()
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the stretches of [tokens, …] as rows [n, longest, …]; padding is like the first token."""
+        return self._taken(x, self._reads)
+
+    def take_padded(self, x: Tensor) -> Tensor:
+        """Return the stretches of a buffer [tokens + 1, …] as rows [n, longest, …]; padding is like its last row."""
+        return self._taken(x, self._writes)
+
+    def put(self, rows: Tensor, into: Tensor) -> None:
+        """Write rows [n, longest, …] into a buffer [tokens + 1, …]."""
+        if len(self.stretches) == 1:
+            into[self.stretches[0]] = rows[0]
+        else:
+            into.index_copy_(0, self._writes, rows.flatten(0, 1))
+
+    def _taken(self, x: Tensor, places: Tensor) -> Tensor:
+        if len(self.stretches) == 1:
+            return x[self.stretches[0]][None]
+        rows: Tensor = x.index_select(0, places).unflatten(0, (-1, self.longest))  # type: ignore[no-untyped-call]
+        return rows
+
+    def hidden(self, window: int | None) -> Tensor | None:
+        """Return which keys the queries do not attend to, bool [longest, longest]."""
+        places = torch.arange(self.longest, device=self._reads.device)
+        back = places[:, None] - places
+        return back < 0 if window is None else (back < 0) | (back >= window)
+
+
+@dataclass(frozen=True)
+class Below:
+    """The block of the queries below a stretch, and its keys."""
+
+    causal: ClassVar[bool] = False
+    queries: slice
+    keys: slice
+    positions: Tensor
+    """int64 [t]: the place of each token in its records"""
+
+    def hidden(self, window: int | None) -> Tensor | None:
+        """Return which keys the queries do not attend to, bool [queries, keys]; None where they attend to all."""
+        if window is None:
+            return None
+        return self.positions[self.queries, None] - self.positions[None, self.keys] >= window
+
+
+class Plan:
+    """The blocks of a tree, and what a score depends on beside its query and key."""
+
+    def __init__(self, stretches: Sequence[tuple[int, int, int]], positions: Tensor) -> None:
+        """Args: stretches: (start, stop, end of those below), depth first; positions: int64 [t], of each token in its records."""
+        self.positions = positions
+        count, device = len(positions), positions.device
+        own = sorted((slice(start, stop) for start, stop, _ in stretches), key=lambda s: s.start - s.stop)
+        self.rows = [Rows(alike, count, device) for alike in _of_one_length(own)]
+        self.below = [
+            Below(slice(stop, end), slice(start, stop), positions) for start, stop, end in stretches if end > stop
+        ]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return which keys each token attends to, bool [t, t]. It is computed once."""
+        if window not in self._masks:
+            count = len(self.positions)
+            mask = torch.zeros(count, count, dtype=torch.bool, device=self.positions.device)
+            for stretch in itertools.chain.from_iterable(rows.stretches for rows in self.rows):
+                mask[stretch, stretch] = True
+            for below in self.below:
+                mask[below.queries, below.keys] = True
+            back = self.positions[:, None] - self.positions
+            self._masks[window] = mask & (back >= 0) & (back < (count if window is None else window))
+        return self._masks[window]
+
+
+def _of_one_length(longest_first: Sequence[slice]) -> list[list[slice]]:
+    """Return the stretches in groups that are a batch of rows each."""
+    groups: list[list[slice]] = []
+    most = 0
+    for stretch in longest_first:
+        length = stretch.stop - stretch.start
+        if not groups or (most > _SHORT and length < _ALIKE * most):
+            groups.append([])
+            most = length
+        groups[-1].append(stretch)
+    return groups
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, settings: Settings) -> Tensor:
     """Return softmax(QKᵀ·scale)V over each token's path in the tree.
 
-    query [n, heads, t, e]; key [n, key heads, t, e]; value [n, key heads, t, f] → [n, heads, t, f]. A key head serves
+    query [1, heads, t, e]; key [1, key heads, t, e]; value [1, key heads, t, f] → [1, heads, t, f]. A key head serves
     heads / key heads neighbouring query heads.
     """
     if query.device.type != "cpu" and settings.cap is None:
@@ -99,63 +165,78 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, sett
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, settings: Settings) -> Tensor:
-        q = _by_key_head(query, key.shape[1])
-        products = _products(q, value, plan, settings)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        out = q.new_empty(*q.shape[:-1], value.shape[-1], dtype=wide)
-        log_mass = q.new_empty(*q.shape[:-1], 1, dtype=wide)
-        for block in plan.blocks:  # the causal ones come first, and have each query once
-            at = block.queries
-            part, mass = products.forward(q[..., at, :], key[..., block.keys, :], value[..., block.keys, :], block)
-            if block.causal:
-                out[..., at, :], log_mass[..., at, :] = part, mass
-            else:
-                both = torch.logaddexp(log_mass[..., at, :], mass)
-                out[..., at, :] *= (log_mass[..., at, :] - both).exp_()
-                out[..., at, :] += part * (mass - both).exp_()
-                log_mass[..., at, :] = both
-        result = out.to(query.dtype).flatten(1, 2)
+        q, k, v = (_by_token(x) for x in (query, key, value))
+        products = _products(q, v, settings)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_zeros(len(q) + 1, q.shape[1], v.shape[2], dtype=wide)
+        log_mass = q.new_empty(out.shape[:2], dtype=wide)
+        for rows in plan.rows:  # have each query once
+            part, mass = products.forward(rows.take(q), rows.take(k), rows.take(v), rows)
+            rows.put(part, out)
+            rows.put(mass, log_mass)
+        for block in plan.below:
+            at, keys = block.queries, block.keys
+            part, mass = products.forward(q[None, at], k[None, keys], v[None, keys], block)
+            both = torch.logaddexp(log_mass[at], mass[0])
+            out[at] *= (log_mass[at] - both).exp_()[..., None]
+            out[at] += part[0] * (mass[0] - both).exp_()[..., None]
+            log_mass[at] = both
+        log_mass[-1] = torch.inf  # padding has no part in a gradient
+        result = out[:-1].to(query.dtype)
         ctx.save_for_backward(query, key, value, result, log_mass)
         ctx.plan, ctx.settings = plan, settings
-        return result
+        return result.transpose(0, 1)[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, log_mass = ctx.saved_tensors
-        plan, settings = ctx.plan, ctx.settings
-        q, out, dout = (_by_key_head(x, key.shape[1]) for x in (query, out, grads[0]))
-        products = _products(q, value, plan, settings)
-        dq, dk, dv = (torch.zeros_like(x, dtype=log_mass.dtype) for x in (q, key, value))
-        for block in plan.blocks:
+        plan = ctx.plan
+        q, k, v, dout = (_by_token(x) for x in (query, key, value, grads[0]))
+        products = _products(q, v, ctx.settings)
+        dq, dk, dv = (x.new_empty(len(x) + 1, *x.shape[1:], dtype=log_mass.dtype) for x in (q, k, v))
+        for rows in plan.rows:
+            mass = rows.take_padded(log_mass)
+            of_out, of_q, of_k, of_v, of_result = (rows.take(x) for x in (dout, q, k, v, out))
+            parts = products.backward(of_out, of_q, of_k, of_v, of_result, mass, rows)
+            for of_rows, whole in zip(parts, (dq, dk, dv), strict=True):
+                rows.put(of_rows.to(whole.dtype), whole)
+        for block in plan.below:
             at, keys = block.queries, block.keys
             of_q, of_k, of_v = products.backward(
-                dout[..., at, :], q[..., at, :], key[..., keys, :], value[..., keys, :], out[..., at, :],
-                log_mass[..., at, :], block,
-            )  # fmt: skip
-            dq[..., at, :] += of_q
-            dk[..., keys, :] += of_k
-            dv[..., keys, :] += of_v
-        return dq.to(query.dtype).flatten(1, 2), dk.to(key.dtype), dv.to(value.dtype), None, None
+                dout[None, at], q[None, at], k[None, keys], v[None, keys], out[None, at], log_mass[None, at], block
+            )
+            dq[at] += of_q[0]
+            dk[keys] += of_k[0]
+            dv[keys] += of_v[0]
+        of_query, of_key, of_value = (
+            d[:-1].to(x.dtype).transpose(0, 1)[None] for d, x in zip((dq, dk, dv), (q, k, v), strict=True)
+        )
+        return of_query, of_key, of_value, None, None
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Return [1, heads, t, e] as [t, heads, e]."""
+    return x[0].transpose(0, 1)
 
 
 class _Products(Protocol):
-    """A way to a block's products. q, out [n, key heads, heads of each, queries, …]; keys and values [n, key heads, keys, …]."""
+    """A way to a block's products. q, out and dout [n, queries, heads, …]; key and value [n, keys, key heads, …]."""
 
-    def forward(self, q: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-        """Return softmax(QKᵀ·scale)V over the block's keys, and the log of the softmax's mass, [..., queries, 1]."""
+    def forward(self, q: Tensor, key: Tensor, value: Tensor, block: Rows | Below) -> tuple[Tensor, Tensor]:
+        """Return softmax(QKᵀ·scale)V over the block's keys, and the log of the softmax's mass, [n, queries, heads]."""
 
     def backward(
-        self, dout: Tensor, q: Tensor, key: Tensor, value: Tensor, out: Tensor, log_mass: Tensor, block: Block
+        self, dout: Tensor, q: Tensor, key: Tensor, value: Tensor, out: Tensor, log_mass: Tensor, block: Rows | Below
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the block's part in the gradients of q, keys and values. out and log_mass are over all keys of its queries."""
+        """Return the block's part in the gradients of q, key and value. out and log_mass are over all keys of its queries."""
 
 
-def _products(q: Tensor, value: Tensor, plan: Plan, settings: Settings) -> _Products:
+def _products(q: Tensor, value: Tensor, settings: Settings) -> _Products:
     takes_it = settings.window is None and settings.cap is None and not settings.dropout
     takes_it &= q.dtype in (torch.float32, torch.float64) and q.shape[-1] == value.shape[-1]
     if takes_it and q.device.type == "cpu" and _FUSED is not None:
         return _Fused(settings.scale)
-    return _Plain(plan, settings, q.device)
+    return _Plain(settings, q.device)
 
 
 _FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -163,89 +244,117 @@ _FUSED_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_f
 
 
 class _Fused:
-    """PyTorch's kernel of a CPU, which gives the log mass and takes one."""
+    """PyTorch's kernel of a CPU, which gives the log mass and takes one. It wants as many key heads as query heads.
+
+    A query head's keys are copied for it where the block is causal. Elsewhere the heads of a key head are more of its queries.
+    """
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def forward(self, q: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, key: Tensor, value: Tensor, block: Rows | Below) -> tuple[Tensor, Tensor]:
         assert _FUSED is not None
-        keys, values = (self._keys(x, q, block) for x in (key, value))
-        out, log_mass = _FUSED(self._rows(q, block), keys, values, 0.0, block.causal, scale=self.scale)
-        return out.reshape(*q.shape[:-1], -1), log_mass.reshape(*q.shape[:-1], 1)
+        groups = key.shape[2]
+        keys, values = (_keys(x, q, block) for x in (key, value))
+        out, log_mass = _FUSED(_queries(q, groups, block), keys, values, 0.0, block.causal, scale=self.scale)
+        return _as_tokens(out, q, block), _as_tokens(log_mass[..., None], q, block)[..., 0]
 
     def backward(
-        self, dout: Tensor, q: Tensor, key: Tensor, value: Tensor, out: Tensor, log_mass: Tensor, block: Block
+        self, dout: Tensor, q: Tensor, key: Tensor, value: Tensor, out: Tensor, log_mass: Tensor, block: Rows | Below
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert _FUSED_BACKWARD is not None
-        keys, values = (self._keys(x, q, block) for x in (key, value))
-        of_out, queries, outs = (self._rows(x, block) for x in (dout, q, out))
-        mass = self._rows(log_mass, block).squeeze(-1)
-        dq, dk, dv = _FUSED_BACKWARD(of_out, queries, keys, values, outs, mass, 0.0, block.causal, scale=self.scale)
-        dk, dv = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (dk, dv))
-        return dq.reshape(q.shape), dk, dv
+        groups = key.shape[2]
+        keys, values = (_keys(x, q, block) for x in (key, value))
+        of_out, queries, outs, mass = (_queries(x, groups, block) for x in (dout, q, out, log_mass[..., None]))
+        dq, dk, dv = _FUSED_BACKWARD(
+            of_out, queries, keys, values, outs, mass[..., 0], 0.0, block.causal, scale=self.scale
+        )
+        dk, dv = (x.unflatten(1, (groups, -1)).sum(2).transpose(1, 2) for x in (dk, dv))
+        return _as_tokens(dq, q, block), dk, dv
 
-    @staticmethod
-    def _rows(x: Tensor, block: Block) -> Tensor:
-        """Return the queries [n, heads, t, …]; where all attend to all keys, a group's heads are more of them."""
-        return (x.flatten(1, 2) if block.causal else x.flatten(2, 3)).contiguous()
 
-    @staticmethod
-    def _keys(x: Tensor, q: Tensor, block: Block) -> Tensor:
-        heads = q.shape[2]
-        return x[:, :, None].expand(-1, -1, heads, -1, -1).flatten(1, 2) if block.causal else x
+def _queries(x: Tensor, groups: int, block: Rows | Below) -> Tensor:
+    """Return [n, queries, heads, …] as the kernel takes it: [n, heads, queries, …], or [n, key heads, queries · heads, …]."""
+    if block.causal or groups == x.shape[2]:
+        return x.transpose(1, 2)
+    by_group: Tensor = x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)  # type: ignore[no-untyped-call]
+    return by_group
+
+
+def _keys(x: Tensor, q: Tensor, block: Rows | Below) -> Tensor:
+    """Return [n, keys, key heads, e] as [n, heads, keys, e], or [n, key heads, keys, e]."""
+    times = q.shape[2] // x.shape[2]
+    return (x.repeat_interleave(times, 2) if block.causal and times > 1 else x).transpose(1, 2)
+
+
+def _as_tokens(x: Tensor, q: Tensor, block: Rows | Below) -> Tensor:
+    """Undo `_queries`, of a tensor with its shape but for the last dimension."""
+    n, count, heads, _ = q.shape
+    if x.shape[1] == heads:
+        return x.transpose(1, 2)
+    return x.unflatten(2, (count, -1)).transpose(1, 2).reshape(n, count, heads, -1)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Plain:
     """Plain products."""
 
-    def __init__(self, plan: Plan, settings: Settings, device: torch.device) -> None:
-        self.plan, self.settings = plan, settings
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings = settings
         self.masks = _Masks(settings, device)
 
-    def forward(self, q: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, key, block)
+    def forward(self, q: Tensor, key: Tensor, value: Tensor, block: Rows | Below) -> tuple[Tensor, Tensor]:
+        queries, keys, values = _by_key_head(q, key.shape[2]), key.transpose(1, 2), value.transpose(1, 2)
+        scores = self._scores(queries, keys, block)
         top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
         weights = scores.sub_(top).exp_()
         mass = weights.sum(-1, keepdim=True)
         kept = self.masks.mask_like(weights)
         weights = weights if kept is None else weights.mul_(kept)
-        out = _times(weights.to(value.dtype), value).to(mass.dtype)
-        return out / mass.clamp(min=torch.finfo(mass.dtype).tiny), top + mass.log()
+        out = _times(weights.to(value.dtype), values).to(mass.dtype)
+        out = out / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        return _of_tokens(out), _of_tokens(top + mass.log())[..., 0]
 
     def backward(
-        self, dout: Tensor, q: Tensor, key: Tensor, value: Tensor, out: Tensor, log_mass: Tensor, block: Block
+        self, dout: Tensor, q: Tensor, key: Tensor, value: Tensor, out: Tensor, log_mass: Tensor, block: Rows | Below
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, cap = self._scores(q, key, block), self.settings.cap
+        of_out, queries, outs, mass = (_by_key_head(x, key.shape[2]) for x in (dout, q, out, log_mass[..., None]))
+        keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        scores, cap = self._scores(queries, keys, block), self.settings.cap
         slopes = None if cap is None else 1 - (scores / cap).square().nan_to_num_(1.0, 1.0, 1.0)
-        weights = scores.sub_(log_mass).exp_()
-        dweights = _times(dout, value.mT).to(weights.dtype)
+        weights = scores.sub_(mass).exp_()
+        dweights = _times(of_out, values.mT).to(weights.dtype)
         kept = self.masks.mask_like(weights)
         dropped = weights if kept is None else weights * kept
         if kept is not None:
             dweights.mul_(kept)
-        dvalue = _sum_heads(dropped.to(value.dtype), dout)
-        common = (dout.to(log_mass.dtype) * out).sum(-1, keepdim=True)
+        dvalue = _sum_heads(dropped.to(value.dtype), of_out)
+        common = (of_out.to(mass.dtype) * outs).sum(-1, keepdim=True)
         dscores = dweights.sub_(common).mul_(weights).mul_(self.settings.scale)
         if slopes is not None:
             dscores.mul_(slopes)
         dscores = dscores.to(q.dtype)
-        return _times(dscores, key), _sum_heads(dscores, q), dvalue
+        dq, dk = _times(dscores, keys), _sum_heads(dscores, queries)
+        return _of_tokens(dq), dk.transpose(1, 2), dvalue.transpose(1, 2)
 
-    def _scores(self, q: Tensor, key: Tensor, block: Block) -> Tensor:
+    def _scores(self, queries: Tensor, keys: Tensor, block: Rows | Below) -> Tensor:
         """Return scores [n, key heads, heads, queries, keys] in float32 or wider; −∞ where a query attends to no key."""
-        scores = _times(q, key.mT)
+        scores = _times(queries, keys.mT)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(self.settings.scale)
         if self.settings.cap is not None:
             scores = scores.div_(self.settings.cap).tanh_().mul_(self.settings.cap)
-        hidden = self.plan.hidden(block, self.settings.window)
+        hidden = block.hidden(self.settings.window)
         return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
 def _by_key_head(x: Tensor, groups: int) -> Tensor:
-    """Return [n, heads, t, e] as [n, key heads, heads of each, t, e]."""
-    split: Tensor = x.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]
+    """Return [n, t, heads, e] as [n, key heads, heads of each, t, e]."""
+    split: Tensor = x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # type: ignore[no-untyped-call]
     return split
+
+
+def _of_tokens(x: Tensor) -> Tensor:
+    """Undo `_by_key_head`."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
