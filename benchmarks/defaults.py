@@ -55,7 +55,7 @@ _RATES = (1.5e-3, 5e-4, 4.5e-3)
 STUDIES = {
     "sst2": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 5), most=1000),
     "rte": Study("train.jsonl", "dev.jsonl", "accuracy", _RATES, (1, 3)),
-    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 3), most=2000),
+    "mrpc": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 3), most=1000),
     "cola": Study("train.jsonl", "dev.jsonl", "matthews", _RATES, (1, 3), most=2000),
     "e2e": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=1000, test_most=200, model=_LANGUAGE),
     "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3), most=300, model=_LANGUAGE),

@@ -162,9 +162,10 @@ class TrainConfig(Trusting):
     """Records per optimizer step, at least 1."""
     batch_tokens: int | None = None
     """Tokens per optimizer step at most, padding included; replaces --batch."""
-    share: Literal["auto", "off"] = "auto"
+    share: Literal["auto", "group", "off"] = "auto"
     """Compute what records of a batch begin with alike once for all of them (auto), or once for each (off). The result is the
-    same, to rounding. Dropout drops the same entries for all of them."""
+    same, to rounding. Dropout drops the same entries for all of them. group: auto, and records that begin alike meet in a batch,
+    where they fill half of it at most; each record still comes once an epoch, at a random place."""
     micro_batch: int | None = None
     """Records per forward pass, at most --batch; gradients accumulate over the batch. Default: the whole batch."""
     clip: float = 1.0

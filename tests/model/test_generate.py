@@ -19,10 +19,12 @@ from transformers import (
 import deltaw
 from deltaw.config import GenerateConfig
 from deltaw.errors import AdapterError
+from deltaw.model import generate as generating
 from deltaw.model.ends import taught, teach
 from deltaw.model.generate import KEPT, KEPT_OF_DECODERS, generate, settings
 from tests.conftest import byte_llama, fill
 from tests.data.conftest import tiny_tokenizer
+from tests.training.test_models import tiny_of
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [40, 41, 42], [6, 6, 6, 6, 6, 6]]
 NEW = 12
@@ -207,3 +209,60 @@ def test_generating_leaves_the_callers_random_numbers_as_they_were(temperature: 
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(12)
     assert generate(model, tokenizer, PROMPTS, asked) == first
+
+
+# --- prompts that begin alike ------------------------------------------------------------------------------------
+
+SYSTEM = [5 + i * 7 % 60 for i in range(45)]
+ASKED = [[9, 8, 7], [6, 6, 6, 6, 6, 9, 30], [11], [44, 3, 44]]
+
+
+def read(model: Any) -> list[int]:
+    """The tokens that each pass over the model's body reads, from now on."""
+    counts: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda body, args, named: counts.append(named["input_ids"].numel()) if named.get("input_ids") is not None else None,
+        with_kwargs=True,
+    )  # fmt: skip
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma3_text", "bloom", "opt", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("method", [None, deltaw.LoRA(rank=2, alpha=8), deltaw.Prefix(length=3)], ids=repr)
+def test_what_prompts_begin_with_alike_is_read_once(kind: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_of(kind).eval()
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = None
+    if method is not None:
+        deltaw.attach(model, method)
+        fill(model)
+    prompts = [[*SYSTEM, *asked] for asked in ASKED]
+    config = GenerateConfig(max_new_tokens=6, batch=4)
+    counts = read(model)
+    shared = generate(model, tokenizer, prompts, config)
+    monkeypatch.setattr(generating, "_LEAST", 10**9)
+    if kind in ("llama", "gpt2", "qwen2") and not isinstance(method, deltaw.Prefix):
+        assert counts.count(45) == 1 and max(counts) < 4 * 45, "by itself, and by no prompt again"
+    assert shared == generate(model, tokenizer, prompts, config)
+
+
+@torch.no_grad()
+def test_windows_and_few_tokens_are_read_as_they_are() -> None:
+    model = tiny_of("llama")
+    asked = settings(model, tiny_tokenizer(), GenerateConfig(max_new_tokens=4))
+    reader = generating._Reader(model, asked)
+    assert reader.read([[1, 2, 3], [1, 2, 4]]) == (0, None)
+    held, cache = reader.read([[*SYSTEM, 1], [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]])
+    assert held == 45 and cache is not None and cache.get_seq_length() == 45
+    held, cache = reader.read([SYSTEM, [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]])
+    assert held == 44, "each prompt has a token left to go on from"
+    model.config.attention_window = 50
+    assert reader.read([[*SYSTEM, 1], [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]]) == (0, None)
+
+
+def test_prompts_of_one_document_are_a_batch() -> None:
+    documents = [[d] * 60 for d in (3, 4)]
+    prompts = [[*documents[i % 2], *range(5, 5 + i)] for i in range(8)]
+    assert [{i % 2 for i in batch} for batch in generating._batches(prompts, range(8), 4, shared=True)] == [{1}, {0}]
+    assert generating._batches(prompts, range(8), 4, shared=False)[0] == [7, 6, 5, 4]

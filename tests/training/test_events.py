@@ -21,7 +21,7 @@ def test_the_line_of_a_start_holds_the_adapter_and_the_records() -> None:
         '{"event": "start", "step": 0, "layers": 2, "parameters": 64, "share": 0.5, "left_out": {"lm_head": "not a block"}, '
         '"coverage": ["2 of 3"], "task": "causal", "counted": "tokens", "labels": null, "data": {"records": 4, "kept": 3, '
         '"truncated": 2, "dropped": 1, "tokens": 90, "supervised": 40, "longest": 33}, "base_bytes": 512, "sets": {"train": '
-        '"3 records of 2 prompts", "valid": null, "overlap": null, "notes": ["ignored: id (3 records)"]}, "expected_memory": {"weights": 512, "total": 600}}'
+        '"3 records of 2 prompts", "valid": null, "overlap": null, "notes": ["ignored: id (3 records)"]}, "expected_memory": {"weights": 512, "total": 600}, "alike": null}'
     )
 
 

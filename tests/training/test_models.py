@@ -14,6 +14,7 @@ from deltaw import LoRA, Prefix, TrainConfig, attach, parameters
 from deltaw.data import Example, Order, collate
 from deltaw.training.events import Event, Stepped, Warned
 from deltaw.training.loop import LoopPlan, run_loop
+from deltaw.training.loop.alike import alike as alike_of
 from deltaw.training.losses import CompletionLoss, attention_for
 from tests.conftest import tiny_llama
 from tests.methods.updates.test_updates import METHODS
@@ -243,6 +244,21 @@ def test_the_loop_takes_the_same_steps_with_trees_as_without() -> None:
     losses = {share: [event.loss for event in told if isinstance(event, Stepped)] for share, told in events.items()}
     assert len(losses["auto"]) == 4
     torch.testing.assert_close(losses["auto"], losses["off"], rtol=1e-5, atol=1e-6)
+
+
+def test_groups_meet_in_a_step_and_the_tokens_they_share_are_counted() -> None:
+    rows = [[*range(3 + 10 * d, 3 + 10 * d + 10), *range(20), 50 + q] for d in range(4) for q in range(4)]
+    records = [Example(row, [False] * 30 + [True] * (len(row) - 30), str(i)) for i, row in enumerate(rows)]
+    shared = {}
+    for share in ("off", "auto", "group"):
+        model = attach(tiny_of("llama"), LoRA(rank=2, alpha=4))
+        config = TrainConfig(batch=8, steps=2, lr=5e-3, share=share)  # type: ignore[arg-type]
+        plan = LoopPlan(CompletionLoss(model), records, (), config)
+        shared[share] = run_loop(plan).shared
+    assert shared["off"] == 0 and shared["group"] == 2 * 6 * 30
+    known = alike_of(plan)
+    assert known is not None and (known.groups, known.a_step, known.grouped) == (4, 2, True)
+    assert known.computed == known.if_grouped == pytest.approx((2 * 30 + 8) / (8 * 31))
 
 
 def test_a_run_whose_attention_takes_no_trees_tells_it() -> None:

@@ -83,6 +83,8 @@ def _started(event: Started) -> Iterator[Line]:
     held = f"held out: {event.sets.valid}" if event.sets.valid else "nothing is held out"
     yield Line(f"Trained on {event.sets.train}; {held}.")
     yield from (Line(note, "dim", warning=True) for note in event.sets.notes)
+    if event.alike is not None and event.alike.text:
+        yield Line(event.alike.text)
     if event.expected_memory:
         yield Line(_memory(event.expected_memory))
 

@@ -46,8 +46,9 @@ def _summary(result: RunResult, command: Train) -> None:
         best = f"best {state.best_loss:.4f} at step {state.best_step}"
         facts["held-out loss"] = f"{held_out[0]:.4f} → {held_out[-1]:.4f} ({best})"
     speed = state.tokens / max(state.step_seconds, 1e-9)
+    shared = f", {state.shared / state.tokens:.0%} of them shared with other records" if state.shared else ""
     facts |= {
-        "time": f"{units.duration(state.seconds)}, {speed:.0f} {outcome.counted}/s",
+        "time": f"{units.duration(state.seconds)}, {speed:.0f} {outcome.counted}/s{shared}",
         "peak memory": units.size(outcome.peak_memory),
         "‖ΔW‖ / ‖W0‖": f"{outcome.relative_norm:.4f}",
         "adapter": f"{result.adapter}  {units.size(outcome.adapter_bytes)} (base {units.size(outcome.base_bytes)})",

@@ -11,9 +11,11 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deltaw.data.encode import Example
+from deltaw.data.groups import packs_of
 from deltaw.data.trees import Tree
 from deltaw.errors import DataError
 
@@ -52,14 +54,29 @@ class Batch:
         """Predictions that the loss is taken over."""
         return int(self.supervised.sum())
 
+    @property
+    def shared(self) -> int:
+        """Tokens that its tree saves."""
+        return 0 if self.tree is None else int(self.attention_mask.sum()) - self.tree.count
 
-def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int | None = None) -> list[list[int]]:
+
+def plan(
+    lengths: Sequence[int],
+    batch: int,
+    seed: int,
+    epoch: int,
+    tokens: int | None = None,
+    packed: Callable[[int, random.Random], list[list[int]]] | None = None,
+) -> list[list[int]]:
     """Return all batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
 
     A batch has `batch` records; with `tokens`, as many as fit that many tokens with their padding, and at least one.
     The records are shuffled and cut into windows of at most `WINDOW` batches and a tenth (`SHARE`) of all records. A window is
     sorted by padded length, records of one length in random order, and cut into batches. With records for ten batches or fewer,
     nothing is sorted. A batch that is not full may be of any length. The batches come in random order.
+
+    packed: puts records into packs of a size at most, in random order. Records of one pack stay side by side, unless a batch is
+    full between them. A pack has half of a batch's records at most: a step sees two packs.
 
     Raises DataError for a size below 1.
     """
@@ -72,22 +89,31 @@ def plan(lengths: Sequence[int], batch: int, seed: int, epoch: int, tokens: int 
     chance = random.Random(f"deltaw batches {seed} {epoch}")
     sizes = [padded(length) for length in lengths]
     rows = batch if tokens is None else max(1, tokens * len(sizes) // max(1, sum(sizes)))
+    packs = [[i] for i in range(len(sizes))] if packed is None else packed(max(1, rows // 2), chance)
     width = max(1, min(WINDOW, math.ceil(len(sizes) // rows / SHARE)))  # batches of a window
 
     def fits(indices: Sequence[int]) -> bool:
         """Return whether these records fit one batch. Where they are sorted, the longest is the first or the last."""
         if tokens is None:
             return len(indices) <= rows
-        ends = indices if width == 1 else (indices[0], indices[-1])
+        ends = (indices[0], indices[-1]) if is_sorted else indices
         return len(indices) * max(sizes[i] for i in ends) <= tokens
 
-    order = list(range(len(sizes)))
-    chance.shuffle(order)
+    is_sorted = width > 1 and packed is None
+    if packed is None:
+        chance.shuffle(packs)
+    # Records of a pack count as long as its longest, so that sorting, which keeps the order of equals, leaves them side by side
+    longest = list(sizes)
+    for pack in packs:
+        most = max(sizes[i] for i in pack)
+        for i in pack:
+            longest[i] = most
+    order = [i for pack in packs for i in pack]
     planned: list[list[int]] = []
     rest: list[int] = []
     for start, stop in _windows(len(order), rows, width):
         window = [*rest, *order[start:stop]]
-        batches, rest = _cut(window if width == 1 else sorted(window, key=sizes.__getitem__), fits, chance)
+        batches, rest = _cut(window if width == 1 else sorted(window, key=longest.__getitem__), fits, chance)
         planned += batches
     planned += [rest] if rest else []
     chance.shuffle(planned)
@@ -141,8 +167,18 @@ class Order:
     It keeps the plan of one epoch at a time.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch: int, seed: int, tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch: int,
+        seed: int,
+        tokens: int | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Args: groups: the records in groups whose members are to meet; the other arguments are those of `plan`."""
         self.lengths = lengths
+        self.groups = groups
         self.batch = batch
         self.seed = seed
         self.tokens = tokens
@@ -170,7 +206,8 @@ class Order:
         self._epoch, self._first, self._planned = epoch, first, self._plan(epoch)
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        return plan(self.lengths, self.batch, self.seed, epoch, self.tokens)
+        packed = None if self.groups is None else partial(packs_of, self.groups)
+        return plan(self.lengths, self.batch, self.seed, epoch, self.tokens, packed)
 
     def _count(self, epoch: int) -> int:
         return math.ceil(len(self.lengths) / self.batch) if self.tokens is None else len(self._plan(epoch))

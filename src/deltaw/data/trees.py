@@ -53,6 +53,8 @@ class Tree:
     """Depth first."""
     places: torch.Tensor
     """int64 [n, longest]: the place in the tree's row of each record's tokens"""
+    count: int
+    """Tokens, without padding."""
 
 
 def tree_of(examples: Sequence[Example], pad_id: int, padded_tokens: int) -> Tree | None:
@@ -61,10 +63,19 @@ def tree_of(examples: Sequence[Example], pad_id: int, padded_tokens: int) -> Tre
     if len(rows) < 2:
         return None
     paths = _paths(rows)
-    count = max(stop for path in paths for _, stop in path)
+    count = _count(paths)
     if count == sum(map(len, rows)) or _padded(count) > WORTHWHILE * padded_tokens:
         return None
     return _laid_out(rows, paths, pad_id)
+
+
+def count_of(rows: Sequence[list[int]]) -> int:
+    """Return how many tokens a tree of these rows has."""
+    return _count(_paths(rows))
+
+
+def _count(paths: Sequence[Sequence[tuple[int, int]]]) -> int:
+    return max(stop for path in paths for _, stop in path)
 
 
 def _padded(count: int) -> int:
@@ -129,4 +140,4 @@ def _laid_out(rows: Sequence[list[int]], paths: Sequence[Sequence[tuple[int, int
         at = torch.cat([torch.arange(start, stop) for start, stop in path])
         of_row[: len(at)] = at
         ids[0, at] = torch.tensor(row)
-    return Tree(ids, positions, tuple(stretches), places)
+    return Tree(ids, positions, tuple(stretches), places, count)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from deltaw.config import GenerateConfig
-from deltaw.errors import AdapterError, ConfigError, DataError, shown
+from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, shown
 from deltaw.layers.ops.seeding import devices_of, seeded
 from deltaw.layers.tree import evaluating
 from deltaw.model.ends import Ends, in_use, listed, own_ends, routed, taught
-from deltaw.model.inputs import most_positions
+from deltaw.model.inputs import most_positions, windows
 from deltaw.model.pretrained import pad_id
 from deltaw.model.switch import at_fault, route
 
@@ -36,6 +37,7 @@ class Generates(Protocol):
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
         streamer: TextStreamer | None = None,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """Return token ids [rows, length], which a streamer gets meanwhile.
 
@@ -57,7 +59,8 @@ def generate(
 ) -> list[str]:
     """Return the completion of each prompt (token ids), in order, without the end token.
 
-    Prompts of like length share a batch. Shorter ones are padded on the left, for an encoder on the right. A completion ends at
+    Prompts of like length share a batch, or prompts that begin alike where that leaves less to compute: the model then reads what
+    all of a batch begin with once. Shorter ones are padded on the left, for an encoder on the right. A completion ends at
     the first token of `stops`, to which `ends` are added. Within a `route` block there is a prompt for each name, and each
     stops where its own adapter was taught to. Random numbers are drawn from `config.seed`; the caller's generators stay as they
     were. `on_done` is told how many prompts are finished. `on_text` is told the completion of the only prompt as it comes, piece
@@ -82,12 +85,11 @@ def generate(
     with evaluating(model), drawing(model, config, config.seed):
         for taught_ends, rows in _by_ends(model, names, len(prompts)):
             asked = settings(model, tokenizer, config, [*ends, *taught_ends])
-            order = sorted(rows, key=lambda i: -len(prompts[i]))
-            for start in range(0, len(order), config.batch):
-                chosen = order[start : start + config.batch]
+            reader = _Reader(model, asked) if names is None and config.beams == 1 else None
+            for chosen in _batches(prompts, rows, config.batch, shared=reader is not None):
                 with contextlib.nullcontext() if names is None else route(model, [names[i] for i in chosen]):
                     pieces = None if on_text is None else streamer(tokenizer, asked, on_text)
-                    new_tokens = _batch(model, [prompts[i] for i in chosen], asked, pieces)
+                    new_tokens = _batch(model, [prompts[i] for i in chosen], asked, pieces, reader)
                 for i, ids in zip(chosen, new_tokens, strict=True):
                     completions[i] = str(tokenizer.decode(until_end(ids, asked), skip_special_tokens=True))
                 finished += len(chosen)
@@ -161,31 +163,119 @@ def streamer(
     return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+def _batches(prompts: Sequence[Sequence[int]], rows: Sequence[int], size: int, *, shared: bool) -> list[list[int]]:
+    """Return the rows in batches, longest prompts first; where their common beginnings are read once, those that begin alike
+    together, if that is less to read."""
+    by_length = sorted(rows, key=lambda i: -len(prompts[i]))
+    in_order = sorted(rows, key=lambda i: list(prompts[i]), reverse=True)
+    ways = [[order[i : i + size] for i in range(0, len(order), size)] for order in (by_length, in_order)]
+
+    def to_read(batches: list[list[int]]) -> int:
+        kept = [[prompts[i] for i in batch] for batch in batches]
+        return sum(len(batch) * max(map(len, batch)) - (len(batch) - 1) * _common(batch) for batch in kept)
+
+    return min(ways, key=to_read) if shared else ways[0]
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with alike and go on after."""
+    least, most = min(prompts, key=list), max(prompts, key=list)
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
+    return min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
+
+
+_LEAST = 128
+"""Tokens that reading a common beginning once must save in a batch. Not measured."""
+_TRIED = 24
+"""Tokens of a common beginning that are tried."""
+
+
+class _Reader:
+    """Reads what the prompts of a batch begin with alike once, into the model's cache, where that gives what reading every prompt
+    does: that is tried first, on a few tokens."""
+
+    def __init__(self, model: PreTrainedModel, asked: GenerationConfig) -> None:
+        self.model, self.asked = model, asked
+        self.takes_it: bool | None = None
+        self.beginning: list[int] = []
+        self.cache: Cache | None = None
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[int, Cache | None]:
+        """Return how many tokens of each prompt a cache holds, and the cache, a row for each; (0, None) if that is too few."""
+        common = _common(prompts)
+        if common * (len(prompts) - 1) < _LEAST or self.asked.use_cache is False or _has_encoder(self.model):
+            return 0, None
+        longest = max(map(len, prompts)) + (self.asked.max_new_tokens or 0)
+        if any(size < longest for size in windows(self.model)):  # padding after the beginning would count in a window
+            return 0, None
+        if self.takes_it is None:
+            self.takes_it = self._takes(list(prompts[0][:_TRIED]))
+        return (common, self._cached(prompts[0][:common], len(prompts))) if self.takes_it else (0, None)
+
+    def _cached(self, beginning: Sequence[int], rows: int) -> Cache | None:
+        if self.cache is None or self.beginning != list(beginning):
+            ids = torch.tensor([beginning], device=self.model.device)
+            self.cache = self.model.base_model(input_ids=ids, use_cache=True).past_key_values
+            self.beginning = list(beginning)
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)  # type: ignore[union-attr]
+        return cache
+
+    def _takes(self, beginning: list[int]) -> bool:
+        """Return whether two prompts that begin so come to the same logits either way."""
+        prompts = [[*beginning, *beginning[:2]], [*beginning, *beginning[-5:]]]
+        try:
+            rows, shared = (
+                self._logits(prompts, *held) for held in ((0, None), (len(beginning), self._cached(beginning, 2)))
+            )
+        except (AttributeError, DeltaWError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        tolerance = 1e-3 if rows.dtype in (torch.float32, torch.float64) else 5e-2
+        rows, shared = rows.double(), shared.double()
+        return bool(((rows - shared).norm(dim=-1) <= tolerance * rows.norm(dim=-1)).all())
+
+    def _logits(self, prompts: Sequence[Sequence[int]], held: int, cache: Cache | None) -> Tensor:
+        """Return the logits of two tokens after each prompt."""
+        ids, mask = _padded(prompts, 0, held, self.model.device)
+        two = Asked(  # type: ignore[no-untyped-call]
+            max_new_tokens=2, min_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        out: Any = self.model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=two, past_key_values=cache
+        )
+        return torch.stack(out.logits)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, held: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return prompts as ids and mask [rows, tokens]. Padding comes after the first `held` tokens of each."""
+    width = max(map(len, prompts))
+    gaps = [width - len(p) for p in prompts]
+    ids = [[*p[:held], *[pad] * gap, *p[held:]] for p, gap in zip(prompts, gaps, strict=True)]
+    mask = [[*[1] * len(p[:held]), *[0] * gap, *[1] * len(p[held:])] for p, gap in zip(prompts, gaps, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def _batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     asked: GenerationConfig,
     pieces: TextStreamer | None = None,
+    reader: _Reader | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, with what ends them and padding after that."""
     pad = asked.pad_token_id
-    width = max(len(p) for p in prompts)
-    has_encoder = _has_encoder(model)
-
-    def padded(row: Sequence[int], fill: int) -> list[int]:
-        gap = [fill] * (width - len(row))
-        return [*row, *gap] if has_encoder else [*gap, *row]  # a decoder continues from the right end
-
-    ids = torch.tensor([padded(p, pad) for p in prompts], device=model.device)
-    mask = torch.tensor([padded([1] * len(p), 0) for p in prompts], device=model.device)
     if not isinstance(model, Generates):
         raise AdapterError(f"A {type(model).__name__} cannot generate.")
+    has_encoder = _has_encoder(model)
+    held, cache = (0, None) if reader is None else reader.read(prompts)
+    ids, mask = _padded(prompts, pad, max(map(len, prompts)) if has_encoder else held, model.device)
     with watched(model, ids, mask) as watch:
         out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=watch, streamer=pieces
-        )
+            input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=watch, streamer=pieces,
+            **{} if cache is None else {"past_key_values": cache},
+        )  # fmt: skip
     rows: list[list[int]] = out[
-        :, 1 if has_encoder else width :
+        :, 1 if has_encoder else ids.shape[1] :
     ].tolist()  # a decoder behind an encoder has a first token
     return rows
 

@@ -44,6 +44,17 @@ def most_positions(model: nn.Module) -> int | None:
     return most if most is None else most - _taken_by_padding(model, most) - _taken_by_prefix(model)
 
 
+def windows(model: nn.Module) -> list[int]:
+    """Return the sizes, in tokens, of windows and chunks of attention that the model's config has; none where it says that each
+    layer's attention is full."""
+    config, words = text_config(model), ("window", "chunk", "local", "sliding")
+    kinds = getattr(config, "layer_types", None)
+    if kinds and not any(word in kind for kind in kinds for word in words):
+        return []
+    sizes = [v for k, v in vars(config).items() if any(word in k for word in words) and "layers" not in k]
+    return [size for size in sizes if isinstance(size, int) and size > 1]
+
+
 def _taken_by_padding(model: nn.Module, most: int) -> int:
     """Return how many positions no token gets: in RoBERTa and its like those up to the padding's own."""
     for name, module in model.named_modules():

@@ -11,6 +11,7 @@ from deltaw.errors import shown
 
 if TYPE_CHECKING:
     from deltaw.data import Counts
+    from deltaw.data.groups import Alike
     from deltaw.training.prepare import Sets
 
 
@@ -55,6 +56,8 @@ class Started(Happened):
     sets: Sets
     expected_memory: Mapping[str, int] | None
     """Bytes at the peak by part, with their total; None where shapes cannot tell it."""
+    alike: Alike | None = None
+    """Figures of records that begin alike; None of tasks and settings that share nothing."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,12 @@ _IN_LOG: dict[str, type[Event]] = {cls.kind: cls for cls in (Started, Stepped, E
 def event_from(values: Mapping[str, Any]) -> Event:
     """Return the event in a line of log.jsonl. Raises KeyError, TypeError or ValueError where it is none."""
     from deltaw.data import Counts
+    from deltaw.data.groups import Alike
     from deltaw.training.prepare import Sets
 
     cls = _IN_LOG[values["event"]]
     fields = {name: value for name, value in values.items() if name != "event"}
     if cls is Started:
         fields |= {"data": Counts(**fields["data"]), "sets": Sets(**fields["sets"])}
+        fields["alike"] = Alike(**fields["alike"]) if fields.get("alike") else None
     return cls(**fields)

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.data import Batch, Example, collate
+from deltaw.data.groups import groups_of
 from deltaw.data.items import IGNORED, Item, ItemBatch, collate_items
 from deltaw.data.trees import Tree, tree_of
 from deltaw.errors import DeltaWError, first_line
 from deltaw.layers.tree import evaluating, is_finite
-from deltaw.model.inputs import most_positions, text_config
+from deltaw.model.inputs import most_positions, text_config, windows
 from deltaw.training import head as heads
 from deltaw.training.attention import NoTree, mask_of, takes_trees, training_attention, without_trees
 from deltaw.training.head import AfterHead, Head
@@ -61,11 +62,22 @@ class Loss(Protocol):
     def judged(self, batch: Any) -> tuple[Tensor, int, Tensor | None]:
         """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
 
+    def shared(self, batch: Any) -> int:
+        """Return how many of a batch's tokens are not computed, as another of its records has them too."""
+
+    def order(self, examples: Sequence[Any]) -> list[int]:
+        """Return the indices of examples in the order that costs least to score them in."""
+
 
 def attention_for(loss: Loss, examples: Sequence[Any], *, trees: bool = True) -> AbstractContextManager[None]:
     """Open `training_attention` for these examples; `trees` only where the loss computes them."""
     longest = max(example.length for example in examples)
     return training_attention(loss.model, longest, trees=trees and isinstance(loss, CompletionLoss))
+
+
+def by_length(examples: Sequence[Any]) -> list[int]:
+    """Return the indices of examples, shorter ones first."""
+    return sorted(range(len(examples)), key=lambda i: examples[i].length)
 
 
 class CompletionLoss:
@@ -96,6 +108,17 @@ class CompletionLoss:
         """Return what the call does: no token of a text is right or wrong."""
         return *self(batch), None
 
+    def shared(self, batch: Batch) -> int:
+        """Return how many of a batch's tokens are not computed, as another of its records has them too."""
+        return batch.shared if self.trees else 0
+
+    def order(self, examples: Sequence[Example]) -> list[int]:
+        """Return the indices of examples, shorter ones first; where the model takes trees now, those that begin alike meet."""
+        if self.trees is False or not takes_trees(self.model):
+            return by_length(examples)
+        groups = groups_of([example.input_ids for example in examples])
+        return [i for group in sorted(groups, key=lambda group: max(examples[i].length for i in group)) for i in group]
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return a batch, padded on the right within the model's positions; with its tree, where the model takes trees now."""
         batch = collate(examples, self.pad_id, self.most)
@@ -108,7 +131,10 @@ class CompletionLoss:
         if not self.path:
             self._choose(self._inputs(batch))
         if batch.tree is not None and self._is_new(batch.tree):
-            self._try_trees(batch)
+            reason = self.why_no_tree(batch)
+            self.trees, self._tried = not reason, batch.tree.places.shape[1]
+            if reason:
+                log.warning("What records have in common is computed for each of them: of a tree, %s.", reason)
         tree = batch.tree if self.trees else None
         rows, positions, targets = _supervised(batch, tree)
         inputs = self._inputs(batch) if tree is None else self._inputs_of(tree)
@@ -140,12 +166,13 @@ class CompletionLoss:
         if self.trees is None:
             return True
         return (
-            self.trees and longest > self._tried and any(self._tried <= size < longest for size in _windows(self.model))
+            self.trees and longest > self._tried and any(self._tried <= size < longest for size in windows(self.model))
         )
 
     @torch.no_grad()
-    def _try_trees(self, batch: Batch) -> None:
-        """Find whether the model computes of a tree what it computes of the rows: not all do."""
+    def why_no_tree(self, batch: Batch) -> str:
+        """Return how what the model computes of a batch's tree differs from what it computes of the rows: not all models see the
+        same. Return nothing where it does not."""
         assert batch.tree is not None
         _, plain, _ = _supervised(batch, None)
         _, shared, _ = _supervised(batch, batch.tree)
@@ -153,12 +180,9 @@ class CompletionLoss:
             with without_trees(self.model):
                 wanted = self._states(self._inputs(batch), plain)
             try:
-                reason = _differs(wanted, self._states(self._inputs_of(batch.tree), shared))
+                return _differs(wanted, self._states(self._inputs_of(batch.tree), shared))
             except (DeltaWError, NoTree, RuntimeError, TypeError, ValueError, IndexError) as error:
-                reason = first_line(error)
-        self.trees, self._tried = not reason, batch.tree.places.shape[1]
-        if reason:
-            log.warning("What records have in common is computed for each of them: of a tree, %s.", reason)
+                return first_line(error)
 
     def _states(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
         """Return the hidden states, or where the loss takes these the logits, at positions."""
@@ -206,12 +230,6 @@ def _ways(model: nn.Module) -> Iterator[AfterHead]:
     caps = [v for v in (_number(config, name) for name in CAPS) if v]
     for cap, scale in itertools.product((*caps, None), (*(w for v in scales for w in (v, 1 / v)), 1.0)):
         yield AfterHead(scale, cap)
-
-
-def _windows(model: nn.Module) -> list[int]:
-    """Return the sizes, in tokens, of windows and chunks that the model's config has."""
-    sizes = [v for k, v in vars(text_config(model)).items() if any(part in k for part in ("window", "chunk", "local"))]
-    return [size for size in sizes if isinstance(size, int) and size > 1]
 
 
 def _number(config: object, name: str) -> float | None:
@@ -276,6 +294,14 @@ class ItemLoss(ABC):
     def judged(self, batch: ItemBatch) -> tuple[Tensor, int, Tensor | None]:
         """Return what the call does, and how many predictions are right, as a scalar; None where none is right or wrong."""
         return *self(batch), None
+
+    def shared(self, batch: ItemBatch) -> int:
+        """Return 0: every item is computed."""
+        return 0
+
+    def order(self, items: Sequence[Item]) -> list[int]:
+        """Return the indices of items, shorter ones first."""
+        return by_length(items)
 
     @abstractmethod
     def each(self, batch: ItemBatch) -> tuple[Tensor, Tensor]:

@@ -289,6 +289,10 @@ def _resolved(config: TrainConfig, records: Records, loaded: Pretrained, taken: 
     if config.batch_tokens is not None and config.data.task == "image":
         raise ConfigError("batch_tokens counts tokens, and images have none: set batch.")
     data = prepared(config.data, records, loaded, taken)
+    if config.share == "group" and data.task != "causal":
+        raise ConfigError(
+            f"share: group is of texts that a causal model writes on, and this task is {data.task}; leave it out."
+        )
     dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
     return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
 

@@ -64,6 +64,32 @@ def test_the_largest_pass_is_the_micro_batch_and_the_longest_records() -> None:
     assert kept[1] == kept[2] < kept[0]
 
 
+def alike(model: Any, **settings: Any) -> Prepared:
+    """A run of this model over records that begin alike for 120 tokens, and go on for 8."""
+    run = prepared(model, batch=8, **settings)
+    rows = [[1] * 120 + [2 + i] * 8 for i in range(16)]
+    examples = [Example(row, [False] * 120 + [True] * 8, "") for row in rows]
+    return dataclasses.replace(run, encoded=dataclasses.replace(run.encoded, examples=examples, records=[*range(16)]))
+
+
+def test_what_records_begin_with_alike_is_held_once() -> None:
+    kept = {}
+    for share in ("off", "auto"):
+        known = expected(alike(tiny_llama(layers=1), share=share))
+        assert known is not None
+        kept[share] = known.memory.activations
+    assert kept["auto"] == pytest.approx(kept["off"] * 192 / (8 * 128), rel=0.2)
+
+
+def test_a_model_that_takes_no_trees_holds_its_rows() -> None:
+    run = alike(tiny_llama(layers=1), share="auto")
+    run.loaded.model.set_attn_implementation("eager")
+    off = alike(tiny_llama(layers=1), share="off")
+    off.loaded.model.set_attn_implementation("eager")
+    eager, rows = expected(run), expected(off)
+    assert eager is not None and rows is not None and eager.memory.activations == rows.memory.activations
+
+
 class _Reads(LlamaForCausalLM):
     """A model whose body asks for values as `read` does."""
 

@@ -224,9 +224,9 @@ def record_losses(loss: Loss, examples: Sequence[Example | Item], batch: int, it
     Raises AdapterError or FileError for a loss that is not finite.
     """
     name = getattr(loss.model, "name_or_path", "")
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss.model), attention_for(loss, examples):
+        order = loss.order(examples)
         for start in range(0, len(order), batch):
             say("scoring", start, len(order))
             rows = torch.tensor(order[start : start + batch])

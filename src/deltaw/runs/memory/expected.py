@@ -21,7 +21,9 @@ from deltaw.methods.plan import Method
 from deltaw.model.summary import summary
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
-from deltaw.runs.memory.step import Record, Step, step
+from deltaw.runs.memory.step import Record, Step, choose_path, step
+from deltaw.training.loop import LoopPlan
+from deltaw.training.losses import CompletionLoss, Loss, attention_for
 from deltaw.training.prepare import Prepared
 from deltaw.training.tasks import task_of
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deltaw")
 
+_STEPS = 100
+"""Steps whose batches are looked at, the run's first."""
+_COMMON = 32
+"""Tokens that the records of a small tree begin with alike."""
 _taken: dict[tuple[object, ...], Step] = {}
 """Steps that were run on the meta device, by what decides them."""
 
@@ -79,8 +85,9 @@ def _memory(prepared: Prepared) -> Memory:
     first = next(loaded.model.parameters())
     device, dtype = first.device, first.dtype
     held = machine.held() if device.type == "cpu" else 0
-    rows = sorted(prepared.encoded.examples, key=lambda e: e.length)[-_rows(prepared) :]
     task = task_of(config.data)
+    rows: Sequence[Record] = sorted(prepared.encoded.examples, key=lambda e: e.length)[-_rows(prepared) :]
+    rows = _tree_instead(prepared, task.loss(loaded)) or rows
 
     def taken(checkpointed: bool) -> Taken:
         settings = TrainConfig(
@@ -97,6 +104,36 @@ def _memory(prepared: Prepared) -> Memory:
     passes = taken(checkpointed=True) if config.gradient_checkpointing else plain
     base = summary(loaded.model).base_bytes
     return memory_of(passes, max(0, held - base), base, plain)
+
+
+def _tree_instead(prepared: Prepared, loss: Loss) -> list[Example]:
+    """Return a record of as many tokens as the largest tree of the run's first steps; none where their largest batch is no tree.
+
+    A tree's row holds what a record as long does: neither keeps scores of attention.
+    """
+    config, examples = prepared.config, prepared.encoded.examples
+    if config.share == "off" or not isinstance(loss, CompletionLoss):
+        return []
+    plan = LoopPlan(loss, examples, (), config)
+    parts = [part for step in range(min(_STEPS, plan.total_steps)) for part in plan.parts(plan.drawn(step))]
+    with attention_for(loss, examples):
+        batches = [loss.collate(part) for part in parts]
+        largest = max(
+            batches, key=lambda batch: (batch.input_ids if batch.tree is None else batch.tree.input_ids).numel()
+        )
+        if largest.tree is None or not _takes_trees(loss):
+            return []
+    tokens, taught = largest.tree.input_ids.numel(), largest.targets
+    return [Example([0] * tokens, [0 < i >= tokens - taught for i in range(tokens)], "")]
+
+
+def _takes_trees(loss: CompletionLoss) -> bool:
+    """Return whether the model computes of a small tree what it computes of its rows."""
+    choose_path(loss)
+    common = [i % 8 for i in range(_COMMON)]
+    rows = [Example([*common, *(n + i for i in range(8))], [False] * _COMMON + [True] * 8, "") for n in range(3)]
+    batch = loss.collate(rows)
+    return batch.tree is not None and not loss.why_no_tree(batch)
 
 
 def _what_decides(

@@ -145,7 +145,7 @@ def _of_blocks(
         try:
             loss = loss_of()
             if isinstance(loss, CompletionLoss):
-                _choose_path(loss)
+                choose_path(loss)
             any_rate = dataclasses.replace(config, lr=1e-3)  # which takes no more nor less than another
             return _dry(LoopPlan(loss, examples, (), any_rate), loss.collate(examples), device)
         finally:
@@ -153,7 +153,7 @@ def _of_blocks(
             model.eval()
 
 
-def _choose_path(loss: CompletionLoss) -> None:
+def choose_path(loss: CompletionLoss) -> None:
     """Tell the loss how its model makes logits, which it would otherwise try out with values. Only a cap takes memory."""
     loss.path = "logits" if loss.body is None or loss.head is None else "head"
     config = text_config(loss.model)

@@ -15,6 +15,7 @@ from deltaw.runs.memory.machine import foot, placeless
 from deltaw.runs.reports.page import Chart, Report, Sample, Series, Table
 from deltaw.runs.results.train import HeldOutScores, RunFigures
 from deltaw.training.events import Answered, Evaluated, Event, Spiked, Stepped
+from deltaw.training.loop import LoopState
 
 # A loss's unit → its formula
 _LOSSES = {
@@ -107,6 +108,12 @@ def _score(score: Score) -> str:
     return f"{score.value:.3f}{ends}"
 
 
+def _how_counted(loop: LoopState) -> str:
+    """Return what the speed's tokens are: all of them, though those that records share are computed once."""
+    shared = f"{loop.shared / loop.tokens:.0%} of them shared, and " if loop.shared else ""
+    return f"{shared}padding not counted"
+
+
 def _facts(figures: RunFigures) -> list[tuple[str, str, str]]:
     loop, counted = figures.loop, figures.counted
     facts = [
@@ -116,7 +123,7 @@ def _facts(figures: RunFigures) -> list[tuple[str, str, str]]:
         (
             "Speed",
             f"{loop.tokens / max(loop.step_seconds, 1e-9):.0f} {counted}/s",
-            f"{loop.tokens:,} {counted}, padding not counted",
+            f"{loop.tokens:,} {counted}, {_how_counted(loop)}",
         ),
         ("Peak memory", units.size(figures.peak_memory), "of the process, base included"),
         ("‖ΔW‖ / ‖W0‖", f"{figures.relative_norm:.4f}", "over all adapted layers"),

@@ -47,6 +47,7 @@ from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
 from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
+from deltaw.training.loop.alike import alike
 from deltaw.training.prepare import Model, Prepared, Tokenizer, prepare
 from deltaw.training.tasks import task_of
 
@@ -300,7 +301,7 @@ def _opening_events(job: Job) -> Iterator[Event]:
         0, layers=adapter.layers, parameters=adapter.parameters, share=adapter.share, left_out=adapter.left_out,
         coverage=adapter.coverage.lines(), task=task.name, counted=task.counted, labels=prepared.config.data.labels,
         data=prepared.encoded.counts, base_bytes=summary.base_bytes, sets=prepared.sets,
-        expected_memory=None if memory is None else memory.figures(),
+        expected_memory=None if memory is None else memory.figures(), alike=alike(_plan(job)),
     )  # fmt: skip
     if prepared.sets.overlap is not None:
         yield Warned(0, prepared.sets.overlap)
@@ -310,7 +311,9 @@ def _opening_events(job: Job) -> Iterator[Event]:
         yield Warned(0, prepared.encoded.note)
 
 
-def _plan(job: Job, on_event: Callable[[Event], None], stopping: Callable[[], bool]) -> LoopPlan:
+def _plan(
+    job: Job, on_event: Callable[[Event], None] = lambda event: None, stopping: Callable[[], bool] = lambda: False
+) -> LoopPlan:
     """Return the plan of the run's loop. stopping: says whether it was asked to stop."""
     prepared = job.prepared
     return LoopPlan(

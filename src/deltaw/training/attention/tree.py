@@ -108,8 +108,8 @@ class Plan:
         """Args: stretches: (start, stop, end of those below), depth first; positions: int64 [t], of each token in its records."""
         self.positions = positions
         count, device = len(positions), positions.device
-        own = sorted((slice(start, stop) for start, stop, _ in stretches), key=lambda s: s.start - s.stop)
-        self.rows = [Rows(alike, count, device) for alike in _of_one_length(own)]
+        longest_first = sorted((slice(start, stop) for start, stop, _ in stretches), key=lambda s: s.start - s.stop)
+        self.rows = [Rows(alike, count, device) for alike in _of_one_length(longest_first)]
         self.below = [
             Below(slice(stop, end), slice(start, stop), positions) for start, stop, end in stretches if end > stop
         ]

@@ -125,9 +125,9 @@ def judge(
 
     trees: compute what records of a batch begin with alike once.
     """
-    ordered = sorted(examples, key=lambda e: e.length)
     totals, count, right = [], 0, []
     with evaluating(loss.model), attention_for(loss, examples, trees=trees):
+        ordered = [examples[i] for i in loss.order(examples)]
         for i in range(0, len(ordered), batch):
             if should_stop():
                 return None

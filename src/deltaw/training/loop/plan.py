@@ -12,6 +12,7 @@ from torch import nn
 
 from deltaw.config import TrainConfig
 from deltaw.data import Order
+from deltaw.data.groups import groups_of
 from deltaw.training.events import Event
 from deltaw.training.losses import Loss
 
@@ -43,8 +44,18 @@ class LoopPlan:
     @cached_property
     def order(self) -> Order:
         """The records of each step: a function of the seed and the step's number alone."""
+        return self.order_of(grouped=self.config.share == "group")
+
+    def order_of(self, *, grouped: bool) -> Order:
+        """Return the order of the records where those that begin alike meet in a step, or do not."""
         config, lengths = self.config, [e.length for e in self.examples]
-        return Order(lengths, batch=config.batch, seed=config.seed, tokens=config.batch_tokens)
+        groups = self.groups if grouped else None
+        return Order(lengths, batch=config.batch, seed=config.seed, tokens=config.batch_tokens, groups=groups)
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The examples' numbers in groups that begin alike. Only examples of a text that is written on have these."""
+        return groups_of([e.input_ids for e in self.examples])
 
     @cached_property
     def total_steps(self) -> int:

@@ -29,6 +29,8 @@ class LoopState:
     eval_seconds: float = 0.0
     """In evaluations."""
     tokens: int = 0
+    shared: int = 0
+    """Tokens of these that were not computed, as another record of the batch has them too."""
     supervised: int = 0
     records: int = 0
     valid_loss: float | None = None

@@ -180,7 +180,7 @@ def take_step(loop: Loop) -> Taken:
     batches = [plan.loss.collate(part) for part in plan.parts(rows)]
     supervised = sum(batch.targets for batch in batches)
     loss = sum((_backward(loop, batch, supervised) for batch in batches), start=torch.zeros_like(loop.losses))
-    return learn(loop, rows, loss, supervised)
+    return learn(loop, rows, loss, supervised, shared=sum(plan.loss.shared(batch) for batch in batches))
 
 
 def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
@@ -194,10 +194,11 @@ def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
     return mean.detach()
 
 
-def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Taken:
+def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int, shared: int = 0) -> Taken:
     """Take the optimizer's step with the gradients that are there.
 
-    They are of `loss`, the mean over the `supervised` predictions of the examples `rows`.
+    They are of `loss`, the mean over the `supervised` predictions of the examples `rows`, of whose tokens `shared` were not
+    computed.
     """
     config, state = loop.plan.config, loop.state
     lr = config.peak_lr * lr_factor(config, state.step, loop.plan.total_steps, state.seconds)
@@ -226,6 +227,7 @@ def learn(loop: Loop, rows: Sequence[Any], loss: Tensor, supervised: int) -> Tak
     state.step += 1
     state.records += len(rows)
     state.tokens += sum(e.length for e in rows)
+    state.shared += shared
     state.supervised += supervised
     return Taken(lr, norm)
 
