@@ -127,7 +127,7 @@ def steps_agree(model: Any) -> None:
 
 # Their layers mix tokens otherwise than by attention through transformers' interface, or attend to later ones
 NO_TREES = {
-    "bart", "bert", "bigbird_pegasus", "bloom", "codegen", "electra", "falcon_mamba", "gemma2", "gpt_neo", "gpt_oss", "gptj",
+    "bart", "bert", "bigbird_pegasus", "bloom", "codegen", "electra", "falcon_mamba", "gpt_neo", "gptj",
     "mamba", "marian", "mpt", "phimoe", "plbart", "rembert", "roberta", "roc_bert", "rwkv", "xglm", "xlm-roberta", "xlstm",
 }  # fmt: skip
 
@@ -172,22 +172,25 @@ def scaled(model: Any) -> Any:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(k, marks=[] if k in ("llama", "gpt2", "gemma3_text") else pytest.mark.slow)
+        pytest.param(k, marks=[] if k in ("llama", "gpt2", "gemma2", "gemma3_text", "gpt_oss") else pytest.mark.slow)
         for k in KINDS
         if k not in NO_TREES
     ],
 )
 def test_a_tree_gives_the_loss_and_gradients_of_its_rows(kind: str) -> None:
     """Windows of attention are 8 tokens where a model has one, beginnings 24 and 44."""
-    model = scaled(attach(tiny_of(kind).double(), LoRA(rank=2, alpha=4)))
+    model = scaled(attach(tiny_of(kind), LoRA(rank=2, alpha=4)))
+    # The module's own attention of rows takes a mask's least number into float32, where double has a lesser one
+    model = model if model.config._attn_implementation == "eager" else model.double()
     loss, total, slopes = gradients(model, True)
     _, wanted, wanted_slopes = gradients(model, False)
+    assert model.config._attn_implementation in ("eager", "sdpa")
     assert loss.trees and total == pytest.approx(wanted, rel=1e-6)
     torch.testing.assert_close(slopes, wanted_slopes, rtol=0, atol=1e-5 * float(wanted_slopes.abs().max()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(NO_TREES - {"gemma2", "xglm"}))
+@pytest.mark.parametrize("kind", sorted(NO_TREES - {"xglm"}))
 def test_where_a_tree_is_not_its_rows_there_is_none(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = scaled(attach(tiny_of(kind), LoRA(rank=2, alpha=4)))
     loss, total, slopes = gradients(model, True)
@@ -263,10 +266,10 @@ def test_groups_meet_in_a_step_and_the_tokens_they_share_are_counted() -> None:
 
 def test_a_run_whose_attention_takes_no_trees_tells_it() -> None:
     events: list[Event] = []
-    model = tiny_of("llama")
-    model.set_attn_implementation("eager")
+    model = tiny_of("gptj")
     config = TrainConfig(batch=7, steps=1, lr=5e-3)
     run_loop(LoopPlan(CompletionLoss(attach(model, LoRA(rank=2, alpha=4))), alike(), (), config, events.append))
     assert [e.text for e in events if isinstance(e, Warned)] == [
-        "What records have in common is computed for each of them: the model's attention is 'eager', not 'sdpa'."
+        "What records have in common is computed for each of them: the model's attention is 'eager' in a way of its own, not "
+        "transformers' 'sdpa'."
     ]

@@ -21,6 +21,7 @@ from deltaw.training.prepare import Prepared, Sets
 from tests.architectures import TABLE
 from tests.conftest import byte_llama, tiny_llama
 from tests.data.conftest import CHATML, tiny_tokenizer
+from tests.training.test_models import hybrid
 
 CONFIG = deltaw.TrainConfig(batch=2, data=deltaw.DataConfig(task="causal"))
 
@@ -82,12 +83,8 @@ def test_what_records_begin_with_alike_is_held_once() -> None:
 
 
 def test_a_model_that_takes_no_trees_holds_its_rows() -> None:
-    run = alike(tiny_llama(layers=1), share="auto")
-    run.loaded.model.set_attn_implementation("eager")
-    off = alike(tiny_llama(layers=1), share="off")
-    off.loaded.model.set_attn_implementation("eager")
-    eager, rows = expected(run), expected(off)
-    assert eager is not None and rows is not None and eager.memory.activations == rows.memory.activations
+    auto, off = (expected(alike(hybrid(), share=share)) for share in ("auto", "off"))
+    assert auto is not None and off is not None and auto.memory.activations == off.memory.activations
 
 
 class _Reads(LlamaForCausalLM):

@@ -99,3 +99,18 @@ def test_dropout_drops_the_same_entries_in_both_passes() -> None:
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
     mean = torch.stack(outs[1:]).mean(0)
     torch.testing.assert_close(mean, by_pairs(*of, 0.4, None, None), rtol=0.2, atol=0.2)
+
+
+def test_a_sink_takes_mass_and_has_no_value() -> None:
+    """It is a key more of each head, without a place, whose value is zero."""
+    of, sinks = inputs(), torch.randn(6, dtype=torch.float64, requires_grad=True)
+    scores = of[0] @ of[1].repeat_interleave(2, 1).mT * 0.4
+    scores = scores.masked_fill(~PLAN.mask(None), -torch.inf)
+    weights = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, 6, 32, 1)], -1).softmax(-1)[..., :-1]
+    wanted = weights @ of[2].repeat_interleave(2, 1)
+    for settings in (Settings(0.4), Settings(0.4, cap=1e9)):  # the fused kernel, and plain products
+        out = tree_attention(*of, PLAN, settings, sinks)
+        torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-7)
+        slope = torch.randn_like(wanted)
+        ours, theirs = (torch.autograd.grad(x, [*of, sinks], slope, retain_graph=True) for x in (out, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

@@ -4,6 +4,7 @@ short rows in bfloat16 on a CPU by plain products."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from deltaw.data.trees import Tree
+from deltaw.layers.unwrap import plain_class
 from deltaw.model.inputs import text_config
 from deltaw.training.attention.short_rows import attention
 from deltaw.training.attention.tree import Plan, Settings, tree_attention
@@ -22,8 +24,11 @@ from deltaw.training.attention.tree import Plan, Settings, tree_attention
 # other activations. Measured: SmolLM2, 8 rows of 50–60 tokens, a step takes 1.0 s instead of 1.3 s.
 _SHORT = 128
 _SHORT_ROWS, _TREES, _SHORT_TREES = "deltaw_short_rows", "deltaw_trees", "deltaw_short_trees"
+_EAGER_TREES = "deltaw_eager_trees"
+# The function of a model's module that its config calls eager, and the call in which models name it
+_EAGER, _CHOICE = "eager_attention_forward", "get_interface"
 # What models hand to attention beside query, key and value that changes its weights, and that trees do not know
-_UNKNOWN = ("s_aux", "position_bias", "head_mask", "cache")
+_UNKNOWN = ("position_bias", "head_mask", "cache")
 
 
 class NoTree(Exception):
@@ -41,30 +46,43 @@ def training_attention(
     """
     parameter = next(model.parameters())
     slow = (device or parameter.device.type) == "cpu" and parameter.dtype == torch.bfloat16 and longest <= _SHORT
-    choose: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
-    if not (slow or trees) or implementation(model) != "sdpa" or choose is None:
+    chosen, choose = implementation(model), getattr(model, "set_attn_implementation", None)
+    ours = None
+    if chosen == "sdpa":
+        ours = {(True, False): _SHORT_ROWS, (True, True): _SHORT_TREES, (False, True): _TREES}.get((slow, trees))
+    elif chosen == "eager" and trees and _has_its_own(model):
+        ours = _EAGER_TREES
+    if ours is None or choose is None:
         yield
         return
-    choose({(True, False): _SHORT_ROWS, (True, True): _SHORT_TREES, (False, True): _TREES}[slow, trees])
+    choose(ours)
     try:
         yield
     finally:
-        choose("sdpa")
+        choose(chosen)
+
+
+def _has_its_own(model: nn.Module) -> bool:
+    """Return whether all attention of the model calls its module's own function where the config says eager."""
+    calls = [inspect.unwrap(plain_class(module).forward).__code__.co_names for module in model.modules()]
+    choices = [_EAGER in names for names in calls if _CHOICE in names]
+    return bool(choices) and all(choices)
 
 
 def takes_trees(model: nn.Module) -> bool:
     """Return whether the model's attention may be computed over trees now."""
-    return implementation(model) in (_TREES, _SHORT_TREES)
+    return implementation(model) in _WITHOUT_TREES
 
 
 @contextlib.contextmanager
 def without_trees(model: Any) -> Iterator[None]:
     """Take no trees, while open."""
-    chosen = implementation(model)
-    if not takes_trees(model):
+    chosen = implementation(model) or ""
+    without = _WITHOUT_TREES.get(chosen)
+    if without is None:
         yield
         return
-    model.set_attn_implementation("sdpa" if chosen == _TREES else _SHORT_ROWS)
+    model.set_attn_implementation(without)
     try:
         yield
     finally:
@@ -111,14 +129,23 @@ def _with_trees(others: Callable[..., tuple[Tensor, None]]) -> Callable[..., tup
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         settings = Settings(scale, more.get("sliding_window"), more.get("softcap"), dropout, seed)
-        return tree_attention(query, key, value, plan, settings).transpose(1, 2).contiguous(), None
+        return tree_attention(query, key, value, plan, settings, more.get("s_aux")).transpose(1, 2).contiguous(), None
 
     return attention_of
 
 
+def _own(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """Compute attention as the module's file does."""
+    return inspect.unwrap(plain_class(module).forward).__globals__[_EAGER](module, *inputs, **named)
+
+
+# Our names of attention with trees → the names of what it is without
+_WITHOUT_TREES = {_TREES: "sdpa", _SHORT_TREES: _SHORT_ROWS, _EAGER_TREES: "eager"}
 AttentionInterface.register(_SHORT_ROWS, attention)
 AttentionMaskInterface.register(_SHORT_ROWS, eager_mask)
 AttentionInterface.register(_SHORT_TREES, _with_trees(attention))
 AttentionMaskInterface.register(_SHORT_TREES, eager_mask)
 AttentionInterface.register(_TREES, _with_trees(sdpa_attention_forward))
 AttentionMaskInterface.register(_TREES, sdpa_mask)
+AttentionInterface.register(_EAGER_TREES, _with_trees(_own))
+AttentionMaskInterface.register(_EAGER_TREES, eager_mask)

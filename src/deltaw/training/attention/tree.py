@@ -142,15 +142,18 @@ def _of_one_length(longest_first: Sequence[slice]) -> list[list[slice]]:
     return groups
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, settings: Settings) -> Tensor:
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, settings: Settings, sinks: Tensor | None = None
+) -> Tensor:
     """Return softmax(QKᵀ·scale)V over each token's path in the tree.
 
     query [1, heads, t, e]; key [1, key heads, t, e]; value [1, key heads, t, f] → [1, heads, t, f]. A key head serves
-    heads / key heads neighbouring query heads.
+    heads / key heads neighbouring query heads. sinks [heads]: a score of each head that takes mass and has no value (Xiao et al.
+    2023, arXiv 2309.17453).
     """
-    if query.device.type != "cpu" and settings.cap is None:
+    if query.device.type != "cpu" and settings.cap is None and sinks is None:
         return masked_attention(query, key, value, plan, settings)
-    out: Tensor = _TreeAttention.apply(query, key, value, plan, settings)  # type: ignore[no-untyped-call]
+    out: Tensor = _TreeAttention.apply(query, key, value, sinks, plan, settings)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -164,7 +167,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, sett
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, settings: Settings) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, plan: Plan, settings: Settings
+    ) -> Tensor:
         q, k, v = (_by_token(x) for x in (query, key, value))
         products = _products(q, v, settings)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -181,15 +186,19 @@ class _TreeAttention(torch.autograd.Function):
             out[at] *= (log_mass[at] - both).exp_()[..., None]
             out[at] += part[0] * (mass[0] - both).exp_()[..., None]
             log_mass[at] = both
+        if sinks is not None:
+            both = torch.logaddexp(log_mass, sinks.to(wide))
+            out *= (log_mass - both).exp_()[..., None]
+            log_mass = both
         log_mass[-1] = torch.inf  # padding has no part in a gradient
         result = out[:-1].to(query.dtype)
-        ctx.save_for_backward(query, key, value, result, log_mass)
+        ctx.save_for_backward(query, key, value, sinks, result, log_mass)
         ctx.plan, ctx.settings = plan, settings
         return result.transpose(0, 1)[None]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, out, log_mass = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+        query, key, value, sinks, out, log_mass = ctx.saved_tensors
         plan = ctx.plan
         q, k, v, dout = (_by_token(x) for x in (query, key, value, grads[0]))
         products = _products(q, v, ctx.settings)
@@ -211,7 +220,11 @@ class _TreeAttention(torch.autograd.Function):
         of_query, of_key, of_value = (
             d[:-1].to(x.dtype).transpose(0, 1)[None] for d, x in zip((dq, dk, dv), (q, k, v), strict=True)
         )
-        return of_query, of_key, of_value, None, None
+        of_sinks = None
+        if sinks is not None:
+            common = (dout.to(log_mass.dtype) * out).sum(-1)
+            of_sinks = -((sinks - log_mass[:-1]).exp() * common).sum(0).to(sinks.dtype)
+        return of_query, of_key, of_value, of_sinks, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -132,7 +132,9 @@ def _warn_of_no_trees(loop: Loop) -> None:
     if isinstance(plan.loss, CompletionLoss) and not takes_trees(plan.model):
         batch = plan.parts(plan.drawn(loop.state.step))[0]
         if tree_of(batch, 0, plan.loss.collate(batch).input_ids.numel()) is not None:
-            why = f"the model's attention is {implementation(plan.model)!r}, not 'sdpa'"
+            why = (
+                f"the model's attention is {implementation(plan.model)!r} in a way of its own, not transformers' 'sdpa'"
+            )
             warn(loop, f"What records have in common is computed for each of them: {why}.")
 
 
