@@ -1,14 +1,18 @@
-"""Measure steps over records that begin alike, as trees (`--share auto`) and as rows (`--share off`), side by side.
+"""Measure steps over records that begin alike, as trees (`--share auto`), as trees of records that meet in a step
+(`--share group`), and as rows (`--share off`), side by side.
 
-    python benchmarks/trees.py --data DATA                    # all cases; DATA has the folders tools and e2e
+    python benchmarks/trees.py --data DATA                    # all cases; DATA has the folders tools, e2e and instruct
     python benchmarks/trees.py --data DATA --cases tools_8    # one of them, added to the results that are there
 
 tools_8, tools_32   one set of tools as the system prompt of every record (more than 400 tokens), 8 and 32 records a step
-e2e                 E2E's records in the model's chat template, whose system prompt they share
-nothing             E2E's records without a template: nothing is shared, and the time is to be the same
+e2e                 600 items of E2E with all their references, in the model's chat template
+chat                conversations of 6 turns in a template that, like Qwen3's, drops the thoughts of earlier turns: each turn is a
+                    record of its own
+nothing             E2E's records without a template, one of each item: nothing is shared, and the time is to be the same
 
-`deltaw.train` as a user calls it, LoRA r = 8 on all linear layers, float32. The same records in the same order, so the losses are
-the same, too. Writes results/trees.json.
+`deltaw.train` as a user calls it, LoRA r = 8 on all linear layers, float32. `trees` and `rows` have the same records in the same
+order, so their losses are the same, too; `group` has another order. Of 32 records a step, rows are computed 8 at a time: all at
+once they would take 34 GB. Writes results/trees.json.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +36,15 @@ HERE = Path(__file__).resolve().parent
 _CHARACTERS = 2000
 
 
+_MICRO_BATCH = 8
+# Of a chat template that, like Qwen3's, has thoughts in the last turn alone
+_TEMPLATE = (
+    "{% for m in messages %}{% set parts = m.content.split('</think>') %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% else %}{{ parts[-1] | trim }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @dataclass(frozen=True)
 class Case:
     records: str
@@ -38,13 +52,15 @@ class Case:
     warm: int
     steps: int
     template: str = "auto"
+    rows: tuple[str, ...] = ("trees", "rows")
 
 
 CASES = {
     "tools_8": Case("tools", 8, 1, 3),
     "tools_32": Case("tools", 32, 1, 2),
-    "e2e": Case("e2e", 8, 8, 16),
-    "nothing": Case("e2e", 8, 8, 16, template="plain"),
+    "e2e": Case("e2e", 8, 8, 16, rows=("trees", "rows", "group")),
+    "chat": Case("chat", 8, 1, 4, rows=("trees", "rows", "group")),
+    "nothing": Case("nothing", 8, 8, 16, template="plain"),
 }
 
 
@@ -64,11 +80,54 @@ def tools(data: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _e2e(data: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of 600 items."""
+    items: dict[str, list[dict[str, Any]]] = {}
+    for line in (data / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines():
+        items.setdefault(json.loads(line)["prompt"], []).append(json.loads(line))
+    return {prompt: items[prompt] for prompt in random.Random(0).sample(sorted(items), 600)}
+
+
 def e2e(data: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (data / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:4000]]
+    return [record for records in _e2e(data).values() for record in records]
 
 
-RECORDS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {"tools": tools, "e2e": e2e}
+def nothing(data: Path) -> list[dict[str, Any]]:
+    return [records[0] for records in _e2e(data).values()]
+
+
+def chat(data: Path) -> list[dict[str, Any]]:
+    """Conversations of six turns, each with a thought."""
+    rows = [json.loads(line) for line in (data / "instruct" / "all.jsonl").read_text(encoding="utf-8").splitlines()]
+    short = [row for row in rows if not row["input"] and 40 < len(row["output"]) < 400]
+    talks = []
+    for i in range(0, len(short) - 5, 6):
+        turns = []
+        for row in short[i : i + 6]:
+            thought = f"<think>\nThey ask: {row['instruction'][:60]}\n</think>\n\n"
+            turns += [
+                {"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": thought + row["output"]},
+            ]  # fmt: skip
+        talks.append({"messages": turns})
+    return talks
+
+
+RECORDS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "tools": tools, "e2e": e2e, "nothing": nothing, "chat": chat,
+}  # fmt: skip
+
+
+def model_of(case: Case, model: Path, folder: Path) -> Path:
+    """The model's folder; of the case of chats a copy of links, with the other template."""
+    if case.records != "chat":
+        return model
+    copy = folder / "model"
+    copy.mkdir()
+    for file in model.iterdir():
+        if file.name != "chat_template.jinja":
+            (copy / file.name).symlink_to(file.resolve())
+    (copy / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+    return copy
 
 
 def train(job: dict[str, Any], clock: Clock, share: str) -> None:
@@ -80,18 +139,19 @@ def train(job: dict[str, Any], clock: Clock, share: str) -> None:
         config = deltaw.TrainConfig(
             out=folder, batch=case.batch, steps=case.warm + case.steps, valid_share=0.0, samples=0, log_every=1, dtype="float32",
             overwrite=True, data=deltaw.DataConfig(template=case.template), share=share,
+            micro_batch=_MICRO_BATCH if share == "off" else None,
         )  # fmt: skip
         method = deltaw.LoRA(rank=8, targets="all-linear")
         deltaw.train(job["model"], job["data"], config, method=method, on_event=clock.follow(), progress=False)
 
 
-ROWS = {"trees": partial(train, share="auto"), "rows": partial(train, share="off")}
+ROWS = {name: partial(train, share=share) for name, share in (("trees", "auto"), ("rows", "off"), ("group", "group"))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets")
-    parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
+    parser.add_argument("--model", type=Path, default=HERE.parent / ".cache" / "smollm2")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -107,8 +167,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "records.jsonl"
             file.write_text("".join(json.dumps(r) + "\n" for r in RECORDS[case.records](args.data)), encoding="utf-8")
-            job = {"case": asdict(case), "data": str(file), "model": args.model}
-            cases[name] = asdict(case) | {"rows": race.heat(tuple(ROWS), job, warm=case.warm, count=case.steps)}
+            job = {"case": asdict(case), "data": str(file), "model": str(model_of(case, args.model, Path(folder)))}
+            cases[name] = asdict(case) | {"rows": race.heat(case.rows, job, warm=case.warm, count=case.steps)}
         machine.write("trees", {"cases": cases})
 
 

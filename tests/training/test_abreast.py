@@ -52,6 +52,18 @@ def texts() -> list[Any]:
     return found
 
 
+def alike() -> list[Any]:
+    """Texts that begin alike for 30 tokens, some of them for 48."""
+    return [
+        Example(
+            [*range(30), *range(20 * (i % 2), 18 + 20 * (i % 2)), *e.input_ids],
+            [j > 40 for j in range(48 + e.length)],
+            "",
+        )
+        for i, e in enumerate(texts())
+    ]
+
+
 def items(target: Any) -> list[Any]:
     return [Item({"input_ids": e.input_ids}, target(e.input_ids), "") for e in texts()]
 
@@ -59,6 +71,7 @@ def items(target: Any) -> list[Any]:
 TASKS: dict[str, tuple[Any, Any, Any]] = {
     "llama": (tiny_llama, CompletionLoss, texts),
     "gpt2": (tiny_gpt2, CompletionLoss, texts),
+    "trees": (tiny_llama, CompletionLoss, alike),
     "classes": (bert, ClassLoss, lambda: items(lambda ids: ids[0] % 3)),
     "experts": (lambda: model_of("Mixtral"), CompletionLoss, texts),
     "decoder": (t5, DecoderLoss, lambda: items(lambda ids: ids[:3])),
@@ -97,7 +110,8 @@ def check(task: str, candidates: Any, width: int) -> None:
     before = None if candidates[0][1].gradient_checkpointing else snapshot(model)  # that stays on
     heard: list[list[Event]] = [[] for _ in candidates]
     plans = [plan_of(task, model, i, *each, heard[i]) for i, each in enumerate(candidates)]
-    assert not run_loops(plans, width).failed
+    ended = run_loops(plans, width)
+    assert not ended.failed and all(bool(state.shared) == (task == "trees") for state in ended.states)
     for number, (parameters, events) in enumerate(alone(task, candidates)):
         ours = learned(model, str(number))
         for name, expected in parameters.items():

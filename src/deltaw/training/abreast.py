@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -34,6 +36,7 @@ from deltaw.training.loop import (
     step,
     stop,
 )  # fmt: skip
+from deltaw.training.losses import CompletionLoss
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,12 @@ def _step_together(loops: Sequence[Loop]) -> None:
     began = clock()
     drawn = [loop.plan.drawn(loop.state.step) for loop in loops]
     with drawing(*loops):
-        losses, counts = _backward(loops, drawn)
+        losses, counts, shared = _backward(loops, drawn)
     share = (clock() - began) / len(loops)
     for loop, rows, loss, count in zip(loops, drawn, losses, counts, strict=True):
         began = clock()
         with _acting(loop):
-            taken = learn(loop, rows, loss, count)
+            taken = learn(loop, rows, loss, count, shared)
             after_step(loop, taken, share + clock() - began)
 
 
@@ -148,25 +151,50 @@ def _held_out(loop: Loop) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
-def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple[list[torch.Tensor], list[int]]:
-    """Add the gradients of each loop's step over its own rows. Return its mean loss, fp32 scalar, and how many predictions that
-    is over."""
+@contextlib.contextmanager
+def _pass(
+    loops: Sequence[Loop], parts: Sequence[Sequence[Any]]
+) -> Iterator[tuple[Callable[[], tuple[torch.Tensor, torch.Tensor]], int]]:
+    """Yield what computes the losses of each loop's rows by its own adapter, and their rows, loop after loop; and how many tokens
+    of each loop this saves.
+
+    Loops with the same rows have the same tree. Other rows have none: what two adapters make of the same tokens is not the same.
+    """
+    loss, model, names = loops[0].plan.loss, loops[0].plan.model, [loop.plan.adapter for loop in loops]
+    if isinstance(loss, CompletionLoss) and all(part == parts[0] for part in parts):
+        batch = loss.collate(parts[0])
+        with using(model, names[0]):
+            loss.decide(batch)
+        rows = 1 if batch.tree is not None and loss.trees else len(parts[0])
+        with route(model, [name for name in names for _ in range(rows)]):
+            yield partial(loss.each, batch, len(loops)), loss.shared(batch)
+        return
+    whole = loss.collate([row for part in parts for row in part])
+    with route(model, [name for name, part in zip(names, parts, strict=True) for _ in part]), without_trees(model):
+        yield partial(loss.each, whole), 0
+
+
+def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple[list[torch.Tensor], list[int], int]:
+    """Add the gradients of each loop's step over its own rows. Return its mean loss, fp32 scalar, how many predictions that is
+    over, and how many of the tokens of each loop were not computed, as its other rows have them too."""
     loss = loops[0].plan.loss
     parts = [loop.plan.parts(rows) for loop, rows in zip(loops, drawn, strict=True)]
     counts = [sum(loss.collate(part).targets for part in of_loop) for of_loop in parts]
     divisor = torch.tensor(counts, dtype=torch.float32)
     means = torch.zeros_like(loops[0].losses).repeat(len(loops))
-    for shared in itertools.zip_longest(*parts, fillvalue=()):
-        # What two adapters make of the same tokens is not the same, so these rows are no tree
-        names = [loop.plan.adapter for loop, part in zip(loops, shared, strict=True) for _ in part]
-        owners = torch.tensor([i for i, part in enumerate(shared) for _ in part])
-        with route(loops[0].plan.model, names), without_trees(loops[0].plan.model):
-            # The backward pass too: checkpointing computes layers in it again
-            losses, rows = loss.each(loss.collate([row for part in shared for row in part]))
+    shared = 0
+    for part_of_each in itertools.zip_longest(*parts, fillvalue=()):
+        owners = torch.tensor([i for i, part in enumerate(part_of_each) for _ in part])
+        with _pass(loops, part_of_each) as (
+            losses_of,
+            saved,
+        ):  # the backward pass too: checkpointing computes layers in it again
+            losses, rows = losses_of()
             sums = torch.zeros_like(means).index_add(0, owners[rows].to(losses.device), losses)
             of_loops = sums / divisor.to(losses.device)
             torch.autograd.backward(of_loops.sum())
         means += of_loops.detach()
+        shared += saved
         for loop in loops:
             loop.flat.add_gradients()
-    return list(means), counts
+    return list(means), counts, shared

@@ -126,8 +126,30 @@ class CompletionLoss:
             return batch
         return replace(batch, tree=tree_of(examples, self.pad_id, batch.input_ids.numel()))
 
-    def each(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return −log p of each supervised token, fp32 [n], and its row in the batch, int64 [n] on the CPU."""
+    def each(self, batch: Batch, times: int = 1) -> tuple[Tensor, Tensor]:
+        """Return −log p of each supervised token, fp32 [n], and its row in the batch, int64 [n] on the CPU.
+
+        times: how often the model gets the batch, one time after the other in one pass; row i of time j is j · rows + i. Of a
+        tree the pass has `times` rows.
+        """
+        self.decide(batch)
+        tree = batch.tree if self.trees else None
+        rows, positions, targets = _supervised(batch, tree)
+        inputs = self._inputs(batch) if tree is None else self._inputs_of(tree)
+        device = inputs["input_ids"].device
+        if times > 1:
+            inputs = {name: t if t.ndim == 4 else t.repeat(times, 1) for name, t in inputs.items()}
+            size = (batch.input_ids if tree is None else tree.input_ids).numel()
+            rows, positions = (_again(t, times, n) for t, n in ((rows, len(batch.input_ids)), (positions, size)))
+            targets = targets.repeat(times)
+        count = len(positions)
+        if self.path == "head":
+            padding = (0, -count % heads.MULTIPLE)  # with position 0 and target 0; their losses are dropped
+            positions, targets = F.pad(positions, padding), F.pad(targets, padding)
+        return self._losses(inputs, to_device(device, positions), to_device(device, targets))[:count], rows
+
+    def decide(self, batch: Batch) -> None:
+        """Decide by the first batch how the loss is computed, and by the first tree whether trees are taken."""
         if not self.path:
             self._choose(self._inputs(batch))
         if batch.tree is not None and self._is_new(batch.tree):
@@ -135,15 +157,6 @@ class CompletionLoss:
             self.trees, self._tried = not reason, batch.tree.places.shape[1]
             if reason:
                 log.warning("What records have in common is computed for each of them: of a tree, %s.", reason)
-        tree = batch.tree if self.trees else None
-        rows, positions, targets = _supervised(batch, tree)
-        inputs = self._inputs(batch) if tree is None else self._inputs_of(tree)
-        device = inputs["input_ids"].device
-        count = len(positions)
-        if self.path == "head":
-            padding = (0, -count % heads.MULTIPLE)  # with position 0 and target 0; their losses are dropped
-            positions, targets = F.pad(positions, padding), F.pad(targets, padding)
-        return self._losses(inputs, to_device(device, positions), to_device(device, targets))[:count], rows
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
@@ -235,6 +248,11 @@ def _ways(model: nn.Module) -> Iterator[AfterHead]:
 def _number(config: object, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def _again(places: Tensor, times: int, size: int) -> Tensor:
+    """Return places in a row of `size` as those in `times` such rows, one after the other."""
+    return (places + size * torch.arange(times)[:, None]).flatten()
 
 
 def _at(positions: Tensor, rows: Tensor) -> Tensor:

@@ -147,9 +147,9 @@ def tree_attention(
 ) -> Tensor:
     """Return softmax(QKᵀ·scale)V over each token's path in the tree.
 
-    query [1, heads, t, e]; key [1, key heads, t, e]; value [1, key heads, t, f] → [1, heads, t, f]. A key head serves
-    heads / key heads neighbouring query heads. sinks [heads]: a score of each head that takes mass and has no value (Xiao et al.
-    2023, arXiv 2309.17453).
+    query [n, heads, t, e]; key [n, key heads, t, e]; value [n, key heads, t, f] → [n, heads, t, f]: n passes over one tree. A key
+    head serves heads / key heads neighbouring query heads. sinks [heads]: a score of each head that takes mass and has no value
+    (Xiao et al. 2023, arXiv 2309.17453).
     """
     if query.device.type != "cpu" and settings.cap is None and sinks is None:
         return masked_attention(query, key, value, plan, settings)
@@ -171,6 +171,7 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, plan: Plan, settings: Settings
     ) -> Tensor:
         q, k, v = (_by_token(x) for x in (query, key, value))
+        sinks = None if sinks is None else sinks.repeat(len(query))
         products = _products(q, v, settings)
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros(len(q) + 1, q.shape[1], v.shape[2], dtype=wide)
@@ -194,7 +195,7 @@ class _TreeAttention(torch.autograd.Function):
         result = out[:-1].to(query.dtype)
         ctx.save_for_backward(query, key, value, sinks, result, log_mass)
         ctx.plan, ctx.settings = plan, settings
-        return result.transpose(0, 1)[None]
+        return _by_row(result, len(query))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
@@ -218,18 +219,24 @@ class _TreeAttention(torch.autograd.Function):
             dk[keys] += of_k[0]
             dv[keys] += of_v[0]
         of_query, of_key, of_value = (
-            d[:-1].to(x.dtype).transpose(0, 1)[None] for d, x in zip((dq, dk, dv), (q, k, v), strict=True)
+            _by_row(d[:-1].to(x.dtype), len(query)) for d, x in zip((dq, dk, dv), (q, k, v), strict=True)
         )
         of_sinks = None
         if sinks is not None:
             common = (dout.to(log_mass.dtype) * out).sum(-1)
-            of_sinks = -((sinks - log_mass[:-1]).exp() * common).sum(0).to(sinks.dtype)
+            of_sinks = -((sinks - log_mass[:-1]).exp() * common).sum(0).view(len(query), -1).sum(0).to(sinks.dtype)
         return of_query, of_key, of_value, of_sinks, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """Return [1, heads, t, e] as [t, heads, e]."""
-    return x[0].transpose(0, 1)
+    """Return [n, heads, t, e] as [t, n · heads, e]."""
+    return x.flatten(0, 1).transpose(0, 1)
+
+
+def _by_row(x: Tensor, n: int) -> Tensor:
+    """Undo `_by_token`."""
+    rows: Tensor = x.transpose(0, 1).unflatten(0, (n, -1))  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _Products(Protocol):
