@@ -11,8 +11,8 @@ chat                conversations of 6 turns in a template that, like Qwen3's, d
 nothing             E2E's records without a template, one of each item: nothing is shared, and the time is to be the same
 
 `deltaw.train` as a user calls it, LoRA r = 8 on all linear layers, float32. `trees` and `rows` have the same records in the same
-order, so their losses are the same, too; `group` has another order. Of 32 records a step, rows are computed 8 at a time: all at
-once they would take 34 GB. Writes results/trees.json.
+order, so their losses are the same, too; `group` has another order, and `trl` (TRL's SFTTrainer at its fastest) its own. Of 32
+records a step, rows are computed 8 at a time: all at once they would take 34 GB. Writes results/trees.json.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Case:
 
 
 CASES = {
-    "tools_8": Case("tools", 8, 1, 3),
+    "tools_8": Case("tools", 8, 1, 3, rows=("trees", "rows", "trl")),
     "tools_32": Case("tools", 32, 1, 2),
     "e2e": Case("e2e", 8, 8, 16, rows=("trees", "rows", "group")),
     "chat": Case("chat", 8, 1, 4, rows=("trees", "rows", "group")),
@@ -145,7 +145,22 @@ def train(job: dict[str, Any], clock: Clock, share: str) -> None:
         deltaw.train(job["model"], job["data"], config, method=method, on_event=clock.follow(), progress=False)
 
 
-ROWS = {name: partial(train, share=share) for name, share in (("trees", "auto"), ("rows", "off"), ("group", "group"))}
+def trl(job: dict[str, Any], clock: Clock) -> None:
+    """TRL at its fastest, over the same records as conversations of prompt and completion."""
+    import train_step
+
+    case = Case(**job["case"])
+    named = argparse.Namespace(
+        model=job["model"], data=str(Path(job["data"]).parent), steps=case.warm + case.steps,
+        case=argparse.Namespace(batch=case.batch, rank=8, targets="all-linear"),
+    )  # fmt: skip
+    train_step.trl_row(**train_step.TRL_FASTEST, max_length=None)(named, clock)
+
+
+ROWS: dict[str, Callable[[dict[str, Any], Clock], None]] = {
+    name: partial(train, share=share) for name, share in (("trees", "auto"), ("rows", "off"), ("group", "group"))
+}
+ROWS["trl"] = trl
 
 
 def main() -> None:
@@ -166,7 +181,12 @@ def main() -> None:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "records.jsonl"
-            file.write_text("".join(json.dumps(r) + "\n" for r in RECORDS[case.records](args.data)), encoding="utf-8")
+            records = RECORDS[case.records](args.data)
+            file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+            of_trl = [
+                {"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records if "messages" in r
+            ]
+            (Path(folder) / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in of_trl), encoding="utf-8")
             job = {"case": asdict(case), "data": str(file), "model": str(model_of(case, args.model, Path(folder)))}
             cases[name] = asdict(case) | {"rows": race.heat(case.rows, job, warm=case.warm, count=case.steps)}
         machine.write("trees", {"cases": cases})
