@@ -183,6 +183,10 @@ class TrainConfig(Trusting):
     dtype: DType = "auto"
     """Precision of the base weights. auto: bfloat16 where the device is faster in it, else float32 on a CPU and the checkpoint's
     elsewhere. A and B are float32 always. A model object keeps its own."""
+    frozen_dtype: Literal["full", "int8", "auto"] = "full"
+    """Precision of the products with frozen weights while training: full is theirs. int8 rounds both factors to 8 bits, with a
+    scale for each row, and keeps 8 columns as they are; it is slower where a processor has no such products. auto: int8 where it
+    is measured to be faster. Scores, merges and what is saved are of the weights as they are."""
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1, mps. auto: a GPU if there is one."""
     gradient_checkpointing: bool = False

@@ -83,7 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {}, "accumulation": {"micro_batch": 2}, "token budget": {"batch_tokens": 90}, "SGD": {"optimizer": "SGD", "lr": 0.1},
     "Adafactor": {"optimizer": "Adafactor"}, "Muon": {"optimizer": "Muon"}, "RAdam": {"optimizer": "RAdam"}, "early stop": {"patience": 2, "eval_every": 1, "steps": 30, "lr": 0.3},
     "epochs": {"steps": None, "epochs": 1.5}, "cosine": {"schedule": "cosine", "lr_ratio": 4.0},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True}, "int8": {"frozen_dtype": "int8"}, "groups": {"share": "group"},
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
 from deltaw import LoRA, attach
 from deltaw.model.summary import parameters, updates
 from deltaw.training.flat import Flat
-from deltaw.training.together import same_input
+from deltaw.training.together import largest_inputs, same_input
 from tests.conftest import MAKERS, assert_same, fill, snapshot, tiny_llama
 
 
@@ -43,11 +43,12 @@ def prepared(make: Callable[[], Any], *, dtype: torch.dtype = torch.float64, **s
     return model.train()
 
 
-def flat_of(model: Any, ids: Tensor) -> Flat:
+def flat_of(model: Any, ids: Tensor, *, int8: bool = False) -> Flat:
     adapted = updates(model)
     with torch.no_grad():
         groups = same_input(adapted, lambda: model(ids))
-    return Flat({name: model.get_submodule(name) for name in adapted}, adapted, groups)
+        largest = largest_inputs(adapted, lambda: model(ids)) if int8 else {}
+    return Flat({name: model.get_submodule(name) for name in adapted}, adapted, groups, int8=largest)
 
 
 def layers_of(model: Any) -> list[str]:
@@ -167,3 +168,30 @@ def test_an_error_inside_gives_the_tensors_back(ids: Tensor) -> None:
         raise KeyboardInterrupt
     assert_same(model, before)
     assert all(u.elsewhere is None for u in updates(model).values())
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_products_in_8_bits_are_near_and_leave_the_base_as_it_is(name: str, dropout: float, ids: Tensor) -> None:
+    def some(model: Any, ids: Tensor) -> Tensor:
+        out = model(ids)  # a norm makes the sum of all entries of a state the same, whatever they are
+        return (out.logits if hasattr(out, "logits") else out.last_hidden_state)[..., :5].pow(2).mean()
+
+    model = prepared(MODELS[name], dtype=torch.float32, dropout=dropout)
+    before = snapshot(model)
+    values: list[list[Tensor]] = []
+    for int8 in (False, True):
+        with flat_of(model, ids, int8=int8) as flat:
+            torch.manual_seed(3)
+            loss = some(model, ids)
+            loss.backward()
+            flat.add_gradients()
+            slopes = torch.cat([p.grad.flatten().clone() for p in parameters(model)])
+            model.eval()
+            values.append([loss.detach(), slopes, some(model, ids).detach()])
+            model.train()
+    full, few = values
+    assert few[0] != full[0] and float(few[0]) == pytest.approx(float(full[0]), rel=0.05)
+    assert float(torch.cosine_similarity(full[1], few[1], dim=0)) > 0.99
+    assert torch.equal(full[2], few[2]), "scores are of the weights as they are"
+    assert_same(model, before)

@@ -22,6 +22,7 @@ from deltaw.training.events import Evaluated, Event, Stepped, Warned
 from deltaw.training.loop import (
     LoopPlan,
     LoopState,
+    checks,
     evaluate,
     held_out_loss,
     opened,
@@ -451,6 +452,27 @@ def test_settings_without_an_effect_are_said(
     _, events = trained(attach(tiny_llama(layers=1), method), valid=RECORDS[:valid], **settings)
     texts = [event.text for event in of_kind(events, Warned)]
     assert texts == [f"A setting has no effect: {line}." for line in lines]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_int8_where_it_is_slow_or_reaches_nothing_is_said(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "is_faster", lambda device: faster)
+    slow = "Products in int8 are slower than full ones on this machine: leave --frozen-dtype out, or take auto."
+    idle = "frozen_dtype is int8, and no layer that takes an update by A and B multiplies by a weight as it is"
+    for method, lines in ((LoRA(rank=2), []), (IA3(), [f"A setting has no effect: {idle}."])):
+        _, events = trained(attach(tiny_llama(layers=1), method), frozen_dtype="int8", steps=2)
+        assert [event.text for event in of_kind(events, Warned)] == lines + ([] if faster else [slow])
+
+
+def test_a_run_in_int8_learns_what_a_full_one_does() -> None:
+    curves = []
+    for frozen_dtype in ("full", "int8"):
+        torch.manual_seed(0)
+        _, events = trained(
+            attach(tiny_llama(layers=2), LoRA(rank=2)), frozen_dtype=frozen_dtype, steps=12, log_every=1
+        )
+        curves.append([event.loss for event in of_kind(events, Stepped)])
+    assert curves[0] != curves[1] and curves[1] == pytest.approx(curves[0], rel=0.01)
 
 
 def test_examples_are_what_the_order_draws() -> None:

@@ -42,7 +42,7 @@ _OF_TRAINING = {
     "Optimization": "schedule warmup minutes batch_tokens micro_batch share clip optimizer weight_decay lr_ratio "
     "skip_bad_steps seed",
     "Held-out records": "valid valid_share valid_most eval_every patience samples",
-    "Machine": "dtype device gradient_checkpointing trust_remote_code",
+    "Machine": "dtype frozen_dtype device gradient_checkpointing trust_remote_code",
     "Run folder": "overwrite start save_every log_every",
 }
 _ORDER = (

@@ -198,6 +198,8 @@ def width_of(asked: int | None, largest: Prepared) -> tuple[int, str]:
     first = next(largest.loaded.model.parameters())
     if first.dtype == torch.float16:
         return 1, "in float16 each has a loss scale of its own"
+    if largest.config.frozen_dtype == "int8":
+        return 1, "products in int8 are of one adapter's rows"
     if asked is not None:
         if asked > 1 and (error := _mixed_rows(largest)) is not None:
             raise AdapterError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltaw.layers.tree import is_finite
 from deltaw.methods.updates.base import Update, own_tensor
 from deltaw.methods.updates.lowrank import LowRank, low_rank_parts
+from deltaw.training.frozen import Int8
 from deltaw.training.together import Branch, Member, Together, elsewhere
 
 _LETTERS = ("A", "B")
@@ -68,7 +69,11 @@ class Flat:
         updates: Mapping[str, LowRank],
         groups: Sequence[Sequence[str]],
         others: Mapping[str, Update] = MappingProxyType({}),
+        *,
+        int8: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
+        """Args: int8: the largest inputs (`largest_inputs`) of layers whose products with W0 are computed in 8 bits."""
+        self.int8 = int8
         keys = {letter: {n: _key(layers[n], u, letter) for n, u in updates.items()} for letter in _LETTERS}
         self.layers = layers
         self.others = others
@@ -171,7 +176,8 @@ class Flat:
             B = _leaf(*self.places["B"][name], "B", *update.B.shape)
             members.append(Member(self.layers[name], update, slice(row, row + update.rank), B))
             row += update.rank
-        return Together(A, members)
+        largest = self.int8.get(group[0])  # of a group, all read the same
+        return Together(A, members, None if largest is None else Int8([m.W0 for m in members], largest))
 
 
 def _factors(update: LowRank) -> dict[str, nn.Parameter]:

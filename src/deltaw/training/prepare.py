@@ -26,6 +26,7 @@ from deltaw.model import summary
 from deltaw.model.inputs import hidden_size_of, settle_padding, vocabulary_size
 from deltaw.model.pretrained import HEADED, Pretrained, check_vocabulary, head_of, pad_id, read_config
 from deltaw.progress import say
+from deltaw.training.frozen import is_faster
 from deltaw.training.opening import opened, prepared
 from deltaw.training.tasks import recognised, task_of
 
@@ -294,7 +295,10 @@ def _resolved(config: TrainConfig, records: Records, loaded: Pretrained, taken: 
             f"share: group is of texts that a causal model writes on, and this task is {data.task}; leave it out."
         )
     dtype = str(loaded.model.dtype).removeprefix("torch.") if hasattr(loaded.model, "dtype") else config.dtype
-    return replace(config, data=data, dtype=dtype)  # type: ignore[arg-type]
+    frozen_dtype = config.frozen_dtype
+    if frozen_dtype == "auto":
+        frozen_dtype = "int8" if is_faster(next(loaded.model.parameters()).device.type) else "full"
+    return replace(config, data=data, dtype=dtype, frozen_dtype=frozen_dtype)  # type: ignore[arg-type]
 
 
 def held_out_records(source: Source, config: TrainConfig) -> Records | None:

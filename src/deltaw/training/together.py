@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.layers.ops import linear
 from deltaw.methods.updates.lowrank import LowRank
+from deltaw.training.frozen import Int8
 
 Branch = Callable[[nn.Module, Tensor], Tensor]
 """Layer and x [..., k] → the layer's output with its update, [..., d]."""
@@ -64,6 +66,22 @@ def same_input(updates: Mapping[str, LowRank], forward: Callable[[], object]) ->
     return groups + [[name] for name in updates if name not in grouped]
 
 
+def largest_inputs(updates: Mapping[str, LowRank], forward: Callable[[], object]) -> dict[str, Tensor]:
+    """Return the largest entry of each column of what layers read in `forward`, fp32 [k]: of those that are called, and are a
+    product with their weight as it is."""
+    largest: dict[str, Tensor] = {}
+
+    def note(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        entries = x.detach().abs().flatten(0, -2).amax(0).float()
+        largest[name] = torch.maximum(largest.get(name, entries), entries)
+        return updates[name].alone(layer, x)
+
+    products = [name for name, update in updates.items() if update.kind.multiplies and update.kind.as_it_is]
+    with elsewhere(updates, {name: partial(note, name) for name in products}):
+        forward()
+    return largest
+
+
 @dataclass(frozen=True)
 class Member:
     """One layer of a group."""
@@ -94,10 +112,12 @@ class _Part(NamedTuple):
 class Together:
     """A group of layers in training; `branch` computes each. A [Σr, k] is the members' A's, stacked in order."""
 
-    def __init__(self, A: Tensor, members: Sequence[Member]) -> None:
+    def __init__(self, A: Tensor, members: Sequence[Member], frozen: Int8 | None = None) -> None:
+        """Args: frozen: the members' W0 in 8 bits, if their products are to be computed so."""
         self.A = A
         self.members = members
-        self.one = len(members) > 1
+        self.frozen = frozen
+        self.one = len(members) > 1 or frozen is not None
         """False from the first call on that does not fit."""
         self.kept: dict[int, Tensor] = {}
         """Place of a member → its output, computed and not yet asked for."""
@@ -131,7 +151,10 @@ class Together:
     def _compute(self, x: Tensor) -> None:
         members = self.members
         biases = [m.layer._parameters.get("bias") for m in members]
-        outputs = linear.lowrank_linears(x, [m.W0 for m in members], biases, self.A, [m.B for m in members])
+        dropout = members[0].update.dropout  # a layer that has one is alone
+        outputs = linear.lowrank_linears(
+            x, [m.W0 for m in members], biases, self.A, [m.B for m in members], dropout=dropout, frozen=self.frozen
+        )
         self.x, self.version, self.kept = x, x._version, dict(enumerate(outputs))
 
     def _forget(self) -> None:

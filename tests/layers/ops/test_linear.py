@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from deltaw.layers.ops import linear
 from deltaw.layers.ops.linear import lowrank_linear, lowrank_linears, reference
@@ -203,6 +204,34 @@ def test_an_output_that_nothing_is_made_of_costs_no_gradient(used: tuple[int, ..
         torch.testing.assert_close(ours, theirs)
     lowrank_linears(x, W0s, biases, A, Bs)[used[0]].sum().backward()
     assert [B.grad is not None for B in Bs] == [i == used[0] for i in range(3)]
+
+
+class _Doubled:
+    """Products of other weights than those that the layers have."""
+
+    def __init__(self, W0s: list[Tensor]) -> None:
+        self.W0 = 2 * torch.cat(W0s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.W0.t()
+
+    def backward(self, g: Tensor) -> Tensor:
+        return g @ self.W0
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_products_of_frozen_weights_may_be_computed_elsewhere(used: tuple[int, ...], bias: bool) -> None:
+    W0s = [torch.randn(d, 6, dtype=torch.float64) for d in (4, 3, 5)]
+    biases = [torch.randn(len(W0), dtype=torch.float64) if bias else None for W0 in W0s]
+    x, A = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 6), (6, 6)))
+    Bs = [torch.randn(len(W0), 2, dtype=torch.float64, requires_grad=True) for W0 in W0s]
+    leaves = [x, A, *(Bs[i] for i in used)]
+    ours = lowrank_linears(x, W0s, biases, A, Bs, frozen=_Doubled(W0s))
+    theirs = lowrank_linears(x, [2 * W0 for W0 in W0s], biases, A, Bs)
+    torch.testing.assert_close(ours, theirs)
+    sums = [sum(outputs[i].square().sum() for i in used) for outputs in (ours, theirs)]
+    torch.testing.assert_close(*(torch.autograd.grad(total, leaves) for total in sums))
 
 
 @pytest.mark.parametrize("live", ["xAB", "x", "A", "B"])

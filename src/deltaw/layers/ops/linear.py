@@ -8,9 +8,9 @@ same in plain operations, and is what the tests hold this against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +65,21 @@ def lowrank_linear(
 
 
 def lowrank_linears(
-    x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], A: Tensor, Bs: Sequence[Tensor]
+    x: Tensor,
+    W0s: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    A: Tensor,
+    Bs: Sequence[Tensor],
+    *,
+    dropout: float = 0.0,
+    frozen: Frozen | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute W0x + b + B(Ax) of each of several layers that read the same x, for training: the scale is in A already.
 
     x [..., k]; W0 [d, k], bias [d] and B [d, r] of each layer; A [Σr, k], the layers' A's stacked in order → [..., d] of each.
-    All in one dtype, without autocast or dropout, W0 and bias frozen.
+    All in one dtype, without autocast, W0 and bias frozen. frozen: computes the products of the W0s, stacked in order.
     """
-    return _together(x, W0s, biases, A, Bs, _How(1.0, True, None))
+    return _together(x, W0s, biases, A, Bs, _How(1.0, True, (dropout, _seed()) if dropout else None, frozen))
 
 
 def reference(
@@ -91,6 +98,16 @@ def reference(
     return F.linear(x, W0, bias) + scale * branch
 
 
+class Frozen(Protocol):
+    """A way to the products of frozen W0, of layers that read the same x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·W0ᵀ: [tokens, k] → fp32 [tokens, Σd]."""
+
+    def backward(self, g: Tensor) -> Tensor:
+        """Return g·W0: [tokens, Σd] → fp32 [tokens, k]."""
+
+
 @dataclass(frozen=True)
 class _How:
     """The settings of a product, beside its tensors."""
@@ -99,6 +116,8 @@ class _How:
     training: bool
     dropout: tuple[float, int] | None
     """Its probability, and the seed of its mask."""
+    frozen: Frozen | None = None
+    """Computes the products of W0; None: W0 as it is."""
 
     def scaled(self, fresh: Tensor) -> Tensor:
         return fresh if self.scale == 1.0 else fresh.mul_(self.scale)
@@ -147,10 +166,9 @@ def _forward(
     """Return the outputs, each [..., d], and Ax [tokens, Σr]."""
     Ax = how.dropped(_rows(x)) @ A.to(x.dtype).t()
     outputs = []
-    for W0, bias, B, part in zip(W0s, biases, Bs, _parts(Ax, Bs), strict=True):
-        out = F.linear(x, W0, bias)
+    for out, B, part in zip(_base(x, W0s, biases, how.frozen), Bs, _parts(Ax, Bs), strict=True):
         Bt = B.to(x.dtype).t()
-        # F.linear's output is fresh and contiguous, so a view of it can take the branch in place
+        # The output is fresh and contiguous, so a view of it can take the branch in place
         flat = out.view(-1, out.shape[-1])
         if how.training or out.dtype.itemsize < torch.float32.itemsize:
             flat.addmm_(part, Bt, alpha=how.scale)  # rounded once
@@ -162,6 +180,16 @@ def _forward(
     return tuple(outputs), Ax
 
 
+def _base(x: Tensor, W0s: Sequence[Tensor], biases: Sequence[Tensor | None], frozen: Frozen | None) -> Iterator[Tensor]:
+    """Yield W0x + b of each layer, [..., d], fresh and contiguous."""
+    if frozen is None:
+        yield from (F.linear(x, W0, bias) for W0, bias in zip(W0s, biases, strict=True))
+        return
+    outputs = frozen.forward(_rows(x)).to(x.dtype).split([W0.shape[0] for W0 in W0s], dim=1)
+    for out, bias in zip(outputs, biases, strict=True):
+        yield (out.contiguous() if bias is None else out + bias).view(*x.shape[:-1], out.shape[1])
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -169,6 +197,16 @@ def _rows(x: Tensor) -> Tensor:
 def _parts(Ax: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return each layer's columns of Ax."""
     return (Ax,) if len(Bs) == 1 else Ax.split([B.shape[1] for B in Bs], dim=1)
+
+
+def _joined(grads: Sequence[Tensor | None], widths: Sequence[int], x: Tensor) -> Tensor:
+    """Return the gradients of all layers' outputs side by side, [tokens, Σd]; zeros where nothing came of an output."""
+    tokens = _rows(x).shape[0]
+    parts = [
+        x.new_zeros(tokens, width) if grad is None else grad.reshape(tokens, width)
+        for grad, width in zip(grads, widths, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class _Fused(torch.autograd.Function):
@@ -203,8 +241,10 @@ class _Fused(torch.autograd.Function):
             dBs.append(ctx.how.scaled(part.t() @ g).t().to(B.dtype) if needed else None)
             if needs_x or needs_A:
                 gB.append(g @ B.to(g.dtype))
-            if needs_x:
+            if needs_x and ctx.how.frozen is None:
                 dx = g @ W0 if dx is None else dx.addmm_(g, W0)
+        if needs_x and ctx.how.frozen is not None:
+            dx = ctx.how.frozen.backward(_joined(grads, [W0.shape[0] for W0 in W0s], x)).to(x.dtype)
         if gB:
             stacked = ctx.how.scaled(gB[0] if n == 1 else torch.cat(gB, dim=1))
             if needs_A:

@@ -91,8 +91,9 @@ def _memory(prepared: Prepared) -> Memory:
 
     def taken(checkpointed: bool) -> Taken:
         settings = TrainConfig(
-            batch=len(rows), optimizer=config.optimizer, gradient_checkpointing=checkpointed, data=config.data
-        )
+            batch=len(rows), optimizer=config.optimizer, gradient_checkpointing=checkpointed, data=config.data,
+            frozen_dtype=config.frozen_dtype,
+        )  # fmt: skip
         alike = _what_decides(loaded.model, dtype, prepared.method, rows, settings, device.type)
         if alike not in _taken:
             model = _on_meta(loaded.model, dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from deltaw.errors import NotFinite, TrainError, shown
 from deltaw.model.summary import updates
 from deltaw.training.events import Warned
+from deltaw.training.frozen import is_faster
 from deltaw.training.loop.spikes import mark
 
 if TYPE_CHECKING:
@@ -130,8 +131,17 @@ def warn_of_idle_settings(loop: Loop) -> None:
             idle.append(f"{name} is {getattr(config, name)}, and there are no held-out records")
     if 1 < total <= config.warmup and not config.minutes:
         idle.append(f"lr is never reached, the warm-up takes {config.warmup:g} of {total} steps")
+    if config.frozen_dtype == "int8" and not loop.flat.int8:
+        idle.append(
+            "frozen_dtype is int8, and no layer that takes an update by A and B multiplies by a weight as it is"
+        )
     for line in idle:
         warn(loop, f"A setting has no effect: {line}.")
+    device = next(loop.plan.model.parameters()).device.type
+    if config.frozen_dtype == "int8" and device != "meta" and not is_faster(device):
+        warn(
+            loop, "Products in int8 are slower than full ones on this machine: leave --frozen-dtype out, or take auto."
+        )
 
 
 def warn(loop: Loop, text: str) -> None:

@@ -36,7 +36,7 @@ from deltaw.training.loop.spikes import mark
 from deltaw.training.loop.state import Loop, LoopState, Taken
 from deltaw.training.losses import CompletionLoss, attention_for
 from deltaw.training.optim import lr_factor
-from deltaw.training.together import same_input
+from deltaw.training.together import largest_inputs, same_input
 
 
 class Keep(Protocol):
@@ -139,7 +139,8 @@ def _warn_of_no_trees(loop: Loop) -> None:
 
 
 def _flat(plan: LoopPlan) -> Flat:
-    """Return the adapter in flat buffers. A forward pass over one record shows which layers read the same tensor."""
+    """Return the adapter in flat buffers. A forward pass over the first record shows which layers read the same tensor, and in 8
+    bits which columns of that are large: the same ones when the run is resumed."""
     model = plan.model
     of_adapter = updates(model, plan.adapter)
     plain = {n: plain for n, u in of_adapter.items() if (plain := u.plain) is not None}
@@ -147,8 +148,10 @@ def _flat(plan: LoopPlan) -> Flat:
     with evaluating(model), torch.no_grad():
         plan.loss(one)  # the first call tries the ways to the loss, which would count as calls of the layers
         groups = same_input(plain, lambda: plan.loss(one))
+        largest = largest_inputs(plain, lambda: plan.loss(one)) if plan.config.frozen_dtype == "int8" else {}
     layers = {name: owner_of(model).get_submodule(name) for name in plain}
-    return Flat(layers, plain, groups, {n: u for n, u in of_adapter.items() if n not in plain})
+    others = {n: u for n, u in of_adapter.items() if n not in plain}
+    return Flat(layers, plain, groups, others, int8=largest)
 
 
 # --- a step -----------------------------------------------------------------------------------------------------
