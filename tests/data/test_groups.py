@@ -111,6 +111,7 @@ def test_the_order_is_another_in_each_epoch_and_for_each_seed() -> None:
     ("figures", "said"),
     [
         ((50, 7.9, 8, 1.0, 1.0, False), None),
+        ((50, 1, 1, 1.0, 1.0, True), None),
         ((50, 7.9, 8, 0.6, 0.55, False), "Records begin alike: 60% of a step's tokens are to be computed."),
         ((50, 7.9, 8, 1.0, 0.5, False), "Records fall into 50 groups that begin alike: with --share group a step has 50% of its tokens to compute."),
         ((50, 3.1, 8, 0.5, 0.5, True), "Records fall into 50 groups that begin alike; a step of 8 records has 3.1 of them, and 50% of their tokens to compute."),

@@ -439,6 +439,8 @@ def test_checking_late_changes_no_bit() -> None:
         ),
         (LoRA(rank=2), {"warmup": 2, "steps": 2}, 0, ["lr is never reached, the warm-up takes 2 of 2 steps"]),
         (LoRA(rank=2), {"warmup": 5, "steps": 2}, 0, ["lr is never reached, the warm-up takes 5 of 2 steps"]),
+        (LoRA(rank=2), {"share": "group", "batch": 1}, 0, ["share is group, and a step has one record"]),
+        (LoRA(rank=2), {"share": "group", "batch": 1, "batch_tokens": 90}, 0, []),
         (LoRA(rank=2), {"warmup": 2, "steps": 3}, 0, []),
         (LoRA(rank=2), {"warmup": 2, "steps": 1}, 0, []),
         (LoRA(rank=2), {"warmup": 2, "steps": 2, "minutes": 9.0}, 0, []),

@@ -43,6 +43,8 @@ class Alike:
     def text(self) -> str | None:
         """A sentence or two for people; None where there is nothing worth saying."""
         many = f"{self.groups:,} groups that begin alike"
+        if self.records_a_step <= 1:
+            return None
         if self.grouped:
             return (
                 f"Records fall into {many}; a step of {self.records_a_step:.3g} records has {self.a_step:.2g} of them, "

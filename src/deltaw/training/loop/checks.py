@@ -131,6 +131,8 @@ def warn_of_idle_settings(loop: Loop) -> None:
             idle.append(f"{name} is {getattr(config, name)}, and there are no held-out records")
     if 1 < total <= config.warmup and not config.minutes:
         idle.append(f"lr is never reached, the warm-up takes {config.warmup:g} of {total} steps")
+    if config.share == "group" and config.batch == 1 and not config.batch_tokens:
+        idle.append("share is group, and a step has one record")
     if config.frozen_dtype == "int8" and not loop.flat.int8:
         idle.append(
             "frozen_dtype is int8, and no layer that takes an update by A and B multiplies by a weight as it is"
