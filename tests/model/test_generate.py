@@ -257,6 +257,15 @@ def test_windows_and_few_tokens_are_read_as_they_are() -> None:
     assert held == 45 and cache is not None and cache.get_seq_length() == 45
     held, cache = reader.read([SYSTEM, [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]])
     assert held == 44, "each prompt has a token left to go on from"
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert reader.read([[*SYSTEM, 1], [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]]) == (0, None)
+    model.config.rope_parameters = {
+        "full_attention": {"rope_type": "longrope"},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    assert reader.read([[*SYSTEM, 1], [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]]) == (0, None)
+    model.config.rope_parameters = {"rope_type": "yarn"}
+    assert reader.read([[*SYSTEM, 1], [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]])[0] == 45
     model.config.attention_window = 50
     assert reader.read([[*SYSTEM, 1], [*SYSTEM, 2, 3], [*SYSTEM, 2], [*SYSTEM, 4]]) == (0, None)
 

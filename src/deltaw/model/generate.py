@@ -17,7 +17,7 @@ from deltaw.errors import AdapterError, ConfigError, DataError, DeltaWError, sho
 from deltaw.layers.ops.seeding import devices_of, seeded
 from deltaw.layers.tree import evaluating
 from deltaw.model.ends import Ends, in_use, listed, own_ends, routed, taught
-from deltaw.model.inputs import most_positions, windows
+from deltaw.model.inputs import most_positions, turns_by_length, windows
 from deltaw.model.pretrained import pad_id
 from deltaw.model.switch import at_fault, route
 
@@ -206,7 +206,8 @@ class _Reader:
         if common * (len(prompts) - 1) < _LEAST or self.asked.use_cache is False or _has_encoder(self.model):
             return 0, None
         longest = max(map(len, prompts)) + (self.asked.max_new_tokens or 0)
-        if any(size < longest for size in windows(self.model)):  # padding after the beginning would count in a window
+        # Padding after the beginning would count in a window, and positions that depend on the length know the beginning's alone
+        if any(size < longest for size in windows(self.model)) or turns_by_length(self.model):
             return 0, None
         if self.takes_it is None:
             self.takes_it = self._takes(list(prompts[0][:_TRIED]))

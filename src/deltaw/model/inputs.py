@@ -55,6 +55,17 @@ def windows(model: nn.Module) -> list[int]:
     return [size for size in sizes if isinstance(size, int) and size > 1]
 
 
+def turns_by_length(model: nn.Module) -> bool:
+    """Return whether the model turns a token by an angle that depends on how long the whole input is: "dynamic" and "longrope"
+    scaling of its rotary positions."""
+    settings = vars(text_config(model)).get("rope_parameters") or {}
+    each = [
+        settings,
+        *(value for value in settings.values() if isinstance(value, dict)),
+    ]  # one, or one for each kind of layer
+    return any(s.get("rope_type", s.get("type")) in ("dynamic", "longrope") for s in each)
+
+
 def _taken_by_padding(model: nn.Module, most: int) -> int:
     """Return how many positions no token gets: in RoBERTa and its like those up to the padding's own."""
     for name, module in model.named_modules():
