@@ -63,7 +63,7 @@ def turns_by_length(model: nn.Module) -> bool:
         settings,
         *(value for value in settings.values() if isinstance(value, dict)),
     ]  # one, or one for each kind of layer
-    return any(s.get("rope_type", s.get("type")) in ("dynamic", "longrope") for s in each)
+    return any(s.get("rope_type", s.get("type")) in ("dynamic", "longrope") for s in scalings)
 
 
 def _taken_by_padding(model: nn.Module, most: int) -> int:
