@@ -59,10 +59,8 @@ def turns_by_length(model: nn.Module) -> bool:
     """Return whether the model turns a token by an angle that depends on how long the whole input is: "dynamic" and "longrope"
     scaling of its rotary positions."""
     settings = vars(text_config(model)).get("rope_parameters") or {}
-    each = [
-        settings,
-        *(value for value in settings.values() if isinstance(value, dict)),
-    ]  # one, or one for each kind of layer
+    # One scaling, or one for each kind of layer
+    scalings = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     return any(s.get("rope_type", s.get("type")) in ("dynamic", "longrope") for s in scalings)
 
 
