@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data import plan
+from deltaw.data import batches, plan
 from deltaw.data.batches import Order
 from deltaw.data.groups import Alike, groups_of, packs_of
 
@@ -77,16 +77,19 @@ def test_groups_meet_and_every_record_comes_once(tokens: int | None) -> None:
         assert orders[1].steps(1) == steps == 30
 
 
-def test_a_step_sees_two_packs_at_least() -> None:
+def test_a_step_sees_two_packs_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     one = [list(range(64))]
     for seed in range(5):
-        packs = []
+        packs: list[list[int]] = []
 
-        def packed(most: int, chance: random.Random, packs: list[list[int]] = packs) -> list[list[int]]:
-            packs.extend(packs_of(one, most, chance))
+        def packed(
+            groups: list[list[int]], most: int, chance: random.Random, packs: list[list[int]] = packs
+        ) -> list[list[int]]:
+            packs.extend(packs_of(groups, most, chance))
             return list(packs)
 
-        plan([9] * 64, 8, seed, 0, None, packed)
+        monkeypatch.setattr(batches, "packs_of", packed)
+        plan([9] * 64, 8, seed, 0, None, one)
         assert {len(pack) for pack in packs} == {4}
 
 

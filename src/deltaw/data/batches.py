@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from deltaw.data.encode import Example
@@ -66,7 +65,7 @@ def plan(
     seed: int,
     epoch: int,
     tokens: int | None = None,
-    packed: Callable[[int, random.Random], list[list[int]]] | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Return all batches of an epoch, as indices into `lengths`; every index once. The same arguments give the same plan.
 
@@ -75,8 +74,8 @@ def plan(
     sorted by padded length, records of one length in random order, and cut into batches. With records for ten batches or fewer,
     nothing is sorted. A batch that is not full may be of any length. The batches come in random order.
 
-    packed: puts records into packs of a size at most, in random order. Records of one pack stay side by side, unless a batch is
-    full between them. A pack has half of a batch's records at most: a step sees two packs.
+    groups: the records in groups whose members are to meet; None for none. They are put into packs, whose records stay side by
+    side, unless a batch is full between them. A pack has half of a batch's records at most: a step sees two packs.
 
     Raises DataError for a size below 1.
     """
@@ -89,7 +88,7 @@ def plan(
     chance = random.Random(f"deltaw batches {seed} {epoch}")
     sizes = [padded(length) for length in lengths]
     rows = batch if tokens is None else max(1, tokens * len(sizes) // max(1, sum(sizes)))
-    packs = [[i] for i in range(len(sizes))] if packed is None else packed(max(1, rows // 2), chance)
+    packs = packs_of([[i] for i in range(len(sizes))] if groups is None else groups, max(1, rows // 2), chance)
     width = max(1, min(WINDOW, math.ceil(len(sizes) // rows / SHARE)))  # batches of a window
 
     def fits(indices: Sequence[int]) -> bool:
@@ -99,9 +98,7 @@ def plan(
         ends = (indices[0], indices[-1]) if is_sorted else indices
         return len(indices) * max(sizes[i] for i in ends) <= tokens
 
-    is_sorted = width > 1 and packed is None
-    if packed is None:
-        chance.shuffle(packs)
+    is_sorted = width > 1 and groups is None
     # Records of a pack count as long as its longest, so that sorting, which keeps the order of equals, leaves them side by side
     longest = list(sizes)
     for pack in packs:
@@ -206,8 +203,7 @@ class Order:
         self._epoch, self._first, self._planned = epoch, first, self._plan(epoch)
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        packed = None if self.groups is None else partial(packs_of, self.groups)
-        return plan(self.lengths, self.batch, self.seed, epoch, self.tokens, packed)
+        return plan(self.lengths, self.batch, self.seed, epoch, self.tokens, self.groups)
 
     def _count(self, epoch: int) -> int:
         return math.ceil(len(self.lengths) / self.batch) if self.tokens is None else len(self._plan(epoch))

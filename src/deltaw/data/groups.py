@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltaw.data.trees import LEAST
+from deltaw.data.trees import LEAST, common_length
 
 _WORTH_SAYING = 0.95
 """Share of the tokens up to which it is told that so many are to be computed."""
@@ -67,14 +67,13 @@ def groups_of(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     if not rows:
         return []
     # Bytes of big-endian numbers are in the numbers' order, and are compared at once
-    tokens = [np.asarray(row, dtype=">u4") for row in rows]
-    texts = [row.tobytes() for row in tokens]
+    texts = [np.asarray(row, dtype=">u4").tobytes() for row in rows]
     order = sorted(range(len(rows)), key=texts.__getitem__)
-    of_all = _common(tokens[order[0]], tokens[order[-1]])
+    of_all = common_length(texts[order[0]], texts[order[-1]]) // 4
     groups = [[order[0]]]
     for before, row in itertools.pairwise(order):
-        shorter = min(len(tokens[before]), len(tokens[row])) - of_all
-        alike = _common(tokens[before], tokens[row]) - of_all
+        shorter = min(len(rows[before]), len(rows[row])) - of_all
+        alike = common_length(texts[before], texts[row]) // 4 - of_all
         if alike < max(LEAST, ALIKE * shorter):
             groups.append([])
         groups[-1].append(row)
@@ -92,11 +91,3 @@ def packs_of(groups: Sequence[Sequence[int]], most: int, chance: random.Random) 
         packs += [members[start:stop] for start, stop in itertools.pairwise(ends)]
     chance.shuffle(packs)
     return packs
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Return how many tokens two rows begin with alike."""
-    most = min(len(a), len(b))
-    differ = a[:most] != b[:most]
-    first = int(differ.argmax()) if most else 0
-    return first if most and differ[first] else most

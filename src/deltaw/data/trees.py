@@ -85,7 +85,7 @@ def _padded(count: int) -> int:
 def _paths(rows: Sequence[list[int]]) -> list[list[tuple[int, int]]]:
     """Return the stretches that each row goes through, from its first token on, as places in the tree's row."""
     order = sorted(range(len(rows)), key=lambda i: rows[i])
-    alike = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
+    alike = [common_length(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
     paths: list[list[tuple[int, int]]] = [[] for _ in rows]
     place = 0
     # Groups of neighbours in that order, and how many of their tokens are laid out
@@ -105,8 +105,8 @@ def _paths(rows: Sequence[list[int]]) -> list[list[tuple[int, int]]]:
     return paths
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """Return how many tokens two rows begin with alike."""
+def common_length(a: list[int] | bytes, b: list[int] | bytes) -> int:
+    """Return how many entries two rows begin with alike."""
     most = min(len(a), len(b))
     if a[:most] == b[:most]:
         return most

@@ -166,15 +166,16 @@ def streamer(
 def _batches(prompts: Sequence[Sequence[int]], rows: Sequence[int], size: int, *, shared: bool) -> list[list[int]]:
     """Return the rows in batches, longest prompts first; where their common beginnings are read once, those that begin alike
     together, if that is less to read."""
-    by_length = sorted(rows, key=lambda i: -len(prompts[i]))
-    in_order = sorted(rows, key=lambda i: list(prompts[i]), reverse=True)
-    ways = [[order[i : i + size] for i in range(0, len(order), size)] for order in (by_length, in_order)]
+    orders = [sorted(rows, key=lambda i: -len(prompts[i]))]
+    if shared:
+        orders.append(sorted(rows, key=lambda i: list(prompts[i]), reverse=True))
+    ways = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
 
     def to_read(batches: list[list[int]]) -> int:
         kept = [[prompts[i] for i in batch] for batch in batches]
         return sum(len(batch) * max(map(len, batch)) - (len(batch) - 1) * _common(batch) for batch in kept)
 
-    return min(ways, key=to_read) if shared else ways[0]
+    return min(ways, key=to_read)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -185,10 +185,8 @@ def _backward(loops: Sequence[Loop], drawn: Sequence[Sequence[object]]) -> tuple
     shared = 0
     for part_of_each in itertools.zip_longest(*parts, fillvalue=()):
         owners = torch.tensor([i for i, part in enumerate(part_of_each) for _ in part])
-        with _pass(loops, part_of_each) as (
-            losses_of,
-            saved,
-        ):  # the backward pass too: checkpointing computes layers in it again
+        with _pass(loops, part_of_each) as (losses_of, saved):
+            # The backward pass too: checkpointing computes layers in it again
             losses, rows = losses_of()
             sums = torch.zeros_like(means).index_add(0, owners[rows].to(losses.device), losses)
             of_loops = sums / divisor.to(losses.device)

@@ -226,8 +226,8 @@ class Scored(Task):
 
         Raises AdapterError or FileError where they are not finite.
         """
-        order = sorted(range(len(items)), key=lambda i: items[i].length)
         loss = self.loss(loaded)
+        order = loss.order(items)
         parts = []
         with evaluating(loaded.model):
             for start in range(0, len(order), batch):
