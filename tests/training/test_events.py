@@ -36,5 +36,8 @@ def test_the_line_of_a_step_holds_loss_speed_and_time() -> None:
 
 
 def test_the_lines_of_evaluations_and_warnings() -> None:
-    assert line_of(Evaluated(5, 2.0, 1.5)) == '{"event": "eval", "step": 5, "valid_loss": 2.0, "best_loss": 1.5}'
+    assert (
+        line_of(Evaluated(5, 2.0, 1.5))
+        == '{"event": "eval", "step": 5, "valid_loss": 2.0, "best_loss": 1.5, "accuracy": null}'
+    )
     assert line_of(Warned(0, "‖ΔW‖ is 0")) == '{"event": "warning", "step": 0, "text": "‖ΔW‖ is 0"}'

@@ -37,16 +37,14 @@ class Line:
     """True for one that goes to standard error in any case."""
 
 
-def lines(event: object, now: Now) -> Iterator[Line]:
+def lines(event: object) -> Iterator[Line]:
     """Yield the lines that tell of an event; none for steps, which `step_line` has, and for what only moves the view."""
     if isinstance(event, Confirming):
-        yield from lines(event.event, now)
+        yield from lines(event.event)
     elif isinstance(event, Started):
         yield from _started(event)
     elif isinstance(event, Evaluated):
-        known = now.held_out
-        right = known.accuracy if known is not None and known.step == event.step else None
-        accuracy = "" if right is None else f"  accuracy {right:.3f}"
+        accuracy = "" if event.accuracy is None else f"  accuracy {event.accuracy:.3f}"
         yield Line(f"step {event.step}  held-out loss {event.valid_loss:.4f}{accuracy}")
     elif isinstance(event, Resumed):
         yield Line(f"Resumed after step {event.step}.", "bold")
@@ -161,7 +159,7 @@ class Lines:
         if not self.quiet:
             if isinstance(event, Stepped):
                 self.step(event)
-            for line in lines(event, self.now):
+            for line in lines(event):
                 self.line(line)
 
     def notice(self, notice: Notice) -> None:

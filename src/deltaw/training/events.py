@@ -94,6 +94,8 @@ class Evaluated(Happened):
     """Mean over the predictions."""
     best_loss: float
     """The lowest so far."""
+    accuracy: float | None = None
+    """Share of the records whose class is right; None for tasks without classes."""
 
 
 @dataclass(frozen=True)

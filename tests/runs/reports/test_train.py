@@ -54,6 +54,13 @@ def test_a_run_of_classes_shows_its_matrix_each_class_and_intervals() -> None:
     assert 'class="num shade4">1</td>' in page and 'class="num shade6">3</td>' in page  # a half, and three quarters
 
 
+def test_the_share_of_right_classes_has_a_curve_where_there_are_classes() -> None:
+    events = [Evaluated(0, 1.1, 1.1, 0.25), Evaluated(10, 0.4, 0.4, 0.75)]
+    charts = {chart.title: chart for chart in run_report(SETTINGS, figures(None), events, []).curves}
+    assert list(charts["Accuracy"].series[0].points) == [(0, 0.25), (10, 0.75)] and charts["Accuracy"].y_most == 1
+    assert "Accuracy" not in {chart.title for chart in run_report(SETTINGS, figures(None), EVENTS, []).curves}
+
+
 def test_of_many_classes_the_mistakes_are_listed() -> None:
     names = [f"class {i}" for i in range(40)]
     confusion = Confusion.of([0, 0, 2], [1, 1, 2], names)

@@ -135,7 +135,9 @@ def _facts(figures: RunFigures) -> list[tuple[str, str, str]]:
 
 def _curves(events: Sequence[Event], figures: RunFigures) -> list[Chart]:
     steps = [event for event in events if isinstance(event, Stepped)]
-    held_out = [(event.step, event.valid_loss) for event in events if isinstance(event, Evaluated)]
+    scored = [event for event in events if isinstance(event, Evaluated)]
+    held_out = [(event.step, event.valid_loss) for event in scored]
+    right = [(event.step, event.accuracy) for event in scored if event.accuracy is not None]
     raw = [(step.step, step.loss) for step in steps]
     loss = [Series("training", raw, "dots"), Series("training, smoothed", _smoothed(raw), "line")]
     if held_out:
@@ -145,8 +147,14 @@ def _curves(events: Sequence[Event], figures: RunFigures) -> list[Chart]:
     rates = [(step.step, step.lr) for step in steps]
     norms = [(step.step, step.grad_norm) for step in steps if step.grad_norm is not None]
     speed = [(step.step, step.tokens_per_second) for step in steps]
+    accuracy = (
+        [Chart("Accuracy", "step", "of the held-out records", [Series("held out", right, "line")], y_most=1)]
+        if right
+        else []
+    )
     return [
         Chart("Loss", "step", figures.unit, loss, note=_LOSSES.get(figures.unit, "")),
+        *accuracy,
         Chart("Learning rate", "step", "", [Series("learning rate", rates, "line")]),
         Chart("Gradient norm", "step", "", [Series("before clipping", norms, "line")]),
         Chart("Speed", "step", f"{figures.counted} per second", [Series("since the last line", speed, "line")]),

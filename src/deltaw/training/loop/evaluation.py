@@ -86,7 +86,7 @@ def evaluate(loop: Loop) -> None:
         if plan.config.patience and state.without_gain >= plan.config.patience:
             state.stopped = "early"
     tell(HeldOut(state.step, loss, accuracy, run=plan.adapter))
-    plan.on_event(Evaluated(state.step, loss, state.best_loss))
+    plan.on_event(Evaluated(state.step, loss, state.best_loss, accuracy))
     tell(Phase("training", run=plan.adapter))
     if state.step >= _AFTER_STEPS and relative_norm(plan.model, plan.adapter) < _NOTHING_LEARNED:
         warn(
