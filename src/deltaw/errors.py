@@ -44,6 +44,8 @@ class DeltaWError(Exception):
     """The exit code of the command line."""
     problems: list[str]
     """Each thing that is wrong; the message where it has no list."""
+    is_told = False
+    """True where another process of the same run tells it."""
 
     def __init__(self, message: str = "", problems: Sequence[str] = (), advice: str = "") -> None:
         text = listing(message, problems) if problems else message

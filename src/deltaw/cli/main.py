@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return importlib.import_module(f"deltaw.cli.{type(command).__name__.lower()}").run(command) or 0
     except DeltaWError as error:
-        print(visible(f"\ndeltaw: {error}"), file=sys.stderr)
+        if not error.is_told:
+            print(visible(f"\ndeltaw: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndeltaw: interrupted", file=sys.stderr)

@@ -109,6 +109,11 @@ def quiet_libraries() -> None:
     logging.getLogger("deltaw.coverage").setLevel(logging.WARNING)  # commands print it
 
 
+def nothing() -> None:
+    """Print nothing from now on but errors: another process of the run prints."""
+    out.quiet = err.quiet = True
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -162,7 +167,7 @@ def notes(texts: Iterable[str]) -> None:
 
 def is_terminal(console: Console) -> bool:
     """Return whether a person reads a console as it comes, in a terminal that can replace lines: TERM=dumb cannot."""
-    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
+    return not console.quiet and console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 class _PlainTable(Table):

@@ -18,17 +18,21 @@ def run(command: Train) -> None:
     show.quiet_libraries()
     from deltaw.cli import live
     from deltaw.cli.lines import TRAINING
+    from deltaw.training.parallel.ranks import joined
 
     model, data = (None if name.startswith("<") else name for name in (command.model, command.data))
     may_change = [key for key in command.resume_with.replace(" ", "").split(",") if key]
-    with live.view(TRAINING, out=show.out) as view:
-        from deltaw.runs.train import train
+    with joined() as ranks:
+        if not ranks.is_first:
+            show.nothing()
+        with live.view(TRAINING, out=show.out) as view:
+            from deltaw.runs.train import train
 
-        result = train(
-            model, data, command.run, method=command.settings, resume=command.resume, resume_with=may_change,
-            on_event=view.hear,
-        )  # fmt: skip
-    _summary(result, command)
+            result = train(
+                model, data, command.run, method=command.settings, resume=command.resume, resume_with=may_change,
+                on_event=view.hear,
+            )  # fmt: skip
+        _summary(result, command)
 
 
 def _summary(result: RunResult, command: Train) -> None:

@@ -119,6 +119,10 @@ class Flat:
         for buffer in self._all():
             buffer.add_gradients()
 
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of all that is trained, in few tensors."""
+        return [*(buffer.gradient for buffer in self._all()), *map(_gradient, self._loose)]
+
     def refresh(self) -> None:
         """Let the next step compute with A and B as they are now. Call it after each change of them."""
         for buffer in self._all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -24,6 +25,7 @@ from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
 from deltaw.runs.memory.step import Record, Step, choose_path, step
 from deltaw.training.loop import LoopPlan
 from deltaw.training.losses import CompletionLoss, Loss, attention_for
+from deltaw.training.parallel.ranks import ALONE, Ranks
 from deltaw.training.prepare import Prepared
 from deltaw.training.tasks import task_of
 
@@ -63,16 +65,20 @@ class Expected:
         )
 
 
-def expected(prepared: Prepared, *, free: Callable[[torch.device], int | None] = machine.free) -> Expected | None:
+def expected(
+    prepared: Prepared, ranks: Ranks = ALONE, *, free: Callable[[torch.device], int | None] = machine.free
+) -> Expected | None:
     """Return what the largest step of a run will hold, from the model's shapes and the longest records.
 
     None where that cannot be known: a run never depends on it. Nothing changes, random numbers included.
 
     Args:
+        prepared: The run.
+        ranks: The processes that share its steps; the memory is one's.
         free: Returns the bytes still to be had on a device, None where that is not known.
     """
     try:
-        memory = _memory(prepared)
+        memory = _memory(prepared, ranks)
     except (DeltaWError, *NEEDS_VALUES) as error:  # DeltaWError: a changed model is no longer what its config describes
         log.debug("The run's memory cannot be known beforehand: %s", error)
         return None
@@ -80,14 +86,14 @@ def expected(prepared: Prepared, *, free: Callable[[torch.device], int | None] =
     return Expected(memory, None if room is None or needed <= room else needed - room)
 
 
-def _memory(prepared: Prepared) -> Memory:
+def _memory(prepared: Prepared, ranks: Ranks) -> Memory:
     loaded, config = prepared.loaded, prepared.config
     first = next(loaded.model.parameters())
     device, dtype = first.device, first.dtype
     held = machine.held() if device.type == "cpu" else 0
     task = task_of(config.data)
-    rows: Sequence[Record] = sorted(prepared.encoded.examples, key=lambda e: e.length)[-_rows(prepared) :]
-    rows = _tree_instead(prepared, task.loss(loaded)) or rows
+    rows: Sequence[Record] = sorted(prepared.encoded.examples, key=lambda e: e.length)[-_rows(prepared, ranks) :]
+    rows = _tree_instead(prepared, ranks, task.loss(loaded)) or rows
 
     def taken(checkpointed: bool) -> Taken:
         settings = TrainConfig(
@@ -107,7 +113,7 @@ def _memory(prepared: Prepared) -> Memory:
     return memory_of(passes, max(0, held - base), base, plain)
 
 
-def _tree_instead(prepared: Prepared, loss: Loss) -> list[Example]:
+def _tree_instead(prepared: Prepared, ranks: Ranks, loss: Loss) -> list[Example]:
     """Return a record of as many tokens as the largest tree of the run's first steps; none where their largest batch is no tree.
 
     A tree's row holds what a record as long does: neither keeps scores of attention.
@@ -115,8 +121,8 @@ def _tree_instead(prepared: Prepared, loss: Loss) -> list[Example]:
     config, examples = prepared.config, prepared.encoded.examples
     if config.share == "off" or not isinstance(loss, CompletionLoss):
         return []
-    plan = LoopPlan(loss, examples, (), config)
-    parts = [part for step in range(min(_STEPS, plan.total_steps)) for part in plan.parts(plan.drawn(step))]
+    plan = LoopPlan(loss, examples, (), config, ranks=ranks)
+    parts = [part for step in range(min(_STEPS, plan.total_steps)) for part in plan.here(step)]
     with attention_for(loss, examples):
         batches = [loss.collate(part) for part in parts]
         largest = max(
@@ -171,12 +177,12 @@ def _on_meta(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             torch.set_default_dtype(default)
 
 
-def _rows(prepared: Prepared) -> int:
+def _rows(prepared: Prepared, ranks: Ranks) -> int:
     """The number of rows in the largest forward pass."""
     config = prepared.config
     if config.micro_batch is not None:
         return config.micro_batch
     if config.batch_tokens is None:
-        return config.batch
+        return math.ceil(config.batch / ranks.count)
     longest = max(e.length for e in prepared.encoded.examples)
-    return max(1, config.batch_tokens // padded(longest))
+    return max(1, math.ceil(config.batch_tokens // padded(longest) / ranks.count))

@@ -24,6 +24,7 @@ from deltaw.runs.resume.identity import differing, identity
 from deltaw.runs.resume.place import RunFolder
 from deltaw.training.keeper import Kept
 from deltaw.training.loop import peak_memory
+from deltaw.training.parallel.ranks import ALONE, Ranks
 from deltaw.training.prepare import Prepared
 
 
@@ -46,6 +47,8 @@ class Job:
     """The state to go on from."""
     notes: tuple[str, ...] = ()
     """Sentences to tell as it begins."""
+    ranks: Ranks = ALONE
+    """The processes that train it."""
 
     @property
     def model(self) -> nn.Module:

@@ -14,6 +14,7 @@ from deltaw.model.switch import base_not_finite, using
 from deltaw.runs.train.job import Job, save, values_are_finite
 from deltaw.training.keeper import read_states
 from deltaw.training.loop import LoopPlan, LoopState, opened
+from deltaw.training.parallel.ranks import ALONE
 
 
 def with_what_was_good(job: Job, plan: LoopPlan, error: NotFinite) -> DeltaWError:
@@ -45,7 +46,7 @@ def _last_good(job: Job, plan: LoopPlan, rows: Sequence[Any], step: int) -> int 
     if _gives_finite_loss(job, plan, rows, job.adapter):
         return step
     for kept in read_states(job.folder.path):
-        with opened(replace(plan, valid=(), on_event=lambda event: None), LoopState(), kept.saved):
+        with opened(replace(plan, valid=(), on_event=lambda event: None, ranks=ALONE), LoopState(), kept.saved):
             pass  # on leaving, the adapter holds the state's values
         if kept.saved.step and _gives_finite_loss(job, plan, rows, job.adapter):
             return kept.saved.step

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
 from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
 from deltaw.training.loop.alike import alike
+from deltaw.training.parallel.ranks import Ranks, joined
 from deltaw.training.prepare import Model, Prepared, Tokenizer, prepare
 from deltaw.training.tasks import task_of
 
@@ -110,49 +111,75 @@ def train(
     >>> deltaw.train(config=longer, resume="run").state.step
     5
     """
-    with shown(progress, "training", on_event) as hear:
+    with joined() as ranks, shown(progress and ranks.is_first, "training", on_event) as hear:
         if resume is not None:
             asked = Asked(Path(resume), model, data, config, method, tokenizer, tuple(resume_with))
-            return _resumed(asked, hear)
+            return _resumed(asked, hear, ranks)
         if model is None or data is None:
             raise ConfigError("train needs a model and data, or a run to resume.")
-        return _begun(model, data, config or TrainConfig(), method or LoRA(), tokenizer, hear)
+        return _begun(model, data, config or TrainConfig(), method or LoRA(), tokenizer, hear, ranks)
 
 
 def _begun(
     model: Model, data: Source, config: TrainConfig, method: Method, tokenizer: Tokenizer | None,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event], None], ranks: Ranks,
 ) -> RunResult:  # fmt: skip
     """Train a new run."""
-    is_latest, config = config.out == LATEST, replace(config, out=dated(config.out))
+    is_latest, config = config.out == LATEST, replace(config, out=ranks.by_first(lambda: dated(config.out)))
     home = RunFolder(Path(config.out))
-    check_apart(
-        home.path,
-        {"the base": model, "the data": data, "the held-out records": config.valid, "the start": config.start},
-    )
-    with at_work(home) as notes:
-        check_free(home, overwrite=config.overwrite)
-        prepared = prepare(model, data, config, method, tokenizer=tokenizer)
-        job = attached(prepared, "default", begin(home))
-        note = name_latest(home) if is_latest else ""
+    _check_dealt(config, ranks)
+    inputs = {"the base": model, "the data": data, "the held-out records": config.valid, "the start": config.start}
+    ranks.together(lambda: check_apart(home.path, inputs))
+    with _at_work(home, ranks) as notes:
+        ranks.by_first(lambda: check_free(home, overwrite=config.overwrite))
+        prepared = ranks.together(lambda: prepare(model, data, config, method, tokenizer=tokenizer))
+        folder = ranks.by_first(lambda: begin(home))
+        job = _attached(prepared, folder, ranks)
+        note = ranks.by_first(lambda: name_latest(home)) if is_latest else ""
         return _run(replace(job, notes=(*notes, *filter(None, [note]))), home, on_event)
 
 
-def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:
+@contextlib.contextmanager
+def _at_work(folder: RunFolder, ranks: Ranks) -> Iterator[tuple[str, ...]]:
+    """Be the one run that writes into a folder, while open: the first of its processes is (see `at_work`)."""
+    with contextlib.ExitStack() as stack:
+        yield ranks.by_first(lambda: stack.enter_context(at_work(folder)))
+
+
+def _attached(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Job:
+    """Attach the adapter in each process. Raises ConfigError where one has another base, or other settings or records."""
+    job = ranks.together(lambda: replace(attached(prepared, "default", folder), ranks=ranks))
+    ranks.check_same({key: value for key, value in job.identity.items() if key != "environment"})
+    return job
+
+
+def _check_dealt(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ConfigError where a step has fewer records than there are processes."""
+    if config.batch_tokens is None and config.batch < ranks.count:
+        raise ConfigError(
+            f"batch is {config.batch}, the records of a step, which {ranks.count} processes share: some would have none. Give "
+            f"--batch {ranks.count} or more, or start fewer processes."
+        )
+
+
+def _resumed(asked: Asked, on_event: Callable[[Event], None], ranks: Ranks) -> RunResult:
     """Go on with a run from its last state, or from its beginning where it died before the first one."""
     home = RunFolder(asked.folder)
-    with at_work(home) as notes:
-        finish_replacing(home)
+    with _at_work(home, ranks) as notes:
+        ranks.by_first(lambda: finish_replacing(home))
         there = home.latest
-        begun = asked.settled(there)
-        states = read_states(there.path)
+        begun = ranks.together(lambda: asked.settled(there))
+        _check_dealt(begun.config, ranks)
+        states = ranks.together(lambda: read_states(there.path))
         if not states and there.is_whole:
             raise ConfigError(
                 f"The run in {asked.folder} has come to its end, and its state is not there any more: it cannot be trained "
                 f"further. A new run can begin with its adapter: --start {shlex.quote(str(there.adapter))}"
             )
-        prepared = prepare(begun.model, begun.data, begun.config, begun.method, tokenizer=asked.tokenizer)
-        job = attached(prepared, "default", there)
+        prepared = ranks.together(
+            lambda: prepare(begun.model, begun.data, begun.config, begun.method, tokenizer=asked.tokenizer)
+        )
+        job = _attached(prepared, there, ranks)
         if states:
             job = _going_on(job, states[0], asked)
         else:
@@ -162,11 +189,11 @@ def _resumed(asked: Asked, on_event: Callable[[Event], None]) -> RunResult:
         if new_home.path.resolve() == home.path.resolve():
             return _run(job, home, on_event)
         inputs = {"the base": begun.model, "the data": begun.data, "the held-out records": begun.config.valid}
-        check_apart(new_home.path, {**inputs, "the run to resume": home.path})
-        with at_work(new_home):
-            check_free(new_home, overwrite=begun.overwrite)
-            moved = begin(new_home)
-            copy_log(there, moved)
+        ranks.together(lambda: check_apart(new_home.path, {**inputs, "the run to resume": home.path}))
+        with _at_work(new_home, ranks):
+            ranks.by_first(lambda: check_free(new_home, overwrite=begun.overwrite))
+            moved = ranks.by_first(lambda: begin(new_home))
+            ranks.by_first(lambda: copy_log(there, moved))
             return _run(replace(job, folder=moved), new_home, on_event)
 
 
@@ -186,7 +213,36 @@ def _going_on(job: Job, kept: Kept, asked: Asked) -> Job:
 
 
 def _run(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
-    """Train what was prepared. The adapter stays attached as "default". home: where the run is in the end."""
+    """Train what was prepared. The adapter stays attached as "default". home: where the run is in the end.
+
+    The first process writes the run; the others take part in the steps, and get its figures.
+    """
+    result = None
+    if job.ranks.is_first:
+        result = _written(job, home, on_event)
+    else:
+        _take_part(job)
+    figures = None if result is None else {name: getattr(result, name) for name in _FIGURES}
+    told = job.ranks.from_first(figures)
+    return result or RunResult(**told, model=job.model, tokenizer=job.prepared.loaded.tokenizer)
+
+
+_FIGURES = [field.name for field in fields(RunResult) if field.name not in ("model", "tokenizer")]
+
+
+def _take_part(job: Job) -> None:
+    """Compute this process's part of each step. Raises Interrupted where the run was asked to stop."""
+    with asked_to_stop() as stopping:
+        use(job.model, job.adapter)
+        if job.kept is None:
+            begin_with(job)
+        state = run_loop(_plan(job, stopping=stopping), start=job.kept.saved if job.kept else None)
+        if state.stopped == "interrupted":
+            raise Interrupted("Stopped.", exit_code=stopping.exit_code)
+
+
+def _written(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
+    """Train what was prepared, and write the run."""
     with asked_to_stop() as stopping, _recorded(job, on_event) as journal:
         chosen = records_to_answer(job)
         before = answers(job, chosen, None)
@@ -296,7 +352,7 @@ def _opening_events(job: Job) -> Iterator[Event]:
     prepared, task = job.prepared, task_of(job.prepared.config.data)
     summary = sizes.summary(job.model)
     say("measuring memory")
-    adapter, memory = summary.adapters[job.adapter], expected(prepared)
+    adapter, memory = summary.adapters[job.adapter], expected(prepared, job.ranks)
     yield Started(
         0, layers=adapter.layers, parameters=adapter.parameters, share=adapter.share, left_out=adapter.left_out,
         coverage=adapter.coverage.lines(), task=task.name, counted=task.counted, labels=prepared.config.data.labels,
@@ -324,6 +380,7 @@ def _plan(
         on_event=on_event,
         should_stop=stopping,
         adapter=job.adapter,
+        ranks=job.ranks,
     )
 
 

@@ -31,7 +31,7 @@ def _of_first_steps(plan: LoopPlan, order: Order) -> tuple[float, float, float]:
         indices = order.at(step)
         groups += len({group_of[i] for i in indices})
         records += len(indices)
-        for part in plan.parts(indices):
+        for part in plan.parts(plan.ranks.part(indices)):
             rows = [plan.examples[i].input_ids for i in part]
             tokens += sum(map(len, rows))
             kept += count_of(rows)

@@ -18,6 +18,7 @@ from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.state import Loop, LoopState
 from deltaw.training.losses import Loss, attention_for
 from deltaw.training.optim import progress
+from deltaw.training.parallel.ranks import ALONE, Ranks
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -64,7 +65,7 @@ def evaluate(loop: Loop) -> None:
     plan, state, began = loop.plan, loop.state, loop.plan.clock()
     together = max(plan.config.batch, _EVALUATED_TOGETHER)
     trees = plan.config.share != "off"
-    judged = judge(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop, trees=trees)
+    judged = judge(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop, trees=trees, ranks=plan.ranks)
     loop.due = judged is None
     if judged is None:
         return
@@ -74,8 +75,8 @@ def evaluate(loop: Loop) -> None:
         raise not_finite(
             f"The loss on held-out records is {loss} after step {state.step}", plan.config.peak_lr, state.step
         )
-    ended = plan.clock()
-    loop.last_evaluation, state.seconds = ended - began, ended - loop.began
+    loop.last_evaluation = plan.ranks.of_first(plan.clock() - began)
+    state.seconds = plan.ranks.of_first(plan.clock() - loop.began)
     state.eval_seconds += loop.last_evaluation
     if loss < state.best_loss:
         state.best_loss, state.best_step, state.without_gain = loss, state.step, 0
@@ -120,23 +121,30 @@ def judge(
     batch: int,
     should_stop: Callable[[], bool] = lambda: False,
     trees: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Judged | None:
     """Return what `examples` score; None where `should_stop`, which is asked before each batch, said so.
 
-    trees: compute what records of a batch begin with alike once.
+    trees: compute what records of a batch begin with alike once. ranks: the processes that score a part each.
     """
-    totals, count, right = [], 0, []
+    totals, count, right, stopped = [], 0, [], False
     with evaluating(loss.model), attention_for(loss, examples, trees=trees):
         ordered = [examples[i] for i in loss.order(examples)]
-        for i in range(0, len(ordered), batch):
-            if should_stop():
-                return None
+        starts = range(0, len(ordered), batch)[ranks.rank :: ranks.count]
+        for i in starts:
+            stopped = should_stop()
+            if stopped:
+                break
             say("scoring the held-out records", i, len(ordered))
             total, number, correct = loss.judged(loss.collate(ordered[i : i + batch]))
             totals.append(total)
             count += number
             right += [] if correct is None else [correct]
-    return Judged(float(sum(totals)) / count, float(sum(right)) / count if right else None)
+    of_all = ranks.total(float(sum(totals)), count, float(sum(right)), len(right), stopped)
+    nats, predictions, correct_ones, batches_of_classes, stops = of_all
+    if stops:
+        return None
+    return Judged(nats / predictions, correct_ones / predictions if batches_of_classes else None)
 
 
 def restore_best(loop: Loop) -> None:

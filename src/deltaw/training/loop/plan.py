@@ -15,6 +15,7 @@ from deltaw.data import Order
 from deltaw.data.groups import groups_of
 from deltaw.training.events import Event
 from deltaw.training.losses import Loss
+from deltaw.training.parallel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class LoopPlan:
     """Seconds since some fixed point."""
     check_late: bool | None = None
     """Check that a step is finite after the next one is computed. None: on a GPU, which would have to be waited for at once."""
+    ranks: Ranks = ALONE
+    """The processes that share the steps."""
 
     @property
     def model(self) -> nn.Module:
@@ -66,7 +69,11 @@ class LoopPlan:
         """Return the examples of a step, counted from 0."""
         return [self.examples[i] for i in self.order.at(step)]
 
+    def here(self, step: int) -> list[Sequence[Any]]:
+        """Return this process's examples of a step, in those of one forward pass each."""
+        return self.parts(self.ranks.part(self.drawn(step)))
+
     def parts(self, rows: Sequence[Any]) -> list[Sequence[Any]]:
-        """Split a step's examples into those of one forward pass each."""
-        size = self.config.micro_batch or len(rows)
+        """Split examples of a step into those of one forward pass each."""
+        size = self.config.micro_batch or max(1, len(rows))
         return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -79,7 +79,7 @@ def settle(loops: Sequence[Loop], keep: Keep, *, now: bool = False) -> None:
     The state is of a loop that goes on: a run that was stopped resumes as if it had not been.
     """
     going = [loop for loop in loops if loop.goes_on]
-    stopping = bool(going) and going[0].plan.should_stop()
+    stopping = bool(going) and going[0].plan.ranks.any(going[0].plan.should_stop())
     keep(loops, now=now or stopping or not going)
     if stopping:
         stop(going)
@@ -115,6 +115,8 @@ def opened(plan: LoopPlan, state: LoopState, start: Saved | None = None) -> Iter
                 _warn_of_no_trees(loop)
         else:
             restore(loop, start)
+        plan.ranks.copy_first([p.detach() for p in loop.trainable])
+        flat.refresh()
         if plan.valid and (start is None or loop.due):
             evaluate(loop)
         progress.tell(progress.Phase("taking the first step", run=plan.adapter))
@@ -169,23 +171,27 @@ def step(loop: Loop) -> None:
 def drawing(*loops: Loop) -> contextlib.AbstractContextManager[None]:
     """Draw random numbers, while open, from the seeds and step numbers of the loops that share a pass, and from nothing else.
 
-    So dropout's masks do not depend on what is drawn between two steps.
+    So dropout's masks do not depend on what is drawn between two steps. Of several processes each draws its own.
     """
     numbers = [number for loop in loops for number in (loop.plan.config.seed, loop.state.step)]
+    numbers += [loop.plan.ranks.rank for loop in loops if not loop.plan.ranks.is_first]
     return seeded(mixed("step", *numbers), loops[0].devices)
 
 
 def take_step(loop: Loop) -> Taken:
-    """Take a step over a batch of records, whose loss is divided by all its supervised tokens.
+    """Take a step over a batch of records, whose loss is divided by all its supervised tokens, in whatever process they are.
 
     On a GPU nothing here waits for it: losses are added up there, and whether they are finite is read a step late.
     """
     plan = loop.plan
     rows = plan.drawn(loop.state.step)
-    batches = [plan.loss.collate(part) for part in plan.parts(rows)]
-    supervised = sum(batch.targets for batch in batches)
+    batches = [plan.loss.collate(part) for part in plan.here(loop.state.step)]
+    here = (sum(batch.targets for batch in batches), sum(plan.loss.shared(batch) for batch in batches))
+    supervised, shared = map(int, plan.ranks.total(*here))
     loss = sum((_backward(loop, batch, supervised) for batch in batches), start=torch.zeros_like(loop.losses))
-    return learn(loop, rows, loss, supervised, shared=sum(plan.loss.shared(batch) for batch in batches))
+    for gathered in (loss, *loop.flat.gradients()):
+        plan.ranks.add_up(gathered)
+    return learn(loop, rows, loss, supervised, shared)
 
 
 def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
@@ -251,7 +257,7 @@ def after_step(loop: Loop, taken: Taken, seconds: float) -> None:
     """Do what is due after a step that took so many seconds."""
     plan, state = loop.plan, loop.state
     loop.taken = taken
-    state.seconds = plan.clock() - loop.began
+    state.seconds = plan.ranks.of_first(plan.clock() - loop.began)
     state.step_seconds += seconds
     if progress.is_watched():
         progress.tell(log.tick(loop, taken.lr))
