@@ -116,16 +116,17 @@ def _how_counted(loop: LoopState) -> str:
 
 def _facts(figures: RunFigures) -> list[tuple[str, str, str]]:
     loop, counted = figures.loop, figures.counted
+    by = f", by {figures.processes} processes" if figures.processes > 1 else ""
     facts = [
         ("Adapter", units.size(figures.adapter_bytes), f"base {units.size(figures.base_bytes)}"),
         ("Trainable", f"{figures.trainable_parameters:,}", f"{figures.trainable_share:.2%} of the base's parameters"),
-        ("Time", units.duration(loop.seconds), f"{loop.step} steps, {loop.records:,} records"),
+        ("Time", units.duration(loop.seconds), f"{loop.step} steps, {loop.records:,} records{by}"),
         (
             "Speed",
             f"{loop.tokens / max(loop.step_seconds, 1e-9):.0f} {counted}/s",
             f"{loop.tokens:,} {counted}, {_how_counted(loop)}",
         ),
-        ("Peak memory", units.size(figures.peak_memory), "of the process, base included"),
+        ("Peak memory", units.size(figures.peak_memory), f"of {'one' if by else 'the'} process, base included"),
         ("‖ΔW‖ / ‖W0‖", f"{figures.relative_norm:.4f}", "over all adapted layers"),
     ]
     if loop.best_loss != math.inf:

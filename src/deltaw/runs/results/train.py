@@ -70,6 +70,8 @@ class RunFigures:
     """Scores of the adapter that was kept; None where nothing is held out, or there was no time."""
     environment: Environment | None = None
     """The machine and versions, as runs/memory/machine.py describes them."""
+    processes: int = 1
+    """Processes that shared each step."""
 
     def to_json(self) -> dict[str, object]:
         """Return the values of result.json; a loss that there is not (∞) is null."""

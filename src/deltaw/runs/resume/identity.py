@@ -33,7 +33,7 @@ _NOT_COMPARED = (
 )  # fmt: skip
 
 
-def identity(prepared: Prepared, settings: Mapping[str, object]) -> dict[str, Any]:
+def identity(prepared: Prepared, settings: Mapping[str, object], processes: int = 1) -> dict[str, Any]:
     """Return what is compared, as JSON holds it: settings, base, records, and the versions and devices that decide about bits.
 
     The adapter is not attached yet.
@@ -50,6 +50,7 @@ def identity(prepared: Prepared, settings: Mapping[str, object]) -> dict[str, An
             "transformers": transformers.__version__,
             "device": next(model.parameters()).device.type,
             "threads": torch.get_num_threads(),
+            "processes": processes,
         },
     }
 
@@ -112,7 +113,7 @@ def check_same(
             f"The run in {folder} cannot be resumed so:", problems, "Resume it as it was begun, or begin a new run."
         )
     there, here = kept["environment"], now["environment"]
-    changes = [f"{key} {there.get(key)} then, {here[key]} now" for key in here if there.get(key) != here[key]]
+    changes = [f"{key} {there[key]} then, {here[key]} now" for key in here if there.get(key, here[key]) != here[key]]
     return [f"The last bits may differ from those of a run without a break: {', '.join(changes)}."] if changes else []
 
 

@@ -56,14 +56,16 @@ class Job:
         return model
 
 
-def attached(prepared: Prepared, name: str, folder: RunFolder, together: Sequence[object] = ()) -> Job:
+def attached(
+    prepared: Prepared, name: str, folder: RunFolder, together: Sequence[object] = (), ranks: Ranks = ALONE
+) -> Job:
     """Attach the adapter, drawn from the run's seed, and teach it the tokens that end its records."""
     model, config, settings = prepared.loaded.model, prepared.config, _settings(prepared)
-    known = identity(prepared, settings)
+    known = identity(prepared, settings, ranks.count)
     with seeded(config.seed):
         attach.attach(model, prepared.method, name=name)
     teach(model, name, prepared.encoded.ends)
-    return Job(prepared, folder, name, settings, known, together)
+    return Job(prepared, folder, name, settings, known, together, ranks=ranks)
 
 
 def _settings(prepared: Prepared) -> dict[str, object]:

@@ -190,4 +190,5 @@ def _figures(job: Job, events: Sequence[Event], state: LoopState, summary: Summa
         sets={name: value for name, value in dataclasses.asdict(job.prepared.sets).items() if name != "notes"},
         warnings=[event.text for event in events if isinstance(event, Warned)],
         environment=machine.describe(),
+        processes=job.ranks.count,
     )

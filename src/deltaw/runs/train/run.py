@@ -48,7 +48,7 @@ from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
 from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
 from deltaw.training.loop.alike import alike
-from deltaw.training.parallel.ranks import Ranks, joined
+from deltaw.training.parallel.ranks import Lost, Ranks, joined
 from deltaw.training.prepare import Model, Prepared, Tokenizer, prepare
 from deltaw.training.tasks import task_of
 
@@ -148,7 +148,7 @@ def _at_work(folder: RunFolder, ranks: Ranks) -> Iterator[tuple[str, ...]]:
 
 def _attached(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Job:
     """Attach the adapter in each process. Raises ConfigError where one has another base, or other settings or records."""
-    job = ranks.together(lambda: replace(attached(prepared, "default", folder), ranks=ranks))
+    job = ranks.together(lambda: attached(prepared, "default", folder, ranks=ranks))
     ranks.check_same({key: value for key, value in job.identity.items() if key != "environment"})
     return job
 
@@ -420,6 +420,8 @@ def _train(job: Job, journal: Journal, stopping: Stopping, hear: Callable[[Event
         with contextlib.suppress(*([FileError] if isinstance(error, FileError) else [])):
             if values_are_finite(job):
                 save(job, state.step)
+        if isinstance(error, Lost):
+            raise Lost(f"{error}\n{_resume_command(job)}") from error
         if _out_of_memory(error):
             raise TrainError(
                 f"Out of memory after {state.step} steps. The adapter so far is in {adapter}.\n"
@@ -430,12 +432,15 @@ def _train(job: Job, journal: Journal, stopping: Stopping, hear: Callable[[Event
     save(job, state.step)
     if state.stopped == "interrupted":
         raise Interrupted(
-            f"Stopped after step {state.step} of {plan.total_steps}. Its state is saved: go on with\n"
-            f"  deltaw train --resume {shlex.quote(str(job.settings['out']))}\n"
+            f"Stopped after step {state.step} of {plan.total_steps}. Its state is saved. {_resume_command(job)}\n"
             f"The adapter so far is in {adapter}.",
             exit_code=stopping.exit_code,
         )
     return state
+
+
+def _resume_command(job: Job) -> str:
+    return f"Go on from its last state with\n  deltaw train --resume {shlex.quote(str(job.settings['out']))}"
 
 
 def _out_of_memory(error: BaseException) -> bool:

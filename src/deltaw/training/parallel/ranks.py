@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -161,6 +163,10 @@ def _outcome(work: Callable[[], object]) -> _Outcome:
         return _Outcome(None, _Sent(type(error).__name__, str(error), error.problems, error.exit_code))
 
 
+_ENGINE = re.compile(r"^\[\S+\] |\.( .*)?$")
+"""The place in its own code, and advice, in an error of gloo."""
+
+
 @contextlib.contextmanager
 def _lost() -> Iterator[None]:
     """Turn the engine's error where another process is gone into ours."""
@@ -168,8 +174,8 @@ def _lost() -> Iterator[None]:
         yield
     except (RuntimeError, dist.DistBackendError) as error:
         raise Lost(
-            f"Another process of this run has ended, or does not answer any more ({first_line(error)}). What it said stands "
-            "above, if it said anything: one that was killed, for want of memory for example, says nothing."
+            f"Another process of this run has ended, or does not answer any more: {_ENGINE.sub('', first_line(error))}. What it "
+            "said stands above, if it said anything: one that was killed, for want of memory for example, says nothing."
         ) from error
 
 
@@ -244,8 +250,16 @@ def _leaving(ranks: Ranks) -> Iterator[None]:
         _wait_for_all()
         raise
     except DeltaWError as error:
+        if not ranks.is_first:
+            time.sleep(_SAYING.total_seconds() / 2)  # the first has more to say, if it is there
         error.is_told = error.is_told or not _is_first_to_say("lost" if isinstance(error, Lost) else str(error))
         raise
+    except KeyboardInterrupt:
+        if ranks.is_first:
+            raise
+        stopped = Interrupted("Stopped.")
+        stopped.is_told = True
+        raise stopped from None
     _wait_for_all()
 
 
@@ -277,7 +291,9 @@ _NOT_READ = {
 def _check_launcher() -> None:
     """Raise ConfigError where accelerate was asked for a way to train that would silently be plain data parallelism."""
     if asked := [flag for name, flag in _NOT_READ.items() if os.environ.get(name, "false").lower() in ("true", "1")]:
-        raise ConfigError(
+        error = ConfigError(
             f"accelerate was asked for {', '.join(asked)}, which deltaw does not read: each process would hold the whole model. "
             "Leave it out."
         )
+        error.is_told = os.environ.get("RANK", "0") != "0"
+        raise error
