@@ -406,10 +406,20 @@ class Plan:
     """Print the numbers as JSON, in bytes."""
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Show the machine as deltaw sees it: versions, devices, threads, disks, which fast ways are open, and what is slow here and
+    why."""
+
+    json: bool = False
+    """Print the facts as JSON."""
+
+
 COMMANDS: dict[str, type[DataclassInstance]] = {
     "data": Survey, "train": Train, "plan": Plan, "compare": Compare, "sweep": Sweep, "rank": Rank, "generate": Generate,
     "chat": Chat, "eval": Eval, "merge": Merge, "unmerge": Unmerge, "verify": Verify, "convert": Convert,
     "export": Export, "push": Push, "extract": Extract, "compress": Compress, "inspect": Inspect,
+    "doctor": Doctor,
 }  # fmt: skip
 
 
@@ -423,6 +433,7 @@ SECTIONS = {
     "Train": "data train plan compare sweep rank",
     "Use": "generate chat eval",
     "Adapters and models": "inspect merge unmerge verify extract compress convert export push",
+    "This machine": "doctor",
 }
 """Title in `deltaw --help` → commands."""
 
@@ -445,6 +456,7 @@ EXAMPLES = {
     "extract": "deltaw extract base tuned -o extracted --rank 16",
     "compress": "deltaw compress runs/mine/adapter -o small --energy 0.99",
     "inspect": "deltaw inspect runs/mine/adapter",
+    "doctor": "deltaw doctor",
 }
 """Command → an example that its help shows."""
 
