@@ -1,11 +1,11 @@
 #!/bin/sh
-# accelerate 1.15: `accelerate launch --cpu --num_processes 2` starts one process, without a word; `--multi_gpu` starts two on a machine
-# without a GPU.
+# accelerate 1.15: `accelerate launch --cpu --num_processes 2` starts one process, without a word; `--multi_gpu` starts two on a
+# machine without a GPU.
 #
 # Guess: --num_processes 2 starts two processes, on a CPU too, and --multi_gpu needs GPUs.
-# Behaviour: for a CPU the launcher runs the script once, in one process without RANK and WORLD_SIZE, unless --mpirun_hostfile is given. The number is
-# taken and dropped. With --multi_gpu it goes through torchrun, which asks for no GPU: two processes, which can use gloo. A test
-# of data-parallel training that is launched with --cpu never has a second process, and passes.
+# Behaviour: for a CPU the launcher runs the script once, in one process without RANK and WORLD_SIZE, unless --mpirun_hostfile is
+# given. The number is taken and dropped. With --multi_gpu it goes through torchrun, which asks for no GPU: two processes, which can
+# use gloo. A test of data-parallel training that is launched with --cpu never has a second process, and passes.
 # Seen: "process None of None" once with --cpu; "process 0 of 2" and "process 1 of 2" with --multi_gpu, where CUDA is not available.
 #
 # Installs pinned public packages in a temporary folder. Ends with 0 while accelerate does this.
