@@ -215,6 +215,9 @@ class TrainConfig(Trusting):
     """Held-out records to generate before and after training, for the report; 0 for none."""
     samples_during: int = 0
     """Samples to answer at each evaluation too, for the report. Each costs up to 32 generated tokens an evaluation."""
+    track: str = "auto"
+    """Trackers that hear of the run, with commas: tensorboard, wandb, mlflow, trackio …; or none. They are reached through
+    accelerate. Default: tensorboard, where it is installed, into the run folder."""
 
     def __post_init__(self) -> None:
         # A batch of another type is what check complains of, so it limits nothing

@@ -145,12 +145,13 @@ _TABLE = (
         None,
         "records are encoded once, before the first step",
     ),
+    Meaning("report_to log_to logger log_with tracker logger_name use_wandb", "track"),
     Meaning(
-        "report_to log_to wandb_project wandb logger log_with tracker plot_loss metric_logger wandb_entity "
-        "wandb_log_model mlflow_tracking_uri logger_name wandb_mode comet_project tensorboard",
+        "wandb_project wandb wandb_entity wandb_log_model mlflow_tracking_uri wandb_mode comet_project tensorboard",
         None,
-        "RUN/log.jsonl has every event, and RUN/report.html shows them",
+        "--track wandb (or tensorboard, mlflow, trackio) turns it on; its own variables, such as WANDB_PROJECT, set the rest",
     ),
+    Meaning("plot_loss metric_logger", None, "RUN/log.jsonl has every event, and RUN/report.html shows them"),
     Meaning(
         "logging_steps log_interval steps_per_report log_every_n_steps logging_freq logging_strategy logging_first_step",
         "log_every",

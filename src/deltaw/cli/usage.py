@@ -43,7 +43,7 @@ _OF_TRAINING = {
     "skip_bad_steps seed",
     "Held-out records": "valid valid_share valid_most eval_every patience samples",
     "Machine": "dtype frozen_dtype device gradient_checkpointing trust_remote_code",
-    "Run folder": "overwrite start save_every log_every",
+    "Run folder": "overwrite start save_every log_every track",
 }
 _ORDER = (
     "Arguments", "Common", "Flags", "Method", "Comparison", "Sweep", "Ranks", "Plan", "Optimization", "Held-out records",

@@ -50,7 +50,7 @@ from deltaw.runs.results.compare import (
 from deltaw.runs.results.scores import measured_by, over_seeds
 from deltaw.runs.results.study import Failed, StudySettings
 from deltaw.runs.resume.place import RunFolder
-from deltaw.runs.study import Study
+from deltaw.runs.study import Study, for_candidates
 
 # --quick: so that five methods are compared within ten minutes on two cores without bfloat16, most of them for training
 _QUICK_MINUTES, _QUICK_VALID, _QUICK_TEST = 0.75, 32, 64
@@ -197,7 +197,7 @@ def _begun(
     model: str, data: str | Path, config: TrainConfig, options: CompareConfig
 ) -> contextlib.AbstractContextManager[Study]:
     """Claim the folder and write the records; --quick has less of everything."""
-    config, test_most = dataclasses.replace(config, samples=0), options.test_most
+    config, test_most = for_candidates(config), options.test_most
     if options.quick:
         minutes = None if config.steps else config.minutes or _QUICK_MINUTES
         config = dataclasses.replace(config, minutes=minutes, valid_most=min(config.valid_most, _QUICK_VALID))

@@ -71,7 +71,7 @@ from deltaw.runs.results.sweep import (
     outcome_from,
 )
 from deltaw.runs.resume.place import RunFolder
-from deltaw.runs.study import Study
+from deltaw.runs.study import Study, for_candidates
 from deltaw.runs.train import RunResult, run_abreast
 from deltaw.training.events import Evaluated, Event, Stepped
 from deltaw.training.prepare import Prepared, prepare, with_head
@@ -167,7 +167,7 @@ def sweep(
     """
     with (
         shown(progress, "sweep", on_event) as hear,
-        _begun(model, data, dataclasses.replace(config, samples=0), options, hear) as begun,
+        _begun(model, data, for_candidates(config), options, hear) as begun,
     ):
         return _finished(begun)
 

@@ -29,7 +29,7 @@ LENGTHS = ("epochs", "steps", "minutes", "patience")
 # Names of things whose content is compared, and settings that decide no bit of the result
 _NOT_COMPARED = (
     "model", "data", "valid", "out", "overwrite", "log_every", "samples", "samples_during", "save_every", "trust_remote_code",
-    "start",
+    "start", "track",
 )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from deltaw.files.formats.lock import locked
 from deltaw.training.keeper import BEFORE, NEWEST
 
 # Written into next/ once the run in it is whole and is about to be moved. It holds the checksum of its adapter, by which one sees
-# whether that was moved already, also in a copy of the folder, and the files of the run before that the new one lacks
+# whether that was moved already, also in a copy of the folder, the files of the run before that the new one lacks, and whether a
+# tracker has files of it
 _REPLACING = "replacing.json"
 
 
@@ -58,6 +59,11 @@ class RunFolder:
     def report(self) -> Path:
         """The page about the run."""
         return self.path / "report.html"
+
+    @property
+    def tracks(self) -> Path:
+        """The folder of a tracker that writes files, such as TensorBoard."""
+        return self.path / "tracks"
 
     @property
     def score(self) -> Path:
@@ -193,8 +199,9 @@ def clear(folder: RunFolder) -> None:
         return
     for path in (*reversed(folder.files), *folder.path.glob(".*.tmp")):
         path.unlink(missing_ok=True)
-    for adapter in (folder.adapter, folder.adapter.with_suffix(".old")):  # what take_place moves aside
-        shutil.rmtree(adapter, ignore_errors=True)
+    # With what take_place moves aside
+    for inner in (folder.adapter, folder.adapter.with_suffix(".old"), folder.tracks):
+        shutil.rmtree(inner, ignore_errors=True)
     if not any(folder.path.iterdir()):
         folder.path.rmdir()
 
@@ -203,7 +210,8 @@ def put_in_place(folder: RunFolder) -> RunFolder:
     """Put the run in next/, which is whole, in the place of the one that is there. Return `folder`."""
     new = folder.next
     stale = [there.name for here, there in zip(new.files, folder.files, strict=True) if not here.exists()]
-    write_text(new.path / _REPLACING, json.dumps({"adapter": _content(new.adapter), "stale": stale}))
+    mark = {"adapter": _content(new.adapter), "stale": stale, "tracks": new.tracks.exists()}
+    write_text(new.path / _REPLACING, json.dumps(mark))
     finish_replacing(folder)
     return folder
 
@@ -218,6 +226,10 @@ def finish_replacing(folder: RunFolder) -> None:
     replacing = json.loads(mark.read_text(encoding="utf-8"))
     if not folder.adapter.exists() or _content(folder.adapter) != replacing["adapter"]:
         exchange.take_place(new.adapter, folder.adapter)
+    if new.tracks.exists() or not replacing.get("tracks"):
+        shutil.rmtree(folder.tracks, ignore_errors=True)
+    if new.tracks.exists():
+        new.tracks.rename(folder.tracks)
     for here, there in zip(new.files, folder.files, strict=True):
         if here.exists():
             here.replace(there)

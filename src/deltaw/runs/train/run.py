@@ -43,6 +43,7 @@ from deltaw.runs.train.job import Job, attached, begin_with, peak, resumed_at, s
 from deltaw.runs.train.rescue import with_what_was_good
 from deltaw.runs.train.result import RunResult, finished
 from deltaw.runs.train.samples import answering, answers, records_to_answer, sampled, scores
+from deltaw.runs.train.tracking import both, tracked, trackers_of
 from deltaw.training.abreast import run_loops
 from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
@@ -128,6 +129,7 @@ def _begun(
     is_latest, config = config.out == LATEST, replace(config, out=ranks.by_first(lambda: dated(config.out)))
     home = RunFolder(Path(config.out))
     _check_dealt(config, ranks)
+    trackers_of(config.track)
     inputs = {"the base": model, "the data": data, "the held-out records": config.valid, "the start": config.start}
     ranks.together(lambda: check_apart(home.path, inputs))
     with _at_work(home, ranks) as notes:
@@ -243,14 +245,20 @@ def _take_part(job: Job) -> None:
 
 def _written(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
     """Train what was prepared, and write the run."""
-    with asked_to_stop() as stopping, _recorded(job, on_event) as journal:
+    names, where = trackers_of(job.prepared.config.track), job.folder.tracks
+    with (
+        asked_to_stop() as stopping,
+        _recorded(job, on_event) as journal,
+        tracked(names, home.path.name, where, job.settings, on_event) as trackers,
+    ):
         chosen = records_to_answer(job)
         before = answers(job, chosen, None)
-        state = _train(job, journal, stopping, answering(job, chosen, journal.hear))
+        state = _train(job, journal, stopping, answering(job, chosen, both(journal.hear, trackers.hear)))
         if stopping():
             chosen, before = [], []  # there is no time for samples
         samples = sampled(job, chosen, before, answers(job, chosen, job.adapter))
         held_out = None if stopping() else scores(job)
+        trackers.scores(held_out, state.step)
         return finished(job, journal, state, samples, home, held_out)
 
 
