@@ -52,7 +52,7 @@ class Study:
 _LANGUAGE = "SmolLM2-135M-Instruct"
 _RATES = (1.5e-3, 5e-4, 4.5e-3)
 # Of a record with tools at most
-_CHARACTERS = 1500
+_CHARACTERS = 900
 STUDIES = {
     "sst2": Study("train.jsonl", "test.jsonl", "accuracy", _RATES, (1, 5), most=1000),
     "rte": Study("train.jsonl", "dev.jsonl", "accuracy", _RATES, (1, 3)),
@@ -60,14 +60,14 @@ STUDIES = {
     "cola": Study("train.jsonl", "dev.jsonl", "matthews", _RATES, (1, 3), most=2000),
     "e2e": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=1000, test_most=200, model=_LANGUAGE),
     "instruct": Study("all.jsonl", "", "loss", _RATES, (1, 3), most=300, model=_LANGUAGE),
-    "tools": Study("train.jsonl", "test.jsonl", "loss", _RATES, (1, 3), most=200, test_most=100, model=_LANGUAGE),
+    "tools": Study("train.jsonl", "test.jsonl", "loss", _RATES[::2], (1, 3), most=120, test_most=60, model=_LANGUAGE),
 }
 
 
 def records_of(study: Study, data: Path, folder: Path) -> tuple[Path, Path]:
     """Files to train on and to test on; where the data has no test part, every tenth record.
 
-    SmolLM2's template renders no tools, so records with tools get them as text; those of more than about 400 tokens are left out.
+    SmolLM2's template renders no tools, so records with tools get them as text; those of more than about 250 tokens are left out.
     """
     rows = (data / study.train).read_text(encoding="utf-8").splitlines()
     if study.test:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import deltaw.config as module
 from deltaw import DataConfig, GenerateConfig, LoRA, TrainConfig
-from deltaw.config import from_mapping, keys, to_mapping, to_yaml
+from deltaw.config import check_is, from_mapping, keys, read_yaml, to_mapping, to_yaml
 from deltaw.errors import ConfigError
 
 CONFIGS = (DataConfig, TrainConfig, GenerateConfig, LoRA)
@@ -164,3 +164,22 @@ def test_config_imports_no_torch() -> None:
         for n in node.names
     }
     assert not imported & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("text", ["rank: 4\nrank: 8\n", "lr: 1e-3\ntargets: {q: 1, q: 2}\n"])
+def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="more than once: leave one"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_a_file_of_settings_that_is_not_there_or_a_folder_is_told_plainly(tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "no.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=f"cannot be read: {why}"):
+            read_yaml(path)
+
+
+def test_arguments_of_another_class_are_told_with_the_right_one() -> None:
+    for value, hint in (({"lr": 1}, r"TrainConfig\(\*\*config\)"), ("lora", "a TrainConfig")):
+        with pytest.raises(ConfigError, match=f"config is .*: give {hint}"):
+            check_is(value, TrainConfig, "config")

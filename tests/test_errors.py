@@ -63,3 +63,12 @@ def test_problems_are_kept_as_they_were_given() -> None:
 )
 def test_the_first_line_is_one_that_says_something(text: str, line: str) -> None:
     assert first_line(ValueError(text)) == line
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("adamw", " (did you mean 'AdamW'?)"), ("adamw_torch", " (did you mean 'AdamW'?)"), ("LR", " (did you mean 'lr'?)"),
+     ("cosine_with_restarts", " (did you mean 'cosine'?)"), ("consine", " (did you mean 'cosine' or 'constant'?)"), ("xyz", "")],
+)  # fmt: skip
+def test_the_nearest_name_is_found_in_any_capitals_and_by_its_beginning(word: str, hint: str) -> None:
+    assert nearest(word, ["AdamW", "Adam", "RAdam", "cosine", "constant", "lr"]) == hint

@@ -119,12 +119,25 @@ class Interrupted(TrainError):
         self.exit_code = exit_code
 
 
+_CLOSE = 0.8
+"""Words that are so alike differ by a slip."""
+
+
 def nearest(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.5) -> str:
     """Return ` (did you mean 'a' or 'b'?)` with the closest of `known`, or an empty string.
 
+    Capitals do not count. One that is the same stands alone, and so does one that `word` begins with, unless another is closer.
+
     cutoff: from 0 (any) to 1 (the same), how alike they must be.
     """
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
+    plain = {one.lower(): one for one in known}
+    names = difflib.get_close_matches(word.lower(), plain, n=count, cutoff=cutoff)
+    begun = [one for one in plain if word.lower().startswith(one) and len(one) > 2]
+    if word.lower() in plain:
+        names = [word.lower()]
+    elif begun and not difflib.get_close_matches(word.lower(), names, cutoff=_CLOSE):
+        names = [max(begun, key=len)]
+    close = [plain[name] for name in names]
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 

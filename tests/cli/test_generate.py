@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.cli import show
+from deltaw.cli import main, show
 from tests.cli.conftest import RECORDS, Run
 from tests.conftest import ROOT, byte_llama
 from tests.data.chats.templates import QWEN2
@@ -164,3 +164,11 @@ def test_the_most_records_bound_a_file_of_prompts(place: Path, run: Run) -> None
     """--max-records was taken and did nothing."""
     done = run("generate", place / "model", "--file", place / "data.jsonl", "--max-records", 2, "--max-new-tokens", 2)
     assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == [r["prompt"] for r in RECORDS[:2]]
+
+
+def test_settings_of_training_are_no_flags_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "model", "Hi", "--max-length", "5", "--turns", "last"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown flag --max-length" in said and "unknown flag --turns" in said
+    assert main(["generate", "--help"]) == 0
+    assert "Take the first so many prompts" in capsys.readouterr().out

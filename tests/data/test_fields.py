@@ -234,6 +234,37 @@ def test_records_of_several_forms_are_refused():
     )
 
 
+def test_columns_that_have_no_place_or_are_not_there_are_refused():
+    rows = [{"q": {"text": "a", "lang": "de"}, "choices": [{"text": "b"}], "id": 1}]
+    good = "prompt=q.text,completion=choices.0.text"
+    assert len(read(rows, DataConfig(columns=good))) == 1
+    message = failure(rows, columns=f"{good},input=q.lang")
+    assert (
+        "columns names input, which prompt records (completion, prompt) have no place for: it would be lost" in message
+    )
+    assert "no record has 'idd' to leave out (did you mean 'id'?)" in failure(
+        rows, ConfigError, columns=f"{good},ignore=idd"
+    )
+    assert len(read(rows, DataConfig(columns=f"{good},ignore=somewhere_else"))) == 1  # of another file, perhaps
+
+
+def test_records_that_count_for_nothing_or_more_are_refused():
+    row = {"prompt": "a", "completion": "b"}
+    for weights in ([None, 0], [0, 0], [1, 2], [None, "0.5"], [[1, 0], [1, 1]]):
+        rows = [row if weight is None else row | {"weight": weight} for weight in weights]
+        message = failure(rows)
+        assert "'weight'" in message and "records are not weighed yet" in message and "--columns label" not in message
+    for weights in ([1, None], [1.0, "1"], [2, 2]):
+        assert len(read([row if weight is None else row | {"weight": weight} for weight in weights], DataConfig())) == 2
+    assert len(read([row, row | {"score": 3}], DataConfig())) == 2
+
+
+@pytest.mark.parametrize("name", ["split", "Split", "SPLIT"])
+def test_a_column_of_splits_is_refused_in_any_capitals(name):
+    rows = [{"prompt": "a", "completion": "b", name: split} for split in ("train", "Test")]
+    assert "says which records are held out" in failure(rows)
+
+
 def test_columns_are_checked_in_one_message():
     rows = [{"question": "a", "choices": [{"text": "b"}]}]
     message = failure(

@@ -169,7 +169,23 @@ def test_what_a_folder_has_beside_its_splits_is_not_passed_over_in_silence(tmp_p
     write(tmp_path, "train.jsonl.gz", b"\x1f\x8b")
     assert "train.jsonl.gz: .gz files are not read: unpack it first" in failure(tmp_path)
     write(tmp_path, "dataset_info.json", b"{}")
+    assert "save_to_disk" not in failure(tmp_path)  # LLaMA-Factory has such a file too
+    write(tmp_path, "state.json", b"{}")
     assert "save_to_disk" in failure(tmp_path)
+
+
+def test_splits_that_are_neither_trained_on_nor_held_out_are_named(tmp_path):
+    for name in ("train.jsonl", "valid.jsonl", "test.jsonl", "extra.jsonl"):
+        write(tmp_path, name, LINE)
+    assert read(tmp_path, DataConfig()).notes == (f"{tmp_path}: not read: extra.jsonl, test.jsonl",)
+    assert read(tmp_path, DataConfig(), split="valid").notes == ()
+
+
+def test_a_folder_of_folders_says_which_have_files(tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "a.jsonl", LINE)
+    assert "Its folders train, validation have files: name one of these, or a file." in failure(tmp_path)
 
 
 def test_a_folder_of_documents_says_which_files_are_no_records(tmp_path):

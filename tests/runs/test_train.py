@@ -627,3 +627,23 @@ def test_the_held_out_loss_of_a_result_is_that_of_the_last_evaluation(small: Any
     loss = scored["scores"]["loss"]
     assert abs(loss["value"] - result.state.valid_loss) < 1e-4 and loss["low"] < loss["value"] < loss["high"]
     assert f"[{loss['low']:.3f}, {loss['high']:.3f}]" in result.report.read_text(encoding="utf-8")
+
+
+def test_the_card_has_the_scores_with_intervals_and_steps_instead_of_passes(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(
+        model, RECORDS, quick(tmp_path, steps=2, valid_share=0.2), tokenizer=tokenizer, progress=False
+    )
+    text = (result.adapter / "README.md").read_text()
+    assert result.outcome.held_out is not None
+    loss, count = result.outcome.held_out.scores["loss"], result.outcome.held_out.records
+    assert f"| held-out loss | {loss.value:.4g} [{loss.low:.4g}, {loss.high:.4g}] nats per supervised token |" in text
+    assert f"| held-out records | {count}; intervals are 95% |" in text
+    assert "| steps taken | 2 |" in text and "| epochs |" not in text
+    assert " PROMPT --adapter ADAPTER" in text
+
+
+def test_records_longer_than_the_tokens_of_a_step_are_a_warning(small: Any, tmp_path: Path) -> None:
+    model, tokenizer = small
+    result = deltaw.train(model, RECORDS, quick(tmp_path, steps=1, batch_tokens=8), tokenizer=tokenizer, progress=False)
+    assert any("batch_tokens is 8, and" in text and "each is a step of its own" in text for text in result.warnings)

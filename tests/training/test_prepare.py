@@ -14,6 +14,7 @@ from deltaw.config import DataConfig, RankConfig, SweepConfig, TrainConfig
 from deltaw.data.prompts import item_of
 from deltaw.errors import DataError
 from deltaw.files.store import training_of
+from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
 from deltaw.runs.sweep import sweep
 from deltaw.training.prepare import held_out, prepare, trained_on
@@ -197,11 +198,15 @@ def test_a_tenth_of_few_records_is_held_out_and_32_at_least_of_more(
 def test_what_is_left_open_is_settled_by_method_model_and_records(model: str, tmp_path: Path) -> None:
     few, many = (write(tmp_path / f"{n}.jsonl", rows(n, n)) for n in (40, 1500))
     settled = prepare(model, few, quick(tmp_path), LoRA()).config
-    assert (settled.lr, settled.epochs) == (1.5e-3, 10)
-    assert prepare(model, many, quick(tmp_path), LoRA()).config.epochs == 3
-    assert prepare(model, few, quick(tmp_path), LoRA(targets="q,v")).config.lr == 3e-3
+    assert (settled.lr, settled.epochs) == (3e-3, 8)  # a run of few steps takes twice the usual rate
+    assert prepare(model, many, quick(tmp_path, batch=4), LoRA()).config.epochs == 1
+    for settings in ({"steps": None, "batch": 4}, {"steps": None, "minutes": 1.0}, {"steps": 200}):
+        assert prepare(model, many, quick(tmp_path, **settings), LoRA()).config.lr == 1.5e-3
+    assert prepare(model, many, quick(tmp_path, steps=199), LoRA()).config.lr == 3e-3
+    assert prepare(model, few, quick(tmp_path), IA3()).config.lr == 2e-2
+    assert prepare(model, few, quick(tmp_path), LoRA(targets="q,v")).config.lr == 6e-3
     plus = prepare(model, few, quick(tmp_path, lr_ratio=16.0), LoRA()).config
-    assert plus.lr == pytest.approx(1.5e-3 / 4, rel=0.05)  # the mean of A's and B's rates is the usual one
+    assert plus.lr == pytest.approx(3e-3 / 4, rel=0.05)  # the mean of A's and B's rates is the usual one
     asked = prepare(model, few, quick(tmp_path, lr=0.25, epochs=0.5), LoRA()).config
     assert (asked.lr, asked.epochs) == (0.25, 0.5)
 
@@ -231,3 +236,14 @@ def test_a_prompt_is_put_as_the_model_was_made_for_and_the_first_record_shows_it
     (note,) = [note for note in prepared.sets.notes if "The first record" in note]
     assert f"{begins.replace(chr(10), '⏎')[-80:]} → taught: It is 3.<|im_end|>" in note
     assert ("chat template (--template plain" in note) == (template == "chat")
+
+
+def test_classes_without_held_out_records_or_without_others_are_a_warning(model: str, tmp_path: Path) -> None:
+    train = write(tmp_path / "t.jsonl", [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(30)])
+    valid = write(tmp_path / "v.jsonl", [{"text": f"v{i}", "label": "a"} for i in range(4)])
+    said = prepare(model, train, quick(tmp_path, valid=valid), LoRA()).sets.overlap
+    assert said == "No held-out record is of class b: the scores say nothing of it."
+    other = write(tmp_path / "w.jsonl", [{"text": f"v{i}", "label": "abc"[i % 3]} for i in range(4)])
+    asked = quick(tmp_path, valid=other, data=DataConfig(labels=["a", "b", "c"]))
+    said = prepare(model, train, asked, LoRA()).sets.overlap
+    assert said == "No record to train on is of class c, which held-out records are of."

@@ -48,6 +48,8 @@ def _say(command: Convert, out: Path, target: str) -> None:
     from deltaw.files.convert import alpha_for_loralib
     from deltaw.files.formats.peft import read
 
+    if target in _PROGRAMS or target == "mlx-lm":
+        show.system_of(command.source)
     if target in _PROGRAMS:
         show.out.print(f"Adapter for {_PROGRAMS[target]}: {out}  {units.size(out.stat().st_size)}", soft_wrap=True)
         if target == "loralib":

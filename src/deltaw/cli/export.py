@@ -61,6 +61,7 @@ def _of_adapter(command: Export, out: Path) -> Exported:
     from deltaw.files.publish.gguf_model import export_gguf, exportable
     from deltaw.files.store import read
     from deltaw.model.pretrained import is_hub_id, snapshot
+    from deltaw.training.opening import of_adapter
 
     named = read_config(Path(command.source)).base_model_name_or_path
     base = command.base or base_in(read(Path(command.source)).metadata, named)
@@ -81,4 +82,5 @@ def _of_adapter(command: Export, out: Path) -> Exported:
                 error.problems,
                 f"Merge it first: deltaw merge {base} {command.source} -o MERGED. Then export MERGED.",
             ) from error
-        return export_gguf(merged, out, kind=command.type, trust_remote_code=command.trust_remote_code)
+        system = of_adapter(command.source).system
+        return export_gguf(merged, out, kind=command.type, system=system, trust_remote_code=command.trust_remote_code)

@@ -369,7 +369,7 @@ class Survey(Trusting):
     tokens, and which of them are taught."""
 
     data: Data
-    """JSONL, JSON, CSV or parquet file, a folder with splits, or a hub data set."""
+    """Records, as in train."""
     model: str | None = None
     """Model to encode the records for, exactly as train does: hub id, model folder or GGUF file."""
     valid: str | None = None
@@ -427,6 +427,16 @@ CHOICES: dict[tuple[type, str], Iterable[str]] = {
     (CompareConfig, "methods"): METHOD_PRESETS, (PlanConfig, "methods"): METHOD_PRESETS, (Plan, "model"): MODEL_PRESETS,
 }  # fmt: skip
 """Class and field → names that the field's help ends in."""
+
+
+NOT_TAKEN = {"Generate": {"max_length", "too_long", "turns"}}
+"""Command's class → settings of its records that it has no use for, which are no flags of it: it reads whole prompts."""
+
+OTHER_TEXTS = {
+    ("Generate", "max_records"): "Take the first so many prompts. At least 1. Default: all.",
+    ("Eval", "max_records"): "Score a random sample of at most this many records. At least 1. Default: all.",
+}
+"""Command's class and setting → its help there, where the setting is not about training."""
 
 
 SECTIONS = {

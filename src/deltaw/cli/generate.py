@@ -145,7 +145,7 @@ def _records(command: Generate) -> list[Record]:
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"{name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     if not rows or not text.strip():
-        raise DataError(f"There is no prompt in {name}.")
+        raise DataError("The prompt is empty." if name == "the prompt" else f"There is no prompt in {name}.")
     return list(read(Read(rows, [], name=name), plain, completions=False))
 
 

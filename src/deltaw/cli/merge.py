@@ -54,6 +54,7 @@ def run(command: Merge) -> None:
             f"the same top token at {merged.compared.agreement:.1%} of {merged.compared.positions} positions."
         )
     show.out.print("\n".join(lines), soft_wrap=True)
+    show.system_of(command.adapter)
 
 
 def new_folder(name: str, overwrite: bool) -> Path:

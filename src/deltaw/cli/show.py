@@ -159,6 +159,14 @@ def prose(text: str, *, style: str | None = None, console: Console | None = None
     console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
+def system_of(adapter: str) -> None:
+    """Print the system message that an adapter was trained with, which a program that serves it must be told."""
+    from deltaw.training.opening import of_adapter
+
+    if (system := of_adapter(adapter).system) is not None:
+        prose(f"It was trained with the system message {system!r}: give it to the program that serves it.")
+
+
 def notes(texts: Iterable[str]) -> None:
     """Print sentences on how records were read, on standard error."""
     for text in texts:

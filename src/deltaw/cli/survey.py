@@ -53,9 +53,9 @@ def _tell(look: Survey) -> None:
         share = look.tokens.supervised / max(1, look.tokens.tokens)
         facts["tokens"] = f"{look.tokens.tokens:,}, of which {look.tokens.supervised:,} ({share:.0%}) are taught"
         facts["cut, dropped"] = f"{look.tokens.truncated:,} and {look.tokens.dropped:,}"
-    facts["copies"] = f"{look.copies:,} records equal an earlier one"
+    facts["copies"] = f"{look.copies:,} {'record equals' if look.copies == 1 else 'records equal'} an earlier one"
     if look.several:
-        facts["answers"] = f"{look.several:,} prompts have several"
+        facts["answers"] = f"{look.several:,} {'prompt has' if look.several == 1 else 'prompts have'} several"
     if look.labels:
         facts["classes"] = shown([f"{name} {count:,}" for name, count in look.labels.items()], 12)
     if look.quantities:

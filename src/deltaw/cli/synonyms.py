@@ -278,7 +278,9 @@ _TABLE = (
     Meaning("metric", "metrics"),
     Meaning("export_dir merged_model_dir save_merged", "out"),
     Meaning(
-        "adapter peft use_peft lora", "method", "lora, which is the default; --adapter is of the commands that read one"
+        "adapter peft use_peft lora",
+        "method",
+        "lora, which is the default, with --rank and --alpha for its r and α; --adapter is of the commands that read one",
     ),
     Meaning(
         "vera oft adalora ia3 lisa p_tuning prompt_tuning prefix_tuning num_virtual_tokens galore use_galore use_badam "

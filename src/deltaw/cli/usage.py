@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from deltaw.cli.flags import CHOICES, COMMANDS, COMMON, EXAMPLES, SECTIONS, Opening, Positional, Short
+from deltaw.cli.flags import (
+    CHOICES,
+    COMMANDS,
+    COMMON,
+    EXAMPLES,
+    NOT_TAKEN,
+    OTHER_TEXTS,
+    SECTIONS,
+    Opening,
+    Positional,
+    Short,
+)
 from deltaw.config import CompareConfig, DataConfig, GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig
 from deltaw.errors import visible
 from deltaw.methods.documented import field_texts, in_order, sentences
@@ -97,8 +108,14 @@ class Flag:
         return any(typing.get_origin(kind) is list for kind in self.kinds)
 
 
-def flags_of(cls: type[DataclassInstance], default: object = None) -> Iterator[Flag]:
+def flags_of(cls: type[DataclassInstance]) -> Iterator[Flag]:
     """Yield every flag and argument of a command; those of the settings in it stand in their place."""
+    for flag in _fields(cls):
+        if flag.name not in NOT_TAKEN.get(cls.__name__, ()):
+            yield dataclasses.replace(flag, text=OTHER_TEXTS.get((cls.__name__, flag.name), flag.text))
+
+
+def _fields(cls: type[DataclassInstance], default: object = None) -> Iterator[Flag]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in in_order(cls):
         hint, *marks = (
@@ -107,7 +124,7 @@ def flags_of(cls: type[DataclassInstance], default: object = None) -> Iterator[F
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = value if default is None else getattr(default, field.name)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from flags_of(hint, value)
+            yield from _fields(hint, value)
         else:
             yield Flag(field.name, hint, value, field_texts(cls).get(field.name, ""), cls, marks)
 

@@ -115,13 +115,19 @@ def _made(
     by_name = {flag.name: flag for flag in flags}
     values = _defaults(cls) | dict(of_file) | {key: _typed(text, by_name[key]) for key, text in there.items()}
     missing = [flag for flag in flags if flag.default is dataclasses.MISSING and not values.get(flag.name)]
-    if missing:
-        problems = [f"{flag.word}: {sentences(flag.text)[0]}" for flag in missing]
-        raise ConfigError("These arguments are missing:", problems, usage(name, cls))
+    problems = [f"{flag.word}: {sentences(flag.text)[0]}" for flag in missing]
     try:
-        return from_mapping(cls, values, where="")
+        made = from_mapping(cls, values | {flag.name: flag.word for flag in missing}, where="")
     except ConfigError as error:
-        raise ConfigError("These settings cannot be used:", error.problems, usage(name, cls)) from error
+        heading = (
+            "These settings cannot be used, and arguments are missing:"
+            if problems
+            else "These settings cannot be used:"
+        )
+        raise ConfigError(heading, [*problems, *error.problems], usage(name, cls)) from error
+    if problems:
+        raise ConfigError("These arguments are missing:", problems, usage(name, cls))
+    return made
 
 
 def _defaults(cls: type[DataclassInstance]) -> dict[str, object]:

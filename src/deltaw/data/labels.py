@@ -165,3 +165,21 @@ def quantities(records: Sequence[Record], source: str) -> list[float]:
     if problems:
         raise DataError(f"{source}: {len(problems)} labels are no numbers:", problems)
     return [v for v in values if v is not None]
+
+
+def only_in_one(held: Sequence[Record], train: Sequence[Record], what: str = "held-out") -> str | None:
+    """Return a warning where some classes have records in one set alone: their scores say nothing, or they cannot be learned.
+
+    Args:
+        held: the records that are scored.
+        train: the records that are trained on.
+        what: the name of the scored ones, for the warning.
+    """
+    scored, taught = ({class_name(r.label): None for r in records if r.label is not None} for records in (held, train))
+    unseen, untaught = (
+        [name for name in one if name not in other] for one, other in ((taught, scored), (scored, taught))
+    )
+    texts = [f"No {what} record is of class {shown(unseen, 5)}: the scores say nothing of it."] if unseen else []
+    if untaught:
+        texts.append(f"No record to train on is of class {shown(untaught, 5)}, which {what} records are of.")
+    return " ".join(texts) or None

@@ -200,7 +200,7 @@ def compress(
     chosen = [name for name, value in (("rank", rank), ("energy", energy), ("size", size)) if value is not None]
     if len(chosen) != 1:
         raise ConfigError(
-            "Give one of rank, energy and size (command line: --rank, --energy, --size); "
+            "Give one of rank, energy and size (command line: --rank, --energy, --bytes); "
             f"there is {' and '.join(chosen) or 'none'}."
         )
     check_apart(out, {"the adapter": folder})

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltaw.errors import FileError, MergeError
+from deltaw.errors import BaseMismatch, FileError, MergeError, first_line
 from deltaw.files.formats import peft
 from deltaw.files.formats.fingerprint import bits_of
 from deltaw.files.formats.locate import check_by_files, hash_of_layers, places_of
@@ -45,7 +45,10 @@ def verify_adapter(base: str | Path, adapter: str | Path) -> str:
             "told."
         )
     hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base_model_name_or_path
-    verdict = peft.check_base(file.metadata, adapter, peft.W0, hash_of, trained_on)
+    try:
+        verdict = peft.check_base(file.metadata, adapter, peft.W0, hash_of, trained_on)
+    except BaseMismatch as error:
+        raise BaseMismatch(first_line(error)) from None  # what to do about it is of commands that go on
     if verdict == "unknown":
         raise FileError(
             f"{fits} an older version of deltaw wrote it and named its base by a sample of its entries: which weights it was "

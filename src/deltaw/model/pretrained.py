@@ -166,6 +166,8 @@ def _refusal(source: str, error: Exception, what: str, trust_remote_code: bool) 
         raise error
     if not trust_remote_code and (refused := needs_its_code(source, error)) is not None:
         return refused
+    if "Unrecognized configuration class" in str(error):  # a list of all classes follows
+        return FileError(f"{source} {what}: it is of another kind. Leave --task out, or give a model for that task.")
     return FileError(f"{_absent(source)}{source} {what}: {first_line(error)}")
 
 
@@ -223,7 +225,7 @@ def _new_modules(model: PreTrainedModel, info: LoadingInfo) -> tuple[str, ...]:
 
 _OTHER_KIND = (
     "Is it another kind of model, or is a file of it missing? An encoder learns classes or numbers: its records have text and "
-    "label."
+    "label (--columns label=FIELD names another field)."
 )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from deltaw.config import CompareConfig, TrainConfig, to_mapping
+from deltaw.config import CompareConfig, TrainConfig, check_is, to_mapping
 from deltaw.errors import ConfigError
 from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
@@ -146,6 +146,8 @@ def compare(
     Traceback (most recent call last):
     deltaw.errors.ConfigError: Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3.
     """
+    check_is(config, TrainConfig, "config")
+    check_is(options, CompareConfig, "options")
     if config.lr is not None:
         raise ConfigError(
             "Each method has a learning rate of its own: write it in brackets, lora(lr=2e-4), or try --lrs 3."

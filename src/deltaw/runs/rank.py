@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from deltaw.config import DataConfig, GenerateConfig, PlanConfig, RankConfig, SweepConfig, TrainConfig, to_mapping
+from deltaw.config import (
+    DataConfig,
+    GenerateConfig,
+    PlanConfig,
+    RankConfig,
+    SweepConfig,
+    TrainConfig,
+    check_is,
+    to_mapping,
+)
 from deltaw.data import Record
 from deltaw.data.batches import padded
 from deltaw.data.prompts import described, items_in
@@ -153,6 +162,7 @@ def choose_rank(
     >>> choice.rank, [tested.rank for tested in choice.choice.tested], choice.report.name
     (1, [1, 4], 'rank.html')
     """
+    check_is(config, RankConfig, "config")
     with shown(progress, "rank", on_event) as hear:
         return _chosen(run, config, hear)
 

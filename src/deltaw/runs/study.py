@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deltaw.config import DataConfig, TrainConfig, to_mapping
 from deltaw.data import Records, read
+from deltaw.data.labels import only_in_one
 from deltaw.data.prompts import described, overlap
 from deltaw.errors import ConfigError
 from deltaw.files.formats.atomic import check_apart, write_text
@@ -59,7 +60,7 @@ class Scoring:
     sets: dict[str, str]
     """train, valid, test → what is in it, for example "300 records of 47 prompts"."""
     warnings: tuple[str, ...]
-    """Sets that have prompts in common."""
+    """Sets that have prompts in common, and classes that a set lacks."""
     epochs: float = 1.0
     """Passes over the training records, where the settings name none."""
 
@@ -164,11 +165,14 @@ def scoring_of(sets: Path, config: TrainConfig, model: str, metrics: str) -> Sco
     described_sets = {name: described(part.items) for name, part in zip(splits.NAMES, records, strict=True)}
     chosen_by = chosen[-1] if task_of(data).answers != "text" else "loss"
     epochs = task_of(data).usual_epochs(len(records[0]))
-    return Scoring(data, tuple(chosen), chosen_by, described_sets, _overlaps(*records), epochs)
+    return Scoring(data, tuple(chosen), chosen_by, described_sets, _warnings(data, *records), epochs)
 
 
-def _overlaps(train: Records, valid: Records, test: Records) -> tuple[str, ...]:
-    warnings = (overlap(valid.items, train.items), overlap(test.items, train.items, "test"))
+def _warnings(data: DataConfig, train: Records, valid: Records, test: Records) -> tuple[str, ...]:
+    """Return warnings of prompts that are in two sets, and of classes that one lacks."""
+    warnings = [overlap(valid.items, train.items), overlap(test.items, train.items, "test")]
+    if task_of(data).answers == "class":
+        warnings += [only_in_one(valid.items, train.items), only_in_one(test.items, train.items, "test")]
     return tuple(warning for warning in warnings if warning)
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, to_mapping
+from deltaw.config import GenerateConfig, SweepConfig, TrainConfig, check_is, to_mapping
 from deltaw.data import read
 from deltaw.errors import DeltaWError, TrainError
 from deltaw.files import units
@@ -165,6 +165,8 @@ def sweep(
     >>> result.choices["q"].rank in (1, 2)
     True
     """
+    check_is(config, TrainConfig, "config")
+    check_is(options, SweepConfig, "options")
     with (
         shown(progress, "sweep", on_event) as hear,
         _begun(model, data, for_candidates(config), options, hear) as begun,

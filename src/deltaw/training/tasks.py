@@ -20,7 +20,7 @@ from deltaw.config import DataConfig, GenerateConfig
 from deltaw.data import Encoded, Example, Record, Records, as_said, as_taught, encode, encode_prompts, prompt_ends
 from deltaw.data.images import pixels
 from deltaw.data.items import Input, Item, encode_images, encode_labelled, encode_seq2seq, encoder_inputs, texts
-from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, quantities
+from deltaw.data.labels import are_quantities, class_indices, class_name, class_names, number, quantities
 from deltaw.errors import DataError
 from deltaw.layers.tree import evaluating, is_finite
 from deltaw.model.generate import generate, too_long
@@ -39,7 +39,7 @@ Told = Callable[[int], None]
 
 
 class Passes(NamedTuple):
-    """Passes over training records by their number. The limits are numbers of records; benchmarks/defaults.py is to measure them.
+    """Passes over training records by their number. The limits are numbers of records (results/defaults.json).
 
     Few records are passed over more often, until the model has seen `enough`; many less often, until it has seen `plenty`.
     """
@@ -116,7 +116,7 @@ class Written(Task):
     """A task whose answers are texts that the model generates."""
 
     answers = "text"
-    passes = Passes(usual=3, enough=1000, most=10, plenty=30_000)
+    passes = Passes(usual=1, enough=300, most=10, plenty=30_000)
 
     @abstractmethod
     def prompts(self, loaded: Pretrained, records: Sequence[Record], data: DataConfig) -> list[list[int]]:
@@ -263,14 +263,15 @@ class _OfClasses(Scored):
     """A scored task whose answers are classes: the likeliest one."""
 
     answers = "class"
-    trivial = "giving each class its share of the training records"
+    trivial = "giving each class its share of the training records, or all the same,"
 
     def trivial_loss(self, train: Sequence[Example | Item], valid: Sequence[Example | Item]) -> float:
         known, held = _targets(train), _targets(valid)
         counts = Counter(known)
         # One more of each class, so that one that no training record has is possible
         classes = len(counts | Counter(held))
-        return sum(-math.log((counts[c] + 1) / (len(known) + classes)) for c in held) / max(1, len(held))
+        shares = sum(-math.log((counts[c] + 1) / (len(known) + classes)) for c in held) / max(1, len(held))
+        return min(shares, math.log(max(1, classes)))
 
     def answers_of(self, logits: Tensor) -> Sequence[int]:
         return [int(i) for i in logits.argmax(-1)]
@@ -358,7 +359,10 @@ def recognised(data: DataConfig, records: Records, config: PretrainedConfig | No
     elif labels is None:
         labels = _classes(records, config)
     elif len(set(labels)) != len(labels) or len(labels) < 2:
-        raise DataError(f"labels is {labels}; it must name at least two classes, each once.")
+        divided = f" Blanks divide them: --labels {' '.join(labels[0].split(','))}" if "," in "".join(labels) else ""
+        raise DataError(f"labels is {labels}; it must name at least two classes, each once.{divided}")
+    if name == "regression" and len(records) > 1 and len({number(r.label) for r in records.items} | {None}) == 2:
+        raise DataError(f"All labels of {records.source} are {records.items[0].label}: there is nothing to predict.")
     return dataclasses.replace(data, task=name, labels=labels)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import deltaw
 from deltaw.errors import ConfigError, FileError
 from deltaw.files.convert import target_of
 from deltaw.files.formats import peft
+from deltaw.model.ends import teach
 from tests.conftest import fill, tiny_gpt2, tiny_llama
+from tests.data.conftest import tiny_tokenizer
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -94,6 +97,45 @@ def test_a_local_base_is_found_again_for_gguf(tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="--base"):
         deltaw.convert(tmp_path / "a", tmp_path / "b.gguf")
+
+
+def test_what_comes_from_gguf_names_its_base_and_its_task(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    deltaw.save(fill(deltaw.attach(model, deltaw.LoRA(rank=2))), tmp_path / "a")
+    deltaw.convert(tmp_path / "a", tmp_path / "a.gguf", base=tmp_path / "base")
+    settings = json.loads(
+        (
+            deltaw.convert(tmp_path / "a.gguf", tmp_path / "b", base=tmp_path / "base") / "adapter_config.json"
+        ).read_text()
+    )
+    assert (settings["base_model_name_or_path"], settings["task_type"]) == ("./base", "CAUSAL_LM")
+
+
+def test_what_gguf_has_no_form_for_is_named_with_what_to_do(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    deltaw.save(deltaw.attach(model, deltaw.DoRA(rank=2)), tmp_path / "a")
+    with pytest.raises(FileError, match=r"DoRA's magnitudes of .* and 10 more\n.*deltaw export writes a whole model"):
+        deltaw.convert(tmp_path / "a", tmp_path / "a.gguf", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize(("ends", "told"), [([2], ""), ([2, 5], r"end with \S+ \(5\)")])
+def test_tokens_that_end_answers_are_told_as_texts_where_the_base_has_others(
+    ends: list[int], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    model.config.eos_token_id = 2
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    deltaw.attach(model, deltaw.LoRA(rank=2))
+    teach(model, "default", tuple(ends))
+    deltaw.save(model, tmp_path / "a")
+    deltaw.convert(tmp_path / "a", tmp_path / "out", to="mlx-lm", base=tmp_path / "base")
+    said = [record.getMessage() for record in caplog.records if "was taught to end" in record.getMessage()]
+    assert len(said) == bool(told) and all(re.search(told, text) for text in said)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import deltaw
+from deltaw import DataConfig, TrainConfig
+from deltaw.cli import main
 from deltaw.errors import FileError
 from deltaw.files.publish.gguf_model import NAME, export_gguf
 from tests.cli.conftest import Run, place, run  # noqa: F401
@@ -110,6 +112,22 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     ends = [ours.eos_token_id, *(i for i in (258, 257) if i != ours.eos_token_id)]
     stops = [f'PARAMETER stop "{ours.convert_ids_to_tokens(i)}"' for i in ends]
     assert (tmp_path / "out" / "Modelfile").read_text().splitlines() == [f"FROM ./{NAME}", *stops]
+
+
+def test_the_system_message_of_training_goes_into_the_modelfile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = written(tmp_path / "m")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "Hi", "completion": "Hello"}\n' * 2)
+    said = 'Answer in "JSON".\nBe brief.'
+    config = TrainConfig(out=str(tmp_path / "run"), steps=1, samples=0, data=DataConfig(system=said))
+    adapter = str(deltaw.train(model, tmp_path / "d.jsonl", config, progress=False).adapter)
+    assert main(["export", adapter, "-o", str(tmp_path / "out"), "--type", "f16"]) == 0
+    assert (tmp_path / "out" / "Modelfile").read_text().endswith(f'SYSTEM """{said}"""\n')
+    capsys.readouterr()
+    assert main(["merge", str(model), adapter, "-o", str(tmp_path / "merged"), "--check", "off"]) == 0
+    assert main(["convert", adapter, "-o", str(tmp_path / "a.gguf")]) == 0
+    assert capsys.readouterr().out.count(f"It was trained with the system message {said!r}") == 2
 
 
 def test_llama_3s_scaling_is_a_tensor_of_factors(tmp_path: Path) -> None:

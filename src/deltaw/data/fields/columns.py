@@ -46,6 +46,9 @@ def columns_of(text: str, rows: Sequence[Row], source: str, *, answers: bool = T
             problems.append(f"{piece.strip()!r} is no NAME=COLUMN")
         elif name == IGNORE:
             ignored.add(path)
+            near = nearest(path, _paths(rows), cutoff=0.7)
+            if near and not any(has(fields, path) for _, fields in rows):
+                problems.append(f"{source}: no record has {path!r} to leave out{near}")
         elif name not in TARGETS and path in TARGETS:
             problems.append(f"{piece.strip()!r} is the wrong way round: {path}={name}")
         elif name not in TARGETS:

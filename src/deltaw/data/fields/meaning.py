@@ -8,6 +8,7 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from deltaw.data.chats.fields import parsed
 from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
@@ -39,9 +40,12 @@ _BETTER_WORSE = (
 _PAIRS = "are a preference pair, which is not trained on yet"
 _LOST = "is no part of {form} records, and what it says would be lost"
 _WEIGHED = (
-    "differs from record to record, and records are not weighed yet. Keep the records that count, and leave the field out; or, "
-    "where it is what is to be learned, take it with --columns label={name}"
+    "says that records count differently, and records are not weighed yet. Keep the records that count, and leave the field "
+    "out of them"
 )
+_LEARNT = "; or, where it is what is to be learned, take it with --columns label={name}"
+_OF_RECORDS = ("weight", "weights")
+"""Names of numbers that a record counts by, once where it has none."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = (
     "holds the thoughts before an answer, which messages have a place for: give the question and the answer as messages, and "
@@ -178,23 +182,39 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def weighed(rows: Sequence[Named], places: Sequence[str], form: str) -> dict[Why, list[str]]:
-    """Return the fields by which records count differently, each with the records that have it."""
+    """Return the fields by which records count differently, or for nothing, each with the records that have it."""
     names = WEIGHTS if form not in ("labelled", "image") else ("weight", "weights")
     refusals: dict[Why, list[str]] = {}
     for name in dict.fromkeys(field for row in rows for field in row if field.lower() in names):
         there = [(place, row[name]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get(name))]
-        if len({str(value) for _, value in there}) > 1 and all(_is_weight(value) for _, value in there):
-            refusals[(name, _WEIGHED.format(name=name))] = [place for place, _ in there]
+        if not all(_is_weight(value) for _, value in there):
+            continue
+        numbers = {_numbers_in(value) for _, value in there}
+        if name.lower() in _OF_RECORDS:
+            # A record without a weight counts once
+            numbers |= {(1.0,)} if len(there) < len(rows) else set()
+            numbers |= {(1.0,)} if numbers == {(0.0,)} else set()
+        if len(numbers) > 1:
+            instead = _LEARNT.format(name=name) if form in ("text", "labelled", "image") else ""
+            refusals[(name, _WEIGHED + instead)] = [place for place, _ in there]
     return refusals | _split_apart(rows, places)
 
 
 def _split_apart(rows: Sequence[Named], places: Sequence[str]) -> dict[Why, list[str]]:
     """Return a column that says which records are held out, where it says so of some: all would be trained on."""
-    there = [(place, row["split"]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get("split"))]
-    values = {str(value).lower() for _, value in there}
-    if len(values) < 2 or not values <= _SPLITS:
-        return {}
-    return {("split", _OF_SPLITS): [place for place, _ in there]}
+    refusals: dict[Why, list[str]] = {}
+    for name in dict.fromkeys(field for row in rows for field in row if field.lower() == "split"):
+        there = [(place, row[name]) for place, row in zip(places, rows, strict=True) if not is_empty(row.get(name))]
+        values = {str(value).strip().lower() for _, value in there}
+        if len(values) > 1 and values <= _SPLITS:
+            refusals[(name, _OF_SPLITS)] = [place for place, _ in there]
+    return refusals
+
+
+def _numbers_in(value: Any) -> tuple[float, ...]:
+    """Return a weight, or the weights of several answers, as numbers."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(float(part) for part in values)
 
 
 def _is_weight(value: object) -> bool:

@@ -143,14 +143,18 @@ def _readings(there: frozenset[str], labelled: bool, asked: Asked) -> tuple[Read
     if not asked.completions:
         every += _without_answers(there)
         every = [r for r in every if r.used != {"source"}] or every  # which is often where a prompt comes from
-    taken = asked.columns & (VOCABULARY - {"tools", *SYSTEM, *HISTORY})
-    if not asked.completions:
-        taken -= {*ANSWERS, "label"}
+    taken = _placed(asked)
     every = [r for r in every if taken <= r.used] or every
     if asked.form != "auto":
         every = [r for r in every if r.form == asked.form]
     every = [r for r in every if not any(r.used < other.used for other in every)]
     return tuple(dict.fromkeys(every))
+
+
+def _placed(asked: Asked) -> frozenset[str]:
+    """Return the names with columns that a reading must have a place for."""
+    taken = asked.columns & (VOCABULARY - {"tools", *SYSTEM, *HISTORY})
+    return taken if asked.completions else taken - {*ANSWERS, "label"}
 
 
 def _whole(there: frozenset[str], labelled: bool) -> list[Reading]:
@@ -189,8 +193,19 @@ def _without_answers(there: frozenset[str]) -> list[Reading]:
 def recognise(rows: Sequence[Named], places: Sequence[str], source: str, asked: Asked) -> Reading:
     """Return the reading that most of the first records have.
 
-    Raises DataError, with the fields, if they have none, or several of them.
+    Raises DataError, with the fields, if they have none, or several of them, or if it has no place for a column that is named.
     """
+    reading = _recognised(rows, places, source, asked)
+    if left := sorted(_placed(asked) - reading.used):
+        raise DataError(
+            f"{source}: columns names {' and '.join(left)}, which {reading.form} records ({', '.join(sorted(reading.used))}) "
+            "have no place for: it would be lost. Leave it out, or name the columns of another form:\n"
+            f"{_forms()}"
+        )
+    return reading
+
+
+def _recognised(rows: Sequence[Named], places: Sequence[str], source: str, asked: Asked) -> Reading:
     first = rows[:20]
     counts = Counter(reading for row in first for reading in readings(row, asked))
     most = max(counts.values(), default=0)

@@ -51,7 +51,14 @@ def rows(source: Source, split: str | None, default_split: str | None, how: Read
     name = _pick(list(files), split or default_split, str(path))
     read = _together(path, name, files[name], how)
     alone = (f"{path}: its only split, {name}, is read",) * (name in HELD_OUT and not (split or default_split))
-    return replace(read, notes=(*read.notes, *alone))
+    unread = _unread(path, files, name) if split is None and default_split is None else ()
+    return replace(read, notes=(*read.notes, *alone, *unread))
+
+
+def _unread(folder: Path, files: Mapping[str, Sequence[Path]], name: str) -> tuple[str, ...]:
+    """Return a sentence on the splits that are neither trained on nor held out, if there are any."""
+    others = [file.name for split in files if split not in (name, held_out_split(folder)) for file in files[split]]
+    return (f"{folder}: not read: {shown(others)}",) * bool(others)
 
 
 def _together(folder: Path, split: str, files: Sequence[Path], how: Reading) -> Read:
@@ -155,9 +162,12 @@ def _folder(folder: Path) -> dict[str, list[Path]]:
     texts = [[p for p in files if p.suffix.lower() in TEXTS] for files in there]
     files = next(filter(None, [*records, *texts]), [])
     _check_unread(folder, [file for files in there for file in files])
+    files = [file for file in files if file.name != "dataset_info.json"]
     if not files:
+        inner = sorted(place.name for place in folder.glob("*/") if _files(place))
+        where = f" Its folders {shown(inner)} have files: name one of these, or a file." if inner else ""
         raise DataError(
-            f"{folder}: no data files; expected train.jsonl, valid.jsonl or the like ({', '.join(SUFFIXES)})."
+            f"{folder}: no data files; expected train.jsonl, valid.jsonl or the like ({', '.join(SUFFIXES)}).{where}"
         )
     if _are_documents(files):
         return {"train": files}
@@ -195,7 +205,9 @@ def _split_of(file: Path) -> str:
 
 def _check_unread(folder: Path, files: Sequence[Path]) -> None:
     """Raise DataError for files that hold a split in a format that is not read: training would go on without it."""
-    if {"dataset_info.json", "dataset_dict.json"} & {file.name for file in files}:
+    names = {file.name for file in files}
+    # LLaMA-Factory has a dataset_info.json of its own
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
         raise DataError(
             f"{folder}: a data set that datasets.save_to_disk wrote. Write its splits with to_parquet, or in Python give "
             "what datasets.load_from_disk returns."

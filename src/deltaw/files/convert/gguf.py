@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, FileError
+from deltaw.errors import ConfigError, FileError, shown
 from deltaw.files.convert.base import base_config, layers_of, without_weights
 from deltaw.files.convert.places import as_folder, check_is_adapter
 from deltaw.files.formats import gguf, peft
@@ -17,7 +17,7 @@ from deltaw.files.formats.others import Foreign
 from deltaw.files.formats.others.foreign import check_layers, refuse
 from deltaw.files.formats.peft.metadata import base_in
 from deltaw.layers.kinds import kind_of
-from deltaw.layers.names import found_as
+from deltaw.layers.names import found_as, in_order
 
 # model_type of transformers → llama.cpp's architecture, and whether it stores the rows of q and k in another order. Those that
 # are not here store some weight in a way that has not been checked against llama.cpp's own conversion
@@ -31,7 +31,11 @@ def to_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path:
     check_is_adapter(dst, lambda: gguf.read(dst))
     file = peft.read(src)
     if others := file.beyond():
-        raise FileError(f"A GGUF adapter holds A and B of dense layers alone; {src} has more, for", others)
+        raise FileError(
+            f"A GGUF adapter holds A and B of dense layers alone; {src} has more:",
+            [f"{what} of {shown(in_order(layers), 4)}" for what, layers in others.items()],
+            "deltaw export writes a whole model as GGUF, with all of it merged.",
+        )
     arch, names, shapes, reorder = names_of(base or base_in(file.metadata, file.config.base_model_name_or_path))
     layers = {layer: found_as(layer, names, {}) for layer in file.factors}
     unknown = [layer for layer, name in layers.items() if name is None]
@@ -55,11 +59,11 @@ def from_gguf(src: Path, dst: Path, base: str | Path | nn.Module | None) -> Path
     unknown = [name for name in file.factors if name not in layers]
     if unknown:
         raise FileError(f"The base has no layer for these tensors of {src}:", unknown)
-    adapter = Foreign("gguf", {layers[n]: pair for n, pair in file.factors.items()}, ends=file.ends)
+    adapter = Foreign("gguf", {layers[n]: pair for n, pair in file.factors.items()}, ends=file.ends, task="CAUSAL_LM")
     refuse(src, check_layers(shapes, adapter))
     adapter.factors = {layers[n]: (A, reorder(n, B, True)) for n, (A, B) in file.factors.items()}
     adapter.scales = {layers[n]: scale for n, scale in file.scales.items()}
-    return as_folder(adapter, dst, None)
+    return as_folder(adapter, dst, base)
 
 
 Reorder = Callable[[str, Tensor, bool], Tensor]

@@ -18,6 +18,7 @@ from deltaw.files.formats.others import Foreign, kohya, litgpt, mlx_lm, onnx_ada
 from deltaw.files.formats.others.foreign import check_layers, refuse
 from deltaw.files.formats.peft import LoRAFile
 from deltaw.files.formats.peft.metadata import base_in, transposed_layers
+from deltaw.files.formats.strict_json import read_object
 
 log = logging.getLogger("deltaw")
 
@@ -94,11 +95,33 @@ def write(src: Path, dst: Path, form: str, base: Base = None) -> Path:
         "deltaw", file.factors, file.scales, embeddings=set(file.embeddings), magnitudes=file.magnitudes,
         dropout=file.config.lora_dropout, base=file.config.base_model_name_or_path, ends=peft.ends_of(file.metadata, src),
     )  # fmt: skip
-    if adapter.ends:
-        log.warning(
-            "%s was taught to end with tokens of its own (%s): tell the program that runs it.", src, adapter.ends
-        )
+    if ends := _own_ends(adapter.ends, base or base_in(file.metadata, file.config.base_model_name_or_path)):
+        log.warning("%s was taught to end with %s: tell the program that runs it.", src, ends)
     return mlx_lm.write(dst, adapter) if form == "mlx-lm" else onnx_adapter.write(dst, adapter)
+
+
+def _own_ends(ends: Sequence[int], base: Base) -> str:
+    """Return the tokens that end an adapter's answers, as texts where the base is here; "" where the base ends so too."""
+    if not ends:
+        return ""
+    if not isinstance(base, str | Path) or not Path(base).is_dir():
+        return f"the {'token' if len(ends) == 1 else 'tokens'} {', '.join(map(str, ends))}"
+    from transformers import AutoTokenizer
+
+    known = _ends_of(Path(base))
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    own = [end for end in ends if end not in known]
+    return " and ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in own)
+
+
+def _ends_of(base: Path) -> set[int]:
+    """Return the tokens that end an answer of a model, by its settings."""
+    known: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (base / name).is_file():
+            ends: Any = read_object(base / name).get("eos_token_id")
+            known |= set(ends if isinstance(ends, list) else [ends])
+    return known
 
 
 def _of_tied(src: Path, adapter: Foreign, base: Base) -> list[str]:

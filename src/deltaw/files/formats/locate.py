@@ -143,7 +143,7 @@ def check_by_files(file: LoRAFile, *, undone: bool = False) -> None:
     unclear = [layer for layer in file.unclear if not told_by_name(layer, file.config)]
     if unclear:
         raise NotByFiles("Whether the adapter's settings mean these layers, only the model can tell:", sorted(unclear))
-    others = [name for name in file.beyond() if undone or name not in file.magnitudes]
+    others = [name for names in file.beyond().values() for name in names if undone or name not in file.magnitudes]
     if others:
         kinds = "A and B" if undone else "A and B, and DoRA's magnitudes,"
         raise NotByFiles(f"By files alone only {kinds} of dense layers are merged; this adapter has more, for", others)

@@ -55,7 +55,12 @@ class Exported:
 
 
 def export_gguf(
-    model: str | Path, out: str | Path, *, kind: GGUFType = "q8_0", trust_remote_code: bool = False
+    model: str | Path,
+    out: str | Path,
+    *,
+    kind: GGUFType = "q8_0",
+    system: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write a folder with a GGUF file of a model and a Modelfile, atomically; the file is read back and compared.
 
@@ -63,6 +68,7 @@ def export_gguf(
         model: a model folder in safetensors, with a byte-level BPE tokenizer.
         out: the folder to write; one that deltaw wrote is replaced.
         kind: how matrices are stored. Vectors are float32; of q4_0 the embedding and the head are q8_0.
+        system: the system message of every conversation that has none, for the Modelfile.
         trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
@@ -78,16 +84,20 @@ def export_gguf(
         hashes = _write(folder / NAME, plan, words)
         if (lost := _differing(folder / NAME, hashes)) is not None:
             raise FileError(f"{out} could not be written whole ({lost}): the disk may be full.")
-        (folder / MODELFILE).write_text(modelfile(words), encoding="utf-8")
+        (folder / MODELFILE).write_text(modelfile(words, system), encoding="utf-8")
         size = (folder / NAME).stat().st_size
         sign(folder)
     return Exported(out / NAME, size, plan.arch, len(hashes), plan.kept)
 
 
-def modelfile(words: Vocabulary) -> str:
-    """Return Ollama's description of the model: the file, and the texts that end an answer. The chat template is in the file."""
+def modelfile(words: Vocabulary, system: str | None = None) -> str:
+    """Return Ollama's description of the model: the file, the texts that end an answer, the system message.
+
+    The chat template is in the file.
+    """
     stops = [f"PARAMETER stop {_quoted(words.tokens[i])}" for i in words.ends]
-    return "\n".join([f"FROM ./{NAME}", *stops]) + "\n"
+    message = [] if system is None else [f'SYSTEM """{system}"""']
+    return "\n".join([f"FROM ./{NAME}", *stops, *message]) + "\n"
 
 
 def _quoted(text: str) -> str:

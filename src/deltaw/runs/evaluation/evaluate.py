@@ -150,7 +150,8 @@ def evaluate(
     scored, items, predictions, scores, losses, confusion = judged
     if losses is not None and _OF_LOSSES & set(metrics):
         scores["loss"] = ratio(*losses)
-        scores["perplexity"] = perplexity(scores["loss"])
+        if "perplexity" in metrics:
+            scores["perplexity"] = perplexity(scores["loss"])
     asked = {m: scores[m] for m in metrics}
     return Evaluation(scored, items, asked, predictions, losses, time.monotonic() - began, confusion)
 

@@ -76,8 +76,9 @@ def mean(values: Sequence[float], items: Items = None) -> ItemScore:
 def perplexity(loss: ItemScore) -> ItemScore:
     """Return exp of a loss per token in nats."""
     count = len(loss.parts)
-    value, low, high = (float(np.exp(v)) for v in (loss.value, loss.low, loss.high))
-    others = np.exp((count * loss.value - loss.parts) / max(count - 1, 1))
+    with np.errstate(over="ignore"):  # it is infinite then
+        value, low, high = (float(np.exp(v)) for v in (loss.value, loss.low, loss.high))
+        others = np.exp((count * loss.value - loss.parts) / max(count - 1, 1))
     return ItemScore(value, low, high, count * value - (count - 1) * others)
 
 
@@ -154,7 +155,9 @@ def matthews(predicted: Sequence[int], wanted: Sequence[int], classes: int, item
     from sklearn.metrics import matthews_corrcoef
 
     counts = _counts(predicted, wanted, classes, items)
-    return scored(matthews_corrcoef(wanted, predicted), Sums(counts, _matthews_of), len(counts))
+    # scikit-learn warns of one class alone, and says 0 as well
+    value = matthews_corrcoef(wanted, predicted) if len({*wanted, *predicted}) > 1 else 0.0
+    return scored(value, Sums(counts, _matthews_of), len(counts))
 
 
 def _counts(predicted: Sequence[int], wanted: Sequence[int], classes: int, items: Items) -> Array:

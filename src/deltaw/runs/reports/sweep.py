@@ -51,7 +51,7 @@ def _sentence(results: SweepResults, targets: str, choice: Choice) -> str:
     sizes = {row.rank: best.bytes for row, best in results.trained if row.targets == targets}
     tested = {test.rank: test for test in choice.tested}
     recommended, largest = tested[choice.rank], choice.tested[-1]
-    text = f"r = {choice.rank}: {units.size(sizes[choice.rank])}, {choice.by} {recommended.loss}"
+    text = f"r = {choice.rank}: {units.size(sizes[choice.rank])}, {choice.by} {figure(recommended.loss.value)}"
     if choice.rank != largest.rank:
         text += f" against {figure(largest.loss.value)} at r = {largest.rank}"
     else:

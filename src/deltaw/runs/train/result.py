@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from deltaw.model.merging.merge import preview
 from deltaw.model.merging.report import MergeReport
 from deltaw.model.summary import Summary
 from deltaw.progress import say
+from deltaw.runs.evaluation.bootstrap import Score
 from deltaw.runs.evaluation.card import Card
 from deltaw.runs.memory import machine
 from deltaw.runs.reports.page import write as write_report
@@ -112,7 +114,7 @@ class RunResult(Card):
         settings, state, outcome = self.settings, self.state, self.outcome
         rows = {
             "trained": f"{outcome.trainable_parameters:,} parameters, {outcome.trainable_share:.2%} of the base's",
-            "time": f"{state.step} steps in {units.duration(state.seconds)}"
+            "time": f"{state.step} step{'s' * (state.step != 1)} in {units.duration(state.seconds)}"
             + (", stopped early" if state.stopped else ""),
         }
         if state.first_loss is not None and state.last_loss is not None:
@@ -141,7 +143,7 @@ def finished(
     for text in verdict(job, journal.events, state):
         journal.hear(Warned(state.step, text))
     say("writing the report")
-    _say_scores(job, state)
+    _say_scores(job, state, held_out)
     summary, merge = sizes.summary(job.model), preview(job.model)
     outcome = replace(_figures(job, journal.events, state, summary, merge), held_out=held_out)
     write_report(run_report(job.settings, outcome, journal.events, samples), job.folder.report)
@@ -162,11 +164,23 @@ def finished(
     )
 
 
-def _say_scores(job: Job, state: LoopState) -> None:
-    """Write the held-out loss into the adapter's card, where the run measured it."""
-    loss = state.best_loss if state.best_loss is not None else state.valid_loss
-    if loss is not None:
-        card.add_scores(job.folder.adapter, {"held-out loss": f"{loss:.4g} {task_of(job.prepared.config.data).unit}"})
+def _say_scores(job: Job, state: LoopState, held_out: HeldOutScores | None) -> None:
+    """Write the held-out scores with their intervals into the adapter's card, or the loss where the run has that alone."""
+    unit = task_of(job.prepared.config.data).unit
+    if held_out is not None:
+        scores = {
+            f"held-out {name}": _in_words(score, unit * (name == "loss")) for name, score in held_out.scores.items()
+        }
+        card.add_scores(job.folder.adapter, scores | {"held-out records": f"{held_out.records:,}; intervals are 95%"})
+    elif state.valid_loss is not None:
+        loss = min(state.best_loss, state.valid_loss)
+        card.add_scores(job.folder.adapter, {"held-out loss": f"{loss:.4g} {unit}"})
+
+
+def _in_words(score: Score, unit: str) -> str:
+    """Return a score with its interval, where there is one, and its unit."""
+    interval = f" [{score.low:.4g}, {score.high:.4g}]" if math.isfinite(score.low) else ""
+    return f"{score.value:.4g}{interval} {unit}".strip()
 
 
 def _figures(job: Job, events: Sequence[Event], state: LoopState, summary: Summary, merge: MergeReport) -> RunFigures:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltaw.config import LATEST, TrainConfig, to_yaml
+from deltaw.config import LATEST, TrainConfig, check_is, to_yaml
 from deltaw.data.sources import Source
 from deltaw.errors import ConfigError, DeltaWError, FileError, Interrupted, NotFinite, TrainError
 from deltaw.files.formats.atomic import check_apart, write_text
@@ -112,6 +112,8 @@ def train(
     >>> deltaw.train(config=longer, resume="run").state.step
     5
     """
+    check_is(config or TrainConfig(), TrainConfig, "config")
+    check_is(method or LoRA(), Method, "method")
     with joined() as ranks, shown(progress and ranks.is_first, "training", on_event) as hear:
         if resume is not None:
             asked = Asked(Path(resume), model, data, config, method, tokenizer, tuple(resume_with))

@@ -59,7 +59,10 @@ def _advice(job: Job, is_worse: bool, state: LoopState) -> str:
     if lr < usual / 2:
         return f"Try --lr {usual:g}, the usual rate: it was {lr:g}."
     if state.step < _FEW_STEPS:
-        return f"The run had {state.step} steps only: try --epochs {max(2, round((config.epochs or 1) * 3)):g}."
+        more = (
+            f"--steps {3 * config.steps}" if config.steps else f"--epochs {max(2, round((config.epochs or 1) * 3)):g}"
+        )
+        return f"The run had {state.step} steps only: try {more}."
     if lr > 2 * usual:
         return f"Try the usual rate, --lr {usual:g}: it was {lr:g}."
     lower = f", or a lower rate, --lr {lr / 3:.1g}" if is_worse else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from deltaw.data.batches import padded
 from deltaw.errors import NotFinite, TrainError, shown
 from deltaw.model.summary import updates
 from deltaw.training.events import Warned
@@ -133,6 +134,12 @@ def warn_of_idle_settings(loop: Loop) -> None:
         idle.append(f"lr is never reached, the warm-up takes {config.warmup:g} of {total} steps")
     if config.share == "group" and config.batch == 1 and not config.batch_tokens:
         idle.append("share is group, and a step has one record")
+    if config.batch_tokens and (over := sum(padded(e.length) > config.batch_tokens for e in loop.plan.examples)):
+        warn(
+            loop,
+            f"batch_tokens is {config.batch_tokens}, and {over:,} records have more with their padding: each is a "
+            "step of its own, of all its tokens.",
+        )
     if config.frozen_dtype == "int8" and not loop.flat.int8:
         idle.append(
             "frozen_dtype is int8, and no layer that takes an update by A and B multiplies by a weight as it is"

@@ -101,10 +101,13 @@ class LoRAFile:
         """Return the names of the base's parameters that the adapter has values for, whole or some rows of them."""
         return {*self.whole, *(f"{layer}.weight" for layer in self.rows)}
 
-    def beyond(self) -> list[str]:
-        """Return the names of what the adapter has besides A and B of dense layers."""
-        named = *self.magnitudes, *self.biases, *self.embeddings, *self.rows, *self.whole, *self.copies
-        return list(dict.fromkeys(named))
+    def beyond(self) -> dict[str, list[str]]:
+        """Return what the adapter has besides A and B of dense layers, in words → the names of it."""
+        every = {
+            "DoRA's magnitudes": self.magnitudes, "biases": self.biases, "embeddings": self.embeddings,
+            "rows of tokens": self.rows, "parameters trained whole": self.whole, "values of the base": self.copies,
+        }  # fmt: skip
+        return {what: list(names) for what, names in every.items() if names}
 
     def names_in_peft(self, layer: str) -> list[str]:
         """Return the name that PEFT's patterns know a layer by; several where the file does not say which one it is.

@@ -169,6 +169,8 @@ class Card:
     def _trained(self) -> dict[str, int | float | str]:
         """Return the run's settings that are numbers or one of deltaw's words."""
         known = {key: self.training[key] for key in _SHOWN if key in self.training}
+        if self.training.get("steps"):  # which count in the place of epochs
+            known.pop("epochs", None)
         words = re.compile(r"[\w./+-]{1,30}")
         return {
             key.replace("_", " "): value
@@ -180,8 +182,8 @@ class Card:
         """Return how the adapter is used here and in PEFT."""
         base = short_name(self.base or self.config.base_model_name_or_path or "BASE")
         command = "generate" if self._task != "SEQ_CLS" else "eval"
-        words = "" if command == "generate" else " DATA"
-        here = f"```sh\ndeltaw {command} {shlex.quote(base)}{words} --adapter ADAPTER\n```"
+        what = "PROMPT" if command == "generate" else "DATA"
+        here = f"```sh\ndeltaw {command} {shlex.quote(base)} {what} --adapter ADAPTER\n```"
         if self.refused:
             reasons = "; ".join(
                 f"{_one_line(why)} ({', '.join(map(_one_line, _listed(names)))})" for why, names in self.refused.items()
