@@ -246,6 +246,10 @@ def test_columns_that_have_no_place_or_are_not_there_are_refused():
         rows, ConfigError, columns=f"{good},ignore=idd"
     )
     assert len(read(rows, DataConfig(columns=f"{good},ignore=somewhere_else"))) == 1  # of another file, perhaps
+    assert "there is no 'question' to take 'q.text' as: it is prompt here" in failure(
+        rows, ConfigError, columns="question=q.text,completion=choices.0.text"
+    )
+    assert "its prompts are there, and nothing that answers them" in failure(rows, columns="prompt=q.text")
 
 
 def test_records_that_count_for_nothing_or_more_are_refused():

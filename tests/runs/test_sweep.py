@@ -59,7 +59,7 @@ def test_a_rank_more_is_trained_alone(place: Path, tmp_path: Path, capsys: pytes
     words = [*command(place, tmp_path / "s", steps=1), "--targets", "q", "--ranks"]
     assert main([*words, "2"]) == 0 and main([*words, "2,1"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(done before)") == 1 and printed.count("r = 1, q, lr 0.0015, seed 0") == 1
+    assert printed.count("(done before)") == 1 and printed.count("r = 1, q, lr 0.003, seed 0") == 1
     assert "Which rank is enough: q" in (tmp_path / "s" / "report.html").read_text()
     assert main([*words, "2", "--clip", "2"]) == 2
     assert "a sweep with other settings (clip)" in capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_a_candidate_is_what_training_it_alone_makes(place: Path, tmp_path: Path
         )  # fmt: skip
         alone = deltaw.train(model, tmp_path / "s/data/train.jsonl", config, method=deltaw.LoRA(rank=rank, alpha=4.0))
         one, _ = tensors_of(alone.adapter)
-        other, _ = tensors_of(tmp_path / f"s/runs/all-linear-r{rank}-0.0015-{seed}/adapter")
+        other, _ = tensors_of(tmp_path / f"s/runs/all-linear-r{rank}-0.003-{seed}/adapter")
         assert one.keys() == other.keys()
         close = {"rtol": 0.0, "atol": 0.0} if abreast == 1 else {"rtol": 2e-4, "atol": 2e-5}
         for name, tensor in one.items():

@@ -165,7 +165,9 @@ def _text(command: Generate) -> tuple[str, str]:
     name, encoding = ("standard input", "utf-8") if piped else (str(path), command.data.encoding)
     try:
         text = sys.stdin.read() if piped else Path(name).read_text(encoding=encoding)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{name} cannot be read as {encoding.upper()} text: {error}") from error
     is_one = command.prompt is not None or command.prompt_file is not None
     return name, text.removesuffix("\n") if is_one else text

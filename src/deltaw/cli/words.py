@@ -117,7 +117,7 @@ def _made(
     missing = [flag for flag in flags if flag.default is dataclasses.MISSING and not values.get(flag.name)]
     problems = [f"{flag.word}: {sentences(flag.text)[0]}" for flag in missing]
     try:
-        made = from_mapping(cls, values | {flag.name: flag.word for flag in missing}, where="")
+        command = from_mapping(cls, values | {flag.name: flag.word for flag in missing}, where="")
     except ConfigError as error:
         heading = (
             "These settings cannot be used, and arguments are missing:"
@@ -127,7 +127,7 @@ def _made(
         raise ConfigError(heading, [*problems, *error.problems], usage(name, cls)) from error
     if problems:
         raise ConfigError("These arguments are missing:", problems, usage(name, cls))
-    return made
+    return command
 
 
 def _defaults(cls: type[DataclassInstance]) -> dict[str, object]:

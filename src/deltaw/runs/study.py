@@ -38,13 +38,13 @@ _USUAL = {
 
 
 def for_candidates(config: TrainConfig) -> TrainConfig:
-    """Return the settings that candidates are trained with: without samples and trackers.
+    """Return the settings that candidates are trained with: without samples. (The worker leaves trackers out.)
 
     Raises ConfigError where a tracker is asked for by name: it hears of one run.
     """
     if config.track not in ("auto", "none"):
         raise ConfigError(f"track is {config.track}: trackers hear of one run. The study's results are in its folder.")
-    return replace(config, samples=0, track="none")
+    return replace(config, samples=0, track="auto")
 
 
 @dataclass(frozen=True)

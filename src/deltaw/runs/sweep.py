@@ -23,7 +23,6 @@ from deltaw.errors import DeltaWError, TrainError
 from deltaw.files import units
 from deltaw.files.formats.atomic import write_text
 from deltaw.methods.lora import LoRA
-from deltaw.methods.registry import usual_lr
 from deltaw.model import attach
 from deltaw.model.inputs import hidden_size_of
 from deltaw.model.pretrained import read_config
@@ -74,7 +73,7 @@ from deltaw.runs.resume.place import RunFolder
 from deltaw.runs.study import Study, for_candidates
 from deltaw.runs.train import RunResult, run_abreast
 from deltaw.training.events import Evaluated, Event, Stepped
-from deltaw.training.prepare import Prepared, prepare, with_head
+from deltaw.training.prepare import Prepared, prepare, usual_rate, with_head
 from deltaw.training.tasks import task_of
 
 # Where the worse half ends, if it is to: shares of the run
@@ -290,7 +289,7 @@ def _begun(
 def _measured(begun: _Begun, every: Sequence[Candidate]) -> list[Measurement]:
     """Train each candidate at all learning rates, then with the other seeds at its best one."""
     options, config = begun.options, begun.study.config
-    usual = config.lr or usual_lr(every[0].method, begun.base.hidden_size)
+    usual = config.lr or _usual(begun, every[0].method)
     rates, seeds = learning_rates(options, usual), range(config.seed + 1, config.seed + options.seeds)
     tell(Runs(len(every) * (len(rates) + len(seeds))))
     first = _outcomes(
@@ -305,6 +304,15 @@ def _measured(begun: _Begun, every: Sequence[Candidate]) -> list[Measurement]:
         runs = {task: outcome for task in tasks if isinstance(outcome := (first | more)[task], RunScore)}
         measurements.append(_measurement(begun.study, candidate, tried[candidate], runs))
     return measurements
+
+
+def _usual(begun: _Begun, method: LoRA) -> float:
+    """Return the learning rate that training a candidate alone takes."""
+    study = begun.study
+    with Path(study.records("train")).open("rb") as file:
+        records = sum(1 for _ in file)
+    config = dataclasses.replace(study.config, data=study.scoring.data)
+    return usual_rate(method, begun.base.hidden_size, config, records)
 
 
 def _best_rate(study: Study, outcomes: Mapping[float, Outcome]) -> float | None:

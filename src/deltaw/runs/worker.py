@@ -102,7 +102,9 @@ def scored(task: CandidateTask, folder: Path) -> CandidateScore:
     from deltaw.training.events import Evaluated, Stepped
 
     method = from_mapping(method_class(task.method), task.settings, where=task.name)
-    config = from_mapping(TrainConfig, {**task.run, "out": str(folder), "overwrite": True}, where="run")
+    config = from_mapping(
+        TrainConfig, {**task.run, "out": str(folder), "overwrite": True, "track": "none"}, where="run"
+    )
     memory = _Memory()
     result, notes = _trained(task, config, method, memory)
     speeds = [event.tokens_per_second for event in result.events if isinstance(event, Stepped)]

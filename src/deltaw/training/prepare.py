@@ -140,27 +140,31 @@ def _first_record(begun: Begun, train: Encoded) -> Iterator[str]:
 
 def _settled(begun: Begun, method: Method) -> TrainConfig:
     """Return the settings with the learning rate and the passes that the method, the model and the records call for."""
-    config, width = begun.config, hidden_size_of(getattr(begun.loaded.model, "config", None))
-    lr, epochs = config.lr, config.epochs
-    if epochs is None:
-        epochs = task_of(config.data).usual_epochs(len(begun.train))
-    if lr is None:
-        faster = _FASTER if _is_short(replace(config, epochs=epochs), len(begun.train), method) else 1.0
+    config, records = begun.config, len(begun.train)
+    if config.epochs is None:
+        config = replace(config, epochs=task_of(config.data).usual_epochs(records))
+    if config.lr is None:
+        width = hidden_size_of(getattr(begun.loaded.model, "config", None))
         # LoRA+ keeps the mean of both rates
-        lr = at_width(usual_lr(method, width) * faster / config.lr_ratio**0.5, None)
-    return replace(config, lr=lr, epochs=epochs)
+        lr = at_width(usual_rate(method, width, config, records) / config.lr_ratio**0.5, None)
+        config = replace(config, lr=lr)
+    return config
 
 
 # Runs of texts of fewer steps take so many times the usual rate of LoRA (results/defaults.json)
 _SHORT, _FASTER = 200, 2.0
 
 
-def _is_short(config: TrainConfig, records: int, method: Method) -> bool:
-    """Return whether a run is one of few steps for which a higher rate was measured to be better: LoRA's, over texts."""
-    if not isinstance(method, LoRA) or task_of(config.data).answers != "text" or config.minutes:
-        return False
+def usual_rate(method: Method, width: int | None, config: TrainConfig, records: int) -> float:
+    """Return the usual learning rate of a run over so many records: the method's, and a higher one where few steps want it.
+
+    That was measured of LoRA over texts. width: the model's hidden size.
+    """
+    lr = usual_lr(method, width)
+    if not isinstance(method, LoRA) or task_of(config.data).answers != "text" or config.minutes or config.batch_tokens:
+        return lr
     steps = config.steps or (config.epochs or 1.0) * records / config.batch
-    return steps < _SHORT and config.batch_tokens is None
+    return at_width(_FASTER * lr, None) if steps < _SHORT else lr
 
 
 def check_ids(loaded: Pretrained, examples: Sequence[Example | Item]) -> None:

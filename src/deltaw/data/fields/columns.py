@@ -16,6 +16,12 @@ TARGETS = (
     "history", "tools",
 )  # fmt: skip
 """Names of fields that a column can be taken as."""
+_ALSO = {
+    "question": "prompt", "query": "prompt", "source": "prompt", "answer": "completion", "response": "completion",
+    "target": "completion", "conversations": "messages", "conversation": "messages", "class": "label", "category": "label",
+    "sentence": "text", "sentence1": "text", "sentence2": "text_pair", "premise": "text", "hypothesis": "text_pair",
+}  # fmt: skip
+"""Names that fields often have → the target that they are meant as."""
 IGNORE = "ignore"
 """The target of columns that are left out on purpose."""
 _ANSWERS = ("completion", "output", "label")
@@ -52,7 +58,9 @@ def columns_of(text: str, rows: Sequence[Row], source: str, *, answers: bool = T
         elif name not in TARGETS and path in TARGETS:
             problems.append(f"{piece.strip()!r} is the wrong way round: {path}={name}")
         elif name not in TARGETS:
-            problems.append(f"there is no {name!r} to take {path!r} as{nearest(name, (*TARGETS, IGNORE))}")
+            here = _ALSO.get(name.lower())
+            hint = f": it is {here} here" if here else nearest(name, (*TARGETS, IGNORE))
+            problems.append(f"there is no {name!r} to take {path!r} as{hint}")
         elif name in taken:
             problems.append(f"{name} has two columns, {taken[name]!r} and {path!r}")
         else:

@@ -245,6 +245,9 @@ def _several(there: Sequence[str], place: str, best: Sequence[Reading]) -> str:
 def _none(there: Sequence[str], rows: Sequence[Named], asked: Asked) -> str:
     """Return what is wrong with records whose fields make no form: what their values say, else the forms that there are."""
     names = ", ".join(there) or "(none)"
+    if "prompt" in asked.columns and not asked.columns & {*ANSWERS}:
+        more = f"Name that too: --columns prompt=…,completion=FIELD (fields: {names})"
+        return f"its prompts are there, and nothing that answers them. {more}"
     head = f"no known form has the fields {names}."
     hints = list(dict.fromkeys(hint for row in rows[:20] for hint in _hints(row, asked, alone=len(rows) == 1)))
     if hints:

@@ -106,12 +106,17 @@ def _own_ends(ends: Sequence[int], base: Base) -> str:
         return ""
     if not isinstance(base, str | Path) or not Path(base).is_dir():
         return f"the {'token' if len(ends) == 1 else 'tokens'} {', '.join(map(str, ends))}"
-    from transformers import AutoTokenizer
+    known, vocabulary = _ends_of(Path(base)), Path(base) / "tokenizer.json"
+    beyond = [end for end in ends if end not in known]
+    texts = [_text_of(end, vocabulary) if vocabulary.is_file() else "the token" for end in beyond]
+    return " and ".join(f"{text} ({end})" for text, end in zip(texts, beyond, strict=True))
 
-    known = _ends_of(Path(base))
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    own = [end for end in ends if end not in known]
-    return " and ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in own)
+
+def _text_of(token: int, vocabulary: Path) -> str:
+    """Return a token's text, by a tokenizer's file."""
+    from tokenizers import Tokenizer
+
+    return str(Tokenizer.from_file(str(vocabulary)).id_to_token(token))
 
 
 def _ends_of(base: Path) -> set[int]:

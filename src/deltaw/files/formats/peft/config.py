@@ -209,6 +209,7 @@ def read_config(folder: Path) -> PeftConfig:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))  # PEFT's place for adapters with names
         hint = f" Adapters are in its folders {', '.join(inside)}: give one of these." if inside else ""
+        hint = f" Its adapter is in {folder / inside[0]}: give that." if len(inside) == 1 else hint
         raise FileError(f"{folder} is not an adapter folder: {' and '.join(missing)} missing. In it: {there}.{hint}")
     return PeftConfig.of(read_object(folder / CONFIG))
 
