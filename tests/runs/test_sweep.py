@@ -93,7 +93,7 @@ def test_events_name_their_candidate(place: Path, tmp_path: Path) -> None:
     assert isinstance(width, WidthChosen) and width.width == 1 and isinstance(started, CandidateStarted)
     assert isinstance(stepped, CandidateStepped) and stepped.progress.step == stepped.progress.total_steps == 1
     assert isinstance(finished, CandidateFinished) and finished.fresh and isinstance(finished.outcome, RunScore)
-    assert {(event.name, event.lr, event.seed) for event in (started, stepped, finished)} == {("r = 1, q", 1.5e-3, 0)}
+    assert {(event.name, event.lr, event.seed) for event in (started, stepped, finished)} == {("r = 1, q", 3e-3, 0)}
 
 
 def test_which_weights_at_equal_parameters(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,11 +186,11 @@ def take_step(loop: Loop) -> Taken:
     plan = loop.plan
     rows = plan.drawn(loop.state.step)
     batches = [plan.loss.collate(part) for part in plan.here(loop.state.step)]
-    here = (sum(batch.targets for batch in batches), sum(plan.loss.shared(batch) for batch in batches))
-    supervised, shared = map(int, plan.ranks.total(*here))
+    supervised = int(plan.ranks.total(sum(batch.targets for batch in batches))[0])
     loss = sum((_backward(loop, batch, supervised) for batch in batches), start=torch.zeros_like(loop.losses))
     for gathered in (loss, *loop.flat.gradients()):
         plan.ranks.add_up(gathered)
+    shared = int(plan.ranks.total(sum(plan.loss.shared(batch) for batch in batches))[0])  # known once a tree was tried
     return learn(loop, rows, loss, supervised, shared)
 
 
