@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import time
@@ -46,8 +47,12 @@ class Ranks:
         return self.rank == 0
 
     def part(self, rows: Sequence[_Row]) -> Sequence[_Row]:
-        """Return this process's share of the rows: neighbours, so that those that begin alike mostly stay together."""
-        return rows[len(rows) * self.rank // self.count : len(rows) * (self.rank + 1) // self.count]
+        """Return this process's share of the rows: neighbours, so that those that begin alike mostly stay together.
+
+        The first process has some wherever there are any.
+        """
+        start, stop = (math.ceil(len(rows) * rank / self.count) for rank in (self.rank, self.rank + 1))
+        return rows[start:stop]
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place, and return it."""
