@@ -130,8 +130,8 @@ def _begun(
     """Train a new run."""
     is_latest, config = config.out == LATEST, replace(config, out=ranks.by_first(lambda: dated(config.out)))
     home = RunFolder(Path(config.out))
-    _check_dealt(config, ranks)
-    trackers_of(config.track)
+    ranks.together(lambda: _check_dealt(config, ranks))
+    ranks.together(lambda: trackers_of(config.track))
     inputs = {"the base": model, "the data": data, "the held-out records": config.valid, "the start": config.start}
     ranks.together(lambda: check_apart(home.path, inputs))
     with _at_work(home, ranks) as notes:
@@ -173,7 +173,7 @@ def _resumed(asked: Asked, on_event: Callable[[Event], None], ranks: Ranks) -> R
         ranks.by_first(lambda: finish_replacing(home))
         there = home.latest
         begun = ranks.together(lambda: asked.settled(there))
-        _check_dealt(begun.config, ranks)
+        ranks.together(lambda: _check_dealt(begun.config, ranks))
         states = ranks.together(lambda: read_states(there.path))
         if not states and there.is_whole:
             raise ConfigError(

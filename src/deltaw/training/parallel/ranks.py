@@ -255,9 +255,10 @@ def _leaving(ranks: Ranks) -> Iterator[None]:
         _wait_for_all()
         raise
     except DeltaWError as error:
-        if not ranks.is_first:
-            time.sleep(_SAYING.total_seconds() / 2)  # the first has more to say, if it is there
-        error.is_told = error.is_told or not _is_first_to_say("lost" if isinstance(error, Lost) else str(error))
+        if not error.is_told:
+            if not ranks.is_first:
+                time.sleep(_SAYING.total_seconds() / 2)  # the first has more to say, if it is there
+            error.is_told = not _is_first_to_say("lost" if isinstance(error, Lost) else str(error))
         raise
     except KeyboardInterrupt:
         if ranks.is_first:
