@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -93,11 +92,11 @@ class Checkup:
 
 def checkup() -> Checkup:
     """Look at this machine and this environment. It takes about a second, and changes nothing."""
-    device = pick_device("auto")
+    device, described = pick_device("auto"), machine.describe()
     return Checkup(
         {
-            "Versions": list(_versions()),
-            "Processor and threads": list(_processor()),
+            "Versions": list(_versions(described)),
+            "Processor and threads": list(_processor(described)),
             "Accelerators": list(_accelerators()),
             "Memory and disk": list(_room()),
             "Fast ways": list(_fast_ways(device)),
@@ -106,17 +105,14 @@ def checkup() -> Checkup:
     )
 
 
-def _versions() -> Iterator[Fact]:
-    described = machine.describe()
+def _versions(described: machine.Environment) -> Iterator[Fact]:
     for name, version in described["versions"].items():
         yield Fact(name, version)
-    old = sys.version_info < (3, 11)
-    yield Fact("Python", f"{platform.python_version()} ({sys.executable})", "3.11 or newer is needed." * old)
+    yield Fact("Python", f"{described['python']} ({sys.executable})")
 
 
-def _processor() -> Iterator[Fact]:
-    described, allowed, threads = machine.describe(), _allowed(), torch.get_num_threads()
-    flags = _flags()
+def _processor(described: machine.Environment) -> Iterator[Fact]:
+    allowed, threads, flags = _allowed(), torch.get_num_threads(), _flags()
     yield Fact("processor", described["processor"])
     yield Fact("instructions", ", ".join(name for name in _INSTRUCTIONS if name in flags) or "not known")
     yield Fact("cores", f"{described['cores']}, of which {allowed:g} may be used here")

@@ -84,8 +84,7 @@ class Ranks:
         """Return what `work` returns in the first process, which alone does it. All raise the error of ours that it raises."""
         if self.count == 1:
             return work()
-        (value,) = self._gathered(_outcome(work) if self.is_first else None)[:1]
-        return self._settled([value])
+        return self._settled([self.from_first(_outcome(work) if self.is_first else None)])
 
     def from_first(self, value: _Value | None) -> _Value:
         """Return the first process's value; the others give None."""
@@ -119,7 +118,7 @@ class Ranks:
         return values
 
     def _settled(self, outcomes: Sequence[_Outcome]) -> Any:
-        """Return the first outcome's value. Raises the first error; in the process where it arose, with its traceback."""
+        """Return the first outcome's value. Raises the first error that there is."""
         for rank, outcome in enumerate(outcomes):
             if outcome.error is not None:
                 raise outcome.error.raised(rank, self)
