@@ -52,3 +52,14 @@ def test_commands_have_other_programs_names_too(end: str, place: Path, run: Run)
     done = run("chat", place / "model", stdin=f"/clear\n/temp warm\n/regen\n/?\n{end}\nhi\n")
     assert done.returncode == 0 and "There is no /" not in done.stdout and "model ›" not in done.stdout
     assert "warm is no temperature" in done.stdout and "There is no answer yet" in done.stdout
+
+
+@pytest.mark.parametrize(("answer", "what"), [("", "nothing: it ended at once"), (" \n", "nothing but white space")])
+def test_a_model_that_says_nothing_is_told(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, answer: str, what: str
+) -> None:
+    from deltaw.cli import chat
+
+    monkeypatch.setattr(chat, "_generated", lambda *given: answer)
+    done = run("chat", place / "model", stdin="hi\n")
+    assert f"The model said {what}. /temperature" in done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """The base's fingerprint: of what the base is now, in whatever precision, and which adapters it lets through."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -185,5 +186,9 @@ def test_a_file_without_a_fingerprint_is_a_warning(tiny: Any, tmp_path: Path, ca
     save(tiny, tmp_path / "a")
     weights = tmp_path / "a" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
-    load(plain, tmp_path / "a")
-    assert "has no fingerprint of its base" in caplog.text
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for named, said in (("some/base", "its base, some/base at revision v2 ("), (None, "its base, which it does not name (")):
+        settings |= {"base_model_name_or_path": named, "revision": "v2"}
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+        load(twin(plain), tmp_path / "a")
+        assert f"has no fingerprint of {said}" in caplog.text

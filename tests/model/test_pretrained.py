@@ -92,7 +92,7 @@ def test_a_model_or_device_that_is_not_there_is_an_error_that_says_so(folder: Pa
     }.items():
         with pytest.raises(FileError, match=message):
             load_pretrained(source)
-    with pytest.raises(FileError, match="device 'quantum' cannot be used"):
+    with pytest.raises(ConfigError, match="device: 'quantum' cannot be used"):
         load_pretrained(str(folder), device="quantum")
 
 

@@ -138,6 +138,17 @@ def test_the_base_is_compared_with_the_adapter_in_pairs(run: Path, tmp_path: Pat
     assert gain.high - gain.low < whole.high - whole.low
 
 
+def test_a_run_that_learned_nothing_says_so_in_its_rank(place: Path, tmp_path: Path) -> None:
+    config = deltaw.TrainConfig(
+        out=str(tmp_path / "run"), steps=2, lr=1e-9, batch=4, valid_share=0.3, valid_most=4, samples=0, device="cpu"
+    )
+    method = deltaw.LoRA(rank=2, targets="q")
+    deltaw.train(str(place / "model"), str(place / "data.jsonl"), config, method=method, progress=False)
+    choice = deltaw.choose_rank(tmp_path / "run", progress=False)
+    assert any(warning.startswith("Nothing was learned") for warning in choice.outcome.warnings)
+    assert "The run itself warned: Nothing was learned" in choice.report.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_noise_needs_the_smallest(tmp_path: Path) -> None:
     base = save_base(tmp_path / "model")

@@ -166,6 +166,9 @@ def _answer(talk: _Talk, turn: list[dict[str, str]]) -> None:
         show.out.print("\nStopped.", style="dim")
     else:
         talk.messages = [*turn, {"role": "assistant", "content": reply}]
+        if not reply.strip():
+            what = "nothing but white space" if reply else "nothing: it ended at once"
+            show.prose(f"The model said {what}. /temperature 0.7 and /retry draw another answer.", style="yellow")
 
 
 def _in_use(loaded: Pretrained) -> Pretrained:

@@ -69,7 +69,7 @@ def run(command: Inspect) -> None:
         "ranks": ", ".join(str(r) for r in sorted({row.rank for row in rows})),
         "parameters": f"{sum(row.parameters for row in rows) + sum(t.numel() for t in besides.values()):,}",
         "size": units.size(size),
-        "base": str(file.config.base_model_name_or_path or "not named"),
+        "base": file.config.base or "not named",
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }
@@ -103,7 +103,7 @@ def _show_method(file: MethodFile, folder: Path, command: Inspect) -> None:
         **{key: str(value) for key, value in settings.items() if len(str(value)) < 100},
         "parameters": f"{sum(t.numel() for t in file.tensors.values()):,}",
         "size": units.size(size),
-        "base": str(file.config.base_model_name_or_path or "not named"),
+        "base": file.config.base or "not named",
         "fingerprint of the base": file.metadata.get("deltaw_base", "none (not written by deltaw)"),
         **_ends(file, folder),
     }

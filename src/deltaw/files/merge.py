@@ -109,7 +109,7 @@ def merge_files(
     if twice and not untie:
         raise NotByFiles("The checkpoint has weights twice that its model ties, and one would change:", twice)
     if check_base:
-        hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base_model_name_or_path
+        hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base
         peft.check_base(file.metadata, adapter, peft.W0, hash_of, trained_on)
     brings_tokenizer = _brings_tokenizer(base, adapter, check_base, trust_remote_code)
     with shown(progress, "merge"), replacing_folder(out) as folder:

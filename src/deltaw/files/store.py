@@ -255,7 +255,7 @@ def place(
         name = "default" if "default" not in taken else path.name.replace(".", "_")
     live.check_free(model, name)
     if check_base:
-        hash_of, base = partial(base_hash, model, without=file.replaced()), file.config.base_model_name_or_path
+        hash_of, base = partial(base_hash, model, without=file.replaced()), file.config.base
         peft.check_base(file.metadata, path, peft.BASE, hash_of, base)
     device = torch.device("cpu") if host else None
     if isinstance(file, LoRAFile):

@@ -44,7 +44,7 @@ def verify_adapter(base: str | Path, adapter: str | Path) -> str:
             f"{fits} it has no fingerprint of its base (it was not written by deltaw): which weights it was trained on cannot be "
             "told."
         )
-    hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base_model_name_or_path
+    hash_of, trained_on = partial(hash_of_layers, shards, places), file.config.base
     try:
         verdict = peft.check_base(file.metadata, adapter, peft.W0, hash_of, trained_on)
     except BaseMismatch as error:

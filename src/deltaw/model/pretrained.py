@@ -339,7 +339,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device of this name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises FileError if it is not there."""
+    """Return the device of this name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises ConfigError if it is not there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -348,7 +348,7 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise FileError(f"device {device!r} cannot be used: {first_line(error)}") from error
+        raise ConfigError(f"device: {device!r} cannot be used: {first_line(error)}") from error
     return chosen
 
 

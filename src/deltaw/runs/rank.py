@@ -344,13 +344,15 @@ def _cut_and_scored(
     whole = cuts[ranks[-1]].scores.losses
     losses = {rank: cut.scores.losses for rank, cut in cuts.items()}
     choice = chosen(losses, config.margin, task_of(opened.held.config.data).least_margin, by=opened.by)
+    result = read_json(RunFolder(run.folder).result) or {}  # an adapter alone has none
     results = RankResults(
         run=str(run.path),
         settings=dict(run.settings),
         options=to_mapping(config),
         environment=machine.describe(),
         records=_records_used(opened, config),
-        loop=_loop_of(run),
+        loop=result.get("loop", {}),
+        warnings=result.get("warnings", []),
         base=None
         if base is None
         else ScoresOfBase(base.losses.value, base.metrics, base.losses.less(whole).interval()),
@@ -483,13 +485,6 @@ def _layer(name: str, spectrum: Spectrum) -> LayerSpectrum:
         name, list(spectrum.shape), spectrum.norm, spectrum.effective_rank, spectrum.rank_for(0.9), spectrum.rank_for(0.99),
         values,
     )  # fmt: skip
-
-
-def _loop_of(run: Finished) -> JsonObject:
-    """Return what the run's result says of its training; nothing for an adapter alone."""
-    result = read_json(RunFolder(run.folder).result)
-    loop: JsonObject = {} if result is None else result.get("loop", {})
-    return loop
 
 
 # --- confirmed by training again ----------------------------------------------------------------------------------

@@ -125,6 +125,11 @@ THOUGHT = {"messages": [USER, {**ANSWER, "reasoning_content": "So"}, MORE, {**LA
             QWEN2, TAUGHT_CALL, id="ShareGPT with tools",
         ),
         pytest.param(
+            {"systemInstruction": {"parts": [{"text": "Be "}, {"text": "brief."}]}, "contents": [
+                {"role": "user", "parts": [{"text": "Warm?"}]}, {"role": "model", "parts": [{"text": "Mi"}, {"text": "ld"}]}]},
+            QWEN2, [["Mild" + END]], id="Gemini",
+        ),
+        pytest.param(
             {"tools": [TOOL], "messages": [USER, calling(content="I look")]}, QWEN2, [["I look\n" + call_text() + END]],
             id="text beside a call",
         ),
@@ -222,7 +227,9 @@ def test_a_greeting_is_context_and_said() -> None:
     assert "begin with" not in (encode(records, tokenizer, DataConfig(system="S")).note or "")
 
 
-@pytest.mark.parametrize("field", ["messages", "conversations", "conversation", "items", "dialog", "dialogue"])
+@pytest.mark.parametrize(
+    "field", ["messages", "conversations", "conversation", "items", "dialog", "dialogue", "contents"]
+)
 @pytest.mark.parametrize(
     "human, model", [("human", "gpt"), ("user", "assistant"), ("User", "bot"), ("human", "chatgpt"), ("user", "model")]
 )
@@ -230,7 +237,8 @@ def test_sharegpt_is_read_in_its_spellings(field: str, human: str, model: str) -
     for role, content in (("from", "value"), ("role", "content"), ("from", "content")):
         turns = [{role: human, content: "Warm?"}, {role: model, content: "Mild"}]
         assert taught({field: turns}, CHATML) == [["Mild" + END]]
-        assert read([{field: turns, "system": "Brief."}], DataConfig()).items[0].context[0].content == "Brief."
+        for system in ({"system": "Brief."}, {"systemInstruction": {"parts": [{"text": "Brief"}, {"text": "."}]}}):
+            assert read([{field: turns, **system}], DataConfig()).items[0].context[0].content == "Brief."
 
 
 @pytest.mark.parametrize(

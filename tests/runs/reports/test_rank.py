@@ -50,3 +50,10 @@ def test_an_adapter_no_better_than_its_base_is_remarked_upon(low: float, remarke
     near = dataclasses.replace(base, loss=(whole.value + whole.high) / 2, less_adapter=Score(0.2, low, 0.3))
     texts = " ".join(remarks(dataclasses.replace(RESULTS, base=near)))
     assert ("not shown to be better than the base" in texts) == remarked
+
+
+def test_warnings_of_the_run_stand_first() -> None:
+    overlap = "2 of 4 held-out prompts were trained on."
+    records = dataclasses.replace(RESULTS.records, overlap=overlap)
+    texts = remarks(dataclasses.replace(RESULTS, warnings=[overlap, "Nothing was learned."], records=records))
+    assert texts[0] == "The run itself warned: Nothing was learned." and texts.count(overlap) == 1

@@ -2,6 +2,7 @@
 
 OpenAI    {"messages": [{"role", "content", "tool_calls", "weight" …}], "tools": […]}, also the older function_call and functions
 ShareGPT  {"conversations" or one of TURNS: [{"from", "value"}], "system", "tools"}
+Gemini    {"contents": [{"role", "parts": [{"text"}]}], "systemInstruction": {"parts": [{"text"}]}}
 TRL       {"prompt": [messages], "completion": [messages]}: answers in the completion are taught, those in the prompt are not
 
 What carries meaning is used or refused by name. Other fields are in `Reading.unused`.
@@ -13,15 +14,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deltaw.data.chats.fields import Fields, missing, parsed, text_problem
+from deltaw.data.chats.fields import Fields, missing, parsed
 from deltaw.data.chats.messages import Conversation, Message
 from deltaw.data.chats.tools import schemas_of
-from deltaw.data.chats.turns import ROLE_KEYS, turn_of
+from deltaw.data.chats.turns import ROLE_KEYS, text_of_parts, turn_of
 from deltaw.data.sources import show
 
-TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "items")
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "items", "contents")
 """Fields that hold the turns of a conversation."""
-_SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction")
+"""Names of a system message."""
 _TOOLS = ("tools", "functions")
 _SETTINGS = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
@@ -76,7 +78,7 @@ def read_conversation(
         f"field {name!r} is not taught from and would be lost: texts alone are" for name in _MEDIA if fields.get(name)
     ]
     settings = _settings(fields, lines)
-    used = {*names, *_SYSTEM, *_TOOLS, _SETTINGS, *_MEDIA}
+    used = {*names, *SYSTEM, *_TOOLS, _SETTINGS, *_MEDIA}
     unused += [str(name) for name, value in fields.items() if name not in used and value is not None]
     if not lines:
         lines += _no_answer(messages, completions)
@@ -129,18 +131,19 @@ def _prompt_and_completion(
 
 def _with_system(messages: tuple[Message, ...], fields: Fields, lines: list[str]) -> tuple[Message, ...]:
     """Return the messages with the system text that stands beside them in front."""
-    for name in _SYSTEM:
+    for name in SYSTEM:
         value = fields.get(name)
         if value is None or value == "":
             continue
-        problem = text_problem(value, name, empty=True)
-        if problem is not None:
-            lines.append(problem)
-        elif messages and messages[0].role in ("system", "developer"):
+        count = len(lines)
+        value = text_of_parts(value, name, lines)
+        if len(lines) > count:
+            continue
+        if messages and messages[0].role in ("system", "developer"):
             if messages[0].content != value:
                 lines.append(f"field {name!r} and the first message are two different system texts; leave one")
         else:
-            messages = (Message("system", str(value)), *messages)
+            messages = (Message("system", value), *messages)
     return messages
 
 

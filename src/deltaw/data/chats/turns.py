@@ -19,7 +19,7 @@ _ALIASES = {
 _CALLS = ("function_call", "tool_call")
 """Roles of turns whose text is the JSON of an assistant's calls."""
 ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+_CONTENT_KEYS = ("content", "value", "text", "parts")
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _TAUGHT = ("train", "training", "train_on_turn", "loss")
 """Flags that say that a turn is taught."""
@@ -123,20 +123,21 @@ def _content(turn: Fields, key: str, wrong: list[str]) -> tuple[str, str]:
             thoughts = str(thought)
     if value is None and (turn.get("tool_calls") or turn.get("function_call") or thoughts):
         return "", thoughts
-    if isinstance(value, (list, tuple)):
-        text = "".join(_part(part, f"{key}[{i}]", wrong) for i, part in enumerate(value))
-    elif isinstance(value, str):
-        text = value
-    else:
-        wrong.append(
-            f"field {key!r} must be text, found {show(value)}"
-            if key in turn
-            else f"field {key!r} is missing; the message has {', '.join(map(str, turn)) or 'no fields'}"
-        )
+    if key not in turn:
+        wrong.append(f"field {key!r} is missing; the message has {', '.join(map(str, turn)) or 'no fields'}")
         return "", thoughts
-    problem = text_problem(text, key, empty=True)
+    return text_of_parts(value, key, wrong), thoughts
+
+
+def text_of_parts(value: object, name: str, wrong: list[str]) -> str:
+    """Return the text in a field: a text, parts that are joined, or an object that holds these. `wrong` takes what is amiss."""
+    if isinstance(value, Mapping) and (key := next((k for k in ("parts", "content") if k in value), None)):
+        value, name = value[key], f"{name}.{key}"
+    if isinstance(value, (list, tuple)):
+        value = "".join(_part(part, f"{name}[{i}]", wrong) for i, part in enumerate(value))
+    problem = text_problem(value, name, empty=True)
     wrong += [problem] if problem is not None else []
-    return text, thoughts
+    return value if isinstance(value, str) else ""
 
 
 def _part(part: object, where: str, wrong: list[str]) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deltaw.data.chats.fields import parsed
-from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, SYSTEM, TALKS, Asked, Named, Reading
+from deltaw.data.chats.reading import SYSTEM
+from deltaw.data.fields.names import ANSWERS, HISTORY, QUESTIONS, TALKS, Asked, Named, Reading
 from deltaw.data.sources import show
 from deltaw.data.sources.places import HELD_OUT
 

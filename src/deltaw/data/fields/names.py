@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deltaw.data.chats.reading import TURNS
+from deltaw.data.chats.reading import SYSTEM, TURNS
 from deltaw.data.chats.turns import ROLE_KEYS
 from deltaw.data.sources import show
 from deltaw.errors import DataError, nearest
@@ -31,8 +31,6 @@ QUESTIONS = ("prompt", "question", "query", "instruction", "input", "context")
 """Names of what is asked."""
 TALKS = TURNS
 """Names of conversations."""
-SYSTEM = ("system", "system_prompt", "system_message")
-"""Names of a system message."""
 HISTORY = ("history",)
 """Names of the turns before the question."""
 _PAIRS = (

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from deltaw.data.chats.reading import SYSTEM
 from deltaw.data.fields.columns import Columns, columns_of, has, head_of, value_at
 from deltaw.data.fields.meaning import MEDIA, TOOLS, Why, is_empty, of_pairs, refused, turns_before, weighed
 from deltaw.data.fields.names import (
     HISTORY,
-    SYSTEM,
     TALKS,
     Asked,
     Named,

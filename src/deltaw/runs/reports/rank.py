@@ -39,8 +39,8 @@ def sentence(results: RankResults) -> str:
 
 
 def remarks(results: RankResults) -> list[str]:
-    """Return what else there is to know about the recommendation."""
-    texts = []
+    """Return what else there is to know about the recommendation, what the run warned of first."""
+    texts = [f"The run itself warned: {warning}" for warning in results.warnings if warning != results.records.overlap]
     if results.rank == results.largest.rank > 1:
         texts.append(
             "No smaller rank is shown to be enough: train at a larger one to see whether it would be better, or score more "

@@ -200,6 +200,8 @@ class RankResults:
     records: RecordsUsed
     loop: JsonObject
     """The loop's figures in the run's result.json; empty for an adapter alone."""
+    warnings: list[str]
+    """The run's own, from there too."""
     base: ScoresOfBase | None
     """None where the base has no head of its own."""
     rank: int
@@ -244,6 +246,7 @@ class RankResults:
             amplified=[Amplification.from_json(layer) for layer in values["amplified"]],
             alike=[Alike.from_json(pair) for pair in values["alike"]],
             confirmed=_confirmation_from(values["confirmed"]),
+            warnings=values.get("warnings", []),
             by=values.get("by", "loss"),
             **plain,
         )
@@ -256,6 +259,7 @@ class RankResults:
             "environment": self.environment,
             "records": dataclasses.asdict(self.records),
             "loop": self.loop,
+            "warnings": self.warnings,
             "base": None if self.base is None else self.base.to_json(),
             "rank": self.rank,
             "margin": self.margin,

@@ -144,6 +144,13 @@ class PeftConfig:
             num_virtual_tokens=_whole(settings.get("num_virtual_tokens")),
         )
 
+    @property
+    def base(self) -> str | None:
+        """The base that it names, for readers, with its revision on the hub where it names one."""
+        revision = _text(self.settings.get("revision"))
+        named = self.base_model_name_or_path
+        return f"{named} at revision {revision}" if named and revision not in (None, "main") else named
+
     def changed(self, **settings: object) -> PeftConfig:
         """Return the same settings but for these."""
         return PeftConfig.of({**self.settings, **settings})

@@ -42,7 +42,7 @@ _PREFIX = "deltaw_"
 # Stands before the digits, by which a checksum is known under a damaged key
 _SHA256 = "sha256:"
 
-_NO_BASE = "%s has no fingerprint of its base (it was not written by deltaw): only its keys and shapes are checked."
+_NO_BASE = "%s has no fingerprint of its base, %s (it was not written by deltaw): only its keys and shapes are checked."
 _OUTDATED = (
     "%s names its base as an older version of deltaw did, by a sample of its entries, which tells too few bases apart: only its "
     "keys and shapes are checked. Save the adapter again to renew it."
@@ -103,7 +103,10 @@ def check_base(
     """
     expected = fingerprint_of(metadata, folder, key)
     if expected is None:
-        log.warning(_OUTDATED if key in metadata else _NO_BASE, folder)
+        if key in metadata:
+            log.warning(_OUTDATED, folder)
+        else:
+            log.warning(_NO_BASE, folder, base or "which it does not name")
         return "unknown"
     verdict = expected.compare_by(hash_of)
     if verdict == "unknown":
