@@ -167,6 +167,9 @@ class TrainConfig(Trusting):
     """Compute what records of a batch begin with alike once for all of them (auto), or once for each (off). The result is the
     same, to rounding. Dropout drops the same entries for all of them. group: auto, and records that begin alike meet in a batch,
     where they fill half of it at most; each record still comes once an epoch, at a random place."""
+    shard: Literal["off", "full"] = "off"
+    """Of several processes (torchrun), each holds all of the frozen base (off), or a part of each block's weights, which are
+    gathered while the block computes (full): less memory, more time. What records begin with is then computed for each."""
     micro_batch: int | None = None
     """Records per forward pass, at most --batch; gradients accumulate over the batch. Default: the whole batch."""
     clip: float = 1.0

@@ -187,7 +187,10 @@ def test_a_file_without_a_fingerprint_is_a_warning(tiny: Any, tmp_path: Path, ca
     weights = tmp_path / "a" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    for named, said in (("some/base", "its base, some/base at revision v2 ("), (None, "its base, which it does not name (")):
+    for named, said in (
+        ("some/base", "its base, some/base at revision v2 ("),
+        (None, "its base, which it does not name ("),
+    ):
         settings |= {"base_model_name_or_path": named, "revision": "v2"}
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
         load(twin(plain), tmp_path / "a")

@@ -45,7 +45,7 @@ SCRIPT = """
 import json, sys
 import deltaw
 from deltaw.methods.registry import method_class
-from deltaw.training.parallel.ranks import joined
+from deltaw.processes.ranks import joined
 
 with joined() as ranks:
     for out, method, settings, config in json.loads(sys.argv[1]):
@@ -114,17 +114,23 @@ def alone(place: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_take_the_steps_of_one(place: Path, alone: Path, count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "shard"),
+    [(2, "off"), (2, "full"), pytest.param(4, "off", marks=pytest.mark.slow), pytest.param(4, "full", marks=pytest.mark.slow)],
+)
+def test_several_processes_take_the_steps_of_one(place: Path, alone: Path, count: int, shard: str) -> None:
+    cases = {name: case for name, case in CASES.items() if shard == "off" or "share" not in case[2]}
+    folder = f"by {count}, {shard}"
     asked = [
-        (f"by {count}/{name}", method, settings, EVERY | config) for name, (method, settings, config) in CASES.items()
+        (f"{folder}/{name}", method, settings, EVERY | config | {"shard": shard})
+        for name, (method, settings, config) in cases.items()
     ]
     for code, out, err in ended(start(count, ["-c", SCRIPT, json.dumps(asked)], place)):
         assert code == 0, err
         assert out == ""
-    for name in CASES:
-        assert_alike(alone / name, place / f"by {count}" / name)
-        assert not list((place / f"by {count}" / name).glob(".*"))
+    for name in cases:
+        assert_alike(alone / name, place / folder / name)
+        assert not list((place / folder / name).glob(".*"))
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

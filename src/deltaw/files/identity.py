@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.ops.checksums import Stamp, content_of, stamp
 from deltaw.layers.tree import owner_of, place_of
 from deltaw.model.merging.kept import base_tensors
-from deltaw.model.record import readers
+from deltaw.model.record import adapted, find_record, readers
+from deltaw.processes.shards import full, whole
 
 log = logging.getLogger("deltaw")
 
@@ -58,7 +60,8 @@ def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fing
     Returns:
         The fingerprint; None, which is logged, where some values are nowhere in memory (meta tensors).
     """
-    hashes = _hashes(model, FORMS, _base(model, without))
+    with _merged_whole(model):
+        hashes = _hashes(model, FORMS, _base(model, without))
     if hashes is None:
         log.warning("Some weights of the base are not in memory: a file that is saved from it names no base.")
     return None if hashes is None else Fingerprint(*hashes)
@@ -66,16 +69,24 @@ def base_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fing
 
 def base_hash(model: nn.Module, form: str, *, without: Collection[str] = ()) -> str | None:
     """Return one hash of `base_fingerprint` alone."""
-    hashes = _hashes(model, (form,), _base(model, without))
+    with _merged_whole(model):
+        hashes = _hashes(model, (form,), _base(model, without))
     return None if hashes is None else hashes[0]
 
 
 def weights_fingerprint(model: nn.Module, names: Iterable[str]) -> Fingerprint | None:
     """Return the fingerprint of these parameters alone, in this order: what a checkpoint's files tell without the model."""
-    tensors = {id(p): (name, p, tensor) for name, p, tensor in base_tensors(model)}
-    parameters = {alias: parameter for parameter, aliases in readers(model).items() for alias in aliases}
-    hashes = _hashes(model, FORMS, (tensors[id(parameters[name])] for name in names))
+    with _merged_whole(model):
+        tensors = {id(p): (name, p, tensor) for name, p, tensor in base_tensors(model)}
+        parameters = {alias: parameter for parameter, aliases in readers(model).items() for alias in aliases}
+        hashes = _hashes(model, FORMS, (tensors[id(parameters[name])] for name in names))
     return None if hashes is None else Fingerprint(*hashes)
+
+
+def _merged_whole(model: nn.Module) -> AbstractContextManager[None]:
+    """Have merged weights whole, while open: what they were before is computed from all of their values."""
+    record = find_record(model)
+    return whole(model, lambda: adapted(model) if record is not None and record.merged else ())
 
 
 _Named = Iterable[tuple[str, nn.Parameter, Tensor]]
@@ -96,10 +107,11 @@ def _hashes(model: nn.Module, forms: Sequence[str], tensors: _Named) -> list[str
         if parameter.is_meta and by_values:
             return None
         for part, contents in _parts(owner, name, parameter, tensor):
+            values = full(part) if by_values else part
             if by_values:
-                contents.read(part)
+                contents.read(values)
             for form in forms:
-                digests[form].append(digest(part, form, contents.of))
+                digests[form].append(digest(values, form, contents.of))
     return [combined(digests[form]) for form in forms]
 
 

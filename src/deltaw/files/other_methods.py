@@ -62,7 +62,9 @@ def as_method_file(model: nn.Module, name: str) -> MethodFile:
         DIFFERENCES: json.dumps(sorted(differences)),
         **place_of_base(model),
     }
-    if (fingerprint := base_fingerprint(model, without=replaced)) is not None:
+    known = record_of(model).attached[name].metadata.get("of_base")
+    fingerprint = base_fingerprint(model, without=replaced) if known is None else known.get(BASE)
+    if fingerprint is not None:
         metadata[BASE] = str(fingerprint)
     base, settings = name_of_base(model), to_mapping(method)
     config = PeftConfig.of({METHOD: method_name, "settings": settings, "base_model_name_or_path": base})

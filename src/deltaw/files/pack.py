@@ -30,6 +30,7 @@ from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.model.inputs import text_config
 from deltaw.model.record import readers, record_of
 from deltaw.model.summary import updates as updates_of
+from deltaw.processes.shards import full
 
 log = logging.getLogger("deltaw")
 
@@ -80,7 +81,7 @@ def as_file(model: nn.Module, name: str) -> LoRAFile:
         rows=rows,
         whole=whole | whole_biases,
     )
-    file.metadata.update(_metadata(model, low_rank, keys, weights, file))
+    file.metadata.update(_metadata(model, name, low_rank, keys, weights, file))
     return file
 
 
@@ -124,9 +125,16 @@ def _checked(method: object, updates: Mapping[str, Update]) -> LoRA:
 
 
 def _metadata(
-    model: nn.Module, low_rank: Mapping[str, LowRank], keys: Mapping[str, str], weights: _Weights, file: LoRAFile
+    model: nn.Module,
+    name: str,
+    low_rank: Mapping[str, LowRank],
+    keys: Mapping[str, str],
+    weights: _Weights,
+    file: LoRAFile,
 ) -> dict[str, str]:
     """Return what deltaw adds to the file's header."""
+    if (known := record_of(model).attached[name].metadata.get("of_base")) is not None:
+        return dict(known)
     parameters = {key: f"{n}.weight" for n, key in keys.items()} | {key: n for key, (n, _) in weights.items()}
     fingerprints = {
         BASE: base_fingerprint(model, without=file.replaced()),
@@ -184,7 +192,7 @@ def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
                 if own_name not in module._non_persistent_buffers_set
             }
             tensors = {**module._parameters, **kept}
-            state |= {dotted(place, own_name): t.detach() for own_name, t in tensors.items() if t is not None}
+            state |= {dotted(place, own_name): full(t.detach()) for own_name, t in tensors.items() if t is not None}
     return state
 
 

@@ -49,6 +49,8 @@ from deltaw.model import attach, summary
 from deltaw.model import record as live
 from deltaw.model.ends import say_without_generate, taught, teach
 from deltaw.model.inputs import vocabulary_size
+from deltaw.processes.ranks import ALONE
+from deltaw.processes.shards import ranks_of, whole
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -105,6 +107,7 @@ def save(
     """
     record = live.record_of(model)
     adapter = record.attached[live.known(record, name)]
+    ranks = ALONE if "of_base" in adapter.metadata else ranks_of(model)
     check_apart(path, {"the model's own weights": _source_of(model)})
     peft.check_adapter_place(Path(path))
     training = adapter.metadata.get("training") if training is None else training
@@ -114,21 +117,57 @@ def save(
     if known := taught(model, [name]):
         kept[peft.ENDS] = json.dumps(known)
     beside = _tokenizer_writer(model, adapter, tokenizer)
-    if not isinstance(adapter.method, LoRA):
+    with whole(model, lambda: summary.parameters(model, name)):
+        _check_whole(model, name)
+        if isinstance(adapter.method, LoRA):
+            file = plainly_named(as_file(model, name))
+            return ranks.by_first(lambda: _written(model, Path(path), file, kept, beside))
         other = plainly_named_method(as_method_file(model, name))
         other.metadata.update(kept)
-        return method_file.write(Path(path), other, beside)
-    file = plainly_named(as_file(model, name))
+        return ranks.by_first(lambda: method_file.write(Path(path), other, beside))
+
+
+def remember_base(model: nn.Module, name: str) -> None:
+    """Take what an adapter's file says of its base, while the base is whole: `save` will not read the base again.
+
+    A training calls it before it deals the frozen base out. Each process can then save by itself, also when another is gone.
+    """
+    adapter = live.record_of(model).attached[name]
+    file = as_file(model, name) if isinstance(adapter.method, LoRA) else as_method_file(model, name)
+    adapter.metadata["of_base"] = dict(file.metadata)
+
+
+def _check_whole(model: nn.Module, name: str) -> None:
+    """Raise FileError for an adapter that is not whole in this process, as engines leave it that deal weights out."""
+    lacking = [
+        f"{layer}: {tensor}"
+        for layer, update in summary.updates(model, name).items()
+        for tensor, values in update.named_parameters()
+        if not values.numel() or values.is_meta
+    ]
+    if lacking:
+        raise FileError(
+            "Not saved: this process does not hold the adapter whole. Some of its tensors have no values here:",
+            lacking,
+            "Save within the block by which the engine gathers weights (FullyShardedDataParallel.summon_full_params, "
+            "deepspeed.zero.GatheredParameters), or train with torch's fully_shard, from which save gathers by itself.",
+        )
+
+
+def _written(
+    model: nn.Module, path: Path, file: LoRAFile, kept: Mapping[str, str], beside: Callable[[Path], None]
+) -> Path:
+    """Write the file of a LoRA adapter, and log what other programs do not take as it is."""
     dead = [
         layer for layer, (A, B) in file.factors.items() if not A.any() and not (layer in file.embeddings and B.any())
     ]
     if dead:
         raise FileError("Not saved: A is all zero, so nothing could be learned, in", dead)
     if refused := _say_what_peft_refuses(model, file):
-        kept[REFUSED] = json.dumps(refused)
+        kept = {**kept, REFUSED: json.dumps(refused)}
     file.metadata.update(kept)
     _say_what_peft_computes_otherwise(file, dict(tree.base_modules(model)))
-    written = peft.write(Path(path), file, beside)
+    written = peft.write(path, file, beside)
     _say_what_is_large(written, file)
     return written
 

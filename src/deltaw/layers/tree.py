@@ -12,6 +12,7 @@ from deltaw.layers.kinds import as_matrix, in_few_bits
 from deltaw.layers.names import WRAPPED
 from deltaw.layers.patch import Slot
 from deltaw.layers.source import uncalled
+from deltaw.processes.shards import full
 
 RECORD = "_deltaw"
 # Classes that wrap a model as its child `module`, of packages that need not be installed
@@ -121,7 +122,7 @@ def not_finite_in(model: nn.Module) -> list[str]:
 
     A pass over the weights: about 0.1 s for each GB.
     """
-    return list(dict.fromkeys(name for name, tensor in _stored(model) if not is_finite(tensor)))
+    return list(dict.fromkeys(name for name, tensor in _stored(model) if not is_finite(full(tensor))))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from deltaw.model.merging.kept import restore
 from deltaw.model.passes import unwatch, watch
 from deltaw.model.record import Adapters, Attached, Notes, check_free, find_record, in_open_block, known
 from deltaw.model.summary import coverage_of, parameters
+from deltaw.processes.shards import is_dealt
 
 log = logging.getLogger("deltaw")
 coverage_log = logging.getLogger("deltaw.coverage")
@@ -41,7 +42,7 @@ def attach(model: _Model, method: Method, *, name: str = "default") -> _Model:
         The same object as `model`.
 
     Raises:
-        AdapterError: The name is taken or no name, or an adapter is merged.
+        AdapterError: The name is taken or no name, an adapter is merged, or `fully_shard` was called before.
         TargetError: The method's targets match nothing, or a layer that cannot take its update.
         ConfigError: A setting of the method does not fit the model. After any error the model is as it was.
 
@@ -54,6 +55,11 @@ def attach(model: _Model, method: Method, *, name: str = "default") -> _Model:
     'model.layers.0.self_attn.q_proj.deltaw.default.A'
     """
     check_free(model, name)
+    if is_dealt(model):
+        raise AdapterError(
+            "The model's weights are dealt out over processes (fully_shard) already: attach first, then call fully_shard, so "
+            "that the adapter's gradients are summed over the processes too."
+        )
     plan = method.plan(owner_of(model))
     apply_plan(model, plan, method, name=name)
     for parameter in parameters(model, name):

@@ -26,7 +26,7 @@ from deltaw.methods.updates.weights import OnWeights
 from deltaw.methods.updates.whole import Replaced
 from deltaw.model.attach import apply_plan
 from deltaw.model.ends import taught, teach
-from deltaw.model.record import check_free, known, problems_of_weights, record_of
+from deltaw.model.record import check_free, known, on_whole_layers, problems_of_weights, record_of
 from deltaw.model.summary import updates
 
 How = Literal["sum", "ties", "dare"]
@@ -53,6 +53,7 @@ class _Recipe:
     generator: torch.Generator
 
 
+@on_whole_layers
 def combine(
     model: nn.Module,
     weights: Mapping[str, float],

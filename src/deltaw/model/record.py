@@ -6,11 +6,12 @@ adapters are merged, what gives the original weights back (model/merging/kept.py
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypedDict, TypeVar, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -23,10 +24,13 @@ from deltaw.layers.routing import Route
 from deltaw.layers.ties import Untied
 from deltaw.layers.tree import RECORD, base_modules, dotted, owner_of
 from deltaw.methods.plan import Method
+from deltaw.processes.shards import whole
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+_Rest = ParamSpec("_Rest")
+_Value = TypeVar("_Value")
 EndTokens = int | list[int] | None
 """The values that transformers' `eos_token_id` may have."""
 
@@ -36,6 +40,8 @@ class Notes(TypedDict, total=False):
 
     ends: tuple[int, ...]
     """Ids of the tokens that end what it was taught to say."""
+    of_base: Mapping[str, str]
+    """Facts about the base that stand in its file, taken while the base was whole (see `remember_base`)."""
     rounding: float
     """‖ΔW − ΔW'‖ / ‖ΔW‖, where it was loaded in less than its file's precision."""
     tokenizer: Path
@@ -107,6 +113,26 @@ def readers(model: nn.Module, *, now: bool = False) -> dict[nn.Parameter, list[s
                 name = dotted(module_name, own_name)
                 names.setdefault(shared.get(name, parameter), []).append(name)
     return names
+
+
+def on_whole_layers(
+    function: Callable[Concatenate[nn.Module, _Rest], _Value],
+) -> Callable[Concatenate[nn.Module, _Rest], _Value]:
+    """Let a function see the layers with adapters whole where they are dealt out over processes, all of which then call it."""
+
+    @functools.wraps(function)
+    def on_whole(model: nn.Module, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Value:
+        with whole(model, lambda: adapted(model)):
+            return function(model, *args, **kwargs)
+
+    return cast(Callable[Concatenate[nn.Module, _Rest], _Value], on_whole)
+
+
+def adapted(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of all layers with adapters, the base's and the adapters'."""
+    record, owner = find_record(model), owner_of(model)
+    names = {layer for adapter in record.attached.values() for layer in adapter.layers} if record is not None else ()
+    return {parameter for name in names for parameter in owner.get_submodule(name).parameters()}
 
 
 # --- the record ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from deltaw.methods.updates.base import Update
 from deltaw.methods.updates.lowrank import low_rank_parts
 from deltaw.model.ends import taught
 from deltaw.model.merging.kept import before_merge
-from deltaw.model.record import bring, find_record, in_use, known, named_parameters, record_of
+from deltaw.model.record import bring, find_record, in_use, known, named_parameters, on_whole_layers, record_of
+from deltaw.processes.shards import full
 
 
 class Names(tuple[str, ...]):
@@ -96,6 +97,7 @@ def updates(model: nn.Module, name: str | None = None) -> dict[str, Update]:
     return by_layer
 
 
+@on_whole_layers
 def delta(model: nn.Module, layer: str, name: str | None = None) -> Tensor:
     """Return ΔW of one layer, by the arithmetic of merges.
 
@@ -221,7 +223,7 @@ def _adapter_summary(model: nn.Module, name: str, base_parameters: int) -> Adapt
 
 def _is_zero(B: Tensor) -> bool:
     """Return whether all entries are zero; False for a tensor on the meta device, which has no entries."""
-    return not B.is_meta and not bool(B.float().any())  # float8 has no `any`
+    return not B.is_meta and not bool(full(B).float().any())  # float8 has no `any`
 
 
 def _size(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, int]:

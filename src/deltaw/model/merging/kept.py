@@ -17,7 +17,7 @@ from deltaw.layers.ops.checksums import difference, stamp
 from deltaw.layers.ops.undo import Copy, Kept, Original
 from deltaw.layers.ties import tie
 from deltaw.layers.tree import matrix_of, owner_of, place_of
-from deltaw.model.record import Adapters, find_record, named_parameters, readers, record_of
+from deltaw.model.record import Adapters, find_record, named_parameters, on_whole_layers, readers, record_of
 
 Changed = Literal["refuse", "restore", "keep"]
 """The treatment of merged weights that were changed since: see `unmerge`."""
@@ -36,6 +36,7 @@ def stamped(owner: nn.Module, originals: Mapping[str, Original]) -> dict[str, Ke
     return kept
 
 
+@on_whole_layers
 def lost(model: nn.Module, changed: Changed) -> set[str]:
     """Return the names of merged weights that were changed since, so that they cannot be given back.
 
@@ -52,6 +53,7 @@ def lost(model: nn.Module, changed: Changed) -> set[str]:
     return set(problems)
 
 
+@on_whole_layers
 def restore(model: nn.Module, changed: Changed = "refuse") -> None:
     """Give all merged weights their original bits, and make the adapter active that was so before the merge.
 

@@ -36,11 +36,13 @@ from deltaw.model.record import (
     in_use,
     known,
     merged_names,
+    on_whole_layers,
     problems_of_weights,
     readers,
     record_of,
 )
 from deltaw.model.summary import updates
+from deltaw.processes.shards import is_dealt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 Keep = Literal["copy", "correction"]
 
 
+@on_whole_layers
 def merge(
     model: nn.Module,
     name: str | None = None,
@@ -94,6 +97,11 @@ def merge(
     if busy := in_open_block(record, record.attached):
         raise MergeError(f"{busy}: merge when the block is over.")
     check_mergeable(model, record, chosen)
+    if untie and is_dealt(model):
+        raise MergeError(
+            "Layers cannot be untied while the model's weights are dealt out over processes (fully_shard). Merge in one process: "
+            "save the adapter, then deltaw merge --untie, or merge(model, untie=True) on a model that was loaded whole."
+        )
     changes = _changes(model, record, chosen)
     check_writable(owner, changes)
     of_all_names = dict(changes)
@@ -160,6 +168,7 @@ def _extended(model: nn.Module, weights: Mapping[str, float]) -> tuple[Generatio
     return extend(model, [adapter for adapter, weight in weights.items() if weight > 0])
 
 
+@on_whole_layers
 def preview(model: nn.Module, name: str | None = None) -> MergeReport:
     """Return what merging adapter `name` (default: the active one) would do to the weights that can take it.
 
@@ -172,6 +181,7 @@ def preview(model: nn.Module, name: str | None = None) -> MergeReport:
     return MergeReport(tuple(chosen), {line(n): merge_stats(matrix_of(owner, n), c) for n, c in changes.items()})
 
 
+@on_whole_layers
 def unmerge(model: nn.Module, name: str | None = None, *, changed: Changed = "refuse") -> None:
     """Give all merged weights their original bits, and make the adapter active that was so before the merge.
 

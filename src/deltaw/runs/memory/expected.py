@@ -20,12 +20,12 @@ from deltaw.files import units
 from deltaw.layers.unwrap import plain_class
 from deltaw.methods.plan import Method
 from deltaw.model.summary import summary
+from deltaw.processes.ranks import ALONE, Ranks
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
 from deltaw.runs.memory.step import Record, Step, choose_path, step
 from deltaw.training.loop import LoopPlan
 from deltaw.training.losses import CompletionLoss, Loss, attention_for
-from deltaw.training.parallel.ranks import ALONE, Ranks
 from deltaw.training.prepare import Prepared
 from deltaw.training.tasks import task_of
 

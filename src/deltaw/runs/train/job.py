@@ -11,20 +11,24 @@ import torch
 from torch import nn
 
 from deltaw.config import to_mapping
-from deltaw.errors import ConfigError
+from deltaw.errors import ConfigError, shown
 from deltaw.files import store
+from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.ops.seeding import seeded
-from deltaw.layers.tree import is_finite
+from deltaw.layers.tree import base_modules, is_finite
+from deltaw.methods.full import Full
 from deltaw.methods.registry import name_of
 from deltaw.model import attach
 from deltaw.model.ends import teach
 from deltaw.model.summary import parameters, updates
+from deltaw.processes import shards
+from deltaw.processes.ranks import ALONE, Ranks
+from deltaw.processes.shards import blocks_of
 from deltaw.progress import say
 from deltaw.runs.resume.identity import differing, identity
 from deltaw.runs.resume.place import RunFolder
 from deltaw.training.keeper import Kept
 from deltaw.training.loop import peak_memory
-from deltaw.training.parallel.ranks import ALONE, Ranks
 from deltaw.training.prepare import Prepared
 
 
@@ -51,6 +55,16 @@ class Job:
     """The processes that train it."""
 
     @property
+    def is_dealt(self) -> bool:
+        """True where the base is dealt out over the processes: each of them then takes part in whatever the model computes."""
+        return self.prepared.config.shard == "full"
+
+    @property
+    def fellows(self) -> Ranks:
+        """The processes that compute all that this one does; ALONE where each has the model whole."""
+        return self.ranks if self.is_dealt else ALONE
+
+    @property
     def model(self) -> nn.Module:
         model: nn.Module = self.prepared.loaded.model
         return model
@@ -61,11 +75,46 @@ def attached(
 ) -> Job:
     """Attach the adapter, drawn from the run's seed, and teach it the tokens that end its records."""
     model, config, settings = prepared.loaded.model, prepared.config, _settings(prepared)
+    if config.shard == "full":
+        _check_shards(prepared, ranks)
     known = identity(prepared, settings, ranks.count)
     with seeded(config.seed):
         attach.attach(model, prepared.method, name=name)
     teach(model, name, prepared.encoded.ends)
     return Job(prepared, folder, name, settings, known, together, ranks=ranks)
+
+
+def _check_shards(prepared: Prepared, ranks: Ranks) -> None:
+    """Raise ConfigError for a run whose base cannot be dealt out over its processes."""
+    model, config, problems = prepared.loaded.model, prepared.config, []
+    if ranks.count == 1:
+        problems.append(
+            "shard: full deals the base out over several processes: start them with torchrun --nproc-per-node N"
+        )
+    if config.frozen_dtype == "int8":
+        problems.append(
+            "frozen_dtype: int8 keeps weights of its own, which are not dealt out: leave one of the two out"
+        )
+    if isinstance(prepared.method, Full):
+        problems.append(f"method: {name_of(prepared.method)} trains the base's weights themselves, which stay whole")
+    if config.share == "group":
+        problems.append(
+            "share: group computes less for records that begin alike, which shard: full does not: leave one out"
+        )
+    if few := [name for name, module in base_modules(model) if in_few_bits(module, "weight")]:
+        problems.append(f"weights of few bits are not dealt out ({shown(few)}): load the base in --dtype bfloat16")
+    if not blocks_of(model):
+        problems.append(f"a {type(model).__name__} has no stack of blocks that its weights could be dealt out by")
+    if problems:
+        raise ConfigError("The base cannot be dealt out (--shard full):", problems)
+
+
+def deal_out(job: Job) -> None:
+    """Deal the frozen base out over the processes, block by block. What is trained stays whole in each."""
+    model = job.model
+    store.remember_base(model, job.adapter)
+    trained = parameters(model, job.adapter)
+    shards.deal_out(model, trained, next(model.parameters()).device)
 
 
 def _settings(prepared: Prepared) -> dict[str, object]:
@@ -132,7 +181,9 @@ def values_are_finite(job: Job) -> bool:
 
 
 def save(job: Job, step: int) -> None:
-    """Save the adapter as it is after `step` steps."""
+    """Save the adapter as it is after `step` steps, in the first process."""
+    if not job.ranks.is_first:
+        return
     say("saving the adapter")
     loaded = job.prepared.loaded
     tokenizer = loaded.tokenizer if loaded.handed_over else None

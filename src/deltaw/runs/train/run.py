@@ -21,9 +21,13 @@ from deltaw.files.formats.atomic import check_apart, write_text
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
 from deltaw.model import summary as sizes
+from deltaw.model.merging.merge import preview
 from deltaw.model.switch import use
+from deltaw.processes.ranks import Lost, Ranks, joined
 from deltaw.progress import say, shown
 from deltaw.runs.memory.expected import expected
+from deltaw.runs.reports.train import Sampled
+from deltaw.runs.results.train import HeldOutScores
 from deltaw.runs.resume.asked import Asked
 from deltaw.runs.resume.identity import LENGTHS, check_same
 from deltaw.runs.resume.journal import Journal
@@ -39,7 +43,7 @@ from deltaw.runs.resume.place import (
     name_latest,
 )
 from deltaw.runs.resume.signals import Stopping, asked_to_stop
-from deltaw.runs.train.job import Job, attached, begin_with, peak, resumed_at, save, values_are_finite
+from deltaw.runs.train.job import Job, attached, begin_with, deal_out, peak, resumed_at, save, values_are_finite
 from deltaw.runs.train.rescue import with_what_was_good
 from deltaw.runs.train.result import RunResult, finished
 from deltaw.runs.train.samples import answering, answers, records_to_answer, sampled, scores
@@ -49,7 +53,6 @@ from deltaw.training.events import Event, Resumed, Started, Warned
 from deltaw.training.keeper import Keeper, Kept, Place, go_on_from, read_states
 from deltaw.training.loop import LoopPlan, LoopState, Saved, run_loop
 from deltaw.training.loop.alike import alike
-from deltaw.training.parallel.ranks import Lost, Ranks, joined
 from deltaw.training.prepare import Model, Prepared, Tokenizer, prepare
 from deltaw.training.tasks import task_of
 
@@ -129,6 +132,10 @@ def _begun(
 ) -> RunResult:  # fmt: skip
     """Train a new run."""
     is_latest, config = config.out == LATEST, replace(config, out=ranks.by_first(lambda: dated(config.out)))
+    if (
+        config.shard == "full" and config.share == "auto"
+    ):  # processes whose passes differ in number would wait for one another
+        config = replace(config, share="off")
     home = RunFolder(Path(config.out))
     ranks.together(lambda: _check_dealt(config, ranks))
     ranks.together(lambda: trackers_of(config.track))
@@ -154,6 +161,8 @@ def _attached(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Job:
     """Attach the adapter in each process. Raises ConfigError where one has another base, or other settings or records."""
     job = ranks.together(lambda: attached(prepared, "default", folder, ranks=ranks))
     ranks.check_same({key: value for key, value in job.identity.items() if key != "environment"})
+    if job.is_dealt:
+        deal_out(job)
     return job
 
 
@@ -219,7 +228,8 @@ def _going_on(job: Job, kept: Kept, asked: Asked) -> Job:
 def _run(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
     """Train what was prepared. The adapter stays attached as "default". home: where the run is in the end.
 
-    The first process writes the run; the others take part in the steps, and get its figures.
+    The first process writes the run; the others take part in the steps, and where the base is dealt out in all that the model
+    computes, and get its figures.
     """
     result = None
     if job.ranks.is_first:
@@ -235,14 +245,50 @@ _FIGURES = [field.name for field in fields(RunResult) if field.name not in ("mod
 
 
 def _take_part(job: Job) -> None:
-    """Compute this process's part of each step. Raises Interrupted where the run was asked to stop."""
+    """Compute this process's part of each step; where the base is dealt out, also of all else that the first one computes.
+
+    Raises Interrupted where the run was asked to stop, and NotFinite as the first process does.
+    """
     with asked_to_stop() as stopping:
         use(job.model, job.adapter)
         if job.kept is None:
             begin_with(job)
-        state = run_loop(_plan(job, stopping=stopping), start=job.kept.saved if job.kept else None)
-        if state.stopped == "interrupted":
-            raise Interrupted("Stopped.", exit_code=stopping.exit_code)
+        steps = partial(_steps, job, stopping)
+        if job.is_dealt:
+            _worked(job, stopping, steps, lambda event: None)
+            preview(job.model)
+        else:
+            steps(lambda event: None)
+
+
+def _steps(job: Job, stopping: Stopping, hear: Callable[[Event], None]) -> LoopState:
+    """Take this process's part in the loop, and write nothing."""
+    plan = _plan(job, hear, stopping)
+    try:
+        state = run_loop(plan, start=job.kept.saved if job.kept else None)
+    except NotFinite as error:
+        if job.is_dealt:  # the first process looks for the last good values, with passes of the model
+            raise with_what_was_good(job, plan, error) from error
+        raise
+    if state.stopped == "interrupted":
+        raise Interrupted("Stopped.", exit_code=stopping.exit_code)
+    return state
+
+
+def _worked(
+    job: Job, stopping: Stopping, train: Callable[[Callable[[Event], None]], LoopState], hear: Callable[[Event], None]
+) -> tuple[LoopState, list[Sampled], HeldOutScores | None]:
+    """Train, let the model answer samples before, during and after it, and score the held-out records.
+
+    train: runs the loop, and tells what it is given of what happens in it.
+    """
+    chosen = records_to_answer(job)
+    before = answers(job, chosen, None)
+    state = train(answering(job, chosen, hear))
+    if job.fellows.any(stopping()):
+        chosen, before = [], []  # there is no time for samples
+    samples = sampled(job, chosen, before, answers(job, chosen, job.adapter))
+    return state, samples, None if job.fellows.any(stopping()) else scores(job)
 
 
 def _written(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> RunResult:
@@ -253,13 +299,8 @@ def _written(job: Job, home: RunFolder, on_event: Callable[[Event], None]) -> Ru
         _recorded(job, on_event) as journal,
         tracked(names, home.path.name, where, job.settings, on_event) as trackers,
     ):
-        chosen = records_to_answer(job)
-        before = answers(job, chosen, None)
-        state = _train(job, journal, stopping, answering(job, chosen, both(journal.hear, trackers.hear)))
-        if stopping():
-            chosen, before = [], []  # there is no time for samples
-        samples = sampled(job, chosen, before, answers(job, chosen, job.adapter))
-        held_out = None if stopping() else scores(job)
+        train = partial(_train, job, journal, stopping)
+        state, samples, held_out = _worked(job, stopping, train, both(journal.hear, trackers.hear))
         trackers.scores(held_out, state.step)
         return finished(job, journal, state, samples, home, held_out)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from deltaw.layers.tree import evaluating, owner_of
 from deltaw.model.summary import updates
+from deltaw.processes.ranks import ALONE, Ranks
+from deltaw.processes.shards import whole
 from deltaw.progress import HeldOut, Phase, say, tell
 from deltaw.training.events import Evaluated
 from deltaw.training.loop.checks import not_finite, warn
@@ -18,7 +20,6 @@ from deltaw.training.loop.plan import LoopPlan
 from deltaw.training.loop.state import Loop, LoopState
 from deltaw.training.losses import Loss, attention_for
 from deltaw.training.optim import progress
-from deltaw.training.parallel.ranks import ALONE, Ranks
 
 # Below this ‖ΔW‖/‖W0‖ an update cannot be seen in any output; after this many steps that is worth a warning
 _NOTHING_LEARNED, _AFTER_STEPS = 1e-5, 20
@@ -65,7 +66,9 @@ def evaluate(loop: Loop) -> None:
     plan, state, began = loop.plan, loop.state, loop.plan.clock()
     together = max(plan.config.batch, _EVALUATED_TOGETHER)
     trees = plan.config.share != "off"
-    judged = judge(plan.loss, plan.valid, batch=together, should_stop=plan.should_stop, trees=trees, ranks=plan.ranks)
+    judged = judge(
+        plan.loss, plan.valid, batch=together, should_stop=plan.should_stop, trees=trees, ranks=plan.ranks, fellows=plan.fellows
+    )  # fmt: skip
     loop.due = judged is None
     if judged is None:
         return
@@ -122,19 +125,25 @@ def judge(
     should_stop: Callable[[], bool] = lambda: False,
     trees: bool = True,
     ranks: Ranks = ALONE,
+    fellows: Ranks = ALONE,
 ) -> Judged | None:
     """Return what `examples` score; None where `should_stop`, which is asked before each batch, said so.
 
-    trees: compute what records of a batch begin with alike once. ranks: the processes that score a part each.
+    trees: compute what records of a batch begin with alike once. ranks: the processes that score a part each. fellows: those
+    that make each pass together.
     """
     totals, count, right, stopped = [], 0, [], False
     with evaluating(loss.model), attention_for(loss, examples, trees=trees):
         ordered = [examples[i] for i in loss.order(examples)]
         starts = range(0, len(ordered), batch)[ranks.rank :: ranks.count]
-        for i in starts:
-            stopped = should_stop()
+        passes = fellows.most(len(starts))
+        for i in [*starts, *[-1] * (passes - len(starts))]:
+            stopped = fellows.any(should_stop())
             if stopped:
                 break
+            if i < 0:  # the others need this process for theirs
+                loss.judged(loss.collate(ordered[:1]))
+                continue
             say("scoring the held-out records", i, len(ordered))
             total, number, correct = loss.judged(loss.collate(ordered[i : i + batch]))
             totals.append(total)
@@ -158,6 +167,10 @@ def restore_best(loop: Loop) -> None:
 def relative_norm(model: nn.Module, name: str | None = None) -> float:
     """Return ‖ΔW‖/‖W0‖ over all of the adapter's layers together, without forming any ΔW."""
     owner = owner_of(model)
-    moved = [update.moved(owner.get_submodule(layer)) for layer, update in updates(model, name).items()]
+    moved = []
+    for layer, update in updates(model, name).items():
+        module = owner.get_submodule(layer)
+        with whole(model, module.parameters):
+            moved.append(update.moved(module))
     dw, w0 = sum(dw for dw, _ in moved), sum(w0 for _, w0 in moved)
     return (dw / w0) ** 0.5 if w0 else (math.inf if dw else 0.0)

@@ -13,9 +13,9 @@ from torch import nn
 from deltaw.config import TrainConfig
 from deltaw.data import Order
 from deltaw.data.groups import groups_of
+from deltaw.processes.ranks import ALONE, Ranks
 from deltaw.training.events import Event
 from deltaw.training.losses import Loss
-from deltaw.training.parallel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,11 @@ class LoopPlan:
     def model(self) -> nn.Module:
         """The model that carries the adapter."""
         return self.loss.model
+
+    @property
+    def fellows(self) -> Ranks:
+        """The processes that make each pass together, as the base is dealt out over them; ALONE where each has it whole."""
+        return self.ranks if self.config.shard == "full" else ALONE
 
     @cached_property
     def order(self) -> Order:

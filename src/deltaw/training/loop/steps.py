@@ -188,16 +188,18 @@ def take_step(loop: Loop) -> Taken:
     batches = [plan.loss.collate(part) for part in plan.here(loop.state.step)]
     supervised = int(plan.ranks.total(sum(batch.targets for batch in batches))[0])
     loss = sum((_backward(loop, batch, supervised) for batch in batches), start=torch.zeros_like(loop.losses))
+    for _ in range(plan.fellows.most(len(batches)) - len(batches)):  # which the others need this process for
+        _backward(loop, plan.loss.collate(plan.examples[:1]), supervised, weight=0.0)
     for gathered in (loss, *loop.flat.gradients()):
         plan.ranks.add_up(gathered)
     shared = int(plan.ranks.total(sum(plan.loss.shared(batch) for batch in batches))[0])  # known once a tree was tried
     return learn(loop, rows, loss, supervised, shared)
 
 
-def _backward(loop: Loop, batch: Any, supervised: int) -> Tensor:
-    """Add a batch's gradients; return its share of the step's mean loss, fp32 scalar."""
+def _backward(loop: Loop, batch: Any, supervised: int, weight: float = 1.0) -> Tensor:
+    """Add a batch's gradients, times a weight; return its share of the step's mean loss, fp32 scalar."""
     total, _ = loop.plan.loss(batch)
-    mean = total / supervised
+    mean = weight * total / supervised
     if not mean.requires_grad:
         refuse_untrained([*updates(loop.plan.model, loop.plan.adapter)])
     torch.autograd.backward(loop.scaler.scale(mean))

@@ -69,6 +69,10 @@ class Ranks:
         """Return whether it is so in any process."""
         return bool(self.total(here)[0])
 
+    def most(self, number: int) -> int:
+        """Return the largest of the processes' numbers."""
+        return number if self.count == 1 else max(self._gathered(number))
+
     def of_first(self, number: float) -> float:
         """Return the first process's number, for example of its clock."""
         return self.total(number if self.is_first else 0.0)[0]
