@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,9 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw import TrainConfig
+from deltaw.errors import ConfigError
 from deltaw.methods.registry import method_class
+from tests.processes.conftest import ended, start
 from tests.runs.conftest import RECORDS
 
 STEPS = 6
@@ -54,32 +55,6 @@ with joined() as ranks:
         heard = [event.to_json()["event"] for event in result.events]
         assert result.adapter.is_dir() and heard[0] == "start" and deltaw.adapters(result.model).active == "default"
 """
-
-
-def start(count: int, words: Sequence[str], folder: Path, **env: str) -> list[subprocess.Popen[str]]:
-    """Start as many processes as a launcher would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *words], cwd=folder, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-
-
-def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Return exit code, standard output and standard error of each."""
-    outputs = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def losses(run: Path) -> list[float]:
@@ -116,7 +91,12 @@ def alone(place: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("count", "shard"),
-    [(2, "off"), (2, "full"), pytest.param(4, "off", marks=pytest.mark.slow), pytest.param(4, "full", marks=pytest.mark.slow)],
+    [
+        (2, "off"),
+        (2, "full"),
+        pytest.param(4, "off", marks=pytest.mark.slow),
+        pytest.param(4, "full", marks=pytest.mark.slow),
+    ],
 )
 def test_several_processes_take_the_steps_of_one(place: Path, alone: Path, count: int, shard: str) -> None:
     cases = {name: case for name, case in CASES.items() if shard == "off" or "share" not in case[2]}
@@ -164,36 +144,47 @@ def resume(folder: Path, out: str, count: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["off", "full"])
 def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_from_its_state(
-    place: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, shard: str
 ) -> None:
-    processes = start(2, [*TRAIN, "--out", "killed"], place)
-    wait_for(place / "killed" / "log.jsonl", '"step": 20', processes)
+    out = f"killed {shard}"
+    processes = start(2, [*TRAIN, "--shard", shard, "--out", out], place)
+    wait_for(place / out / "log.jsonl", '"step": 20', processes)
     processes[1].kill()
     (code, _, err), (killed, _, _) = ended(processes)
     assert (code, killed) == (7, -signal.SIGKILL)
-    assert err.count("Another process of this run has ended") == 1 and "deltaw train --resume killed" in err
-    assert "GLHF" not in err and "Traceback" not in err
+    assert err.count("Another process of this run has ended") == 1 and f"deltaw train --resume '{out}'" in err
+    assert "gloo" not in err and "Traceback" not in err
     monkeypatch.chdir(place)
-    deltaw.train(resume="killed", progress=False)
-    assert_alike(unbroken, place / "killed")
+    if shard == "off":
+        deltaw.train(resume=out, progress=False)
+    else:
+        with pytest.raises(ConfigError, match="torchrun --nproc-per-node"):
+            deltaw.train(resume=out, progress=False)
+        resume(place, out, 3)
+    assert_alike(unbroken, place / out)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["off", "full"])
 def test_a_signal_to_any_process_stops_all_after_one_step_and_the_run_goes_on_in_as_many_or_in_others(
-    place: Path, unbroken: Path
+    place: Path, unbroken: Path, shard: str
 ) -> None:
-    processes = start(2, [*TRAIN, "--out", "stopped"], place)
-    wait_for(place / "stopped" / "log.jsonl", '"step": 10', processes)
+    out = f"stopped {shard}"
+    processes = start(2, [*TRAIN, "--shard", shard, "--out", out], place)
+    wait_for(place / out / "log.jsonl", '"step": 10', processes)
     processes[1].send_signal(signal.SIGTERM)
     outcomes = ended(processes)
     assert all(code in (130, 143) for code, _, _ in outcomes)
     assert sum(err.count("Stopped after step") for _, _, err in outcomes) == 1
-    shutil.copytree(place / "stopped", place / "stopped too")
-    assert "processes" not in resume(place, "stopped", 2)
-    assert adapter(place / "stopped") == adapter(unbroken)
-    assert "processes 2 then, 3 now" in resume(place, "stopped too", 3)
-    assert_alike(unbroken, place / "stopped too")
+    shutil.copytree(place / out, place / f"{out} too")
+    assert "processes 2 then" not in resume(place, out, 2)
+    if shard == "off":
+        assert adapter(place / out) == adapter(unbroken)
+    assert_alike(unbroken, place / out)
+    assert "processes 2 then, 3 now" in resume(place, f"{out} too", 3)
+    assert_alike(unbroken, place / f"{out} too")
 
 
 def adapter(run: Path) -> dict[str, bytes]:
@@ -221,6 +212,53 @@ def test_an_error_is_told_once_and_nothing_is_written(place: Path, case: str) ->
 
 
 @pytest.mark.slow
+def test_a_base_in_parts_answers_samples_and_is_scored_by_all(place: Path, unbroken: Path) -> None:
+    words = [
+        "--steps",
+        "4",
+        "--batch",
+        "3",
+        "--micro-batch",
+        "1",
+        "--samples",
+        "2",
+        "--samples-during",
+        "1",
+        "--eval-every",
+        "2",
+    ]
+    for shard in ("off", "full"):
+        outcomes = ended(start(2, [*TRAIN[:7], *words, "--shard", shard, "--out", f"samples {shard}"], place))
+        assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+    off, full = (json.loads((place / f"samples {shard}" / "result.json").read_text()) for shard in ("off", "full"))
+    assert full["held_out"]["scores"]["loss"]["value"] == pytest.approx(
+        off["held_out"]["scores"]["loss"]["value"], rel=1e-5
+    )
+    assert full["relative_norm"] == pytest.approx(off["relative_norm"], rel=1e-4) and full["merge"]["rows"]
+    logs = [(place / f"samples {shard}" / "log.jsonl").read_text() for shard in ("off", "full")]
+    said = [[json.loads(line) for line in log.splitlines() if '"event": "answers"' in line] for log in logs]
+    assert [one["answers"] for one in said[0]] == [one["answers"] for one in said[1]] and len(said[0]) == 3
+
+
+REFUSED = {
+    "one process": (1, [], "start them with torchrun"),
+    "int8 products": (2, ["--frozen-dtype", "int8"], "leave one of the two out"),
+    "groups": (2, ["--share", "group"], "leave one out"),
+    "all weights": (2, ["--method", "full"], "stay whole"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_dealt_out_is_refused_before_anything_is_written(place: Path, case: str) -> None:
+    count, words, message = REFUSED[case]
+    outcomes = ended(start(count, [*TRAIN, *words, "--shard", "full", "--out", "undealt"], place))
+    assert [code for code, _, _ in outcomes] == [2] * count
+    assert sum(err.count(message) for _, _, err in outcomes) == 1, outcomes
+    assert not (place / "undealt" / "log.jsonl").exists()
+
+
+@pytest.mark.slow
 def test_processes_with_other_records_are_refused(place: Path) -> None:
     script = SCRIPT.replace('"data.jsonl"', '["data.jsonl", "other.jsonl"][ranks.rank]')
     (place / "other.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS[::-1]))
@@ -231,8 +269,21 @@ def test_processes_with_other_records_are_refused(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_is_told_once(place: Path) -> None:
-    words = [*TRAIN, "--out", "diverged", "--lr", "1e30", "--schedule", "constant", "--warmup", "0"]
+@pytest.mark.parametrize("shard", ["off", "full"])
+def test_a_loss_that_is_not_finite_is_told_once(place: Path, shard: str) -> None:
+    words = [
+        *TRAIN,
+        "--shard",
+        shard,
+        "--out",
+        f"diverged {shard}",
+        "--lr",
+        "1e30",
+        "--schedule",
+        "constant",
+        "--warmup",
+        "0",
+    ]
     outcomes = ended(start(2, words, place))
     assert [code for code, _, _ in outcomes] == [7, 7]
     assert sum(err.count("training cannot go on") for _, _, err in outcomes) == 1

@@ -57,7 +57,7 @@ class Ranks:
     def add_up(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place, and return it."""
         if self.count > 1:
-            with _lost():
+            with as_lost():
                 dist.all_reduce(tensor)
         return tensor
 
@@ -73,6 +73,17 @@ class Ranks:
         """Return the largest of the processes' numbers."""
         return number if self.count == 1 else max(self._gathered(number))
 
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Turn the error of a pass of the model that needs all processes, where one is gone, into Lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count > 1 and _is_of_engine(error):
+                with as_lost():
+                    raise
+            raise
+
     def of_first(self, number: float) -> float:
         """Return the first process's number, for example of its clock."""
         return self.total(number if self.is_first else 0.0)[0]
@@ -80,7 +91,7 @@ class Ranks:
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors the first process's values, in place."""
         if self.count > 1:
-            with _lost():
+            with as_lost():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
@@ -117,7 +128,7 @@ class Ranks:
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.count
-        with _lost():
+        with as_lost():
             dist.all_gather_object(values, value)
         return values
 
@@ -176,7 +187,7 @@ _ENGINE = re.compile(r"^\[\S+\] |\.( .*)?$")
 
 
 @contextlib.contextmanager
-def _lost() -> Iterator[None]:
+def as_lost() -> Iterator[None]:
     """Turn the engine's error where another process is gone into ours."""
     try:
         yield
@@ -185,6 +196,13 @@ def _lost() -> Iterator[None]:
             f"Another process of this run has ended, or does not answer any more: {_ENGINE.sub('', first_line(error))}. What it "
             "said stands above, if it said anything: one that was killed, for want of memory for example, says nothing."
         ) from error
+
+
+def _is_of_engine(error: RuntimeError) -> bool:
+    """Return whether the error is one of what carries tensors between processes; gloo's have no class of their own."""
+    return isinstance(error, dist.DistBackendError) or any(
+        word in str(error) for word in ("gloo", "closed by peer", "NCCL")
+    )
 
 
 # --- starting and ending ------------------------------------------------------------------------------------------
@@ -273,7 +291,7 @@ def _leaving(ranks: Ranks) -> Iterator[None]:
 
 
 def _wait_for_all() -> None:
-    with contextlib.suppress(Lost), _lost():
+    with contextlib.suppress(Lost), as_lost():
         dist.barrier()
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, shown
-from deltaw.processes.ranks import ALONE, Ranks
+from deltaw.processes.ranks import ALONE, Ranks, as_lost
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -32,7 +32,14 @@ def is_part(tensor: Tensor | None) -> bool:
 
 def is_dealt(model: nn.Module) -> bool:
     """Return whether the model's weights are dealt out, by `fully_shard` or as other distributed tensors."""
+    if not _are_joined():
+        return False
     return any(is_part(p) for p in model.parameters()) or any(True for _ in _dealt_modules(model))
+
+
+def _are_joined() -> bool:
+    """Return whether this process is one of several that know one another: without others nothing is dealt out."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def ranks_of(model: nn.Module) -> Ranks:
@@ -44,7 +51,7 @@ def full(tensor: Tensor) -> Tensor:
     """Return a tensor with all its values; all processes must ask for it. One that is whole is returned as it is."""
     if not is_part(tensor):
         return tensor
-    with torch.no_grad():
+    with torch.no_grad(), as_lost():
         values: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
     return values
 
@@ -62,13 +69,16 @@ def whole(model: nn.Module, parameters: Callable[[], Iterable[nn.Parameter]] | N
     Raises:
         AdapterError: parameters are dealt out in a way that values cannot be given back to.
     """
+    if not _are_joined():
+        yield
+        return
     for module in _dealt_modules(model):
         module.reshard()  # after a forward pass, values that FSDP had gathered may still stand in their places
     chosen = None if parameters is None else {id(p) for p in parameters()}
     parts = _parts(model, chosen)
-    for part in parts:
-        part.gather()
     try:
+        for part in parts:
+            part.gather()
         yield
     finally:
         for part in parts:
@@ -183,6 +193,22 @@ def deal_out(model: nn.Module, trained: Iterable[nn.Parameter], device: torch.de
     dealt = {id(p) for block in blocks for p in block.parameters()}
     # Around them, so that the next block's weights can be on their way while one computes
     fully_shard(body, mesh=mesh, ignored_params=keep | {p for p in body.parameters() if id(p) not in dealt})
+
+
+def bytes_here(model: nn.Module) -> int:
+    """Return the bytes that this process holds of a model whose blocks are dealt out, with one block gathered to compute."""
+    here = sum(_local(p).numel() * p.element_size() for p in model.parameters())
+    gathered = [
+        sum((p.numel() - _local(p).numel()) * p.element_size() for p in block.parameters())
+        for block in blocks_of(model)
+    ]
+    return here + max(gathered, default=0)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    part: Any = parameter
+    local: Tensor = part.to_local() if is_part(parameter) else parameter
+    return local
 
 
 def _in_several(model: nn.Module, blocks: Sequence[nn.Module]) -> set[nn.Parameter]:

@@ -21,6 +21,7 @@ from deltaw.layers.unwrap import plain_class
 from deltaw.methods.plan import Method
 from deltaw.model.summary import summary
 from deltaw.processes.ranks import ALONE, Ranks
+from deltaw.processes.shards import bytes_here, is_dealt
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
 from deltaw.runs.memory.step import Record, Step, choose_path, step
@@ -109,7 +110,10 @@ def _memory(prepared: Prepared, ranks: Ranks) -> Memory:
 
     plain = taken(checkpointed=False)
     passes = taken(checkpointed=True) if config.gradient_checkpointing else plain
-    base = summary(loaded.model).base_bytes
+    sizes = summary(loaded.model)
+    base = sizes.base_bytes
+    if is_dealt(loaded.model):
+        base = bytes_here(loaded.model) - sum(adapter.bytes for adapter in sizes.adapters.values())
     return memory_of(passes, max(0, held - base), base, plain)
 
 

@@ -161,9 +161,13 @@ def _attached(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Job:
     """Attach the adapter in each process. Raises ConfigError where one has another base, or other settings or records."""
     job = ranks.together(lambda: attached(prepared, "default", folder, ranks=ranks))
     ranks.check_same({key: value for key, value in job.identity.items() if key != "environment"})
-    if job.is_dealt:
-        deal_out(job)
-    return job
+    if not job.is_dealt:
+        return job
+    deal_out(job)
+    return replace(job, notes=(*job.notes, _DEALT))
+
+
+_DEALT = "The base is dealt out over the processes, block by block. What records begin with alike is computed for each (--share off)."
 
 
 def _check_dealt(config: TrainConfig, ranks: Ranks) -> None:
@@ -265,7 +269,8 @@ def _steps(job: Job, stopping: Stopping, hear: Callable[[Event], None]) -> LoopS
     """Take this process's part in the loop, and write nothing."""
     plan = _plan(job, hear, stopping)
     try:
-        state = run_loop(plan, start=job.kept.saved if job.kept else None)
+        with job.fellows.passing():
+            state = run_loop(plan, start=job.kept.saved if job.kept else None)
     except NotFinite as error:
         if job.is_dealt:  # the first process looks for the last good values, with passes of the model
             raise with_what_was_good(job, plan, error) from error
@@ -462,7 +467,7 @@ def _train(job: Job, journal: Journal, stopping: Stopping, hear: Callable[[Event
     plan, state = _plan(job, hear, stopping), LoopState()
     start = job.kept.saved if job.kept else None
     try:
-        with _keeper([job], [journal]) as keep:
+        with _keeper([job], [journal]) as keep, job.fellows.passing():
             run_loop(plan, state, start=start, keep=keep)
     except NotFinite as error:
         raise with_what_was_good(job, plan, error) from error

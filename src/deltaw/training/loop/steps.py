@@ -187,8 +187,9 @@ def take_step(loop: Loop) -> Taken:
     rows = plan.drawn(loop.state.step)
     batches = [plan.loss.collate(part) for part in plan.here(loop.state.step)]
     supervised = int(plan.ranks.total(sum(batch.targets for batch in batches))[0])
+    lacking = plan.fellows.most(len(batches)) - len(batches)
     loss = sum((_backward(loop, batch, supervised) for batch in batches), start=torch.zeros_like(loop.losses))
-    for _ in range(plan.fellows.most(len(batches)) - len(batches)):  # which the others need this process for
+    for _ in range(lacking):  # passes that the others need this process for
         _backward(loop, plan.loss.collate(plan.examples[:1]), supervised, weight=0.0)
     for gathered in (loss, *loop.flat.gradients()):
         plan.ranks.add_up(gathered)
