@@ -167,7 +167,7 @@ def _attached(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Job:
     return replace(job, notes=(*job.notes, _DEALT))
 
 
-_DEALT = "The base is dealt out over the processes, block by block. What records begin with alike is computed for each (--share off)."
+_DEALT = "The base is dealt out over the processes, by blocks; what records begin with alike is computed for each (--share off)."
 
 
 def _check_dealt(config: TrainConfig, ranks: Ranks) -> None:
