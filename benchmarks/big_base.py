@@ -43,7 +43,7 @@ def write(folder: Path, layers: int) -> int:
 def held() -> dict[str, int]:
     """Bytes that this process holds: at its peak, and now of files alone."""
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    values = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3}
+    values = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
     return {"peak": values["VmHWM"], "mapped": values["RssFile"]}
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         rows = []
         for dtype in DTYPES:
             done = subprocess.run(
-                [sys.executable, __file__, "--load", folder, dtype], check=True, capture_output=True, text=True
+                [sys.executable, __file__, "--load", folder, dtype], check=True, stdout=subprocess.PIPE, text=True
             )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)

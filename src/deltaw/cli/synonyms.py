@@ -126,11 +126,20 @@ _TABLE = (
         "cpu or cuda; auto by default",
     ),
     Meaning(
-        "num_gpus nproc_per_node devices deepspeed fsdp ddp_find_unused_parameters tensor_parallel nproc world_size "
-        "local_rank gpus gpu_ids num_nodes distributed zero_stage fsdp_config ddp_backend ddp_timeout master_port "
-        "tensor_parallel_size",
+        "num_gpus nproc_per_node devices nproc world_size local_rank gpus gpu_ids num_nodes distributed "
+        "ddp_find_unused_parameters ddp_backend ddp_timeout master_port",
         None,
-        "training runs on one device so far",
+        "start several processes with torchrun --nproc-per-node N -m deltaw train …",
+    ),
+    Meaning(
+        "fsdp use_fsdp fsdp_config fsdp_version deepspeed zero_stage zero3 fully_shard",
+        "shard",
+        "full deals the frozen base out over the processes that torchrun starts",
+    ),
+    Meaning(
+        "tensor_parallel tensor_parallel_size tp_size pipeline_parallel_size context_parallel_size",
+        None,
+        "the base is dealt out by --shard full alone, not by parallel products or stages",
     ),
     Meaning(
         "packing sample_packing eval_packing pad_to_sequence_len neat_packing packing_strategy padding_free "

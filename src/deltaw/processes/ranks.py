@@ -320,7 +320,7 @@ def _check_launcher() -> None:
     if asked := [flag for name, flag in _NOT_READ.items() if os.environ.get(name, "false").lower() in ("true", "1")]:
         error = ConfigError(
             f"accelerate was asked for {', '.join(asked)}, which deltaw does not read: each process would hold the whole model. "
-            "Leave it out."
+            "Leave it out; --shard full deals the base out over the processes."
         )
         error.is_told = os.environ.get("RANK", "0") != "0"
         raise error

@@ -7,6 +7,7 @@ they would be in one process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -22,6 +23,10 @@ from deltaw.processes.ranks import ALONE, Ranks, as_lost
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+_MMAP_THRESHOLD = -3
+"""glibc's number of the setting (mallopt(3))."""
 
 
 def is_part(tensor: Tensor | None) -> bool:
@@ -193,6 +198,21 @@ def deal_out(model: nn.Module, trained: Iterable[nn.Parameter], device: torch.de
     dealt = {id(p) for block in blocks for p in block.parameters()}
     # Around them, so that the next block's weights can be on their way while one computes
     fully_shard(body, mesh=mesh, ignored_params=keep | {p for p in body.parameters() if id(p) not in dealt})
+    if device.type == "cpu":
+        _give_back_large_pieces()
+        for parameter in model.parameters():
+            if not is_part(parameter):  # a view of a file's mapping, all of which would stay in memory for it
+                parameter.data = parameter.data.clone()
+
+
+def _give_back_large_pieces() -> None:
+    """Let the C library map pieces of a megabyte and more by themselves, where it is glibc.
+
+    Weights that are gathered and let go between activations leave holes in its heap, which took as much memory as the base.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def bytes_here(model: nn.Module) -> int:
