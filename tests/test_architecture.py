@@ -19,7 +19,7 @@ SRC = ROOT / "src" / "deltaw"
 
 # A module may import from its own room and the rooms before it. Inner rooms stand before the room that they are in.
 ROOMS = (
-    "errors", "config", "progress", "processes", "layers.ops", "layers", "methods.updates", "methods", "model", "files.formats", "files", "data.sources",
+    "errors", "config", "progress", "layers.processes", "layers.ops", "layers", "methods.updates", "methods", "model", "files.formats", "files", "data.sources",
     "data.chats", "data.fields", "data", "training", "runs.resume", "runs.evaluation", "runs.memory", "runs.results", "runs.reports", "runs", "cli",
 )  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))

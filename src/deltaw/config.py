@@ -168,8 +168,8 @@ class TrainConfig(Trusting):
     same, to rounding. Dropout drops the same entries for all of them. group: auto, and records that begin alike meet in a batch,
     where they fill half of it at most; each record still comes once an epoch, at a random place."""
     shard: Literal["off", "full"] = "off"
-    """Of several processes (torchrun), each holds all of the frozen base (off), or a part of each block's weights, which are
-    gathered while the block computes (full): less memory, more time. What records begin with is then computed for each."""
+    """Hold all of the frozen base in each of several processes (off), or a part of each block's weights, which are gathered
+    while the block computes (full): less memory, more time. What records begin with is then computed for each."""
     micro_batch: int | None = None
     """Records per forward pass, at most --batch; gradients accumulate over the batch. Default: the whole batch."""
     clip: float = 1.0

@@ -21,7 +21,7 @@ import deltaw
 from deltaw import TrainConfig
 from deltaw.errors import ConfigError
 from deltaw.methods.registry import method_class
-from tests.processes.conftest import ended, start
+from tests.layers.processes.conftest import ended, start
 from tests.runs.conftest import RECORDS
 
 STEPS = 6
@@ -46,7 +46,7 @@ SCRIPT = """
 import json, sys
 import deltaw
 from deltaw.methods.registry import method_class
-from deltaw.processes.ranks import joined
+from deltaw.layers.processes.ranks import joined
 
 with joined() as ranks:
     for out, method, settings, config in json.loads(sys.argv[1]):

@@ -18,7 +18,7 @@ def run(command: Train) -> None:
     show.quiet_libraries()
     from deltaw.cli import live
     from deltaw.cli.lines import TRAINING
-    from deltaw.processes.ranks import joined
+    from deltaw.layers.processes.ranks import joined
 
     model, data = (None if name.startswith("<") else name for name in (command.model, command.data))
     may_change = [key for key in command.resume_with.replace(" ", "").split(",") if key]

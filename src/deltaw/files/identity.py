@@ -17,10 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from deltaw.files.formats.fingerprint import DTYPES, FORMS, Digest, Fingerprint, combined, digest
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.ops.checksums import Stamp, content_of, stamp
+from deltaw.layers.processes.shards import full, whole
 from deltaw.layers.tree import owner_of, place_of
 from deltaw.model.merging.kept import base_tensors
 from deltaw.model.record import adapted, find_record, readers
-from deltaw.processes.shards import full, whole
 
 log = logging.getLogger("deltaw")
 

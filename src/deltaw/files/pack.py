@@ -20,6 +20,7 @@ from deltaw.files.identity import base_fingerprint, weights_fingerprint
 from deltaw.files.other_methods import name_of_base, place_of_base
 from deltaw.layers.kinds import Conv1DKind, ConvKind, EmbeddingKind, matrices_of, weights_of
 from deltaw.layers.ops.merging import times
+from deltaw.layers.processes.shards import full
 from deltaw.layers.tree import base_modules, dotted, owner_of
 from deltaw.methods.lora import LoRA
 from deltaw.methods.updates.base import Update, own_tensor
@@ -30,7 +31,6 @@ from deltaw.methods.updates.whole import Replaced, ReplacedRows
 from deltaw.model.inputs import text_config
 from deltaw.model.record import readers, record_of
 from deltaw.model.summary import updates as updates_of
-from deltaw.processes.shards import full
 
 log = logging.getLogger("deltaw")
 

@@ -39,6 +39,8 @@ from deltaw.files.renames import (
 from deltaw.files.unpack import fitted, vocabulary
 from deltaw.layers import tree
 from deltaw.layers.ops.merging import delta_norm
+from deltaw.layers.processes.ranks import ALONE
+from deltaw.layers.processes.shards import ranks_of, whole
 from deltaw.layers.source import never_called
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
@@ -49,8 +51,6 @@ from deltaw.model import attach, summary
 from deltaw.model import record as live
 from deltaw.model.ends import say_without_generate, taught, teach
 from deltaw.model.inputs import vocabulary_size
-from deltaw.processes.ranks import ALONE
-from deltaw.processes.shards import ranks_of, whole
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deltaw.layers.kinds import as_matrix, in_few_bits
 from deltaw.layers.names import WRAPPED
 from deltaw.layers.patch import Slot
+from deltaw.layers.processes.shards import full
 from deltaw.layers.source import uncalled
-from deltaw.processes.shards import full
 
 RECORD = "_deltaw"
 # Classes that wrap a model as its child `module`, of packages that need not be installed

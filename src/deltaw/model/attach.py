@@ -11,6 +11,7 @@ from torch import nn
 from deltaw.errors import AdapterError
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.patch import close_slot, open_slot, slot_of
+from deltaw.layers.processes.shards import is_dealt
 from deltaw.layers.source import read_outside
 from deltaw.layers.tree import RECORD, base_modules, owner_of
 from deltaw.methods.plan import Method, Plan
@@ -19,7 +20,6 @@ from deltaw.model.merging.kept import restore
 from deltaw.model.passes import unwatch, watch
 from deltaw.model.record import Adapters, Attached, Notes, check_free, find_record, in_open_block, known
 from deltaw.model.summary import coverage_of, parameters
-from deltaw.processes.shards import is_dealt
 
 log = logging.getLogger("deltaw")
 coverage_log = logging.getLogger("deltaw.coverage")

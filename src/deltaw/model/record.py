@@ -20,11 +20,11 @@ from deltaw.errors import AdapterError, nearest
 from deltaw.layers.ops.residency import Residency
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.ops.undo import Kept
+from deltaw.layers.processes.shards import whole
 from deltaw.layers.routing import Route
 from deltaw.layers.ties import Untied
 from deltaw.layers.tree import RECORD, base_modules, dotted, owner_of
 from deltaw.methods.plan import Method
-from deltaw.processes.shards import whole
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -15,6 +15,7 @@ from deltaw.layers.names import by_family
 from deltaw.layers.ops.merging import dense
 from deltaw.layers.ops.rows import Rows
 from deltaw.layers.patch import slot_of
+from deltaw.layers.processes.shards import full
 from deltaw.layers.tree import base_modules, dotted, owner_of, place_of
 from deltaw.methods.targets import WHERE_NAMED, left_out, role
 from deltaw.methods.updates.base import Update
@@ -22,7 +23,6 @@ from deltaw.methods.updates.lowrank import low_rank_parts
 from deltaw.model.ends import taught
 from deltaw.model.merging.kept import before_merge
 from deltaw.model.record import bring, find_record, in_use, known, named_parameters, on_whole_layers, record_of
-from deltaw.processes.shards import full
 
 
 class Names(tuple[str, ...]):

@@ -16,6 +16,7 @@ from deltaw.errors import MergeError
 from deltaw.layers import ties
 from deltaw.layers.ops.merging import Change, MergeStats, Product, Times, Value, merge_, merge_stats, summed
 from deltaw.layers.ops.undo import Copy, Correction, Original, merge_correctably_
+from deltaw.layers.processes.shards import is_dealt
 from deltaw.layers.tree import dotted, matrix_of, owner_of, place_of
 from deltaw.model.attach import detach
 from deltaw.model.ends import extend
@@ -42,7 +43,6 @@ from deltaw.model.record import (
     record_of,
 )
 from deltaw.model.summary import updates
-from deltaw.processes.shards import is_dealt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

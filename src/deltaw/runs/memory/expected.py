@@ -17,11 +17,11 @@ from deltaw.data import Example
 from deltaw.data.batches import padded
 from deltaw.errors import DeltaWError
 from deltaw.files import units
+from deltaw.layers.processes.ranks import ALONE, Ranks
+from deltaw.layers.processes.shards import bytes_here, is_dealt
 from deltaw.layers.unwrap import plain_class
 from deltaw.methods.plan import Method
 from deltaw.model.summary import summary
-from deltaw.processes.ranks import ALONE, Ranks
-from deltaw.processes.shards import bytes_here, is_dealt
 from deltaw.runs.memory import machine
 from deltaw.runs.memory.parts import NEEDS_VALUES, Memory, Taken, memory_of
 from deltaw.runs.memory.step import Record, Step, choose_path, step

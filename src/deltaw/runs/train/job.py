@@ -15,15 +15,15 @@ from deltaw.errors import ConfigError, shown
 from deltaw.files import store
 from deltaw.layers.kinds import in_few_bits
 from deltaw.layers.ops.seeding import seeded
+from deltaw.layers.processes import shards
+from deltaw.layers.processes.ranks import ALONE, Ranks
+from deltaw.layers.processes.shards import blocks_of
 from deltaw.layers.tree import base_modules, is_finite
 from deltaw.methods.full import Full
 from deltaw.methods.registry import name_of
 from deltaw.model import attach
 from deltaw.model.ends import teach
 from deltaw.model.summary import parameters, updates
-from deltaw.processes import shards
-from deltaw.processes.ranks import ALONE, Ranks
-from deltaw.processes.shards import blocks_of
 from deltaw.progress import say
 from deltaw.runs.resume.identity import differing, identity
 from deltaw.runs.resume.place import RunFolder

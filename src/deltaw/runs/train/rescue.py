@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from deltaw.errors import DeltaWError, NotFinite
+from deltaw.layers.processes.ranks import ALONE
 from deltaw.layers.tree import evaluating, not_finite_in
 from deltaw.model.switch import base_not_finite, using
-from deltaw.processes.ranks import ALONE
 from deltaw.runs.train.job import Job, save, values_are_finite
 from deltaw.training.keeper import read_states
 from deltaw.training.loop import LoopPlan, LoopState, opened

@@ -18,12 +18,12 @@ from deltaw.config import LATEST, TrainConfig, check_is, to_yaml
 from deltaw.data.sources import Source
 from deltaw.errors import ConfigError, DeltaWError, FileError, Interrupted, NotFinite, TrainError
 from deltaw.files.formats.atomic import check_apart, write_text
+from deltaw.layers.processes.ranks import Lost, Ranks, joined
 from deltaw.methods.lora import LoRA
 from deltaw.methods.plan import Method
 from deltaw.model import summary as sizes
 from deltaw.model.merging.merge import preview
 from deltaw.model.switch import use
-from deltaw.processes.ranks import Lost, Ranks, joined
 from deltaw.progress import say, shown
 from deltaw.runs.memory.expected import expected
 from deltaw.runs.reports.train import Sampled

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from deltaw.layers.processes.ranks import ALONE, Ranks
+from deltaw.layers.processes.shards import whole
 from deltaw.layers.tree import evaluating, owner_of
 from deltaw.model.summary import updates
-from deltaw.processes.ranks import ALONE, Ranks
-from deltaw.processes.shards import whole
 from deltaw.progress import HeldOut, Phase, say, tell
 from deltaw.training.events import Evaluated
 from deltaw.training.loop.checks import not_finite, warn

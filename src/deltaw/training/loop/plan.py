@@ -13,7 +13,7 @@ from torch import nn
 from deltaw.config import TrainConfig
 from deltaw.data import Order
 from deltaw.data.groups import groups_of
-from deltaw.processes.ranks import ALONE, Ranks
+from deltaw.layers.processes.ranks import ALONE, Ranks
 from deltaw.training.events import Event
 from deltaw.training.losses import Loss
 

@@ -12,17 +12,17 @@ from torch import nn
 
 import deltaw
 from deltaw.errors import FileError
+from deltaw.layers.processes.shards import blocks_of, full, is_dealt, ranks_of, whole
 from deltaw.model.summary import updates
-from deltaw.processes.shards import blocks_of, full, is_dealt, ranks_of, whole
 from tests.conftest import ROOT, tiny_gpt2, tiny_llama
-from tests.processes.conftest import ended, start
+from tests.layers.processes.conftest import ended, start
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Case → what two processes, or three, found to be so."""
     folder = tmp_path_factory.mktemp("dealt")
-    outcomes = ended(start(request.param, ["-m", "tests.processes.dealt", str(folder)], ROOT))
+    outcomes = ended(start(request.param, ["-m", "tests.layers.processes.dealt", str(folder)], ROOT))
     assert all(code == 0 for code, _, _ in outcomes), outcomes
     result: dict[str, Any] = json.loads(outcomes[0][1])
     return result

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, shown
-from deltaw.processes.ranks import ALONE, Ranks, as_lost
+from deltaw.layers.processes.ranks import ALONE, Ranks, as_lost
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

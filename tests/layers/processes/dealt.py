@@ -1,6 +1,6 @@
 """Save, load and merge models whose weights `fully_shard` has dealt out, beside the same in one process. Run by each process.
 
-python -m tests.processes.dealt FOLDER      # prints a JSON object: case → what was found to be so
+python -m tests.layers.processes.dealt FOLDER      # prints a JSON object: case → what was found to be so
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import deltaw
 from deltaw.errors import DeltaWError
-from deltaw.processes.shards import full, is_part
+from deltaw.layers.processes.shards import full, is_part
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(3, 13)[None]

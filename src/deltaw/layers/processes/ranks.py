@@ -99,7 +99,8 @@ class Ranks:
         """Return what `work` returns in the first process, which alone does it. All raise the error of ours that it raises."""
         if self.count == 1:
             return work()
-        return self._settled([self.from_first(_outcome(work) if self.is_first else None)])
+        value: _Value = self._settled([self.from_first(_outcome(work) if self.is_first else None)])
+        return value
 
     def from_first(self, value: _Value | None) -> _Value:
         """Return the first process's value; the others give None."""
@@ -111,7 +112,8 @@ class Ranks:
             return work()
         here = _outcome(work)
         self._settled(self._gathered(here if here.error is not None else _Outcome(None)))
-        return here.value  # type: ignore[return-value]
+        value: _Value = here.value
+        return value
 
     def check_same(self, values: Mapping[str, object]) -> None:
         """Raise ConfigError where a process has other values than the first."""

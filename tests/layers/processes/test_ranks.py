@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaw.errors import ConfigError
-from deltaw.processes.ranks import ALONE, Ranks, joined
+from deltaw.layers.processes.ranks import ALONE, Ranks, joined
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
