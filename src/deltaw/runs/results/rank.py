@@ -259,7 +259,7 @@ class RankResults:
             "environment": self.environment,
             "records": dataclasses.asdict(self.records),
             "loop": self.loop,
-            "warnings": self.warnings,
+            **({"warnings": self.warnings} if self.warnings else {}),
             "base": None if self.base is None else self.base.to_json(),
             "rank": self.rank,
             "margin": self.margin,
