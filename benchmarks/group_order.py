@@ -85,7 +85,6 @@ def main() -> None:
     rows = {
         order: {
             "held_out_loss": measured[order].interval().plain(),
-            "seconds": [run["seconds"] for run in of_order],
             "tokens_computed": [run["computed"] for run in of_order],
         }
         for order, of_order in runs.items()
