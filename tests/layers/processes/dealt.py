@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import deltaw
 from deltaw.errors import DeltaWError
 from deltaw.layers.processes.shards import full, is_part
+from deltaw.model.summary import updates
 from tests.conftest import fill, tiny_gpt2, tiny_llama
 
 IDS = torch.arange(3, 13)[None]
@@ -92,6 +93,9 @@ def found(case: str, apart: bool, folder: Path) -> dict[str, object]:
     deltaw.load(alone, out)
     so["saved whole, loaded alone"] = torch.allclose(logits(alone), wanted, atol=close)
     so["summary"] = deltaw.summary(model).adapters["default"].bytes == deltaw.summary(one).adapters["default"].bytes
+    if case.startswith(("LoRA", "Conv1D", "DoRA")):
+        layer = next(iter(updates(model)))
+        so["delta"] = torch.equal(deltaw.delta(model, layer), deltaw.delta(one, layer))
     for keep in ("copy", "correction"):
         if case != "biases":
             report, expected = deltaw.merge(model, keep=keep), deltaw.merge(one, keep=keep)  # type: ignore[arg-type]
