@@ -212,7 +212,12 @@ def _is_of_engine(error: RuntimeError) -> bool:
 
 def are_several() -> bool:
     """Return whether a launcher started this process as one of several, or the caller's program has joined them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_available() and dist.is_initialized())
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or are_joined()
+
+
+def are_joined() -> bool:
+    """Return whether this process knows the others: without them nothing is exchanged or dealt out."""
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager

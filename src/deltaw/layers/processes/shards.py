@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deltaw.errors import AdapterError, shown
-from deltaw.layers.processes.ranks import ALONE, Ranks, as_lost
+from deltaw.layers.processes.ranks import ALONE, Ranks, are_joined, as_lost
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -37,14 +37,9 @@ def is_part(tensor: Tensor | None) -> bool:
 
 def is_dealt(model: nn.Module) -> bool:
     """Return whether the model's weights are dealt out, by `fully_shard` or as other distributed tensors."""
-    if not _are_joined():
+    if not are_joined():
         return False
     return any(is_part(p) for p in model.parameters()) or any(True for _ in _dealt_modules(model))
-
-
-def _are_joined() -> bool:
-    """Return whether this process is one of several that know one another: without others nothing is dealt out."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def ranks_of(model: nn.Module) -> Ranks:
@@ -74,7 +69,7 @@ def whole(model: nn.Module, parameters: Callable[[], Iterable[nn.Parameter]] | N
     Raises:
         AdapterError: parameters are dealt out in a way that values cannot be given back to.
     """
-    if not _are_joined():
+    if not are_joined():
         yield
         return
     for module in _dealt_modules(model):
